@@ -1,0 +1,1 @@
+"""intrafusion: make a trained neural network smaller without retraining it, and prove each step."""

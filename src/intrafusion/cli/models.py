@@ -1,0 +1,298 @@
+"""The networks a command line can name: a factory in a module or a file, or a model of the zoo, torchvision or timm."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from intrafusion.errors import IntrafusionError, ModelError, unknown_name
+
+FORMS = "module:factory, path.py:factory, zoo:NAME, torchvision:NAME or timm:NAME"
+
+
+class Kind(StrEnum):
+    """Where a named network comes from."""
+
+    MODULE = "module"
+    FILE = "file"
+    ZOO = "zoo"
+    TORCHVISION = "torchvision"
+    TIMM = "timm"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A network that a command line named, not built yet.
+
+    Attributes:
+        kind: where it comes from.
+        target: its name there; for a module or a file, `module:factory` or `path.py:factory`.
+        args: keyword arguments of the factory.
+    """
+
+    kind: Kind
+    target: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.target if self.kind in (Kind.MODULE, Kind.FILE) else f"{self.kind}:{self.target}"
+
+    def build(self) -> nn.Module:
+        """A new network. The folder of a user's module or file is put on `sys.path`, as `python` does for its script.
+
+        Raises:
+            ModelError: it cannot be found or its factory fails; says which step, and what to do.
+        """
+        return _BUILDERS[self.kind](self)
+
+    def example_input(self) -> Tensor | None:
+        """An input the network accepts, the same at each call; None where only the network's author knows one."""
+        if self.kind is Kind.ZOO:
+            return _zoo(self.target).example_input(self.target)
+        if self.kind is Kind.TIMM:
+            return _noise(_timm(self.target).get_pretrained_cfg(self.target).input_size)
+        if self.kind is Kind.TORCHVISION and self.target in _classifiers(_torchvision(self.target)):
+            return _noise((3, 224, 224))
+        return None
+
+
+def resolve(name: str, arguments: Iterable[str] = ()) -> ModelSpec:
+    """Read the name of a network and the `key=value` arguments of its factory.
+
+    Raises:
+        ModelError: the name has none of the known forms, or an argument is malformed.
+    """
+    args = parse_arguments(arguments)
+    kind, _, target = name.partition(":")
+    if kind in (Kind.ZOO, Kind.TORCHVISION, Kind.TIMM):
+        return ModelSpec(Kind(kind), target, args)
+    place, _, factory = name.rpartition(":")
+    if not (place and factory):
+        raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.")
+    return ModelSpec(Kind.FILE if place.endswith(".py") else Kind.MODULE, name, args)
+
+
+def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
+    """Keyword arguments from `key=value` texts, the values read as YAML: 3, 1e-3, true, null, text, [1, 2].
+
+    Raises:
+        ModelError: there is no `=`, the key is no Python name or stands twice, or the value is not YAML.
+    """
+    parsed: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key.isidentifier():
+            raise ModelError(f"--arg {argument!r}: expected key=value, with a Python name as key.")
+        if key in parsed:
+            raise ModelError(f"--arg {argument!r}: {key!r} is given twice.")
+        parsed[key] = _yaml_value(argument, text)
+    return parsed
+
+
+def _yaml_value(argument: str, text: str) -> Any:
+    if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", text):  # 1e-3 is a number to everyone but YAML 1.1
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ModelError(f"--arg {argument!r}: the value is not YAML ({error}); put text in quotes.") from error
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, also where its compiled operators do not load beside this build of PyTorch.
+
+    Its published wheels are compiled for CUDA. Beside a CPU-only PyTorch the import fails as it describes its operators
+    (`nms`, `roi_align`, ...) to the compiler; without these descriptions everything but the operators works.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # what the failed import left half done
+    with _without_fake_operators("torchvision"):
+        return importlib.import_module("torchvision")
+
+
+@contextmanager
+def _without_fake_operators(namespace: str) -> Iterator[None]:
+    register = torch.library.register_fake
+
+    def skipping(op: Any, *args: Any, **kwargs: Any) -> Any:
+        return (lambda function: function) if str(op).startswith(f"{namespace}::") else register(op, *args, **kwargs)
+
+    torch.library.register_fake = skipping
+    try:
+        yield
+    finally:
+        torch.library.register_fake = register
+
+
+def _build_from_module(spec: ModelSpec) -> nn.Module:
+    name, _, attribute = spec.target.rpartition(":")
+    _search_first(Path.cwd())
+    with _blaming(spec, f"importing {name!r}"):
+        module = _import(name)
+    return _call(spec, _attribute(spec, module, attribute))
+
+
+def _build_from_file(spec: ModelSpec) -> nn.Module:
+    name, _, attribute = spec.target.rpartition(":")
+    path = Path(name).resolve()
+    if not path.is_file():
+        raise ModelError(f"{spec}: there is no file {path}; check the path.")
+    _search_first(path.parent)
+    with _blaming(spec, f"running {path.name}"):
+        module = _run_file(path)
+    return _call(spec, _attribute(spec, module, attribute))
+
+
+def _build_from_zoo(spec: ModelSpec) -> nn.Module:
+    return _call(spec, lambda **args: _zoo(spec.target).build(spec.target, **{"pretrained": True, **args}))
+
+
+def _build_from_torchvision(spec: ModelSpec) -> nn.Module:
+    models = _torchvision(spec.target)
+    return _call(spec, lambda **args: models.get_model(spec.target, **args))
+
+
+def _build_from_timm(spec: ModelSpec) -> nn.Module:
+    timm = _timm(spec.target)
+    return _call(spec, lambda **args: timm.create_model(spec.target, **args))
+
+
+_BUILDERS: dict[Kind, Callable[[ModelSpec], nn.Module]] = {
+    Kind.MODULE: _build_from_module,
+    Kind.FILE: _build_from_file,
+    Kind.ZOO: _build_from_zoo,
+    Kind.TORCHVISION: _build_from_torchvision,
+    Kind.TIMM: _build_from_timm,
+}
+
+
+def _zoo(name: str) -> ModuleType:
+    """The zoo, which has a model of this name."""
+    from intrafusion import zoo
+
+    if name not in zoo.names():
+        raise ModelError(unknown_name("zoo model", name, zoo.names()))
+    return zoo
+
+
+def _torchvision(name: str) -> ModuleType:
+    """torchvision.models, which has a model of this name."""
+    with _extra("torchvision"):
+        models = import_torchvision().models
+    if name not in models.list_models():
+        raise ModelError(unknown_name("torchvision model", name, models.list_models()))
+    return models
+
+
+def _classifiers(models: ModuleType) -> list[str]:
+    """Those of torchvision's models that read one image and return one label, not detectors or video networks."""
+    return models.list_models(module=models)
+
+
+def _timm(name: str) -> ModuleType:
+    """timm, which has a model of this name."""
+    with _extra("timm"):
+        import_torchvision()
+        timm = importlib.import_module("timm")
+    if not timm.is_model(name):
+        raise ModelError(unknown_name("timm model", name, timm.list_models()))
+    return timm
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say how to install an optional package that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in (name, "torchvision"):
+            raise
+        raise ModelError(f"{error.name} is not installed; run: pip install 'intrafusion[{name}]'") from error
+
+
+def _noise(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _search_first(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, something it imports is not
+        raise ModelError(
+            f"there is no module {error.name!r}; install it, start in the folder that holds it, "
+            "or name a file as path.py:factory."
+        ) from error
+
+
+def _run_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_intrafusion_model_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not Python source")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _attribute(spec: ModelSpec, module: ModuleType, dotted: str) -> Any:
+    found: Any = module
+    for name in dotted.split("."):
+        if not hasattr(found, name):
+            public = [other for other in dir(found) if not other.startswith("_")]
+            raise ModelError(f"{spec}: {unknown_name('attribute', name, public)}")
+        found = getattr(found, name)
+    return found
+
+
+def _call(spec: ModelSpec, factory: Any) -> nn.Module:
+    """The network that a function, a class or a ready instance gives."""
+    if isinstance(factory, nn.Module):
+        if spec.args:
+            raise ModelError(f"{spec} is a network already and takes no --arg; got {', '.join(spec.args)}.")
+        return copy.deepcopy(factory)
+    if not callable(factory):
+        raise ModelError(f"{spec}: expected a function, a class or a network, got a {type(factory).__name__}.")
+    with _blaming(spec, "calling it"):
+        model = factory(**spec.args)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec}: expected it to return a torch.nn.Module, got a {type(model).__name__}.")
+    return model
+
+
+@contextmanager
+def _blaming(spec: ModelSpec, step: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into an error that says whose it is."""
+    try:
+        yield
+    except IntrafusionError:  # says all that is needed
+        raise
+    except Exception as error:
+        wants_arguments = isinstance(error, TypeError) and "argument" in str(error)
+        hint = "; pass its arguments as --arg key=value" if wants_arguments else ""
+        raise ModelError(f"{spec}: {step} raised {type(error).__name__}: {error}{hint}.") from error

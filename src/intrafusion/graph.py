@@ -1,0 +1,144 @@
+"""The channel graph: which indices of which tensors are one and the same channel.
+
+Data only. Tensors are named as in `state_dict()`; nothing here refers to a module, so a graph can be printed, compared
+and saved without the network it came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+
+class Role(StrEnum):
+    """What a tensor does with the channels of a group along one of its dimensions."""
+
+    PRODUCES = "produces"  # rows of a linear map: W <- M W
+    CONSUMES = "consumes"  # columns of a linear map: W <- W U
+    SHIFTS = "shifts"  # added to each channel: a bias
+    SCALES = "scales"  # multiplied onto each channel: a norm's weight, a depthwise kernel
+    MEAN = "mean"  # subtracted by a norm
+    VARIANCE = "variance"  # divided out by a norm
+    FOLLOWS = "follows"  # anything else per channel: the slope of a PReLU, a clamp
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of a tensor: indices start..stop along dim. One group of a grouped convolution sees only such a part."""
+
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dimension of one tensor that a group runs through.
+
+    positions[c, s] is the index along `dim` of slot s of channel c, shape (n, slots). There is more than one slot
+    where a channel covers several indices, as after conv -> flatten -> linear (one per pixel).
+    Positions along `dim` count from the start of the tensor; with `within`, they hold only inside that slice.
+    """
+
+    tensor: str
+    dim: int
+    positions: np.ndarray
+    roles: frozenset[Role]
+    within: Slice | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the tensor ('' for the network itself)."""
+        return self.tensor.rpartition(".")[0]
+
+    def key(self) -> tuple[str, int, Slice | None]:
+        return self.tensor, self.dim, self.within
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """`size` interchangeable channels and every tensor dimension that must change with them.
+
+    Attributes:
+        name: the module that produces the channels first, with `#k` where one module produces several groups.
+        size: number of channels n (of whole blocks where `kind` is "block").
+        members: in execution order.
+        reason: why the group cannot be reduced; None if it can.
+        notes: what the tracer saw happen to these channels, such as a softmax over them.
+        unmixable: why channels may be selected but not mixed (merging exact duplicates would change the output);
+            None where they may be mixed.
+        family: groups of one family are twins (the groups of one grouped convolution, the heads of one attention)
+            and must keep the same number of channels.
+        kind: "channel", or "block" where the unit is a whole head or convolution group.
+        depth: index counted from the output of the network, 0 = nearest, as in Theus et al. 2024.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+    unmixable: str | None = None
+    family: int = 0
+    kind: str = "channel"
+    depth: int = 0
+
+    def with_role(self, *roles: Role) -> tuple[Member, ...]:
+        """Members that have at least one of these roles."""
+        return tuple(m for m in self.members if m.roles.intersection(roles))
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Names of the modules whose outputs are these channels."""
+        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.PRODUCES)))
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Names of the modules whose inputs are these channels."""
+        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.CONSUMES)))
+
+
+@dataclass(frozen=True)
+class FoldableNorm:
+    """A batch norm that directly follows a linear map and nothing else reads in between: it can be folded into it.
+
+    All fields but `eps` are tensor names; `producer_dim` is the output dimension of the producer's weight.
+    """
+
+    producer_weight: str
+    producer_dim: int
+    producer_bias: str | None
+    weight: str | None
+    bias: str | None
+    mean: str
+    variance: str
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """Every channel group of a network, in execution order, the irreducible ones with their reason.
+
+    Attributes:
+        groups: reducible and irreducible groups.
+        norms: batch norms that can be folded into the layer before them.
+        shapes: shape of every parameter and floating buffer that was traced.
+        warnings: what a user should know about the trace, such as parameters that the example input never reached.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    norms: tuple[FoldableNorm, ...] = ()
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def reducible(self) -> tuple[ChannelGroup, ...]:
+        return tuple(g for g in self.groups if g.reason is None)
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)

@@ -1,0 +1,55 @@
+"""Magnitude: a channel matters as much as the weights it runs through are large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intrafusion.errors import ModelError, unknown_name
+from intrafusion.features import linear_rows
+from intrafusion.graph import ChannelGroup
+from intrafusion.importance.aggregate import NORMALIZERS, REDUCTIONS, aggregate
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    r"""s_c = sum over the entries w of channel c of |w|^p (max |w| for p = inf), per member, then over the members.
+
+    Members are producer rows, consumer columns and depthwise kernels, in the weights given: fold norms first.
+
+    Attributes:
+        p: order, > 0; inf takes the largest entry.
+        reduction: over the members: "mean", "sum", "max", "prod", "first" or "last".
+        normalizer: over the channels: "mean", "sum", "max", "standardize", "gaussian", "lamp" or None.
+        bias: whether biases are members too.
+
+    Reference: Li et al. 2017; aggregation as Torch-Pruning's MagnitudeImportance (Fang et al. 2023).
+    """
+
+    p: float = 1.0
+    reduction: str = "mean"
+    normalizer: str | None = "mean"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.p > 0:
+            raise ValueError(f"p: expected p > 0, got {self.p}.")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(unknown_name("reduction", self.reduction, REDUCTIONS))
+        if self.normalizer is not None and self.normalizer not in NORMALIZERS:
+            raise ValueError(unknown_name("normalizer", self.normalizer, NORMALIZERS))
+
+    def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
+        rows = linear_rows(group, weights, bias=self.bias)
+        if not rows:
+            raise ModelError(f"group {group.name!r}: no weight to measure the magnitude of; exclude the group.")
+        return aggregate(torch.stack([magnitude(r, self.p) for r in rows]), self.reduction, self.normalizer)
+
+
+def magnitude(rows: Tensor, p: float) -> Tensor:
+    """sum_j |x_ij|^p of each row, or max_j |x_ij| for p = inf."""
+    return rows.abs().amax(dim=1) if math.isinf(p) else rows.abs().pow(p).sum(dim=1)

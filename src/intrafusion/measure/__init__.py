@@ -1,0 +1,1 @@
+"""Measurements of networks, the compressed and the original alike."""

@@ -1,0 +1,117 @@
+"""Intra-Fusion: fuse all channels into the most important ones along an optimal transport plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intrafusion.errors import unknown_name
+from intrafusion.reduce.problem import ReductionMap, ReductionProblem
+from intrafusion.reduce.select import most_important, selection_map
+from intrafusion.transport import MARGINALS, direction_cost, marginal, optimal_coupling
+
+
+@dataclass(frozen=True)
+class IntraFusion:
+    """Fuse n channels into m along an optimal transport plan between all channels and m targets.
+
+    Attributes:
+        normalization: how the plan becomes maps, see `intrafusion_map`: "source", "target" or "function".
+        p: order of the distance between the directions of two channels.
+        source_marginal: mass of the n channels: "uniform", "importance", "softmax" or "radical".
+        target_marginal: mass of the m targets, by the same names.
+        target: what the channels are fused into: "most_important".
+
+    Reference: Theus et al. 2024, Algorithm 2.
+    """
+
+    normalization: str = "source"
+    p: float = 1.0
+    source_marginal: str = "uniform"
+    target_marginal: str = "uniform"
+    target: str = "most_important"
+
+    mixes = True  # of the class, not a hyper-parameter
+
+    def __post_init__(self) -> None:
+        _check_name("normalization", self.normalization, NORMALIZATIONS)
+        _check_name("source_marginal", self.source_marginal, MARGINALS)
+        _check_name("target_marginal", self.target_marginal, MARGINALS)
+        _check_name("target", self.target, TARGETS)
+
+    def __call__(self, problem: ReductionProblem) -> ReductionMap:
+        kept = most_important(problem.importance, problem.size)
+        if problem.size == len(problem.importance):
+            return selection_map(kept, problem.size)
+        points, scores = TARGETS[self.target](problem, kept)
+        a = marginal(self.source_marginal, problem.importance, kept)
+        b = marginal(self.target_marginal, scores, torch.arange(problem.size, device=kept.device))
+        return intrafusion_map(problem.features, points, a, b, normalization=self.normalization, p=self.p)
+
+
+def intrafusion_map(
+    features: Tensor, targets: Tensor, a: Tensor, b: Tensor, *, normalization: str = "source", p: float = 1.0
+) -> ReductionMap:
+    r"""Fuse n channels into m targets along the optimal transport plan between them.
+
+    T = argmin <T, C>  subject to  T 1 = a,  T^T 1 = b,  with C the l_p distance between unit rows, and
+
+        "source":    M = T^T diag(1/a),   U = M^T          (each old channel is shared out whole; the released code)
+        "target":    M = diag(1/b) T^T,   U = M^T          (each new channel is a mean; the paper's wording)
+        "function":  M = diag(1/b) T^T,   U = diag(1/a) T  (means in, sums out: exact on duplicated channels)
+
+    Args:
+        features: (n, d), one row per channel; rows are compared by direction, so their length does not matter.
+        targets: (m, d), one row per new channel.
+        a: (n,) masses of the channels, > 0, sum 1.
+        b: (m,) masses of the targets, > 0, sum 1.
+        normalization: "source", "target" or "function".
+        p: order of the distance.
+    Returns:
+        merge M (m, n) and unmerge U (n, m), float64.
+    Raises:
+        ValueError: shapes or masses that do not fit, unknown normalization, p < 1.
+        IntrafusionError: the transport solver stopped before the optimum.
+    Reference: Theus et al. 2024, Algorithm 2.
+    """
+    _check_name("normalization", normalization, NORMALIZATIONS)
+    coupling = optimal_coupling(direction_cost(features, targets, p=p), a, b)
+    return NORMALIZATIONS[normalization](coupling, a, b)
+
+
+def _source(coupling: Tensor, a: Tensor, b: Tensor) -> ReductionMap:
+    shares = coupling / a[:, None]
+    return ReductionMap(merge=shares.T.contiguous(), unmerge=shares)
+
+
+def _target(coupling: Tensor, a: Tensor, b: Tensor) -> ReductionMap:
+    means = coupling / b
+    return ReductionMap(merge=means.T.contiguous(), unmerge=means)
+
+
+def _function(coupling: Tensor, a: Tensor, b: Tensor) -> ReductionMap:
+    return ReductionMap(merge=(coupling / b).T.contiguous(), unmerge=coupling / a[:, None])
+
+
+def _kept_channels(problem: ReductionProblem, kept: Tensor) -> tuple[Tensor, Tensor]:
+    return problem.features[kept], problem.importance[kept]
+
+
+def _check_name(kind: str, name: str, valid: Mapping[str, object]) -> None:
+    if name not in valid:
+        raise ValueError(unknown_name(kind, name, valid))
+
+
+NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], ReductionMap]] = {
+    "source": _source,
+    "target": _target,
+    "function": _function,
+}
+
+# (problem, kept) -> the targets' rows (m, d) and their importance (m,)
+TARGETS: dict[str, Callable[[ReductionProblem, Tensor], tuple[Tensor, Tensor]]] = {
+    "most_important": _kept_channels,
+}

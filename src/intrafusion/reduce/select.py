@@ -1,0 +1,45 @@
+"""Plain pruning: keep the most important channels and drop the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intrafusion.errors import BudgetError
+from intrafusion.reduce.problem import ReductionMap, ReductionProblem
+
+
+@dataclass(frozen=True)
+class Select:
+    """Keep the m most important channels as they are."""
+
+    mixes = False  # of the class, not a hyper-parameter
+
+    def __call__(self, problem: ReductionProblem) -> ReductionMap:
+        return selection_map(most_important(problem.importance, problem.size), len(problem.importance))
+
+
+def most_important(importance: Tensor, m: int) -> Tensor:
+    """Indices of the m largest scores, ascending; of equal scores the lower index is kept.
+
+    >>> most_important(torch.tensor([0.1, 0.7, 0.7, 0.9]), 2).tolist()
+    [1, 3]
+
+    Raises:
+        BudgetError: m is not in 1..n.
+        ValueError: a score is NaN or infinite.
+    """
+    n = len(importance)
+    if not 1 <= m <= n:
+        raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
+    if not bool(torch.isfinite(importance).all()):
+        raise ValueError("importance: expected finite scores, got NaN or infinity.")
+    return torch.argsort(importance, descending=True, stable=True)[:m].sort().values
+
+
+def selection_map(kept: Tensor, n: int) -> ReductionMap:
+    """M = S, the kept rows (m,) of the n x n identity, and U = S^T."""
+    rows = torch.eye(n, dtype=torch.float64, device=kept.device)[kept]
+    return ReductionMap(merge=rows, unmerge=rows.T.contiguous())

@@ -1,0 +1,79 @@
+"""What the tracer knows about one tensor: an activation's labels, or where a weight's elements come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from intrafusion.trace.labels import compact, varying
+
+
+@dataclass(eq=False)
+class Origin:
+    """The linear map that computed an activation, and how often that activation was read."""
+
+    weight: str
+    dim: int
+    bias: str | None
+    reads: int = 0
+    norm: tuple[str | None, ...] | None = None
+    eps: float = 0.0
+
+
+class Plane(NamedTuple):
+    """For each element of a tensor, its index along dimension `dim` of parameter `tensor` (-1: from elsewhere)."""
+
+    tensor: str
+    dim: int
+    coordinates: Tensor
+
+    @property
+    def varies(self) -> set[int]:
+        return varying(self.coordinates)
+
+
+class Activation:
+    """A tensor computed from the input; labels name the channel of each element."""
+
+    __slots__ = ("labels", "origin")
+
+    def __init__(self, labels: Tensor, origin: Origin | None = None) -> None:
+        self.labels = labels
+        self.origin = origin
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Activation:
+        return Activation(compact(move(self.labels)))
+
+
+class Weight:
+    """A parameter or buffer, or a tensor made from such by moving and combining elements.
+
+    `transposed` tells `F.linear(query, weight)` from a product of two weights; `nonlinear` says how the tensor was
+    derived where that was not by linear operations alone.
+    """
+
+    __slots__ = ("nonlinear", "planes", "transposed")
+
+    def __init__(self, planes: list[Plane], *, transposed: bool = False, nonlinear: str | None = None) -> None:
+        self.planes = planes
+        self.transposed = transposed
+        self.nonlinear = nonlinear
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Weight:
+        moved = [Plane(p.tensor, p.dim, compact(move(p.coordinates))) for p in self.planes]
+        return Weight(moved, nonlinear=self.nonlinear)
+
+    def broadcast_to(self, shape: tuple[int, ...]) -> Weight:
+        return self.map(lambda c: c.broadcast_to(shape))
+
+    @property
+    def single(self) -> str | None:
+        """Name of the parameter if this is one whole parameter, untouched or only transposed."""
+        names = {p.tensor for p in self.planes}
+        return next(iter(names)) if len(names) == 1 and self.nonlinear is None else None
+
+
+Info = Activation | Weight

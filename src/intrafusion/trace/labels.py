@@ -1,0 +1,72 @@
+"""Label tensors: one integer per element of an activation or a weight, stored broadcast where it does not vary.
+
+A label tensor has the shape of the tensor it describes. Along dimensions where all labels agree its stride is 0, so it
+costs no memory there, and `varying` reads from the strides which dimensions carry channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UNIFORM = 0  # a constant, or anything that is the same for all channels
+FIXED = 1  # a channel that must stay as it is: unknown, or tied to the input
+FIRST = 2  # the first label that names a channel
+
+
+def varying(t: Tensor) -> set[int]:
+    """Dimensions along which a label tensor may differ."""
+    return {d for d, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)) if size > 1 and stride != 0}
+
+
+def compact(t: Tensor) -> Tensor:
+    """The same labels with stride 0 on every dimension along which they are constant."""
+    small = t
+    for d in varying(t):
+        array = small.numpy()
+        first = array.take([0], d)
+        if (array == first).all():
+            small = small.narrow(d, 0, 1)
+    return small if small is t else small.expand(t.shape)
+
+
+def narrowed(t: Tensor) -> np.ndarray:
+    """The labels as an array, of size 1 along every dimension that does not vary."""
+    keep = varying(t)
+    return t.numpy()[tuple(slice(None) if d in keep else slice(0, 1) for d in range(t.dim()))]
+
+
+def filled(value: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """A label tensor with one label everywhere."""
+    return torch.full((1,) * len(shape), value).expand(shape)
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """A tensor of an array that may be a read-only view."""
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def spread(array: np.ndarray, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Back from `narrowed`: a label tensor of the given shape."""
+    return compact(tensor_of(array).expand(shape))
+
+
+def along(array: np.ndarray, dim: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """One label per index of one dimension, the same everywhere else."""
+    view = [1] * len(shape)
+    view[dim] = -1
+    return compact(tensor_of(array).view(view)).expand(shape)
+
+
+def pairs(a: Tensor, b: Tensor, a_min: int = FIRST, b_min: int = FIRST) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct pairs (a, b) of two label tensors of one shape, with a >= a_min and b >= b_min."""
+    x, y = np.broadcast_arrays(narrowed(a), narrowed(b))
+    x, y = x.ravel(), y.ravel()
+    keep = (x >= a_min) & (y >= b_min)
+    x, y = x[keep], y[keep]
+    if len(varying(a) | varying(b)) > 1 and len(x) > 1:
+        code = np.unique(x.astype(np.int64) << 32 | y)
+        x, y = code >> 32, code & 0xFFFFFFFF
+    return x, y

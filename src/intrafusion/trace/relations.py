@@ -1,0 +1,151 @@
+"""What one forward pass revealed about channels: equal ones, the tensors that use them, and what sets them apart.
+
+Labels are integers. Two labels that must move together are united (union-find, vectorised). A *block* label stands for
+a set of channels that were seen together, such as a head, a norm group or a group of a grouped convolution.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from enum import StrEnum
+
+import numpy as np
+
+from intrafusion.graph import Role, Slice
+from intrafusion.trace.labels import FIRST, FIXED, UNIFORM
+
+Key = tuple[str, int, Slice | None]
+
+
+class UnionFind:
+    """Disjoint sets of integers with array-wise operations; the representative of a set is its smallest element."""
+
+    def __init__(self, size: int = 4096) -> None:
+        self.parent = np.arange(size)
+
+    def reserve(self, size: int) -> None:
+        if size > len(self.parent):
+            self.parent = np.concatenate([self.parent, np.arange(len(self.parent), max(size, 2 * len(self.parent)))])
+
+    def find(self, x: np.ndarray) -> np.ndarray:
+        parent = self.parent
+        root = parent[x]
+        while True:
+            above = parent[root]
+            if np.array_equal(above, root):
+                return root
+            parent[x] = above
+            root = above
+
+    def unite(self, x: np.ndarray, y: np.ndarray) -> None:
+        while True:
+            x, y = self.find(x), self.find(y)
+            different = x != y
+            if not different.any():
+                return
+            x, y = x[different], y[different]
+            np.minimum.at(self.parent, np.maximum(x, y), np.minimum(x, y))
+
+
+class Cause(StrEnum):
+    """Why several channels were seen together."""
+
+    CONVOLUTION = "one group of a grouped convolution"
+    REDUCTION = "reduced together"
+    SOFTMAX = "softmax over channels"
+    STATISTICS = "norm statistics over channels"
+    PRODUCT = "contracted between two activations"
+
+
+class Relations:
+    """Collects relations during the forward pass; `groups.py` turns them into a ChannelGraph."""
+
+    def __init__(self) -> None:
+        self.sets = UnionFind()
+        self.is_block = np.zeros(4096, bool)
+        self.count = FIRST
+        self.tables: dict[Key, np.ndarray] = {}
+        self.uses: dict[Key, list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
+        self.followers: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
+        self.block_members: list[tuple[np.ndarray, int]] = []
+        self.causes: dict[int, tuple[Cause, str]] = {}
+        self.colours: list[tuple[np.ndarray, np.ndarray]] = []
+        self.next_colour = 0
+        self.blocked: list[tuple[np.ndarray, str]] = []
+        self.pins: dict[tuple[str, int], str] = {}
+        self.notes: list[tuple[np.ndarray, str]] = []
+        self.reparametrised: dict[str, str] = {}
+        self.norm_calls: Counter[str] = Counter()
+
+    def fresh(self, count: int, *, block: bool = False) -> np.ndarray:
+        """New labels, one per channel."""
+        start, self.count = self.count, self.count + count
+        self.sets.reserve(self.count)
+        if self.count > len(self.is_block):
+            self.is_block = np.concatenate([self.is_block, np.zeros(max(self.count, len(self.is_block)), bool)])
+        self.is_block[start : self.count] = block
+        return np.arange(start, self.count)
+
+    def roots(self, labels: np.ndarray) -> np.ndarray:
+        return self.sets.find(labels)
+
+    def unite(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Labels x[i] and y[i] move together; a channel united with a block becomes a member of the block."""
+        if x is y or len(x) == 0 or np.array_equal(x, y):
+            return
+        mixed = self.is_block[x] != self.is_block[y]
+        if mixed.any():
+            for a, b in zip(x[mixed], y[mixed], strict=True):
+                channel, block = (b, a) if self.is_block[a] else (a, b)
+                self.block_members.append((np.array([channel]), int(block)))
+            x, y = x[~mixed], y[~mixed]
+        self.sets.unite(x, y)
+
+    def merge(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Unite element by element and return the label that each element keeps; arrays of one shape."""
+        if np.array_equal(x, y):
+            return x
+        both = (x > UNIFORM) & (y > UNIFORM)
+        self.unite(x[both], y[both])
+        weaker = (x == UNIFORM) | (self.is_block[x] & (y > UNIFORM) & ~self.is_block[y])
+        return np.where(weaker, y, x)
+
+    def block(self, labels: np.ndarray, cause: Cause, where: str) -> int:
+        """A new block label for a set of channels."""
+        label = int(self.fresh(1, block=True)[0])
+        self.block_members.append((labels, label))
+        self.causes[label] = cause, where
+        return label
+
+    def colour(self, labels: np.ndarray, values: np.ndarray) -> None:
+        """Only channels with the same value are interchangeable from now on."""
+        self.colours.append((labels, values + self.next_colour))
+        self.next_colour += int(values.max(initial=0)) + 1
+
+    def forbid(self, labels: np.ndarray, reason: str) -> None:
+        labels = np.unique(labels)
+        self.blocked.append((labels[labels > FIXED], reason))
+
+    def pin(self, tensor: str, dim: int, reason: str) -> None:
+        """No channel may run along this dimension of this tensor."""
+        self.pins.setdefault((tensor, dim), reason)
+
+    def note(self, labels: np.ndarray, text: str) -> None:
+        self.notes.append((np.unique(labels), text))
+
+    def use(self, key: Key, size: int, role: Role, positions: np.ndarray, labels: np.ndarray) -> None:
+        """Index positions[i] along a tensor's dimension belongs to labels[i]; one index is one channel."""
+        if len(positions) == 0:
+            return
+        table = self.tables.get(key)
+        if table is None:
+            table = self.tables[key] = np.zeros(size, np.int64)
+        empty = table[positions] == 0
+        table[positions[empty]] = labels[empty]
+        self.unite(table[positions], labels)
+        self.uses[key].append((role, positions, labels))
+
+    def follow(self, tensor: str, dim: int, role: Role, positions: np.ndarray, labels: np.ndarray) -> None:
+        """As `use`, for per-channel tensors of which one entry may serve several channels."""
+        if len(positions):
+            self.followers[tensor, dim].append((role, positions, labels))

@@ -1,0 +1,39 @@
+"""How far apart two channels are: the distance between the directions of their rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows scaled to unit l2 length; a zero row stays zero.
+
+    >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[0.6, 0.8], [0.0, 0.0]]
+    """
+    x = x.double()
+    largest = x.abs().amax(dim=1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1.0)  # first to about 1, so that squares neither overflow nor vanish
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / torch.where(length > 0, length, 1.0)
+
+
+def direction_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> Tensor:
+    r"""Distance between directions: C_ij = || x_i / |x_i|_2 - y_j / |y_j|_2 ||_p.
+
+    Args:
+        x: (n, d) source rows.
+        y: (m, d) target rows.
+        p: order of the distance, 1 <= p <= inf.
+    Returns:
+        (n, m) float64, finite for finite rows: the direction of a zero row is zero.
+    Raises:
+        ValueError: p < 1, or the rows differ in length.
+    Reference: Theus et al. 2024, section 3.2.
+    """
+    if not p >= 1:
+        raise ValueError(f"p: expected 1 <= p <= inf, got {p}.")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"rows to compare differ in length: {x.shape[1]} and {y.shape[1]}.")
+    return torch.cdist(unit_rows(x), unit_rows(y), p=p, compute_mode="donot_use_mm_for_euclid_dist")

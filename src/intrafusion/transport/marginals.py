@@ -1,0 +1,64 @@
+"""How much mass each channel brings to, or receives from, the transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from intrafusion.errors import unknown_name
+
+_LEAST = 1e-6  # of a uniform share: no channel is ever without mass, so plans can be divided by their marginals
+
+
+def marginal(name: str, importance: Tensor, kept: Tensor) -> Tensor:
+    """Positive masses of k channels that sum to 1.
+
+    Args:
+        name: "uniform" (1/k), "importance" (i / sum i), "softmax" (exp i / sum exp i) or
+            "radical" (kept channels weigh k / number kept, the others 1, divided by the sum).
+        importance: (k,) scores of the channels.
+        kept: indices among the k of the channels that stay; only "radical" looks at them.
+    Raises:
+        ValueError: unknown name, or "importance" with a negative score.
+    Reference: Theus et al. 2024, Table 4; "softmax" from the paper's text, "radical" from its released code.
+    """
+    if name not in MARGINALS:
+        raise ValueError(unknown_name("marginal", name, MARGINALS))
+    mass = MARGINALS[name](importance.double(), kept).clamp_min(_LEAST / len(importance))
+    return mass / mass.sum()
+
+
+def uniform(importance: Tensor, kept: Tensor) -> Tensor:
+    return torch.full_like(importance, 1 / len(importance))
+
+
+def proportional(importance: Tensor, kept: Tensor) -> Tensor:
+    if bool((importance < 0).any()):
+        raise ValueError(
+            f"marginal 'importance': expected scores >= 0, got {importance.min().item():.4g}; use 'softmax'."
+        )
+    largest = importance.max()
+    if largest == 0:
+        return uniform(importance, kept)
+    mass = importance / largest
+    return mass / mass.sum()
+
+
+def softmax(importance: Tensor, kept: Tensor) -> Tensor:
+    return torch.softmax(importance, dim=0)
+
+
+def radical(importance: Tensor, kept: Tensor) -> Tensor:
+    mass = torch.ones_like(importance)
+    mass[kept] = len(importance) / len(kept)
+    return mass / mass.sum()
+
+
+MARGINALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "uniform": uniform,
+    "importance": proportional,
+    "softmax": softmax,
+    "radical": radical,
+}

@@ -1,0 +1,258 @@
+"""Proof: permuting the channels of a group must not change the output, and the smaller network must show the same groups.
+
+Both checks go through the code that does the reduction (`apply.py`), in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from intrafusion.apply import Repair, named_tensors, reduced_weights, write_
+from intrafusion.errors import IntrafusionError, ModelError
+from intrafusion.graph import ChannelGraph, ChannelGroup, Slice
+from intrafusion.inputs import Inputs
+from intrafusion.reduce.problem import ReductionMap
+from intrafusion.trace import trace
+from intrafusion.trace.state import preserved
+
+TOLERANCE = 1e-8
+Maps = dict[str, ReductionMap]
+F = TypeVar("F")
+
+
+class DoublePrecision(TorchDispatchMode):
+    """Everything in float64, also where a network casts to less or makes constants in less."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
+            kwargs["dtype"] = torch.float64
+        if not func._schema.is_mutable:
+            args, kwargs = tree_map(as_double, args), tree_map(as_double, kwargs)
+        return func(*args, **kwargs)
+
+
+def as_double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def outputs_in_double(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), DoublePrecision():
+        return inputs.double().call(model)
+
+
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest absolute difference over all outputs, relative to each output's largest value; inf if not comparable."""
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel() and a.is_floating_point():
+            error = (a - b).abs().max() / b.abs().max().clamp(min=1e-300)
+            worst = max(worst, float(error.nan_to_num(nan=float("inf"))))
+    return worst
+
+
+def permutation(group: ChannelGroup, generator: np.random.Generator) -> ReductionMap:
+    """A random order in which no channel keeps its place."""
+    order = generator.permutation(group.size)
+    moved = np.empty(group.size, np.int64)
+    moved[order] = np.roll(order, 1)
+    matrix = torch.eye(group.size, dtype=torch.float64)[torch.from_numpy(moved)]
+    return ReductionMap(matrix, matrix.T.contiguous())
+
+
+@dataclass(eq=False)
+class PermutationCheck:
+    """Compares the permuted network with the original one on two inputs."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    inputs: Sequence[Inputs]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.double = copy_of(self.model).double()
+        self.weights = {n: t.detach() for n, t in named_tensors(self.double).items()}
+        self.expected = [outputs_in_double(self.double, i) for i in self.inputs]
+
+    def error(self, groups: Sequence[ChannelGroup]) -> float:
+        """Relative change of the output when all these groups are permuted at once."""
+        generator = np.random.default_rng(self.seed)
+        maps = {g.name: permutation(g, generator) for g in groups}
+        permuted = copy.deepcopy(self.double)
+        write_(permuted, reduced_weights(self.weights, self.graph, maps))
+        found = [outputs_in_double(permuted, i) for i in self.inputs]
+        return max(difference(f, e) for f, e in zip(found, self.expected, strict=True))
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also of networks that hold tensors with a history."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"the network ({type(model).__name__}) cannot be copied: {type(error).__name__}: {error}. "
+            f"Remove what holds a computation graph or an open handle (old-style weight_norm: "
+            f"torch.nn.utils.remove_weight_norm), or pass inplace=True on a network of your own."
+        ) from error
+
+
+def verified(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGraph:
+    """The graph, in which every group that fails the permutation check has that as its reason.
+
+    All groups are permuted at once; only a failure is searched for, by halving.
+    """
+    groups = [g for g in graph.reducible if g.kind == "channel"]
+    if not groups:
+        return graph
+    check = PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))
+    _, failed = largest_passing(families_of(groups), lambda gs: None if (e := check.error(gs)) <= TOLERANCE else e)
+    reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative)" for g, e in failed}
+    return with_reasons(graph, reasons)
+
+
+def with_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
+    groups = tuple(replace(g, reason=reasons.get(g.name, g.reason)) for g in graph.groups)
+    return replace(graph, groups=groups)
+
+
+def families_of(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups that only make sense together."""
+    families: dict[int, list[ChannelGroup]] = {}
+    for group in groups:
+        families.setdefault(group.family, []).append(group)
+    return list(families.values())
+
+
+def largest_passing(
+    families: list[list[ChannelGroup]], failure: Callable[[list[ChannelGroup]], F | None]
+) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, F]]]:
+    """A maximal set of families that pass together, and each of the others with its failure; found by halving."""
+    passed: list[ChannelGroup] = []
+    failed: list[tuple[ChannelGroup, F]] = []
+
+    def add(part: list[list[ChannelGroup]]) -> None:
+        groups = [g for family in part for g in family]
+        why = failure(passed + groups)
+        if why is None:
+            passed.extend(groups)
+        elif len(part) == 1:
+            failed.extend((g, why) for g in groups)
+        else:
+            add(part[: len(part) // 2])
+            add(part[len(part) // 2 :])
+
+    if families:
+        add(families)
+    return passed, failed
+
+
+# ---- after surgery --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Surgery:
+    """The smaller network, what had to follow, and the groups that had to be left alone with the reason."""
+
+    model: nn.Module
+    repairs: tuple[Repair, ...]
+    rolled_back: dict[str, str]
+
+
+def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs) -> Surgery:
+    """Reduce a copy of the network; groups after which it does not run, or shows other groups, are rolled back."""
+    weights = {n: t.detach() for n, t in named_tensors(model).items()}
+
+    def attempt(groups: Sequence[ChannelGroup]) -> tuple[nn.Module, tuple[Repair, ...]]:
+        chosen = {g.name: maps[g.name] for g in groups}
+        small = copy_of(model)
+        return small, write_(small, reduced_weights(weights, graph, chosen))
+
+    def failure(groups: Sequence[ChannelGroup]) -> str | None:
+        try:
+            small, _ = attempt(groups)
+            found = trace(small, inputs)
+        except IntrafusionError as error:
+            return f"the smaller network does not run ({short(error)})"
+        return disagreement(shrunk(graph, {g.name: len(maps[g.name].merge) for g in groups}), found)
+
+    groups = [g for g in graph.groups if g.name in maps]
+    passed, failed = largest_passing(families_of(groups), failure)
+    small, repairs = attempt(passed)
+    return Surgery(small, repairs, {g.name: why for g, why in failed})
+
+
+def short(error: Exception) -> str:
+    cause = error.__cause__
+    text = f"{type(cause).__name__}: {cause}" if cause else str(error)
+    return " ".join(text.split())[:200]
+
+
+def shrunk(graph: ChannelGraph, sizes: dict[str, int]) -> ChannelGraph:
+    """The graph that the smaller network must show: the same groups, n turned into m, positions moved up."""
+    renumber = Renumbering(graph, sizes)
+    groups = []
+    for group in graph.groups:
+        if group.kind == "channel":
+            m = sizes.get(group.name, group.size)
+            members = tuple(renumber(replace(x, positions=x.positions[:m])) for x in group.members)
+            groups.append(replace(group, size=m, members=members))
+    return replace(graph, groups=tuple(groups))
+
+
+class Renumbering:
+    """Old index -> new index along every dimension that loses places."""
+
+    def __init__(self, graph: ChannelGraph, sizes: dict[str, int]) -> None:
+        self.dropped: dict[tuple[str, int, Slice | None], np.ndarray] = {}
+        for group in graph.groups:
+            if group.name in sizes:
+                for member in group.members:
+                    gone = member.positions[sizes[group.name] :].ravel()
+                    before = self.dropped.get(member.key(), np.zeros(0, np.int64))
+                    self.dropped[member.key()] = np.sort(np.concatenate([before, gone]))
+
+    def shift(self, key: tuple[str, int, Slice | None], index: Any) -> Any:
+        gone = self.dropped.get(key)
+        return index if gone is None else index - np.searchsorted(gone, index)
+
+    def __call__(self, member: Any) -> Any:
+        positions = self.shift(member.key(), member.positions)
+        within = member.within
+        if within is not None:
+            along = (member.tensor, within.dim, None)
+            within = Slice(within.dim, int(self.shift(along, within.start)), int(self.shift(along, within.stop)))
+        return replace(member, positions=positions, within=within)
+
+
+def disagreement(expected: ChannelGraph, found: ChannelGraph) -> str | None:
+    """How two graphs of the same network differ; groups of one channel leave no trace and are not compared."""
+    wanted = {signature(g): g for g in expected.groups if g.size > 1 and g.kind == "channel"}
+    present = {signature(g) for g in found.groups if g.size > 1 and g.kind == "channel"}
+    missing = [g.name for s, g in wanted.items() if s not in present]
+    if not missing:
+        return None
+    return f"the smaller network no longer shows {missing[0]!r} as a group of {wanted_size(expected, missing[0])} channels"
+
+
+def wanted_size(graph: ChannelGraph, name: str) -> int:
+    return graph[name].size
+
+
+def signature(group: ChannelGroup) -> bytes:
+    """Which index of which tensor is which channel, in an order of its own."""
+    members = sorted(group.members, key=lambda m: (m.tensor, m.dim, str(m.within)))
+    order = np.argsort(members[0].positions.min(1), kind="stable")
+    parts = [f"{m.tensor}|{m.dim}|{m.within}|{sorted(m.roles)}".encode() + np.sort(m.positions[order], 1).tobytes() for m in members]
+    return b"\n".join(parts)

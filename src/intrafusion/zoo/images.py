@@ -1,0 +1,66 @@
+"""Labelled images in memory, and how raw pixels become the numbers a network expects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Normalised images (n, C, H, W) float32 and their class numbers (n,) int64.
+
+    Raises:
+        ValueError: the numbers of images and labels differ.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels):
+            raise ValueError(f"expected one label per image, got {len(self.images)} images, {len(self.labels)} labels.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, size: int) -> Iterator[Images]:
+        """Consecutive parts of at most `size` images."""
+        return map(Images, self.images.split(size), self.labels.split(size))
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Pixels to network input: (pixel / white - mean) / std, per colour channel.
+
+    Attributes:
+        white: the pixel value that counts as 1.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    white: float = 255.0
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """Normalise (n, H, W, C), or grey (n, H, W), pixels to a float32 tensor (n, C, H, W)."""
+        pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+        images = torch.tensor(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), dtype=torch.float32)
+        mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
+        return images.div_(self.white).sub_(mean).div_(std)
+
+
+def window(count: int, start: int, limit: int | None) -> slice:
+    """The slice of `limit` items (all that are left if None, or if fewer are left) from `start` on.
+
+    Raises:
+        ValueError: `start` is not one of the `count` items, or `limit` is below 1.
+    """
+    if not 0 <= start < count:
+        raise ValueError(f"expected a start in 0..{count - 1}, got {start}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"expected a limit of at least 1 image (None for all), got {limit}.")
+    return slice(start, count if limit is None else min(start + limit, count))

@@ -1,0 +1,32 @@
+"""What every test shares: one thread, fixed seeds, no hub, and the folder of real data where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client: a test never goes online
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny tensors run twice as fast on one thread, and the workers share the cores
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the legacy state is what third-party code draws from
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data and trained networks; skips where INTRAFUSION_DATA names none."""
+    folder = os.environ.get("INTRAFUSION_DATA")
+    if not folder:
+        pytest.skip("needs real data: INTRAFUSION_DATA is not set")
+    if not Path(folder).is_dir():
+        pytest.fail(f"INTRAFUSION_DATA is {folder!r}, which is not a folder")
+    return Path(folder)

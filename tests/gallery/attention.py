@@ -1,0 +1,370 @@
+"""Attention of every kind: PyTorch's own, by hand, grouped-query, rotary, over space, over channels; embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gallery.core import Inputs, Wired, case, image, parameter
+from torch import Tensor, nn
+
+Built = tuple[nn.Module, Inputs]
+
+DECODER_STREAM = "e t.layers.0.self_attn.out_proj t.layers.0.multihead_attn.out_proj t.layers.0.linear2"
+VIT_STREAM = "patch layers.0.self_attn.out_proj layers.0.linear2 layers.1.self_attn.out_proj layers.1.linear2"
+
+
+@case(
+    {
+        VIT_STREAM: 24,
+        "layers.0.self_attn": (8,) * 6,
+        "layers.1.self_attn": (8,) * 6,
+        "layers.0.linear1": 20,
+        "layers.1.linear1": 20,
+    },
+    blocks={"layers.0.self_attn": 3, "layers.1.self_attn": 3},
+    blocked={"head": "output"},
+)
+def vision_transformer() -> Built:
+    """Three heads of eight: per head, q pairs with k, and v with the columns of the output projection."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([net.cls.expand(len(x), -1, -1), x], 1) + net.pos
+        for layer in net.layers:
+            x = layer(x)
+        return net.head(net.norm(x)[:, 0])
+
+    layer = nn.TransformerEncoderLayer(24, 3, 20, 0.0, "gelu", batch_first=True, norm_first=True)
+    layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).layers
+    parts = {"patch": nn.Conv2d(3, 24, 4, 4), "cls": parameter(1, 1, 24), "pos": parameter(1, 10, 24)}
+    return Wired(wiring, **parts, layers=layers, norm=nn.LayerNorm(24), head=nn.Linear(24, 5)), image()
+
+
+@case(
+    {
+        DECODER_STREAM: 16,
+        "t.layers.0.self_attn": (8,) * 4,
+        "t.layers.0.multihead_attn": (8,) * 4,
+        "t.layers.0.linear1": 12,
+    },
+    blocks={"t.layers.0.self_attn": 2, "t.layers.0.multihead_attn": 2},
+    blocked={"head": "output"},
+)
+def transformer_decoder() -> Built:
+    """Cross-attention: queries from one sequence, keys and values from another. The stream is shared by both."""
+
+    def wiring(net: Any, x: Tensor, memory: Tensor) -> Tensor:
+        return net.head(net.t(net.e(x), net.e(memory)))
+
+    layer = nn.TransformerDecoderLayer(16, 2, 12, 0.0, batch_first=True)
+    net = Wired(wiring, e=nn.Linear(5, 16), t=nn.TransformerDecoder(layer, 1), head=nn.Linear(16, 3))
+    return net, (torch.randn(2, 4, 5), torch.randn(2, 6, 5))
+
+
+@case(
+    {"stem attn.out_proj": 8, "attn": (4,) * 4},
+    blocks={"attn": 2},
+    blocked={"head": "output"},
+)
+def multihead_attention_causal() -> Built:
+    """Sequence first, with a causal mask and weights asked for but not used."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        mask = nn.Transformer.generate_square_subsequent_mask(len(x), dtype=x.dtype)
+        y, _ = net.attn(x, x, x, attn_mask=mask, need_weights=True)
+        return net.head(F.gelu(x + y))
+
+    net = Wired(wiring, stem=nn.Linear(3, 8), attn=nn.MultiheadAttention(8, 2), head=nn.Linear(8, 2))
+    return net, torch.randn(5, 2, 3)
+
+
+@case({"q": 8, "a": 5, "b": 6, "attn": (4,) * 4, "attn.out_proj": 8}, blocked={"head": "output"})
+def multihead_attention_of_other_widths() -> Built:
+    """kdim and vdim: three projections in three parameters, an extra key and value, zero attention."""
+
+    def wiring(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y, _ = net.attn(net.q(q), net.a(k).tanh(), net.b(v).tanh())
+        return net.head(F.gelu(y))
+
+    attn = nn.MultiheadAttention(8, 2, kdim=5, vdim=6, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+    parts = {"q": nn.Linear(3, 8), "a": nn.Linear(3, 5), "b": nn.Linear(3, 6), "attn": attn, "head": nn.Linear(8, 2)}
+    return Wired(wiring, **parts), (torch.randn(2, 4, 3), torch.randn(2, 6, 3), torch.randn(2, 6, 3))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def projections(width: int, inner: int, keys: int, outputs: int = 2) -> dict[str, nn.Module]:
+    """stem, q, k, v, o, head: the layers of one attention block."""
+    layers = {"stem": nn.Linear(3, width), "q": nn.Linear(width, inner), "k": nn.Linear(width, keys)}
+    return layers | {"v": nn.Linear(width, keys), "o": nn.Linear(inner, width), "head": nn.Linear(width, outputs)}
+
+
+@case({"q k": (4, 4), "v": (4, 4), "stem o": 6}, blocks={"q k v": 2}, blocked={"head": "output"})
+def attention_by_hand() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = (split_heads(layer(x), 2) for layer in (net.q, net.k, net.v))
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(4)).softmax(-1)
+        return net.head(F.gelu(x + net.o(join_heads(weights @ v))))
+
+    return Wired(wiring, **projections(6, 8, 8)), torch.randn(2, 5, 3)
+
+
+@case({"q k": (4, 4), "v": (4, 4), "stem o": 6}, blocks={"q k v": 2}, blocked={"head": "output"})
+def attention_by_einsum() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = (layer(x).unflatten(-1, (2, 4)) for layer in (net.q, net.k, net.v))
+        weights = torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)
+        return net.head(F.gelu(x + net.o(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))))
+
+    return Wired(wiring, **projections(6, 8, 8)), torch.randn(2, 5, 3)
+
+
+@case({"q k": (4, 4), "v": (4, 4), "stem o": 6}, blocks={"q k v": 2}, blocked={"head": "output"})
+def grouped_query_attention() -> Built:
+    """Four query heads, two key-value heads: a key channel pairs with the same channel of two query heads."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = split_heads(net.q(x), 4), split_heads(net.k(x), 2), split_heads(net.v(x), 2)
+        k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for t in (k, v))
+        return net.head(F.gelu(x + net.o(join_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True)))))
+
+    return Wired(wiring, **projections(6, 16, 8)), torch.randn(2, 5, 3)
+
+
+@case({"q k": (4, 4), "v": (4, 4), "stem o": 6}, blocks={"q k v": 2}, blocked={"head": "output"})
+def grouped_query_attention_built_in() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = split_heads(net.q(x), 4), split_heads(net.k(x), 2), split_heads(net.v(x), 2)
+        return net.head(F.gelu(x + net.o(join_heads(F.scaled_dot_product_attention(q, k, v, enable_gqa=True)))))
+
+    return Wired(wiring, **projections(6, 16, 8)), torch.randn(2, 5, 3)
+
+
+@case({"q k": 8, "v": 8, "stem o": 6}, blocked={"head": "output"})
+def multi_query_attention() -> Built:
+    """Two query heads share one key-value head."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = split_heads(net.q(x), 2), split_heads(net.k(x), 1), split_heads(net.v(x), 1)
+        weights = (q @ k.mT).softmax(-1)
+        return net.head(F.gelu(x + net.o(join_heads(weights @ v))))
+
+    return Wired(wiring, **projections(6, 16, 8)), torch.randn(2, 5, 3)
+
+
+@case({"v": (4, 4), "stem o": 6}, blocks={"q k v": 2}, blocked={"head": "output", "q": "", "k": ""})
+def rotary_attention() -> Built:
+    """Channels j and j + 2 of q and k are rotated by an angle of their own: each pair stands alone."""
+
+    def rotate(x: Tensor) -> Tensor:
+        position = torch.arange(x.shape[-2], dtype=x.dtype)
+        angle = position[:, None] / torch.tensor([1.0, 10.0], dtype=x.dtype)
+        cos, sin = (torch.cat([f(angle), f(angle)], -1) for f in (torch.cos, torch.sin))
+        left, right = x.chunk(2, -1)
+        return x * cos + torch.cat([-right, left], -1) * sin
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = (split_heads(layer(x), 2) for layer in (net.q, net.k, net.v))
+        weights = (rotate(q) @ rotate(k).mT).softmax(-1)
+        return net.head(F.gelu(x + net.o(join_heads(weights @ v))))
+
+    return Wired(wiring, **projections(6, 8, 8)), torch.randn(2, 5, 3)
+
+
+@case({"q k": (4, 4), "v": (4, 4), "stem o": 6}, blocks={"q k v": 2}, blocked={"head": "output"})
+def attention_with_head_parameters() -> Built:
+    """A temperature per head, a relative position bias per head and pair, a norm over each query."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = (split_heads(layer(x), 2) for layer in (net.q, net.k, net.v))
+        weights = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT) * net.temperature + net.bias
+        return net.head(F.gelu(x + net.o(join_heads(weights.softmax(-1) @ v))))
+
+    parameters = {"temperature": parameter(2, 1, 1), "bias": parameter(2, 5, 5)}
+    return Wired(wiring, **projections(6, 8, 8), **parameters), torch.randn(2, 5, 3)
+
+
+@case({"qkv": (4,) * 4, "stem o": 6}, blocks={"qkv": 2}, blocked={"head": "output"})
+def attention_fused() -> Built:
+    """One projection for q, k and v: (3, heads, width) in one axis."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = net.qkv(net.norm(x)).reshape(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        weights = (q * 0.5 @ k.mT).softmax(-1)
+        return net.head(F.gelu(x + net.o(join_heads(weights @ v))))
+
+    layers = {"stem": nn.Linear(3, 6), "qkv": nn.Linear(6, 24), "o": nn.Linear(8, 6), "head": nn.Linear(6, 2)}
+    return Wired(wiring, **layers, norm=nn.LayerNorm(6)), torch.randn(2, 5, 3)
+
+
+@case({"theta phi": 4, "g": 4, "stem out": 6}, blocked={"head": "output"})
+def non_local_block() -> Built:
+    """Attention between all pixels: theta and phi are contracted with each other."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        theta, phi, g = (layer(x).flatten(2) for layer in (net.theta, net.phi, net.g))
+        y = g @ (theta.mT @ phi).softmax(-1).mT
+        return net.head(F.relu(x + net.out(y.unflatten(-1, x.shape[2:]))))
+
+    convs = {name: nn.Conv2d(6, 4, 1) for name in ("theta", "phi", "g")}
+    return Wired(wiring, stem=nn.Conv2d(3, 6, 3), **convs, out=nn.Conv2d(4, 6, 1), head=nn.Conv2d(6, 2, 1)), image(
+        size=6
+    )
+
+
+@case(blocked={"head": "output"})
+def channel_attention() -> Built:
+    """XCiT: the attention map is between channels, not tokens."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = (layer(x).mT for layer in (net.q, net.k, net.v))
+        return net.head(F.gelu(x + net.o(((q @ k.mT).softmax(-1) @ v).mT)))
+
+    return Wired(wiring, **projections(6, 8, 8)), torch.randn(2, 5, 3)
+
+
+@case(blocked={"head": "output"})
+def linear_attention() -> Built:
+    """Keys meet values before they meet queries: (k^T v) has channels on both axes."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = net.q(x).softmax(-1), net.k(x).softmax(-2), net.v(x)
+        return net.head(F.gelu(x + net.o(q @ (k.mT @ v))))
+
+    return Wired(wiring, **projections(6, 8, 8)), torch.randn(2, 5, 3)
+
+
+@case(blocked={"head": "output"})
+def gram_matrix() -> Built:
+    """Second-order pooling: products of all pairs of channels."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = F.relu(net.a(x)).flatten(2)
+        return net.head((a @ a.mT).flatten(1))
+
+    return Wired(wiring, a=nn.Conv2d(3, 4, 3), head=nn.Linear(16, 2)), image(size=6)
+
+
+@case({"stem": 6}, partial=True, blocked={"head": "output"})
+def learned_queries() -> Built:
+    """Pooling by attention: the queries are a parameter, the keys are the tokens themselves."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        weights = (net.queries @ x.mT).softmax(-1)
+        return net.head(F.gelu(weights @ x).flatten(1))
+
+    net = Wired(wiring, stem=nn.Linear(3, 6), queries=parameter(2, 6), head=nn.Linear(12, 2))
+    return net, torch.randn(2, 5, 3)
+
+
+@case({"patch": 6}, blocked={"head": "output"})
+def position_table_interpolated() -> Built:
+    """DINOv2: the table of positions is resized to the image at hand."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.patch(x)
+        pos = F.interpolate(net.pos, size=x.shape[2:], mode="bicubic", align_corners=False)
+        return net.head(F.gelu(x + pos))
+
+    return Wired(wiring, patch=nn.Conv2d(3, 6, 2, 2), pos=parameter(1, 6, 4, 4), head=nn.Conv2d(6, 2, 1)), image()
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def position_buffer() -> Built:
+    """A sine table kept as a buffer and sliced to the length at hand."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.gelu(net.a(x) + net.table[: x.shape[1]]))
+
+    return Wired(wiring, a=nn.Linear(3, 6), table=torch.randn(9, 6), head=nn.Linear(6, 2)), torch.randn(2, 5, 3)
+
+
+@case({"a pos": 6}, blocked={"head": "output"})
+def position_embedding() -> Built:
+    """Learned positions, looked up by arange."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.gelu(net.a(x) + net.pos(torch.arange(x.shape[1]))))
+
+    return Wired(wiring, a=nn.Linear(3, 6), pos=nn.Embedding(9, 6), head=nn.Linear(6, 2)), torch.randn(2, 5, 3)
+
+
+@case({"emb": 6, "up": 8}, blocked={"head": "output"})
+def embedding_untied() -> Built:
+    def wiring(net: Any, ids: Tensor) -> Tensor:
+        return net.head(F.gelu(net.up(net.emb(ids))))
+
+    return Wired(wiring, emb=nn.Embedding(11, 6), up=nn.Linear(6, 8), head=nn.Linear(8, 11)), torch.randint(
+        0, 11, (2, 5)
+    )
+
+
+@case({"emb down": 6, "up": 8}, unmixable=("emb down",))
+def embedding_tied() -> Built:
+    """The embedding is the output layer too: one axis produces and consumes the same channels."""
+
+    def wiring(net: Any, ids: Tensor) -> Tensor:
+        x = net.emb(ids)
+        return F.linear(F.layer_norm(x + net.down(F.gelu(net.up(x))), (x.shape[-1],)), net.emb.weight)
+
+    return Wired(wiring, emb=nn.Embedding(11, 6), up=nn.Linear(6, 8), down=nn.Linear(8, 6)), torch.randint(
+        0, 11, (2, 5)
+    )
+
+
+@case({"emb": 6}, partial=True, blocked={"head": "output"})
+def embedding_of_a_lookup_table() -> Built:
+    """Two lookups in one table, by embedding and by index, added."""
+
+    def wiring(net: Any, ids: Tensor) -> Tensor:
+        return net.head(F.gelu(net.emb(ids) + net.emb.weight[ids.flip(1)]))
+
+    return Wired(wiring, emb=nn.Embedding(11, 6), head=nn.Linear(6, 2)), torch.randint(0, 11, (2, 5))
+
+
+@case(blocked={"head": "output"})
+def embedding_bag() -> Built:
+    def wiring(net: Any, ids: Tensor) -> Tensor:
+        return net.head(F.gelu(net.emb(ids)))
+
+    return Wired(wiring, emb=nn.EmbeddingBag(11, 6), head=nn.Linear(6, 2)), torch.randint(0, 11, (2, 5))
+
+
+@case({"channel1": 8}, partial=True, blocked={"head": "output"})
+def mlp_mixer() -> Built:
+    """Linear layers over tokens and over channels in turn."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        x = x + net.token2(F.gelu(net.token1(net.norm1(x).mT))).mT
+        x = x + net.channel2(F.gelu(net.channel1(net.norm2(x))))
+        return net.head(F.gelu(x.mean(1)))
+
+    tokens = {"token1": nn.Linear(5, 7), "token2": nn.Linear(7, 5)}
+    channels = {"channel1": nn.Linear(6, 8), "channel2": nn.Linear(8, 6)}
+    norms = {"norm1": nn.LayerNorm(6), "norm2": nn.LayerNorm(6)}
+    return Wired(wiring, stem=nn.Linear(3, 6), **tokens, **channels, **norms, head=nn.Linear(6, 2)), torch.randn(
+        2, 5, 3
+    )

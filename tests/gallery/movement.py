@@ -1,0 +1,395 @@
+"""Channels that are moved: split, shuffled, flipped, sliced, written in place; and slots that change their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gallery.core import Inputs, Wired, case, chain, conv_bn, image
+from torch import Tensor, nn
+
+Built = tuple[nn.Module, Inputs]
+
+
+@case({"a": (6, 6), "b": 6}, blocked={"head": "output"})
+def shufflenet() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.a(x)
+        n, c, h, w = x.shape
+        u, v = x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, h, w).chunk(2, 1)
+        return net.head(F.relu(torch.cat([net.b(v), u], 1)))
+
+    return Wired(wiring, a=conv_bn(3, 12), b=conv_bn(6, 6), head=nn.Conv2d(12, 5, 1)), image()
+
+
+@case({"a": (4, 4), "g1": (3, 3, 3, 3), "g2": (8, 8)}, blocked={"head": "output"})
+def shuffle_between_grouped_convs() -> Built:
+    """Behind the shuffle each group of `g2` reads three channels of each group of `g1`: four classes of three."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = F.relu(net.g1(F.relu(net.a(x))))
+        return net.head(F.relu(net.g2(F.channel_shuffle(x, 2))))
+
+    convs = {"a": conv_bn(3, 8), "g1": conv_bn(8, 12, 1, groups=2), "g2": conv_bn(12, 16, 3, groups=2)}
+    return Wired(wiring, **convs, head=nn.Conv2d(16, 5, 1)), image()
+
+
+@case({"a": (4, 4), "b": 3, "c": 5}, blocked={"head": "output"})
+def chunk_read_in_the_wrong_order() -> Built:
+    """The layer that runs first reads the second half."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        u, v = F.relu(net.a(x)).chunk(2, 1)
+        return net.head(F.relu(torch.cat([net.b(v), net.c(u)], 1)))
+
+    return Wired(wiring, a=nn.Linear(3, 8), b=nn.Linear(4, 3), c=nn.Linear(4, 5), head=nn.Linear(8, 2)), torch.randn(
+        4, 3
+    )
+
+
+@case({"a": (2, 5, 3), "b": 4}, blocked={"head": "output"})
+def unequal_split() -> Built:
+    """Three unequal parts: one read by `b`, one kept, one kept after a nonlinearity, joined in another order."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        u, v, w = net.a(x).split([2, 5, 3], dim=1)
+        return net.head(F.relu(torch.cat([w, net.b(F.relu(v)), u * 2], 1)))
+
+    return Wired(wiring, a=nn.Conv2d(3, 10, 3), b=nn.Conv2d(5, 4, 1), head=nn.Conv2d(9, 2, 1)), image(size=8)
+
+
+@case({"a": 6, "b": 5}, blocked={"head": "output"})
+def split_of_tokens() -> Built:
+    """The first token and the rest go different ways; the channels of both are the same."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        first, rest = F.relu(net.a(x)).split([1, 3], dim=1)
+        return net.head(torch.cat([torch.tanh(net.b(first)), F.relu(net.b(rest))], 1))
+
+    return Wired(wiring, a=nn.Linear(3, 6), b=nn.Linear(6, 5), head=nn.Linear(5, 2)), torch.randn(2, 4, 3)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def cat_of_shifted_images() -> Built:
+    """Space-to-depth by slices (the YOLO focus layer): one channel covers four positions."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = F.relu(net.a(x))
+        corners = [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]]
+        return net.head(torch.cat(corners, 1))
+
+    return Wired(wiring, a=nn.Conv2d(3, 6, 3), head=nn.Conv2d(24, 2, 1)), image()
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def flipped_channels() -> Built:
+    """What was channel i is read at position n - 1 - i."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.relu(net.a(x)).flip(1))
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def rolled_channels() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(torch.roll(F.relu(net.a(x)), 2, dims=1))
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def permuted_by_a_buffer() -> Built:
+    """A fixed permutation of the channels, kept as an integer buffer."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.relu(net.a(x))[:, net.order])
+
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    return Wired(wiring, a=nn.Linear(3, 6), order=order, head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case({"a": 2}, partial=True, blocked={"head": "output"})
+def picked_by_a_buffer() -> Built:
+    """Three of six channels are read, one of them twice; the other three are never read.
+
+    Truth for the channels read: two are read once, one is read twice.
+    """
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.relu(net.a(x)).index_select(1, net.order))
+
+    order = torch.tensor([3, 0, 5, 3])
+    return Wired(wiring, a=nn.Linear(3, 6), order=order, head=nn.Linear(4, 2)), torch.randn(4, 3)
+
+
+@case({"a": 3}, blocked={"head": "output"})
+def folded_in_two() -> Built:
+    """x + x.flip: channels i and n - 1 - i become one."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        return net.head(F.relu(a + a.flip(1)))
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case(blocked={"a": "", "head": "output"})
+def added_to_its_neighbour() -> Built:
+    """x + roll(x, 1) ties every channel to the next: nothing is left to permute."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        return net.head(F.relu(a + a.roll(1, 1)))
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def mirrored_slots() -> Built:
+    """relu(x_i) is read at 2i, relu(-x_i) at 2(n-1-i) + 1: sorting the two positions would swap their meaning."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        return net.head(torch.stack([a.relu(), (-a).relu().flip(1)], 2).flatten(1))
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(12, 2)), torch.randn(4, 3)
+
+
+@case({"fused": 6}, blocked={"head": "output"})
+def mirrored_gate() -> Built:
+    """Value 2i is gated by 2(n-1-i) + 1: the first slot of some channels is a gate, of others a value."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        y = net.fused(x)
+        return net.head(y[..., ::2] * y[..., 1::2].flip(-1).sigmoid())
+
+    return Wired(wiring, fused=nn.Linear(4, 12), head=nn.Linear(6, 2)), torch.randn(3, 4)
+
+
+@case({"a": (4, 4)}, blocked={"head": "output"})
+def halves_with_different_activations() -> Built:
+    """One half passes through ReLU, the other through tanh: only channels of one half are interchangeable."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        u, v = net.a(x).chunk(2, 1)
+        return net.head(torch.cat([u.relu(), v.tanh()], 1))
+
+    return Wired(wiring, a=nn.Linear(3, 8), head=nn.Linear(8, 2)), torch.randn(4, 3)
+
+
+@case({}, blocked={"head": "output"})
+def scaled_by_their_index() -> Built:
+    """Python numbers differ from channel to channel: no two are interchangeable as they stand."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x).tanh()
+        return net.head(torch.stack([channel * (1.0 + i) for i, channel in enumerate(a.unbind(1))], 1))
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case({"a": (2, 2, 4), "b": 5}, blocked={"head": "output"})
+def temporal_shift() -> Built:
+    """TSM: a quarter of the channels comes from one step later, a quarter from one step earlier, the rest stays."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = F.relu(net.a(x))
+        late = F.pad(x[:, 1:, :2], (0, 0, 0, 1))
+        early = F.pad(x[:, :-1, 2:4], (0, 0, 1, 0))
+        return net.head(F.relu(net.b(torch.cat([late, early, x[:, :, 4:]], 2))))
+
+    return Wired(wiring, a=nn.Linear(3, 8), b=nn.Linear(8, 5), head=nn.Linear(5, 2)), torch.randn(2, 5, 3)
+
+
+@case({"a": (2, 2, 2, 2)}, blocked={"head": "output"})
+def spatial_shift() -> Built:
+    """S2-MLP, ShiftNet: every quarter of the channels is rolled in another direction."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        up, down, left, right = F.relu(net.a(x)).chunk(4, 1)
+        shifted = [up.roll(1, 2), down.roll(-1, 2), left.roll(1, 3), right.roll(-1, 3)]
+        return net.head(torch.cat(shifted, 1))
+
+    return Wired(wiring, a=nn.Conv2d(3, 8, 3), head=nn.Conv2d(8, 2, 3)), image(size=8)
+
+
+@case({"a": (2, 6), "conv": 2}, blocked={"head": "output"})
+def partial_convolution() -> Built:
+    """FasterNet: only the first quarter of the channels is convolved, the rest passes."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        first, rest = F.relu(net.a(x)).split([2, 6], 1)
+        return net.head(torch.cat([net.conv(first).relu(), rest], 1))
+
+    convs = {"a": nn.Conv2d(3, 8, 3), "conv": nn.Conv2d(2, 2, 3, padding=1)}
+    return Wired(wiring, **convs, head=nn.Conv2d(8, 2, 1)), image(size=8)
+
+
+@case(blocked={"head": "output"})
+def in_place_slice_write() -> Built:
+    """Even and odd channels are copied to where they were, by two writes into views of a zero tensor."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = F.relu(net.a(x))
+        y = torch.zeros_like(a)
+        y[:, ::2] = a[:, ::2]
+        y[:, 1::2] = a[:, 1::2]
+        return net.head(y)
+
+    return Wired(wiring, a=nn.Linear(6, 8), head=nn.Linear(8, 3)), torch.randn(3, 6)
+
+
+@case({"a": 6}, partial=True, blocked={"head": "output"})
+def in_place_write_over_space() -> Built:
+    """The border of an image is set to zero through a view; every channel is treated alike."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x).sigmoid()
+        a[:, :, 0] = 0
+        a[:, :, :, -1].zero_()
+        return net.head(a)
+
+    return Wired(wiring, a=nn.Conv2d(3, 6, 3), head=nn.Conv2d(6, 2, 3)), image(size=8)
+
+
+@case(blocked={"head": "output"})
+def in_place_add_to_half() -> Built:
+    """Half of the channels is shifted through a view: the halves are no longer alike."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        half = a[:, :3]
+        half.add_(1.0)
+        return net.head(a.relu())
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case(blocked={"head": "output"})
+def in_place_nonlinearity_on_half() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        F.relu(a[:, :3], inplace=True)
+        a[:, 3:] *= 2
+        return net.head(a.sin())
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case(blocked={"head": "output"})
+def in_place_write_through_an_alias() -> Built:
+    """A hidden tensor is changed through a view of it that was taken before."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        flat = a.view(-1, 2, 3)
+        flat[:, 1].mul_(net.b(x).sigmoid())
+        return net.head(a.relu())
+
+    return Wired(wiring, a=nn.Linear(3, 6), b=nn.Linear(3, 3), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case(blocked={"head": "output"})
+def out_argument() -> Built:
+    """Results written into a given tensor by `out=`."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        y = torch.empty_like(a)
+        torch.add(a, 1.0, out=y)
+        half = torch.empty(len(x), 3, dtype=x.dtype)
+        torch.mul(y[:, :3], 2.0, out=half)
+        return net.head(torch.cat([half, y[:, 3:]], 1).relu())
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case({"a": 6}, partial=True, blocked={"head": "output"})
+def part_never_read() -> Built:
+    """Two of eight channels are cut off before anything reads them."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.relu(net.a(x))[:, :6])
+
+    return Wired(wiring, a=nn.Linear(3, 8), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case({"a": 4}, blocked={"head": "output"})
+def repeated_channels() -> Built:
+    """Channels repeated one by one, then as a whole: four positions each."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.relu(net.a(x)).repeat_interleave(2, 1).repeat(1, 2, 1, 1))
+
+    return Wired(wiring, a=nn.Conv2d(3, 4, 3), head=nn.Conv2d(16, 2, 1)), image(size=8)
+
+
+@case(blocks={"a": 8}, blocked={"head": "output"})
+def maxout() -> Built:
+    """Pairs of channels, of which the larger counts: the pair moves as a whole."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.a(x).view(-1, 8, 2).max(-1).values)
+
+    return Wired(wiring, a=nn.Linear(4, 16), head=nn.Linear(8, 2)), torch.randn(3, 4)
+
+
+@case(blocks={"a": 3}, blocked={"head": "output"})
+def summed_in_threes() -> Built:
+    """view and sum over a part of the channel axis, behind a nonlinearity."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.a(x).sigmoid().view(-1, 2, 3).sum(1))
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(3, 2)), torch.randn(3, 4)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def round_trip_of_layouts() -> Built:
+    """NCHW -> tokens -> NHWC -> NCHW, through views, permutes, unflatten and movedim."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = F.relu(net.a(x))
+        n, c, h, w = a.shape
+        tokens = a.flatten(2).mT.reshape(n * h * w, c)
+        return net.head(tokens.unflatten(0, (n, h, w)).movedim(-1, 1).contiguous())
+
+    return Wired(wiring, a=nn.Conv2d(3, 6, 3), head=nn.Conv2d(6, 2, 3)), image(size=8)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def windows() -> Built:
+    """Swin windows: space is cut into tiles, rolled, and put together again."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = torch.roll(F.relu(net.a(x)).permute(0, 2, 3, 1), (-1, -1), (1, 2))
+        n, h, w, c = a.shape
+        tiles = a.view(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        tiles = tiles + tiles.mean(1, keepdim=True)
+        a = tiles.view(n, h // 2, w // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
+        return net.head(torch.roll(a, (1, 1), (1, 2)))
+
+    return Wired(wiring, a=nn.Conv2d(3, 6, 3), head=nn.Linear(6, 2)), image(size=10)
+
+
+@case({"a": 4, "b": 4}, blocked={"head": "output"})
+def strided_view() -> Built:
+    """`as_strided`, `unfold` of a tensor, `diagonal` and `select` are all views."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = F.relu(net.a(x))
+        windows = a.unfold(2, 3, 2).sum(-1)
+        b = torch.as_strided(net.b(windows), (len(x), 4, 2), (16, 4, 2)).tanh()
+        return net.head(b.select(2, 1) + b.select(2, 0))
+
+    return Wired(wiring, a=nn.Conv1d(3, 4, 2), b=nn.Conv1d(4, 4, 1), head=nn.Linear(4, 2)), torch.randn(2, 3, 10)
+
+
+@case({"conv": 4, "head.a": 5}, blocked={"head.b": "output"})
+def nested_chain() -> Built:
+    head = chain(a=nn.Linear(4, 5), relu=nn.ReLU(), b=nn.Linear(5, 2))
+    net = chain(conv=nn.Conv2d(3, 4, 3), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), tanh=nn.Tanh(), head=head)
+    return net, image(size=8)

@@ -1,0 +1,107 @@
+"""Dependencies point one way, and importing the library pulls in nothing that only some of its users need."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "intrafusion"
+
+# Lowest first. A part may import from its own layer and from those above it in this table, without a cycle.
+LAYERS = (
+    {"errors", "graph", "inputs", "transport"},
+    {"features", "importance", "budget", "reduce"},
+    {"plan", "recipe", "norms", "apply", "trace", "measure"},
+    {"restore", "fusion"},
+    {"pipeline"},
+    {"io", "report", "bench", "zoo"},
+    {"", "cli"},  # "" is the package itself: its public names
+)
+
+# Third-party packages and the only places that may import them.
+CONFINED = {"ot": "transport/solve.py", "typer": "cli/", "rich": "cli/"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything a file imports, also inside its functions."""
+    package = ("intrafusion", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += [node.module] if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def part(dotted: str) -> str:
+    """The part of the package that a name lies in: a top-level module or folder, or "" for a public name."""
+    name = [*dotted.split("."), ""][1]
+    return name if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file() else ""
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def own_part(path: Path) -> str:
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if name.startswith("__") else name
+
+
+def edges() -> Iterator[tuple[Path, str, str]]:
+    """(file, part it lies in, part it imports) of every import between two parts."""
+    for path in files():
+        for dotted in imports(path):
+            if dotted.partition(".")[0] == "intrafusion" and part(dotted) != own_part(path):
+                yield path, own_part(path), part(dotted)
+
+
+def rank(name: str) -> int:
+    return next((index for index, layer in enumerate(LAYERS) if name in layer), -1)
+
+
+def test_every_part_has_a_layer() -> None:
+    parts = {own_part(path) for path in files()}
+    assert len(parts) > 5, "the package was not found"
+    assert {name for name in parts if rank(name) < 0} == set(), "give these a layer in the table of this test"
+
+
+def test_imports_point_to_the_same_or_a_lower_layer() -> None:
+    upward = [
+        f"{path.relative_to(PACKAGE)} imports {to or 'the package'}"
+        for path, own, to in edges()
+        if rank(to) > rank(own)
+    ]
+    assert upward == []
+
+
+def test_parts_form_no_cycle() -> None:
+    graph: dict[str, set[str]] = {}
+    for _, own, to in edges():
+        graph.setdefault(own, set()).add(to)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize("package", CONFINED)
+def test_a_package_is_imported_only_where_it_belongs(package: str) -> None:
+    users = [
+        str(path.relative_to(PACKAGE)) for path in files() if package in {d.partition(".")[0] for d in imports(path)}
+    ]
+    assert [user for user in users if not user.startswith(CONFINED[package])] == []
+
+
+def test_importing_the_library_imports_no_command_line_plotting_or_cluster_library() -> None:
+    code = "import sys, intrafusion; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "intrafusion" in loaded
+    assert {"typer", "rich", "matplotlib", "sklearn", "PIL", "ot"}.intersection(loaded) == set()

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+from intrafusion.transport import direction_cost, unit_rows
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    return torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, math.inf])
+def test_cost_equals_scipy_on_unit_rows(rows, p):
+    unit = (rows / rows.norm(dim=1, keepdim=True)).numpy()
+    metric = {"metric": "chebyshev"} if math.isinf(p) else {"metric": "minkowski", "p": p}
+    expected = torch.from_numpy(cdist(unit, unit[:3], **metric))
+    torch.testing.assert_close(direction_cost(rows, rows[:3], p=p), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_length_does_not_matter(rows):
+    lengths = torch.logspace(-3, 3, 7, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(direction_cost(rows * lengths, rows), direction_cost(rows, rows))
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_equal_directions_cost_nothing(rows, p):
+    assert direction_cost(rows, 4 * rows, p=p).diagonal().tolist() == [0.0] * 7
+
+
+@pytest.mark.parametrize("length", [1e-300, 1e300])
+def test_extreme_lengths_neither_overflow_nor_vanish(rows, length):
+    torch.testing.assert_close(unit_rows(rows * length), unit_rows(rows))
+
+
+def test_a_zero_row_has_no_direction_and_no_nan():
+    rows = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    assert direction_cost(rows, rows).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_low_precision_rows_are_compared_in_float64():
+    assert direction_cost(torch.ones(1, 2).half(), torch.ones(1, 2).bfloat16()).dtype == torch.float64
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="expected 1 <= p <= inf, got 0.5"):
+        direction_cost(torch.ones(1, 2), torch.ones(1, 2), p=0.5)
+    with pytest.raises(ValueError, match="got nan"):
+        direction_cost(torch.ones(1, 2), torch.ones(1, 2), p=math.nan)
+    with pytest.raises(ValueError, match="differ in length: 2 and 3"):
+        direction_cost(torch.ones(1, 2), torch.ones(1, 3))
