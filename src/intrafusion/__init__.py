@@ -1,1 +1,40 @@
 """intrafusion: make a trained neural network smaller without retraining it, and prove each step."""
+
+from intrafusion.errors import BudgetError, FolderError, IntrafusionError, ModelError, PlanError
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.io.folder import load
+from intrafusion.pipeline import Compressed, apply, carry_out, compress, decide, inspect
+from intrafusion.plan import Decision, Plan
+from intrafusion.recipe import Recipe
+from intrafusion.reduce import IntraFusion, Select
+from intrafusion.selection import inputs_of, outputs_of
+from intrafusion.trace import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "ChannelGraph",
+    "ChannelGroup",
+    "Compressed",
+    "Decision",
+    "FolderError",
+    "IntraFusion",
+    "IntrafusionError",
+    "Member",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "Role",
+    "Select",
+    "apply",
+    "carry_out",
+    "compress",
+    "decide",
+    "inputs_of",
+    "inspect",
+    "load",
+    "outputs_of",
+    "trace",
+]

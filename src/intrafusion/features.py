@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,47 +24,43 @@ def channel_rows(weights: Mapping[str, Tensor], member: Member) -> Tensor:
     return tensor.detach().movedim(member.dim, 0)[positions].flatten(1).double()
 
 
-def linear_rows(group: ChannelGroup, weights: Mapping[str, Tensor], *, bias: bool) -> list[Tensor]:
+def linear_rows(group: ChannelGroup, weights: Mapping[str, Tensor]) -> list[Tensor]:
     """The rows of every member that weighs channels, in execution order: one (n, d) matrix per member.
 
-    These are producers, consumers and depthwise kernels, and the biases if asked. Scales and statistics of norms are
-    left out: where a norm can be folded they say nothing, elsewhere they are no part of a linear map.
+    These are producers, consumers and depthwise kernels. Scales and statistics of norms are left out: where a norm can
+    be folded they say nothing, elsewhere they are no part of a linear map.
     """
-    return [rows for member in group.members if (rows := _rows_of(member, weights, bias)) is not None]
+    return [channel_rows(weights, member) for member in group.members if weighs(member, weights)]
 
 
-def features(group: ChannelGroup, weights: Mapping[str, Tensor], *, bias: bool = True) -> Tensor:
-    r"""Describe each channel by one row: its producer rows, its biases and its consumer columns, concatenated.
+def weighs(member: Member, weights: Mapping[str, Tensor]) -> bool:
+    kernel = Role.SCALES in member.roles and weights[member.tensor].dim() > 1
+    return kernel or bool(member.roles & {Role.PRODUCES, Role.CONSUMES})
 
-    x_c = [W_p[c, :], b_p[c], W_f[:, c], ...] over all members of the group.
+
+def features(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
+    r"""Describe each channel by one row: its producer rows, its kernels and its consumer columns, concatenated.
+
+    x_c = [W_p[c, :], W_f[:, c], ...] over all members of the group, in execution order.
 
     Args:
         weights: tensors by name, norms folded (`intrafusion.norms.fold`).
-        bias: include what is added to the channels; the paper says yes, its released code leaves it out.
     Returns:
         (n, d) float64.
     Raises:
         ModelError: no member of the group weighs its channels.
     Reference: Theus et al. 2024, Algorithm 2.
     """
-    rows = linear_rows(group, weights, bias=bias)
+    rows = linear_rows(group, weights)
     if not rows:
         raise ModelError(f"group {group.name!r}: no weight describes its channels; exclude the group.")
     return torch.cat(rows, dim=1)
 
 
-def leave_out(group: ChannelGroup, tensors: Collection[str]) -> ChannelGroup:
-    """The group without the members whose tensor matches a name or shell pattern, such as ("fc.*",).
+def biases(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
+    """What is added to each channel, (n, k) float64; k = 0 for a group without biases.
 
-    Features and importance computed on the result do not look at these tensors; the maps still apply to them.
+    With norms folded this is the bias of the folded layer; a bias that folding set to zero counts for nothing.
     """
-    kept = (m for m in group.members if not any(fnmatchcase(m.tensor, pattern) for pattern in tensors))
-    return replace(group, members=tuple(kept))
-
-
-def _rows_of(member: Member, weights: Mapping[str, Tensor], bias: bool) -> Tensor | None:
-    linear = member.roles & {Role.PRODUCES, Role.CONSUMES}
-    kernel = Role.SCALES in member.roles and weights[member.tensor].dim() > 1
-    if linear or kernel or (bias and Role.SHIFTS in member.roles):
-        return channel_rows(weights, member)
-    return None
+    rows = [channel_rows(weights, m) for m in group.members if Role.SHIFTS in m.roles and not weighs(m, weights)]
+    return torch.cat(rows, dim=1) if rows else torch.zeros(group.size, 0, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import ModelError, unknown_name
-from intrafusion.features import linear_rows
+from intrafusion.features import biases, linear_rows
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance.aggregate import NORMALIZERS, REDUCTIONS, aggregate
 
@@ -25,7 +25,7 @@ class Magnitude:
         p: order, > 0; inf takes the largest entry.
         reduction: over the members: "mean", "sum", "max", "prod", "first" or "last".
         normalizer: over the channels: "mean", "sum", "max", "standardize", "gaussian", "lamp" or None.
-        bias: whether biases are members too.
+        bias: whether biases are one more member.
 
     Reference: Li et al. 2017; aggregation as Torch-Pruning's MagnitudeImportance (Fang et al. 2023).
     """
@@ -44,7 +44,9 @@ class Magnitude:
             raise ValueError(unknown_name("normalizer", self.normalizer, NORMALIZERS))
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
-        rows = linear_rows(group, weights, bias=self.bias)
+        rows = linear_rows(group, weights)
+        if self.bias:
+            rows.append(biases(group, weights))
         if not rows:
             raise ModelError(f"group {group.name!r}: no weight to measure the magnitude of; exclude the group.")
         return aggregate(torch.stack([magnitude(r, self.p) for r in rows]), self.reduction, self.normalizer)

@@ -24,6 +24,7 @@ class IntraFusion:
         source_marginal: mass of the n channels: "uniform", "importance", "softmax" or "radical".
         target_marginal: mass of the m targets, by the same names.
         target: what the channels are fused into: "most_important".
+        bias: compare biases too; the paper says yes, its released code leaves them out.
 
     Reference: Theus et al. 2024, Algorithm 2.
     """
@@ -33,6 +34,7 @@ class IntraFusion:
     source_marginal: str = "uniform"
     target_marginal: str = "uniform"
     target: str = "most_important"
+    bias: bool = True
 
     mixes = True  # of the class, not a hyper-parameter
 
@@ -46,10 +48,13 @@ class IntraFusion:
         kept = most_important(problem.importance, problem.size)
         if problem.size == len(problem.importance):
             return selection_map(kept, problem.size)
-        points, scores = TARGETS[self.target](problem, kept)
+        rows = problem.features
+        if self.bias and problem.biases is not None:
+            rows = torch.cat([rows, problem.biases.to(rows)], dim=1)
+        points, scores = TARGETS[self.target](rows, problem.importance, kept)
         a = marginal(self.source_marginal, problem.importance, kept)
         b = marginal(self.target_marginal, scores, torch.arange(problem.size, device=kept.device))
-        return intrafusion_map(problem.features, points, a, b, normalization=self.normalization, p=self.p)
+        return intrafusion_map(rows, points, a, b, normalization=self.normalization, p=self.p)
 
 
 def intrafusion_map(
@@ -96,8 +101,8 @@ def _function(coupling: Tensor, a: Tensor, b: Tensor) -> ReductionMap:
     return ReductionMap(merge=(coupling / b).T.contiguous(), unmerge=coupling / a[:, None])
 
 
-def _kept_channels(problem: ReductionProblem, kept: Tensor) -> tuple[Tensor, Tensor]:
-    return problem.features[kept], problem.importance[kept]
+def _kept_channels(rows: Tensor, importance: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    return rows[kept], importance[kept]
 
 
 def _check_name(kind: str, name: str, valid: Mapping[str, object]) -> None:
@@ -111,7 +116,7 @@ NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], ReductionMap]] = {
     "function": _function,
 }
 
-# (problem, kept) -> the targets' rows (m, d) and their importance (m,)
-TARGETS: dict[str, Callable[[ReductionProblem, Tensor], tuple[Tensor, Tensor]]] = {
+# (rows (n, d), importance (n,), kept (m,)) -> the targets' rows (m, d) and their importance (m,)
+TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "most_important": _kept_channels,
 }

@@ -13,29 +13,29 @@ class ReductionProblem:
     """Reduce n channels to m. Knows no network.
 
     Attributes:
-        features: (n, d) float64, one row per channel (producer rows, biases, consumer columns).
+        features: (n, d) float64, one row per channel: producer rows and consumer columns.
         importance: (n,) float64, finite, larger = more important.
         size: m, with 1 <= m <= n.
         seed: for reducers that draw random numbers.
+        biases: (n, k) float64, what is added to the channels.
     """
 
     features: Tensor
     importance: Tensor
     size: int
     seed: int = 0
+    biases: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ReductionMap:
-    """Two small matrices that reduce a group, and an optional shift.
+    """Two small matrices that reduce a group, float64.
 
-    merge (m, n): producers W <- merge W; unmerge (n, m): consumers W <- W unmerge;
-    shift (n,): added to the consumers' bias as W shift, before unmerging. All float64.
+    merge (m, n): producers W <- merge W; unmerge (n, m): consumers W <- W unmerge.
     """
 
     merge: Tensor
     unmerge: Tensor
-    shift: Tensor | None = None
 
 
 @runtime_checkable

@@ -1,0 +1,165 @@
+"""A compressed network as a folder: weights in safetensors, the plan, the recipe; nothing pickled, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from intrafusion.apply import Repair, make_repairs_, named_tensors
+from intrafusion.errors import FolderError, PlanError
+from intrafusion.io.atomic import atomic_folder
+from intrafusion.io.weights import read_state
+from intrafusion.plan import Plan
+from intrafusion.reduce import ReductionMap
+
+if TYPE_CHECKING:
+    from intrafusion.pipeline import Compressed
+
+WEIGHTS, PLAN, RECIPE, MAPS = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
+KIND = "intrafusion"
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder was written by `save` or `save_plan`."""
+    try:
+        return json.loads((folder / PLAN).read_text()).get("kind") == KIND
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def save(compressed: Compressed, folder: str | os.PathLike[str]) -> None:
+    """Write model.safetensors, plan.json and recipe.yaml. The folder appears complete or not at all.
+
+    Raises:
+        FolderError: the folder exists and is not one of ours.
+    """
+    state = {name: t.detach().contiguous().clone() for name, t in named_tensors(compressed.model).items()}
+    extra = {
+        "weights": WEIGHTS,
+        "repairs": [asdict(r) for r in compressed.repairs],
+        "before": asdict(compressed.before),
+        "after": asdict(compressed.after),
+    }
+    with atomic_folder(folder, ours=is_ours) as target:
+        save_file(state, target / WEIGHTS)
+        (target / PLAN).write_text(document(compressed.plan, extra))
+        (target / RECIPE).write_text(compressed.plan.recipe.to_yaml())
+
+
+def document(plan: Plan, extra: dict[str, Any]) -> str:
+    return json.dumps({"kind": KIND, **json.loads(plan.to_json()), **extra}, indent=1)
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """A saved network back in one line.
+
+    Args:
+        folder: what `Compressed.save` wrote.
+        model: the original class or factory (called without arguments), or an instance of the original network,
+            which becomes the smaller one.
+    Returns:
+        the smaller network with its weights, on the device and in the mode of the original; weights have the saved dtype.
+    Raises:
+        FolderError: not one of our folders, damaged, or it points outside itself.
+        PlanError: the original network is another one than the saved one was made from.
+    """
+    folder = Path(folder)
+    data = read_document(folder)
+    plan = Plan.from_json(json.dumps(data))
+    network = model if isinstance(model, nn.Module) else built(model)
+    tensors = named_tensors(network)
+    plan.check_fits({n: tuple(t.shape) for n, t in tensors.items() if t.is_floating_point()})
+    state = read_state(weights_path(folder, data))
+    check_names(folder, tensors, state)
+    for name, tensor in tensors.items():
+        tensor.data = state[name].to(tensor.device)
+        tensor.grad = None
+    make_repairs_(network, repairs_from(data, network))
+    return network
+
+
+def built(factory: Callable[[], nn.Module]) -> nn.Module:
+    network = factory()
+    if not isinstance(network, nn.Module):
+        raise PlanError(f"load: expected a network or a factory of one, got a factory of {type(network).__name__}.")
+    return network
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    path = folder / PLAN
+    if not path.is_file():
+        raise FolderError(f"{folder}: expected a folder saved by intrafusion, but it has no {PLAN}.")
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise FolderError(f"{path}: damaged, not JSON ({error}).") from error
+    if not isinstance(data, dict) or data.get("kind") != KIND:
+        raise FolderError(f"{path}: this is not a plan of intrafusion; expected a folder that Compressed.save wrote.")
+    return data
+
+
+def weights_path(folder: Path, data: dict[str, Any]) -> Path:
+    """The weight file, which must lie in the folder itself."""
+    name = data.get("weights")
+    if not isinstance(name, str):
+        raise FolderError(f"{folder / PLAN}: names no weight file; this is a plan alone, load it with Plan.")
+    if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
+        raise FolderError(f"{folder / PLAN}: its weight file {name!r} points outside the folder; refused.")
+    path = folder / name
+    if path.is_symlink() and path.resolve().parent != folder.resolve():
+        raise FolderError(f"{path}: is a link out of the folder; refused.")
+    return path
+
+
+def check_names(folder: Path, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    missing, extra = sorted(set(tensors) - set(state)), sorted(set(state) - set(tensors))
+    if missing or extra:
+        raise PlanError(
+            f"{folder}: its weights are for another network; missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}."
+        )
+
+
+def repairs_from(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...]:
+    """Attributes to set, checked: only sizes, only where the module already has one."""
+    modules, repairs = dict(network.named_modules()), []
+    for entry in data.get("repairs", []):
+        as_size = lambda v: tuple(v) if isinstance(v, list) else v  # noqa: E731
+        repair = Repair(entry["module"], entry["attribute"], as_size(entry["old"]), as_size(entry["new"]))
+        present = getattr(modules.get(repair.module), repair.attribute, None)
+        whole = lambda v: type(v) is int or (isinstance(v, tuple) and all(type(x) is int for x in v))  # noqa: E731
+        if not whole(present) or not whole(repair.new):
+            raise PlanError(f"{PLAN}: {repair.module}.{repair.attribute} is no size of this network; it was made from another.")
+        repairs.append(repair)
+    return tuple(repairs)
+
+
+def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
+    """Write a plan with its maps, to be carried out later with `intrafusion.apply`."""
+    tensors = {f"{kind}/{name}": getattr(m, kind).contiguous() for name, m in plan.maps.items() for kind in ("merge", "unmerge")}
+    with atomic_folder(folder, ours=is_ours) as target:
+        save_file(tensors, target / MAPS)
+        (target / PLAN).write_text(document(plan, {}))
+        (target / RECIPE).write_text(plan.recipe.to_yaml())
+
+
+def load_plan(folder: str | os.PathLike[str]) -> Plan:
+    """Read what `save_plan` wrote.
+
+    Raises:
+        FolderError: not one of our folders, or one without maps.
+    """
+    folder = Path(folder)
+    data = read_document(folder)
+    if not (folder / MAPS).is_file():
+        raise FolderError(f"{folder}: has no {MAPS}; it holds a network (intrafusion.load), not a plan to apply.")
+    tensors = load_file(folder / MAPS)
+    names = [k.removeprefix("merge/") for k in tensors if k.startswith("merge/")]
+    maps = {name: ReductionMap(tensors[f"merge/{name}"], tensors[f"unmerge/{name}"]) for name in names}
+    return Plan.from_json(json.dumps(data), maps)

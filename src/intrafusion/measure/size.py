@@ -1,0 +1,31 @@
+"""How large a network is: parameters, and multiply-accumulates of one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.trace.state import preserved
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, and multiply-accumulates for the example inputs as they were given (the whole batch)."""
+
+    params: int
+    macs: int
+
+
+def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
+    """Count parameters (shared ones once) and the MACs of convolutions and matrix products on these inputs.
+
+    >>> size_of(nn.Linear(4, 3), torch.zeros(2, 4))
+    Size(params=15, macs=24)
+    """
+    with preserved(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        Inputs.of(example_inputs).call(model)
+    return Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

@@ -1,0 +1,149 @@
+"""Plan: what will be done to each group. Inert: it can be printed, saved, loaded and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from intrafusion.errors import PlanError
+from intrafusion.graph import ChannelGraph, ChannelGroup, Role
+from intrafusion.recipe import Recipe
+from intrafusion.reduce import ReductionMap
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One group: n channels become m, or the reason why they do not.
+
+    Attributes:
+        members: tensors that run through the group, as "name[dimension] role".
+        mixing: "mixed" (new channels may combine old ones), "selected", or "selected: " and why they must not be mixed.
+        family: twins share this number and their size.
+        depth: index counted from the output.
+    """
+
+    group: str
+    n: int
+    m: int
+    members: tuple[str, ...]
+    mixing: str
+    reason: str | None = None
+    family: int = 0
+    depth: int = 0
+
+    @property
+    def reduced(self) -> bool:
+        return self.reason is None and self.m < self.n
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Decisions for every group of one network, and the map of each group that is reduced.
+
+    Attributes:
+        recipe: what was asked for.
+        decisions: in execution order, the groups left alone included.
+        shapes: shape of every tensor of the network that the plan was made for.
+        maps: ReductionMap by group name.
+        warnings: what the tracer could not see.
+    """
+
+    recipe: Recipe
+    decisions: tuple[Decision, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    maps: Mapping[str, ReductionMap] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        same = (self.recipe.to_yaml(), self.decisions, dict(self.shapes), self.warnings) == (
+            other.recipe.to_yaml(),
+            other.decisions,
+            dict(other.shapes),
+            other.warnings,
+        )
+        return same and self.maps.keys() == other.maps.keys() and all(
+            same_map(self.maps[k], other.maps[k]) for k in self.maps
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {d.group: d.m for d in self.decisions if d.reduced}
+
+    def rolled_back(self, reasons: Mapping[str, str]) -> Plan:
+        """The same plan in which these groups are left alone."""
+        decisions = tuple(
+            replace(d, m=d.n, reason=reasons[d.group]) if d.group in reasons else d for d in self.decisions
+        )
+        return replace(self, decisions=decisions, maps={k: v for k, v in self.maps.items() if k not in reasons})
+
+    def check_fits(self, shapes: Mapping[str, tuple[int, ...]], graph: ChannelGraph | None = None) -> None:
+        """Raise PlanError, with the first difference, unless the plan was made for such a network."""
+        for name, shape in self.shapes.items():
+            if name not in shapes:
+                raise PlanError(f"the plan is for another network: it has {name!r} {list(shape)}, this one has no such tensor.")
+            if tuple(shapes[name]) != tuple(shape):
+                raise PlanError(
+                    f"the plan is for another network: {name!r} is {list(shape)} there and {list(shapes[name])} here."
+                )
+        extra = sorted(set(shapes) - set(self.shapes))
+        if extra:
+            raise PlanError(f"the plan is for another network: this one has {extra[0]!r}, the plan does not know it.")
+        if graph is not None:
+            self._check_groups({g.name: g for g in graph.groups})
+
+    def _check_groups(self, groups: Mapping[str, ChannelGroup]) -> None:
+        for decision in self.decisions:
+            if decision.reduced:
+                group = groups.get(decision.group)
+                if group is None or members_of(group) != decision.members or group.size != decision.n:
+                    raise PlanError(f"the plan is for another network: group {decision.group!r} is not the same here.")
+
+    def to_json(self) -> str:
+        """All but the maps."""
+        data = {
+            "format": FORMAT,
+            "recipe": self.recipe.to_yaml(),
+            "decisions": [asdict(d) for d in self.decisions],
+            "shapes": {k: list(v) for k, v in self.shapes.items()},
+            "warnings": list(self.warnings),
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, maps: Mapping[str, ReductionMap] | None = None) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            PlanError: not a plan, or one of a later format.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data["format"] > FORMAT:
+                raise PlanError(f"the plan has format {data['format']}, this version reads up to {FORMAT}; upgrade intrafusion.")
+            decisions = tuple(Decision(**{**d, "members": tuple(d["members"])}) for d in data["decisions"])
+            shapes = {k: tuple(v) for k, v in data["shapes"].items()}
+            recipe = Recipe.from_yaml(data["recipe"])
+            return cls(recipe, decisions, shapes, dict(maps or {}), tuple(data["warnings"]))
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise PlanError(f"this is not a plan of intrafusion ({type(error).__name__}: {error}).") from error
+
+
+def same_map(a: ReductionMap, b: ReductionMap) -> bool:
+    return torch.equal(a.merge, b.merge) and torch.equal(a.unmerge, b.unmerge)
+
+
+def members_of(group: ChannelGroup) -> tuple[str, ...]:
+    """Members as text, producers first."""
+    rank = list(Role)
+    ordered = sorted(group.members, key=lambda m: min(rank.index(r) for r in m.roles))
+    return tuple(f"{m.tensor}[{m.dim}] {'+'.join(sorted(m.roles))}" for m in ordered)

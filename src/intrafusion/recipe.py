@@ -1,0 +1,115 @@
+"""Recipe: what the user asked for. Frozen, printable, to and from YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+import yaml
+
+from intrafusion import importance as importances
+from intrafusion import reduce as reducers
+from intrafusion.errors import IntrafusionError, unknown_name
+from intrafusion.importance import Importance
+from intrafusion.reduce import Reducer
+from intrafusion.selection import Selector, as_selectors
+
+Keep = float | Mapping[str, float]
+
+
+class RecipeError(IntrafusionError, ValueError):
+    """A recipe that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, apart from the network and its example input.
+
+    Attributes:
+        keep: fraction of channels to keep, in (0, 1], for every group or by name pattern.
+        reducer: how n channels become m.
+        importance: how much each channel matters.
+        round_to: make every size a multiple of this.
+        include: reduce only these layers (None: all).
+        exclude: leave these layers alone.
+        seed: for whatever draws random numbers.
+    """
+
+    keep: Keep = 0.7
+    reducer: Reducer = field(default_factory=lambda: reducers.get("intrafusion"))
+    importance: Importance = field(default_factory=lambda: importances.get("l1"))
+    round_to: int | None = None
+    include: tuple[Selector, ...] | None = None
+    exclude: tuple[Selector, ...] = ()
+    seed: int = 0
+
+    @classmethod
+    def of(cls, **options: Any) -> Recipe:
+        """Names become methods, single selectors become tuples."""
+        options["reducer"] = reducers.get(options.get("reducer", "intrafusion"))
+        options["importance"] = importances.get(options.get("importance", "l1"))
+        options["exclude"] = as_selectors(options.get("exclude")) or ()
+        options["include"] = as_selectors(options.get("include"))
+        keep = options.get("keep", 0.7)
+        options["keep"] = dict(keep) if isinstance(keep, Mapping) else keep
+        return cls(**options)
+
+    def to_yaml(self) -> str:
+        """YAML that `from_yaml` reads back; methods that are not ours are written as their repr and cannot be."""
+        data = {
+            "keep": self.keep,
+            "reducer": method_to_data(self.reducer, reducers.REDUCERS),
+            "importance": method_to_data(self.importance, importances.IMPORTANCES),
+            "round_to": self.round_to,
+            "include": None if self.include is None else [str(s) for s in self.include],
+            "exclude": [str(s) for s in self.exclude],
+            "seed": self.seed,
+        }
+        return yaml.safe_dump(data, sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Read a recipe.
+
+        Raises:
+            RecipeError: not YAML, an unknown key or method, or a method that was not ours when it was written.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe: not YAML ({' '.join(str(error).split())}).") from error
+        if not isinstance(data, dict):
+            raise RecipeError(f"recipe: expected a mapping of options, got {type(data).__name__}.")
+        valid = {f.name for f in fields(cls)}
+        for key in data:
+            if key not in valid:
+                raise RecipeError(f"recipe: {unknown_name('option', str(key), valid)}")
+        data["reducer"] = method_from_data(data.get("reducer", "intrafusion"), reducers.REDUCERS, "reducer")
+        data["importance"] = method_from_data(data.get("importance", "l1"), importances.IMPORTANCES, "importance")
+        return cls.of(**data)
+
+
+def method_to_data(method: Any, registry: Mapping[str, Any]) -> str | dict[str, Any]:
+    """A registered method by name and hyper-parameters."""
+    for name, entry in registry.items():
+        default = entry() if isinstance(entry, type) else entry
+        if method == default:
+            return name
+    for name, entry in registry.items():
+        default = entry() if isinstance(entry, type) else entry
+        if type(method) is type(default) and is_dataclass(method):
+            return {"name": name, **asdict(method)}
+    return repr(method)
+
+
+def method_from_data(data: Any, registry: Mapping[str, Any], kind: str) -> Any:
+    name, options = (data, {}) if isinstance(data, str) else (data.get("name"), {k: v for k, v in data.items() if k != "name"})
+    if name not in registry:
+        raise RecipeError(f"recipe: {unknown_name(kind, str(name), registry)}")
+    entry = registry[name]
+    default = entry() if isinstance(entry, type) else entry
+    try:
+        return type(default)(**options) if options else default
+    except TypeError as error:
+        raise RecipeError(f"recipe: {kind} {name!r} does not take these options: {error}.") from error
