@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from intrafusion.errors import ModelError
-from intrafusion.features import channel_rows, features, leave_out
+from intrafusion.features import biases, channel_rows, features
 from intrafusion.graph import ChannelGroup, Member, Role, Slice
 
 
@@ -82,23 +84,25 @@ WEIGHTS = {
 }
 
 
-def test_features_are_producers_biases_kernels_and_consumers_in_order(group):
-    assert features(group, WEIGHTS).tolist() == [[1, 3, 5, 6, 9, 11], [2, 4, 7, 8, 10, 12]]
+def test_features_are_producers_kernels_and_consumers_in_order(group):
+    assert features(group, WEIGHTS).tolist() == [[1, 5, 6, 9, 11], [2, 7, 8, 10, 12]]
 
 
-def test_features_without_bias(group):
-    assert features(group, WEIGHTS, bias=False).tolist() == [[1, 5, 6, 9, 11], [2, 7, 8, 10, 12]]
+def test_biases_are_what_is_added_to_the_channels(group):
+    rows = biases(group, WEIGHTS)
+    assert rows.dtype == torch.float64
+    assert rows.tolist() == [[3], [4]]
 
 
-def test_leave_out_drops_members_by_name_or_pattern(group):
-    assert features(leave_out(group, ["fc.*", "conv.bias"]), WEIGHTS).tolist() == [[1, 5, 6], [2, 7, 8]]
-    assert leave_out(group, []).members == group.members
-    assert len(group.members) == 8
+def test_a_group_without_biases_has_none(group):
+    bare = replace(group, members=tuple(m for m in group.members if m.tensor != "conv.bias"))
+    assert biases(bare, WEIGHTS).shape == (2, 0)
 
 
 def test_a_group_without_weights_has_no_features(group):
-    with pytest.raises(ModelError, match="group 'conv': no weight describes its channels"):
-        features(leave_out(group, ["conv.*", "fc.*", "depthwise.*"]), WEIGHTS)
+    norms_only = replace(group, members=tuple(m for m in group.members if m.module == "bn"))
+    with pytest.raises(ModelError, match="group 'conv': no weight describes its channels; exclude the group"):
+        features(norms_only, WEIGHTS)
 
 
 def test_relabelling_channels_permutes_the_rows(group):

@@ -90,6 +90,17 @@ def mixed(tensor: Tensor, member: Member, reduction: ReductionMap, *, average: b
     return tensor
 
 
+def hollow_(weights: Mapping[str, Tensor], group: ChannelGroup, reduction: ReductionMap) -> None:
+    """Reduce one group of folded weights without moving anything: the places given up become zero (in place).
+
+    Scores and distances of other groups then see what they would see in the smaller network.
+    """
+    for member in group.members:
+        tensor = mixed(weights[member.tensor], member, reduction)
+        part = tensor if member.within is None else inside(tensor, member.within)
+        part.movedim(member.dim, 0)[torch.from_numpy(member.positions[len(reduction.merge) :])] = 0
+
+
 def matrix_for(member: Member, reduction: ReductionMap, *, average: bool) -> Tensor:
     """(m, n): merge for what comes in, unmerge transposed for what goes out, weighted means for what multiplies."""
     if Role.PRODUCES in member.roles:

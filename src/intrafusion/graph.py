@@ -72,7 +72,8 @@ class ChannelGroup:
         family: groups of one family are twins (the groups of one grouped convolution, the heads of one attention)
             and must keep the same number of channels.
         kind: "channel", or "block" where the unit is a whole head or convolution group.
-        depth: index counted from the output of the network, 0 = nearest, as in Theus et al. 2024.
+        depth: index counted from the output of the network by the last layer that produces the group, 0 = nearest,
+            as in Theus et al. 2024; None for groups that cannot be reduced.
     """
 
     name: str
@@ -83,7 +84,7 @@ class ChannelGroup:
     unmixable: str | None = None
     family: int = 0
     kind: str = "channel"
-    depth: int = 0
+    depth: int | None = None
 
     def with_role(self, *roles: Role) -> tuple[Member, ...]:
         """Members that have at least one of these roles."""

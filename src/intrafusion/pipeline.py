@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import Repair, named_tensors, write_
+from intrafusion.apply import Repair, hollow_, named_tensors, write_
 from intrafusion.budget import sizes
 from intrafusion.errors import ModelError
 from intrafusion.features import biases, features
@@ -64,6 +64,7 @@ def compress(
     round_to: int | None = None,
     include: Any = None,
     exclude: Any = None,
+    order: str = "joint",
     seed: int = 0,
     inplace: bool = False,
     progress: Progress = silent,
@@ -80,6 +81,8 @@ def compress(
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
             or a list of such; "name:inputs" or `inputs_of(...)` means what the layers read, else what they produce.
         exclude: leave the channels of these layers alone; as `include`.
+        order: "joint" (every group is described by the original weights) or "backward" (one after another from the
+            output, each described by what the ones before left; the authors' released code).
         seed: for whatever draws random numbers.
         inplace: write the smaller weights into `model` itself.
     Returns:
@@ -89,7 +92,14 @@ def compress(
         BudgetError: a keep outside (0, 1], or a name that nothing matches.
     """
     recipe = Recipe.of(
-        keep=keep, reducer=reducer, importance=importance, round_to=round_to, include=include, exclude=exclude, seed=seed
+        keep=keep,
+        reducer=reducer,
+        importance=importance,
+        round_to=round_to,
+        include=include,
+        exclude=exclude,
+        order=order,
+        seed=seed,
     )
     inputs = Inputs.of(example_inputs)
     graph = inspect(model, inputs, progress=progress)
@@ -129,13 +139,19 @@ def decide(model: nn.Module, graph: ChannelGraph, recipe: Recipe, *, progress: P
     wanted = sizes(groups, recipe.keep, graph, round_to=recipe.round_to)
     weights = folded_weights(model, graph, groups)
     maps: dict[str, ReductionMap] = {}
-    for index, group in enumerate(groups):
+    for index, group in enumerate(in_order(groups, recipe)):
         progress("reduce", index, len(groups))
         if wanted[group.name] < group.size:
             maps[group.name] = solve(group, weights, wanted[group.name], recipe)
+            if recipe.order == "backward":
+                hollow_(weights, group, maps[group.name])
     progress("reduce", len(groups), len(groups))
     decisions = tuple(decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name)) for g in units)
     return Plan(recipe, decisions, graph.shapes, maps, graph.warnings)
+
+
+def in_order(groups: list[ChannelGroup], recipe: Recipe) -> list[ChannelGroup]:
+    return groups if recipe.order == "joint" else sorted(groups, key=lambda g: g.depth if g.depth is not None else -1)
 
 
 def nothing_to_reduce(units: Iterable[ChannelGroup], unwanted: dict[str, str]) -> str:

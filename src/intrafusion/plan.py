@@ -25,7 +25,7 @@ class Decision:
         members: tensors that run through the group, as "name[dimension] role".
         mixing: "mixed" (new channels may combine old ones), "selected", or "selected: " and why they must not be mixed.
         family: twins share this number and their size.
-        depth: index counted from the output.
+        depth: index counted from the output, None where the group cannot be reduced.
     """
 
     group: str
@@ -35,7 +35,7 @@ class Decision:
     mixing: str
     reason: str | None = None
     family: int = 0
-    depth: int = 0
+    depth: int | None = None
 
     @property
     def reduced(self) -> bool:

@@ -16,6 +16,7 @@ from intrafusion.reduce import Reducer
 from intrafusion.selection import Selector, as_selectors
 
 Keep = float | Mapping[str, float]
+ORDERS = ("joint", "backward")
 
 
 class RecipeError(IntrafusionError, ValueError):
@@ -33,6 +34,8 @@ class Recipe:
         round_to: make every size a multiple of this.
         include: reduce only these layers (None: all).
         exclude: leave these layers alone.
+        order: "joint": every group is described by the original weights; "backward": one after another from the
+            output, each described by the weights that the ones before it left, as the released code of Theus et al. does.
         seed: for whatever draws random numbers.
     """
 
@@ -42,7 +45,12 @@ class Recipe:
     round_to: int | None = None
     include: tuple[Selector, ...] | None = None
     exclude: tuple[Selector, ...] = ()
+    order: str = "joint"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise RecipeError(unknown_name("order", str(self.order), ORDERS))
 
     @classmethod
     def of(cls, **options: Any) -> Recipe:
@@ -64,6 +72,7 @@ class Recipe:
             "round_to": self.round_to,
             "include": None if self.include is None else [str(s) for s in self.include],
             "exclude": [str(s) for s in self.exclude],
+            "order": self.order,
             "seed": self.seed,
         }
         return yaml.safe_dump(data, sort_keys=False)

@@ -14,7 +14,7 @@ Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Sizes = Mapping[str, int | tuple[int, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Expect:
     """What must be found. Found by reasoning about the network, never by running a tracer.
 
@@ -38,7 +38,7 @@ class Expect:
     warns: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One network of the gallery. `probe` makes a second input on which the channels must be interchangeable too."""
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,6 +59,14 @@ def test_sum_of_powers_per_member_then_the_reduction(p, produce, consume):
 def test_bias_is_a_member_only_if_asked():
     with_bias = Magnitude(1.0, "sum", None, bias=True)(GROUP, WEIGHTS) - Magnitude(1.0, "sum", None)(GROUP, WEIGHTS)
     assert with_bias.tolist() == [10.0, 20.0, 30.0]
+
+
+@pytest.mark.parametrize("p", [1.0, math.inf])
+def test_asking_for_the_bias_of_a_group_without_any_changes_nothing(p):
+    bare = replace(GROUP, members=tuple(m for m in GROUP.members if m.tensor != "fc1.bias"))
+    for reduction in ("mean", "prod", "last"):
+        asked, not_asked = (Magnitude(p, reduction, None, bias=bias)(bare, WEIGHTS) for bias in (True, False))
+        assert asked.tolist() == not_asked.tolist()
 
 
 def test_default_is_the_mean_divided_by_its_mean():

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -152,6 +152,16 @@ def test_targets_may_be_any_rows():
     a, b = torch.full((4,), 0.25), torch.full((2,), 0.5)
     answer = intrafusion_map(features, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), a, b, normalization="target")
     assert answer.merge.tolist() == [[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 0.0, 0.0]]
+
+
+def test_biases_are_compared_unless_left_out():
+    problem = random_problem(20, 8)
+    biases = 10 * torch.randn(20, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    described = replace(problem, biases=biases)
+    joined = replace(problem, features=torch.cat([problem.features, biases], 1))
+    assert torch.equal(IntraFusion()(described).merge, IntraFusion()(joined).merge)
+    assert torch.equal(IntraFusion(bias=False)(described).merge, IntraFusion()(problem).merge)
+    assert not torch.equal(IntraFusion()(described).merge, IntraFusion()(problem).merge)
 
 
 def test_names_are_checked():

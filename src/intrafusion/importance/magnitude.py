@@ -45,8 +45,9 @@ class Magnitude:
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         rows = linear_rows(group, weights)
-        if self.bias:
-            rows.append(biases(group, weights))
+        added = biases(group, weights)
+        if self.bias and added.shape[1] > 0:
+            rows.append(added)
         if not rows:
             raise ModelError(f"group {group.name!r}: no weight to measure the magnitude of; exclude the group.")
         return aggregate(torch.stack([magnitude(r, self.p) for r in rows]), self.reduction, self.normalizer)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from intrafusion.errors import ModelError
+from intrafusion.inputs import output_tensors
+from intrafusion.trace.state import preserved
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
     """Fraction, in [0, 1], of images whose largest output is the one of their label.
 
     Runs in evaluation mode, without gradients, on the device and in the precision of the network; the network is left
@@ -30,49 +30,27 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}.")
     right = 0
-    with evaluating(model), torch.no_grad():
+    with preserved(model):
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             predicted = class_scores(model(_as_parameters(model, batch)), len(batch)).argmax(1)
             right += int((predicted == target.to(predicted.device)).sum())
     return right / len(images)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def class_scores(output: Any, count: int) -> Tensor:
     """The (count, classes) tensor in what a classifier returned.
 
-    That is the output itself, its attribute or key `logits` (Hugging Face), or else the first tensor of a dict, tuple
-    or list.
+    That is the output itself, its attribute or key `logits` (Hugging Face), or else its first tensor.
 
     Raises:
         ModelError: there is none, or it has another shape.
     """
-    scores = _first_tensor(output)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    scores = logits if isinstance(logits, Tensor) else next(iter(output_tensors(output)), None)
     if scores is None or scores.ndim != 2 or len(scores) != count:
         got = type(output).__name__ if scores is None else f"shape {tuple(scores.shape)}"
         raise ModelError(f"accuracy: expected class scores of shape ({count}, classes) from the network, got {got}.")
     return scores
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, Sequence) else ()
-    return next((part for part in parts if isinstance(part, Tensor)), None)
 
 
 def _as_parameters(model: nn.Module, batch: Tensor) -> Tensor:

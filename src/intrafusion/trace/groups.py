@@ -60,7 +60,7 @@ def build_graph(
     channels = describe(relations)
     cells = Cells(relations, channels)
     groups = [*channel_groups(relations, channels, cells), *cells.groups(channels, block_params)]
-    return ChannelGraph(named(groups), foldable_norms(relations, origins), shapes, warnings)
+    return ChannelGraph(numbered(named(groups), channels.uses), foldable_norms(relations, origins), shapes, warnings)
 
 
 # ---- followers ------------------------------------------------------------------------------------------------------
@@ -410,18 +410,23 @@ def with_fates(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 # ---- names and norms ------------------------------------------------------------------------------------------------
 
 
-def named(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
-    """Give every group the name of its first producer, `#k` where that repeats, and its index from the output."""
+def named(groups: list[ChannelGroup]) -> list[ChannelGroup]:
+    """Give every group the name of its first producer, with `#k` where one module has several groups."""
     base = [(g.producers or (g.members[0].module,))[0] or g.members[0].tensor for g in groups]
     total, seen, result = Counter(base), Counter[str](), []
-    reducible = sum(g.reason is None and g.kind == "channel" for g in groups)
     for group, name in zip(groups, base, strict=True):
-        label = f"{name}#{seen[name]}" if total[name] > 1 else name
+        result.append(replace(group, name=f"{name}#{seen[name]}" if total[name] > 1 else name))
         seen[name] += 1
-        if group.reason is None and group.kind == "channel":
-            reducible -= 1
-        result.append(replace(group, name=label, depth=reducible))
-    return tuple(result)
+    return result
+
+
+def numbered(groups: list[ChannelGroup], uses: list[Use]) -> tuple[ChannelGroup, ...]:
+    """Count the reducible groups from the output backwards, by the last layer that produces each."""
+    index = {use.key: i for i, use in enumerate(uses)}
+    last = lambda g: max((index.get(m.key(), -1) for m in g.with_role(Role.PRODUCES)), default=-1)  # noqa: E731
+    countable = sorted((g for g in groups if g.reason is None and g.kind == "channel"), key=last, reverse=True)
+    depth = {g.name: i for i, g in enumerate(countable)}
+    return tuple(replace(g, depth=depth.get(g.name)) for g in groups)
 
 
 def foldable_norms(relations: Relations, origins: list[Origin]) -> tuple[FoldableNorm, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +113,7 @@ def _read_tar(path: Path, archive: Archive, files: Sequence[str]) -> list[tuple[
         with tarfile.open(path) as tar:
             opened = ((member.name, tar.extractfile(member)) for member in tar if member.name in wanted)
             found = {member: file.read() for member, file in opened if file is not None}
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise FolderError(f"{path}: expected the folder {archive.folder} or its tar.gz, got: {error}") from error
     missing = [member for member in wanted if member not in found]
     if missing:
@@ -124,15 +126,15 @@ def _batch(data: bytes, label_key: bytes, where: str) -> tuple[np.ndarray, np.nd
     batch = _unpickle(data, where)
     try:
         pixels, labels = batch[b"data"], np.array(batch[label_key], dtype=np.int64)
-        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
-            raise ValueError(f"data of type {pixels.dtype} and shape {pixels.shape} for {len(labels)} labels")
+        if pixels.dtype != np.uint8 or labels.ndim != 1 or pixels.shape != (len(labels), 3072):
+            raise ValueError(f"data {pixels.dtype} {pixels.shape}, labels {labels.shape}")
     except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
         expected = f"'data' (n, 3072) of bytes and {label_key.decode()!r} (n,)"
         raise FolderError(f"{where}: expected a batch with {expected}, got: {error!r}") from error
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
-def _unpickle(data: bytes, where: str) -> dict[bytes, object]:
+def _unpickle(data: bytes, where: str) -> Any:
     try:
         return _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
     except FolderError as error:
@@ -148,7 +150,7 @@ def _latin1(text: str, _encoding: str) -> bytes:
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 
-_ALLOWED: dict[tuple[str, str], Callable[..., object]] = {
+_ALLOWED: dict[tuple[str, str], object] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
@@ -12,6 +11,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from intrafusion.errors import FolderError, IntrafusionError
+from intrafusion.io.atomic import atomic_file
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes received so far and the bytes expected (None if the server does not say)."""
@@ -38,17 +38,12 @@ def download(
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"expected an http or https address, got {url!r}.")
-    if path.exists() and (sha256 is None or _sha256(path) == sha256):
+    if path.is_file() and (sha256 is None or _sha256(path) == sha256):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_file(path) as part:
         _fetch(url, part, progress, timeout_s)
         if sha256 is not None and (found := _sha256(part)) != sha256:
-            raise FolderError(f"{url}: expected SHA-256 {sha256}, got {found}; the file was not kept.")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+            raise FolderError(f"{url}: expected SHA-256 {sha256}, got {found}; nothing was kept, check the address.")
     return path
 
 

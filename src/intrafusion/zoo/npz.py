@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ def load_packed(
         encoded = _array(path, file, split, "_image")
         labels = _array(path, file, split, "_label")[part]
     bounds = offset[part.start : part.stop + 1]
-    pixels = [decode(encoded[a:b].tobytes()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    pixels = [_decode(encoded[a:b].tobytes(), f"{path}: {split} image at byte {a}") for a, b in pairwise(bounds)]
     return Images(normalisation(np.stack(pixels)), torch.tensor(labels, dtype=torch.int64))
 
 
@@ -51,19 +53,25 @@ def load_mnist(
     return Images(normalisation(pixels), torch.tensor(labels[part], dtype=torch.int64))
 
 
-def decode(encoded: bytes) -> np.ndarray:
+def _decode(encoded: bytes, where: str) -> np.ndarray:
     """Pixels (H, W, 3) uint8 of an encoded image (WebP, JPEG, PNG, ...)."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise FolderError(f"{where}: expected an encoded image, got: {error}; fetch the file again.") from error
 
 
 def _open(path: Path) -> np.lib.npyio.NpzFile:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{path}: expected a readable .npz file, got: {error}") from error
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise FolderError(f"{path}: expected a readable .npz file, got: {error}; fetch it again.") from error
+    return file
 
 
 def _array(path: Path, file: Mapping[str, np.ndarray], split: str, suffix: str) -> np.ndarray:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from intrafusion.errors import FolderError, unknown_name
+from intrafusion.errors import unknown_name
+from intrafusion.io.weights import load_into, read_state
 from intrafusion.zoo.images import Normalisation
 from intrafusion.zoo.networks import (
     MLP,
@@ -126,7 +126,7 @@ def build(name: str, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
             raise ValueError(
                 f"{name} has no trained weights; build it with pretrained=False, or take one of {trained}."
             )
-        _load_weights_(model, data_file("models", f"{found.weights}.safetensors"))
+        load_into(model, read_state(data_file("models", f"{found.weights}.safetensors")))
     return model
 
 
@@ -137,13 +137,3 @@ def example_input(name: str, *, batch: int = 1, seed: int = 0) -> Tensor:
         ValueError: unknown network.
     """
     return torch.randn(batch, *entry(name).input_shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _load_weights_(model: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        model.load_state_dict(load_file(path))  # copies into float32 parameters, whatever the stored precision
-    except (SafetensorError, RuntimeError) as error:
-        raise FolderError(f"{path}: expected weights of this {type(model).__name__}, got: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [inputs, *hidden, num_classes]
         self.layers = [f"fc{k}" for k in range(1, len(widths))]
-        for name, fan_in, fan_out in zip(self.layers, widths[:-1], widths[1:], strict=True):
+        for name, (fan_in, fan_out) in zip(self.layers, pairwise(widths), strict=True):
             self.add_module(name, nn.Linear(fan_in, fan_out, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
