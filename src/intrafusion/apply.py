@@ -85,9 +85,15 @@ def mixed(tensor: Tensor, member: Member, reduction: ReductionMap, *, average: b
     positions = torch.from_numpy(member.positions).to(tensor.device)
     rows = part[positions]
     rows = rows.sqrt() if Role.VARIANCE in member.roles else rows
-    new = (matrix @ rows.reshape(len(rows), -1)).reshape(len(matrix), *rows.shape[1:])
+    new = combined(matrix, rows.reshape(len(rows), -1)).reshape(len(matrix), *rows.shape[1:])
     part[positions[: len(matrix)]] = new.square() if Role.VARIANCE in member.roles else new
     return tensor
+
+
+def combined(matrix: Tensor, rows: Tensor) -> Tensor:
+    """matrix @ rows; most maps are nearly empty (a transport plan has n + m - 1 entries)."""
+    filled = int((matrix != 0).sum())
+    return torch.sparse.mm(matrix.to_sparse(), rows) if 4 * filled < matrix.numel() else matrix @ rows
 
 
 def hollow_(weights: Mapping[str, Tensor], group: ChannelGroup, reduction: ReductionMap) -> None:

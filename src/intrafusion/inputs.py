@@ -54,6 +54,10 @@ class Inputs:
             raise ModelError(f"the network returns no tensor on {self}, but a {type(output).__name__}; wrap its forward.")
         return outputs
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments."""
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs or {}))) if isinstance(leaf, Tensor)]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """The same call with every tensor replaced by function(tensor)."""
         change = lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
@@ -77,8 +81,7 @@ class Inputs:
 
     def __str__(self) -> str:
         describe = lambda t: f"{str(t.dtype)[6:]}{list(t.shape)}"  # noqa: E731
-        tensors = [describe(t) for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-        return f"({', '.join(tensors)})"
+        return f"({', '.join(map(describe, self.tensors()))})"
 
 
 def output_tensors(output: Any) -> list[Tensor]:

@@ -174,22 +174,29 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs) -
     """Reduce a copy of the network; groups after which it does not run, or shows other groups, are rolled back."""
     weights = {n: t.detach() for n, t in named_tensors(model).items()}
 
-    def attempt(groups: Sequence[ChannelGroup]) -> tuple[nn.Module, tuple[Repair, ...]]:
+    attempts: dict[frozenset[str], tuple[nn.Module, tuple[Repair, ...]]] = {}
+
+    def attempt(groups: Sequence[ChannelGroup]) -> nn.Module:
         chosen = {g.name: maps[g.name] for g in groups}
         small = copy_of(model)
-        return small, write_(small, reduced_weights(weights, graph, chosen))
+        repairs = write_(small, reduced_weights(weights, graph, chosen))
+        attempts.clear()
+        attempts[frozenset(chosen)] = small, repairs
+        return small
 
     def failure(groups: Sequence[ChannelGroup]) -> str | None:
         try:
-            small, _ = attempt(groups)
-            found = trace(small, inputs)
+            found = trace(attempt(groups), inputs)
         except IntrafusionError as error:
             return f"the smaller network does not run ({short(error)})"
         return disagreement(shrunk(graph, {g.name: len(maps[g.name].merge) for g in groups}), found)
 
     groups = [g for g in graph.groups if g.name in maps]
     passed, failed = largest_passing(families_of(groups), failure)
-    small, repairs = attempt(passed)
+    names = frozenset(g.name for g in passed)
+    if names not in attempts:
+        attempt(passed)
+    small, repairs = attempts[names]
     return Surgery(small, repairs, {g.name: why for g, why in failed})
 
 

@@ -66,7 +66,6 @@ def transformer_decoder() -> Built:
 
 @case(
     {"stem attn.out_proj": 8, "attn": (4,) * 4},
-    blocks={"attn": 2},
     blocked={"head": "output"},
 )
 def multihead_attention_causal() -> Built:
@@ -84,13 +83,13 @@ def multihead_attention_causal() -> Built:
 
 @case({"q": 8, "a": 5, "b": 6, "attn": (4,) * 4, "attn.out_proj": 8}, blocked={"head": "output"})
 def multihead_attention_of_other_widths() -> Built:
-    """kdim and vdim: three projections in three parameters, an extra key and value, zero attention."""
+    """kdim and vdim: three projections in three parameters, and a learned extra key and value."""
 
     def wiring(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y, _ = net.attn(net.q(q), net.a(k).tanh(), net.b(v).tanh())
         return net.head(F.gelu(y))
 
-    attn = nn.MultiheadAttention(8, 2, kdim=5, vdim=6, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+    attn = nn.MultiheadAttention(8, 2, kdim=5, vdim=6, add_bias_kv=True, batch_first=True)
     parts = {"q": nn.Linear(3, 8), "a": nn.Linear(3, 5), "b": nn.Linear(3, 6), "attn": attn, "head": nn.Linear(8, 2)}
     return Wired(wiring, **parts), (torch.randn(2, 4, 3), torch.randn(2, 6, 3), torch.randn(2, 6, 3))
 
@@ -266,9 +265,12 @@ def gram_matrix() -> Built:
     return Wired(wiring, a=nn.Conv2d(3, 4, 3), head=nn.Linear(16, 2)), image(size=6)
 
 
-@case({"stem": 6}, partial=True, blocked={"head": "output"})
+@case(blocked={"head": "output"})
 def learned_queries() -> Built:
-    """Pooling by attention: the queries are a parameter, the keys are the tokens themselves."""
+    """Pooling by attention: the queries are a parameter, the keys are the tokens themselves.
+
+    Its six channels are interchangeable, but the product of two parameters' axes may be refused.
+    """
 
     def wiring(net: Any, x: Tensor) -> Tensor:
         x = net.stem(x)
@@ -368,3 +370,76 @@ def mlp_mixer() -> Built:
     return Wired(wiring, stem=nn.Linear(3, 6), **tokens, **channels, **norms, head=nn.Linear(6, 2)), torch.randn(
         2, 5, 3
     )
+
+
+@case({"v": (4, 4), "stem o": 6}, partial=True, blocks={"q k v": 2}, blocked={"head": "output"})
+def query_and_key_norms() -> Built:
+    """Qwen3: one norm weight per channel of a head serves all heads."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k, v = (split_heads(layer(x), 2) for layer in (net.q, net.k, net.v))
+        y = F.scaled_dot_product_attention(net.q_norm(q), net.k_norm(k), v)
+        return net.head(F.gelu(x + net.o(join_heads(y))))
+
+    return Wired(wiring, **projections(6, 8, 8), q_norm=nn.RMSNorm(4), k_norm=nn.RMSNorm(4)), torch.randn(2, 5, 3)
+
+
+@case({"stem": 8}, partial=True, blocked={"head": "output"})
+def multihead_attention_with_zero_attention() -> Built:
+    """A row of zeros is appended to keys and values; padded keys are masked."""
+
+    def wiring(net: Any, x: Tensor, padding: Tensor) -> Tensor:
+        x = net.stem(x).tanh()
+        y, _ = net.attn(x, x, x, key_padding_mask=padding)
+        return net.head(F.gelu(y))
+
+    attn = nn.MultiheadAttention(8, 2, add_zero_attn=True, batch_first=True)
+    padding = torch.tensor([[False] * 4, [False, False, True, True]])
+    return Wired(wiring, stem=nn.Linear(3, 8), attn=attn, head=nn.Linear(8, 2)), (torch.randn(2, 4, 3), padding)
+
+
+@case({"layer.linear1": 12, "stem layer.self_attn.out_proj layer.linear2": 8}, partial=True, blocked={"head": "output"})
+def encoder_layer_with_padding_mask() -> Built:
+    """Post-norm; in eval mode PyTorch would take a fused path that hides every step."""
+
+    def wiring(net: Any, x: Tensor, padding: Tensor) -> Tensor:
+        return net.head(net.layer(net.stem(x), src_key_padding_mask=padding))
+
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.1, batch_first=True)
+    padding = torch.tensor([[False] * 4, [False, False, True, True]])
+    return Wired(wiring, stem=nn.Linear(3, 8), layer=layer, head=nn.Linear(8, 2)), (torch.randn(2, 4, 3), padding)
+
+
+@case({"stem": 6, "back": 5}, partial=True, blocked={"head": "output"})
+def vector_quantiser() -> Built:
+    """VQ-VAE: the nearest row of a table replaces each token, with a straight-through estimator.
+
+    The six channels of `stem` are the six columns of the table, and may be permuted together.
+    """
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        table = net.codes.weight
+        distance = x.pow(2).sum(-1, keepdim=True) - 2 * x @ table.t() + table.pow(2).sum(-1)
+        nearest = net.codes(distance.argmin(-1))
+        return net.head(F.relu(net.back(x + (nearest - x).detach())))
+
+    parts = {"stem": nn.Linear(3, 6), "codes": nn.Embedding(7, 6), "back": nn.Linear(6, 5), "head": nn.Linear(5, 2)}
+    return Wired(wiring, **parts), torch.randn(2, 5, 3)
+
+
+@case({"a": 6}, partial=True, unmixable=("a",))
+def similarity_of_samples() -> Built:
+    """Contrastive heads: inner products between samples. A copied channel would count twice."""
+    return Wired(lambda net, x: net.a(x) @ net.a(x).mT, a=nn.Linear(4, 6)), torch.randn(3, 4)
+
+
+@case({"a": 6}, unmixable=("a",))
+def cosine_classifier() -> Built:
+    """Features and class vectors of unit length: merging columns changes the length of the class vectors."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(net.a(x).tanh(), dim=-1), F.normalize(net.classes, dim=-1))
+
+    return Wired(wiring, a=nn.Linear(4, 6), classes=parameter(3, 6)), torch.randn(5, 4)

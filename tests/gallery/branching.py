@@ -280,9 +280,9 @@ def tied_square_layers() -> Built:
     return Wired(wiring, **layers, head=nn.Linear(6, 2)), torch.randn(3, 4)
 
 
-@case({"a b": 8}, blocked={"head": "output"})
+@case(blocks={"a b": 8}, blocked={"head": "output"})
 def stack_and_sum() -> Built:
-    """Branches stacked on a new axis and summed over it: as good as a + b."""
+    """Branches stacked on a new axis and summed over it: pairs (a_i, b_i) move as a whole."""
 
     def wiring(net: Any, x: Tensor) -> Tensor:
         return net.head(F.relu(torch.stack([net.a(x), net.b(x)]).sum(0)))

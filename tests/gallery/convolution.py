@@ -113,7 +113,7 @@ def grouped_one_output_per_group() -> Built:
     return net, image()
 
 
-@case({"a": (4, 4), "up": (6, 6)}, blocks={"a up": 2}, blocked={"head": "output"})
+@case({"a": (4, 4), "up": (6, 6)}, blocks={"a": 2}, blocked={"head": "output"})
 def grouped_transposed() -> Built:
     net = chain(
         a=nn.Conv2d(3, 8, 1),

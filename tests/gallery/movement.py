@@ -393,3 +393,14 @@ def nested_chain() -> Built:
     head = chain(a=nn.Linear(4, 5), relu=nn.ReLU(), b=nn.Linear(5, 2))
     net = chain(conv=nn.Conv2d(3, 4, 3), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), tanh=nn.Tanh(), head=head)
     return net, image(size=8)
+
+
+@case({"a": 4, "b": 5}, blocked={"head": "output"})
+def flattened_tokens() -> Built:
+    """(tokens, channels) flattened into one axis and cut again: channel i covers i, i + 4, i + 8."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        b = net.b(F.relu(net.a(x)).flatten(1)).tanh()
+        return net.head(b.view(len(x), 2, 5).transpose(1, 2).flatten(1))
+
+    return Wired(wiring, a=nn.Linear(3, 4), b=nn.Linear(12, 10), head=nn.Linear(10, 2)), torch.randn(2, 3, 3)

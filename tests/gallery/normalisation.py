@@ -228,3 +228,22 @@ def dropout_of_every_kind() -> Built:
         head=nn.Conv2d(8, 2, 1),
     )
     return net, image()
+
+
+@case({"a": 4}, blocked={"head": "output"})
+def layer_norm_of_flattened() -> Built:
+    """Norms behind a flatten: one channel covers nine entries of each."""
+    net = chain(
+        a=nn.Conv2d(3, 4, 3), relu=nn.ReLU(), flat=nn.Flatten(), norm=nn.LayerNorm(36), bn=nn.BatchNorm1d(36),
+        tanh=nn.Tanh(), head=nn.Linear(36, 2),
+    )  # fmt: skip
+    return net, image(size=5)
+
+
+@case({"a b": 6}, blocked={"head": "output"})
+def layer_norm_used_twice() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(torch.cat([net.norm(net.a(x)).relu(), net.norm(net.b(x)).sin()], -1))
+
+    layers = {"a": nn.Linear(3, 6), "b": nn.Linear(3, 6), "norm": nn.LayerNorm(6), "head": nn.Linear(12, 2)}
+    return Wired(wiring, **layers), torch.randn(4, 3)

@@ -80,9 +80,9 @@ def pooling_over_channels() -> Built:
     return net, torch.randn(3, 5, 4)
 
 
-@case(blocks={"a": 4}, blocked={"head": "output"})
+@case(blocked={"a": "", "head": "output"})
 def max_pooling_of_channel_pairs() -> Built:
-    """Maxout by max_pool1d: only channels of one pair are interchangeable, and whole pairs."""
+    """Maxout by max_pool1d: only channels of one pair are interchangeable."""
     net = Wired(
         lambda net, x: net.head(F.max_pool1d(net.a(x).tanh(), 2)), a=nn.Linear(4, 8), head=nn.Linear(4, 2)
     )
@@ -165,10 +165,11 @@ def through_data() -> Built:
 
 @case({"a": (2, 4)}, partial=True, blocked={"head": "output"})
 def masked_channels() -> Built:
-    """A fixed 0/1 mask over channels: only channels with the same value are interchangeable."""
+    """A fixed mask says which nonlinearity a channel has: only channels with the same one are interchangeable."""
 
     def wiring(net: Any, x: Tensor) -> Tensor:
-        return net.head(F.relu(net.a(x)) * net.mask + ~net.mask)
+        a = net.a(x)
+        return net.head(torch.where(net.mask, a.relu(), a.sin()))
 
     mask = torch.tensor([True, False, True, True, False, True])
     return Wired(wiring, a=nn.Linear(4, 6), mask=mask, head=nn.Linear(6, 2)), torch.randn(3, 4)
@@ -383,3 +384,117 @@ def median_over_channels() -> Built:
 def summed_to_the_output() -> Built:
     """The output is the sum over hidden channels: nothing consumes them, and a copy would count twice."""
     return Wired(lambda net, x: net.a(x).relu().sum(-1), a=nn.Linear(4, 6)), torch.randn(3, 4)
+
+
+@case(blocked={"a": "", "head": "output"})
+def index_of_the_largest() -> Built:
+    """`max` returns values, which do not care about order, and indices, which do."""
+
+    def operation(a: Tensor) -> Tensor:
+        return torch.cat([a.tanh(), a.max(-1, keepdim=True).indices.to(a.dtype)], -1)
+
+    net, _ = between(operation, read=7)
+    return net, torch.randn(16, 4)
+
+
+@case(blocked={"a": "", "head": "output"})
+def view_without_permute() -> Built:
+    """The classical mistake: (n, c, h, w).view(n, h * w, c) mixes channels and space."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = F.relu(net.a(x))
+        return net.head(a.view(len(x), 16, 4))
+
+    return Wired(wiring, a=nn.Conv2d(3, 4, 3), head=nn.Linear(4, 2)), image(size=6)
+
+
+HIDDEN_WEIGHT = torch.linspace(-1, 1, 30).view(5, 6)
+HIDDEN_KERNEL = torch.linspace(-1, 1, 54).view(6, 1, 3, 3)
+
+
+@case(blocked={"a": "", "head": "output"})
+def unregistered_weight() -> Built:
+    """A weight that is no parameter and no buffer cannot be permuted."""
+    return between(lambda a: F.linear(a.tanh(), HIDDEN_WEIGHT.to(a.dtype)), read=5)
+
+
+@case(blocked={"head": "output"})
+def unregistered_depthwise_kernel() -> Built:
+    """Fixed kernels that differ from channel to channel."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x).tanh()
+        return net.head(F.conv2d(a, HIDDEN_KERNEL.to(a.dtype), groups=6))
+
+    return Wired(wiring, a=nn.Conv2d(3, 6, 3), head=nn.Conv2d(6, 2, 1)), image(size=8)
+
+
+@case({"a": 6, "b": 5}, blocked={"head": "output"})
+def one_hot_input() -> Built:
+    """Integers that become vectors inside: the columns of `a` belong to the input."""
+
+    def wiring(net: Any, ids: Tensor) -> Tensor:
+        x = F.one_hot(ids, 7).to(net.a.weight.dtype)
+        return net.head(net.b(net.a(x).tanh()).relu())
+
+    net = Wired(wiring, a=nn.Linear(7, 6), b=nn.Linear(6, 5), head=nn.Linear(5, 2))
+    return net, torch.randint(0, 7, (2, 5))
+
+
+@case(blocked={"head": "output"})
+def different_powers() -> Built:
+    """torch.pow with a list of exponents: a constant that no multiplication shows."""
+    return between(lambda a: torch.pow(a.sigmoid(), torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 3.0], dtype=a.dtype)))
+
+
+@case(blocked={"head": "output"})
+def clamped_by_a_constant() -> Built:
+    return between(lambda a: torch.clamp(a, max=torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5, 2.0], dtype=a.dtype)))
+
+
+@case(blocked={"head": "output"})
+def branched_on_slices() -> Built:
+    """The same operations in another order on the second half."""
+    return between(lambda a: torch.cat([a[:, :3].relu().sin(), a[:, 3:].sin().relu()], 1))
+
+
+@case(blocked={"head": "output"})
+def different_padding_of_halves() -> Built:
+    """Convolved alike, but shifted differently over space before."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        u, v = net.a(x).relu().chunk(2, 1)
+        return net.head(torch.cat([F.pad(u, (2, 0)), F.pad(v, (0, 2))], 1))
+
+    return Wired(wiring, a=nn.Conv1d(3, 6, 3), head=nn.Conv1d(6, 2, 3)), torch.randn(2, 3, 9)
+
+
+@case(blocked={"head": "output"})
+def different_pooling_of_halves() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        u, v = net.a(x).chunk(2, 1)
+        return net.head(torch.cat([F.max_pool2d(u, 2), F.avg_pool2d(v, 2)], 1))
+
+    return Wired(wiring, a=nn.Conv2d(3, 6, 3), head=nn.Conv2d(6, 2, 3)), image(size=10)
+
+
+@case(blocked={"head": "output"})
+def different_norms_of_halves() -> Built:
+    """Statistics over space for one half, none for the other (instance-batch norm without parameters)."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        u, v = net.a(x).chunk(2, 1)
+        return net.head(torch.cat([F.instance_norm(u), v], 1).relu())
+
+    return Wired(wiring, a=nn.Conv2d(3, 6, 3), head=nn.Conv2d(6, 2, 3)), image(size=10)
+
+
+@case(blocked={"head": "output"})
+def different_steps_of_halves() -> Built:
+    """One half read at the first step, the other at the last."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x).tanh()
+        return net.head(torch.cat([a[:, 0, :3], a[:, -1, 3:]], -1))
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(2, 4, 3)

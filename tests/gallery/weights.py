@@ -140,7 +140,7 @@ def tied_autoencoder() -> Built:
     return Wired(wiring, enc=nn.Linear(5, 7), bias=parameter(5)), torch.randn(4, 5)
 
 
-@case({"a": 6, "b": 4}, blocked={"head": "output"}, unmixable=("a",))
+@case({"a b": 6, "b": 4}, blocked={"head": "output"}, unmixable=("a b", "b"))
 def tied_convolutions() -> Built:
     """conv_transpose2d with the weight of a convolution: channels come back to where they were."""
 

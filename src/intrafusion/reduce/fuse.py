@@ -54,11 +54,19 @@ class IntraFusion:
         points, scores = TARGETS[self.target](rows, problem.importance, kept)
         a = marginal(self.source_marginal, problem.importance, kept)
         b = marginal(self.target_marginal, scores, torch.arange(problem.size, device=kept.device))
-        return intrafusion_map(rows, points, a, b, normalization=self.normalization, p=self.p)
+        own = kept if self.target == "most_important" else None
+        return intrafusion_map(rows, points, a, b, own=own, normalization=self.normalization, p=self.p)
 
 
 def intrafusion_map(
-    features: Tensor, targets: Tensor, a: Tensor, b: Tensor, *, normalization: str = "source", p: float = 1.0
+    features: Tensor,
+    targets: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    own: Tensor | None = None,
+    normalization: str = "source",
+    p: float = 1.0,
 ) -> ReductionMap:
     r"""Fuse n channels into m targets along the optimal transport plan between them.
 
@@ -73,6 +81,7 @@ def intrafusion_map(
         targets: (m, d), one row per new channel.
         a: (n,) masses of the channels, > 0, sum 1.
         b: (m,) masses of the targets, > 0, sum 1.
+        own: (m,) the channels that the targets are, if they are channels themselves: saves transporting what stays.
         normalization: "source", "target" or "function".
         p: order of the distance.
     Returns:
@@ -83,8 +92,35 @@ def intrafusion_map(
     Reference: Theus et al. 2024, Algorithm 2.
     """
     _check_name("normalization", normalization, NORMALIZATIONS)
-    coupling = optimal_coupling(direction_cost(features, targets, p=p), a, b)
+    coupling = torch.zeros(len(a), len(b), dtype=torch.float64, device=features.device)
+    a_left, b_left = a, b
+    if own is not None:
+        coupling, a_left, b_left = staying(a, b, own)
+    rows, columns = (left.nonzero().squeeze(1) for left in (a_left, b_left))
+    if len(rows) and len(columns):
+        cost = direction_cost(features[rows], targets[columns], p=p)
+        coupling[rows[:, None], columns] += optimal_coupling(cost, a_left[rows], b_left[columns])
     return NORMALIZATIONS[normalization](coupling, a, b)
+
+
+def staying(a: Tensor, b: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass that a channel and the target that it is have in common stays in place: the cost is a metric.
+
+    Returns:
+        that part of the coupling (n, m), and what is left of a and b (exactly 0 where nothing is, equal sums).
+    Reference: Villani 2003, section 1.2 (the transport cost of a metric depends on a - b alone).
+    """
+    stay = torch.minimum(a[own], b)
+    coupling = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    coupling[own, torch.arange(len(b), device=a.device)] = stay
+    a_left = a.double().clone()
+    a_left[own] -= stay
+    b_left = b.double() - stay
+    total = a_left.sum()
+    least = 1e-12 / len(a)
+    a_left, b_left = (torch.where(left > least, left, 0.0) for left in (a_left, b_left))
+    scale = lambda left: left * (total / left.sum()) if left.sum() > 0 else left  # noqa: E731
+    return coupling, scale(a_left), scale(b_left)
 
 
 def _source(coupling: Tensor, a: Tensor, b: Tensor) -> ReductionMap:

@@ -35,6 +35,7 @@ class Use:
     labels: np.ndarray
     channels: np.ndarray  # distinct labels
     slots: np.ndarray  # number of positions of each
+    shapes: np.ndarray  # how the positions of each lie relative to its first
     roles: np.ndarray  # role bits of each
 
 
@@ -44,7 +45,7 @@ class Channels:
 
     uses: list[Use]
     pattern: np.ndarray  # fingerprint of the uses
-    family: np.ndarray  # the same, blind to which slice of a grouped convolution is meant
+    family: np.ndarray  # the same, blind to how slots lie and to which slice of a grouped convolution is meant
     colour: np.ndarray
     reason: np.ndarray  # index into reasons, 0 = none
     reasons: list[str]
@@ -144,8 +145,8 @@ def describe(relations: Relations) -> Channels:
     first = np.full(count, np.iinfo(np.int64).max)
     used = np.zeros(count, bool)
     for index, use in enumerate(uses):
-        add_fingerprint(pattern, use, use.key)
-        add_fingerprint(family, use, (*use.key[:2], use.key[2] is not None))
+        add_fingerprint(pattern, use, use.key, use.shapes)
+        add_fingerprint(family, use, (*use.key[:2], use.key[2] is not None), use.slots.astype(np.uint64))
         lowest = np.full(count, np.iinfo(np.int64).max)
         np.minimum.at(lowest, use.labels, index << 32 | use.positions)
         np.minimum(first, lowest, out=first)
@@ -154,6 +155,9 @@ def describe(relations: Relations) -> Channels:
         distinct = np.unique(np.stack([relations.roots(labels), values]), axis=1)
         for salt in (0, 1):
             np.add.at(colour[:, salt], distinct[0], scrambled(distinct[1], salt))
+    for labels, place in relations.passes:
+        for salt in (0, 1):
+            colour[np.unique(relations.roots(labels)), salt] += hashed(place, salt)
     reason, reasons = fates(relations, uses)
     return Channels(uses, pattern, family, colour, reason, reasons, first, used)
 
@@ -173,12 +177,21 @@ def gather(relations: Relations, key: Key) -> Use:
     channels, inverse, slots = np.unique(labels, return_inverse=True, return_counts=True)
     roles = np.zeros(len(channels), np.int64)
     np.bitwise_or.at(roles, inverse, roles_at[positions])
-    return Use(key, positions, labels, channels, slots, roles)
+    shapes = np.zeros(len(channels), np.uint64)
+    np.add.at(shapes, inverse, scrambled(positions - positions[first_of_each(inverse, len(channels))][inverse], 0))
+    return Use(key, positions, labels, channels, slots, shapes, roles)
 
 
-def add_fingerprint(target: np.ndarray, use: Use, key: object) -> None:
+def first_of_each(inverse: np.ndarray, count: int) -> np.ndarray:
+    """Index of the first element of each class."""
+    first = np.full(count, len(inverse))
+    np.minimum.at(first, inverse, np.arange(len(inverse)))
+    return first
+
+
+def add_fingerprint(target: np.ndarray, use: Use, key: object, slots: np.ndarray) -> None:
     for salt in (0, 1):
-        code = use.slots.astype(np.uint64) * np.uint64(256) + use.roles.astype(np.uint64)
+        code = slots * np.uint64(256) + use.roles.astype(np.uint64)
         target[use.channels, salt] += scrambled(code ^ hashed(key, salt), salt)
 
 
@@ -332,7 +345,7 @@ def channel_groups(relations: Relations, channels: Channels, cells: Cells) -> li
     families: dict[object, int] = {}
     found = []
     for index, rows in split_by(bucket, labels):
-        twin = (channels.family[rows[0]].tobytes(), channels.colour[rows[0]].tobytes(), len(rows))
+        twin = (channels.family[rows[0]].tobytes(), len(rows))
         family = families.setdefault(twin, len(families))
         found.append((int(channels.first[rows].min()), make_group(relations, channels, cells, rows, members[index], notes[index], family)))
     return with_fates([g for _, g in sorted(found, key=lambda item: item[0])])

@@ -71,6 +71,7 @@ class Relations:
         self.causes: dict[int, tuple[Cause, str]] = {}
         self.colours: list[tuple[np.ndarray, np.ndarray]] = []
         self.next_colour = 0
+        self.passes: list[tuple[np.ndarray, tuple[int, int]]] = []
         self.blocked: list[tuple[np.ndarray, str]] = []
         self.pins: dict[tuple[str, int], str] = {}
         self.notes: list[tuple[np.ndarray, str]] = []
@@ -121,6 +122,10 @@ class Relations:
         """Only channels with the same value are interchangeable from now on."""
         self.colours.append((labels, values + self.next_colour))
         self.next_colour += int(values.max(initial=0)) + 1
+
+    def passed(self, labels: np.ndarray, place: tuple[int, int]) -> None:
+        """These channels went through one place (operand or output of one operation): others may not have."""
+        self.passes.append((np.unique(labels), place))
 
     def forbid(self, labels: np.ndarray, reason: str) -> None:
         labels = np.unique(labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,7 @@ class Tracer(TorchDispatchMode):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.reached: set[str] = set()
         self.origins: list[Origin] = []
+        self.calls = 0
         self.modules: list[str] = []
         self.names: dict[int, str] = {}
         self.parameters: dict[int, str] = {}
@@ -131,6 +132,7 @@ class Tracer(TorchDispatchMode):
             result = refuse(self, call, f"not followed ({type(error).__name__})")
         results = result if isinstance(result, list) else [result]
         outputs = call.outputs
+        self.set_apart([self.info(x) for x in call.tensors], results if len(results) > 1 else [])
         for output, info in zip(outputs, results, strict=len(results) > 1):
             if not isinstance(output, Tensor):
                 continue
@@ -138,6 +140,13 @@ class Tracer(TorchDispatchMode):
                 self.known[output] = info
             elif output in self.known:
                 del self.known[output]
+
+    def set_apart(self, operands: Sequence[Info | None], results: Sequence[Info | None]) -> None:
+        """Channels that pass through an operation are unlike those that do not, operand by operand, output by output."""
+        self.calls += 1
+        for slot, info in enumerate((*operands, *results)):
+            if isinstance(info, Activation):
+                self.relations.passed(narrowed(info.labels), (self.calls, slot))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -255,6 +264,8 @@ def decomposed(model: nn.Module) -> Iterator[None]:
 def run(model: nn.Module, inputs: Inputs) -> Tracer:
     """One traced forward pass; output channels are forbidden."""
     tracer = Tracer(model)
+    for given in inputs.tensors():
+        tracer.known[given] = tracer.fixed(given.shape)
     with preserved(model), torch.no_grad(), decomposed(model), module_names(tracer, model):
         with tracer:
             outputs = inputs.call(model)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import zlib
 from itertools import pairwise
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 
 from intrafusion.errors import FolderError, unknown_name
 from intrafusion.zoo.images import Images, Normalisation, window
@@ -64,18 +65,19 @@ def _decode(encoded: bytes, where: str) -> np.ndarray:
         raise FolderError(f"{where}: expected an encoded image, got: {error}; fetch the file again.") from error
 
 
-def _open(path: Path) -> np.lib.npyio.NpzFile:
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise FolderError(f"{path}: expected a readable .npz file, got: {error}; fetch it again.") from error
-    return file
+def _open(path: Path) -> NpzFile:
+    if not is_zipfile(path):
+        got = "a damaged or another one" if path.is_file() else "none"
+        raise FolderError(f"{path}: expected an .npz file, got {got}; fetch it again.")
+    return np.load(path, allow_pickle=False)
 
 
-def _array(path: Path, file: Mapping[str, np.ndarray], split: str, suffix: str) -> np.ndarray:
-    if split + suffix not in file:
-        splits = [name.removesuffix(suffix) for name in file if name.endswith(suffix)]
+def _array(path: Path, file: NpzFile, split: str, suffix: str) -> np.ndarray:
+    name = split + suffix
+    if name not in file:
+        splits = [known.removesuffix(suffix) for known in file if known.endswith(suffix)]
         raise ValueError(f"{path.name}: {unknown_name('split', split, splits)}")
-    return file[split + suffix]
+    try:
+        return file[name]
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise FolderError(f"{path}: expected a readable array {name}, got: {error}; fetch it again.") from error

@@ -120,6 +120,7 @@ def build(name: str, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = found.factory(num_classes=found.num_classes).eval()
+        _he_init_(model)
     if pretrained:
         if found.weights is None:
             trained = ", ".join(names(trained=True))
@@ -137,3 +138,13 @@ def example_input(name: str, *, batch: int = 1, seed: int = 0) -> Tensor:
         ValueError: unknown network.
     """
     return torch.randn(batch, *entry(name).input_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _he_init_(model: nn.Module) -> None:
+    """Convolutions that keep the size of the signal from layer to layer (He et al. 2015, Eq. 10).
+
+    PyTorch's own start lets it fade: an untrained MobileNet then answers the same to every image.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
