@@ -173,7 +173,9 @@ def influence(model: nn.Module, inputs: Inputs, member: Member) -> float:
 # ---- duplicates -----------------------------------------------------------------------------------------------------
 
 
-def duplicate_errors(model: nn.Module, inputs: Inputs, group: ChannelGroup, i: int = 0, j: int = 1) -> tuple[float, float]:
+def duplicate_errors(
+    model: nn.Module, inputs: Inputs, group: ChannelGroup, i: int = 0, j: int = 1
+) -> tuple[float, float]:
     """What merging costs when channel j is an exact copy of channel i.
 
     First: the change of the outputs when the consumers of i receive the sum and those of j receive zero. Second: the

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "intrafusion"
 LAYERS = (
     {"errors", "graph", "inputs", "transport"},
     {"features", "importance", "budget", "reduce"},
-    {"plan", "recipe", "norms", "apply", "trace", "measure"},
+    {"plan", "recipe", "selection", "norms", "apply", "trace", "verify", "measure"},
     {"restore", "fusion"},
     {"pipeline"},
     {"io", "report", "bench", "zoo"},
@@ -52,7 +52,7 @@ def files() -> list[Path]:
 
 def own_part(path: Path) -> str:
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "" if name.startswith("__") else name
+    return {"__init__": "", "__main__": "cli"}.get(name, name)
 
 
 def edges() -> Iterator[tuple[Path, str, str]]:

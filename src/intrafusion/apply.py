@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.utils.parametrize
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from intrafusion.errors import PlanError
 from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role, Slice
@@ -21,13 +21,14 @@ from intrafusion.norms import fold, unfold
 from intrafusion.reduce.problem import ReductionMap
 
 
-
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer once, by its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def reduced_weights(weights: Mapping[str, Tensor], graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> dict[str, Tensor]:
+def reduced_weights(
+    weights: Mapping[str, Tensor], graph: ChannelGraph, maps: Mapping[str, ReductionMap]
+) -> dict[str, Tensor]:
     """The tensors that change when groups are reduced, in their own dtype.
 
     Foldable batch norms are folded for the computation and get statistics back afterwards.
@@ -163,7 +164,7 @@ def shortened_slices(tensor: Tensor, dim: int, parts: dict[Slice, list[np.ndarra
         pieces.append(tensor.narrow(across, end, tensor.shape[across] - end))
     if len({p.shape[dim] for p in pieces}) > 1:
         sizes = sorted({p.shape[dim] for p in pieces})
-        raise PlanError(f"{name}: the groups of this convolution would get different sizes {sizes}; give them the same keep.")
+        raise PlanError(f"{name}: its groups would get different sizes {sizes}; give them the same keep.")
     return torch.cat(pieces, across)
 
 
@@ -241,28 +242,36 @@ def find_repairs(model: nn.Module, old_shapes: Mapping[int, tuple[int, ...]]) ->
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of the module itself, and those that a parametrization computes them from."""
     own = {k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
-    if nn.utils.parametrize.is_parametrized(module):
-        own.update(module.parametrizations.named_parameters())
-        own.update({k: getattr(module, k) for k in module.parametrizations})
+    if parametrize.is_parametrized(module):
+        sources = module.get_submodule("parametrizations")
+        own.update(sources.named_parameters())
+        own.update({name: getattr(module, name) for name, _ in sources.named_children()})
     return own
 
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 SIZES = (
-    "in_channels out_channels in_features out_features num_features num_channels embedding_dim num_embeddings "
-    "num_parameters input_size hidden_size nf nx embed_dim channels dim width hidden_dim"
-).split()
+    *("in_channels", "out_channels", "in_features", "out_features", "num_features", "num_channels", "num_parameters"),
+    *("embedding_dim", "num_embeddings", "embed_dim", "input_size", "hidden_size", "hidden_dim"),
+    *("nf", "nx", "channels", "dim", "width"),
+)
+
+
+KERNELS = ("weight", "weight_orig", "weight_v")  # plain; behind a pruning mask or spectral norm; behind weight norm
 
 
 def expected_attributes(module: nn.Module, old: Shapes, new: Shapes) -> dict[str, int | tuple[int, ...]]:
     """What the size attributes of a module must be, from the shapes of its tensors."""
+    kernel = next((k for k in KERNELS if k in new), "weight")
     if isinstance(module, nn.modules.conv._ConvNd):
-        return convolution_attributes(module, old["weight"], new["weight"])
+        return convolution_attributes(module, old[kernel], new[kernel])
     if isinstance(module, nn.Linear):
-        return {"in_features": new["weight"][1], "out_features": new["weight"][0]}
+        return {"in_features": new[kernel][1], "out_features": new[kernel][0]}
     if isinstance(module, nn.RNNBase):
         return {"input_size": new["weight_ih_l0"][1], "hidden_size": new["weight_hh_l0"][1]}
+    if isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels and "weight" in new:
+        return dict.fromkeys(("num_groups", "num_channels"), new["weight"][0])  # one channel to each group stays so
     found: dict[str, int | tuple[int, ...]] = {}
     if "weight" in old and getattr(module, "normalized_shape", None) == old["weight"]:
         found["normalized_shape"] = new["weight"]

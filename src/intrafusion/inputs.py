@@ -51,7 +51,9 @@ class Inputs:
             ) from error
         outputs = output_tensors(output)
         if not outputs:
-            raise ModelError(f"the network returns no tensor on {self}, but a {type(output).__name__}; wrap its forward.")
+            raise ModelError(
+                f"the network returns no tensor on {self}, but a {type(output).__name__}; wrap its forward."
+            )
         return outputs
 
     def tensors(self) -> list[Tensor]:
@@ -73,9 +75,8 @@ class Inputs:
         def vary(t: Tensor) -> Tensor:
             if not t.is_floating_point() or t.numel() == 0:
                 return t
-            noise = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.device) - 0.5
-            scale = t.double().abs().mean().clamp(min=1e-3)
-            return (t.double() + 0.2 * scale * noise).to(t.dtype)
+            noise = torch.rand(t.shape, generator=generator).to(t) - 0.5
+            return t + 0.2 * t.abs().mean().clamp(min=1e-3) * noise
 
         return self.map(vary)
 

@@ -20,7 +20,7 @@ from intrafusion.measure.size import Size, size_of
 from intrafusion.norms import fold
 from intrafusion.plan import Decision, Plan, members_of
 from intrafusion.recipe import Keep, Recipe
-from intrafusion.reduce import ReductionMap, ReductionProblem, Reducer, Select
+from intrafusion.reduce import Reducer, ReductionMap, ReductionProblem, Select
 from intrafusion.report import table
 from intrafusion.selection import left_alone
 from intrafusion.trace import trace
@@ -122,7 +122,9 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progre
 def check_finite(model: nn.Module) -> None:
     for name, tensor in named_tensors(model).items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name}: expected finite weights, got NaN or infinity; the network was saved broken, load another.")
+            raise ModelError(
+                f"{name}: expected finite weights, got NaN or infinity; the network was saved broken, load another."
+            )
 
 
 def decide(model: nn.Module, graph: ChannelGraph, recipe: Recipe, *, progress: Progress = silent) -> Plan:
@@ -171,10 +173,19 @@ def folded_weights(model: nn.Module, graph: ChannelGraph, groups: Iterable[Chann
 
 def solve(group: ChannelGroup, weights: dict[str, Tensor], m: int, recipe: Recipe) -> ReductionMap:
     """The map of one group; channels that must not be mixed are selected."""
-    scores = recipe.importance(group, weights, None)
-    problem = ReductionProblem(features(group, weights), scores.double(), m, recipe.seed, biases(group, weights))
+    scores = checked_scores(recipe.importance(group, weights, None), group)
+    problem = ReductionProblem(features(group, weights), scores, m, recipe.seed, biases(group, weights))
     reducer = Select() if group.unmixable and recipe.reducer.mixes else recipe.reducer
     return reducer(problem)
+
+
+def checked_scores(scores: object, group: ChannelGroup) -> Tensor:
+    where = f"importance: group {group.name!r}: expected a tensor of {group.size} finite scores"
+    if not isinstance(scores, Tensor) or scores.shape != (group.size,):
+        raise ValueError(f"{where}, got {list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__}.")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError(f"{where}, got NaN or infinity.")
+    return scores.detach().double()
 
 
 def decision(group: ChannelGroup, m: int, recipe: Recipe, unwanted: str | None) -> Decision:

@@ -69,8 +69,10 @@ class Plan:
             dict(other.shapes),
             other.warnings,
         )
-        return same and self.maps.keys() == other.maps.keys() and all(
-            same_map(self.maps[k], other.maps[k]) for k in self.maps
+        return (
+            same
+            and self.maps.keys() == other.maps.keys()
+            and all(same_map(self.maps[k], other.maps[k]) for k in self.maps)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -90,7 +92,9 @@ class Plan:
         """Raise PlanError, with the first difference, unless the plan was made for such a network."""
         for name, shape in self.shapes.items():
             if name not in shapes:
-                raise PlanError(f"the plan is for another network: it has {name!r} {list(shape)}, this one has no such tensor.")
+                raise PlanError(
+                    f"the plan is for another network: it has {name!r} {list(shape)}, this one has no such tensor."
+                )
             if tuple(shapes[name]) != tuple(shape):
                 raise PlanError(
                     f"the plan is for another network: {name!r} is {list(shape)} there and {list(shapes[name])} here."
@@ -129,7 +133,9 @@ class Plan:
         try:
             data: dict[str, Any] = json.loads(text)
             if data["format"] > FORMAT:
-                raise PlanError(f"the plan has format {data['format']}, this version reads up to {FORMAT}; upgrade intrafusion.")
+                raise PlanError(
+                    f"the plan has format {data['format']}, this version reads up to {FORMAT}; upgrade intrafusion."
+                )
             decisions = tuple(Decision(**{**d, "members": tuple(d["members"])}) for d in data["decisions"])
             shapes = {k: tuple(v) for k, v in data["shapes"].items()}
             recipe = Recipe.from_yaml(data["recipe"])

@@ -35,7 +35,7 @@ class Recipe:
         include: reduce only these layers (None: all).
         exclude: leave these layers alone.
         order: "joint": every group is described by the original weights; "backward": one after another from the
-            output, each described by the weights that the ones before it left, as the released code of Theus et al. does.
+            output, each described by what the ones before it left, as the released code of Theus et al. does.
         seed: for whatever draws random numbers.
     """
 
@@ -60,11 +60,11 @@ class Recipe:
         options["exclude"] = as_selectors(options.get("exclude")) or ()
         options["include"] = as_selectors(options.get("include"))
         keep = options.get("keep", 0.7)
-        options["keep"] = dict(keep) if isinstance(keep, Mapping) else keep
+        options["keep"] = {k: plain(v) for k, v in keep.items()} if isinstance(keep, Mapping) else plain(keep)
         return cls(**options)
 
     def to_yaml(self) -> str:
-        """YAML that `from_yaml` reads back; methods that are not ours are written as their repr and cannot be."""
+        """YAML that `from_yaml` reads back; of a method that is not ours only the name is, see `Foreign`."""
         data = {
             "keep": self.keep,
             "reducer": method_to_data(self.reducer, reducers.REDUCERS),
@@ -82,7 +82,7 @@ class Recipe:
         """Read a recipe.
 
         Raises:
-            RecipeError: not YAML, an unknown key or method, or a method that was not ours when it was written.
+            RecipeError: not YAML, or an unknown key or method.
         """
         try:
             data = yaml.safe_load(text)
@@ -99,6 +99,26 @@ class Recipe:
         return cls.of(**data)
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """The name of a method that is not ours, where a recipe was read back: it says what was done, and cannot do it."""
+
+    foreign: str
+
+    mixes = True  # of the class, as of every reducer
+
+    def __call__(self, *_: Any) -> Any:
+        raise RecipeError(
+            f"recipe: it was made with {self.foreign}, which is not part of intrafusion; "
+            "set `reducer` or `importance` to that method again."
+        )
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy or PyTorch as one of Python."""
+    return value.item() if hasattr(value, "item") else value
+
+
 def method_to_data(method: Any, registry: Mapping[str, Any]) -> str | dict[str, Any]:
     """A registered method by name and hyper-parameters."""
     for name, entry in registry.items():
@@ -107,15 +127,23 @@ def method_to_data(method: Any, registry: Mapping[str, Any]) -> str | dict[str, 
             return name
     for name, entry in registry.items():
         default = entry() if isinstance(entry, type) else entry
-        if type(method) is type(default) and is_dataclass(method):
+        if type(method) is type(default) and is_dataclass(method) and not isinstance(method, type):
             return {"name": name, **asdict(method)}
-    return repr(method)
+    if isinstance(method, Foreign):
+        return asdict(method)
+    named = method if hasattr(method, "__qualname__") else type(method)
+    return {"foreign": repr(method) if is_dataclass(method) else f"{named.__module__}.{named.__qualname__}"}
 
 
 def method_from_data(data: Any, registry: Mapping[str, Any], kind: str) -> Any:
-    name, options = (data, {}) if isinstance(data, str) else (data.get("name"), {k: v for k, v in data.items() if k != "name"})
+    if not isinstance(data, (str, dict)):
+        raise RecipeError(f"recipe: {kind}: expected a name or a mapping with a name, got {type(data).__name__}.")
+    if isinstance(data, dict) and data.keys() == {"foreign"}:
+        return Foreign(str(data["foreign"]))
+    options = {"name": data} if isinstance(data, str) else dict(data)
+    name = str(options.pop("name", None))
     if name not in registry:
-        raise RecipeError(f"recipe: {unknown_name(kind, str(name), registry)}")
+        raise RecipeError(f"recipe: {unknown_name(kind, name, registry)}")
     entry = registry[name]
     default = entry() if isinstance(entry, type) else entry
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -61,7 +61,7 @@ def as_selectors(what: Any) -> tuple[Selector, ...] | None:
     """One selector or several; a bare name, type or function means the outputs, "name:inputs" the inputs."""
     if what is None:
         return None
-    if isinstance(what, (str, type, Selector)) or callable(what):
+    if isinstance(what, (str, type, Selector)) or not isinstance(what, Iterable):
         what = (what,)
     return tuple(as_selector(item) for item in what)
 
@@ -72,9 +72,13 @@ def as_selector(item: Any) -> Selector:
     if isinstance(item, str):
         name, _, side = item.rpartition(":")
         return Selector(name, side) if name and side in SIDES else Selector(item)
-    if isinstance(item, type) or callable(item):
+    if isinstance(item, type):
         return Selector(item)
-    raise BudgetError(f"include/exclude: expected a name, a layer type or a function (name, module) -> bool, got {item!r}.")
+    if callable(item):
+        return Selector(cast(Callable[[str, nn.Module], bool], item))
+    raise BudgetError(
+        f"include/exclude: expected a name, a layer type or a function (name, module) -> bool, got {item!r}."
+    )
 
 
 def meant(group: ChannelGroup, selector: Selector, layers: set[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Proof: permuting the channels of a group must not change the output, and the smaller network must show the same groups.
+"""Proof: permuting the channels of a group must not change the output; the smaller network must show the same groups.
 
 Both checks go through the code that does the reduction (`apply.py`), in float64.
 """
@@ -189,7 +189,8 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs) -
             found = trace(attempt(groups), inputs)
         except IntrafusionError as error:
             return f"the smaller network does not run ({short(error)})"
-        return disagreement(shrunk(graph, {g.name: len(maps[g.name].merge) for g in groups}), found)
+        expected = shrunk(graph, {g.name: len(maps[g.name].merge) for g in groups})
+        return disagreement(expected, found) or confusion(expected, found, siblings(graph))
 
     groups = [g for g in graph.groups if g.name in maps]
     passed, failed = largest_passing(families_of(groups), failure)
@@ -244,22 +245,56 @@ class Renumbering:
 
 
 def disagreement(expected: ChannelGraph, found: ChannelGraph) -> str | None:
-    """How two graphs of the same network differ; groups of one channel leave no trace and are not compared."""
+    """A group that the network no longer shows; groups of one channel leave no trace and are not compared."""
     wanted = {signature(g): g for g in expected.groups if g.size > 1 and g.kind == "channel"}
     present = {signature(g) for g in found.groups if g.size > 1 and g.kind == "channel"}
     missing = [g.name for s, g in wanted.items() if s not in present]
     if not missing:
         return None
-    return f"the smaller network no longer shows {missing[0]!r} as a group of {wanted_size(expected, missing[0])} channels"
+    return (
+        f"the smaller network no longer shows {missing[0]!r} as a group of {wanted_size(expected, missing[0])} channels"
+    )
 
 
 def wanted_size(graph: ChannelGraph, name: str) -> int:
     return graph[name].size
 
 
+def confusion(expected: ChannelGraph, found: ChannelGraph, alike: list[set[str]]) -> str | None:
+    """Groups of one channel that the network now takes for each other, as where it slices at a fixed index.
+
+    Single channels of blocks that were interchangeable as wholes may join.
+    """
+    single = [g for g in expected.groups if g.kind == "channel" and g.size == 1]
+    owner = {(m.key(), p): g.name for g in single for m in g.members for p in m.positions.ravel().tolist()}
+    for group in found.reducible:
+        if group.kind == "channel":
+            names = {owner.get((m.key(), p), "") for m in group.members for p in m.positions.ravel().tolist()} - {""}
+            if len(names) > 1 and not any(names <= blocks for blocks in alike):
+                return (
+                    f"the smaller network treats the single channels of {' and '.join(map(repr, sorted(names)))} alike"
+                )
+    return None
+
+
+def siblings(graph: ChannelGraph) -> list[set[str]]:
+    """Names of the channel groups that lie in the same interchangeable blocks."""
+    blocks, channels = ([g for g in graph.groups if g.kind == kind] for kind in ("block", "channel"))
+    return [{g.name for g in channels if lies_in(g, block)} for block in blocks]
+
+
+def lies_in(group: ChannelGroup, block: ChannelGroup) -> bool:
+    places = {(m.tensor, m.dim): m.positions for m in block.members}
+    own = [m for m in group.members if m.within is None and (m.tensor, m.dim) in places]
+    return any(np.isin(m.positions, places[m.tensor, m.dim]).all() for m in own)
+
+
 def signature(group: ChannelGroup) -> bytes:
     """Which index of which tensor is which channel, in an order of its own."""
     members = sorted(group.members, key=lambda m: (m.tensor, m.dim, str(m.within)))
     order = np.argsort(members[0].positions.min(1), kind="stable")
-    parts = [f"{m.tensor}|{m.dim}|{m.within}|{sorted(m.roles)}".encode() + np.sort(m.positions[order], 1).tobytes() for m in members]
+    parts = [
+        f"{m.tensor}|{m.dim}|{m.within}|{sorted(m.roles)}".encode() + np.sort(m.positions[order], 1).tobytes()
+        for m in members
+    ]
     return b"\n".join(parts)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gallery.core import Inputs, Wired, case, image, parameter
 from torch import Tensor, nn
+
+from gallery.core import Inputs, Wired, case, image, parameter
 
 Built = tuple[nn.Module, Inputs]
 
@@ -104,7 +105,8 @@ def join_heads(x: Tensor) -> Tensor:
 
 def projections(width: int, inner: int, keys: int, outputs: int = 2) -> dict[str, nn.Module]:
     """stem, q, k, v, o, head: the layers of one attention block."""
-    layers = {"stem": nn.Linear(3, width), "q": nn.Linear(width, inner), "k": nn.Linear(width, keys)}
+    layers: dict[str, nn.Module] = {"stem": nn.Linear(3, width), "q": nn.Linear(width, inner)}
+    layers["k"] = nn.Linear(width, keys)
     return layers | {"v": nn.Linear(width, keys), "o": nn.Linear(inner, width), "head": nn.Linear(width, outputs)}
 
 
@@ -411,7 +413,7 @@ def encoder_layer_with_padding_mask() -> Built:
     return Wired(wiring, stem=nn.Linear(3, 8), layer=layer, head=nn.Linear(8, 2)), (torch.randn(2, 4, 3), padding)
 
 
-@case({"stem": 6, "back": 5}, partial=True, blocked={"head": "output"})
+@case({"stem codes": 6, "back": 5}, partial=True, blocked={"head": "output"})
 def vector_quantiser() -> Built:
     """VQ-VAE: the nearest row of a table replaces each token, with a straight-through estimator.
 

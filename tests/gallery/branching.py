@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from gallery.core import Inputs, Wired, case, chain, conv_bn, image, parameter, pooled
 from torch import Tensor, nn
+
+from gallery.core import Inputs, Wired, case, chain, conv_bn, image, parameter, pooled
 
 Built = tuple[nn.Module, Inputs]
 

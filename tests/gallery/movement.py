@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gallery.core import Inputs, Wired, case, chain, conv_bn, image
 from torch import Tensor, nn
+
+from gallery.core import Inputs, Wired, case, chain, conv_bn, image
 
 Built = tuple[nn.Module, Inputs]
 
@@ -125,9 +126,9 @@ def picked_by_a_buffer() -> Built:
     return Wired(wiring, a=nn.Linear(3, 6), order=order, head=nn.Linear(4, 2)), torch.randn(4, 3)
 
 
-@case({"a": 3}, blocked={"head": "output"})
+@case(blocked={"head": "output"})
 def folded_in_two() -> Built:
-    """x + x.flip: channels i and n - 1 - i become one."""
+    """x + x.flip: channels i and n - 1 - i become one. Three pairs, unless refused because their order differs."""
 
     def wiring(net: Any, x: Tensor) -> Tensor:
         a = net.a(x)
@@ -147,7 +148,7 @@ def added_to_its_neighbour() -> Built:
     return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
 
 
-@case({"a": 6}, blocked={"head": "output"})
+@case(blocked={"head": "output"})
 def mirrored_slots() -> Built:
     """relu(x_i) is read at 2i, relu(-x_i) at 2(n-1-i) + 1: sorting the two positions would swap their meaning."""
 
@@ -158,7 +159,7 @@ def mirrored_slots() -> Built:
     return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(12, 2)), torch.randn(4, 3)
 
 
-@case({"fused": 6}, blocked={"head": "output"})
+@case(blocked={"head": "output"})
 def mirrored_gate() -> Built:
     """Value 2i is gated by 2(n-1-i) + 1: the first slot of some channels is a gate, of others a value."""
 
@@ -395,12 +396,113 @@ def nested_chain() -> Built:
     return net, image(size=8)
 
 
-@case({"a": 4, "b": 5}, blocked={"head": "output"})
+@case({"a": 4, "b": 10}, blocked={"head": "output"})
 def flattened_tokens() -> Built:
-    """(tokens, channels) flattened into one axis and cut again: channel i covers i, i + 4, i + 8."""
+    """(tokens, channels) flattened into one axis: channel i covers i, i + 4, i + 8. The ten of `b` are transposed."""
 
     def wiring(net: Any, x: Tensor) -> Tensor:
         b = net.b(F.relu(net.a(x)).flatten(1)).tanh()
         return net.head(b.view(len(x), 2, 5).transpose(1, 2).flatten(1))
 
     return Wired(wiring, a=nn.Linear(3, 4), b=nn.Linear(12, 10), head=nn.Linear(10, 2)), torch.randn(2, 3, 3)
+
+
+def pairs_summed(x: Tensor) -> Tensor:
+    """Channels 0 and 1, 2 and 3, ... behind a nonlinearity."""
+    return x.sigmoid().unflatten(-1, (-1, 2)).sum(-1)
+
+
+@case(blocked={"head": "output"})
+def maxout_with_a_layer_norm() -> Built:
+    """The norm sees all pairs, but a channel may only change places within its own pair."""
+    net = chain(
+        a=nn.Linear(4, 8),
+        maxout=Wired(lambda net, x: x.unflatten(-1, (4, 2)).amax(-1)),
+        norm=nn.LayerNorm(4),
+        head=nn.Linear(4, 2),
+    )
+    return net, torch.randn(3, 4)
+
+
+@case(blocked={"head": "output"})
+def pairs_that_are_centred() -> Built:
+    """Sums of pairs minus their mean over all pairs."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        pairs = pairs_summed(net.a(x))
+        return net.head((pairs - pairs.mean(-1, keepdim=True)).sin())
+
+    return Wired(wiring, a=nn.Linear(4, 8), head=nn.Linear(4, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"head": "output"})
+def pairs_that_gate_pairs() -> Built:
+    """Pair 0 is multiplied by pair 2, pair 1 by pair 3: the four channels of a product are not alike."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        value, gate = pairs_summed(net.a(x)).chunk(2, -1)
+        return net.head(value * gate.sin())
+
+    return Wired(wiring, a=nn.Linear(4, 8), head=nn.Linear(2, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"head": "output"})
+def pairs_that_attend() -> Built:
+    """Attention between tokens whose channels are pairs."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        pairs = pairs_summed(net.a(x))
+        return net.head((pairs @ pairs.mT).softmax(-1) @ pairs)
+
+    return Wired(wiring, a=nn.Linear(4, 8), head=nn.Linear(4, 2)), torch.randn(2, 5, 4)
+
+
+@case(blocked={"head": "output"})
+def sum_of_a_channel_with_itself() -> Built:
+    """A sum over copies of one channel is that channel; then one channel is shifted in time and the rest is not."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        doubled = F.normalize(torch.stack([a, a]).sum(0), dim=-1)
+        return net.head(torch.cat([doubled[..., :1].roll(1, 1), doubled[..., 1:]], -1))
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(2, 5, 4)
+
+
+@case(blocked={"head": "output"})
+def group_norm_behind_a_layer_norm() -> Built:
+    """Statistics of all channels, then of pairs of them."""
+    net = chain(
+        a=nn.Linear(4, 8),
+        all=nn.LayerNorm(8),
+        tanh=nn.Tanh(),
+        swap=Wired(lambda net, x: x.mT),
+        pairs=nn.GroupNorm(4, 8),
+        sin=Wired(lambda net, x: x.sin()),
+        head=nn.Conv1d(8, 2, 1),
+    )
+    return net, torch.randn(2, 5, 4)
+
+
+@case({"a": (3, 3), "g": (2, 2)}, blocked={"head": "output"})
+def grouped_conv_behind_a_roll() -> Built:
+    """The first group reads channels 5, 0, 1 in this order, the second 2, 3, 4: swapping groups must keep the order."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.g(net.a(x).relu().roll(1, 1)).sin())
+
+    convs = {"a": nn.Conv1d(3, 6, 1), "g": nn.Conv1d(6, 4, 1, groups=2), "head": nn.Conv1d(4, 2, 1)}
+    return Wired(wiring, **convs), torch.randn(2, 3, 5)
+
+
+@case(blocked={"head": "output"})
+def constant_on_paired_channels() -> Built:
+    """Of the two places of a channel one is doubled: for channels 0 and 2 it is the second, for channel 1 the first."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        value, gate = a.chunk(2, -1)
+        factors = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0], dtype=a.dtype)
+        return net.head(torch.cat([value * gate.sigmoid(), a * factors], -1))
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(9, 2)), torch.randn(3, 4)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gallery.core import Inputs, Wired, case
 from torch import Tensor, nn
+
+from gallery.core import Inputs, Wired, case
 
 Built = tuple[nn.Module, Inputs]
 
@@ -52,7 +53,7 @@ def lstm_cell_in_a_loop() -> Built:
         state = None
         for step in net.e(x).tanh().unbind(1):
             state = net.rnn(step, state)
-        return net.head(state[0])  # type: ignore[index]
+        return net.head(state[0])
 
     return Wired(wiring, e=nn.Linear(5, 7), rnn=nn.LSTMCell(7, 6), head=nn.Linear(6, 3)), torch.randn(2, 4, 5)
 

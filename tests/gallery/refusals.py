@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gallery.core import Inputs, Wired, case, image, parameter, pooled
 from torch import Tensor, nn
+
+from gallery.core import Inputs, Wired, case, image, parameter, pooled
 
 Built = tuple[nn.Module, Inputs]
 
@@ -74,18 +75,14 @@ def chosen_by_the_data() -> Built:
 @case(blocked={"a": "", "head": "output"})
 def pooling_over_channels() -> Built:
     """avg_pool1d with the channels last: neighbours are averaged in pairs."""
-    net = Wired(
-        lambda net, x: net.head(F.avg_pool1d(net.a(x).relu(), 3, 1)), a=nn.Linear(4, 8), head=nn.Linear(6, 2)
-    )
+    net = Wired(lambda net, x: net.head(F.avg_pool1d(net.a(x).relu(), 3, 1)), a=nn.Linear(4, 8), head=nn.Linear(6, 2))
     return net, torch.randn(3, 5, 4)
 
 
 @case(blocked={"a": "", "head": "output"})
 def max_pooling_of_channel_pairs() -> Built:
     """Maxout by max_pool1d: only channels of one pair are interchangeable."""
-    net = Wired(
-        lambda net, x: net.head(F.max_pool1d(net.a(x).tanh(), 2)), a=nn.Linear(4, 8), head=nn.Linear(4, 2)
-    )
+    net = Wired(lambda net, x: net.head(F.max_pool1d(net.a(x).tanh(), 2)), a=nn.Linear(4, 8), head=nn.Linear(4, 2))
     return net, torch.randn(3, 5, 4)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gallery.core import Inputs, Wired, case, chain, conv_bn, image, parameter, pooled
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+
+from gallery.core import Inputs, Wired, case, chain, conv_bn, image, parameter, pooled
 
 Built = tuple[nn.Module, Inputs]
 
@@ -37,8 +38,9 @@ def detached(model: nn.Module, inputs: Tensor) -> Built:
     return model, inputs
 
 
-@case({"a": 8}, partial=True, blocked={"b": "output"}, unmixable=("a",))
+@case({"a b": 8}, unmixable=("a b",))
 def spectral_norm() -> Built:
+    """The largest singular value of `b` is computed with a buffer that has one entry per channel of `a`."""
     sn = parametrizations.spectral_norm
     return chain(a=sn(nn.Linear(6, 8)), relu=nn.ReLU(), b=sn(nn.Linear(8, 3))), torch.randn(3, 6)
 

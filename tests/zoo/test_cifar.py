@@ -165,6 +165,15 @@ def test_missing_batches(tmp_path: Path) -> None:
         load_cifar("cifar10", tar, "train", PLAIN)
 
 
+def test_a_link_in_an_archive_is_not_followed(tmp_path: Path) -> None:
+    link = tarfile.TarInfo("cifar-10-batches-py/test_batch")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as tar:
+        tar.addfile(link)
+    with pytest.raises(FolderError, match=r"cifar.tar.gz: cifar-10-batches-py/test_batch missing"):
+        load_cifar("cifar10", tmp_path / "cifar.tar.gz", "test", PLAIN)
+
+
 def test_no_archive_at_all(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "cifar.tar.gz", "cifar-10-batches-py", cifar10_batches()).read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])

@@ -13,6 +13,7 @@ from PIL import Image
 from intrafusion import zoo
 from intrafusion.errors import FolderError
 from intrafusion.zoo import Images, Normalisation
+from intrafusion.zoo.digits import load_digits
 from intrafusion.zoo.npz import load_mnist, load_packed
 
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), white=1.0)
@@ -58,7 +59,7 @@ def test_a_window_reads_its_images_only(packed: Path, start: int, limit: int | N
 def test_images_outside_the_window_are_not_decoded(tmp_path: Path) -> None:
     path = pack(tmp_path / "half.npz", "test", [encode(noise(1, 4, 4, 3)[0]), b"no image"], [0, 1])
     assert len(load_packed(path, "test", PLAIN, limit=1)) == 1
-    with pytest.raises(FolderError, match=r"half.npz: test image at byte \d+: expected an encoded image"):
+    with pytest.raises(FolderError, match=r"half.npz: test image at byte \d+: expected a readable image"):
         load_packed(path, "test", PLAIN)
 
 
@@ -78,6 +79,13 @@ def test_an_empty_window_is_an_error(packed: Path, options: dict[str, int], mess
 def test_an_unknown_split_is_named_with_the_nearest(packed: Path) -> None:
     with pytest.raises(ValueError, match=r"packed.npz: unknown split 'tset'. Did you mean 'test'\?"):
         load_packed(packed, "tset", PLAIN)
+
+
+@pytest.mark.parametrize(("sizes", "labels"), [((4, 4), [0]), ((4, 5), [0, 1])])
+def test_packed_arrays_that_disagree(tmp_path: Path, sizes: tuple[int, ...], labels: list[int]) -> None:
+    path = pack(tmp_path / "odd.npz", "test", [encode(noise(1, size, 4, 3)[0]) for size in sizes], labels)
+    with pytest.raises(FolderError, match=r"odd.npz: expected test images of one size with one label each"):
+        load_packed(path, "test", PLAIN)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"junk", b"PK\x03\x04 cut off", b"\x93NUMPY"])
@@ -133,12 +141,12 @@ def test_batches_are_consecutive() -> None:
 
 
 def test_digits_are_scikit_learns_in_three_disjoint_parts() -> None:
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits as read_digits
 
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = read_digits(return_X_y=True)
     known = sorted((*map(float, row), int(label)) for row, label in zip(pixels, labels, strict=True))
     plain = Normalisation((0.0,), (1.0,), white=1.0)
-    parts = [zoo.data.DATA_SETS["digits"].read(split, plain) for split in ("train", "validation", "test")]
+    parts = [load_digits(split, plain) for split in ("train", "validation", "test")]
     assert [len(part) for part in parts] == [1197, 240, 360]
     ours = [
         (*row.tolist(), int(label))

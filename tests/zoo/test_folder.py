@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,17 @@ def test_grey_images_become_coloured(tmp_path: Path) -> None:
     path = save(tmp_path / "x.png", noise(10, 10)[..., 0])
     pixels = read_cropped(path, 10, 10)
     assert np.array_equal(pixels, np.repeat(noise(10, 10)[..., :1], 3, axis=2))
+
+
+def test_an_image_too_large_to_be_one(tmp_path: Path) -> None:
+    header = struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54) + struct.pack(
+        "<IiiHHIIiiII", 40, 60000, 60000, 1, 24, *[0] * 6
+    )
+    (tmp_path / "bomb.bmp").write_bytes(header)
+    with pytest.raises(
+        FolderError, match=r"bomb.bmp: expected a readable image, got: Image size \(3600000000 pixels\)"
+    ):
+        read_cropped(tmp_path / "bomb.bmp", 10, 10)
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:

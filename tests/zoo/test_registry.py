@@ -24,6 +24,11 @@ def test_networks_come_in_evaluation_mode() -> None:
     assert not any(module.training for module in zoo.build("digits_resnet").modules())
 
 
+def test_untrained_convolutions_start_with_hes_variance() -> None:
+    weight = zoo.build("cifar10_vgg11_bn").get_parameter("features.22.weight")
+    assert float(weight.detach().std()) == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+
+
 def test_example_inputs_are_the_same_each_time() -> None:
     x = zoo.example_input("mnist_mlp_a", batch=3)
     assert x.shape == (3, 1, 28, 28)

@@ -65,15 +65,16 @@ def test_the_same_seed_gives_the_same_bytes_dropout_included() -> None:
 
 
 def test_modes_and_frozen_parameters_stay() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, 2)).eval()
-    model[2].train()
-    model[0].weight.requires_grad_(False)
-    frozen, free = model[0].weight.clone(), model[3].weight.detach().clone()
+    first, norm, dropout, last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, 2)
+    model = nn.Sequential(first, norm, dropout, last).eval()
+    dropout.train()
+    first.weight.requires_grad_(False)
+    frozen, free = first.weight.clone(), last.weight.detach().clone()
     train_(model, blobs(), epochs=1, batch_size=10)
     assert [m.training for m in model] == [False, False, True, False]
-    assert torch.equal(model[0].weight, frozen)
-    assert not torch.equal(model[3].weight, free)
-    assert int(model[1].num_batches_tracked) == 4  # it was in training mode inside
+    assert torch.equal(first.weight, frozen)
+    assert not torch.equal(last.weight, free)
+    assert norm.state_dict()["num_batches_tracked"] == 4  # it was in training mode inside
 
 
 def test_fewer_images_than_a_batch_are_one_batch() -> None:
@@ -96,7 +97,16 @@ def test_wrong_settings(options: dict, message: str) -> None:
         train_(nn.Linear(3, 2), blobs(), **{"epochs": 1, **options})
 
 
-def test_the_digits_network_learns_the_digits() -> None:
+def test_the_digits_network_learns_the_digits_whatever_the_number_of_threads() -> None:
     data = zoo.load_data("digits", "test")
     assert accuracy(zoo.build("digits_resnet"), data.images, data.labels) < 0.3
-    assert accuracy(zoo.trained_digits(), data.images, data.labels) > 0.97
+    model = zoo.trained_digits()
+    assert accuracy(model, data.images, data.labels) > 0.97
+    try:
+        torch.set_num_threads(2)
+        again = zoo.trained_digits()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key

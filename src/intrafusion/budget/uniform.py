@@ -11,7 +11,11 @@ from intrafusion.graph import ChannelGraph, ChannelGroup
 
 
 def sizes(
-    groups: Iterable[ChannelGroup], keep: float | Mapping[str, float], graph: ChannelGraph, *, round_to: int | None = None
+    groups: Iterable[ChannelGroup],
+    keep: float | Mapping[str, float],
+    graph: ChannelGraph,
+    *,
+    round_to: int | None = None,
 ) -> dict[str, int]:
     """Number of channels m that each of these groups keeps.
 
@@ -26,7 +30,7 @@ def sizes(
     Raises:
         BudgetError: a fraction outside (0, 1], a pattern that matches no group, round_to < 1.
     """
-    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+    if round_to is not None and (type(round_to) is not int or round_to < 1):
         raise BudgetError(f"round_to: expected a whole number >= 1, got {round_to!r}.")
     patterns = dict(keep) if isinstance(keep, Mapping) else {"*": keep}
     for pattern, fraction in patterns.items():

@@ -42,11 +42,13 @@ class ModelSpec:
         kind: where it comes from.
         target: its name there; for a module or a file, `module:factory` or `path.py:factory`.
         args: keyword arguments of the factory.
+        trained: whether a network of the zoo gets its trained weights, unless `args` say `pretrained`.
     """
 
     kind: Kind
     target: str
     args: Mapping[str, Any] = field(default_factory=dict)
+    trained: bool = True
 
     def __str__(self) -> str:
         return self.target if self.kind in (Kind.MODULE, Kind.FILE) else f"{self.kind}:{self.target}"
@@ -59,6 +61,25 @@ class ModelSpec:
         """
         return _BUILDERS[self.kind](self)
 
+    def python(self) -> tuple[str, str]:
+        """Import statements, and the expression behind them that `intrafusion.load` takes as the original network."""
+        place, _, factory = self.target.rpartition(":")
+        options = [f"{key}={value!r}" for key, value in self.args.items()]
+        named = ", ".join([repr(self.target), *options])
+        match self.kind:
+            case Kind.ZOO:
+                return "from intrafusion import zoo", f"zoo.build({named})"
+            case Kind.TORCHVISION:
+                return "from torchvision.models import get_model", f"get_model({named})"
+            case Kind.TIMM:
+                return "import timm", f"timm.create_model({named})"
+            case Kind.MODULE:
+                call = f"({', '.join(options)})" if options else ""
+                return f"from {place} import {factory.partition('.')[0]}", f"{factory}{call}"
+            case Kind.FILE:
+                arguments = f", {[f'{key}={value}' for key, value in self.args.items()]!r}" if options else ""
+                return "from intrafusion.cli.models import resolve", f"resolve({self.target!r}{arguments}).build"
+
     def example_input(self) -> Tensor | None:
         """An input the network accepts, the same at each call; None where only the network's author knows one."""
         if self.kind is Kind.ZOO:
@@ -70,8 +91,11 @@ class ModelSpec:
         return None
 
 
-def resolve(name: str, arguments: Iterable[str] = ()) -> ModelSpec:
+def resolve(name: str, arguments: Iterable[str] = (), *, trained: bool = True) -> ModelSpec:
     """Read the name of a network and the `key=value` arguments of its factory.
+
+    Args:
+        trained: whether a network of the zoo gets its trained weights, unless the arguments say `pretrained`.
 
     Raises:
         ModelError: the name has none of the known forms, or an argument is malformed.
@@ -79,7 +103,7 @@ def resolve(name: str, arguments: Iterable[str] = ()) -> ModelSpec:
     args = parse_arguments(arguments)
     kind, _, target = name.partition(":")
     if kind in (Kind.ZOO, Kind.TORCHVISION, Kind.TIMM):
-        return ModelSpec(Kind(kind), target, args)
+        return ModelSpec(Kind(kind), target, args, trained)
     place, _, factory = name.rpartition(":")
     if not (place and factory):
         raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.")
@@ -163,7 +187,7 @@ def _build_from_file(spec: ModelSpec) -> nn.Module:
 
 
 def _build_from_zoo(spec: ModelSpec) -> nn.Module:
-    return _call(spec, lambda **args: _zoo(spec.target).build(spec.target, **{"pretrained": True, **args}))
+    return _call(spec, lambda **args: _zoo(spec.target).build(spec.target, **{"pretrained": spec.trained, **args}))
 
 
 def _build_from_torchvision(spec: ModelSpec) -> nn.Module:

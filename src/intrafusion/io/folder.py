@@ -1,4 +1,4 @@
-"""A compressed network as a folder: weights in safetensors, the plan, the recipe; nothing pickled, nothing half-written."""
+"""A compressed network as a folder: weights in safetensors, plan and recipe; nothing pickled or half-written."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from intrafusion.apply import Repair, make_repairs_, named_tensors
 from intrafusion.errors import FolderError, PlanError
 from intrafusion.io.atomic import atomic_folder
-from intrafusion.io.weights import read_state
 from intrafusion.plan import Plan
 from intrafusion.reduce import ReductionMap
 
@@ -65,7 +65,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
         model: the original class or factory (called without arguments), or an instance of the original network,
             which becomes the smaller one.
     Returns:
-        the smaller network with its weights, on the device and in the mode of the original; weights have the saved dtype.
+        the smaller network, on the device and in the mode of the original; its weights have the saved dtype.
     Raises:
         FolderError: not one of our folders, damaged, or it points outside itself.
         PlanError: the original network is another one than the saved one was made from.
@@ -76,12 +76,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
     network = model if isinstance(model, nn.Module) else built(model)
     tensors = named_tensors(network)
     plan.check_fits({n: tuple(t.shape) for n, t in tensors.items() if t.is_floating_point()})
-    state = read_state(weights_path(folder, data))
+    state = read_tensors(weights_path(folder, data))
     check_names(folder, tensors, state)
+    repairs = repairs_from(data, network)
     for name, tensor in tensors.items():
         tensor.data = state[name].to(tensor.device)
         tensor.grad = None
-    make_repairs_(network, repairs_from(data, network))
+    make_repairs_(network, repairs)
     return network
 
 
@@ -118,31 +119,59 @@ def weights_path(folder: Path, data: dict[str, Any]) -> Path:
     return path
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FolderError(f"{path.parent}: has no {path.name}; it was not saved completely, or something was removed.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise FolderError(
+            f"{path}: not a safetensors file, or a damaged one ({error}); save or fetch it again."
+        ) from error
+
+
 def check_names(folder: Path, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     missing, extra = sorted(set(tensors) - set(state)), sorted(set(state) - set(tensors))
     if missing or extra:
         raise PlanError(
-            f"{folder}: its weights are for another network; missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}."
+            f"{folder}: its weights are for another network; "
+            f"missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}."
         )
 
 
 def repairs_from(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...]:
-    """Attributes to set, checked: only sizes, only where the module already has one."""
+    """Attributes to set, checked: only sizes, and only where the module has the size that was recorded before."""
     modules, repairs = dict(network.named_modules()), []
     for entry in data.get("repairs", []):
-        as_size = lambda v: tuple(v) if isinstance(v, list) else v  # noqa: E731
-        repair = Repair(entry["module"], entry["attribute"], as_size(entry["old"]), as_size(entry["new"]))
-        present = getattr(modules.get(repair.module), repair.attribute, None)
-        whole = lambda v: type(v) is int or (isinstance(v, tuple) and all(type(x) is int for x in v))  # noqa: E731
-        if not whole(present) or not whole(repair.new):
-            raise PlanError(f"{PLAN}: {repair.module}.{repair.attribute} is no size of this network; it was made from another.")
+        try:
+            repair = Repair(entry["module"], entry["attribute"], as_size(entry["old"]), as_size(entry["new"]))
+            present = getattr(modules[repair.module], repair.attribute, None)
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"{PLAN}: damaged, {entry!r} is no repair of this network.") from error
+        if not is_size(present) or not is_size(repair.new) or present != repair.old:
+            raise PlanError(
+                f"{PLAN}: {repair.module}.{repair.attribute} is no size of this network, or not {repair.old}; "
+                "it was made from another network."
+            )
         repairs.append(repair)
     return tuple(repairs)
 
 
+def as_size(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, tuple) and all(type(v) is int for v in value))
+
+
 def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
     """Write a plan with its maps, to be carried out later with `intrafusion.apply`."""
-    tensors = {f"{kind}/{name}": getattr(m, kind).contiguous() for name, m in plan.maps.items() for kind in ("merge", "unmerge")}
+    tensors = {
+        f"{kind}/{name}": getattr(m, kind).contiguous()
+        for name, m in plan.maps.items()
+        for kind in ("merge", "unmerge")
+    }
     with atomic_folder(folder, ours=is_ours) as target:
         save_file(tensors, target / MAPS)
         (target / PLAN).write_text(document(plan, {}))
@@ -159,7 +188,7 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
     data = read_document(folder)
     if not (folder / MAPS).is_file():
         raise FolderError(f"{folder}: has no {MAPS}; it holds a network (intrafusion.load), not a plan to apply.")
-    tensors = load_file(folder / MAPS)
+    tensors = read_tensors(folder / MAPS)
     names = [k.removeprefix("merge/") for k in tensors if k.startswith("merge/")]
     maps = {name: ReductionMap(tensors[f"merge/{name}"], tensors[f"unmerge/{name}"]) for name in names}
     return Plan.from_json(json.dumps(data), maps)

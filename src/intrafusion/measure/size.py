@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from intrafusion.inputs import ExampleInputs, Inputs
 from intrafusion.trace.state import preserved
+from intrafusion.trace.tracer import decomposed
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Size:
 def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
     """Count parameters (shared ones once) and the MACs of convolutions and matrix products on these inputs.
 
+    Attention and recurrent layers count with all their matrix products, fused kernels or not.
+
     >>> size_of(nn.Linear(4, 3), torch.zeros(2, 4))
     Size(params=15, macs=24)
     """
-    with preserved(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with preserved(model), torch.no_grad(), decomposed(model), FlopCounterMode(display=False) as counter:
         Inputs.of(example_inputs).call(model)
     return Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

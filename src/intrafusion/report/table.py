@@ -24,8 +24,16 @@ def row(twins: Sequence[Decision]) -> tuple[str, str, str, str]:
     count = f"{len(twins)} x " if len(twins) > 1 else ""
     name = first.group if len(twins) == 1 else f"{first.group} .. {twins[-1].group}"
     size = f"{count}{first.n} -> {first.m}" if first.reduced else f"{count}{first.n}"
-    layers = ", ".join(dict.fromkeys(m.partition("[")[0].rpartition(".")[0] or m.partition("[")[0] for m in first.members))
-    return name, size, first.mixing if first.reduced else "kept", layers if first.reduced else first.reason or "all kept"
+    last = layers(first) if first.reduced else first.reason or "all kept"
+    return name, size, first.mixing if first.reduced else "kept", last
+
+
+def layers(decision: Decision, shown: int = 3) -> str:
+    """The first layers that a group runs through, and how many there are."""
+    names = [m.partition("[")[0] for m in decision.members]
+    modules = list(dict.fromkeys(n.rpartition(".")[0] or n for n in names))
+    more = f" and {len(modules) - shown} more" if len(modules) > shown else ""
+    return ", ".join(modules[:shown]) + more
 
 
 def change(label: str, before: int, after: int) -> str:

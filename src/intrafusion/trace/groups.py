@@ -77,7 +77,7 @@ def settle_followers(relations: Relations) -> dict[int, list[tuple[str, int, int
         key: Key = (tensor, dim, None)
         positions = np.concatenate([p for _, p, _ in records])
         labels = relations.roots(np.concatenate([c for _, _, c in records]))
-        if key not in relations.tables and serves_several(positions, labels):
+        if key not in relations.tables and any(serves_several(p, relations.roots(c)) for _, p, c in records):
             membership = block_membership(relations)
             shared = entries(positions, labels)
             blocks = one_block_each(shared, membership)
@@ -223,7 +223,19 @@ def fates(relations: Relations, uses: list[Use]) -> tuple[np.ndarray, list[str]]
         if pinned:
             set_fate(use.channels, f"{use.key[0]}, dimension {use.key[1]}: {pinned}")
     set_fate(np.array([FIXED]), "tied to the input of the network or to fixed data")
+    set_fate(unread(relations, uses), "nothing was seen to read these channels")
     return fate, reasons
+
+
+def unread(relations: Relations, uses: list[Use]) -> np.ndarray:
+    """Channels that no weight consumes and no reduction sees: unused, or read where tracing cannot follow."""
+    produced, seen = np.zeros(relations.count, bool), np.zeros(relations.count, bool)
+    for use in uses:
+        produced[use.channels] = True
+        seen[use.channels[use.roles & ROLE_BITS[Role.CONSUMES] > 0]] = True
+    for labels, _ in relations.block_members:
+        seen[relations.roots(labels)] = True
+    return np.flatnonzero(produced & ~seen & ~relations.is_block[: relations.count])
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
@@ -246,8 +258,24 @@ class Cells:
         self.pairs = np.unique(np.stack([pairs[0], block_roots]), axis=1)
         for salt in (0, 1):
             np.add.at(self.key[:, salt], self.pairs[0], scrambled(self.pairs[1], salt))
-        self.joined.unite(self.pairs[0], self.pairs[1])
+        above = self._of_blocks()
+        self.inside = np.unique(self.pairs[:, ~above])
+        self.joined.unite(*self.pairs[:, ~above])
+        self.above = np.zeros_like(self.key)  # fingerprint of what sees several blocks at once, by joined block
+        for salt in (0, 1):
+            np.add.at(
+                self.above[:, salt], self.joined.find(self.pairs[0, above]), scrambled(self.pairs[1, above], salt)
+            )
+        barred = np.flatnonzero(relations.is_block[: relations.count] & (channels.reason > 0))
+        self.barred = set(self.joined.find(barred).tolist())
         self.cause_of = self._causes()
+
+    def _of_blocks(self) -> np.ndarray:
+        """Which pairs belong to a block of blocks only, such as a mean over heads: it does not join them."""
+        names_channel = np.zeros(self.relations.count, bool)
+        members, blocks = self.pairs
+        names_channel[blocks[~self.relations.is_block[members]]] = True
+        return ~names_channel[blocks]
 
     def _causes(self) -> dict[int, set[tuple[Cause, str]]]:
         """Causes by block representative."""
@@ -266,17 +294,17 @@ class Cells:
     ) -> list[ChannelGroup]:
         """Groups whose unit is a whole block: heads, groups of a convolution."""
         members = np.flatnonzero(channels.used & (self.joined.parent[: len(channels.used)] >= 0))
-        inside = np.unique(self.pairs)
-        members = members[np.isin(members, inside)]
+        members = members[np.isin(members, self.inside)]
         home = self.joined.find(members)
         order = np.lexsort((channels.first[members], channels.colour[members, 0], channels.family[members, 0], home))
         members, home = members[order], home[order]
         extras = self._extras(block_params)
         profiles: dict[object, list[tuple[np.ndarray, list[tuple[str, int, int, Role]]]]] = defaultdict(list)
         for block, rows in split_by(home, members):
-            if not channels.reason[rows].any():
+            if block not in self.barred and not channels.reason[rows].any():
                 extra = sorted(extras.get(int(block), []))
-                profile = (channels.family[rows].tobytes(), channels.colour[rows].tobytes(), tuple((e[0], e[1]) for e in extra))
+                seen = channels.family[rows], channels.colour[rows], self.above[block]
+                profile = (*(a.tobytes() for a in seen), tuple((e[0], e[1]) for e in extra))
                 profiles[profile].append((rows, extra))
         return [block_group(self, channels, twins) for twins in profiles.values() if len(twins) > 1]
 
@@ -328,7 +356,12 @@ def channel_groups(relations: Relations, channels: Channels, cells: Cells) -> li
     if not len(labels):
         return []
     keys = np.concatenate(
-        [channels.pattern[labels], channels.colour[labels], cells.key[labels], channels.reason[labels, None].astype(np.uint64)],
+        [
+            channels.pattern[labels],
+            channels.colour[labels],
+            cells.key[labels],
+            channels.reason[labels, None].astype(np.uint64),
+        ],
         axis=1,
     )
     _, bucket = np.unique(keys, axis=0, return_inverse=True)
@@ -347,7 +380,12 @@ def channel_groups(relations: Relations, channels: Channels, cells: Cells) -> li
     for index, rows in split_by(bucket, labels):
         twin = (channels.family[rows[0]].tobytes(), len(rows))
         family = families.setdefault(twin, len(families))
-        found.append((int(channels.first[rows].min()), make_group(relations, channels, cells, rows, members[index], notes[index], family)))
+        found.append(
+            (
+                int(channels.first[rows].min()),
+                make_group(relations, channels, cells, rows, members[index], notes[index], family),
+            )
+        )
     return with_fates([g for _, g in sorted(found, key=lambda item: item[0])])
 
 
@@ -382,7 +420,13 @@ def notes_by_bucket(relations: Relations, home: np.ndarray) -> dict[int, list[st
 
 
 def make_group(
-    relations: Relations, channels: Channels, cells: Cells, labels: np.ndarray, members: list[Member], notes: list[str], family: int
+    relations: Relations,
+    channels: Channels,
+    cells: Cells,
+    labels: np.ndarray,
+    members: list[Member],
+    notes: list[str],
+    family: int,
 ) -> ChannelGroup:
     causes = cells.why(int(labels[0]))
     notes = list(dict.fromkeys([*(f"{cause}: {where}" for cause, where in causes), *notes]))

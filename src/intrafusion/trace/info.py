@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from intrafusion.trace.labels import compact, varying
@@ -36,13 +37,17 @@ class Plane(NamedTuple):
 
 
 class Activation:
-    """A tensor computed from the input; labels name the channel of each element."""
+    """A tensor computed from the input; labels name the channel of each element.
 
-    __slots__ = ("labels", "origin")
+    `indices_of`: the channels whose positions this tensor holds, as after an argmax; whoever reads it sees their order.
+    """
 
-    def __init__(self, labels: Tensor, origin: Origin | None = None) -> None:
+    __slots__ = ("indices_of", "labels", "origin")
+
+    def __init__(self, labels: Tensor, origin: Origin | None = None, indices_of: np.ndarray | None = None) -> None:
         self.labels = labels
         self.origin = origin
+        self.indices_of = indices_of
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Activation:
         return Activation(compact(move(self.labels)))
@@ -77,3 +82,4 @@ class Weight:
 
 
 Info = Activation | Weight
+Result = Info | Sequence[Info | None] | None  # of a rule: about the one output, or about each

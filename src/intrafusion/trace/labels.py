@@ -22,13 +22,15 @@ def varying(t: Tensor) -> set[int]:
 
 def compact(t: Tensor) -> Tensor:
     """The same labels with stride 0 on every dimension along which they are constant."""
-    small = t
-    for d in varying(t):
-        array = small.numpy()
-        first = array.take([0], d)
-        if (array == first).all():
-            small = small.narrow(d, 0, 1)
-    return small if small is t else small.expand(t.shape)
+    dims = varying(t)
+    if not dims:
+        return t
+    array = narrowed(t)
+    constant = [d for d in dims if (array == array.take([0], d)).all()]
+    if not constant:
+        return t
+    small = t[tuple(slice(0, 1) if d in constant else slice(None) for d in range(t.dim()))]
+    return small.expand(t.shape)
 
 
 def narrowed(t: Tensor) -> np.ndarray:

@@ -29,7 +29,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 for name, buffer in found.items():
                     module._buffers[name] = buffer
                     if buffer is not None and not same_bits(buffer, values[name]):
-                        buffer.data = values[name]
+                        put_back_(buffer, values[name])
+
+
+def put_back_(buffer: torch.Tensor, value: torch.Tensor) -> None:
+    """In the same memory where it still has the shape."""
+    if buffer.shape == value.shape:
+        buffer.data.copy_(value)
+    else:
+        buffer.data = value
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

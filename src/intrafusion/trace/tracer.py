@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -38,6 +39,12 @@ def operation_name(func: Any) -> str:
     """'add' for aten::add, aten::add_ and every overload."""
     name = func._schema.name.partition("::")[2]
     return name if name.startswith("__") else name.rstrip("_")
+
+
+@functools.cache
+def is_composite(func: Any) -> bool:
+    """Whether an operation is made of others; such arrive whole where tensors were made in inference mode."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), DispatchKey.CompositeImplicitAutograd)
 
 
 class Call:
@@ -123,14 +130,12 @@ class Tracer(TorchDispatchMode):
     def compute(self, call: Call) -> None:
         """Find the rule for an operation and note what it says of the outputs."""
         for tensor in call.tensors:
-            info = self.info(tensor)
-            if isinstance(info, Activation) and info.origin is not None:
-                info.origin.reads += 1
+            self.read(self.info(tensor), call.where)
         try:
             result = rule_for(call)(self, call)
         except Exception as error:  # a rule that cannot follow the operation must not pass for understanding it
             result = refuse(self, call, f"not followed ({type(error).__name__})")
-        results = result if isinstance(result, list) else [result]
+        results = result if isinstance(result, Sequence) else [result]
         outputs = call.outputs
         self.set_apart([self.info(x) for x in call.tensors], results if len(results) > 1 else [])
         for output, info in zip(outputs, results, strict=len(results) > 1):
@@ -141,8 +146,16 @@ class Tracer(TorchDispatchMode):
             elif output in self.known:
                 del self.known[output]
 
+    def read(self, info: Info | None, where: str) -> None:
+        """Note that something reads a tensor."""
+        if isinstance(info, Activation):
+            if info.origin is not None:
+                info.origin.reads += 1
+            if info.indices_of is not None:
+                self.relations.forbid(info.indices_of, f"the position of a channel is read: {where}")
+
     def set_apart(self, operands: Sequence[Info | None], results: Sequence[Info | None]) -> None:
-        """Channels that pass through an operation are unlike those that do not, operand by operand, output by output."""
+        """Channels that pass an operation are unlike those that do not, operand by operand, output by output."""
         self.calls += 1
         for slot, info in enumerate((*operands, *results)):
             if isinstance(info, Activation):
@@ -150,6 +163,9 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if is_composite(func):
+            with self:
+                return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         out = func(*args, **kwargs)
         call = Call(func, args, kwargs, out, self.modules[-1] if self.modules else "")
         if any(t in self.known or id(t) in self.parameters for t in call.tensors):
@@ -158,8 +174,17 @@ class Tracer(TorchDispatchMode):
 
     # ---- relations between channels and tensors ---------------------------------------------------------------------
 
-    def record(self, weight: Weight, plane: Plane, role: Role, labels: Tensor, *, low: int = FIXED,
-               within: Slice | None = None, part: slice = slice(None)) -> None:
+    def record(
+        self,
+        weight: Weight,
+        plane: Plane,
+        role: Role,
+        labels: Tensor,
+        *,
+        low: int = FIXED,
+        within: Slice | None = None,
+        part: slice = slice(None),
+    ) -> None:
         """A linear map's weight produces or consumes the labels along one of its dimensions."""
         coordinates = plane.coordinates[part] if part != slice(None) else plane.coordinates
         positions, channels = pairs(coordinates, labels.expand(coordinates.shape), 0, low)
@@ -171,11 +196,13 @@ class Tracer(TorchDispatchMode):
     def follow(self, weight: Weight, labels: Tensor, role: Role) -> Tensor:
         """A per-channel tensor meets labels of its shape; returns the labels of the result."""
         for plane in weight.planes:
+            if not plane.varies:
+                continue
             if plane.varies & varying(labels):
                 positions, channels = pairs(plane.coordinates, labels, 0, FIXED)
                 self.relations.follow(plane.tensor, plane.dim, role, positions, channels)
-            elif not plane.varies or not labels.dim():
-                continue
+            else:
+                self.relations.pin(plane.tensor, plane.dim, "laid along a dimension that is no channel dimension")
             if bool((narrowed(labels) == UNIFORM).any()):
                 labels = torch.where((labels == UNIFORM) & (plane.coordinates >= 0), FIXED, labels)
         return labels
@@ -194,7 +221,7 @@ class Tracer(TorchDispatchMode):
         self.pin(info, reason)
 
     def activate(self, info: Info, dims: set[int]) -> Activation:
-        """Use a weight-like tensor (class token, learned query, embedding row) as an activation with channels along dims."""
+        """Use a weight-like tensor (class token, embedding row) as an activation with channels along dims."""
         if isinstance(info, Activation):
             return info
         planes = [p for p in info.planes if p.varies and p.varies <= dims]
@@ -271,8 +298,7 @@ def run(model: nn.Module, inputs: Inputs) -> Tracer:
             outputs = inputs.call(model)
         for output in outputs:
             info = tracer.info(output)
-            if isinstance(info, Activation) and info.origin is not None:
-                info.origin.reads += 1
+            tracer.read(info, "output of the network")
             tracer.forbid(info, "output of the network")
     return tracer
 

@@ -111,7 +111,9 @@ def _read_tar(path: Path, archive: Archive, files: Sequence[str]) -> list[tuple[
     wanted = [f"{archive.folder}/{file}" for file in files]
     try:
         with tarfile.open(path) as tar:
-            opened = ((member.name, tar.extractfile(member)) for member in tar if member.name in wanted)
+            opened = (
+                (member.name, tar.extractfile(member)) for member in tar if member.name in wanted and member.isfile()
+            )
             found = {member: file.read() for member, file in opened if file is not None}
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise FolderError(f"{path}: expected the folder {archive.folder} or its tar.gz, got: {error}") from error

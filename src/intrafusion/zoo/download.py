@@ -27,7 +27,7 @@ def download(
     progress: Progress | None = None,
     timeout_s: float = 30.0,
 ) -> Path:
-    """Download `url` to `path` and return `path`; a file that is there with the right checksum is kept.
+    """Download `url` to `path` and return `path`; a file that is there is kept, unless its checksum is another.
 
     The bytes go to a temporary file beside `path`, which takes its place only when complete and verified.
 

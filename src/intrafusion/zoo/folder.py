@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from intrafusion.errors import FolderError
-from intrafusion.zoo.images import Images, Normalisation
+from intrafusion.zoo.images import Images, Normalisation, read_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -77,11 +77,7 @@ def read_cropped(path: Path, resize: int, crop: int) -> np.ndarray:
     """Pixels (crop, crop, 3) uint8: shorter side scaled to `resize` (bilinear), central square of side `crop`."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except OSError as error:
-        raise FolderError(f"{path}: expected a readable image, got: {error}; remove or replace it.") from error
+    image = read_rgb(path, str(path))
     short = min(image.size)
     width, height = (int(resize * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from intrafusion.errors import FolderError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,3 +71,23 @@ def window(count: int, start: int, limit: int | None) -> slice:
     if limit is not None and limit < 1:
         raise ValueError(f"expected a limit of at least 1 image (None for all), got {limit}.")
     return slice(start, count if limit is None else min(start + limit, count))
+
+
+def read_rgb(source: Path | BinaryIO, where: str) -> Image.Image:
+    """Decode an image (WebP, JPEG, PNG, ...) to 8-bit red, green and blue.
+
+    Raises:
+        FolderError: it is no readable image; `where` begins the message.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # all that Pillow raises on damage
+        raise FolderError(f"{where}: expected a readable image, got: {error}; remove or replace it.") from error

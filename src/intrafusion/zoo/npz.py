@@ -13,7 +13,7 @@ import torch
 from numpy.lib.npyio import NpzFile
 
 from intrafusion.errors import FolderError, unknown_name
-from intrafusion.zoo.images import Images, Normalisation, window
+from intrafusion.zoo.images import Images, Normalisation, read_rgb, window
 
 
 def load_packed(
@@ -34,7 +34,12 @@ def load_packed(
         encoded = _array(path, file, split, "_image")
         labels = _array(path, file, split, "_label")[part]
     bounds = offset[part.start : part.stop + 1]
-    pixels = [_decode(encoded[a:b].tobytes(), f"{path}: {split} image at byte {a}") for a, b in pairwise(bounds)]
+    pixels = [
+        np.asarray(read_rgb(io.BytesIO(encoded[a:b].tobytes()), f"{path}: {split} image at byte {a}"))
+        for a, b in pairwise(bounds)
+    ]
+    if len({image.shape for image in pixels}) > 1 or len(labels) != len(pixels):
+        raise FolderError(f"{path}: expected {split} images of one size with one label each; pack the file again.")
     return Images(normalisation(np.stack(pixels)), torch.tensor(labels, dtype=torch.int64))
 
 
@@ -52,17 +57,6 @@ def load_mnist(
         part = window(len(labels), start, limit)
         pixels = _array(path, file, split, "_x")[part]
     return Images(normalisation(pixels), torch.tensor(labels[part], dtype=torch.int64))
-
-
-def _decode(encoded: bytes, where: str) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 of an encoded image (WebP, JPEG, PNG, ...)."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise FolderError(f"{where}: expected an encoded image, got: {error}; fetch the file again.") from error
 
 
 def _open(path: Path) -> NpzFile:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from intrafusion.trace.info import Info
+from intrafusion.trace.info import Result
 from intrafusion.trace.rules import contraction, convolution, elementwise, movement, norm, reduction
 from intrafusion.trace.rules.refusal import refuse
 
 if TYPE_CHECKING:
     from intrafusion.trace.tracer import Call, Tracer
 
-Rule = Callable[["Tracer", "Call"], "Info | None | list[Info | None]"]
+Rule = Callable[["Tracer", "Call"], Result]
 
 BY_NAME: dict[str, Rule] = {
     **dict.fromkeys(movement.IDENTITIES, movement.identity),
@@ -40,6 +40,8 @@ BY_NAME: dict[str, Rule] = {
     **dict.fromkeys(reduction.SOFTMAXES, reduction.softmax),
     **dict.fromkeys(reduction.ORDERED, reduction.ordered),
     "glu": elementwise.glu,
+    **dict.fromkeys(("tril", "triu"), elementwise.triangle),
+    "rrelu_with_noise": elementwise.first_alone,
     **dict.fromkeys(elementwise.EXTRA, elementwise.elementwise),
 }
 

@@ -12,13 +12,13 @@ from intrafusion.graph import Role
 from intrafusion.trace.info import Activation, Info, Origin, Plane, Weight
 from intrafusion.trace.labels import UNIFORM, along, filled, narrowed, spread, varying
 from intrafusion.trace.relations import Cause
-from intrafusion.trace.rules.elementwise import combine
+from intrafusion.trace.rules.elementwise import combine, extent, with_channels
 from intrafusion.trace.rules.reduction import blocks, channel_vector
 
 if TYPE_CHECKING:
     from intrafusion.trace.tracer import Call, Tracer
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot")
 
 
 def embedding(t: Tracer, call: Call) -> Info | None:
@@ -71,7 +71,9 @@ def add(t: Tracer, call: Call, result: Info | None, bias: Tensor) -> Info:
     info = t.info(bias)
     if isinstance(result, Activation) and isinstance(info, Weight):
         return Activation(t.follow(info.broadcast_to(call.out.shape), result.labels, Role.SHIFTS))
-    return combine(t, call, [result if result is not None else call.out.new_zeros(call.out.shape), bias], call.out.shape)
+    return combine(
+        t, call, [result if result is not None else call.out.new_zeros(call.out.shape), bias], call.out.shape
+    )
 
 
 def origin(t: Tracer, call: Call, weight: Info | None, bias: Tensor | None) -> Origin | None:
@@ -91,7 +93,7 @@ def origin(t: Tracer, call: Call, weight: Info | None, bias: Tensor | None) -> O
     return found
 
 
-def batched(x: Tensor, *, left: bool):  # noqa: ANN201 - a view function for tensors and labels alike
+def batched(x: Tensor, *, left: bool):
     """How a vector or matrix is seen as a batch of matrices."""
     if x.dim() == 3:
         return lambda c: c
@@ -100,7 +102,7 @@ def batched(x: Tensor, *, left: bool):  # noqa: ANN201 - a view function for ten
     return (lambda c: c[None, None]) if left else (lambda c: c[None, :, None])
 
 
-def moved(info: Info | None, view) -> Info | None:  # noqa: ANN001
+def moved(info: Info | None, view) -> Info | None:
     if info is None:
         return None
     result = info.map(view)
@@ -129,7 +131,7 @@ def contract(t: Tracer, call: Call, a: Info | None, b: Info | None, x: Tensor, y
         turned = linear(t, call, flipped(b), flipped(a), torch.Size((shape[0], shape[2], shape[1])))
         return turned.map(lambda c: c.transpose(1, 2))
     if isinstance(a, Activation) and isinstance(b, Activation):
-        return product_of_activations(t, call, a, b, shape)
+        return product_of_activations(t, call, (a, x), (b, y), shape)
     return product_with_constant(t, call, a or b, 2 if a else 1, shape)
 
 
@@ -169,7 +171,9 @@ def outputs(t: Tracer, b: Weight, planes: list[Plane], shape: torch.Size) -> Ten
     count = batch if any(0 in p.varies for p in planes) else 1
     fresh = torch.from_numpy(t.relations.fresh(count * columns)).view(count, 1, columns)
     for plane in planes:
-        t.record(b, plane, Role.PRODUCES, fresh.expand(batch, 1, columns).expand(batch, plane.coordinates.shape[1], columns))
+        t.record(
+            b, plane, Role.PRODUCES, fresh.expand(batch, 1, columns).expand(batch, plane.coordinates.shape[1], columns)
+        )
     return spread(t.relations.roots(fresh.numpy()), shape)
 
 
@@ -180,19 +184,33 @@ def product_of_weights(t: Tracer, a: Weight, b: Weight, inner: int, shape: torch
     if left and right:
         labels = t.relations.fresh(inner)
         for plane in left:
-            t.record(a, plane, Role.PRODUCES, along(labels, 2, plane.coordinates.shape))
+            t.record(a, plane, Role.CONSUMES, along(labels, 2, plane.coordinates.shape))
         for plane in right:
-            t.record(b, plane, Role.CONSUMES, along(labels, 1, plane.coordinates.shape))
-    planes = [Plane(p.tensor, p.dim, p.coordinates.narrow(2, 0, 1).expand(shape)) for p in a.planes if 2 not in p.varies]
-    planes += [Plane(p.tensor, p.dim, p.coordinates.narrow(1, 0, 1).expand(shape)) for p in b.planes if 1 not in p.varies]
+            t.record(b, plane, Role.PRODUCES, along(labels, 1, plane.coordinates.shape))
+    planes = [
+        Plane(p.tensor, p.dim, p.coordinates.narrow(2, 0, 1).expand(shape)) for p in a.planes if 2 not in p.varies
+    ]
+    planes += [
+        Plane(p.tensor, p.dim, p.coordinates.narrow(1, 0, 1).expand(shape)) for p in b.planes if 1 not in p.varies
+    ]
     return Weight(planes, nonlinear=a.nonlinear or b.nonlinear)
 
 
-def product_of_activations(t: Tracer, call: Call, a: Activation, b: Activation, shape: torch.Size) -> Activation:
+def product_of_activations(
+    t: Tracer, call: Call, a: tuple[Activation, Tensor], b: tuple[Activation, Tensor], shape: torch.Size
+) -> Activation:
     """Attention and its like: what is contracted pairs up, what is kept meets."""
-    find = t.relations.roots
-    x, y = find(narrowed(a.labels))[..., None], find(narrowed(b.labels))[:, None]
-    labels = t.relations.merge(*np.broadcast_arrays(x, y))
+    met = with_channels(
+        t,
+        [
+            (a[0].labels[..., None], extent(a[1][..., None], 4)),
+            (b[0].labels[:, None], extent(b[1][:, None], 4)),
+        ],
+        call.where,
+    )
+    labels = t.relations.roots(narrowed(met[0]))
+    for other in met[1:]:
+        labels = t.relations.merge(*np.broadcast_arrays(labels, t.relations.roots(narrowed(other))))
     four = (shape[0], *labels.shape[1:])
     reduced = blocks(t, spread(labels, four), {2}, Cause.PRODUCT, call.where).squeeze(2)
     return Activation(spread(narrowed(reduced), shape))

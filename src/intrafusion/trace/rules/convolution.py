@@ -42,7 +42,12 @@ def unknown_kernel(t: Tracer, call: Call, inputs: np.ndarray, weight: Info | Non
     """A constant depthwise kernel (blur pooling) sets channels apart by value; any other is refused."""
     kernel, out_channels = call["weight"], call.out.shape[1]
     if weight is None and depthwise and out_channels == len(inputs):
-        pattern(t, torch.from_numpy(inputs.copy())[:, None].expand(len(inputs), kernel[0].numel()), kernel.flatten(1), call.where)
+        pattern(
+            t,
+            torch.from_numpy(inputs.copy())[:, None].expand(len(inputs), kernel[0].numel()),
+            kernel.flatten(1),
+            call.where,
+        )
         return inputs
     reason = f"convolution with a kernel that is no parameter: {call.where}"
     t.relations.forbid(inputs, reason)
@@ -83,7 +88,9 @@ class Sides:
                 t.relations.pin(plane.tensor, plane.dim, reason)
                 t.relations.forbid(inputs, reason)
 
-    def record(self, planes: list[Plane], dim: int, role: Role, labels: np.ndarray, within: Slice | None = None) -> None:
+    def record(
+        self, planes: list[Plane], dim: int, role: Role, labels: np.ndarray, within: Slice | None = None
+    ) -> None:
         """labels[i] belongs to index i along `dim` of the weight as the convolution sees it."""
         shape = self.call["weight"].shape
         for plane in planes:
@@ -106,9 +113,7 @@ class Sides:
         """Each input channel has its own kernels: the weight follows."""
         known = np.where(self.inputs == UNIFORM, FIXED, self.inputs)
         outputs = np.repeat(known, self.out_channels // len(known))
-        planes, dim, labels = (
-            (self.in_planes, 0, self.inputs) if self.transposed else (self.out_planes, 0, outputs)
-        )
+        planes, dim, labels = (self.in_planes, 0, self.inputs) if self.transposed else (self.out_planes, 0, outputs)
         shape = self.call["weight"].shape
         for plane in planes:
             channels = np.broadcast_to(labels, (shape[dim],))
@@ -122,12 +127,12 @@ class Sides:
         outputs, groups = self.fresh_outputs(), self.groups
         whole, part = (self.in_planes, self.out_planes) if self.transposed else (self.out_planes, self.in_planes)
         whole_labels, part_labels = (self.inputs, outputs) if self.transposed else (outputs, self.inputs)
-        whole_role, part_role = (
-            (Role.CONSUMES, Role.PRODUCES) if self.transposed else (Role.PRODUCES, Role.CONSUMES)
-        )
+        whole_role, part_role = (Role.CONSUMES, Role.PRODUCES) if self.transposed else (Role.PRODUCES, Role.CONSUMES)
         self.record(whole, 0, whole_role, whole_labels)
         size = len(whole_labels) // groups
-        for g, (rows, columns) in enumerate(zip(np.split(whole_labels, groups), np.split(part_labels, groups), strict=True)):
+        for g, (rows, columns) in enumerate(
+            zip(np.split(whole_labels, groups), np.split(part_labels, groups), strict=True)
+        ):
             for plane in part:
                 self.record([plane], 1, part_role, columns, self.slice_of(plane, whole, g * size, size))
             members = np.concatenate([rows, columns])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intrafusion.trace.info import Activation, Info, Plane, Weight
+from intrafusion.trace.info import Activation, Info, Plane, Result, Weight
 from intrafusion.trace.labels import FIXED, UNIFORM, compact, filled, narrowed, spread, varying
 from intrafusion.trace.rules.elementwise import combine
 from intrafusion.trace.rules.refusal import refuse
@@ -17,20 +17,78 @@ from intrafusion.trace.rules.refusal import refuse
 if TYPE_CHECKING:
     from intrafusion.trace.tracer import Call, Tracer
 
-IDENTITIES = tuple(
-    "clone alias detach _to_copy contiguous lift_fresh lift_fresh_copy native_dropout triu tril"
-    " _reshape_alias_copy _conj positive".split()
+IDENTITIES = (
+    "clone",
+    "alias",
+    "detach",
+    "_to_copy",
+    "contiguous",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "native_dropout",
+    "_reshape_alias_copy",
+    "_conj",
+    "positive",
 )
-MOVES = tuple(
-    "t transpose permute view _unsafe_view reshape expand squeeze unsqueeze slice select split split_with_sizes "
-    "unsafe_split unsafe_split_with_sizes unbind flip roll repeat constant_pad_nd pixel_shuffle pixel_unshuffle "
-    "channel_shuffle native_channel_shuffle unfold index_select index gather diagonal im2col movedim "
-    "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d rot90 "
-    "take_along_dim as_strided _reshape_alias expand_copy permute_copy view_copy".split()
+MOVES = (
+    "t",
+    "transpose",
+    "permute",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "expand",
+    "squeeze",
+    "unsqueeze",
+    "slice",
+    "select",
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "unbind",
+    "flip",
+    "roll",
+    "repeat",
+    "constant_pad_nd",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "native_channel_shuffle",
+    "unfold",
+    "index_select",
+    "index",
+    "gather",
+    "diagonal",
+    "im2col",
+    "movedim",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "rot90",
+    "take_along_dim",
+    "as_strided",
+    "_reshape_alias",
+    "expand_copy",
+    "permute_copy",
+    "view_copy",
 )
-FACTORIES = tuple(
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full "
-    "new_empty_strided bernoulli".split()
+FACTORIES = (
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "new_empty_strided",
+    "bernoulli",
 )
 ABSENT = -1  # coordinate of an element that comes from no index of the parameter
 
@@ -44,7 +102,7 @@ def constant(t: Tracer, call: Call) -> None:
     """The result does not depend on any channel."""
 
 
-def move(t: Tracer, call: Call) -> Info | None | list[Info | None]:
+def move(t: Tracer, call: Call) -> Result:
     source = call.args[0]
     info = t.info(source)
     for tensor in call.tensors[1:]:
@@ -85,7 +143,11 @@ def mover(call: Call, padding: int) -> Callable[[Tensor], Any]:
 
     def run(x: Tensor) -> Any:
         if leaves_in_place(call, varying(x), x.dim()):
-            return x[tuple(slice(0, 1) for _ in x.shape)].expand(call.out.shape) if not varying(x) else stretched(x, call.out)
+            return (
+                x[tuple(slice(0, 1) for _ in x.shape)].expand(call.out.shape)
+                if not varying(x)
+                else stretched(x, call.out)
+            )
         try:
             return call.func(x, *rest, **call.kwargs)
         except (RuntimeError, NotImplementedError):  # an operation without an integer kernel
@@ -144,7 +206,7 @@ def view_as_complex(t: Tracer, call: Call) -> Info | None:
     return combine(t, call, parts, call.out.shape)
 
 
-def copy(t: Tracer, call: Call) -> Info | None | list[Info | None]:
+def copy(t: Tracer, call: Call) -> Result:
     """x.copy_(y): what y is; a write into part of another tensor is refused."""
     target, source = call.args[0], call.args[1]
     if target._is_view():

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-
 from torch import Tensor
 
-from intrafusion.trace.info import Activation, Info, Plane, Weight
+from intrafusion.trace.info import Activation, Info, Plane, Result, Weight
 from intrafusion.trace.labels import FIRST, narrowed, spread, varying
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.refusal import refuse
@@ -16,10 +15,28 @@ from intrafusion.trace.rules.refusal import refuse
 if TYPE_CHECKING:
     from intrafusion.trace.tracer import Call, Tracer
 
-REDUCTIONS = tuple(
-    "sum mean amax amin var std norm linalg_vector_norm logsumexp prod var_mean std_mean any all max min argmax "
-    "argmin median".split()
+REDUCTIONS = (
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "prod",
+    "var_mean",
+    "std_mean",
+    "any",
+    "all",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "median",
 )
+INDICES = ("argmax", "argmin", "max", "min", "median")
 SOFTMAXES = ("_softmax", "_log_softmax", "_safe_softmax")
 ORDERED = ("cumsum", "cumprod", "sort", "topk", "argsort", "logcumsumexp", "cummax", "cummin")
 POOLS = ("avg_pool", "max_pool", "adaptive_", "_adaptive_", "upsample_", "_upsample_", "fractional_max")
@@ -29,7 +46,7 @@ def blocks(t: Tracer, labels: Tensor, dims: set[int], cause: Cause, where: str) 
     """Labels after a symmetric reduction over dims (size 1 there): several channels together give a block label."""
     array = t.relations.roots(narrowed(labels))
     over = [d for d in sorted(dims) if array.shape[d] > 1]
-    shape = [1 if d in dims else s for d, s in enumerate(labels.shape)]
+    shape = tuple(1 if d in dims else s for d, s in enumerate(labels.shape))
     if not over:
         return spread(array, shape)
     rest = [d for d in range(array.ndim) if d not in over]
@@ -45,6 +62,10 @@ def block_of(t: Tracer, labels: np.ndarray, cause: Cause, where: str) -> int:
     channels = labels[labels >= FIRST]
     if len(labels) == 1 or len(channels) == 0:
         return int(labels.max())
+    named = channels[~t.relations.is_block[channels]]
+    if len(named) == 1:  # beside it only blocks, such as the head it is in
+        t.relations.unite(np.broadcast_to(named, len(channels)), channels)
+        return int(named[0])
     if len(channels) == 1:
         return int(channels[0])
     return t.relations.block(channels, cause, where)
@@ -63,7 +84,7 @@ def channel_vector(t: Tracer, labels: Tensor, dim: int) -> np.ndarray:
     return np.broadcast_to(t.relations.roots(united), (size,))
 
 
-def reduction(t: Tracer, call: Call) -> Info | None | list[Info | None]:
+def reduction(t: Tracer, call: Call) -> Result:
     x, out = call["self"], call.outputs[0]
     info = t.info(x)
     if info is None:
@@ -77,7 +98,15 @@ def reduction(t: Tracer, call: Call) -> Info | None | list[Info | None]:
         result = Activation(squeeze(blocks(t, info.labels, dims, Cause.REDUCTION, call.where)))
     else:
         result = reduced_weight(info, dims, call.where).map(squeeze)
-    return [result] * len(call.outputs) if len(call.outputs) > 1 else result
+    results = [result] * len(call.outputs)
+    if isinstance(info, Activation) and call.name in INDICES and dims & channel_dims(t, info):
+        results[-1] = Activation(t.fixed(call.outputs[-1].shape).labels, indices_of=narrowed(info.labels).ravel())
+    return results if len(results) > 1 else results[0]
+
+
+def channel_dims(t: Tracer, info: Activation) -> set[int]:
+    """Dimensions along which an activation holds different channels."""
+    return varying(spread(t.relations.roots(narrowed(info.labels)), info.labels.shape))
 
 
 def reduced_weight(weight: Weight, dims: set[int], where: str) -> Weight:
@@ -96,25 +125,26 @@ def softmax(t: Tracer, call: Call) -> Info | None:
     return Weight(info.planes, nonlinear=call.where) if info else None
 
 
-def ordered(t: Tracer, call: Call) -> Info | None | list[Info | None]:
+def ordered(t: Tracer, call: Call) -> Result:
     """Scans and sorts: fine along any dimension but the channels'."""
     x = call.args[0]
     info, out = t.info(x), call.outputs[0]
     dim = (call["dim"] if call["dim"] is not None else -1) % x.dim()
-    if not isinstance(info, Activation) or dim in varying(spread(t.relations.roots(narrowed(info.labels)), x.shape)):
+    if not isinstance(info, Activation) or dim in channel_dims(t, info):
         return refuse(t, call, "ordered operation along channels")
     result = Activation(info.labels.narrow(dim, 0, 1).expand(out.shape))
     return [result] * len(call.outputs) if len(call.outputs) > 1 else result
 
 
-def pool(t: Tracer, call: Call) -> Info | None | list[Info | None]:
+def pool(t: Tracer, call: Call) -> Result:
     """Pooling and resampling over the last 1 to 3 dimensions."""
     x, out = call.args[0], call.outputs[0]
     info = t.info(x)
     rank = int(next(c for c in call.name if c.isdigit()))
     dims = set(range(x.dim() - rank, x.dim()))
-    if not isinstance(info, Activation):
+    if info is None:
         return refuse(t, call)
+    info = t.activate(info, set(range(x.dim())) - dims)
     crossed = varying(info.labels) & dims
     if any(out.shape[d] != 1 for d in crossed):
         return refuse(t, call, "pooling across channels")

@@ -15,5 +15,4 @@ if TYPE_CHECKING:
 def refuse(t: Tracer, call: Call, why: str = "operation without a rule") -> list[Info | None]:
     for tensor in call.tensors:
         t.forbid(t.info(tensor), f"{why}: {call.where}")
-    floating = lambda o: isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())  # noqa: E731
-    return [t.fixed(o.shape) if floating(o) else None for o in call.outputs]
+    return [t.fixed(o.shape) if isinstance(o, Tensor) else None for o in call.outputs]

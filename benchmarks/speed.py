@@ -1,0 +1,122 @@
+"""Claim: tracing costs about what Torch-Pruning's dependency graph costs; what a whole compression costs beside it.
+
+Ratios of medians, both sides measured in turn in the same run on the same network and input:
+  trace     intrafusion.trace (labels, groups, the forward pass included) against DependencyGraph.build_dependency plus
+            get_all_groups (its forward pass included), at 224 pixels.
+  compress  intrafusion.compress (trace, proof by permutation, transport, surgery, second trace) and its share without
+            transport, against Torch-Pruning's MagnitudePruner at the same ratio, on ResNet-18 at full width.
+Peers come with `pip install intrafusion[benchmarks,timm]`. Records: benchmarks/records/speed.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import intrafusion
+from intrafusion import zoo
+from intrafusion.bench import Record, append
+from intrafusion.cli.models import resolve
+
+RECORDS = Path(__file__).parent / "records" / "speed.jsonl"
+TRACED = ("timm:resnet50", "timm:densenet121", "timm:vit_tiny_patch16_224")
+SMOKE = ("timm:resnet18",)
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def compare(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Medians of both, in turn, after one warm-up of each."""
+    ours()
+    theirs()
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
+    a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return {"ours_s": round(a, 4), "theirs_s": round(b, 4), "ratio": round(a / b, 2), "repeats": repeats}
+
+
+def their_graph(model: nn.Module, x: Tensor) -> list[Any]:
+    import torch_pruning as tp
+
+    return list(tp.DependencyGraph().build_dependency(model, x).get_all_groups())
+
+
+def their_pruner(model: nn.Module, x: Tensor, keep: float) -> None:
+    import torch_pruning as tp
+
+    model = copy.deepcopy(model)
+    heads: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    importance = tp.importance.MagnitudeImportance(p=1)
+    tp.pruner.MagnitudePruner(model, x, importance=importance, pruning_ratio=1 - keep, ignored_layers=heads).step()
+
+
+def trace_records(names: tuple[str, ...], repeats: int) -> list[Record]:
+    records = []
+    for name in names:
+        model, x = resolve(name).build().eval(), torch.randn(1, 3, 224, 224)
+        with torch.no_grad():
+            model(x)
+            forward = min(seconds(lambda m=model, v=x: m(v)) for _ in range(3))
+        found = compare(lambda m=model, v=x: intrafusion.trace(m, v), lambda m=model, v=x: their_graph(m, v), repeats)
+        records.append(
+            Record(
+                "speed", {"what": "trace", "network": name, "pixels": 224}, {**found, "forward_s": round(forward, 4)}
+            )
+        )
+    return records
+
+
+def compress_records(repeats: int, keep: float = 0.5) -> list[Record]:
+    model, x = zoo.build("resnet18").eval(), zoo.example_input("resnet18")
+    records = []
+    for reducer in ("intrafusion", "select"):
+        found = compare(
+            lambda r=reducer: intrafusion.compress(model, x, keep=keep, reducer=r),
+            lambda: their_pruner(model, x, keep),
+            repeats,
+        )
+        setting = {
+            "what": "compress",
+            "network": "zoo:resnet18",
+            "reducer": reducer,
+            "keep": keep,
+            "pixels": x.shape[-1],
+        }
+        records.append(Record("speed", setting, found))
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--smoke", action="store_true", help="one small network, one repeat, recorded nowhere")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")  # the peer warns about parameters that it cannot place
+    try:
+        import torch_pruning  # noqa: F401
+    except ImportError:
+        print("skipped: torch-pruning is not installed; pip install intrafusion[benchmarks,timm].")
+        return
+    records = trace_records(SMOKE if options.smoke else TRACED, 1 if options.smoke else options.repeats)
+    records += compress_records(1) if options.smoke else compress_records(options.repeats)
+    for record in records:
+        print(record.setting, record.result)
+        if not options.smoke:
+            append(options.records, record)
+
+
+if __name__ == "__main__":
+    main()

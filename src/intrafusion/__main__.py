@@ -1,0 +1,5 @@
+"""python -m intrafusion"""
+
+from intrafusion.cli.main import app
+
+app()

@@ -1,0 +1,161 @@
+"""intrafusion compress: a smaller network, shown and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from intrafusion import pipeline
+from intrafusion.cli.console import ROLLED_BACK, check_output, progress_bar, working
+from intrafusion.cli.network import Network, read_network
+from intrafusion.cli.options import Arguments, AsJson, Base, Name, Shapes, Weights
+from intrafusion.cli.show import plan_data, print_json, print_plan, say
+from intrafusion.importance import IMPORTANCES
+from intrafusion.pipeline import Compressed
+from intrafusion.recipe import ORDERS, Keep, Recipe, RecipeError
+from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
+from intrafusion.reduce.fuse import NORMALIZATIONS
+
+
+def named(names: Iterable[str], about: str) -> Any:
+    """An option whose value is one of these names."""
+    return typer.Option(metavar="NAME", help=f"{about}: {', '.join(names)}.")
+
+
+def layers(about: str) -> Any:
+    """An option that selects layers."""
+    return typer.Option(metavar="LAYER", help=f"{about}: name or pattern, NAME:inputs for what it reads (repeatable).")
+
+
+def compress(
+    model: Name,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save to; none: only show.")] = None,
+    base: Base = None,
+    weights: Weights = None,
+    arguments: Arguments = None,
+    inputs: Shapes = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FRACTION",
+            help="Fraction of the channels to keep, 0.7 if not said, or PATTERN=FRACTION (repeatable): the first "
+            "pattern that matches counts, a fraction alone holds for the rest.",
+        ),
+    ] = None,
+    reducer: Annotated[str | None, named(REDUCERS, "How channels become fewer; select is plain pruning")] = None,
+    normalization: Annotated[str | None, named(NORMALIZATIONS, "Of the reducer intrafusion")] = None,
+    importance: Annotated[str | None, named(IMPORTANCES, "How much a channel matters")] = None,
+    order: Annotated[str | None, named(ORDERS, "Order of the groups")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Make every size a multiple of this.")] = None,
+    include: Annotated[list[str] | None, layers("Reduce only the channels of this layer")] = None,
+    exclude: Annotated[list[str] | None, layers("Leave the channels of this layer alone")] = None,
+    seed: Annotated[int | None, typer.Option(help="For whatever draws random numbers.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="recipe.yaml of an earlier run; options beside it count more."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if a group had to be rolled back.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a network smaller and save it as safetensors, plan.json and recipe.yaml.
+
+    A group is rolled back if the smaller network does not run with it, or no longer shows it; the others stay reduced.
+    """
+    with working():
+        options = {
+            "keep": read_keep(keep) if keep else None,
+            "reducer": reducer,
+            "importance": importance,
+            "order": order,
+            "round_to": round_to,
+            "include": include or None,
+            "exclude": exclude or None,
+            "seed": seed,
+        }
+        wanted = read_recipe(recipe, options, normalization)
+        if output:
+            check_output(output)
+        network = read_network(model, base=base, weights=weights, arguments=arguments or (), inputs=inputs or ())
+        small, rolled_back = reduced(network, wanted)
+        if output:
+            small.save(output)
+    if as_json:
+        print_json(summary(network, small, output, rolled_back))
+    else:
+        show(network, small, output, rolled_back)
+    if strict and rolled_back:
+        raise typer.Exit(ROLLED_BACK)
+
+
+def read_recipe(file: Path | None, options: dict[str, Any], normalization: str | None) -> Recipe:
+    """The recipe in a file, or the default one, changed by the options that are not None.
+
+    Raises:
+        RecipeError: the file holds no recipe, or the reducer has no normalization.
+        ValueError: an unknown name.
+    """
+    recipe = Recipe.from_yaml(file.read_text()) if file else Recipe()
+    stated = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    recipe = Recipe.of(**stated | {key: value for key, value in options.items() if value is not None})
+    return replace(recipe, reducer=normalized(recipe.reducer, normalization)) if normalization else recipe
+
+
+def normalized(reducer: Reducer, normalization: str) -> Reducer:
+    if not isinstance(reducer, IntraFusion):
+        raise RecipeError(f"--normalization goes with the reducer intrafusion, got {reducer}; leave it out.")
+    return replace(reducer, normalization=normalization)
+
+
+def read_keep(texts: Iterable[str]) -> Keep:
+    """0.7, or PATTERN=FRACTION in the order given; a fraction alone among patterns holds for the rest.
+
+    >>> read_keep(["0.7", "layer2.*=0.5"])
+    {'layer2.*': 0.5, '*': 0.7}
+
+    Raises:
+        RecipeError: not a number, or two numbers for one pattern.
+    """
+    keep: dict[str, float] = {}
+    for text in sorted(texts, key=lambda t: "=" not in t):
+        pattern, _, number = text.rpartition("=")
+        pattern = pattern or "*"
+        if pattern in keep:
+            raise RecipeError(f"--keep {text}: there is a fraction for {pattern!r} already; give one for each pattern.")
+        try:
+            keep[pattern] = float(number)
+        except ValueError as error:
+            raise RecipeError(f"--keep {text}: expected a fraction such as 0.7, or PATTERN=0.7.") from error
+    return keep["*"] if keep.keys() == {"*"} else keep
+
+
+def reduced(network: Network, recipe: Recipe) -> tuple[Compressed, list[str]]:
+    """The smaller network, and the groups that were to be reduced but had to be rolled back."""
+    with progress_bar("compress") as progress:
+        graph = pipeline.inspect(network.model, network.inputs, progress=progress)
+        plan = pipeline.decide(network.model, graph, recipe, progress=progress)
+        small = pipeline.carry_out(network.model, plan, graph, network.inputs, progress=progress)
+    return small, [name for name in plan.sizes if name not in small.plan.sizes]
+
+
+def summary(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> dict[str, Any]:
+    return {
+        "model": network.name,
+        "output": str(folder) if folder else None,
+        "load": network.loading(folder) if folder else None,
+        "rolled_back": rolled_back,
+        **plan_data(small.plan, small.before, small.after),
+    }
+
+
+def show(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> None:
+    print_plan(small.plan, small.before, small.after)
+    if rolled_back:
+        say(f"rolled back: {', '.join(rolled_back)}")
+    if folder:
+        say(f"\nsaved to {folder}; back in one line:\n{network.loading(folder)}")
+    else:
+        say("\nnothing was written; -o FOLDER saves it")

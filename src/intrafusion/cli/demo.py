@@ -1,0 +1,128 @@
+"""intrafusion demo: trains a small residual network on digits on the spot, then prunes and fuses it to several sizes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import nn
+
+from intrafusion import pipeline, zoo
+from intrafusion.cli.console import check_output, messages, progress_bar, working
+from intrafusion.cli.network import loading
+from intrafusion.cli.show import print_table, say
+from intrafusion.errors import FolderError
+from intrafusion.graph import ChannelGraph
+from intrafusion.inputs import Inputs
+from intrafusion.io.atomic import atomic_file
+from intrafusion.measure.accuracy import accuracy
+from intrafusion.measure.size import size_of
+from intrafusion.pipeline import Compressed
+from intrafusion.recipe import Recipe
+from intrafusion.reduce import IntraFusion, Reducer, Select
+from intrafusion.report.plot import accuracy_plot
+from intrafusion.zoo import Images
+
+NETWORK = "digits_resnet"
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+METHODS: Mapping[str, Reducer] = {"pruned": Select(), "fused": IntraFusion()}
+SAVED = ("fused", 0.9)
+TABLE, PLOT, SMALL = "accuracy.csv", "accuracy.png", "fused-90"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network: how it was made, how large it is, and its test accuracy in [0, 1]."""
+
+    method: str
+    keep: float
+    params: int
+    macs: int
+    accuracy: float
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the table, the plot and one network.")
+    ] = Path("intrafusion-demo"),
+) -> None:
+    """Train a small residual CNN on scikit-learn's digits, then shrink it by pruning and by fusing: without data,
+    without retraining.
+
+    Takes seconds and needs no file. Running it again replaces the files it wrote, and no others.
+    """
+    with working():
+        check_folder(output)
+        messages.print("training a small residual network on 1,197 digits ...", highlight=False)
+        rows = run(zoo.trained_digits(), output)
+    show(rows, output)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before the work, a folder that cannot be written to.
+
+    Raises:
+        FolderError: it is a file, or what lies in the place of the saved network is not ours.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"{folder}: expected a folder, but this is a file; choose another name with -o.")
+    check_output(folder / SMALL)
+
+
+def run(model: nn.Module, folder: Path, keeps: Sequence[float] = KEEPS) -> list[Row]:
+    """Measure the original and both methods at every keep; write the table, the plot and one network to the folder."""
+    test = zoo.load_data(NETWORK, "test")
+    inputs = Inputs.of(zoo.example_input(NETWORK))
+    size = size_of(model, inputs)
+    rows = [Row("original", 1.0, size.params, size.macs, accuracy(model, test.images, test.labels))]
+    with progress_bar("demo") as progress:
+        graph = pipeline.inspect(model, inputs, progress=progress)  # traced and proven once
+        for index, keep in enumerate(keeps):
+            progress(f"keep {keep:.0%}", index, len(keeps))
+            smaller = {name: reduced(model, graph, inputs, keep, reducer) for name, reducer in METHODS.items()}
+            rows += [measured(name, keep, small, test) for name, small in smaller.items()]
+            if keep == SAVED[1]:
+                smaller[SAVED[0]].save(folder / SMALL)
+    write_table(folder / TABLE, rows)
+    curves = {method: [(r.keep, r.accuracy) for r in rows if r.method == method] for method in METHODS}
+    title = f"Digits, a residual network of {size.params:,} parameters:\nno data, no retraining"
+    accuracy_plot(folder / PLOT, curves, original=rows[0].accuracy, title=title)
+    return rows
+
+
+def reduced(model: nn.Module, graph: ChannelGraph, inputs: Inputs, keep: float, reducer: Reducer) -> Compressed:
+    plan = pipeline.decide(model, graph, Recipe(keep=keep, reducer=reducer))
+    return pipeline.carry_out(model, plan, graph, inputs)
+
+
+def measured(method: str, keep: float, small: Compressed, test: Images) -> Row:
+    return Row(method, keep, small.after.params, small.after.macs, accuracy(small.model, test.images, test.labels))
+
+
+def write_table(path: Path, rows: Iterable[Row]) -> None:
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([f.name for f in fields(Row)])
+        writer.writerows(map(astuple, rows))
+
+
+def show(rows: Sequence[Row], folder: Path) -> None:
+    original, rest = rows[0], rows[1:]
+    keeps = sorted({row.keep for row in rest}, reverse=True)
+    say(f"test accuracy on 360 digits; the original has {original.accuracy:.1%} and {original.params:,} parameters\n")
+    print_table(("keep", "parameters", *METHODS), [line(keep, rest) for keep in keeps], numbers=True)
+    say(f"\nwritten to {folder}: {TABLE}, {PLOT} and the network {SMALL}; back in one line:")
+    say(
+        f"import intrafusion; from intrafusion import zoo; model = {loading(folder / SMALL, f'zoo.build({NETWORK!r})')}"
+    )
+
+
+def line(keep: float, rows: Iterable[Row]) -> tuple[str, ...]:
+    """One keep: what is left of the parameters, and the accuracy of each method."""
+    found = {row.method: row for row in rows if row.keep == keep}
+    params = next(iter(found.values())).params
+    return f"{keep:.0%}", f"{params:,}", *(f"{found[method].accuracy:.1%}" for method in METHODS)

@@ -1,0 +1,46 @@
+"""Example inputs written as shapes on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from intrafusion.errors import ModelError
+from intrafusion.inputs import Inputs
+
+
+def read_inputs(texts: Iterable[str]) -> Inputs:
+    """Arguments of one forward call from texts such as "1,3,32,32", "2,7:int64" or "mask=2,7:int64".
+
+    Raises:
+        ModelError: not a shape, no dtype of PyTorch, or a name that stands twice.
+    """
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for text in texts:
+        name, _, shape = text.rpartition("=")
+        if name in kwargs:
+            raise ModelError(f"--input {text!r}: {name!r} is given twice.")
+        if name:
+            kwargs[name] = read_input(text, shape)
+        else:
+            args.append(read_input(text, shape))
+    return Inputs(tuple(args), kwargs)
+
+
+def read_input(text: str, shape: str) -> Tensor:
+    """Noise; whole numbers are 1 0 1 0 ..., which is valid for token numbers and for masks alike."""
+    sizes, _, dtype_name = shape.partition(":")
+    dtype = getattr(torch, dtype_name or "float32", None)
+    parts = [part.strip() for part in sizes.split(",")]
+    if not isinstance(dtype, torch.dtype) or not all(part.isdecimal() and int(part) for part in parts):
+        raise ModelError(
+            f"--input {text!r}: expected sizes, with a dtype of PyTorch or a name if need be, "
+            "such as 1,3,224,224 or 2,7:int64 or mask=2,7:int64."
+        )
+    dimensions = [int(part) for part in parts]
+    if dtype.is_floating_point:
+        return torch.randn(dimensions, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return ((torch.arange(dimensions[-1]) + 1) % 2).expand(dimensions).to(dtype).contiguous()

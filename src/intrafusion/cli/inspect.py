@@ -1,0 +1,101 @@
+"""intrafusion inspect: the channel groups of a network, proven by permutation, or what was done to a saved one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from intrafusion import pipeline
+from intrafusion.cli.console import progress_bar, working
+from intrafusion.cli.network import is_saved, read_network
+from intrafusion.cli.options import Arguments, AsJson, Base, Name, Shapes, Weights
+from intrafusion.cli.show import plan_data, print_json, print_plan, print_table, say
+from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.io.folder import read_document
+from intrafusion.measure.size import Size, size_of
+from intrafusion.plan import Plan, members_of
+
+HEADER = ("group", "channels", "can be", "layers or reason")
+
+
+def inspect(
+    model: Name,
+    base: Base = None,
+    weights: Weights = None,
+    arguments: Arguments = None,
+    inputs: Shapes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the channel groups of a network and which can be reduced; of a saved folder without --base, what was done.
+
+    Weights do not matter here: a network of the zoo is built with random ones.
+    """
+    with working():
+        saved = base is None and is_saved(model)
+        if saved:
+            plan, before, after = read_saved(Path(model))
+        else:
+            graph, size = read_graph(model, base, weights, arguments or (), inputs or ())
+    if saved:
+        print_json({"model": model, **plan_data(plan, before, after)}) if as_json else print_plan(plan, before, after)
+    else:
+        print_json({"model": model, **graph_data(graph, size)}) if as_json else print_graph(graph, size)
+
+
+def read_saved(folder: Path) -> tuple[Plan, Size | None, Size | None]:
+    """The plan in a saved folder, and the sizes before and after; a plan that was not carried out has none."""
+    data = read_document(folder)
+    before, after = (Size(**data[key]) if key in data else None for key in ("before", "after"))
+    return Plan.from_json(json.dumps(data)), before, after
+
+
+def read_graph(
+    name: str, base: str | None, weights: Path | None, arguments: Sequence[str], inputs: Sequence[str]
+) -> tuple[ChannelGraph, Size]:
+    network = read_network(name, base=base, weights=weights, arguments=arguments, inputs=inputs, trained=False)
+    with progress_bar("inspect") as progress:
+        graph = pipeline.inspect(network.model, network.inputs, progress=progress)
+    return graph, size_of(network.model, network.inputs)
+
+
+def graph_data(graph: ChannelGraph, size: Size) -> dict[str, Any]:
+    return {"size": asdict(size), "groups": [group_data(g) for g in graph.groups], "warnings": list(graph.warnings)}
+
+
+def group_data(group: ChannelGroup) -> dict[str, Any]:
+    return {
+        "group": group.name,
+        "n": group.size,
+        "kind": group.kind,
+        "members": list(members_of(group)),
+        "reason": group.reason,
+        "unmixable": group.unmixable,
+        "family": group.family,
+        "depth": group.depth,
+        "notes": list(group.notes),
+    }
+
+
+def print_graph(graph: ChannelGraph, size: Size) -> None:
+    families: dict[tuple[int, str | None], list[ChannelGroup]] = {}
+    for group in graph.groups:
+        families.setdefault((group.family, group.reason), []).append(group)
+    print_table(HEADER, map(row, families.values()))
+    say(
+        f"\n{len(graph.reducible)} of {len(graph.groups)} groups can be reduced; "
+        f"parameters {size.params:,}; MACs {size.macs:,}"
+    )
+    for warning in graph.warnings:
+        say(f"note: {warning}")
+
+
+def row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
+    """One line for a group, or for twins such as the groups of one convolution."""
+    first, last = twins[0], twins[-1]
+    name, count = (first.name, "") if first is last else (f"{first.name} .. {last.name}", f"{len(twins)} x ")
+    layers = ", ".join(dict.fromkeys(member.module or member.tensor for member in first.members))
+    can_be = "kept" if first.reason else f"selected: {first.unmixable}" if first.unmixable else "fused"
+    return name, f"{count}{first.size}", can_be, first.reason or layers

@@ -1,0 +1,39 @@
+"""intrafusion: inspect, compress, demo."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import intrafusion
+from intrafusion.cli.compress import compress
+from intrafusion.cli.console import EXIT_CODES
+from intrafusion.cli.demo import demo
+from intrafusion.cli.inspect import inspect
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=EXIT_CODES,
+    help=intrafusion.__doc__,
+)
+app.command()(inspect)
+app.command()(compress)
+app.command()(demo)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(intrafusion.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Make a trained neural network smaller without retraining it, and prove each step."""

@@ -1,0 +1,62 @@
+"""What the commands print on standard output: tables for people, one JSON document for machines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from intrafusion.measure.size import Size
+from intrafusion.plan import Plan
+from intrafusion.report.table import HEADER, change, rows
+
+PIPED_WIDTH = 160  # columns where there is no terminal to ask
+output = Console()
+
+
+def say(text: str) -> None:
+    """One line of plain text, not wrapped."""
+    output.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
+    """A borderless table as wide as the terminal; `numbers` puts all columns to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold", justify="right" if numbers else "left")
+    for line in lines:
+        table.add_row(*map(Text, line))
+    known = output.is_terminal or "COLUMNS" in os.environ
+    output.print(table, width=None if known else PIPED_WIDTH)
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1))
+
+
+def print_plan(plan: Plan, before: Size | None, after: Size | None) -> None:
+    """What was done to each group, and the sizes if they are known."""
+    print_table(HEADER, rows(plan))
+    if before and after:
+        say(f"\n{change('parameters', before.params, after.params)}; {change('MACs', before.macs, after.macs)}")
+    for warning in plan.warnings:
+        say(f"note: {warning}")
+
+
+def plan_data(plan: Plan, before: Size | None, after: Size | None) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "before": asdict(before) if before else None,
+        "after": asdict(after) if after else None,
+        "groups": [asdict(decision) for decision in plan.decisions],
+        "warnings": list(plan.warnings),
+        "recipe": yaml.safe_load(plan.recipe.to_yaml()),
+    }

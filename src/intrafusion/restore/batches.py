@@ -1,0 +1,81 @@
+"""Calibration images in whatever form they come, as one call of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from intrafusion.errors import ModelError
+from intrafusion.inputs import Inputs
+
+Images = Tensor | Mapping[str, Any] | Inputs | Iterable[Any]
+"""A batch of images (n, ...), a dict of keyword arguments, or any iterable of batches, such as a DataLoader."""
+
+
+def batches(images: Images) -> list[Inputs]:
+    """One call of the network per batch.
+
+    A batch is a tensor, a dict of keyword arguments, or a tuple or list whose first entry is the input: what follows it
+    (labels) is dropped. A network of several inputs takes dicts, or `Inputs`.
+
+    >>> [str(b) for b in batches([(torch.zeros(2, 3), torch.tensor([0, 1])), (torch.zeros(1, 3), torch.tensor([1]))])]
+    ['(float32[2, 3])', '(float32[1, 3])']
+
+    Raises:
+        ModelError: no batch, or something else among them.
+    """
+    if isinstance(images, (Tensor, Mapping, Inputs)):
+        return [as_call(images)]
+    if not isinstance(images, Iterable):
+        raise ModelError(f"images: expected a tensor, a dict or an iterable of batches, got {type(images).__name__}.")
+    found = [as_call(batch) for batch in images]
+    if not found:
+        raise ModelError("images: expected at least one batch, got none; a generator can be read only once.")
+    return found
+
+
+def as_call(batch: Any) -> Inputs:
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        batch = batch[0]
+    if isinstance(batch, (Tensor, Mapping, Inputs)):
+        return Inputs.of(batch)
+    raise ModelError(
+        f"images: expected batches that are a tensor, a dict, or a tuple that starts with one, got {type(batch).__name__}."
+    )
+
+
+def joined(calls: list[Inputs]) -> Inputs:
+    """All batches as one: tensors are concatenated along their first dimension, other arguments are the first batch's.
+
+    Raises:
+        ModelError: batches of different arguments or shapes.
+    """
+    flat = [tree_flatten((call.args, dict(call.kwargs or {}))) for call in calls]
+    leaves, form = flat[0]
+    if any(other != form for _, other in flat[1:]):
+        raise ModelError("images: expected the same arguments in every batch, got different ones.")
+    args, kwargs = tree_unflatten([concatenated(column) for column in zip(*(l for l, _ in flat), strict=True)], form)
+    return Inputs(args, kwargs)
+
+
+def concatenated(column: tuple[Any, ...]) -> Any:
+    if not isinstance(column[0], Tensor) or column[0].dim() == 0 or len(column) == 1:
+        return column[0]
+    shapes = sorted({tuple(t.shape[1:]) for t in column})
+    if len(shapes) > 1:
+        raise ModelError(f"images: expected batches of one shape, got {shapes[:3]}; resize, crop or pad them first.")
+    return torch.cat(column)
+
+
+def fitted(inputs: Inputs, model: nn.Module) -> Inputs:
+    """The same call on the device of the network, floating tensors in its precision."""
+    tensors = [*model.parameters(), *model.buffers()]
+    floating = [t for t in tensors if t.is_floating_point()]
+    if not tensors:
+        return inputs
+    device, dtype = tensors[0].device, floating[0].dtype if floating else None
+    return inputs.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))

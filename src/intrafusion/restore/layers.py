@@ -1,0 +1,170 @@
+"""Layers whose weights a regression can solve for: what they read and give at sampled places, and how they are written."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.parametrize
+from torch import Tensor, nn
+
+from intrafusion.apply import member_of_rows, mixed, named_tensors, shortened
+from intrafusion.graph import ChannelGraph, FoldableNorm, Role
+from intrafusion.reduce.problem import ReductionMap
+
+CHUNK = 2**22  # entries of the unfolded input that are held in float64 at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A batch norm in evaluation mode that follows a layer and nothing else reads in between."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: FoldableNorm, tensors: Mapping[str, Tensor]) -> Norm:
+        get = lambda name: None if name is None else tensors[name]  # noqa: E731
+        return cls(get(norm.weight), get(norm.bias), tensors[norm.mean], tensors[norm.variance], norm.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise along dimension 1."""
+        own = (self.mean, self.variance, self.weight, self.bias)
+        mean, variance, weight, bias = (None if t is None else t.to(x.dtype) for t in own)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+
+    @property
+    def slope(self) -> Tensor:
+        """Change of the output per change of the input, (c,) float64."""
+        scale = (self.variance.double() + self.eps).rsqrt()
+        return scale if self.weight is None else scale * self.weight.double()
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A convolution or linear layer and the norm behind it, in one of the two networks."""
+
+    name: str
+    module: nn.Linear | nn.modules.conv._ConvNd
+    norm: Norm | None
+
+    @property
+    def channel_dim(self) -> int:
+        return -1 if isinstance(self.module, nn.Linear) else 1
+
+    @property
+    def fan_in(self) -> int:
+        return self.module.weight[0].numel()
+
+    @property
+    def shifts(self) -> bool:
+        """Whether there is a place for a constant."""
+        return self.module.bias is not None or self.norm is not None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What `add_` may write."""
+        own = (self.module.weight, self.module.bias, None if self.norm is None else self.norm.mean)
+        return [t for t in own if t is not None]
+
+    def normed(self, output: Tensor) -> Tensor:
+        return output if self.norm is None else self.norm(output)
+
+    def before_norm(self, change: Tensor) -> Tensor:
+        """The change (k, c) of the layer's own output that changes the norm's output by this much; 0 where none does."""
+        if self.norm is None:
+            return change
+        slope = self.norm.slope
+        return change * torch.where(slope != 0, 1 / slope, 0.0)
+
+    def places(self, output: Tensor, limit: int, seed: int) -> Tensor:
+        """Sampled places of the output: one index per dimension that is not the channel's; (k, dims), in order.
+
+        The same for both networks: they depend on the name, the seed and the shape without channels.
+        """
+        shape = output.movedim(self.channel_dim, -1).shape[:-1]
+        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(self.name.encode()))
+        chosen = torch.randperm(math.prod(shape), generator=generator)[:limit].sort().values
+        return torch.stack(torch.unravel_index(chosen, shape), dim=1).to(output.device)
+
+    def outputs(self, output: Tensor, places: Tensor) -> Tensor:
+        """Rows (k, c) of what the layer, or its norm, or a sum gave at these places."""
+        return output.movedim(self.channel_dim, -1)[tuple(places.T)].float()
+
+    def inputs(self, x: Tensor, places: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Rows (., d) of what the layer read at these places, chunk by chunk, columns as in its flattened weight."""
+        size = max(1, CHUNK // self.fan_in)
+        x = x if isinstance(self.module, nn.Linear) else self._padded(x)
+        for start in range(0, len(places), size):
+            part = slice(start, min(start + size, len(places)))
+            yield part, self._patches(x, places[part])
+
+    def _padded(self, x: Tensor) -> Tensor:
+        module = self.module
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(x, module._reversed_padding_repeated_twice, mode).movedim(1, -1)
+
+    def _patches(self, x: Tensor, places: Tensor) -> Tensor:
+        if isinstance(self.module, nn.Linear):
+            return x[tuple(places.T)]
+        image, corner = places[:, 0], places[:, 1:] * places.new_tensor(self.module.stride)
+        dilation = places.new_tensor(self.module.dilation)
+        offsets = itertools.product(*(range(k) for k in self.module.kernel_size))
+        corners = [(image, *(corner + places.new_tensor(offset) * dilation).T) for offset in offsets]
+        return torch.stack([x[at] for at in corners], dim=-1).flatten(1)
+
+    def add_(self, change: Tensor, shift: Tensor) -> None:
+        """Add to the weight, and a constant to the bias or, without one, to the norm (in place)."""
+        weight = self.module.weight
+        weight.data.copy_(weight.double() + change.reshape(weight.shape))
+        if self.module.bias is not None:
+            self.module.bias.data.copy_(self.module.bias.double() + shift)
+        elif self.norm is not None:
+            self.norm.mean.data.copy_(self.norm.mean.double() - shift)
+
+
+def solvable(model: nn.Module, graph: ChannelGraph) -> dict[str, Layer]:
+    """Convolutions and linear layers with a weight of their own, by name; grouped ones are left out."""
+    tensors = named_tensors(model)
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    norms = {norm.producer_weight: norm for norm in graph.norms}
+    found = {}
+    for name, module in model.named_modules():
+        weight = f"{name}.weight" if name else "weight"
+        if is_dense(module) and weight in tensors and owners[id(module.weight)] == 1:
+            norm = norms.get(weight)
+            found[name] = Layer(name, module, None if norm is None else Norm.of(norm, tensors))
+    return found
+
+
+def is_dense(module: nn.Module) -> bool:
+    """A linear layer, or a convolution in which every output reads every input channel."""
+    if nn.utils.parametrize.is_parametrized(module):
+        return False
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1
+    return convolution or isinstance(module, nn.Linear)
+
+
+def output_map(layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Tensor | None:
+    """What the maps do to the outputs of a layer of the original network, as one (c', c) matrix; None for nothing."""
+    weight = f"{layer.name}.weight" if layer.name else "weight"
+    touching = [
+        (m, maps[g.name]) for g in graph.groups if g.name in maps for m in g.members
+        if m.tensor == weight and Role.PRODUCES in m.roles and m.dim == 0
+    ]  # fmt: skip
+    if not touching:
+        return None
+    matrix = torch.eye(len(layer.module.weight), dtype=torch.float64, device=layer.module.weight.device)
+    for member, reduction in touching:
+        matrix = mixed(matrix, member_of_rows(member), reduction)
+    return shortened(matrix, [(member_of_rows(m), len(r.merge)) for m, r in touching], weight)

@@ -1,0 +1,293 @@
+"""Saved folders: complete or absent, nothing pickled, and never trusted further than needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import intrafusion
+import intrafusion.io.folder as folder_module
+from intrafusion import Compressed, FolderError, PlanError, compress, load
+from intrafusion.errors import IntrafusionError
+from intrafusion.io.folder import load_plan, save_plan
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A convolution with its norm, and two linear layers that share one weight."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.module = nn.Conv2d(3, width, 3)
+        self.norm = nn.BatchNorm2d(width)
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+        self.b.weight = self.a.weight
+        self.head = nn.Linear(width, 2)
+        self.register_buffer("scale", torch.tensor(1.5), persistent=False)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.module(x))).mean((2, 3)) * self.scale
+        return self.head(F.relu(self.b(F.relu(self.a(x)))))
+
+
+class Inner(nn.Module):
+    """Every name starts with "module."."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+@pytest.fixture(scope="module")
+def small() -> Compressed:
+    torch.manual_seed(0)
+    return compress(Net(), X, 0.5)
+
+
+@pytest.fixture
+def saved(small: Compressed, tmp_path: Path) -> Path:
+    small.save(tmp_path / "net")
+    return tmp_path / "net"
+
+
+def change_plan(folder: Path, **entries: Any) -> None:
+    path = folder / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+# ---- there and back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("original", [Net, lambda: Net(), Net()], ids=["class", "factory", "instance"])
+def test_loaded_it_computes_the_same(small: Compressed, saved: Path, original: Any) -> None:
+    network = load(saved, original)
+    assert network is original or not isinstance(original, nn.Module)
+    assert torch.equal(network(X), small.model(X))
+    assert network.module.out_channels == 4
+    assert network.a.weight is network.b.weight
+    assert [(n, p.requires_grad) for n, p in network.named_parameters()] == [
+        (n, p.requires_grad) for n, p in small.model.named_parameters()
+    ]
+
+
+def test_the_folder_holds_these_files_and_no_pickle(saved: Path) -> None:
+    assert sorted(p.name for p in saved.iterdir()) == ["model.safetensors", "plan.json", "recipe.yaml"]
+    for path in saved.iterdir():
+        assert b"\x80\x02" not in path.read_bytes()[:2]
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    assert tensors["module.weight"].shape == (4, 3, 3, 3)
+    assert "b.weight" not in tensors, "a shared weight is stored once"
+    assert intrafusion.Recipe.from_yaml((saved / "recipe.yaml").read_text()) == intrafusion.Recipe(keep=0.5)
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_saving_twice_gives_the_same_bytes(small: Compressed, saved: Path, tmp_path: Path) -> None:
+    small.save(tmp_path / "again")
+    for path in saved.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_names_that_start_with_module_survive(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = compress(Inner(), X, 0.5)
+    small.save(tmp_path / "net")
+    assert torch.equal(load(tmp_path / "net", Inner)(X), small.model(X))
+
+
+def test_saved_dtype_and_mode_of_the_original(tmp_path: Path) -> None:
+    small = compress(Net().bfloat16(), X.bfloat16(), 0.5)
+    small.save(tmp_path / "net")
+    network = load(tmp_path / "net", Net().train())
+    assert network.training
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+
+
+def test_the_users_own_importance_does_not_stop_loading(tmp_path: Path) -> None:
+    small = compress(Net(), X, 0.5, importance=lambda group, weights, seen: torch.arange(group.size))
+    small.save(tmp_path / "net")
+    assert torch.equal(load(tmp_path / "net", lambda: Net())(X), small.model(X))
+
+
+def test_a_loaded_network_can_be_compressed_and_saved_again(saved: Path, tmp_path: Path) -> None:
+    again = compress(load(saved, Net), X, 0.5)
+    again.save(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again", lambda: load(saved, Net))(X), again.model(X))
+    with pytest.raises(PlanError, match="the plan is for another network"):
+        load(tmp_path / "again", Net)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("step", ["save_file", "document"])
+def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
+    small: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, exists: bool
+) -> None:
+    target = tmp_path / "net"
+    if exists:
+        small.save(target)
+    before = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder_module, step, fail)
+    with pytest.raises(KeyboardInterrupt):
+        small.save(target)
+    assert target.exists() == exists
+    assert {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_an_old_folder_of_ours_is_replaced_and_a_foreign_one_is_not(
+    small: Compressed, saved: Path, tmp_path: Path
+) -> None:
+    (saved / "model.safetensors").write_bytes(b"old")
+    small.save(saved)
+    assert torch.equal(load(saved, Net)(X), small.model(X))
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "plan.json").write_text('{"kind": "heist"}')
+    for write in (small.save, lambda f: save_plan(small.plan, f)):
+        with pytest.raises(FolderError, match="holds files that intrafusion did not write"):
+            write(foreign)
+    assert (foreign / "plan.json").read_text() == '{"kind": "heist"}'
+
+
+# ---- reading what must not be trusted -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "", "..\\x", "a/../../x"]
+)
+def test_weights_outside_of_the_folder(saved: Path, name: str) -> None:
+    (saved.parent / "other.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    change_plan(saved, weights=name)
+    with pytest.raises(FolderError, match="points outside the folder; refused"):
+        load(saved, Net)
+
+
+def test_a_link_out_of_the_folder(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    weights.rename(saved.parent / "elsewhere.safetensors")
+    weights.symlink_to(saved.parent / "elsewhere.safetensors")
+    with pytest.raises(FolderError, match="is a link out of the folder; refused"):
+        load(saved, Net)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: cut(f / "plan.json"), "plan.json: damaged, not JSON"),
+        (lambda f: (f / "plan.json").write_text("[]"), "this is not a plan of intrafusion"),
+        (lambda f: (f / "plan.json").write_text("{}"), "this is not a plan of intrafusion"),
+        (lambda f: (f / "plan.json").write_bytes(b"\xff\xfe\x00"), "plan.json: damaged, not JSON"),
+        (lambda f: (f / "plan.json").unlink(), "expected a folder saved by intrafusion, but it has no plan.json"),
+        (lambda f: cut(f / "model.safetensors"), "model.safetensors: not a safetensors file, or a damaged one"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: change_plan(f, weights=None), "names no weight file; this is a plan alone"),
+        (lambda f: change_plan(f, decisions=None), "this is not a plan of intrafusion"),
+        (lambda f: change_plan(f, format=2), "has format 2, this version reads up to 1"),
+    ],
+)
+def test_damaged_folders(saved: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(saved)
+    with pytest.raises(IntrafusionError, match=message):
+        load(saved, Net)
+
+
+def test_no_folder_and_a_file(saved: Path) -> None:
+    for path in (saved / "nothing", saved / "recipe.yaml"):
+        with pytest.raises(FolderError, match="expected a folder saved by intrafusion"):
+            load(path, Net)
+
+
+REPAIR = {"module": "module", "attribute": "out_channels", "old": 8, "new": 4}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attribute": "training"},
+        {"attribute": "forward"},
+        {"attribute": "__class__"},
+        {"attribute": "weight"},
+        {"attribute": "padding_mode"},
+        {"attribute": "no_such"},
+        {"module": "nowhere"},
+        {"new": "4"},
+        {"new": True},
+        {"new": None},
+        {"new": [4, "x"]},
+        {"old": 7},
+        {"module": ["module"]},
+        {"attribute": 3},
+    ],
+    ids=str,
+)
+def test_repairs_that_are_no_sizes(saved: Path, change: dict[str, Any]) -> None:
+    change_plan(saved, repairs=[REPAIR | change])
+    network = Net()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    with pytest.raises(PlanError, match=r"plan.json: "):
+        load(saved, network)
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize("repairs", [[3], [{}], ["out_channels"]])
+def test_repairs_of_another_form(saved: Path, repairs: Any) -> None:
+    change_plan(saved, repairs=repairs)
+    with pytest.raises(PlanError, match="plan.json: damaged, .* is no repair of this network"):
+        load(saved, Net)
+
+
+def test_another_original(saved: Path) -> None:
+    with pytest.raises(PlanError, match=r"'module.weight' is \[8, 3, 3, 3\] there and \[9, 3, 3, 3\] here"):
+        load(saved, lambda: Net(9))
+    with pytest.raises(PlanError, match="it has 'module.weight' .* this one has no such tensor"):
+        load(saved, lambda: nn.Linear(2, 2))
+    with pytest.raises(PlanError, match="expected a network or a factory of one, got a factory of int"):
+        load(saved, lambda: 3)  # type: ignore[arg-type, return-value]
+
+
+def test_weights_of_another_network(saved: Path) -> None:
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    tensors["hed.weight"] = tensors.pop("head.weight")
+    safetensors.torch.save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(PlanError, match=r"missing \['head.weight'\], unexpected \['hed.weight'\]"):
+        load(saved, Net)
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_is_no_plan_and_a_plan_is_no_network(small: Compressed, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="it holds a network .*, not a plan to apply"):
+        load_plan(saved)
+    save_plan(small.plan, tmp_path / "plan")
+    with pytest.raises(FolderError, match="names no weight file; this is a plan alone"):
+        load(tmp_path / "plan", Net)
+
+
+def test_a_plan_with_damaged_maps(small: Compressed, tmp_path: Path) -> None:
+    save_plan(small.plan, tmp_path / "plan")
+    cut(tmp_path / "plan" / "maps.safetensors")
+    with pytest.raises(FolderError, match="maps.safetensors: not a safetensors file, or a damaged one"):
+        load_plan(tmp_path / "plan")

@@ -1,0 +1,61 @@
+"""The forms that calibration images come in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from intrafusion.errors import ModelError
+from intrafusion.inputs import Inputs
+from intrafusion.restore.batches import batches, fitted, joined
+
+IMAGES = torch.arange(12.0).reshape(4, 3)
+LABELS = torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        IMAGES,
+        [IMAGES[:3], IMAGES[3:]],
+        (IMAGES[:1], IMAGES[1:]),
+        [(IMAGES[:2], LABELS[:2]), [IMAGES[2:], LABELS[2:]]],
+        DataLoader(TensorDataset(IMAGES, LABELS), batch_size=3),
+        iter([IMAGES]),
+        Inputs((IMAGES,)),
+    ],
+    ids=["tensor", "list", "tuple", "labelled", "loader", "generator", "inputs"],
+)
+def test_every_form_gives_the_same_call(images: object) -> None:
+    call = joined(batches(images))  # type: ignore[arg-type]
+    assert call.kwargs in ({}, None)
+    assert torch.equal(call.args[0], IMAGES)
+
+
+def test_dicts_are_keyword_arguments() -> None:
+    call = joined(batches([{"x": IMAGES[:1], "scale": 2.0}, {"x": IMAGES[1:], "scale": 2.0}]))
+    assert call.args == ()
+    assert call.kwargs is not None
+    assert torch.equal(call.kwargs["x"], IMAGES)
+    assert call.kwargs["scale"] == 2.0
+
+
+def test_precision_follows_the_network_but_integers_stay() -> None:
+    call = fitted(Inputs((IMAGES, LABELS)), torch.nn.Linear(3, 1).double())
+    assert [t.dtype for t in call.args] == [torch.float64, torch.int64]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "at least one batch, got none"),
+        (3, "got int"),
+        (["a"], "got str"),
+        ([torch.zeros(1, 3), torch.zeros(1, 4)], r"one shape, got \[\(3,\), \(4,\)\]"),
+        ([{"x": IMAGES}, IMAGES], "same arguments in every batch"),
+    ],
+)
+def test_what_is_no_image(images: object, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        joined(batches(images))  # type: ignore[arg-type]

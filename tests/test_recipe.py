@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from intrafusion import ChannelGroup, IntraFusion, Recipe, Select, inputs_of
+from intrafusion.importance import IMPORTANCES, Magnitude, Random
+from intrafusion.recipe import RecipeError
+from intrafusion.reduce import REDUCERS
+
+
+def through_yaml(recipe: Recipe) -> Recipe:
+    return Recipe.from_yaml(recipe.to_yaml())
+
+
+def test_the_default() -> None:
+    recipe = Recipe.of()
+    assert recipe == Recipe() == through_yaml(recipe) == Recipe.from_yaml("{}")
+    assert recipe.reducer == IntraFusion()
+    assert recipe.importance == Magnitude(p=1.0)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_every_registered_method_survives_yaml_by_its_name(reducer: str, importance: str) -> None:
+    recipe = Recipe.of(reducer=reducer, importance=importance)
+    assert through_yaml(recipe) == recipe
+    assert f"reducer: {reducer}\n" in recipe.to_yaml()
+    assert f"importance: {importance}\n" in recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reducer": IntraFusion("function", p=2.0, source_marginal="radical", bias=False)},
+        {"importance": Magnitude(p=3.0, reduction="prod", normalizer=None, bias=True)},
+        {"importance": Magnitude(p=float("inf"), reduction="max")},
+        {"importance": Random(seed=7)},
+        {"keep": {"layer1.*": 0.5, "head": 1.0}},
+        {"round_to": 8, "seed": 3, "order": "backward"},
+        {"include": ("a.*", inputs_of("b")), "exclude": "c:inputs"},
+        {"include": ()},
+    ],
+)
+def test_changed_options_survive_yaml(change: dict[str, Any]) -> None:
+    recipe = Recipe.of(**change)
+    assert recipe != Recipe()
+    assert through_yaml(recipe) == recipe
+    assert through_yaml(recipe).to_yaml() == recipe.to_yaml()
+
+
+def test_a_recipe_written_by_hand() -> None:
+    recipe = Recipe.from_yaml(
+        "keep: 0.5\nreducer: {name: intrafusion, normalization: target}\nexclude: [head, 'a:inputs']\n"
+    )
+    assert recipe == Recipe.of(keep=0.5, reducer=IntraFusion("target"), exclude=["head", inputs_of("a")])
+    assert Recipe.from_yaml("reducer: select\nexclude: head\n") == Recipe.of(reducer=Select(), exclude=["head"])
+
+
+def own_importance(group: Any, weights: Any, observations: Any = None) -> Any:
+    raise AssertionError("never called here")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kep: 0.5", "recipe: unknown option 'kep'. Did you mean 'keep'"),
+        ("reducer: intrafusio", "recipe: unknown reducer 'intrafusio'. Did you mean 'intrafusion'"),
+        ("importance: l3", "recipe: unknown importance 'l3'. Did you mean 'l"),
+        ("reducer: {name: intrafusion, pp: 2}", "reducer 'intrafusion' does not take these options"),
+        ("reducer: {name: intrafusion, normalization: sorce}", "unknown normalization 'sorce'. Did you mean 'source'"),
+        ("importance: {name: l1, p: -1}", "p: expected p > 0"),
+        ("importance: {name: l1, p: two}", "importance 'l1'"),
+        ("reducer: [1, 2]", "reducer: expected a name or a mapping"),
+        ("reducer: 3", "reducer: expected a name or a mapping with a name, got int"),
+        ("order: sideways", "unknown order 'sideways'"),
+        ("[1, 2]", "recipe: expected a mapping of options, got list"),
+        ("", "recipe: expected a mapping of options, got NoneType"),
+        ("keep: [0.5", "recipe: not YAML"),
+        ("keep: !!python/object/apply:os.getcwd []", "recipe: not YAML"),
+        ("exclude: [3]", "expected a name, a layer type or a function"),
+    ],
+)
+def test_what_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_yaml(text)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert through_yaml(Recipe.of(keep=np.float32(0.5))) == Recipe.of(keep=0.5)
+    assert through_yaml(Recipe.of(keep={"a": np.float64(0.25)})) == Recipe.of(keep={"a": 0.25})
+
+
+def test_a_method_of_the_user_is_named_but_cannot_be_called() -> None:
+    recipe = through_yaml(Recipe.of(importance=own_importance))
+    assert "own_importance" in recipe.to_yaml()
+    assert through_yaml(recipe) == recipe
+    with pytest.raises(RecipeError, match="it was made with .*own_importance, which is not part of intrafusion"):
+        recipe.importance(ChannelGroup("g", 2, ()), {})
+
+
+def test_a_type_is_written_by_its_name() -> None:
+    assert "- Conv2d:outputs" in Recipe.of(exclude=[nn.Conv2d]).to_yaml()
+
+
+def test_names_are_checked_at_once() -> None:
+    with pytest.raises(ValueError, match="unknown reducer 'slect'. Did you mean 'select'"):
+        Recipe.of(reducer="slect")
+    with pytest.raises(RecipeError, match="unknown order 'x'"):
+        replace(Recipe(), order="x")

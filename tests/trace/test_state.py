@@ -1,0 +1,332 @@
+"""Tracing leaves the network, and PyTorch, exactly as they were found, and works on networks in any state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gallery.core import Wired, conv_bn, image, pooled
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from intrafusion.errors import ModelError
+from intrafusion.trace import trace
+
+
+def network() -> Any:
+    """Batch norms with statistics, dropout, attention, a recurrent layer, a frozen layer, and a buffer that counts."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        net.calls += 1
+        x = F.max_pool2d(net.drop(F.relu(net.b(F.relu(net.a(x))))), 4)
+        x = net.layer(x.flatten(2).mT)
+        return net.head(net.rnn(x)[0][:, -1])
+
+    layer = nn.TransformerEncoderLayer(8, 2, 10, 0.2, batch_first=True)
+    parts = {"a": conv_bn(3, 6), "b": conv_bn(6, 8), "drop": nn.Dropout(0.5), "layer": layer}
+    net = Wired(wiring, **parts, rnn=nn.GRU(8, 5, batch_first=True), head=nn.Linear(5, 2), calls=torch.zeros(1))
+    net.a.requires_grad_(False)
+    return net
+
+
+def broken() -> nn.Module:
+    """Runs its batch norms, then raises."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        net.a(x)
+        raise ZeroDivisionError("broken on purpose")
+
+    return Wired(wiring, a=conv_bn(3, 6))
+
+
+def attempt(model: nn.Module, x: Tensor | None = None) -> None:
+    """Trace; a network that cannot run is refused."""
+    x = image() if x is None else x
+    if hasattr(model, "head"):
+        trace(model, x)
+    else:
+        with pytest.raises(ModelError):
+            trace(model, x)
+
+
+def snapshot_of_values(model: nn.Module) -> list[tuple[Any, ...]]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        (name, id(t), t.data_ptr(), t.dtype, t.stride(), t.requires_grad, t.grad is None, t.detach().clone())
+        for name, t in tensors
+    ]
+
+
+def snapshot_of_hooks(model: nn.Module) -> list[Any]:
+    names = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks"]
+    own = [(name, key, id(hook)) for m in model.modules() for name in names for key, hook in getattr(m, name).items()]
+    shared = [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
+    return [*own, *[sorted(d) for d in shared]]
+
+
+def snapshot_of_modules(model: nn.Module) -> list[Any]:
+    return [(name, id(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules()]
+
+
+def snapshot_of_torch() -> dict[str, Any]:
+    backends = ("flash", "math", "mem_efficient", "cudnn")
+    return {
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "sdp": [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in backends],
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "modes": len(_get_current_dispatch_mode_stack()),
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+@pytest.fixture(params=[network, broken], ids=["runs", "raises"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return request.param()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_values_and_identities_stay(model: nn.Module, training: bool) -> None:
+    model.train(training)
+    before = snapshot_of_values(model)
+    attempt(model)
+    after = snapshot_of_values(model)
+    assert [b[:-1] for b in before] == [a[:-1] for a in after]
+    assert all(torch.equal(b[-1], a[-1]) for b, a in zip(before, after, strict=True))
+
+
+def test_training_flags_stay_per_module(model: Any) -> None:
+    model.train()
+    model.a[1].eval()  # a frozen batch norm inside a network in training
+    before = snapshot_of_modules(model)
+    attempt(model)
+    assert snapshot_of_modules(model) == before
+
+
+def test_hooks_stay(model: Any) -> None:
+    calls: list[str] = []
+    model.a[0].register_forward_hook(lambda *_: calls.append("after"))
+    model.a[1].register_forward_pre_hook(lambda *_: calls.append("before"))
+    model.a[0].register_full_backward_hook(lambda *_: None)
+    before = snapshot_of_hooks(model)
+    attempt(model)
+    assert snapshot_of_hooks(model) == before
+    assert calls[:2] == ["after", "before"]
+
+
+def test_global_flags_and_random_numbers_stay(model: nn.Module) -> None:
+    x = image()
+    before = snapshot_of_torch()
+    attempt(model, x)
+    assert snapshot_of_torch() == before
+
+
+def test_unusual_global_flags_stay() -> None:
+    fast, grad = torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.set_grad_enabled(False)
+    try:
+        models, x = [network(), broken()], image()
+        before = snapshot_of_torch()
+        for model in models:
+            attempt(model, x)
+        assert snapshot_of_torch() == before
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.set_grad_enabled(grad)
+
+
+def test_gradients_stay() -> None:
+    model = network().train()
+    model(image()).sum().backward()
+    gradients = {n: (id(p.grad), p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) > 5
+    trace(model, image())
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            assert parameter.grad is not None
+            assert id(parameter.grad) == gradients[name][0]
+            assert torch.equal(parameter.grad, gradients[name][1])
+        else:
+            assert parameter.grad is None
+
+
+def test_the_input_stays() -> None:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return net.head(F.relu_(net.a(x)))
+
+    net = Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2))
+    x = torch.randn(4, 3)
+    before = x.clone()
+    trace(net, x)
+    assert torch.equal(x, before)
+
+
+def test_a_network_can_still_be_trained() -> None:
+    model = network().train()
+    trace(model, image())
+    loss = model(image()).square().sum()
+    loss.backward()
+    assert model.head.weight.grad.abs().sum() > 0
+    assert model.a[1].num_batches_tracked == 1
+
+
+def test_outputs_are_the_same_before_and_after() -> None:
+    model, x = network().eval(), image()
+    before = model(x)
+    trace(model, x)
+    assert torch.equal(model(x), before)
+
+
+# ---- networks in every state give the same graph --------------------------------------------------------------------
+
+
+def plain() -> nn.Module:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = F.relu(net.stem(x))
+        return net.head(net.drop(pooled(F.relu(net.b(F.relu(net.a(x))) + x))))
+
+    convs = {"stem": conv_bn(3, 8), "a": conv_bn(8, 6), "b": conv_bn(6, 8)}
+    return Wired(wiring, **convs, drop=nn.Dropout(0.3), head=nn.Linear(8, 2))
+
+
+def groups_of(model: nn.Module, x: Any) -> list[Any]:
+    groups = trace(model, x).groups
+    return [(g.name, g.size, g.reason, [(m.tensor, m.dim, sorted(m.roles)) for m in g.members]) for g in groups]
+
+
+STATES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "train": lambda m: m.train(),
+    "eval": lambda m: m.eval(),
+    "frozen": lambda m: m.requires_grad_(False),
+    "half frozen": lambda m: (m.stem.requires_grad_(False), m)[1],
+    "bfloat16": lambda m: m.bfloat16(),
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "channels last": lambda m: m.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_graph_does_not_depend_on_the_state(state: str) -> None:
+    expected = groups_of(plain(), image())
+    assert len(expected) == 3
+    model = STATES[state](plain())
+    assert groups_of(model, image().to(next(model.parameters()).dtype)) == expected
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_the_graph_does_not_depend_on_the_mode(context: Callable[[], Any]) -> None:
+    expected = groups_of(plain(), image())
+    with context():
+        assert groups_of(plain(), image()) == expected
+
+
+def test_tensors_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model, x = plain(), image()
+    assert groups_of(model, x) == groups_of(plain(), image())
+
+
+def test_an_input_that_requires_gradients() -> None:
+    x = image().requires_grad_()
+    assert groups_of(plain(), x) == groups_of(plain(), image())
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_an_unusual_default_dtype(dtype: torch.dtype) -> None:
+    model, x = plain(), image()
+    expected = groups_of(model, x)
+    torch.set_default_dtype(dtype)
+    try:
+        assert groups_of(model, x) == expected
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("size", [(1, 3, 12, 12), (3, 3, 12, 12), (1, 3, 7, 9)])
+def test_the_graph_does_not_depend_on_the_example(size: tuple[int, ...]) -> None:
+    expected = groups_of(plain(), image())
+    assert groups_of(plain(), torch.zeros(size)) == expected
+    assert groups_of(plain(), torch.randn(size)) == expected
+
+
+def test_tracing_twice_gives_the_same_graph() -> None:
+    model = network()
+    assert groups_of(model, image()) == groups_of(model, image())
+
+
+class Named(nn.Module):
+    """A forward with a named argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.head(F.relu(self.a(x)) * scale)
+
+
+def test_example_inputs_of_every_form() -> None:
+    model, x = Named(), torch.randn(4, 3)
+    forms: list[Any] = [x, (x,), (x, 0.5), [x], {"x": x}, {"x": x, "scale": 2.0}]
+    graphs = [groups_of(model, form) for form in forms]
+    assert [(g[0], g[1]) for g in graphs[0] if g[2] is None] == [("a", 6)]
+    assert all(g == graphs[0] for g in graphs)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (torch.randn(4, 7), [r"\[4, 7\]", "RuntimeError"]),
+        ((torch.randn(4, 3), 1.0, 2.0), ["TypeError", "positional argument"]),
+        ({"y": torch.randn(4, 3)}, ["TypeError", "'y'"]),
+        (torch.zeros(4, 3, dtype=torch.long), ["int64", "RuntimeError"]),
+        ("an image", ["example_inputs", "got str"]),
+        (None, ["example_inputs", "NoneType"]),
+    ],
+    ids=["shape", "too many", "unknown name", "dtype", "no tensor", "nothing"],
+)
+def test_example_inputs_that_do_not_fit(inputs: Any, expected: list[str]) -> None:
+    for text in expected:
+        with pytest.raises(ModelError, match=text):
+            trace(Named(), inputs)
+
+
+def test_the_error_names_the_network_and_keeps_the_cause() -> None:
+    with pytest.raises(ModelError, match=r"broken on purpose") as caught:
+        trace(broken(), image())
+    assert "Wired" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_lazy_parameters_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"'1\.weight' is not initialised"):
+        trace(nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2)), torch.randn(1, 3))
+
+
+def test_a_network_without_an_output_is_refused() -> None:
+    with pytest.raises(ModelError, match="no tensor"):
+        trace(Wired(lambda net, x: None, a=nn.Linear(3, 4)), torch.randn(1, 3))
+
+
+def test_a_network_without_parameters_has_no_groups() -> None:
+    assert trace(nn.ReLU(), torch.randn(2, 3)).groups == ()
