@@ -18,9 +18,11 @@ LAYERS = (
     {"errors", "graph", "inputs", "transport"},
     {"features", "importance", "budget", "reduce"},
     {"plan", "recipe", "selection", "norms", "apply", "trace", "verify", "measure"},
+    {"io", "report"},
+    {"compressed"},
     {"restore", "fusion"},
     {"pipeline"},
-    {"io", "report", "bench", "zoo"},
+    {"bench", "zoo"},
     {"", "cli"},  # "" is the package itself: its public names
 )
 

@@ -103,8 +103,12 @@ def test_a_method_of_the_user_is_named_but_cannot_be_called() -> None:
         recipe.importance(ChannelGroup("g", 2, ()), {})
 
 
-def test_a_type_is_written_by_its_name() -> None:
-    assert "- Conv2d:outputs" in Recipe.of(exclude=[nn.Conv2d]).to_yaml()
+def test_a_type_is_written_by_its_name_and_means_the_same_layers_when_read() -> None:
+    recipe = Recipe.of(exclude=[nn.Conv2d])
+    assert "- type:Conv2d:outputs" in recipe.to_yaml()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv1d(4, 4, 1))
+    (read,) = Recipe.from_yaml(recipe.to_yaml()).exclude
+    assert read.layers(model) == recipe.exclude[0].layers(model) == {"0"}
 
 
 def test_names_are_checked_at_once() -> None:

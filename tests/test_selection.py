@@ -66,7 +66,7 @@ def test_exclude_wins_over_include(network: tuple[nn.Module, ChannelGraph]) -> N
 def test_reasons(network: tuple[nn.Module, ChannelGraph]) -> None:
     model, graph = network
     found = left_alone(graph, model, as_selectors("features"), as_selectors([nn.Conv2d, "classifier.2:inputs"]) or ())
-    assert found["features.0"] == "excluded (Conv2d:outputs)"
+    assert found["features.0"] == "excluded (type:Conv2d:outputs)"
     assert found["classifier.0"] == "excluded (classifier.2:inputs)"
     assert left_alone(graph, model, as_selectors("features"), ())["classifier.0"] == "not included"
 
@@ -76,7 +76,7 @@ def test_reasons(network: tuple[nn.Module, ChannelGraph]) -> None:
     [
         ("features.1O", "include/exclude: unknown layer 'features.1O'. Did you mean 'features.1'"),
         ("classifer", "Did you mean 'classifier'"),
-        (nn.LSTM, "no layer of the network matches LSTM:outputs"),
+        (nn.LSTM, "no layer of the network matches type:LSTM:outputs"),
         (lambda name, module: False, "no layer of the network matches"),
     ],
 )

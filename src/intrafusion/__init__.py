@@ -1,9 +1,10 @@
 """intrafusion: make a trained neural network smaller without retraining it, and prove each step."""
 
+from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError, FolderError, IntrafusionError, ModelError, PlanError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.io.folder import load
-from intrafusion.pipeline import Compressed, apply, carry_out, compress, decide, inspect
+from intrafusion.pipeline import apply, carry_out, compress, decide, inspect
 from intrafusion.plan import Decision, Plan
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import IntraFusion, Select

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import Repair, hollow_, named_tensors, write_
+from intrafusion.apply import hollow_, named_tensors, write_
 from intrafusion.budget import sizes
+from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
 from intrafusion.features import biases, features
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.inputs import ExampleInputs, Inputs
-from intrafusion.measure.size import Size, size_of
+from intrafusion.measure.size import size_of
 from intrafusion.norms import fold
 from intrafusion.plan import Decision, Plan, members_of
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer, ReductionMap, ReductionProblem, Select
-from intrafusion.report import table
 from intrafusion.selection import left_alone
 from intrafusion.trace import trace
 from intrafusion.verify import operate, verified
@@ -32,26 +30,6 @@ Progress = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """No progress shown."""
-
-
-@dataclass(frozen=True, eq=False)
-class Compressed:
-    """What was obtained: the smaller network, the plan that was carried out, and its size before and after."""
-
-    model: nn.Module
-    plan: Plan
-    before: Size
-    after: Size
-    repairs: tuple[Repair, ...] = ()
-
-    def __str__(self) -> str:
-        return table.text(self.plan, self.before, self.after)
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write weights (safetensors), plan.json and recipe.yaml; see `intrafusion.load`."""
-        from intrafusion.io.folder import save
-
-        save(self, folder)
 
 
 def compress(

@@ -14,6 +14,7 @@ from intrafusion.graph import ChannelGraph, ChannelGroup
 
 Match = str | type | Callable[[str, nn.Module], bool]
 SIDES = ("outputs", "inputs")
+TYPE = "type:"  # before the name of a class, where the class itself cannot be given, as in a YAML recipe
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,10 @@ class Selector:
     side: str = "outputs"
 
     def __str__(self) -> str:
-        name = self.match if isinstance(self.match, str) else getattr(self.match, "__qualname__", repr(self.match))
-        return f"{name}:{self.side}"
+        if isinstance(self.match, str):
+            return f"{self.match}:{self.side}"
+        name = getattr(self.match, "__qualname__", repr(self.match))
+        return f"{TYPE if isinstance(self.match, type) else ''}{name}:{self.side}"
 
     def layers(self, model: nn.Module) -> set[str]:
         """Names of the modules that match.
@@ -42,6 +45,8 @@ class Selector:
         return found
 
     def _matches(self, name: str, module: nn.Module) -> bool:
+        if isinstance(self.match, str) and self.match.startswith(TYPE):
+            return self.match.removeprefix(TYPE) in {c.__qualname__ for c in type(module).__mro__}
         if isinstance(self.match, str):
             return fnmatchcase(name, self.match)
         return isinstance(module, self.match) if isinstance(self.match, type) else bool(self.match(name, module))
@@ -58,7 +63,10 @@ def inputs_of(match: Match) -> Selector:
 
 
 def as_selectors(what: Any) -> tuple[Selector, ...] | None:
-    """One selector or several; a bare name, type or function means the outputs, "name:inputs" the inputs."""
+    """One selector or several; a bare name, type or function means the outputs, "name:inputs" the inputs.
+
+    "type:Conv2d" is the type of that name, also as recipes write it down.
+    """
     if what is None:
         return None
     if isinstance(what, (str, type, Selector)) or not isinstance(what, Iterable):

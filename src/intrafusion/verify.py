@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from intrafusion.apply import Repair, named_tensors, reduced_weights, write_
-from intrafusion.errors import IntrafusionError, ModelError
+from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Slice
 from intrafusion.inputs import Inputs
 from intrafusion.reduce.problem import ReductionMap
@@ -187,7 +187,7 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs) -
     def failure(groups: Sequence[ChannelGroup]) -> str | None:
         try:
             found = trace(attempt(groups), inputs)
-        except IntrafusionError as error:
+        except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
             return f"the smaller network does not run ({short(error)})"
         expected = shrunk(graph, {g.name: len(maps[g.name].merge) for g in groups})
         return disagreement(expected, found) or confusion(expected, found, siblings(graph))

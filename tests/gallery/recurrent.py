@@ -50,8 +50,9 @@ def lstm_with_projection() -> Built:
 @case({"e": 7, "rnn": 6}, blocked={"head": "output"})
 def lstm_cell_in_a_loop() -> Built:
     def wiring(net: Any, x: Tensor) -> Tensor:
-        state = None
-        for step in net.e(x).tanh().unbind(1):
+        first, *rest = net.e(x).tanh().unbind(1)
+        state = net.rnn(first)
+        for step in rest:
             state = net.rnn(step, state)
         return net.head(state[0])
 

@@ -14,8 +14,8 @@ from intrafusion.cli.console import ROLLED_BACK, check_output, progress_bar, wor
 from intrafusion.cli.network import Network, read_network
 from intrafusion.cli.options import Arguments, AsJson, Base, Name, Shapes, Weights
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
+from intrafusion.compressed import Compressed
 from intrafusion.importance import IMPORTANCES
-from intrafusion.pipeline import Compressed
 from intrafusion.recipe import ORDERS, Keep, Recipe, RecipeError
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS

@@ -1,4 +1,4 @@
-"""intrafusion demo: trains a small residual network on digits on the spot, then prunes and fuses it to several sizes."""
+"""intrafusion demo: trains a small residual network on digits on the spot, then prunes and fuses it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from torch import nn
 
 from intrafusion import pipeline, zoo
 from intrafusion.cli.console import check_output, messages, progress_bar, working
-from intrafusion.cli.network import loading
+from intrafusion.cli.models import resolve
+from intrafusion.cli.network import loading_line
 from intrafusion.cli.show import print_table, say
+from intrafusion.compressed import Compressed
 from intrafusion.errors import FolderError
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
 from intrafusion.io.atomic import atomic_file
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.size import size_of
-from intrafusion.pipeline import Compressed
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import IntraFusion, Reducer, Select
 from intrafusion.report.plot import accuracy_plot
@@ -50,13 +52,13 @@ def demo(
         Path, typer.Option("--output", "-o", help="Folder for the table, the plot and one network.")
     ] = Path("intrafusion-demo"),
 ) -> None:
-    """Train a small residual CNN on scikit-learn's digits, then shrink it by pruning and by fusing: without data,
-    without retraining.
+    """Train a small residual CNN on scikit-learn's digits, then shrink it by pruning and by fusing.
 
-    Takes seconds and needs no file. Running it again replaces the files it wrote, and no others.
+    It is shrunk without data and without retraining. Takes seconds and needs no file. Running it again replaces the files it wrote, and no others.
     """
     with working():
         check_folder(output)
+        torch.set_num_threads(1)  # for 8 x 8 images, more threads only wait for one another
         messages.print("training a small residual network on 1,197 digits ...", highlight=False)
         rows = run(zoo.trained_digits(), output)
     show(rows, output)
@@ -107,7 +109,7 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([f.name for f in fields(Row)])
-        writer.writerows(map(astuple, rows))
+        writer.writerows(astuple(row) for row in rows)
 
 
 def show(rows: Sequence[Row], folder: Path) -> None:
@@ -116,9 +118,7 @@ def show(rows: Sequence[Row], folder: Path) -> None:
     say(f"test accuracy on 360 digits; the original has {original.accuracy:.1%} and {original.params:,} parameters\n")
     print_table(("keep", "parameters", *METHODS), [line(keep, rest) for keep in keeps], numbers=True)
     say(f"\nwritten to {folder}: {TABLE}, {PLOT} and the network {SMALL}; back in one line:")
-    say(
-        f"import intrafusion; from intrafusion import zoo; model = {loading(folder / SMALL, f'zoo.build({NETWORK!r})')}"
-    )
+    say(loading_line(folder / SMALL, *resolve(f"zoo:{NETWORK}").python()))
 
 
 def line(keep: float, rows: Iterable[Row]) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.io.folder import read_document
 from intrafusion.measure.size import Size, size_of
 from intrafusion.plan import Plan, members_of
+from intrafusion.recipe import Recipe
+from intrafusion.report.table import layers
 
 HEADER = ("group", "channels", "can be", "layers or reason")
 
@@ -96,6 +98,5 @@ def row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
     """One line for a group, or for twins such as the groups of one convolution."""
     first, last = twins[0], twins[-1]
     name, count = (first.name, "") if first is last else (f"{first.name} .. {last.name}", f"{len(twins)} x ")
-    layers = ", ".join(dict.fromkeys(member.module or member.tensor for member in first.members))
-    can_be = "kept" if first.reason else f"selected: {first.unmixable}" if first.unmixable else "fused"
-    return name, f"{count}{first.size}", can_be, first.reason or layers
+    fate = pipeline.decision(first, first.size, Recipe(), None)
+    return name, f"{count}{first.size}", "kept" if fate.reason else fate.mixing, fate.reason or layers(fate)

@@ -35,7 +35,11 @@ class Network:
 
     def loading(self, folder: Path) -> str:
         """One line of Python that loads what `compress` saved from this network."""
-        return f"import intrafusion; {self.imports}; model = {loading(folder, self.original)}"
+        return loading_line(folder, self.imports, self.original)
+
+
+def loading_line(folder: Path, imports: str, original: str) -> str:
+    return f"import intrafusion; {imports}; model = {loading(folder, original)}"
 
 
 def loading(folder: Path, original: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,12 +20,16 @@ from intrafusion.plan import Plan
 from intrafusion.report.table import HEADER, change, rows
 
 PIPED_WIDTH = 160  # columns where there is no terminal to ask
-output = Console()
+
+
+def console() -> Console:
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else PIPED_WIDTH)
 
 
 def say(text: str) -> None:
     """One line of plain text, not wrapped."""
-    output.print(text, markup=False, highlight=False, soft_wrap=True)
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
@@ -34,8 +39,7 @@ def print_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, number
         table.add_column(name, overflow="fold", justify="right" if numbers else "left")
     for line in lines:
         table.add_row(*map(Text, line))
-    known = output.is_terminal or "COLUMNS" in os.environ
-    output.print(table, width=None if known else PIPED_WIDTH)
+    console().print(table)
 
 
 def print_json(data: Any) -> None:

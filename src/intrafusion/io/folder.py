@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from intrafusion.apply import Repair, make_repairs_, named_tensors
 from intrafusion.errors import FolderError, PlanError
 from intrafusion.io.atomic import atomic_folder
+from intrafusion.measure.size import Size
 from intrafusion.plan import Plan
 from intrafusion.reduce import ReductionMap
-
-if TYPE_CHECKING:
-    from intrafusion.pipeline import Compressed
 
 WEIGHTS, PLAN, RECIPE, MAPS = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
 KIND = "intrafusion"
@@ -34,23 +32,31 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def save(compressed: Compressed, folder: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    plan: Plan,
+    folder: str | os.PathLike[str],
+    *,
+    repairs: tuple[Repair, ...],
+    before: Size,
+    after: Size,
+) -> None:
     """Write model.safetensors, plan.json and recipe.yaml. The folder appears complete or not at all.
 
     Raises:
         FolderError: the folder exists and is not one of ours.
     """
-    state = {name: t.detach().contiguous().clone() for name, t in named_tensors(compressed.model).items()}
+    state = {name: t.detach().contiguous().clone() for name, t in named_tensors(model).items()}
     extra = {
         "weights": WEIGHTS,
-        "repairs": [asdict(r) for r in compressed.repairs],
-        "before": asdict(compressed.before),
-        "after": asdict(compressed.after),
+        "repairs": [asdict(r) for r in repairs],
+        "before": asdict(before),
+        "after": asdict(after),
     }
     with atomic_folder(folder, ours=is_ours) as target:
         save_file(state, target / WEIGHTS)
-        (target / PLAN).write_text(document(compressed.plan, extra))
-        (target / RECIPE).write_text(compressed.plan.recipe.to_yaml())
+        (target / PLAN).write_text(document(plan, extra))
+        (target / RECIPE).write_text(plan.recipe.to_yaml())
 
 
 def document(plan: Plan, extra: dict[str, Any]) -> str:

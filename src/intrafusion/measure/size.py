@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from intrafusion.inputs import ExampleInputs, Inputs
 from intrafusion.trace.state import preserved
@@ -21,6 +23,21 @@ class Size:
     macs: int
 
 
+class MacCounter(TorchDispatchMode):
+    """Adds up the work of every operation that PyTorch's flop counter has a formula for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
     """Count parameters (shared ones once) and the MACs of convolutions and matrix products on these inputs.
 
@@ -29,6 +46,6 @@ def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
     >>> size_of(nn.Linear(4, 3), torch.zeros(2, 4))
     Size(params=15, macs=24)
     """
-    with preserved(model), torch.no_grad(), decomposed(model), FlopCounterMode(display=False) as counter:
+    with preserved(model), torch.no_grad(), decomposed(model), MacCounter() as counter:
         Inputs.of(example_inputs).call(model)
-    return Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    return Size(sum(p.numel() for p in model.parameters()), counter.flops // 2)

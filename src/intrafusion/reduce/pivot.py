@@ -50,7 +50,8 @@ def pivots(covariances: Sequence[Tensor], readers: Sequence[Tensor], m: int) -> 
     order: list[int] = []
     missing = [1.0]
     for _ in range(m):
-        gains = sum(s * gain(c, q, e) for s, c, q, e in zip(shares, left, readers, least, strict=True))
+        points = zip(shares, left, readers, least, strict=True)
+        gains = torch.stack([s * gain(c, q, e) for s, c, q, e in points]).sum(0)
         gains[order] = -1.0
         best = int(gains.argmax())
         missing.append(max(0.0, missing[-1] - float(gains[best])))
@@ -72,7 +73,9 @@ def without(covariance: Tensor, index: int, least: Tensor) -> Tensor:
     return covariance - torch.outer(column, column) / column[index] if column[index] > least else covariance
 
 
-def least_squares_map(mean: Tensor, covariance: Tensor, kept: Tensor, strength: float = 1e-3) -> tuple[ReductionMap, Tensor]:
+def least_squares_map(
+    mean: Tensor, covariance: Tensor, kept: Tensor, strength: float = 1e-3
+) -> tuple[ReductionMap, Tensor]:
     r"""Keep some channels and tell the others from them.
 
     M = S, the kept rows of the identity;  U = C_:S (C_SS + lam I)^-1,  s = mu - U mu_S,  lam = strength * mean C_jj

@@ -44,7 +44,8 @@ def as_call(batch: Any) -> Inputs:
     if isinstance(batch, (Tensor, Mapping, Inputs)):
         return Inputs.of(batch)
     raise ModelError(
-        f"images: expected batches that are a tensor, a dict, or a tuple that starts with one, got {type(batch).__name__}."
+        f"images: expected batches that are a tensor, a dict, or a tuple that starts with one, "
+        f"got {type(batch).__name__}."
     )
 
 
@@ -55,10 +56,11 @@ def joined(calls: list[Inputs]) -> Inputs:
         ModelError: batches of different arguments or shapes.
     """
     flat = [tree_flatten((call.args, dict(call.kwargs or {}))) for call in calls]
-    leaves, form = flat[0]
+    form = flat[0][1]
     if any(other != form for _, other in flat[1:]):
         raise ModelError("images: expected the same arguments in every batch, got different ones.")
-    args, kwargs = tree_unflatten([concatenated(column) for column in zip(*(l for l, _ in flat), strict=True)], form)
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    args, kwargs = tree_unflatten([concatenated(column) for column in columns], form)
     return Inputs(args, kwargs)
 
 

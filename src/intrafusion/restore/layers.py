@@ -1,13 +1,15 @@
-"""Layers whose weights a regression can solve for: what they read and give at sampled places, and how they are written."""
+"""Layers whose weights a regression can solve for: what they read and give at sampled places, how they are written."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -80,21 +82,27 @@ class Layer:
         return output if self.norm is None else self.norm(output)
 
     def before_norm(self, change: Tensor) -> Tensor:
-        """The change (k, c) of the layer's own output that changes the norm's output by this much; 0 where none does."""
+        """The change (k, c) of the layer's own output that changes the norm's by this much; 0 where none does."""
         if self.norm is None:
             return change
         slope = self.norm.slope
         return change * torch.where(slope != 0, 1 / slope, 0.0)
+
+    def after_norm(self, change: Tensor) -> Tensor:
+        """The change (k, c) of the norm's output if the layer's own output changes by this much."""
+        return change if self.norm is None else change * self.norm.slope
 
     def places(self, output: Tensor, limit: int, seed: int) -> Tensor:
         """Sampled places of the output: one index per dimension that is not the channel's; (k, dims), in order.
 
         The same for both networks: they depend on the name, the seed and the shape without channels.
         """
-        shape = output.movedim(self.channel_dim, -1).shape[:-1]
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(self.name.encode()))
+        return self.sampled(output.movedim(self.channel_dim, -1).shape[:-1], limit, seed).to(output.device)
+
+    def sampled(self, shape: torch.Size, limit: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name}".encode()))
         chosen = torch.randperm(math.prod(shape), generator=generator)[:limit].sort().values
-        return torch.stack(torch.unravel_index(chosen, shape), dim=1).to(output.device)
+        return torch.stack(torch.unravel_index(chosen, shape), dim=1)
 
     def outputs(self, output: Tensor, places: Tensor) -> Tensor:
         """Rows (k, c) of what the layer, or its norm, or a sum gave at these places."""
@@ -147,7 +155,7 @@ def solvable(model: nn.Module, graph: ChannelGraph) -> dict[str, Layer]:
     return found
 
 
-def is_dense(module: nn.Module) -> bool:
+def is_dense(module: nn.Module) -> TypeGuard[nn.Linear | nn.modules.conv._ConvNd]:
     """A linear layer, or a convolution in which every output reads every input channel."""
     if nn.utils.parametrize.is_parametrized(module):
         return False
@@ -168,3 +176,16 @@ def output_map(layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMa
     for member, reduction in touching:
         matrix = mixed(matrix, member_of_rows(member), reduction)
     return shortened(matrix, [(member_of_rows(m), len(r.merge)) for m, r in touching], weight)
+
+
+@contextlib.contextmanager
+def hooked(layers: Mapping[str, Layer], called: Callable[[str, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `called(name, input, output)` after each of these layers; what it returns replaces the output."""
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        return lambda module, args, output: called(name, args[0], output)
+
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.module.register_forward_hook(hook_for(name)).remove)
+        yield

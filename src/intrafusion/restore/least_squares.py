@@ -1,11 +1,10 @@
-"""Keeps the accuracy with unlabelled images: every layer of the smaller network is solved for the original's outputs."""
+"""Keeps the accuracy with unlabelled images: every layer of the smaller network solved for the original's outputs."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
 from intrafusion.plan import Plan
 from intrafusion.restore.batches import Images, batches, fitted, joined
-from intrafusion.restore.layers import Layer, output_map, solvable
+from intrafusion.restore.layers import Layer, hooked, output_map, solvable
 from intrafusion.restore.ridge import ridge
 from intrafusion.restore.sums import Followed, Sums
 from intrafusion.trace.state import preserved
@@ -41,11 +40,12 @@ class LeastSquares:
     Two forward passes in all. The first stores rows y of the original network's outputs. The second runs the smaller
     network; when it reaches a layer, whose inputs x then come from restored layers, the layer becomes
 
-        W, b  <-  argmin  mean || M y - (W x + b) ||^2 + lam || W - W_0 ||^2,   lam = (strength + scarcity d / k) mean var x
+        W, b  <-  argmin  mean || M y - (W x + b) ||^2 + lam || W - W_0 ||^2,
 
-    from k rows of d inputs, with M the merge of the group that the layer produces and W_0 its weights after the reduction. Behind a batch norm,
-    y is what the norm gives. Where the output enters a sum with another branch s,
-    the sum is the target: M (y + s) minus the other branch of the smaller network as it has become.
+    from k rows of d inputs, with M the merge of the group that the layer produces, W_0 its weights after the reduction
+    and lam = (strength + scarcity d / k) mean var x. Behind a batch norm, y is what the norm gives. Where the output
+    enters a sum with another branch s, the sum is the target: M (y + s) minus the other branch of the smaller network
+    as it has become.
 
     Convolutions with one group and linear layers that run once in a forward pass are solved; depthwise and grouped
     convolutions, tied and reparametrised weights are left alone. All images go through in one batch; the stored rows
@@ -92,7 +92,7 @@ class LeastSquares:
         maps = {name: output_map(originals[name], graph, compressed.plan.maps) for name in common}
         targets = recorded(reference, {n: originals[n] for n in common}, maps, fitted(inputs, reference), self)
         solver = Solver({n: layers[n] for n in targets.rows}, targets, self)
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             solver.run(small, fitted(inputs, small))
         written = {id(t) for name in solver.solved for t in layers[name].tensors}
         write_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written})
@@ -122,7 +122,8 @@ def recorded(
     def store(name: str, rows: Tensor) -> None:
         if not bool(torch.isfinite(rows).all()):
             raise ModelError(f"{name}: the original network gives NaN or infinity on these images; check their scale.")
-        targets.rows[name] = rows if maps[name] is None else (rows.double() @ maps[name].T).float()
+        merge = maps[name]
+        targets.rows[name] = rows if merge is None else (rows.double() @ merge.T).float()
 
     def called(name: str, x: Tensor, output: Tensor) -> None:
         layer, places = layers[name], layers[name].places(output, options.rows, options.seed)
@@ -189,18 +190,3 @@ class Solver:
         layer.add_(*ridge(chunks, self.options.strength, scarcity=self.options.scarcity, intercept=layer.shifts))
         self.solved.append(layer.name)
         return True
-
-
-@contextlib.contextmanager
-def hooked(
-    layers: Mapping[str, Layer], called: Callable[[str, Tensor, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """Call `called(name, input, output)` after each of these layers; what it returns replaces the output."""
-
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        return lambda module, args, output: called(name, args[0], output)
-
-    with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.module.register_forward_hook(hook_for(name)).remove)
-        yield

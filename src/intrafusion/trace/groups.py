@@ -33,10 +33,11 @@ class Use:
     key: Key
     positions: np.ndarray
     labels: np.ndarray
+    found: np.ndarray  # the labels as they were recorded, before they were united
     channels: np.ndarray  # distinct labels
-    slots: np.ndarray  # number of positions of each
-    shapes: np.ndarray  # how the positions of each lie relative to its first
-    roles: np.ndarray  # role bits of each
+    which: np.ndarray  # index into channels, for each position
+    slots: np.ndarray  # number of positions of each channel
+    roles: np.ndarray  # role bits of each channel
 
 
 @dataclass(eq=False)
@@ -47,6 +48,7 @@ class Channels:
     pattern: np.ndarray  # fingerprint of the uses
     family: np.ndarray  # the same, blind to how slots lie and to which slice of a grouped convolution is meant
     colour: np.ndarray
+    arranged: np.ndarray  # where in its slices of grouped convolutions each channel lies
     reason: np.ndarray  # index into reasons, 0 = none
     reasons: list[str]
     first: np.ndarray  # (use index, position) of the first use, packed
@@ -141,12 +143,15 @@ def describe(relations: Relations) -> Channels:
     count = relations.count
     uses = [gather(relations, key) for key in relations.uses]
     uses = [u for u in uses if len(u.channels)]
-    pattern, family, colour = (np.zeros((count, 2), np.uint64) for _ in range(3))
+    slot = slot_names(uses, count)
+    pattern, family, colour, arranged = (np.zeros((count, 2), np.uint64) for _ in range(4))
     first = np.full(count, np.iinfo(np.int64).max)
     used = np.zeros(count, bool)
     for index, use in enumerate(uses):
-        add_fingerprint(pattern, use, use.key, use.shapes)
+        add_fingerprint(pattern, use, use.key, arrangement(use, slot))
         add_fingerprint(family, use, (*use.key[:2], use.key[2] is not None), use.slots.astype(np.uint64))
+        if use.key[2] is not None:
+            add_fingerprint(arranged, use, use.key[:2], placement(use))
         lowest = np.full(count, np.iinfo(np.int64).max)
         np.minimum.at(lowest, use.labels, index << 32 | use.positions)
         np.minimum(first, lowest, out=first)
@@ -157,36 +162,67 @@ def describe(relations: Relations) -> Channels:
             np.add.at(colour[:, salt], distinct[0], scrambled(distinct[1], salt))
     for labels, place in relations.passes:
         for salt in (0, 1):
-            colour[np.unique(relations.roots(labels)), salt] += hashed(place, salt)
+            np.add.at(colour[:, salt], relations.roots(labels), scrambled(slot[labels] ^ hashed(place, salt), salt))
     reason, reasons = fates(relations, uses)
-    return Channels(uses, pattern, family, colour, reason, reasons, first, used)
+    return Channels(uses, pattern, family, colour, arranged, reason, reasons, first, used)
 
 
 def gather(relations: Relations, key: Key) -> Use:
     """All records of one key, each index once."""
     records = relations.uses[key]
     positions = np.concatenate([p for _, p, _ in records])
-    labels = relations.roots(np.concatenate([c for _, _, c in records]))
+    found = np.concatenate([c for _, _, c in records])
+    labels = relations.roots(found)
     bits = np.concatenate([np.full(len(p), ROLE_BITS[role]) for role, p, _ in records])
     keep = labels >= FIRST
-    positions, labels, bits = positions[keep], labels[keep], bits[keep]
+    positions, labels, found, bits = positions[keep], labels[keep], found[keep], bits[keep]
     roles_at = np.zeros(int(positions.max(initial=0)) + 1, np.int64)
     np.bitwise_or.at(roles_at, positions, bits)
     positions, index = np.unique(positions, return_index=True)
-    labels = labels[index]
+    labels, found = labels[index], found[index]
     channels, inverse, slots = np.unique(labels, return_inverse=True, return_counts=True)
     roles = np.zeros(len(channels), np.int64)
     np.bitwise_or.at(roles, inverse, roles_at[positions])
-    shapes = np.zeros(len(channels), np.uint64)
-    np.add.at(shapes, inverse, scrambled(positions - positions[first_of_each(inverse, len(channels))][inverse], 0))
-    return Use(key, positions, labels, channels, slots, shapes, roles)
+    return Use(key, positions, labels, found, channels, inverse, slots, roles)
 
 
-def first_of_each(inverse: np.ndarray, count: int) -> np.ndarray:
-    """Index of the first element of each class."""
-    first = np.full(count, len(inverse))
-    np.minimum.at(first, inverse, np.arange(len(inverse)))
-    return first
+def slot_names(uses: list[Use], count: int) -> np.ndarray:
+    """A number for what each label is in its channel: the same for the k-th rows of a weight in all its channels."""
+    names = np.zeros(count, np.uint64)
+    for use in uses:
+        if (use.roles & ROLE_BITS[Role.PRODUCES]).any():
+            rank = ranks(use.which)
+            new = names[use.found] == 0
+            names[use.found[new]] = scrambled(rank[new], 0) ^ hashed(use.key)
+    return names
+
+
+def ranks(which: np.ndarray) -> np.ndarray:
+    """How many elements of the same class precede each element."""
+    order = np.argsort(which, kind="stable")
+    sizes = np.bincount(which)
+    rank = np.empty(len(which), np.int64)
+    rank[order] = np.arange(len(which)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank
+
+
+def arrangement(use: Use, slot: np.ndarray) -> np.ndarray:
+    """How the positions of each channel lie relative to its first, and what lies there."""
+    first = np.full(len(use.channels), np.iinfo(np.int64).max)
+    np.minimum.at(first, use.which, use.positions)
+    return summed(use, scrambled(use.positions - first[use.which], 0) ^ slot[use.found])
+
+
+def placement(use: Use) -> np.ndarray:
+    """Where the positions of each channel lie."""
+    return summed(use, use.positions)
+
+
+def summed(use: Use, values: np.ndarray) -> np.ndarray:
+    """The sum over the positions of each channel of well-mixed values."""
+    total = np.zeros(len(use.channels), np.uint64)
+    np.add.at(total, use.which, scrambled(values, 0))
+    return total
 
 
 def add_fingerprint(target: np.ndarray, use: Use, key: object, slots: np.ndarray) -> None:
@@ -259,8 +295,12 @@ class Cells:
         for salt in (0, 1):
             np.add.at(self.key[:, salt], self.pairs[0], scrambled(self.pairs[1], salt))
         above = self._of_blocks()
-        self.inside = np.unique(self.pairs[:, ~above])
-        self.joined.unite(*self.pairs[:, ~above])
+        tied = [relations.roots(np.concatenate(side)) for side in zip(*relations.ties, strict=True)] or self.pairs[
+            :, :0
+        ]
+        joins = np.concatenate([self.pairs[:, ~above], tied], axis=1)
+        self.inside = np.unique(joins)
+        self.joined.unite(*joins)
         self.above = np.zeros_like(self.key)  # fingerprint of what sees several blocks at once, by joined block
         for salt in (0, 1):
             np.add.at(
@@ -296,14 +336,16 @@ class Cells:
         members = np.flatnonzero(channels.used & (self.joined.parent[: len(channels.used)] >= 0))
         members = members[np.isin(members, self.inside)]
         home = self.joined.find(members)
-        order = np.lexsort((channels.first[members], channels.colour[members, 0], channels.family[members, 0], home))
+        keys = (channels.first, *(a[:, 0] for a in (channels.arranged, channels.colour, channels.family)))
+        order = np.lexsort((*(key[members] for key in keys), home))
         members, home = members[order], home[order]
         extras = self._extras(block_params)
         profiles: dict[object, list[tuple[np.ndarray, list[tuple[str, int, int, Role]]]]] = defaultdict(list)
         for block, rows in split_by(home, members):
             if block not in self.barred and not channels.reason[rows].any():
                 extra = sorted(extras.get(int(block), []))
-                seen = channels.family[rows], channels.colour[rows], self.above[block]
+                seen = [a[rows] for a in (channels.family, channels.colour, channels.arranged)]
+                seen += [self.above[block], first_seen(self.key[rows])]
                 profile = (*(a.tobytes() for a in seen), tuple((e[0], e[1]) for e in extra))
                 profiles[profile].append((rows, extra))
         return [block_group(self, channels, twins) for twins in profiles.values() if len(twins) > 1]
@@ -315,6 +357,12 @@ class Cells:
         for block, params in block_params.items():
             extras[int(self.joined.find(self.relations.roots(np.array([block])))[0])] += params
         return extras
+
+
+def first_seen(keys: np.ndarray) -> np.ndarray:
+    """The index at which each row occurs first: which rows are equal, whatever they are."""
+    _, index, which = np.unique(keys[:, 0], return_index=True, return_inverse=True)
+    return index[which]
 
 
 def split_by(keys: np.ndarray, values: np.ndarray) -> Iterable[tuple[int, np.ndarray]]:

@@ -68,6 +68,7 @@ class Relations:
         self.uses: dict[Key, list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.followers: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.block_members: list[tuple[np.ndarray, int]] = []
+        self.ties: list[tuple[np.ndarray, np.ndarray]] = []
         self.causes: dict[int, tuple[Cause, str]] = {}
         self.colours: list[tuple[np.ndarray, np.ndarray]] = []
         self.next_colour = 0
@@ -91,7 +92,10 @@ class Relations:
         return self.sets.find(labels)
 
     def unite(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Labels x[i] and y[i] move together; a channel united with a block becomes a member of the block."""
+        """Labels x[i] and y[i] move together; a channel united with a block becomes a member of the block.
+
+        Two blocks are tied: they move together, but a channel of one is no channel of the other.
+        """
         if x is y or len(x) == 0 or np.array_equal(x, y):
             return
         mixed = self.is_block[x] != self.is_block[y]
@@ -100,16 +104,28 @@ class Relations:
                 channel, block = (b, a) if self.is_block[a] else (a, b)
                 self.block_members.append((np.array([channel]), int(block)))
             x, y = x[~mixed], y[~mixed]
-        self.sets.unite(x, y)
+        blocks = self.is_block[x]
+        self.ties.append((x[blocks], y[blocks]))
+        self.sets.unite(x[~blocks], y[~blocks])
 
     def merge(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Unite element by element and return the label that each element keeps; arrays of one shape."""
         if np.array_equal(x, y):
             return x
-        both = (x > UNIFORM) & (y > UNIFORM)
+        blocks = self.is_block[x] & self.is_block[y] & (x != y)
+        both = (x > UNIFORM) & (y > UNIFORM) & ~blocks
         self.unite(x[both], y[both])
         weaker = (x == UNIFORM) | (self.is_block[x] & (y > UNIFORM) & ~self.is_block[y])
-        return np.where(weaker, y, x)
+        result = np.where(weaker, y, x)
+        result[blocks] = self._of_two_blocks(x[blocks], y[blocks])
+        return result
+
+    def _of_two_blocks(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """A new block for each distinct pair of blocks, tied to both."""
+        pairs, which = np.unique(np.stack([x, y]), axis=1, return_inverse=True)
+        found = self.fresh(pairs.shape[1], block=True)
+        self.ties += [(pairs[0], found), (pairs[1], found)]
+        return found[which.reshape(-1)]
 
     def block(self, labels: np.ndarray, cause: Cause, where: str) -> int:
         """A new block label for a set of channels."""

@@ -71,9 +71,7 @@ def add(t: Tracer, call: Call, result: Info | None, bias: Tensor) -> Info:
     info = t.info(bias)
     if isinstance(result, Activation) and isinstance(info, Weight):
         return Activation(t.follow(info.broadcast_to(call.out.shape), result.labels, Role.SHIFTS))
-    return combine(
-        t, call, [result if result is not None else call.out.new_zeros(call.out.shape), bias], call.out.shape
-    )
+    return combine(t, call, [(result, call.out), bias], call.out.shape)
 
 
 def origin(t: Tracer, call: Call, weight: Info | None, bias: Tensor | None) -> Origin | None:
@@ -111,8 +109,8 @@ def moved(info: Info | None, view) -> Info | None:
     return result
 
 
-def flipped(info: Info | None) -> Info | None:
-    return moved(info, lambda c: c.transpose(1, 2))
+def flip(c: Tensor) -> Tensor:
+    return c.transpose(1, 2)
 
 
 def contract(t: Tracer, call: Call, a: Info | None, b: Info | None, x: Tensor, y: Tensor) -> Info:
@@ -123,13 +121,13 @@ def contract(t: Tracer, call: Call, a: Info | None, b: Info | None, x: Tensor, y
             return product_of_weights(t, a, b, x.shape[2], shape)
         a = t.activate(a, {2})
     if x.shape[2] == 1 and not (isinstance(b, Weight) and b.transposed):
-        outer = [i.map(lambda c: c.expand(shape)) if i else v.expand(shape) for i, v in ((a, x), (b, y))]
+        outer = [(i and i.map(lambda c: c.expand(shape)), v.expand(shape)) for i, v in ((a, x), (b, y))]
         return combine(t, call, outer, shape)
     if isinstance(b, Weight):
         return linear(t, call, a, b, shape)
     if isinstance(a, Weight):
-        turned = linear(t, call, flipped(b), flipped(a), torch.Size((shape[0], shape[2], shape[1])))
-        return turned.map(lambda c: c.transpose(1, 2))
+        turned = linear(t, call, b and b.map(flip), a.map(flip), torch.Size((shape[0], shape[2], shape[1])))
+        return turned.map(flip)
     if isinstance(a, Activation) and isinstance(b, Activation):
         return product_of_activations(t, call, (a, x), (b, y), shape)
     return product_with_constant(t, call, a or b, 2 if a else 1, shape)

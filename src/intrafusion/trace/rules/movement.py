@@ -199,10 +199,11 @@ def view_as_real(t: Tracer, call: Call) -> Info | None:
 
 def view_as_complex(t: Tracer, call: Call) -> Info | None:
     """Real and imaginary part become one element: they move together."""
-    info = t.info(call.args[0])
+    x = call.args[0]
+    info = t.info(x)
     if info is None:
         return None
-    parts = [info.map(lambda c, k=k: c[..., k]) for k in (0, 1)]
+    parts = [(info.map(lambda c, k=k: c[..., k]), x[..., k]) for k in (0, 1)]
     return combine(t, call, parts, call.out.shape)
 
 
