@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +175,14 @@ def test_a_network_of_the_zoo() -> None:
     assert str(spec) == "zoo:digits_resnet"
 
 
+def test_a_network_of_the_zoo_without_trained_weights() -> None:
+    with pytest.raises(ModelError, match=r"^zoo:digits_resnet has no trained weights; give some with --weights, or"):
+        resolve("zoo:digits_resnet").build()
+    expected = zoo.build("digits_resnet").state_dict()
+    built = resolve("zoo:digits_resnet", trained=False).build().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in built.items())
+
+
 def test_the_zoo_gives_trained_weights_unless_told_otherwise(data_dir: Path) -> None:
     expected = zoo.build("mnist_mlp_a", pretrained=True).state_dict()
     built = resolve("zoo:mnist_mlp_a").build().state_dict()
@@ -204,6 +213,31 @@ def test_unknown_names_are_answered_with_the_nearest(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         step(resolve(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("nets:make", []),
+        ("nets:make", ["outputs=7"]),
+        ("nets:Net.wide", []),
+        ("nets:ready", []),
+        ("nets.py:make", []),
+        ("nets.py:Net", ["outputs=7", "bias=false"]),
+        ("zoo:digits_resnet", ["pretrained=false", "seed=3"]),
+        pytest.param("torchvision:mobilenet_v3_small", ["num_classes=7"], marks=needs_torchvision),
+        pytest.param("timm:test_resnet", ["num_classes=7"], marks=needs_timm),
+    ],
+)
+def test_the_python_of_a_network_builds_it(folder: Path, name: str, arguments: list[str]) -> None:
+    spec = resolve(name, arguments)
+    imports, expression = spec.python()
+    scope: dict[str, Any] = {}
+    built = spec.build()  # first: it puts the current folder on sys.path, as `python -c` does
+    exec(f"{imports}; original = {expression}", scope)
+    original = scope["original"]
+    again = original if isinstance(original, nn.Module) else original()
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in built.state_dict().items()}
 
 
 @needs_torchvision

@@ -506,3 +506,63 @@ def constant_on_paired_channels() -> Built:
         return net.head(torch.cat([value * gate.sigmoid(), a * factors], -1))
 
     return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(9, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"head": "output"})
+def one_of_two_slots_is_read() -> Built:
+    """A gate pairs i with i + 3; even positions are read too: of channels 0 and 2 the value, of channel 1 the gate."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        value, gate = a.chunk(2, -1)
+        return net.head(torch.cat([value * gate.sigmoid(), a[..., ::2].sin()], -1))
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"head": "output"})
+def one_of_two_slots_is_changed() -> Built:
+    """A gate pairs i with i + 3; tanh is applied to even positions, so to the value of some and the gate of others."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        value, gate = a.chunk(2, -1)
+        changed = torch.stack([a[..., ::2].tanh(), a[..., 1::2].sin()], -1).flatten(-2)
+        return net.head(torch.cat([value * gate.sigmoid(), changed], -1))
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(9, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"head": "output"})
+def symmetric_product_and_a_roll() -> Built:
+    """a_i * a_(i+2) treats both places alike, but the rolled copy does not: 0, 2 go to 1, 3 and 1, 3 go to 2, 0."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        left, right = a.chunk(2, -1)
+        return net.head(torch.cat([left * right, a.roll(1, -1).sin()], -1))
+
+    return Wired(wiring, a=nn.Linear(4, 4), head=nn.Linear(6, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"head": "output"})
+def copies_that_are_shifted() -> Built:
+    """Of three copies of each channel two are shifted in time for channels 0 to 2, one for channels 3 to 5."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        copies = net.a(x).repeat(1, 1, 3)
+        return net.head(torch.cat([copies[..., :9].roll(1, 1), copies[..., 9:]], -1).relu())
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(18, 2)), torch.randn(2, 5, 4)
+
+
+@case(blocked={"head": "output"})
+def pairs_added_to_their_channels() -> Built:
+    """The even channel of a pair gets the maximum, the odd one the sine of the maximum."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        largest = a.unflatten(-1, (-1, 2)).amax(-1)
+        return net.head(a + torch.stack([largest, largest.sin()], -1).flatten(-2))
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 4)

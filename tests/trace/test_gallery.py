@@ -236,9 +236,12 @@ def described(graph: ChannelGraph) -> list[object]:
 # ---- networks that nobody thought of --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [*range(60), 202, 234, 244, 354, 380, 381])
+# Seeds that gave a wrong group at some time.
+WRONG_ONCE = [202, 234, 244, 354, 380, 381, 767, 1437, 1771, 1848, 1945, 2137, 11445, 11679, 11795]
+
+
+@pytest.mark.parametrize("seed", [*range(60), *WRONG_ONCE])
 def test_random_wirings(seed: int) -> None:
-    """The seeds at the end are those that once gave a wrong group."""
     model, x, _ = random_network(seed)
     graph = trace(oracle.randomise_(model), x)
     model, x = copy.deepcopy(model).double(), x.double()

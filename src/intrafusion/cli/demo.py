@@ -54,7 +54,8 @@ def demo(
 ) -> None:
     """Train a small residual CNN on scikit-learn's digits, then shrink it by pruning and by fusing.
 
-    It is shrunk without data and without retraining. Takes seconds and needs no file. Running it again replaces the files it wrote, and no others.
+    It is shrunk without data and without retraining. This takes seconds and needs no file; running it again replaces
+    the files it wrote, and no others.
     """
     with working():
         check_folder(output)

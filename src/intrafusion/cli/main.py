@@ -12,16 +12,9 @@ from intrafusion.cli.console import EXIT_CODES
 from intrafusion.cli.demo import demo
 from intrafusion.cli.inspect import inspect
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    epilog=EXIT_CODES,
-    help=intrafusion.__doc__,
-)
-app.command()(inspect)
-app.command()(compress)
-app.command()(demo)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
+for command in (inspect, compress, demo):
+    app.command(epilog=EXIT_CODES)(command)
 
 
 def show_version(wanted: bool) -> None:

@@ -187,7 +187,13 @@ def _build_from_file(spec: ModelSpec) -> nn.Module:
 
 
 def _build_from_zoo(spec: ModelSpec) -> nn.Module:
-    return _call(spec, lambda **args: _zoo(spec.target).build(spec.target, **{"pretrained": spec.trained, **args}))
+    zoo = _zoo(spec.target)
+    options = {"pretrained": spec.trained, **spec.args}
+    if options["pretrained"] and spec.target not in zoo.names(trained=True):
+        raise ModelError(
+            f"{spec} has no trained weights; give some with --weights, or --arg pretrained=false for random ones."
+        )
+    return _call(spec, lambda **_: zoo.build(spec.target, **options))
 
 
 def _build_from_torchvision(spec: ModelSpec) -> nn.Module:

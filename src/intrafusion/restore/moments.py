@@ -29,7 +29,7 @@ class Moments:
     Attributes:
         means: (n,) at each point.
         covariances: (n, n) at each point.
-        reader: (n, n), sum over the consumers of W_c^T W_c, each divided by its trace.
+        reader: (n, n), sum over the consumers of W_c^T W_c, norms folded: squared change of what they give.
     """
 
     means: tuple[Tensor, ...]
@@ -54,12 +54,11 @@ def folded(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
 
 
 def reader_of(readers: Iterable[tuple[Layer, Member]], weights: Mapping[str, Tensor], reach: float = 0.0) -> Tensor:
-    """Sum of W_c K W_c^T over consumers, each divided by its trace; K as in `spatial_prior`."""
+    """Sum of W_c K W_c^T over consumers; K as in `spatial_prior`."""
     total = []
     for layer, member in readers:
         columns = taps(weights[member.tensor], member, layer)
-        product = torch.einsum("nok,kl,mol->nm", columns, spatial_prior(layer, reach).to(columns), columns)
-        total.append(product / product.trace().clamp(min=1e-300))
+        total.append(torch.einsum("nok,kl,mol->nm", columns, spatial_prior(layer, reach).to(columns), columns))
     return torch.stack(total).sum(0)
 
 
@@ -148,11 +147,12 @@ def gaussian(
     """
     layers = solvable(model, graph)
     norms = {norm.producer_weight: norm for norm in graph.norms}
-    paths = activations(model, graph, layers, Inputs.of(example_inputs))
-    weights, tensors, found = folded(model, graph), named_tensors(model), {}
+    paths = activations(model, layers, Inputs.of(example_inputs))
+    weights, found = folded(model, graph), {}
+    tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     for group in graph.reducible:
         made = [m for m in group.with_role(Role.PRODUCES) if m.tensor in norms and m.dim == 0 and m.within is None]
-        readers = [(layer, m) for layer, m in points(group, layers) if (made and (made[0].module, layer.name) in paths)]
+        readers = [(layer, m) for layer, m in points(group, layers) if made and (made[0].module, layer.name) in paths]
         if len(group.with_role(Role.PRODUCES)) != 1 or not made or not readers or made[0].module not in layers:
             continue
         z = gaussian_samples(weights, tensors, norms[made[0].tensor], layers[made[0].module], reach, samples, seed)
@@ -190,10 +190,12 @@ def gaussian_samples(
 Elementwise = Callable[[Tensor], Tensor]
 
 ELEMENTWISE = frozenset(
-    ["relu", "gelu", "silu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "sigmoid", "tanh", "softplus", "mish", "clamp", "clamp_min"]
+    ("relu", "gelu", "silu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "sigmoid", "tanh", "softplus")
+    + ("mish", "clamp", "clamp_min")
 )
 PASSED = frozenset(
-    ["max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "view", "_unsafe_view", "reshape", "flatten"]
+    ("max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "view", "_unsafe_view")
+    + ("reshape", "flatten")
 )
 
 
@@ -236,7 +238,7 @@ def bound(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Elemen
 
 
 def activations(
-    model: nn.Module, graph: ChannelGraph, layers: Mapping[str, Layer], inputs: Inputs
+    model: nn.Module, layers: Mapping[str, Layer], inputs: Inputs
 ) -> dict[tuple[str, str], Elementwise]:
     """What is applied to a layer's norm output before another layer reads it, by (layer, reader)."""
     normed = {name: layer for name, layer in layers.items() if layer.norm is not None}

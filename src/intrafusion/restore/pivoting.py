@@ -95,7 +95,7 @@ class Pivot:
 def add_shifts_(
     compressed: Reduced, reference: nn.Module, graph: ChannelGraph, shifts: Mapping[str, Tensor]
 ) -> None:
-    """Give every consumer the constant it is owed: sum over the kernel of W_c s, W_c of the original network (in place).
+    """Give every consumer the constant it is owed: the sum over its original kernel of W_c s (in place).
 
     It goes to the consumer's bias or to the norm behind it; a consumer with neither gets none. At the border of padded
     images the constant is that of the inside.

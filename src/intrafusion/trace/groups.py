@@ -114,7 +114,7 @@ def entries(positions: np.ndarray, labels: np.ndarray) -> dict[int, set[int]]:
 def block_membership(relations: Relations) -> dict[int, set[int]]:
     """Which blocks a channel is in, by representatives."""
     membership: dict[int, set[int]] = defaultdict(set)
-    for labels, block in relations.block_members:
+    for labels, block in (*relations.block_members, *relations.meetings):
         root = int(relations.roots(np.array([block]))[0])
         for label in np.unique(relations.roots(labels)).tolist():
             membership[label].add(root)
@@ -157,9 +157,10 @@ def describe(relations: Relations) -> Channels:
         np.minimum(first, lowest, out=first)
         used[use.channels] = True
     for labels, values in relations.colours:
-        distinct = np.unique(np.stack([relations.roots(labels), values]), axis=1)
+        roots = relations.roots(labels)
+        nth = ranks(np.unique(roots, return_inverse=True)[1]).astype(np.uint64)
         for salt in (0, 1):
-            np.add.at(colour[:, salt], distinct[0], scrambled(distinct[1], salt))
+            np.add.at(colour[:, salt], roots, scrambled(scrambled(values, 0) + nth, salt))
     for labels, place in relations.passes:
         for salt in (0, 1):
             np.add.at(colour[:, salt], relations.roots(labels), scrambled(slot[labels] ^ hashed(place, salt), salt))
@@ -193,7 +194,7 @@ def slot_names(uses: list[Use], count: int) -> np.ndarray:
         if (use.roles & ROLE_BITS[Role.PRODUCES]).any():
             rank = ranks(use.which)
             new = names[use.found] == 0
-            names[use.found[new]] = scrambled(rank[new], 0) ^ hashed(use.key)
+            names[use.found[new]] = scrambled(rank[new], 0) ^ hashed(use.key[:2])
     return names
 
 
@@ -282,52 +283,39 @@ class Cells:
 
     def __init__(self, relations: Relations, channels: Channels) -> None:
         self.relations = relations
-        self.key = np.zeros((relations.count, 2), np.uint64)  # fingerprint of the set of blocks of each channel
-        self.causes: dict[int, list[tuple[Cause, str]]] = defaultdict(list)  # by channel
-        self.joined = UnionFind(relations.count)
-        rows = [
-            np.stack([relations.roots(np.asarray(labels)), np.full(len(labels), block)])
-            for labels, block in relations.block_members
-        ]
-        pairs = np.concatenate(rows, axis=1) if rows else np.zeros((2, 0), np.int64)
-        block_roots = relations.roots(pairs[1]) if pairs.shape[1] else pairs[1]
-        self.pairs = np.unique(np.stack([pairs[0], block_roots]), axis=1)
-        for salt in (0, 1):
-            np.add.at(self.key[:, salt], self.pairs[0], scrambled(self.pairs[1], salt))
+        self.content = distinct_pairs(relations, relations.block_members)  # a channel, a block that it is in
+        self.met = distinct_pairs(relations, relations.meetings)  # a channel, a block that it meets
+        self.key = sums(relations.count, *self.content) + sums(relations.count, self.met[0], ~self.met[1])
         above = self._of_blocks()
-        tied = [relations.roots(np.concatenate(side)) for side in zip(*relations.ties, strict=True)] or self.pairs[
-            :, :0
-        ]
-        joins = np.concatenate([self.pairs[:, ~above], tied], axis=1)
+        tied = [relations.roots(np.concatenate(side)) for side in zip(*relations.ties, strict=True)]
+        joins = np.concatenate([self.content[:, ~above], self.met, *([tied] if tied else [])], axis=1)
         self.inside = np.unique(joins)
+        self.joined = UnionFind(relations.count)
         self.joined.unite(*joins)
-        self.above = np.zeros_like(self.key)  # fingerprint of what sees several blocks at once, by joined block
-        for salt in (0, 1):
-            np.add.at(
-                self.above[:, salt], self.joined.find(self.pairs[0, above]), scrambled(self.pairs[1, above], salt)
-            )
+        blocks, seen_by = self.content[:, above]
+        self.above = sums(relations.count, self.joined.find(blocks), seen_by)  # of what sees several blocks at once
         barred = np.flatnonzero(relations.is_block[: relations.count] & (channels.reason > 0))
         self.barred = set(self.joined.find(barred).tolist())
-        self.cause_of = self._causes()
 
     def _of_blocks(self) -> np.ndarray:
         """Which pairs belong to a block of blocks only, such as a mean over heads: it does not join them."""
         names_channel = np.zeros(self.relations.count, bool)
-        members, blocks = self.pairs
+        members, blocks = self.content
         names_channel[blocks[~self.relations.is_block[members]]] = True
         return ~names_channel[blocks]
 
-    def _causes(self) -> dict[int, set[tuple[Cause, str]]]:
-        """Causes by block representative."""
-        causes: dict[int, set[tuple[Cause, str]]] = defaultdict(set)
-        for block, cause in self.relations.causes.items():
-            causes[int(self.relations.roots(np.array([block]))[0])].add(cause)
-        return causes
-
-    def why(self, channel: int) -> list[tuple[Cause, str]]:
+    def causes(self, channel: int) -> list[tuple[Cause, str]]:
         """What saw this channel together with others."""
-        blocks = self.pairs[1][self.pairs[0] == channel]
-        return sorted(set().union(*(self.cause_of[int(b)] for b in blocks)) if len(blocks) else set())
+        return self._causes(self.content, channel)
+
+    def notes(self, channel: int) -> list[str]:
+        """What saw this channel, or computed what it met, in words."""
+        found = [*self._causes(self.content, channel), *self._causes(self.met, channel)]
+        return list(dict.fromkeys(f"{cause}: {where}" for cause, where in sorted(found)))
+
+    def _causes(self, pairs: np.ndarray, channel: int) -> list[tuple[Cause, str]]:
+        blocks = pairs[1][pairs[0] == channel].tolist()
+        return sorted({self.relations.causes[b] for b in blocks if b in self.relations.causes})
 
     def groups(
         self, channels: Channels, block_params: dict[int, list[tuple[str, int, int, Role]]]
@@ -365,6 +353,23 @@ def first_seen(keys: np.ndarray) -> np.ndarray:
     return index[which]
 
 
+def distinct_pairs(relations: Relations, found: list[tuple[np.ndarray, int]]) -> np.ndarray:
+    """Pairs (channel, block), shape (2, k)."""
+    if not found:
+        return np.zeros((2, 0), np.int64)
+    labels = relations.roots(np.concatenate([labels for labels, _ in found]))
+    blocks = np.repeat([block for _, block in found], [len(labels) for labels, _ in found])
+    return np.unique(np.stack([labels, blocks]), axis=1)
+
+
+def sums(count: int, where: np.ndarray, what: np.ndarray) -> np.ndarray:
+    """A fingerprint of the set of numbers that each label is paired with."""
+    total = np.zeros((count, 2), np.uint64)
+    for salt in (0, 1):
+        np.add.at(total[:, salt], where, scrambled(what, salt))
+    return total
+
+
 def split_by(keys: np.ndarray, values: np.ndarray) -> Iterable[tuple[int, np.ndarray]]:
     """Runs of equal keys of a sorted array, with their values."""
     if not len(keys):
@@ -391,8 +396,7 @@ def block_group(
         members.append(Member(tensor, dim, entry, frozenset([role])))
     first = np.argsort(members[0].positions.min(1), kind="stable")
     members = [replace(m, positions=m.positions[first]) for m in members]
-    causes = cells.why(int(twins[0][0][0]))
-    notes = tuple(dict.fromkeys(f"{cause}: {where}" for cause, where in causes))
+    notes = tuple(cells.notes(int(twins[0][0][0])))
     return ChannelGroup("", len(twins), tuple(members), None, notes, "its unit is a whole block", 0, "block")
 
 
@@ -476,13 +480,18 @@ def make_group(
     notes: list[str],
     family: int,
 ) -> ChannelGroup:
-    causes = cells.why(int(labels[0]))
-    notes = list(dict.fromkeys([*(f"{cause}: {where}" for cause, where in causes), *notes]))
+    notes = list(dict.fromkeys([*cells.notes(int(labels[0])), *notes]))
     reason = channels.reasons[channels.reason[labels[0]]] or None
     if reason is None and len(labels) == 1:
         reason = "a single channel" + (f" ({notes[-1]})" if notes else "")
     return ChannelGroup(
-        "", len(labels), tuple(members), reason, tuple(notes), unmixable(relations, members, causes), family
+        "",
+        len(labels),
+        tuple(members),
+        reason,
+        tuple(notes),
+        unmixable(relations, members, cells.causes(int(labels[0]))),
+        family,
     )
 
 

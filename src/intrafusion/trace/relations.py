@@ -68,6 +68,7 @@ class Relations:
         self.uses: dict[Key, list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.followers: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.block_members: list[tuple[np.ndarray, int]] = []
+        self.meetings: list[tuple[np.ndarray, int]] = []
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
         self.causes: dict[int, tuple[Cause, str]] = {}
         self.colours: list[tuple[np.ndarray, np.ndarray]] = []
@@ -92,9 +93,10 @@ class Relations:
         return self.sets.find(labels)
 
     def unite(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Labels x[i] and y[i] move together; a channel united with a block becomes a member of the block.
+        """Labels x[i] and y[i] move together.
 
-        Two blocks are tied: they move together, but a channel of one is no channel of the other.
+        Two channels become one. A channel that meets a block stays apart from the block's channels, and so do those of
+        two blocks that meet.
         """
         if x is y or len(x) == 0 or np.array_equal(x, y):
             return
@@ -102,7 +104,7 @@ class Relations:
         if mixed.any():
             for a, b in zip(x[mixed], y[mixed], strict=True):
                 channel, block = (b, a) if self.is_block[a] else (a, b)
-                self.block_members.append((np.array([channel]), int(block)))
+                self.meetings.append((np.array([channel]), int(block)))
             x, y = x[~mixed], y[~mixed]
         blocks = self.is_block[x]
         self.ties.append((x[blocks], y[blocks]))

@@ -1,0 +1,240 @@
+"""intrafusion compress: what it saves is what the library gives, what it says is true, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import save_file
+from torch import nn
+
+import intrafusion
+from intrafusion.cli.compress import read_keep
+from intrafusion.cli.inputs import read_inputs
+from intrafusion.cli.models import resolve
+from intrafusion.recipe import Recipe
+
+Program = Callable[[str], Result]
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+
+def original(**args: Any) -> nn.Module:
+    return resolve("nets.py:Net", [f"{key}={value}" for key, value in args.items()]).build()
+
+
+def outputs_of(line: str) -> torch.Tensor:
+    """What the network that a printed line of Python loads says to X."""
+    scope: dict[str, Any] = {}
+    exec(line, scope)
+    return scope["model"](X)
+
+
+def test_the_saved_network_is_the_one_of_the_library(program: Program) -> None:
+    result = program("compress nets.py:Net --input 2,4 --keep 0.5 -o small")
+    assert result.exit_code == 0
+    expected = intrafusion.compress(original(), read_inputs(["2,4"]), keep=0.5)
+    assert torch.equal(intrafusion.load("small", original())(X), expected.model(X))
+    assert result.stdout.splitlines()[1].split() == ["first", "8", "->", "4", "mixed", "first,", "second"]
+    assert "parameters 115 -> 47 (40.9%); MACs 196 -> 74 (37.8%)" in result.stdout
+    assert torch.equal(outputs_of(result.stdout.splitlines()[-1]), expected.model(X))
+
+
+def test_json_is_one_document_that_loads_the_network_back(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    result = program("compress nets.py:Net --arg width=10 --input 2,4 -o small --json")
+    assert "\x1b" not in result.stdout
+    data = json.loads(result.stdout)
+    expected = intrafusion.compress(original(width=10), read_inputs(["2,4"]))
+    assert data["model"] == "nets.py:Net"
+    assert data["output"] == "small"
+    assert data["rolled_back"] == []
+    assert (data["before"], data["after"]) == (asdict(expected.before), asdict(expected.after))
+    assert [(g["group"], g["n"], g["m"]) for g in data["groups"]] == [
+        ("first", 10, 7),
+        ("second", 6, 4),
+        ("third", 3, 3),
+    ]
+    assert data["recipe"]["keep"] == 0.7
+    assert torch.equal(outputs_of(data["load"]), expected.model(X))
+
+
+def test_without_a_folder_nothing_is_written(program: Program, user_folder: Path) -> None:
+    before = sorted(user_folder.rglob("*"))
+    result = program("compress nets.py:Net --input 2,4")
+    assert result.exit_code == 0
+    assert "nothing was written; -o FOLDER saves it" in result.stdout
+    assert [p for p in sorted(user_folder.rglob("*")) if "__pycache__" not in str(p)] == before
+    assert json.loads(program("compress nets.py:Net --input 2,4 --json").stdout)["load"] is None
+
+
+def test_a_saved_folder_is_compressed_again(program: Program) -> None:
+    program("compress nets.py:Net --input 2,4 --keep 0.5 -o small")
+    result = program("compress small --base nets.py:Net --input 2,4 --keep 0.5 -o smaller --json")
+    data = json.loads(result.stdout)
+    assert [(g["n"], g["m"]) for g in data["groups"]] == [(4, 2), (3, 1), (3, 3)]
+    once = intrafusion.load("small", original())
+    twice = intrafusion.compress(once, read_inputs(["2,4"]), keep=0.5)
+    assert torch.equal(outputs_of(data["load"]), twice.model(X))
+
+
+def test_running_again_replaces_the_folder(program: Program) -> None:
+    program("compress nets.py:Net --input 2,4 --keep 0.5 -o small")
+    assert program("compress nets.py:Net --input 2,4 --keep 0.9 -o small").exit_code == 0
+    expected = intrafusion.compress(original(), read_inputs(["2,4"]), keep=0.9)
+    assert torch.equal(intrafusion.load("small", original())(X), expected.model(X))
+
+
+def test_weights_are_loaded(program: Program, user_folder: Path) -> None:
+    trained = original()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(2)
+    save_file(trained.state_dict(), "trained.safetensors")
+    assert program("compress nets.py:Net --weights trained.safetensors --input 2,4 -o small").exit_code == 0
+    expected = intrafusion.compress(trained, read_inputs(["2,4"]))
+    assert torch.equal(intrafusion.load("small", original())(X), expected.model(X))
+
+
+def test_every_option_reaches_the_recipe_and_the_recipe_runs_again(program: Program) -> None:
+    options = (
+        "--keep first=0.5 --keep 0.9 --reducer intrafusion --normalization function --importance l2 --order backward "
+        "--round-to 2 --include first --include second --exclude third:outputs --seed 7"
+    )
+    first = program(f"compress nets.py:Net --input 2,4 {options} -o small --json")
+    expected = Recipe.of(
+        keep={"first": 0.5, "*": 0.9},
+        reducer=intrafusion.IntraFusion(normalization="function"),
+        importance="l2",
+        order="backward",
+        round_to=2,
+        include=["first", "second"],
+        exclude="third:outputs",
+        seed=7,
+    )
+    assert Recipe.from_yaml(Path("small/recipe.yaml").read_text()) == expected
+    again = program("compress nets.py:Net --input 2,4 --recipe small/recipe.yaml -o again --json")
+    assert json.loads(again.stdout)["groups"] == json.loads(first.stdout)["groups"]
+    assert Path("again/model.safetensors").read_bytes() == Path("small/model.safetensors").read_bytes()
+
+
+def test_options_beside_a_recipe_count_more(program: Program) -> None:
+    Path("recipe.yaml").write_text(Recipe.of(keep=0.5, importance="linf", exclude="second").to_yaml())
+    data = json.loads(program("compress nets.py:Net --input 2,4 --recipe recipe.yaml --keep 0.8 --json").stdout)
+    assert data["recipe"] | {"keep": 0.8, "importance": "linf", "exclude": ["second:outputs"]} == data["recipe"]
+    assert [(g["n"], g["m"]) for g in data["groups"]] == [(8, 6), (6, 6), (3, 3)]
+
+
+def test_plain_pruning_selects(program: Program) -> None:
+    result = program("compress nets.py:Net --input 2,4 --reducer select --keep 0.5 -o small")
+    assert "selected" in result.stdout
+    small, full = intrafusion.load("small", original()), original()
+    scores = full.first.weight.abs().sum(1) / full.first.weight.abs().sum(1).mean()
+    scores = scores + full.second.weight.abs().sum(0) / full.second.weight.abs().sum(0).mean()
+    kept = scores.topk(4).indices.sort().values
+    assert torch.equal(small.first.weight, full.first.weight[kept])
+
+
+@pytest.mark.parametrize(("flag", "code"), [("", 0), ("--strict", 3)])
+def test_a_group_that_had_to_be_rolled_back_is_said_and_with_strict_ends_with_code_3(
+    program: Program, flag: str, code: int
+) -> None:
+    result = program(f"compress nets.py:Literal --input 2,4 --keep 0.5 -o small {flag}")
+    assert result.exit_code == code
+    assert "rolled back: first" in result.stdout
+    assert "the smaller network does not run" in result.stdout
+    assert intrafusion.load("small", resolve("nets.py:Literal").build()).second.weight.shape == (3, 8)
+    data = json.loads(program(f"compress nets.py:Literal --input 2,4 --keep 0.5 --json {flag}").stdout)
+    assert data["rolled_back"] == ["first"]
+
+
+def test_strict_is_content_where_nothing_was_rolled_back(program: Program) -> None:
+    assert program("compress nets.py:Net --input 2,4 --exclude first --strict").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--keep 1.5", "keep: expected a fraction in (0, 1], got 1.5"),
+        ("--keep 0", "keep: expected a fraction in (0, 1], got 0.0"),
+        ("--keep nan", "keep: expected a fraction in (0, 1], got nan"),
+        ("--keep half", "--keep half: expected a fraction such as 0.7, or PATTERN=0.7"),
+        ("--keep first=", "--keep first=: expected a fraction"),
+        ("--keep 0.5 --keep 0.6", "--keep 0.6: there is a fraction for '*' already"),
+        ("--keep firts=0.5", "keep: unknown group 'firts'. Did you mean 'first'?"),
+        ("--reducer intrafuson", "unknown reducer 'intrafuson'. Did you mean 'intrafusion'?"),
+        ("--importance l22", "unknown importance 'l22'. Did you mean 'l2'?"),
+        ("--normalization sources", "unknown normalization 'sources'. Did you mean 'source'?"),
+        ("--normalization source --reducer select", "--normalization goes with the reducer intrafusion, got Select()"),
+        ("--order backwards", "unknown order 'backwards'. Did you mean 'backward'?"),
+        ("--round-to 0", "round_to: expected a whole number >= 1, got 0"),
+        ("--exclude thrid", "unknown layer 'thrid'. Did you mean 'third'?"),
+        ("--include third", "there is no channel group to reduce in this network"),
+        ("--recipe nets.py", "recipe: "),
+        ("--weights nets.py", "cannot tell from the suffix '.py'"),
+        ("--weights absent.safetensors", "absent.safetensors: there is no such file"),
+        ("-o .", ".: exists and was not written by intrafusion"),
+        ("-o nets.py", "nets.py: exists and was not written by intrafusion"),
+        ("-o nets.py/small", "Not a directory"),
+    ],
+)
+def test_bad_input_ends_with_its_message_and_code_2(program: Program, options: str, message: str) -> None:
+    result = program(f"compress nets.py:Net --input 2,4 --json {options}")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_pickle_is_refused_with_the_remedy(program: Program) -> None:
+    Path("whole.pth").write_bytes(pickle.dumps(Path("code")))
+    result = program("compress nets.py:Net --input 2,4 --weights whole.pth -o small")
+    assert result.exit_code == 2
+    assert "whole.pth: refused, reading it would run code" in result.stderr
+    assert "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')" in result.stderr
+    assert not Path("small").exists()
+
+
+def test_a_saved_folder_wants_its_original_and_no_weights(program: Program) -> None:
+    program("compress nets.py:Net --input 2,4 -o small")
+    alone = program("compress small -o smaller")
+    assert (alone.exit_code, alone.stdout) == (2, "")
+    assert "a saved folder holds no code; name the original network with --base (module:factory" in alone.stderr
+    weighted = program("compress small --base nets.py:Net --input 2,4 --weights x.pth")
+    assert weighted.exit_code == 2
+    assert "a saved folder has weights of its own; leave out --weights" in weighted.stderr
+    other = program("compress small --base nets.py:Words --input 2,4")
+    assert other.exit_code == 2
+    assert "the plan is for another network" in other.stderr
+
+
+def test_an_error_of_the_program_ends_with_code_1(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("intrafusion.pipeline.decide", fails)
+    result = program("compress nets.py:Net --input 2,4")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["0.5"], 0.5),
+        (["a=0.5"], {"a": 0.5}),
+        (["0.7", "b=0.5", "a=1"], {"b": 0.5, "a": 1.0, "*": 0.7}),
+        (["*=0.3"], 0.3),
+        (["a=b=0.5"], {"a=b": 0.5}),
+    ],
+)
+def test_keeps(texts: list[str], expected: Any) -> None:
+    keep = read_keep(texts)
+    assert keep == expected
+    assert not isinstance(keep, dict) or list(keep) == list(expected)

@@ -1,0 +1,136 @@
+"""intrafusion demo: its numbers are those of the library, its files stand, and it touches no others."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from PIL import Image
+from torch import nn
+
+import intrafusion
+from intrafusion import zoo
+from intrafusion.cli import demo
+from intrafusion.measure.accuracy import accuracy
+from intrafusion.report.plot import accuracy_plot
+
+KEEPS = (0.9, 0.5)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return zoo.trained_digits()
+
+
+def test_the_rows_are_what_the_library_gives(network: nn.Module, tmp_path: Path) -> None:
+    rows = demo.run(network, tmp_path, KEEPS)
+    test = zoo.load_data("digits_resnet", "test")
+    assert [(row.method, row.keep) for row in rows] == [
+        ("original", 1.0),
+        ("pruned", 0.9),
+        ("fused", 0.9),
+        ("pruned", 0.5),
+        ("fused", 0.5),
+    ]
+    assert rows[0].params == sum(p.numel() for p in network.parameters())
+    assert rows[0].accuracy == accuracy(network, test.images, test.labels) > 0.95
+    for row, reducer in zip(rows[1:], ("select", "intrafusion") * 2, strict=True):
+        small = intrafusion.compress(network, zoo.example_input("digits_resnet"), row.keep, reducer=reducer)
+        assert row.accuracy == accuracy(small.model, test.images, test.labels)
+        assert (row.params, row.macs) == (small.after.params, small.after.macs)
+    assert rows[2].accuracy > rows[1].accuracy + 0.1  # fused against pruned at keep 0.9
+
+
+def test_table_plot_and_network_are_written(network: nn.Module, tmp_path: Path) -> None:
+    rows = demo.run(network, tmp_path / "made", KEEPS)
+    with (tmp_path / "made" / "accuracy.csv").open(newline="") as file:
+        read = [
+            demo.Row(r["method"], *(float(r[k]) for k in ("keep", "params", "macs", "accuracy")))
+            for r in csv.DictReader(file)
+        ]
+    assert read == rows
+    loaded = intrafusion.load(tmp_path / "made" / "fused-90", zoo.build("digits_resnet"))
+    test = zoo.load_data("digits_resnet", "test")
+    assert accuracy(loaded, test.images, test.labels) == rows[2].accuracy
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["accuracy.csv", "accuracy.png", "fused-90"]
+
+
+def test_running_again_replaces_its_own_files_only(network: nn.Module, tmp_path: Path) -> None:
+    demo.run(network, tmp_path, (0.9,))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "accuracy.csv").write_text("old")
+    demo.run(network, tmp_path, (0.9,))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "accuracy.csv").read_text().startswith("method,keep,params,macs,accuracy\noriginal,1.0,77754,")
+
+
+def test_the_command(
+    program: Callable[[str], Result], network: nn.Module, monkeypatch: pytest.MonkeyPatch, user_folder: Path
+) -> None:
+    monkeypatch.setattr(zoo, "trained_digits", lambda: network)
+    result = program("demo -o out")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("test accuracy on 360 digits; the original has 9")
+    assert [line.split()[0] for line in lines[3:10]] == ["90%", "80%", "70%", "60%", "50%", "40%", "30%"]
+    with Path("out/accuracy.csv").open(newline="") as file:
+        found = {(r["method"], r["keep"]): r for r in csv.DictReader(file)}
+    row = [found["pruned", "0.9"], found["fused", "0.9"]]
+    assert lines[3].split() == ["90%", f"{int(row[0]['params']):,}", *(f"{float(r['accuracy']):.1%}" for r in row)]
+    scope: dict[str, Any] = {}
+    exec(lines[-1], scope)
+    test = zoo.load_data("digits_resnet", "test")
+    assert accuracy(scope["model"], test.images, test.labels) == float(row[1]["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("nets.py", "nets.py: expected a folder, but this is a file"), ("taken", "taken/fused-90: exists and was not")],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    program: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch, folder: str, message: str
+) -> None:
+    monkeypatch.setattr(zoo, "trained_digits", lambda: pytest.fail("trained before the folder was checked"))
+    Path("taken/fused-90").mkdir(parents=True)
+    Path("taken/fused-90/thesis.txt").write_text("mine")
+    result = program(f"demo -o {folder}")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert Path("taken/fused-90/thesis.txt").read_text() == "mine"
+
+
+def test_the_plot_is_an_image_with_every_curve_in_its_colour(tmp_path: Path) -> None:
+    def colours(curves: dict[str, list[tuple[float, float]]]) -> set[tuple[int, ...]]:
+        accuracy_plot(tmp_path / "plot.png", curves, original=0.9, title="two curves")
+        with Image.open(tmp_path / "plot.png") as image:
+            assert image.size == (960, 630)
+            return {colour[:3] for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}
+
+    orange, blue = (0xC2, 0x57, 0x1A), (0x1F, 0x5F, 0x99)
+    points = [(0.9, 0.8), (0.5, 0.4)]
+    assert colours({"one": points}) & {orange, blue} == {orange}
+    assert colours({"one": points, "two": [(x, y / 2) for x, y in points]}) >= {orange, blue}
+
+
+def test_the_plot_draws_percent(tmp_path: Path) -> None:
+    accuracy_plot(tmp_path / "plot.svg", {"fused": [(0.9, 0.8), (0.5, 0.4)]}, original=0.987, title="t")
+    text = (tmp_path / "plot.svg").read_text()
+    for label in ("original 98.7%", "channels kept (%)", "test accuracy (%)", "fused"):
+        assert f"<!-- {label} -->" in text
+
+
+def test_torch_runs_on_one_thread_in_the_demo(
+    program: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(demo, "run", lambda *_: threads.append(torch.get_num_threads()) or [])
+    monkeypatch.setattr(demo, "show", lambda *_: None)
+    monkeypatch.setattr(zoo, "trained_digits", lambda: None)
+    torch.set_num_threads(2)
+    assert program("demo").exit_code == 0
+    assert threads == [1]
