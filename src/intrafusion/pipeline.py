@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from intrafusion.norms import fold
 from intrafusion.plan import Decision, Plan, members_of
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer, ReductionMap, ReductionProblem, Select
+from intrafusion.restore import LeastSquares
+from intrafusion.restore.batches import Images
 from intrafusion.selection import left_alone
 from intrafusion.trace import trace
 from intrafusion.verify import operate, verified
@@ -44,10 +47,12 @@ def compress(
     exclude: Any = None,
     order: str = "joint",
     seed: int = 0,
+    images: Images | None = None,
+    restorer: LeastSquares | None = None,
     inplace: bool = False,
     progress: Progress = silent,
 ) -> Compressed:
-    """Make a trained network smaller, without data and without training.
+    """Make a trained network smaller, without training, and without data unless `images` are given.
 
     Args:
         model: any eager PyTorch network; not modified unless `inplace`.
@@ -62,6 +67,9 @@ def compress(
         order: "joint" (every group is described by the original weights) or "backward" (one after another from the
             output, each described by what the ones before left; the authors' released code).
         seed: for whatever draws random numbers.
+        images: a few hundred unlabelled images as the network takes them (a tensor, or any iterable of tensors, tuples
+            or dicts): every layer is solved by least squares for the original's outputs on them.
+        restorer: how; `LeastSquares()` by default. Not used without images.
         inplace: write the smaller weights into `model` itself.
     Returns:
         the smaller network with the plan that was carried out; groups that were left alone say why.
@@ -82,7 +90,16 @@ def compress(
     inputs = Inputs.of(example_inputs)
     graph = inspect(model, inputs, progress=progress)
     plan = decide(model, graph, recipe, progress=progress)
-    return carry_out(model, plan, graph, inputs, inplace=inplace, progress=progress)
+    small = carry_out(model, plan, graph, inputs, progress=progress)
+    if images is not None:
+        (restorer or LeastSquares())(small, model, graph, images)
+    return moved_into(model, small) if inplace else small
+
+
+def moved_into(model: nn.Module, small: Compressed) -> Compressed:
+    """The smaller weights in the original's own parameters."""
+    write_(model, {name: tensor.data for name, tensor in named_tensors(small.model).items()})
+    return replace(small, model=model)
 
 
 def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progress = silent) -> ChannelGraph:
@@ -194,13 +211,10 @@ def carry_out(
     progress("prove", 0, 1)
     before = size_of(model, inputs)
     surgery = operate(model, graph, dict(plan.maps), inputs)
-    small = surgery.model
-    if inplace:
-        write_(model, {name: tensor.data for name, tensor in named_tensors(small).items()})
-        small = model
-    after = size_of(small, inputs)
+    after = size_of(surgery.model, inputs)
+    small = Compressed(surgery.model, plan.rolled_back(surgery.rolled_back), before, after, surgery.repairs)
     progress("prove", 1, 1)
-    return Compressed(small, plan.rolled_back(surgery.rolled_back), before, after, surgery.repairs)
+    return moved_into(model, small) if inplace else small
 
 
 def apply(model: nn.Module, plan: Plan, example_inputs: ExampleInputs, *, inplace: bool = False) -> Compressed:

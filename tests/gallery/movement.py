@@ -545,7 +545,7 @@ def symmetric_product_and_a_roll() -> Built:
     return Wired(wiring, a=nn.Linear(4, 4), head=nn.Linear(6, 2)), torch.randn(3, 4)
 
 
-@case(blocked={"head": "output"})
+@case({"a": (3, 3)}, blocked={"head": "output"})
 def copies_that_are_shifted() -> Built:
     """Of three copies of each channel two are shifted in time for channels 0 to 2, one for channels 3 to 5."""
 
@@ -566,3 +566,14 @@ def pairs_added_to_their_channels() -> Built:
         return net.head(a + torch.stack([largest, largest.sin()], -1).flatten(-2))
 
     return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"head": "output"})
+def pairs_of_which_half_are_shifted() -> Built:
+    """Whole pairs are interchangeable only where they come from the same step."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        pairs = pairs_summed(net.a(x))
+        return net.head(torch.cat([pairs[..., :2].roll(1, 1), pairs[..., 2:]], -1).sin())
+
+    return Wired(wiring, a=nn.Linear(4, 8), head=nn.Linear(4, 2)), torch.randn(2, 5, 4)

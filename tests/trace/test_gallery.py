@@ -238,9 +238,12 @@ def described(graph: ChannelGraph) -> list[object]:
 
 # Seeds that gave a wrong group at some time.
 WRONG_ONCE = [202, 234, 244, 354, 380, 381, 767, 1437, 1771, 1848, 1945, 2137, 11445, 11679, 11795]
+WRONG_ONCE += [20072, 20221, 20789]
+OPEN = pytest.mark.xfail(reason="the tracer takes them for a group; the proof by permutation refuses it", strict=True)
+WRONG_STILL = [pytest.param(seed, marks=OPEN) for seed in (20229, 21219, 21348)]
 
 
-@pytest.mark.parametrize("seed", [*range(60), *WRONG_ONCE])
+@pytest.mark.parametrize("seed", [*range(60), *WRONG_ONCE, *WRONG_STILL])
 def test_random_wirings(seed: int) -> None:
     model, x, _ = random_network(seed)
     graph = trace(oracle.randomise_(model), x)

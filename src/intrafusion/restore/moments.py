@@ -189,14 +189,14 @@ def gaussian_samples(
 
 Elementwise = Callable[[Tensor], Tensor]
 
-ELEMENTWISE = frozenset(
-    ("relu", "gelu", "silu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "sigmoid", "tanh", "softplus")
-    + ("mish", "clamp", "clamp_min")
-)
-PASSED = frozenset(
-    ("max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "view", "_unsafe_view")
-    + ("reshape", "flatten")
-)
+ELEMENTWISE = {
+    *("relu", "gelu", "silu", "mish", "elu", "leaky_relu", "softplus", "sigmoid", "tanh"),
+    *("hardtanh", "hardswish", "hardsigmoid", "clamp", "clamp_min"),
+}
+PASSED = {
+    *("max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "mean"),
+    *("view", "_unsafe_view", "reshape", "flatten"),
+}
 
 
 class Paths(TorchDispatchMode):
@@ -237,9 +237,7 @@ def bound(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Elemen
     return lambda x: func(x.clone(), *args, **kwargs)
 
 
-def activations(
-    model: nn.Module, layers: Mapping[str, Layer], inputs: Inputs
-) -> dict[tuple[str, str], Elementwise]:
+def activations(model: nn.Module, layers: Mapping[str, Layer], inputs: Inputs) -> dict[tuple[str, str], Elementwise]:
     """What is applied to a layer's norm output before another layer reads it, by (layer, reader)."""
     normed = {name: layer for name, layer in layers.items() if layer.norm is not None}
     paths, found = Paths(normed), {}

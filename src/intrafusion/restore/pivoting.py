@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from intrafusion.graph import ChannelGraph
+from intrafusion.graph import ChannelGraph, Member
 from intrafusion.inputs import ExampleInputs
 from intrafusion.plan import Plan
 from intrafusion.reduce.pivot import least_squares_map, pivots
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.reduce.select import selection_map
 from intrafusion.restore.batches import Images
-from intrafusion.restore.layers import output_map, solvable
+from intrafusion.restore.layers import Layer, output_map, solvable
 from intrafusion.restore.least_squares import Reduced
 from intrafusion.restore.moments import Moments, gaussian, measured, points
 
@@ -92,26 +92,26 @@ class Pivot:
         return reduction, mean - reduction.unmerge @ mean[kept], found.missing
 
 
-def add_shifts_(
-    compressed: Reduced, reference: nn.Module, graph: ChannelGraph, shifts: Mapping[str, Tensor]
-) -> None:
+def add_shifts_(compressed: Reduced, reference: nn.Module, graph: ChannelGraph, shifts: Mapping[str, Tensor]) -> None:
     """Give every consumer the constant it is owed: the sum over its original kernel of W_c s (in place).
 
     It goes to the consumer's bias or to the norm behind it; a consumer with neither gets none. At the border of padded
     images the constant is that of the inside.
     """
     originals, layers = solvable(reference, graph), solvable(compressed.model, graph)
-    maps = compressed.plan.maps
     for group in graph.groups:
-        if group.name not in maps or group.name not in shifts:
-            continue
-        for original, member in points(group, originals):
-            if original.name in layers:
-                columns = original.module.weight.detach().double().flatten(2).sum(2)
-                own = shifts[group.name].to(columns.device)
-                slots = torch.from_numpy(member.positions).to(columns.device)
-                owed = original.after_norm((columns[:, slots].sum(2) @ own)[None])
-                merge = output_map(original, graph, maps)
-                owed = owed if merge is None else owed @ merge.T
-                layer = layers[original.name]
-                layer.add_(torch.zeros_like(layer.module.weight), layer.before_norm(owed)[0])
+        if group.name in compressed.plan.maps and group.name in shifts:
+            for original, member in points(group, originals):
+                if original.name in layers:
+                    layer = layers[original.name]
+                    owed = constant(original, member, shifts[group.name])
+                    merge = output_map(original, graph, compressed.plan.maps)
+                    owed = owed if merge is None else owed @ merge.T
+                    layer.add_(torch.zeros_like(layer.module.weight), layer.before_norm(owed)[0])
+
+
+def constant(layer: Layer, member: Member, shift: Tensor) -> Tensor:
+    """What inputs that are `shift` everywhere change of a layer's output, after its norm, (1, c) float64."""
+    weight = layer.module.weight.detach().double()
+    columns = weight.reshape(*weight.shape[:2], -1).sum(2)[:, torch.from_numpy(member.positions).to(weight.device)]
+    return layer.after_norm((columns.sum(2) @ shift.to(weight.device))[None])

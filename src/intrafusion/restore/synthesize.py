@@ -123,7 +123,8 @@ def mismatches(norms: list[_BatchNorm]) -> Iterator[list[Tensor]]:
 
     def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, _BatchNorm)
-        assert module.running_mean is not None and module.running_var is not None
+        assert module.running_mean is not None
+        assert module.running_var is not None
         x, sigma = args[0], (module.running_var + module.eps).sqrt()
         dims = [d for d in range(x.dim()) if d != 1]
         mean = x.mean(dims)
@@ -151,4 +152,5 @@ def load_images(path: str | os.PathLike[str]) -> Tensor:
     try:
         return load_file(Path(path))["images"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise FolderError(f"{path}: expected images saved by intrafusion, got {type(error).__name__}: {error}.") from error
+        message = f"{path}: expected images saved by intrafusion, got {type(error).__name__}: {error}."
+        raise FolderError(message) from error

@@ -45,10 +45,11 @@ class Channels:
     """Everything the grouping needs, indexed by representative label."""
 
     uses: list[Use]
+    slot: np.ndarray  # what each label, before it was united, is in its channel
     pattern: np.ndarray  # fingerprint of the uses
     family: np.ndarray  # the same, blind to how slots lie and to which slice of a grouped convolution is meant
     colour: np.ndarray
-    arranged: np.ndarray  # where in its slices of grouped convolutions each channel lies
+    arranged: np.ndarray  # what follows what in each channel, and where it lies in slices of grouped convolutions
     reason: np.ndarray  # index into reasons, 0 = none
     reasons: list[str]
     first: np.ndarray  # (use index, position) of the first use, packed
@@ -143,15 +144,14 @@ def describe(relations: Relations) -> Channels:
     count = relations.count
     uses = [gather(relations, key) for key in relations.uses]
     uses = [u for u in uses if len(u.channels)]
-    slot = slot_names(uses, count)
+    slot = slot_names(relations, uses)
     pattern, family, colour, arranged = (np.zeros((count, 2), np.uint64) for _ in range(4))
     first = np.full(count, np.iinfo(np.int64).max)
     used = np.zeros(count, bool)
     for index, use in enumerate(uses):
         add_fingerprint(pattern, use, use.key, arrangement(use, slot))
         add_fingerprint(family, use, (*use.key[:2], use.key[2] is not None), use.slots.astype(np.uint64))
-        if use.key[2] is not None:
-            add_fingerprint(arranged, use, use.key[:2], placement(use))
+        add_fingerprint(arranged, use, use.key[:2], sequence(use, slot) if use.key[2] is None else placement(use))
         lowest = np.full(count, np.iinfo(np.int64).max)
         np.minimum.at(lowest, use.labels, index << 32 | use.positions)
         np.minimum(first, lowest, out=first)
@@ -165,7 +165,7 @@ def describe(relations: Relations) -> Channels:
         for salt in (0, 1):
             np.add.at(colour[:, salt], relations.roots(labels), scrambled(slot[labels] ^ hashed(place, salt), salt))
     reason, reasons = fates(relations, uses)
-    return Channels(uses, pattern, family, colour, arranged, reason, reasons, first, used)
+    return Channels(uses, slot, pattern, family, colour, arranged, reason, reasons, first, used)
 
 
 def gather(relations: Relations, key: Key) -> Use:
@@ -187,14 +187,16 @@ def gather(relations: Relations, key: Key) -> Use:
     return Use(key, positions, labels, found, channels, inverse, slots, roles)
 
 
-def slot_names(uses: list[Use], count: int) -> np.ndarray:
+def slot_names(relations: Relations, uses: list[Use]) -> np.ndarray:
     """A number for what each label is in its channel: the same for the k-th rows of a weight in all its channels."""
-    names = np.zeros(count, np.uint64)
+    names = np.zeros(relations.count, np.uint64)
     for use in uses:
         if (use.roles & ROLE_BITS[Role.PRODUCES]).any():
             rank = ranks(use.which)
             new = names[use.found] == 0
             names[use.found[new]] = scrambled(rank[new], 0) ^ hashed(use.key[:2])
+    for copies, origins, places in relations.copies:
+        names[copies] = scrambled(names[origins] + places.astype(np.uint64), 1)
     return names
 
 
@@ -212,6 +214,11 @@ def arrangement(use: Use, slot: np.ndarray) -> np.ndarray:
     first = np.full(len(use.channels), np.iinfo(np.int64).max)
     np.minimum.at(first, use.which, use.positions)
     return summed(use, scrambled(use.positions - first[use.which], 0) ^ slot[use.found])
+
+
+def sequence(use: Use, slot: np.ndarray) -> np.ndarray:
+    """What lies at the positions of each channel, in order."""
+    return summed(use, scrambled(ranks(use.which), 0) + slot[use.found])
 
 
 def placement(use: Use) -> np.ndarray:
@@ -285,13 +292,16 @@ class Cells:
         self.relations = relations
         self.content = distinct_pairs(relations, relations.block_members)  # a channel, a block that it is in
         self.met = distinct_pairs(relations, relations.meetings)  # a channel, a block that it meets
-        self.key = sums(relations.count, *self.content) + sums(relations.count, self.met[0], ~self.met[1])
+        self.key = fingerprint(relations, channels.slot, relations.block_members, 0)
+        self.key += fingerprint(relations, channels.slot, relations.meetings, 1)
         above = self._of_blocks()
         tied = [relations.roots(np.concatenate(side)) for side in zip(*relations.ties, strict=True)]
-        joins = np.concatenate([self.content[:, ~above], self.met, *([tied] if tied else [])], axis=1)
+        kinds = [self.content[:, ~above], self.met, *([np.stack(tied)] if tied else [])]
+        joins = np.concatenate(kinds, axis=1)
         self.inside = np.unique(joins)
         self.joined = UnionFind(relations.count)
         self.joined.unite(*joins)
+        self.edges = self._edges(kinds)
         blocks, seen_by = self.content[:, above]
         self.above = sums(relations.count, self.joined.find(blocks), seen_by)  # of what sees several blocks at once
         barred = np.flatnonzero(relations.is_block[: relations.count] & (channels.reason > 0))
@@ -303,6 +313,22 @@ class Cells:
         members, blocks = self.content
         names_channel[blocks[~self.relations.is_block[members]]] = True
         return ~names_channel[blocks]
+
+    def _edges(self, kinds: list[np.ndarray]) -> dict[int, np.ndarray]:
+        """What is in, meets and is tied to what, as rows (kind, label, label), by joined block."""
+        rows = np.concatenate([np.stack([np.full(k.shape[1], i), *k], axis=1) for i, k in enumerate(kinds)])
+        home = self.joined.find(rows[:, 1])
+        order = np.argsort(home, kind="stable")
+        return dict(split_by(home[order], rows[order]))
+
+    def structure(self, block: int, rows: np.ndarray) -> np.ndarray:
+        """The edges of a joined block with its labels numbered: those of members in their order, then the rest."""
+        edges = self.edges[block]
+        inner = np.setdiff1d(edges[:, 1:], rows)
+        known = np.concatenate([rows, inner])
+        order = np.argsort(known)
+        edges[:, 1:] = order[np.searchsorted(known, edges[:, 1:], sorter=order)]
+        return edges[np.lexsort(edges.T)]
 
     def causes(self, channel: int) -> list[tuple[Cause, str]]:
         """What saw this channel together with others."""
@@ -333,10 +359,11 @@ class Cells:
             if block not in self.barred and not channels.reason[rows].any():
                 extra = sorted(extras.get(int(block), []))
                 seen = [a[rows] for a in (channels.family, channels.colour, channels.arranged)]
-                seen += [self.above[block], first_seen(self.key[rows])]
+                seen += [self.above[block], self.structure(block, rows)]
                 profile = (*(a.tobytes() for a in seen), tuple((e[0], e[1]) for e in extra))
                 profiles[profile].append((rows, extra))
-        return [block_group(self, channels, twins) for twins in profiles.values() if len(twins) > 1]
+        found = [block_group(self, channels, twins) for twins in profiles.values() if len(twins) > 1]
+        return [group for group in found if group.producers or not group.consumers]  # else its sources are unknown
 
     def _extras(
         self, block_params: dict[int, list[tuple[str, int, int, Role]]]
@@ -347,19 +374,25 @@ class Cells:
         return extras
 
 
-def first_seen(keys: np.ndarray) -> np.ndarray:
-    """The index at which each row occurs first: which rows are equal, whatever they are."""
-    _, index, which = np.unique(keys[:, 0], return_index=True, return_inverse=True)
-    return index[which]
-
-
 def distinct_pairs(relations: Relations, found: list[tuple[np.ndarray, int]]) -> np.ndarray:
     """Pairs (channel, block), shape (2, k)."""
+    labels, blocks = recorded(found)
+    return np.unique(np.stack([relations.roots(labels), blocks]), axis=1)
+
+
+def recorded(found: list[tuple[np.ndarray, int]]) -> np.ndarray:
+    """Distinct pairs (label, block), shape (2, k)."""
     if not found:
         return np.zeros((2, 0), np.int64)
-    labels = relations.roots(np.concatenate([labels for labels, _ in found]))
+    labels = np.concatenate([labels for labels, _ in found])
     blocks = np.repeat([block for _, block in found], [len(labels) for labels, _ in found])
     return np.unique(np.stack([labels, blocks]), axis=1)
+
+
+def fingerprint(relations: Relations, slot: np.ndarray, found: list[tuple[np.ndarray, int]], kind: int) -> np.ndarray:
+    """Of the blocks that each channel is in, and as what."""
+    labels, blocks = recorded(found)
+    return sums(relations.count, relations.roots(labels), scrambled(blocks * 2 + kind, 0) ^ slot[labels])
 
 
 def sums(count: int, where: np.ndarray, what: np.ndarray) -> np.ndarray:

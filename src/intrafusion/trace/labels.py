@@ -55,6 +55,18 @@ def spread(array: np.ndarray, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return compact(tensor_of(array).expand(shape))
 
 
+def occurrences(array: np.ndarray, dim: int) -> np.ndarray:
+    """How many equal elements precede each element along a dimension."""
+    moved = np.moveaxis(array, dim, -1)
+    rows = moved.reshape(-1, array.shape[dim])
+    flat = (np.arange(len(rows))[:, None] << 32 | rows).ravel()
+    order = np.argsort(flat, kind="stable")
+    starts = np.flatnonzero(np.diff(flat[order], prepend=-1))
+    rank = np.empty(len(flat), np.int64)
+    rank[order] = np.arange(len(flat)) - np.repeat(starts, np.diff(np.append(starts, len(flat))))
+    return np.moveaxis(rank.reshape(moved.shape), -1, dim)
+
+
 def along(array: np.ndarray, dim: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """One label per index of one dimension, the same everywhere else."""
     view = [1] * len(shape)

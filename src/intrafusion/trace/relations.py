@@ -68,6 +68,7 @@ class Relations:
         self.uses: dict[Key, list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.followers: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.block_members: list[tuple[np.ndarray, int]] = []
+        self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.meetings: list[tuple[np.ndarray, int]] = []
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
         self.causes: dict[int, tuple[Cause, str]] = {}
@@ -109,6 +110,21 @@ class Relations:
         blocks = self.is_block[x]
         self.ties.append((x[blocks], y[blocks]))
         self.sets.unite(x[~blocks], y[~blocks])
+
+    def copy(self, labels: np.ndarray, places: np.ndarray | int, call: int) -> np.ndarray:
+        """New labels of the same channels, apart for each place: what follows may treat the places differently."""
+        named = labels >= FIRST
+        codes = labels[named] << 24 | np.broadcast_to(places, labels.shape)[named]
+        distinct, which = np.unique(codes, return_inverse=True)
+        origins, fresh = distinct >> 24, self.fresh(len(distinct))
+        blocks = self.is_block[origins]
+        self.is_block[fresh] = blocks
+        self.ties.append((origins[blocks], fresh[blocks]))
+        self.sets.parent[fresh[~blocks]] = self.roots(origins[~blocks])
+        self.copies.append((fresh, origins, (distinct & 0xFFFFFF) + (call << 24)))
+        result = labels.copy()
+        result[named] = fresh[which]
+        return result
 
     def merge(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Unite element by element and return the label that each element keeps; arrays of one shape."""

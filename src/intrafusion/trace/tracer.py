@@ -21,7 +21,7 @@ from intrafusion.graph import ChannelGraph, Role, Slice
 from intrafusion.inputs import ExampleInputs, Inputs
 from intrafusion.trace.groups import build_graph
 from intrafusion.trace.info import Activation, Info, Origin, Plane, Weight
-from intrafusion.trace.labels import FIXED, UNIFORM, along, filled, narrowed, pairs, varying
+from intrafusion.trace.labels import FIXED, UNIFORM, along, filled, narrowed, occurrences, pairs, spread, varying
 from intrafusion.trace.relations import Relations
 from intrafusion.trace.rules import refuse, rule_for
 from intrafusion.trace.state import preserved
@@ -124,6 +124,19 @@ class Tracer(TorchDispatchMode):
     def fixed(self, shape: torch.Size) -> Activation:
         return Activation(filled(FIXED, shape))
 
+    def settled(self, labels: Tensor) -> Tensor:
+        """The same channels by their representatives, where that shows that some dimensions carry none."""
+        united = spread(self.relations.roots(narrowed(labels)), labels.shape)
+        return united if varying(united) != varying(labels) else labels
+
+    def told_apart(self, labels: Tensor, dims: set[int]) -> Tensor:
+        """A channel that stands at several places along these dimensions gets a label for each."""
+        for dim in dims & varying(labels):
+            rank = occurrences(narrowed(labels), dim)
+            if rank.any():
+                labels = spread(self.relations.copy(narrowed(labels), rank, self.calls), labels.shape)
+        return labels
+
     def uniform(self, shape: tuple[int, ...]) -> Activation:
         return Activation(filled(UNIFORM, shape))
 
@@ -199,6 +212,7 @@ class Tracer(TorchDispatchMode):
             if not plane.varies:
                 continue
             if plane.varies & varying(labels):
+                labels = self.told_apart(labels, plane.varies)
                 positions, channels = pairs(plane.coordinates, labels, 0, FIXED)
                 self.relations.follow(plane.tensor, plane.dim, role, positions, channels)
             else:

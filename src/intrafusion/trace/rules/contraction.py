@@ -206,9 +206,9 @@ def product_of_activations(
         ],
         call.where,
     )
-    labels = t.relations.roots(narrowed(met[0]))
+    labels = narrowed(met[0])
     for other in met[1:]:
-        labels = t.relations.merge(*np.broadcast_arrays(labels, t.relations.roots(narrowed(other))))
+        labels = t.relations.merge(*np.broadcast_arrays(labels, narrowed(other)))
     four = (shape[0], *labels.shape[1:])
     reduced = blocks(t, spread(labels, four), {2}, Cause.PRODUCT, call.where).squeeze(2)
     return Activation(spread(narrowed(reduced), shape))

@@ -9,7 +9,7 @@ import torch
 
 from intrafusion.graph import Role, Slice
 from intrafusion.trace.info import Activation, Info, Origin, Plane, Weight
-from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, along
+from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, along, narrowed
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.elementwise import pattern
 from intrafusion.trace.rules.reduction import channel_vector
@@ -42,13 +42,8 @@ def unknown_kernel(t: Tracer, call: Call, inputs: np.ndarray, weight: Info | Non
     """A constant depthwise kernel (blur pooling) sets channels apart by value; any other is refused."""
     kernel, out_channels = call["weight"], call.out.shape[1]
     if weight is None and depthwise and out_channels == len(inputs):
-        pattern(
-            t,
-            torch.from_numpy(inputs.copy())[:, None].expand(len(inputs), kernel[0].numel()),
-            kernel.flatten(1),
-            call.where,
-        )
-        return inputs
+        laid = torch.from_numpy(inputs.copy())[:, None].expand(len(inputs), kernel[0].numel())
+        return narrowed(pattern(t, laid, kernel.flatten(1), call.where))[:, 0]
     reason = f"convolution with a kernel that is no parameter: {call.where}"
     t.relations.forbid(inputs, reason)
     t.forbid(weight, reason)
@@ -112,7 +107,10 @@ class Sides:
     def depthwise(self) -> np.ndarray:
         """Each input channel has its own kernels: the weight follows."""
         known = np.where(self.inputs == UNIFORM, FIXED, self.inputs)
-        outputs = np.repeat(known, self.out_channels // len(known))
+        several = self.out_channels // len(known)
+        outputs = np.repeat(known, several)
+        if several > 1:
+            outputs = self.t.relations.copy(outputs, np.arange(len(outputs)) % several, self.t.calls)
         planes, dim, labels = (self.in_planes, 0, self.inputs) if self.transposed else (self.out_planes, 0, outputs)
         shape = self.call["weight"].shape
         for plane in planes:

@@ -77,7 +77,7 @@ def combine(t: Tracer, call: Call, operands: Sequence[Operand], shape: torch.Siz
     for weight in weights:
         labels = t.follow(weight, labels, ROLES.get(call.name, Role.FOLLOWS))
     for values in constants:
-        pattern(t, labels, values, call.where)
+        labels = pattern(t, labels, values, call.where)
     return Activation(compact(labels) if weights else labels)
 
 
@@ -155,15 +155,16 @@ def compact_values(values: Tensor, shape: torch.Size) -> Tensor:
     return compact(values.detach().cpu().double().nan_to_num().broadcast_to(shape))
 
 
-def pattern(t: Tracer, labels: Tensor, values: Tensor, where: str) -> None:
+def pattern(t: Tracer, labels: Tensor, values: Tensor, where: str) -> Tensor:
     """A constant that varies along channels: only channels that see the same values are interchangeable."""
     channel_dims = varying(labels)
     offset = labels.dim() - values.dim()
     if not any(d >= offset and values.shape[d - offset] > 1 for d in channel_dims):
-        return
+        return labels
     constant = compact_values(values, labels.shape)
     if not channel_dims & varying(constant):
-        return
+        return labels
+    labels = t.told_apart(labels, varying(constant))
     dims = sorted(channel_dims)
     order = dims + [d for d in range(labels.dim()) if d not in channel_dims]
     x, y = np.broadcast_arrays(narrowed(labels), narrowed(constant))
@@ -173,6 +174,7 @@ def pattern(t: Tracer, labels: Tensor, values: Tensor, where: str) -> None:
     known = channels >= FIRST
     t.relations.colour(channels[known], value.reshape(-1)[known])
     t.relations.note(channels[known], f"sees a constant that varies along channels: {where}")
+    return labels
 
 
 def written_part(t: Tracer, call: Call) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.trace.info import Activation, Info, Plane, Result, Weight
-from intrafusion.trace.labels import FIXED, UNIFORM, compact, filled, narrowed, spread, varying
+from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, compact, filled, narrowed, spread, varying
 from intrafusion.trace.rules.elementwise import combine
 from intrafusion.trace.rules.refusal import refuse
 
@@ -90,6 +90,7 @@ FACTORIES = (
     "new_empty_strided",
     "bernoulli",
 )
+PARTS = ("slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "narrow")
 ABSENT = -1  # coordinate of an element that comes from no index of the parameter
 
 
@@ -111,6 +112,8 @@ def move(t: Tracer, call: Call) -> Result:
             return refuse(t, call, "data-dependent index")
     if info is None:
         return refuse(t, call, "index that depends on channels") if any(map(t.info, call.tensors)) else None
+    if isinstance(info, Activation):
+        info = each_apart(t, call, info)
     if isinstance(call.out, (list, tuple)):
         return split(info, call)
     run = mover(call, UNIFORM if isinstance(info, Activation) else ABSENT)
@@ -118,6 +121,14 @@ def move(t: Tracer, call: Call) -> Result:
     if isinstance(moved, Weight):
         moved.transposed = call.name in ("t", "transpose")
     return moved
+
+
+def each_apart(t: Tracer, call: Call, info: Activation) -> Activation:
+    """Before a part is taken along a dimension: a channel that stands there several times, told apart."""
+    dims = {call["dim"] or 0} if call.name in (*PARTS, "index_select", "gather") else set()
+    if call.name == "index":
+        dims = {d for d, index in enumerate(call.args[1]) if index is not None}
+    return Activation(t.told_apart(info.labels, {d % info.labels.dim() for d in dims}))
 
 
 def split(info: Info, call: Call) -> list[Info | None]:
@@ -228,8 +239,19 @@ def concatenate(t: Tracer, call: Call) -> Info:
     if call.name == "cat" and all(dim not in varying(x) for x in labels):
         labels = same_channels(t, labels, dim)
     kept = set().union(*map(varying, labels)) | ({dim} if call.name == "cat" else set())
+    if call.name == "stack" or any(dim in varying(x) for x in labels):
+        labels = apart(t, labels)
     index = lambda x: tuple(slice(None) if d in kept else slice(0, 1) for d in range(x.dim()))  # noqa: E731
     return Activation(compact(join([x[index(x)] for x in labels], dim)).expand(call.out.shape))
+
+
+def apart(t: Tracer, labels: list[Tensor]) -> list[Tensor]:
+    """Parts of one concatenation that hold the same channels, told apart."""
+    held = [np.unique(t.relations.roots(narrowed(x))) for x in labels]
+    shared, count = np.unique(np.concatenate(held), return_counts=True)
+    if not (shared[count > 1] >= FIRST).any():
+        return labels
+    return [spread(t.relations.copy(narrowed(x), k, t.calls), x.shape) for k, x in enumerate(labels)]
 
 
 def joined_weights(tensors: list[Tensor], infos: list[Info | None], join: Callable[[list[Tensor]], Tensor]) -> Weight:
@@ -252,7 +274,7 @@ def as_labels(t: Tracer, tensor: Tensor, info: Info | None, channels: set[int]) 
         return filled(UNIFORM if constant else FIXED, tensor.shape)
     if isinstance(info, Weight):
         return t.activate(info, channels).labels
-    labels = spread(t.relations.roots(narrowed(info.labels)), tensor.shape)
+    labels = t.settled(info.labels)
     return labels if narrowed(labels).any() else filled(FIXED, tensor.shape)
 
 

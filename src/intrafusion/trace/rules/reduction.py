@@ -44,7 +44,7 @@ POOLS = ("avg_pool", "max_pool", "adaptive_", "_adaptive_", "upsample_", "_upsam
 
 def blocks(t: Tracer, labels: Tensor, dims: set[int], cause: Cause, where: str) -> Tensor:
     """Labels after a symmetric reduction over dims (size 1 there): several channels together give a block label."""
-    array = t.relations.roots(narrowed(labels))
+    array = narrowed(t.settled(labels))
     over = [d for d in sorted(dims) if array.shape[d] > 1]
     shape = tuple(1 if d in dims else s for d, s in enumerate(labels.shape))
     if not over:
@@ -60,9 +60,10 @@ def blocks(t: Tracer, labels: Tensor, dims: set[int], cause: Cause, where: str) 
 
 def block_of(t: Tracer, labels: np.ndarray, cause: Cause, where: str) -> int:
     channels = labels[labels >= FIRST]
-    if len(labels) == 1 or len(channels) == 0:
+    roots = np.unique(t.relations.roots(labels))
+    if len(roots) == 1 or len(channels) == 0:
         return int(labels.max())
-    named = channels[~t.relations.is_block[channels]]
+    named = roots[(roots >= FIRST) & ~t.relations.is_block[roots]]
     if len(named) == 1:  # beside it only blocks, such as the head it is in
         t.relations.unite(np.broadcast_to(named, len(channels)), channels)
         return int(named[0])
@@ -77,11 +78,11 @@ def channel_vector(t: Tracer, labels: Tensor, dim: int) -> np.ndarray:
     array = narrowed(labels)
     if array.shape[dim] == array.size:
         return np.broadcast_to(array.reshape(-1), (size,))
-    rows = np.unique(np.moveaxis(t.relations.roots(array), dim, -1).reshape(-1, array.shape[dim]), axis=0)
+    rows = np.unique(np.moveaxis(array, dim, -1).reshape(-1, array.shape[dim]), axis=0)
     united = rows[0]
     for row in rows[1:]:
         united = t.relations.merge(united, row)
-    return np.broadcast_to(t.relations.roots(united), (size,))
+    return np.broadcast_to(t.relations.roots(united) if len(rows) > 1 else united, (size,))
 
 
 def reduction(t: Tracer, call: Call) -> Result:

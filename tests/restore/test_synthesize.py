@@ -1,0 +1,103 @@
+"""Images from batch norms: their statistics come closer, the same seed gives the same images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import randomise_
+from torch import Tensor, nn
+
+from intrafusion.errors import FolderError, ModelError
+from intrafusion.restore import Synthesis, load_images, save_images
+from intrafusion.restore.synthesize import mismatches, total_variation
+
+QUICK = Synthesis(images=8, steps=25)
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+
+
+def made() -> nn.Sequential:
+    """A network that remembers the statistics of smooth, bright images."""
+    layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(216, 4))
+    model: nn.Sequential = randomise_(nn.Sequential(*layers))  # type: ignore[assignment]
+    with torch.no_grad():
+        z = model[0](2 * torch.randn(50, 3, 1, 1) + 0.3 * torch.randn(50, 3, 8, 8) + 1).movedim(1, 0).flatten(1)
+        model[1].running_mean.copy_(z.mean(1))
+        model[1].running_var.copy_(z.var(1))
+    return model
+
+
+def mismatch(model: nn.Sequential, images: Tensor) -> float:
+    """The statistics term by hand, for the one norm."""
+    norm = model[1]
+    with torch.no_grad():
+        z = model[0](images).movedim(1, 0).flatten(1)
+        sigma = (norm.running_var + norm.eps).sqrt()
+        mean = ((z.mean(1) - norm.running_mean) / sigma).square().mean()
+        return float(mean + (z.std(1, unbiased=False) / sigma - 1).square().mean())
+
+
+def test_statistics_come_closer_and_labels_are_met() -> None:
+    model = made().eval()
+    start = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = replace(QUICK, steps=150)(model, EXAMPLE)
+    assert images.shape == (8, 3, 8, 8)
+    assert mismatch(model, images) < 0.2 * mismatch(model, start)
+    assert (model(images).argmax(1) == torch.arange(8) % 4).float().mean() > 0.7
+
+
+def test_the_collected_mismatch_is_the_one_by_hand() -> None:
+    model, images = made().eval(), torch.randn(5, 3, 8, 8)
+    with mismatches([model[1]]) as found, torch.no_grad():
+        model(images)
+    assert float(found[0]) == pytest.approx(mismatch(model, images), rel=1e-4)
+    assert not model[1]._forward_pre_hooks
+
+
+def test_total_variation_is_the_mean_squared_difference() -> None:
+    ramp = torch.arange(5.0).expand(2, 1, 4, 5)
+    assert float(total_variation(ramp)) == 1.0
+    assert float(total_variation(torch.ones(2, 7))) == 0.0
+
+
+def test_the_network_and_the_random_state_are_left_alone() -> None:
+    model = made().train()
+    model[4].weight.requires_grad_(False)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    state = torch.get_rng_state()
+    first, again = QUICK(model, EXAMPLE), QUICK(model, EXAMPLE)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, replace(QUICK, seed=1)(model, EXAMPLE))
+    assert not first.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_budget_of_seconds_and_progress() -> None:
+    seen: list[tuple[int, int]] = []
+    report = lambda stage, done, total: seen.append((done, total))  # noqa: E731
+    replace(QUICK, steps=10**6, seconds=0.05)(made(), EXAMPLE, progress=report)
+    assert seen[0] == (0, 10**6)
+    assert seen[-1] == (10**6, 10**6)
+    assert 1 < len(seen) < 10**4
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 4, 4)
+    save_images(images, tmp_path / "images.safetensors", QUICK)
+    assert torch.equal(load_images(tmp_path / "images.safetensors"), images)
+    with pytest.raises(FolderError, match="expected images saved by intrafusion"):
+        load_images(tmp_path / "none.safetensors")
+
+
+def test_what_cannot_be_made() -> None:
+    with pytest.raises(ModelError, match="batch norms that remember statistics"):
+        QUICK(nn.Conv2d(3, 4, 3), EXAMPLE)
+    with pytest.raises(ModelError, match="one floating-point input"):
+        QUICK(made(), torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="at least 2 images and 1 step, got 1 and 250"):
+        Synthesis(images=1)
