@@ -239,7 +239,7 @@ def described(graph: ChannelGraph) -> list[object]:
 # Seeds that gave a wrong group at some time.
 WRONG_ONCE = [202, 234, 244, 354, 380, 381, 767, 1437, 1771, 1848, 1945, 2137, 11445, 11679, 11795]
 WRONG_ONCE += [20072, 20221, 20789]
-OPEN = pytest.mark.xfail(reason="the tracer takes them for a group; the proof by permutation refuses it", strict=True)
+OPEN = pytest.mark.xfail(reason="a block group is wrong; compress reduces channel groups only", strict=True)
 WRONG_STILL = [pytest.param(seed, marks=OPEN) for seed in (20229, 21219, 21348)]
 
 
