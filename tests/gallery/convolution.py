@@ -315,7 +315,8 @@ def channels_last_memory() -> Built:
     """Strides in another order than sizes."""
     net = chain(a=conv_bn(3, 6), relu=nn.ReLU(inplace=True), b=nn.Conv2d(6, 5, 3), silu=nn.SiLU(),
                 flat=nn.Flatten(), head=nn.Linear(5 * 100, 3))  # fmt: skip
-    return net.to(memory_format=torch.channels_last), image().to(memory_format=torch.channels_last)
+    image_last = image().to(memory_format=torch.channels_last)
+    return net.to(memory_format=torch.channels_last), image_last  # pyright: ignore[reportCallIssue]
 
 
 @case({"a": 6}, blocked={"head": "output"})

@@ -495,3 +495,70 @@ def different_steps_of_halves() -> Built:
         return net.head(torch.cat([a[:, 0, :3], a[:, -1, 3:]], -1))
 
     return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(2, 4, 3)
+
+
+@case({"a": 6}, blocked={"g": "varies along", "head": "output"})
+def tokens_gated_by_their_means() -> Built:
+    """One channel per token, multiplied by the mean of that token: the mean has no channels, but tells tokens apart."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.g(x.flatten(1)) * net.a(x).tanh().mean(-1))
+
+    return Wired(wiring, a=nn.Linear(3, 6), g=nn.Linear(15, 5), head=nn.Linear(5, 2)), torch.randn(2, 5, 3)
+
+
+@case(blocked={"g": "varies along", "head": "output"})
+def tokens_gated_by_one_map() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.g(x.flatten(1)) * net.a(x).sigmoid().squeeze(-1))
+
+    return Wired(wiring, a=nn.Linear(3, 1), g=nn.Linear(15, 5), head=nn.Linear(5, 2)), torch.randn(2, 5, 3)
+
+
+@case(
+    blocked={"a": "index", "head": "output"}, probe=lambda: (torch.linspace(-1, 1, 12).view(3, 4), torch.tensor([1, 1]))
+)
+def indexed_by_an_input() -> Built:
+    """Which channels are read is an input; the example reads some, another call reads others."""
+
+    def wiring(net: Any, x: Tensor, index: Tensor) -> Tensor:
+        return net.head(net.a(x).tanh().index_select(1, index))
+
+    net = Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(2, 2))
+    return net, (torch.randn(3, 4), torch.tensor([4, 0]))
+
+
+@case(blocked={"a": "", "head": "output"})
+def triangle_of_channels() -> Built:
+    """tril sets the channels apart: each is zero from another row on."""
+    net = Wired(lambda net, x: net.head(net.a(x).tril()), a=nn.Linear(3, 6), head=nn.Linear(6, 2))
+    return net, torch.randn(5, 3)
+
+
+@case(blocked={"head": "output"})
+def rolled_copies() -> Built:
+    """Channels and their sines, rolled by half: of a channel's two places now the first, now the second is the sine."""
+    return between(lambda a: torch.cat([a, a.sin()], -1).roll(3, -1), read=12)
+
+
+@case(blocked={"head": "output"})
+def norm_groups_of_rolled_copies() -> Built:
+    """Both groups of the norm see all channels, but not the same of their two copies."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        return net.head(net.norm(torch.cat([a, a.sin()], -1).roll(2, -1)))
+
+    return Wired(wiring, a=nn.Linear(4, 4), norm=nn.GroupNorm(2, 8), head=nn.Linear(8, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"head": "output"})
+def some_copies_written() -> Built:
+    """Every second entry of two copies of three channels: of each channel one copy, the first or the second."""
+
+    def operation(a: Tensor) -> Tensor:
+        copies = a.repeat(1, 2)
+        copies[:, ::2].tanh_()
+        return copies
+
+    return between(operation, hidden=3)

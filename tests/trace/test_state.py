@@ -216,7 +216,7 @@ STATES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bfloat16": lambda m: m.bfloat16(),
     "half": lambda m: m.half(),
     "double": lambda m: m.double(),
-    "channels last": lambda m: m.to(memory_format=torch.channels_last),
+    "channels last": lambda m: m.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
 }
 
 

@@ -115,7 +115,7 @@ def entries(positions: np.ndarray, labels: np.ndarray) -> dict[int, set[int]]:
 def block_membership(relations: Relations) -> dict[int, set[int]]:
     """Which blocks a channel is in, by representatives."""
     membership: dict[int, set[int]] = defaultdict(set)
-    for labels, block in (*relations.block_members, *relations.meetings):
+    for labels, block, _ in (*relations.block_members, *relations.meetings):
         root = int(relations.roots(np.array([block]))[0])
         for label in np.unique(relations.roots(labels)).tolist():
             membership[label].add(root)
@@ -277,7 +277,7 @@ def unread(relations: Relations, uses: list[Use]) -> np.ndarray:
     for use in uses:
         produced[use.channels] = True
         seen[use.channels[use.roles & ROLE_BITS[Role.CONSUMES] > 0]] = True
-    for labels, _ in relations.block_members:
+    for labels, *_ in relations.block_members:
         seen[relations.roots(labels)] = True
     return np.flatnonzero(produced & ~seen & ~relations.is_block[: relations.count])
 
@@ -290,19 +290,19 @@ class Cells:
 
     def __init__(self, relations: Relations, channels: Channels) -> None:
         self.relations = relations
-        self.content = distinct_pairs(relations, relations.block_members)  # a channel, a block that it is in
-        self.met = distinct_pairs(relations, relations.meetings)  # a channel, a block that it meets
-        self.key = fingerprint(relations, channels.slot, relations.block_members, 0)
-        self.key += fingerprint(relations, channels.slot, relations.meetings, 1)
+        self.content = edges(relations, channels.slot, relations.block_members)  # a channel, a block that it is in
+        self.met = edges(relations, channels.slot, relations.meetings)  # a channel, a block that it meets
+        both = np.concatenate([self.content, self.met])
+        self.key = sums(relations.count, both[:, 0], scrambled(both[:, 1], 0) ^ both[:, 2].view(np.uint64))
         above = self._of_blocks()
-        tied = [relations.roots(np.concatenate(side)) for side in zip(*relations.ties, strict=True)]
-        kinds = [self.content[:, ~above], self.met, *([np.stack(tied)] if tied else [])]
-        joins = np.concatenate(kinds, axis=1)
-        self.inside = np.unique(joins)
+        joins = np.concatenate([self.content[~above], self.met, ties(relations)])
+        self.inside = np.unique(joins[:, :2])
         self.joined = UnionFind(relations.count)
-        self.joined.unite(*joins)
-        self.edges = self._edges(kinds)
-        blocks, seen_by = self.content[:, above]
+        self.joined.unite(joins[:, 0], joins[:, 1])
+        home = self.joined.find(joins[:, 0])
+        order = np.argsort(home, kind="stable")
+        self.joins = dict(split_by(home[order], joins[order]))
+        blocks, seen_by = self.content[above, :2].T
         self.above = sums(relations.count, self.joined.find(blocks), seen_by)  # of what sees several blocks at once
         barred = np.flatnonzero(relations.is_block[: relations.count] & (channels.reason > 0))
         self.barred = set(self.joined.find(barred).tolist())
@@ -310,25 +310,17 @@ class Cells:
     def _of_blocks(self) -> np.ndarray:
         """Which pairs belong to a block of blocks only, such as a mean over heads: it does not join them."""
         names_channel = np.zeros(self.relations.count, bool)
-        members, blocks = self.content
+        members, blocks = self.content[:, :2].T
         names_channel[blocks[~self.relations.is_block[members]]] = True
         return ~names_channel[blocks]
 
-    def _edges(self, kinds: list[np.ndarray]) -> dict[int, np.ndarray]:
-        """What is in, meets and is tied to what, as rows (kind, label, label), by joined block."""
-        rows = np.concatenate([np.stack([np.full(k.shape[1], i), *k], axis=1) for i, k in enumerate(kinds)])
-        home = self.joined.find(rows[:, 1])
-        order = np.argsort(home, kind="stable")
-        return dict(split_by(home[order], rows[order]))
-
-    def structure(self, block: int, rows: np.ndarray) -> np.ndarray:
-        """The edges of a joined block with its labels numbered: those of members in their order, then the rest."""
-        edges = self.edges[block]
-        inner = np.setdiff1d(edges[:, 1:], rows)
-        known = np.concatenate([rows, inner])
-        order = np.argsort(known)
-        edges[:, 1:] = order[np.searchsorted(known, edges[:, 1:], sorter=order)]
-        return edges[np.lexsort(edges.T)]
+    def structure(self, block: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All labels of a joined block, those of members first, and its edges between them by number."""
+        joins = self.joins[block].copy()
+        labels = np.concatenate([rows, np.setdiff1d(joins[:, :2], rows)])
+        order = np.argsort(labels)
+        joins[:, :2] = order[np.searchsorted(labels, joins[:, :2], sorter=order)]
+        return labels, joins[np.lexsort(joins.T)]
 
     def causes(self, channel: int) -> list[tuple[Cause, str]]:
         """What saw this channel together with others."""
@@ -340,7 +332,7 @@ class Cells:
         return list(dict.fromkeys(f"{cause}: {where}" for cause, where in sorted(found)))
 
     def _causes(self, pairs: np.ndarray, channel: int) -> list[tuple[Cause, str]]:
-        blocks = pairs[1][pairs[0] == channel].tolist()
+        blocks = pairs[pairs[:, 0] == channel, 1].tolist()
         return sorted({self.relations.causes[b] for b in blocks if b in self.relations.causes})
 
     def groups(
@@ -358,8 +350,14 @@ class Cells:
         for block, rows in split_by(home, members):
             if block not in self.barred and not channels.reason[rows].any():
                 extra = sorted(extras.get(int(block), []))
-                seen = [a[rows] for a in (channels.family, channels.colour, channels.arranged)]
-                seen += [self.above[block], self.structure(block, rows)]
+                labels, edges = self.structure(block, rows)
+                seen = [
+                    channels.family[rows],
+                    channels.arranged[rows],
+                    channels.colour[labels],
+                    edges,
+                    self.above[block],
+                ]
                 profile = (*(a.tobytes() for a in seen), tuple((e[0], e[1]) for e in extra))
                 profiles[profile].append((rows, extra))
         found = [block_group(self, channels, twins) for twins in profiles.values() if len(twins) > 1]
@@ -374,25 +372,23 @@ class Cells:
         return extras
 
 
-def distinct_pairs(relations: Relations, found: list[tuple[np.ndarray, int]]) -> np.ndarray:
-    """Pairs (channel, block), shape (2, k)."""
-    labels, blocks = recorded(found)
-    return np.unique(np.stack([relations.roots(labels), blocks]), axis=1)
-
-
-def recorded(found: list[tuple[np.ndarray, int]]) -> np.ndarray:
-    """Distinct pairs (label, block), shape (2, k)."""
+def edges(relations: Relations, slot: np.ndarray, found: list[tuple[np.ndarray, int, int]]) -> np.ndarray:
+    """Distinct rows: a channel, a block, and a number for where and as what the channel is in it or meets it."""
     if not found:
-        return np.zeros((2, 0), np.int64)
-    labels = np.concatenate([labels for labels, _ in found])
-    blocks = np.repeat([block for _, block in found], [len(labels) for labels, _ in found])
-    return np.unique(np.stack([labels, blocks]), axis=1)
+        return np.zeros((0, 3), np.int64)
+    sizes = [len(labels) for labels, *_ in found]
+    labels = np.concatenate([labels for labels, *_ in found])
+    blocks, calls = (np.repeat(numbers, sizes) for numbers in ([f[1] for f in found], [f[2] for f in found]))
+    what = (scrambled(calls, 0) ^ slot[labels]).view(np.int64)
+    return np.unique(np.stack([relations.roots(labels), blocks, what], axis=1), axis=0)
 
 
-def fingerprint(relations: Relations, slot: np.ndarray, found: list[tuple[np.ndarray, int]], kind: int) -> np.ndarray:
-    """Of the blocks that each channel is in, and as what."""
-    labels, blocks = recorded(found)
-    return sums(relations.count, relations.roots(labels), scrambled(blocks * 2 + kind, 0) ^ slot[labels])
+def ties(relations: Relations) -> np.ndarray:
+    """The same rows for blocks that move together."""
+    if not relations.ties:
+        return np.zeros((0, 3), np.int64)
+    left, right = (np.concatenate(side) for side in zip(*relations.ties, strict=True))
+    return np.stack([left, right, np.zeros_like(left)], axis=1)
 
 
 def sums(count: int, where: np.ndarray, what: np.ndarray) -> np.ndarray:

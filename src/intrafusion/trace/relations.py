@@ -67,9 +67,10 @@ class Relations:
         self.tables: dict[Key, np.ndarray] = {}
         self.uses: dict[Key, list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.followers: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
-        self.block_members: list[tuple[np.ndarray, int]] = []
+        self.calls = 0  # operations so far
+        self.block_members: list[tuple[np.ndarray, int, int]] = []
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.meetings: list[tuple[np.ndarray, int]] = []
+        self.meetings: list[tuple[np.ndarray, int, int]] = []
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
         self.causes: dict[int, tuple[Cause, str]] = {}
         self.colours: list[tuple[np.ndarray, np.ndarray]] = []
@@ -105,13 +106,13 @@ class Relations:
         if mixed.any():
             for a, b in zip(x[mixed], y[mixed], strict=True):
                 channel, block = (b, a) if self.is_block[a] else (a, b)
-                self.meetings.append((np.array([channel]), int(block)))
+                self.meetings.append((np.array([channel]), int(block), self.calls))
             x, y = x[~mixed], y[~mixed]
         blocks = self.is_block[x]
         self.ties.append((x[blocks], y[blocks]))
         self.sets.unite(x[~blocks], y[~blocks])
 
-    def copy(self, labels: np.ndarray, places: np.ndarray | int, call: int) -> np.ndarray:
+    def copy(self, labels: np.ndarray, places: np.ndarray | int) -> np.ndarray:
         """New labels of the same channels, apart for each place: what follows may treat the places differently."""
         named = labels >= FIRST
         codes = labels[named] << 24 | np.broadcast_to(places, labels.shape)[named]
@@ -121,7 +122,7 @@ class Relations:
         self.is_block[fresh] = blocks
         self.ties.append((origins[blocks], fresh[blocks]))
         self.sets.parent[fresh[~blocks]] = self.roots(origins[~blocks])
-        self.copies.append((fresh, origins, (distinct & 0xFFFFFF) + (call << 24)))
+        self.copies.append((fresh, origins, (distinct & 0xFFFFFF) + (self.calls << 24)))
         result = labels.copy()
         result[named] = fresh[which]
         return result
@@ -148,7 +149,7 @@ class Relations:
     def block(self, labels: np.ndarray, cause: Cause, where: str) -> int:
         """A new block label for a set of channels."""
         label = int(self.fresh(1, block=True)[0])
-        self.block_members.append((labels, label))
+        self.block_members.append((labels, label, self.calls))
         self.causes[label] = cause, where
         return label
 
@@ -157,9 +158,9 @@ class Relations:
         self.colours.append((labels, values + self.next_colour))
         self.next_colour += int(values.max(initial=0)) + 1
 
-    def passed(self, labels: np.ndarray, place: tuple[int, int]) -> None:
-        """These channels went through one place (operand or output of one operation): others may not have."""
-        self.passes.append((np.unique(labels), place))
+    def passed(self, labels: np.ndarray, slot: int) -> None:
+        """These channels are in one operand or output of the present operation; others may not be."""
+        self.passes.append((np.unique(labels), (self.calls, slot)))
 
     def forbid(self, labels: np.ndarray, reason: str) -> None:
         labels = np.unique(labels)

@@ -96,7 +96,6 @@ class Tracer(TorchDispatchMode):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.reached: set[str] = set()
         self.origins: list[Origin] = []
-        self.calls = 0
         self.modules: list[str] = []
         self.names: dict[int, str] = {}
         self.parameters: dict[int, str] = {}
@@ -125,16 +124,18 @@ class Tracer(TorchDispatchMode):
         return Activation(filled(FIXED, shape))
 
     def settled(self, labels: Tensor) -> Tensor:
-        """The same channels by their representatives, where that shows that some dimensions carry none."""
+        """The same channels with one label along dimensions that turned out to carry none."""
         united = spread(self.relations.roots(narrowed(labels)), labels.shape)
-        return united if varying(united) != varying(labels) else labels
+        same = varying(labels) - varying(united)
+        first = labels[tuple(slice(0, 1) if d in same else slice(None) for d in range(labels.dim()))]
+        return first.expand(labels.shape)
 
     def told_apart(self, labels: Tensor, dims: set[int]) -> Tensor:
         """A channel that stands at several places along these dimensions gets a label for each."""
         for dim in dims & varying(labels):
             rank = occurrences(narrowed(labels), dim)
             if rank.any():
-                labels = spread(self.relations.copy(narrowed(labels), rank, self.calls), labels.shape)
+                labels = spread(self.relations.copy(narrowed(labels), rank), labels.shape)
         return labels
 
     def uniform(self, shape: tuple[int, ...]) -> Activation:
@@ -169,10 +170,10 @@ class Tracer(TorchDispatchMode):
 
     def set_apart(self, operands: Sequence[Info | None], results: Sequence[Info | None]) -> None:
         """Channels that pass an operation are unlike those that do not, operand by operand, output by output."""
-        self.calls += 1
+        self.relations.calls += 1
         for slot, info in enumerate((*operands, *results)):
             if isinstance(info, Activation):
-                self.relations.passed(narrowed(info.labels), (self.calls, slot))
+                self.relations.passed(narrowed(info.labels), slot)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -110,7 +110,7 @@ class Sides:
         several = self.out_channels // len(known)
         outputs = np.repeat(known, several)
         if several > 1:
-            outputs = self.t.relations.copy(outputs, np.arange(len(outputs)) % several, self.t.calls)
+            outputs = self.t.relations.copy(outputs, np.arange(len(outputs)) % several)
         planes, dim, labels = (self.in_planes, 0, self.inputs) if self.transposed else (self.out_planes, 0, outputs)
         shape = self.call["weight"].shape
         for plane in planes:

@@ -12,6 +12,7 @@ from torch import Tensor
 from intrafusion.trace.info import Activation, Info, Plane, Result, Weight
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, compact, filled, narrowed, spread, varying
 from intrafusion.trace.rules.elementwise import combine
+from intrafusion.trace.rules.reduction import channel_dims
 from intrafusion.trace.rules.refusal import refuse
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def move(t: Tracer, call: Call) -> Result:
     info = t.info(source)
     for tensor in call.tensors[1:]:
         index = t.info(tensor)
-        if isinstance(index, Activation) and varying(index.labels):
+        if isinstance(index, Activation) and (varying(index.labels) or picks_channels(t, call, info)):
             return refuse(t, call, "data-dependent index")
     if info is None:
         return refuse(t, call, "index that depends on channels") if any(map(t.info, call.tensors)) else None
@@ -125,10 +126,19 @@ def move(t: Tracer, call: Call) -> Result:
 
 def each_apart(t: Tracer, call: Call, info: Activation) -> Activation:
     """Before a part is taken along a dimension: a channel that stands there several times, told apart."""
-    dims = {call["dim"] or 0} if call.name in (*PARTS, "index_select", "gather") else set()
+    return Activation(t.told_apart(info.labels, picked_dims(call)))
+
+
+def picked_dims(call: Call) -> set[int]:
+    """Dimensions along which some indices are taken and others may not be."""
+    dims = {call["dim"] or 0} if call.name in (*PARTS, "index_select", "gather", "take_along_dim") else set()
     if call.name == "index":
         dims = {d for d, index in enumerate(call.args[1]) if index is not None}
-    return Activation(t.told_apart(info.labels, {d % info.labels.dim() for d in dims}))
+    return {d % call.args[0].dim() for d in dims}
+
+
+def picks_channels(t: Tracer, call: Call, info: Info | None) -> bool:
+    return isinstance(info, Activation) and bool(picked_dims(call) & channel_dims(t, info))
 
 
 def split(info: Info, call: Call) -> list[Info | None]:
@@ -251,7 +261,7 @@ def apart(t: Tracer, labels: list[Tensor]) -> list[Tensor]:
     shared, count = np.unique(np.concatenate(held), return_counts=True)
     if not (shared[count > 1] >= FIRST).any():
         return labels
-    return [spread(t.relations.copy(narrowed(x), k, t.calls), x.shape) for k, x in enumerate(labels)]
+    return [spread(t.relations.copy(narrowed(x), k), x.shape) for k, x in enumerate(labels)]
 
 
 def joined_weights(tensors: list[Tensor], infos: list[Info | None], join: Callable[[list[Tensor]], Tensor]) -> Weight:
@@ -285,5 +295,4 @@ def same_channels(t: Tracer, labels: list[Tensor], dim: int) -> list[Tensor]:
         piece = narrowed(other.narrow(dim, 0, 1))
         if (piece > FIXED).any():
             merged = t.relations.merge(*np.broadcast_arrays(merged, piece))
-    find = t.relations.roots
-    return [spread(find(narrowed(x)), x.shape) for x in labels]
+    return [spread(np.where(narrowed(x) >= FIRST, merged, narrowed(x)), x.shape) for x in labels]

@@ -82,7 +82,7 @@ def channel_vector(t: Tracer, labels: Tensor, dim: int) -> np.ndarray:
     united = rows[0]
     for row in rows[1:]:
         united = t.relations.merge(united, row)
-    return np.broadcast_to(t.relations.roots(united) if len(rows) > 1 else united, (size,))
+    return np.broadcast_to(united, (size,))
 
 
 def reduction(t: Tracer, call: Call) -> Result:
