@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXTRAS := dev,torchvision,timm,transformers,benchmarks
+EXTRAS := dev,torchvision,timm,transformers,benchmarks,report,ray,train
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 # Tests, demo and benchmarks that need real data look for it in INTRAFUSION_DATA.
