@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.apply import hollow_, named_tensors, write_
+from intrafusion.batches import Images
 from intrafusion.budget import sizes
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
@@ -22,7 +23,6 @@ from intrafusion.plan import Decision, Plan, members_of
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer, ReductionMap, ReductionProblem, Select
 from intrafusion.restore import LeastSquares
-from intrafusion.restore.batches import Images
 from intrafusion.selection import left_alone
 from intrafusion.trace import trace
 from intrafusion.verify import operate, verified

@@ -1,6 +1,6 @@
 """Restoring what a reduction lost, without training."""
 
-from intrafusion.restore.batches import batches
+from intrafusion.batches import batches
 from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.pivoting import Pivot, Pivoted, add_shifts_
 from intrafusion.restore.synthesize import Synthesis, load_images, save_images

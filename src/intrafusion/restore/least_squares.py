@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.apply import named_tensors, write_
+from intrafusion.batches import Images, batches, fitted, joined
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
 from intrafusion.plan import Plan
-from intrafusion.restore.batches import Images, batches, fitted, joined
 from intrafusion.restore.layers import Layer, hooked, output_map, solvable
 from intrafusion.restore.ridge import ridge
 from intrafusion.restore.sums import Followed, Sums

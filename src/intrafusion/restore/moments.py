@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.apply import named_tensors
+from intrafusion.batches import Images, batches, fitted, joined
 from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role
 from intrafusion.inputs import ExampleInputs, Inputs
 from intrafusion.norms import fold
-from intrafusion.restore.batches import Images, batches, fitted, joined
 from intrafusion.restore.layers import Layer, hooked, solvable
 from intrafusion.trace.state import preserved
 

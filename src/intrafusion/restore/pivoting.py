@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from intrafusion.batches import Images
 from intrafusion.graph import ChannelGraph, Member
 from intrafusion.inputs import ExampleInputs
 from intrafusion.plan import Plan
 from intrafusion.reduce.pivot import least_squares_map, pivots
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.reduce.select import selection_map
-from intrafusion.restore.batches import Images
 from intrafusion.restore.layers import Layer, output_map, solvable
 from intrafusion.restore.least_squares import Reduced
 from intrafusion.restore.moments import Moments, gaussian, measured, points

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,14 +28,37 @@ def batches(images: Images) -> list[Inputs]:
     Raises:
         ModelError: no batch, or something else among them.
     """
+    return [call for call, _ in labelled(images)]
+
+
+def labelled(images: Images) -> Iterator[tuple[Inputs, Tensor | None]]:
+    """One call of the network per batch and the labels that came with it, read one batch at a time.
+
+    Labels are the second entry of a tuple or list, or a dict's "labels" (which stay among the arguments), where that is
+    a tensor.
+
+    Raises:
+        ModelError: no batch, or something else among them.
+    """
     if isinstance(images, (Tensor, Mapping, Inputs)):
-        return [as_call(images)]
+        yield as_call(images), labels_of(images)
+        return
     if not isinstance(images, Iterable):
         raise ModelError(f"images: expected a tensor, a dict or an iterable of batches, got {type(images).__name__}.")
-    found = [as_call(batch) for batch in images]
-    if not found:
+    batch = None
+    for batch in images:
+        yield as_call(batch), labels_of(batch)
+    if batch is None:
         raise ModelError("images: expected at least one batch, got none; a generator can be read only once.")
-    return found
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    labels = None
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    elif isinstance(batch, Mapping):
+        labels = batch.get("labels")
+    return labels if isinstance(labels, Tensor) else None
 
 
 def as_call(batch: Any) -> Inputs:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from intrafusion.batches import batches, fitted, joined, labelled
 from intrafusion.errors import ModelError
 from intrafusion.inputs import Inputs
-from intrafusion.restore.batches import batches, fitted, joined
 
 IMAGES = torch.arange(12.0).reshape(4, 3)
 LABELS = torch.arange(4)
@@ -39,6 +39,35 @@ def test_dicts_are_keyword_arguments() -> None:
     assert call.kwargs is not None
     assert torch.equal(call.kwargs["x"], IMAGES)
     assert call.kwargs["scale"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ([(IMAGES[:2], LABELS[:2]), [IMAGES[2:], LABELS[2:]]], [[0, 1], [2, 3]]),
+        (DataLoader(TensorDataset(IMAGES, LABELS), batch_size=3), [[0, 1, 2], [3]]),
+        ({"x": IMAGES, "labels": LABELS}, [[0, 1, 2, 3]]),
+        ([IMAGES, (IMAGES,), (IMAGES, "cats"), {"x": IMAGES}, ({"x": IMAGES}, LABELS)], [None] * 4 + [[0, 1, 2, 3]]),
+        (IMAGES, [None]),
+    ],
+    ids=["tuples", "loader", "dict", "mixed", "tensor"],
+)
+def test_labels_come_along(images: object, expected: list[list[int] | None]) -> None:
+    found = [labels for _, labels in labelled(images)]  # type: ignore[arg-type]
+    assert [None if labels is None else labels.tolist() for labels in found] == expected
+
+
+def test_one_batch_is_read_at_a_time() -> None:
+    read = []
+
+    def loader():  # type: ignore[no-untyped-def]
+        for index in range(3):
+            read.append(index)
+            yield IMAGES
+
+    stream = labelled(loader())
+    next(stream)
+    assert read == [0]
 
 
 def test_precision_follows_the_network_but_integers_stay() -> None:
