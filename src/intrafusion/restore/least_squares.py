@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +13,14 @@ from intrafusion.batches import Images, batches, fitted, joined
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
-from intrafusion.plan import Plan
 from intrafusion.restore.layers import Layer, hooked, output_map, solvable
+from intrafusion.restore.restorer import Reduced, needed
 from intrafusion.restore.ridge import ridge
 from intrafusion.restore.sums import Followed, Sums
 from intrafusion.trace.state import preserved
 from intrafusion.verify import copy_of
 
 RIGHT = 1e-5  # a layer whose outputs are off by less than this fraction of their size is left alone
-
-
-class Reduced(Protocol):
-    """A smaller network and the plan that made it."""
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def plan(self) -> Plan: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ class LeastSquares:
         if self.rows < 2:
             raise ValueError(f"rows: expected at least 2 sampled rows per layer, got {self.rows!r}.")
 
-    def __call__(self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images) -> None:
+    def __call__(self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None) -> None:
         """Write the solved weights into `compressed.model`, or on any error none of them.
 
         Args:
@@ -85,7 +75,7 @@ class LeastSquares:
         Raises:
             ModelError: no images, images of different shapes, or a network that gives NaN on them.
         """
-        inputs = joined(batches(images))
+        inputs = joined(batches(needed(images, self)))
         small = copy_of(compressed.model).eval()
         layers, originals = solvable(small, graph), solvable(reference, graph)
         common = [name for name in originals if name in layers]

@@ -1,0 +1,55 @@
+"""What a restorer is given, and what it may write."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from intrafusion.batches import Images
+from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGraph
+from intrafusion.plan import Plan
+
+
+class Reduced(Protocol):
+    """A smaller network and the plan that made it."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def plan(self) -> Plan: ...
+
+
+@runtime_checkable
+class Restorer(Protocol):
+    """A frozen dataclass whose fields are its hyper-parameters; it makes up for what a reduction lost.
+
+    `needs_data`: whether it works only with images.
+
+    Args:
+        compressed: the smaller network; weights of `compressed.model` are written in place, or, on an error, none.
+        reference: the original network; left as it was.
+        graph: the channel graph of the original network.
+        images: unlabelled, as the networks take them; see `intrafusion.batches`.
+    """
+
+    needs_data: bool
+
+    def __call__(
+        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None, /
+    ) -> None: ...
+
+
+def needed(images: Images | None, restorer: Restorer) -> Images:
+    """The images, for a restorer that cannot do without.
+
+    Raises:
+        ModelError: there are none.
+    """
+    if images is None:
+        raise ModelError(
+            f"{type(restorer).__name__} needs images: expected a few hundred unlabelled ones, got none; "
+            "give images=..., or choose a restorer that needs none."
+        )
+    return images
