@@ -20,8 +20,9 @@ LAYERS = (
     {"plan", "recipe", "selection", "norms", "apply", "trace", "verify", "measure"},
     {"io", "report"},
     {"compressed"},
-    {"restore", "fusion"},
+    {"restore"},
     {"pipeline"},
+    {"fusion", "factorize", "train"},
     {"bench", "zoo"},
     {"", "cli"},  # "" is the package itself: its public names
 )

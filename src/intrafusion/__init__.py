@@ -2,6 +2,7 @@
 
 from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError, FolderError, IntrafusionError, ModelError, PlanError
+from intrafusion.fusion import Alignment, Fused, fuse
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.io.folder import load
 from intrafusion.pipeline import apply, carry_out, compress, decide, inspect
@@ -14,12 +15,14 @@ from intrafusion.trace import trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "BudgetError",
     "ChannelGraph",
     "ChannelGroup",
     "Compressed",
     "Decision",
     "FolderError",
+    "Fused",
     "IntraFusion",
     "IntrafusionError",
     "Member",
@@ -33,6 +36,7 @@ __all__ = [
     "carry_out",
     "compress",
     "decide",
+    "fuse",
     "inputs_of",
     "inspect",
     "load",

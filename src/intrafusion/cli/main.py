@@ -1,4 +1,4 @@
-"""intrafusion: inspect, compress, demo."""
+"""intrafusion: inspect, compress, fuse, demo."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import intrafusion
 from intrafusion.cli.compress import compress
 from intrafusion.cli.console import EXIT_CODES
 from intrafusion.cli.demo import demo
+from intrafusion.cli.fuse import fuse
 from intrafusion.cli.inspect import inspect
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
-for command in (inspect, compress, demo):
+for command in (inspect, compress, fuse, demo):
     app.command(epilog=EXIT_CODES)(command)
 
 

@@ -1,0 +1,175 @@
+"""Which channels of one network play the part of which channels of another: one coupling per group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.apply import matrix_for, named_tensors, norm_biases, tensors_of_norm
+from intrafusion.errors import unknown_name
+from intrafusion.features import channel_rows, weighs
+from intrafusion.fusion.carry import Track, carried
+from intrafusion.fusion.match import Pair
+from intrafusion.graph import ChannelGraph, Member, Role
+from intrafusion.norms import fold
+from intrafusion.reduce import ReductionMap
+from intrafusion.reduce.fuse import NORMALIZATIONS
+from intrafusion.transport import direction_cost, optimal_coupling
+
+Maps = Mapping[str, ReductionMap]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How channels are compared, and what becomes of the optimal transport plan between them.
+
+    Attributes:
+        cost: "distance" (Euclidean, between rows as they are) or "direction" (l1, between rows of unit length).
+        sides: of weights: "inputs" compares what produces the channels, as Singh and Jaggi do, "both" also what reads
+            them, as Ainsworth et al. do.
+        rounds: passes over all groups. The first knows only the layers before; later ones compare all layers of a
+            residual stream, in the coordinates that the pass before found. Stops when nothing moves any more.
+        normalization: "function" (means in, sums out) or "target" (means in, means out, as Singh and Jaggi write); the
+            same where the widths are.
+    """
+
+    cost: str = "distance"
+    sides: str = "both"
+    rounds: int = 10
+    normalization: str = "function"
+
+    def __post_init__(self) -> None:
+        for kind, name, valid in (
+            ("cost", self.cost, COSTS),
+            ("sides", self.sides, SIDES),
+            ("normalization", self.normalization, NORMALIZATIONS),
+        ):
+            if name not in valid:
+                raise ValueError(unknown_name(kind, name, valid))
+        if self.rounds < 1:
+            raise ValueError(f"rounds: expected at least 1, got {self.rounds!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One network: its folded tensors, and what its channels gave on images, if they are compared by that.
+
+    betas: biases of the folded norms as they were, which are the means of what the norms give.
+    """
+
+    weights: Mapping[str, Tensor]
+    graph: ChannelGraph
+    outputs: Mapping[str, Tensor]
+    betas: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, graph: ChannelGraph, outputs: Mapping[str, Tensor] | None = None) -> Side:
+        tensors = named_tensors(model)
+        names = {*graph.shapes, *(t for n in graph.norms for t in tensors_of_norm(n))}
+        betas = {n.bias: tensors[n.bias].detach().double() for n in graph.norms if n.bias is not None}
+        return cls(fold({name: tensors[name] for name in names}, graph.norms), graph, outputs or {}, betas)
+
+
+def aligned(own: Side, anchor: Side, pairs: Sequence[Pair], how: Alignment) -> dict[str, ReductionMap]:
+    r"""A map onto the anchor's channels for every group, by the anchor's name of it.
+
+    T = argmin <T, C>  subject to  T 1 = 1/n,  T^T 1 = 1/m, group after group, with C the distance between the rows that
+    describe the channels. Rows of weights are compared with their inputs carried along the maps found so far.
+
+    Reference: Singh and Jaggi 2020, Algorithm 1; passes after the first as in Ainsworth et al. 2023, Algorithm 1.
+    """
+    maps: dict[str, ReductionMap] = {}
+    by_outputs = [p for p in pairs if p.name in anchor.outputs and p.own.name in own.outputs]
+    for pair in by_outputs:
+        maps[pair.name] = coupled(own.outputs[pair.own.name], anchor.outputs[pair.name], how)
+    rest = [p for p in pairs if p.name not in maps]
+    through = crossings(pairs)
+    for _ in range(how.rounds):
+        before = dict(maps)
+        for pair in rest:
+            maps[pair.name] = coupled(*rows(pair, own, anchor, through, maps, how), how)
+        if all(n in before and torch.equal(before[n].merge, maps[n].merge) for n in maps):
+            break
+    return maps
+
+
+def coupled(x: Tensor, y: Tensor, how: Alignment) -> ReductionMap:
+    a, b = (torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device=rows.device) for rows in (x, y))
+    return NORMALIZATIONS[how.normalization](optimal_coupling(COSTS[how.cost](x, y), a, b), a, b)
+
+
+def rows(
+    pair: Pair, own: Side, anchor: Side, through: Mapping[str, list[tuple[Pair, Member, Member]]], maps: Maps,
+    how: Alignment,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The vectors that describe the channels of a group in both networks, of equal length."""
+    columns: list[tuple[Tensor, Tensor]] = []
+    for mine, theirs in pair.members:
+        if describes(mine, own.weights, how) and (tracks := crossing(pair, mine, through, maps)) is not None:
+            shape = anchor.graph.shapes[theirs.tensor]
+            moved = {**own.weights, mine.tensor: carried(own.weights[mine.tensor], tracks, shape)}
+            there = replace(mine, within=theirs.within)  # the slice lies along a dimension that was carried
+            columns.append((channel_rows(moved, there), channel_rows(anchor.weights, theirs)))
+    if not columns:
+        n, m = pair.own.size, pair.anchor.size
+        return torch.zeros(n, 1, dtype=torch.float64), torch.zeros(m, 1, dtype=torch.float64)
+    mine, theirs = zip(*columns, strict=True)
+    return torch.cat(mine, dim=1), torch.cat(theirs, dim=1)
+
+
+def describes(member: Member, weights: Mapping[str, Tensor], how: Alignment) -> bool:
+    if Role.CONSUMES in member.roles and Role.PRODUCES not in member.roles:
+        return how.sides == "both"
+    return weighs(member, weights) or Role.SHIFTS in member.roles
+
+
+def crossings(pairs: Sequence[Pair]) -> dict[str, list[tuple[Pair, Member, Member]]]:
+    """What runs through each tensor."""
+    found: dict[str, list[tuple[Pair, Member, Member]]] = {}
+    for pair in pairs:
+        for mine, theirs in pair.members:
+            found.setdefault(mine.tensor, []).append((pair, mine, theirs))
+    return found
+
+
+def crossing(
+    pair: Pair, member: Member, through: Mapping[str, list[tuple[Pair, Member, Member]]], maps: Maps
+) -> list[Track] | None:
+    """How the other dimensions of a member's tensor are carried; None while a map for them is not known yet."""
+    tracks = []
+    for other, mine, theirs in through[member.tensor]:
+        if mine.dim == member.dim:
+            continue
+        if other.name not in maps:
+            return None
+        tracks.append(track(mine, theirs, maps[other.name]))
+    return tracks
+
+
+def track(mine: Member, theirs: Member, reduction: ReductionMap, *, average: bool = False) -> Track:
+    return Track(mine, theirs, matrix_for(mine, reduction, average=average))
+
+
+def transported(
+    tensors: Mapping[str, Tensor], own: ChannelGraph, anchor: ChannelGraph, pairs: Sequence[Pair], maps: Maps
+) -> dict[str, Tensor]:
+    """Tensors of a network, norms folded, in the anchor's coordinates and shape."""
+    through = crossings(pairs)
+    centred = {m.tensor for p in pairs for m in norm_biases(p.own)} - {n.bias for n in own.norms}
+
+    def tracks(name: str) -> Iterator[Track]:
+        for pair, mine, theirs in through.get(name, []):
+            yield track(mine, theirs, maps[pair.name], average=name in centred)
+
+    return {n: carried(t, list(tracks(n)), anchor.shapes.get(n, tuple(t.shape))) for n, t in tensors.items()}
+
+
+def distance(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"distance": distance, "direction": direction_cost}
+SIDES = ("inputs", "both")

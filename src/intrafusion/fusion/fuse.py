@@ -1,0 +1,186 @@
+"""Several networks of one structure into one: aligned channel by channel to an anchor, then averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion import restore as restorers
+from intrafusion.apply import named_tensors, write_
+from intrafusion.batches import Images, batches, joined
+from intrafusion.compressed import Compressed
+from intrafusion.errors import ModelError, unknown_name
+from intrafusion.fusion.align import Alignment, Side, aligned, transported
+from intrafusion.fusion.match import Pair, pairs_of
+from intrafusion.fusion.outputs import channel_outputs
+from intrafusion.fusion.variance import lengths, strengthened
+from intrafusion.graph import ChannelGraph, Role
+from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.measure.size import size_of
+from intrafusion.norms import unfold
+from intrafusion.pipeline import Progress, carry_out, decide, inspect, silent
+from intrafusion.recipe import Keep, Recipe
+from intrafusion.reduce import ReductionMap
+from intrafusion.restore import Restorer
+from intrafusion.verify import copy_of
+
+USING = ("weights", "activations")
+
+
+@dataclass(frozen=True, eq=False)
+class Fused(Compressed):
+    """The fused network; what the anchor became is in `plan`, as after `compress`.
+
+    Attributes:
+        alignments: for every network that was fused, its map onto the result's channels by name of the group.
+        weights: what each network counted, sum 1.
+    """
+
+    alignments: tuple[Mapping[str, ReductionMap], ...] = field(default=())
+    weights: tuple[float, ...] = ()
+
+
+def fuse(
+    models: Sequence[nn.Module],
+    example_inputs: ExampleInputs,
+    *,
+    using: str = "weights",
+    images: Images | None = None,
+    weights: Sequence[float] | None = None,
+    anchor: int = 0,
+    keep: Keep = 1.0,
+    alignment: Alignment | None = None,
+    rescale: bool = True,
+    restore: str | Restorer | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    **recipe: Any,
+) -> Fused:
+    """Fuse trained networks of one structure, of equal or different widths, into one network.
+
+    The channels of every network are moved onto those of the anchor along optimal transport plans, one per group of
+    coupled channels; then tensors are averaged, batch norms folded into the layers before them. Channels of the
+    output are never moved. Every network is aligned to the anchor alone: the order of the others does not matter.
+
+    Args:
+        models: at least two; none is modified.
+        example_inputs: of one forward call, as for `compress`.
+        using: what channels are compared by: "weights", or "activations" on `images` (about 200 are enough).
+        images: unlabelled, as the networks take them.
+        weights: what each network counts in the average; equal if None.
+        anchor: index of the network whose channels and widths the result has.
+        keep: below 1, the result is narrower than the anchor: all networks, the anchor too, are moved onto the
+            channels that it keeps.
+        alignment: costs, sides and passes; `Alignment()` by default.
+        rescale: give the averaged channels the strength of those that they were averaged from; see `strengthened`.
+        restore: a restorer, or its name, that then makes the fused network give what the anchor gives.
+        seed: for whatever draws random numbers.
+        recipe: how the anchor is narrowed where keep < 1, by the names of `Recipe`; plain pruning by default.
+    Returns:
+        the fused network, in the anchor's dtype, on its device and in its mode.
+    Raises:
+        ModelError: networks of different depth or structure (with the first difference), or no images where needed.
+        ValueError: an unknown name, fewer than two networks, or weights that are no weights.
+
+    Reference: Singh and Jaggi 2020, Algorithm 1 (fusion); a residual stream has one coupling (Theus et al. 2024).
+    """
+    shares = checked(models, using, images, weights, anchor)
+    inputs, calibration = Inputs.of(example_inputs), None if images is None else joined(batches(images))
+    graphs = []
+    for index, model in enumerate(models):
+        progress("trace", index, len(models))
+        graphs.append(inspect(model, inputs))
+    names = [f"network {index}" for index in range(len(models))]
+    wanted = Recipe.of(keep=keep, seed=seed, **{"reducer": "select", **recipe})
+    plan = decide(models[anchor], graphs[anchor], wanted)
+    for graph, name in zip(graphs, names, strict=True):
+        pairs_of(graph, graphs[anchor], name)
+    base = carry_out(models[anchor], plan, graphs[anchor], inputs)
+    narrowed = bool(base.plan.sizes)
+    target = inspect(base.model, inputs) if narrowed else graphs[anchor]
+    by_outputs = calibration if using == "activations" else None
+    onto = side(base.model, target, by_outputs, seed)
+    mean = Mean(onto, base.model)
+    alignments: list[Mapping[str, ReductionMap]] = []
+    for index, (model, graph) in enumerate(zip(models, graphs, strict=True)):
+        progress("align", index, len(models))
+        own = onto if index == anchor and not narrowed else side(model, graph, by_outputs, seed)
+        pairs = pairs_of(graph, target, names[index])
+        maps = identities(pairs) if own is onto else aligned(own, onto, pairs, alignment or Alignment())
+        alignments.append(maps)
+        mean.add(own, pairs, maps, shares[index])
+    fused = copy_of(base.model)
+    write_(fused, mean.written(rescale=rescale))
+    result = Fused(
+        fused, base.plan, base.before, size_of(fused, inputs), base.repairs, tuple(alignments), tuple(shares)
+    )
+    progress("align", len(models), len(models))
+    if restore is not None:
+        restorers.get(restore)(result, models[anchor], graphs[anchor], images)
+    return result
+
+
+def side(model: nn.Module, graph: ChannelGraph, calibration: Inputs | None, seed: int) -> Side:
+    outputs = None if calibration is None else channel_outputs(model, graph, calibration, seed=seed)
+    return Side.of(model, graph, outputs)
+
+
+def identities(pairs: Sequence[Pair]) -> dict[str, ReductionMap]:
+    eyes = {p.name: torch.eye(p.own.size, dtype=torch.float64) for p in pairs}
+    return {name: ReductionMap(eye, eye) for name, eye in eyes.items()}
+
+
+class Mean:
+    """The weighted mean of tensors that were carried into the anchor's coordinates, norms folded."""
+
+    def __init__(self, anchor: Side, model: nn.Module) -> None:
+        self.anchor, self.model = anchor, model
+        self.tensors: dict[str, Tensor] = {}
+        self.betas: dict[str, Tensor] = {}
+        self.lengths: dict[str, Tensor] = {}
+        self.dims: dict[str, int] = {}
+
+    def add(self, own: Side, pairs: Sequence[Pair], maps: Mapping[str, ReductionMap], share: float) -> None:
+        target = self.anchor.graph
+        floating = {n: t for n, t in own.weights.items() if t.is_floating_point()}
+        accumulate_(self.tensors, transported(floating, own.graph, target, pairs, maps), share)
+        accumulate_(self.betas, transported(own.betas, own.graph, target, pairs, maps), share)
+        accumulate_(self.lengths, lengths(own, target, self.model, pairs, maps), share)
+        self.dims.update({m.tensor: m.dim for p in pairs for _, m in p.members if Role.PRODUCES in m.roles})
+
+    def written(self, *, rescale: bool) -> dict[str, Tensor]:
+        """The tensors to write, norms with the anchor's own scale and shift, in the anchor's dtype."""
+        norms, tensors = self.anchor.graph.norms, self.tensors
+        if rescale:
+            tensors = strengthened(tensors, self.lengths, self.betas, norms, self.dims)
+        present = {name: t.detach() for name, t in named_tensors(self.model).items()}
+        final = unfold({**self.anchor.weights, **tensors}, present, norms, {})
+        return {name: t.to(present[name].dtype) for name, t in final.items()}
+
+
+def accumulate_(total: dict[str, Tensor], part: Mapping[str, Tensor], share: float) -> None:
+    for name, tensor in part.items():
+        total[name] = total[name] + share * tensor.to(total[name]) if name in total else share * tensor
+
+
+def checked(
+    models: Sequence[nn.Module], using: str, images: Images | None, weights: Sequence[float] | None, anchor: int
+) -> list[float]:
+    """The share of each network in the average."""
+    if using not in USING:
+        raise ValueError(unknown_name("using", using, USING))
+    if len(models) < 2:
+        raise ValueError(f"fuse: expected at least two networks, got {len(models)}.")
+    if using == "activations" and images is None:
+        raise ModelError('fuse: using="activations" compares what the networks give on images; pass images=.')
+    if not 0 <= anchor < len(models):
+        raise ValueError(f"anchor: expected an index in 0..{len(models) - 1}, got {anchor}.")
+    given = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    if len(given) != len(models) or not all(w >= 0 for w in given) or not 0 < sum(given) < math.inf:
+        raise ValueError(f"weights: expected {len(models)} numbers >= 0, not all 0, got {given}.")
+    return [w / sum(given) for w in given]

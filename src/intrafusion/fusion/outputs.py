@@ -1,0 +1,86 @@
+"""What the layers of a network give on images: one row per channel, sampled at places that all networks share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.batches import fitted
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.inputs import Inputs
+from intrafusion.trace.state import preserved
+
+
+def channel_outputs(
+    model: nn.Module, graph: ChannelGraph, inputs: Inputs, *, places: int = 20_000, seed: int = 0
+) -> dict[str, Tensor]:
+    """What the layers that produce each group give before the activation function, norms that were folded included.
+
+    Args:
+        inputs: all images as one call.
+        places: at most this many values per channel and layer.
+        seed: of the sample of places; the same for networks of other widths.
+    Returns:
+        (n, d) float64 by name of the group: the outputs of all its layers side by side, in execution order. Groups
+        that no convolution or linear module produces are missing.
+    """
+    watched = {g.name: found for g in graph.reducible if (found := seen_at(model, graph, g))}
+    modules = {name for places_of in watched.values() for name, _, _ in places_of}
+    recorded: dict[str, list[Tensor]] = defaultdict(list)
+
+    def store(name: str, dim: int, output: Tensor) -> None:
+        flat = output.detach().movedim(dim, 0).flatten(1)
+        if flat.shape[1] > places:
+            chosen = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed))[:places]
+            flat = flat[:, chosen.to(flat.device)]
+        recorded[name].append(flat.float())
+
+    dims = {name: dim for found in watched.values() for name, dim, _ in found}
+    with preserved(model), hooks(model, {n: dims[n] for n in modules}, store):
+        fitted(inputs, model).call(model)
+    return {
+        group: torch.cat([rows(values, m) for name, _, m in found for values in recorded[name]], dim=1)
+        for group, found in watched.items()
+        if any(recorded[name] for name, _, _ in found)
+    }
+
+
+def rows(values: Tensor, member: Member) -> Tensor:
+    return values[torch.from_numpy(member.positions).to(values.device)].flatten(1).double()
+
+
+def seen_at(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> list[tuple[str, int, Member]]:
+    """(module whose output to read, its channel dimension, member of the weight that makes it) of each producer."""
+    norms = {n.producer_weight: n.mean.rpartition(".")[0] for n in graph.norms}
+    found = []
+    for member in group.with_role(Role.PRODUCES):
+        name = norms.get(member.tensor, member.module)
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            name, module = member.module, model.get_submodule(member.module)
+        if member.tensor.endswith("weight") and channels_lie_in(model.get_submodule(member.module), member):
+            found.append((name, -1 if isinstance(module, nn.Linear) else 1, member))
+    return found
+
+
+def channels_lie_in(module: nn.Module, member: Member) -> bool:
+    """Whether position p along the weight's dimension is output channel p."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return member.within is None and (member.dim == 1 if module.transposed else member.dim == 0)
+    return isinstance(module, nn.Linear) and member.dim == 0
+
+
+@contextlib.contextmanager
+def hooks(model: nn.Module, dims: dict[str, int], store: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: store(name, dims[name], output)
+
+    with contextlib.ExitStack() as stack:
+        for name in dims:
+            stack.callback(model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
+        yield
