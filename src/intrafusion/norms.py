@@ -34,9 +34,8 @@ def fold(weights: Mapping[str, Tensor], norms: Sequence[FoldableNorm]) -> dict[s
     """
     folded = {name: _copy(tensor) for name, tensor in weights.items()}
     for norm in norms:
-        gamma, beta, mu, sigma = _statistics(folded, norm)
-        scale = gamma / sigma
-        shift = (_producer_bias(folded, norm) - mu) * scale + beta
+        gamma, _, mu, sigma = statistics_of(folded, norm)
+        scale, shift = gamma / sigma, shift_of(folded, norm)
         rows = folded[norm.producer_weight]
         folded[norm.producer_weight] = rows * _along(scale, rows, norm.producer_dim)
         _write(
@@ -90,12 +89,12 @@ def _unfold_one(
     final: dict[str, Tensor], original: Mapping[str, Tensor], norm: FoldableNorm, merge: Tensor | None
 ) -> None:
     old = {name: _copy(original[name]) for name in _names(norm)}
-    gamma, beta, _, sigma = _statistics(old, norm)
+    gamma, beta, _, sigma = statistics_of(old, norm)
     average = _averaging(merge, sigma)
     gamma, beta, sigma = _never_zero(average @ gamma, average @ gamma.abs()), average @ beta, average @ sigma
     bias = average @ _producer_bias(old, norm)
 
-    _, norm_bias, norm_mean, _ = _statistics(final, norm)
+    _, norm_bias, norm_mean, _ = statistics_of(final, norm)
     shift = _producer_bias(final, norm) + norm_bias - norm_mean
     rows = final[norm.producer_weight]
     final[norm.producer_weight] = rows * _along(sigma / gamma, rows, norm.producer_dim)
@@ -117,7 +116,7 @@ def _never_zero(gamma: Tensor, magnitude: Tensor) -> Tensor:
     return torch.where(gamma == 0, 1.0, gamma)
 
 
-def _statistics(weights: Mapping[str, Tensor], norm: FoldableNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def statistics_of(weights: Mapping[str, Tensor], norm: FoldableNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gamma, beta, mu and sigma = sqrt(v + eps); a norm without affine parameters has gamma 1 and beta 0."""
     mu = weights[norm.mean]
     gamma = torch.ones_like(mu) if norm.weight is None else weights[norm.weight]
@@ -137,6 +136,26 @@ def _write(
         weights[norm.weight] = weight
     weights[norm.mean] = mean
     weights[norm.variance] = (sigma.square() - norm.eps).clamp_min(0.0)
+
+
+def shift_of(weights: Mapping[str, Tensor], norm: FoldableNorm) -> Tensor:
+    """The constant (c,) that a norm adds once it is folded into its producer: (b - mu) gamma / sigma + beta."""
+    gamma, beta, mu, sigma = statistics_of(weights, norm)
+    return (_producer_bias(weights, norm) - mu) * gamma / sigma + beta
+
+
+def with_statistics(
+    weights: Mapping[str, Tensor], norm: FoldableNorm, *, weight: Tensor, bias: Tensor, mean: Tensor, sigma: Tensor
+) -> dict[str, Tensor]:
+    """The tensors of a norm that computes x -> (x - mean) / sigma * weight + bias, whichever parameters it has.
+
+    Args:
+        weight: (c,); must be 1 for a norm without one.
+        sigma: (c,) = sqrt(variance + eps); what is below sqrt(eps) is taken for that.
+    """
+    new = {name: weights[name] for name in (norm.weight, norm.bias, norm.mean, norm.variance) if name is not None}
+    _write(new, norm, weight=weight, bias=bias, mean=mean, sigma=sigma)
+    return new
 
 
 def _producer_bias(weights: Mapping[str, Tensor], norm: FoldableNorm) -> Tensor:

@@ -141,18 +141,32 @@ class Layer:
             self.norm.mean.data.copy_(self.norm.mean.double() - shift)
 
 
-def solvable(model: nn.Module, graph: ChannelGraph) -> dict[str, Layer]:
-    """Convolutions and linear layers with a weight of their own, by name; grouped ones are left out."""
+def solvable(
+    model: nn.Module, graph: ChannelGraph, suits: Callable[[nn.Module], bool] | None = None
+) -> dict[str, Layer]:
+    """Convolutions and linear layers with a weight of their own, by name; grouped ones are left out.
+
+    Args:
+        suits: which modules to take instead; they must be linear layers or convolutions.
+    """
     tensors = named_tensors(model)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     norms = {norm.producer_weight: norm for norm in graph.norms}
     found = {}
     for name, module in model.named_modules():
         weight = f"{name}.weight" if name else "weight"
-        if is_dense(module) and weight in tensors and owners[id(module.weight)] == 1:
+        if (suits or is_dense)(module) and weight in tensors and owners[id(tensors[weight])] == 1:
+            assert isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
             norm = norms.get(weight)
             found[name] = Layer(name, module, None if norm is None else Norm.of(norm, tensors))
     return found
+
+
+def is_convolution_or_linear(module: nn.Module) -> bool:
+    """Also grouped ones, not transposed ones."""
+    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not (
+        nn.utils.parametrize.is_parametrized(module)
+    )
 
 
 def is_dense(module: nn.Module) -> TypeGuard[nn.Linear | nn.modules.conv._ConvNd]:

@@ -1,0 +1,175 @@
+"""REPAIR: the mean and the standard deviation of every layer's outputs set back to the original's, on images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.apply import named_tensors, write_
+from intrafusion.batches import Images, fitted
+from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGraph
+from intrafusion.reduce.problem import ReductionMap
+from intrafusion.restore.layers import Layer, hooked, is_convolution_or_linear, solvable
+from intrafusion.restore.reestimate import rebatched
+from intrafusion.restore.restorer import Reduced, needed
+from intrafusion.restore.statistics import averages, merge_along
+from intrafusion.trace.state import preserved
+from intrafusion.verify import copy_of
+
+DEAD = 1e-4  # a channel that varies less than this fraction of what it should is not blown up
+
+
+@dataclass(frozen=True)
+class ActivationRepair:
+    r"""Set mean and standard deviation of every layer's channels to the average of the original channels they merge.
+
+    For channels y (behind a batch norm that directly follows, if there is one) and the merge as weighted means A,
+
+        y'  <-  (y' - mean y') / std y' * (A std y) + A mean y,
+
+    folded into the layer's weight and bias (or the norm's mean). One pass per network, in which each batch goes on
+    with the corrected outputs. For networks without batch norm; where every layer has one it does what `Reestimate`
+    does. A layer without bias or norm is only scaled; layers that run several times, transposed
+    convolutions, tied and reparametrised weights are left alone.
+
+    Attributes:
+        batch: images that go through at a time; smaller batches are put together, larger ones cut.
+
+    Reference: Jordan et al. 2023, REPAIR; Wang et al. 2025 use it on folded networks.
+    """
+
+    batch: int = 128
+
+    needs_data = True  # of the class, not a hyper-parameter
+
+    def __post_init__(self) -> None:
+        if self.batch < 2:
+            raise ValueError(f"batch: expected at least 2 images, a variance of one is 0; got {self.batch!r}.")
+
+    def __call__(
+        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None = None
+    ) -> None:
+        """Write weights, biases and, behind layers without bias, the means of batch norms.
+
+        Raises:
+            ModelError: no images, or one of the networks gives NaN on them.
+        """
+        images = needed(images, self)
+        images = list(images) if isinstance(images, Iterator) else images  # they are read twice
+        small = copy_of(compressed.model)
+        layers = solvable(small, graph, is_convolution_or_linear)
+        originals = solvable(reference, graph, is_convolution_or_linear)
+        found = measured(reference, {n: layer for n, layer in originals.items() if n in layers}, images, self.batch)
+        maps = compressed.plan.maps
+        targets = {name: averaged(found[name], originals[name], graph, maps) for name in found}
+        repaired_(small, {name: layers[name] for name in found}, targets, images, self.batch)
+        changed = {id(t) for name in found for t in layers[name].tensors}
+        write_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in changed})
+
+
+@dataclass(eq=False)
+class Statistics:
+    """Mean and standard deviation (c,) per channel of all rows that were added, float64."""
+
+    rows: int = 0
+    total: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Rows (k, c)."""
+        rows = rows.double()
+        self.rows += len(rows)
+        self.total = self.total + rows.sum(0)
+        self.squares = self.squares + rows.square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.as_tensor(self.total) / self.rows
+
+    @property
+    def deviation(self) -> Tensor:
+        return (torch.as_tensor(self.squares) / self.rows - self.mean.square()).clamp(min=0).sqrt()
+
+
+Target = tuple[Tensor, Tensor]
+"""Mean and standard deviation (c,) that the channels of a layer should have."""
+
+
+def measured(model: nn.Module, layers: Mapping[str, Layer], images: Images, batch: int) -> dict[str, Statistics]:
+    """Statistics of the outputs of each layer, behind its norm; of layers that run once in a forward pass."""
+    found: dict[str, Statistics] = {name: Statistics() for name in layers}
+    calls: Counter[str] = Counter()
+    passes = 0
+
+    def called(name: str, x: Tensor, output: Tensor) -> None:
+        calls[name] += 1
+        found[name].add(rows_of(layers[name], layers[name].normed(output)))
+
+    with preserved(model), hooked(layers, called):
+        for call, _ in rebatched(images, batch):
+            fitted(call, model).call(model)
+            passes += 1
+    for name in layers:
+        if calls[name] and not bool(torch.isfinite(found[name].mean).all()):
+            raise ModelError(f"{name}: the original network gives NaN or infinity on these images; check their scale.")
+    return {name: statistics for name, statistics in found.items() if calls[name] == passes}
+
+
+def rows_of(layer: Layer, output: Tensor) -> Tensor:
+    return output.movedim(layer.channel_dim, -1).flatten(0, -2)
+
+
+def averaged(found: Statistics, layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Target:
+    merge = merge_along(f"{layer.name}.weight".lstrip("."), len(layer.module.weight), graph, maps)
+    if merge is None:
+        return found.mean, found.deviation
+    mean = averages(merge).to(found.mean)
+    return mean @ found.mean, mean @ found.deviation
+
+
+def repaired_(
+    model: nn.Module, layers: Mapping[str, Layer], targets: Mapping[str, Target], images: Images, batch: int
+) -> None:
+    """One pass in which every layer's outputs are set to their targets batch by batch, then written (in place)."""
+    found: dict[str, Statistics] = {name: Statistics() for name in layers}
+
+    def called(name: str, x: Tensor, output: Tensor) -> Tensor:
+        layer, now = layers[name], Statistics()
+        rows = rows_of(layer, layer.normed(output))
+        for statistics in (now, found[name]):
+            statistics.add(rows)
+        factor, constant = correction(layer, now, targets[name])
+        shape = [-1 if d == layer.channel_dim % output.dim() else 1 for d in range(output.dim())]
+        return output * factor.to(output).reshape(shape) + constant.to(output).reshape(shape)
+
+    with preserved(model), hooked(layers, called):
+        for call, _ in rebatched(images, batch):
+            fitted(call, model).call(model)
+    for name, layer in layers.items():
+        if not bool(torch.isfinite(found[name].mean).all()):
+            raise ModelError(f"{name}: the smaller network gives NaN or infinity on these images.")
+        factor, constant = correction(layer, found[name], targets[name])
+        weight = layer.module.weight.detach().double()
+        rows = (factor - 1).reshape(-1, *[1] * (weight.dim() - 1))
+        bias = 0.0 if layer.module.bias is None else layer.module.bias.detach().double()
+        layer.add_((weight * rows).flatten(1), constant + (factor - 1) * bias)
+
+
+def correction(layer: Layer, now: Statistics, target: Target) -> tuple[Tensor, Tensor]:
+    """Factor and constant (c,) for the layer's own output that give what comes behind its norm these statistics."""
+    mean, deviation = target
+    alive = now.deviation > DEAD * deviation
+    factor = torch.where(alive, deviation / torch.where(alive, now.deviation, 1.0), 1.0)
+    if not layer.shifts:
+        return factor, torch.zeros_like(factor)
+    constant = mean - factor * now.mean  # of what comes behind the norm
+    if layer.norm is None:
+        return factor, constant
+    zero = torch.zeros(1, len(factor), dtype=torch.float64, device=factor.device)
+    offset = layer.norm(zero)[0]  # norm(u) = slope u + offset, wanted: factor norm(u) + constant
+    return factor, layer.before_norm((factor - 1) * offset + constant)

@@ -1,0 +1,90 @@
+"""What a reduction means for the statistics of the channels it merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from intrafusion.apply import member_of_rows, mixed, row_means, shortened
+from intrafusion.graph import ChannelGraph, Role
+from intrafusion.reduce.problem import ReductionMap
+
+Maps = Mapping[str, ReductionMap]
+
+PER_CHANNEL = frozenset({Role.PRODUCES, Role.SCALES, Role.SHIFTS, Role.MEAN, Role.VARIANCE, Role.FOLLOWS})
+
+
+def merge_along(tensor: str, size: int, graph: ChannelGraph, maps: Maps) -> Tensor | None:
+    """What the merges do along the first dimension of a tensor, as one (m, n) float64 matrix; None for nothing.
+
+    Args:
+        tensor: name of a tensor that has one entry, or one row, per channel.
+        size: n, the length of that dimension in the original network.
+    """
+    touching = [
+        (member, maps[group.name]) for group in graph.groups if group.name in maps for member in group.members
+        if member.tensor == tensor and member.dim == 0 and member.roles & PER_CHANNEL and member.within is None
+    ]  # fmt: skip
+    if not touching:
+        return None
+    matrix = torch.eye(size, dtype=torch.float64)
+    for member, reduction in touching:
+        cpu = ReductionMap(reduction.merge.cpu(), reduction.unmerge.cpu())
+        matrix = mixed(matrix, member_of_rows(member), cpu)
+    return shortened(matrix, [(member_of_rows(member), len(r.merge)) for member, r in touching], tensor)
+
+
+def averages(merge: Tensor) -> Tensor:
+    """The merge as weighted means: absolute values, each row summing to 1."""
+    return row_means(merge)
+
+
+def likeness(shape: Sequence[int], reach: float) -> Tensor:
+    """K_pq = exp(-|p - q| / reach) between the positions p, q of a kernel, (k, k); the identity for reach 0."""
+    if not shape:
+        return torch.ones(1, 1, dtype=torch.float64)
+    places = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in shape)).reshape(-1, len(shape))
+    distance = torch.cdist(places, places)
+    return torch.exp(-distance / reach) if reach > 0 else (distance == 0).double()
+
+
+def correlations(rows: Tensor, reach: float) -> Tensor:
+    r"""Correlation of <w_i, x> and <w_j, x> over patches x with covariance I (x) K; 0 with a zero row, 1 with itself.
+
+    Args:
+        rows: (n, inputs, *kernel).
+        reach: of K in pixels; see `likeness`.
+    Returns:
+        (n, n) float64.
+    """
+    found = products(rows, reach)
+    size = found.diagonal().clamp(min=1e-60).sqrt()
+    return (found / torch.outer(size, size)).clamp(-1, 1).fill_diagonal_(1.0)
+
+
+def products(rows: Tensor, reach: float) -> Tensor:
+    """Covariance of <w_i, x> and <w_j, x> over the patches of `correlations`, (n, n) float64."""
+    rows = rows.double()
+    taps = rows.reshape(len(rows), rows.shape[1] if rows.dim() > 1 else 1, -1)
+    root = torch.linalg.cholesky(likeness(tuple(rows.shape[2:]), reach)).to(taps)
+    seen = (taps @ root).flatten(1)
+    return seen @ seen.T
+
+
+def merged_variance(merge: Tensor, deviations: Tensor, alike: Tensor, floor: float) -> Tensor:
+    r"""Variance of M y for channels y of standard deviations d and correlations R:  diag(M D R D M^T).
+
+    Never below `floor` times what it would be for uncorrelated channels. Where M is the mean of N channels of equal d
+    and E is the mean of R over pairs, this is  d^2 (1 + (N - 1) E) / N,  Wang et al. 2025's closed form.
+
+    Args:
+        merge: M (m, n).
+        deviations: d (n,), >= 0.
+        alike: R (n, n).
+    Returns:
+        (m,) float64.
+    """
+    scaled = merge.double() * deviations.double()
+    return torch.maximum((scaled @ alike * scaled).sum(1), floor * scaled.square().sum(1))
