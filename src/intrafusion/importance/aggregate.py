@@ -22,14 +22,17 @@ def aggregate(scores: Tensor, reduction: str, normalizer: str | None) -> Tensor:
     Raises:
         ValueError: unknown name.
     """
+    check_names(reduction, normalizer)
+    reduced = REDUCTIONS[reduction](scores.double())
+    return reduced if normalizer is None else NORMALIZERS[normalizer](reduced)
+
+
+def check_names(reduction: str, normalizer: str | None) -> None:
+    """Raise ValueError for an unknown name."""
     if reduction not in REDUCTIONS:
         raise ValueError(unknown_name("reduction", reduction, REDUCTIONS))
-    reduced = REDUCTIONS[reduction](scores.double())
-    if normalizer is None:
-        return reduced
-    if normalizer not in NORMALIZERS:
+    if normalizer is not None and normalizer not in NORMALIZERS:
         raise ValueError(unknown_name("normalizer", normalizer, NORMALIZERS))
-    return NORMALIZERS[normalizer](reduced)
 
 
 def _divide(scores: Tensor, by: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intrafusion.errors import ModelError, unknown_name
+from intrafusion.errors import ModelError
 from intrafusion.features import biases, linear_rows
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance.aggregate import NORMALIZERS, REDUCTIONS, aggregate
+from intrafusion.importance.aggregate import aggregate, check_names
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,7 @@ class Magnitude:
     def __post_init__(self) -> None:
         if not self.p > 0:
             raise ValueError(f"p: expected p > 0, got {self.p}.")
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(unknown_name("reduction", self.reduction, REDUCTIONS))
-        if self.normalizer is not None and self.normalizer not in NORMALIZERS:
-            raise ValueError(unknown_name("normalizer", self.normalizer, NORMALIZERS))
+        check_names(self.reduction, self.normalizer)
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         rows = linear_rows(group, weights)

@@ -21,6 +21,8 @@ class Random:
 
     seed: int = 0
 
+    random = True  # of the class: scores belong to indices, not to what is there
+
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         generator = np.random.default_rng([self.seed, *group.name.encode()])
         return torch.from_numpy(generator.random(group.size))

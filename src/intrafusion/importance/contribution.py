@@ -1,0 +1,37 @@
+"""Relative contribution: a channel matters as much as its share of what its readers add up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from intrafusion.graph import ChannelGroup
+from intrafusion.importance.aggregate import aggregate, check_names
+from intrafusion.importance.observation import seen
+
+
+@dataclass(frozen=True)
+class RelativeContribution:
+    r"""s_c = sum over the outgoing weights w_kc of E |w_kc x_c| / sum_j |w_kj x_j|, per reader, then over the readers.
+
+    The mean is over unlabelled images and over the places of a feature map.
+
+    Attributes:
+        reduction: over the readers: "sum", "mean", "max", "prod", "first" or "last".
+        normalizer: over the channels, see `aggregate`.
+
+    Reference: Hussien et al. 2024; the bounded form (they divide by the sum itself, which explodes near 0) is OURS.
+    """
+
+    reduction: str = "sum"
+    normalizer: str | None = "mean"
+
+    needs = frozenset({"contributions"})  # of the class, not a hyper-parameter
+
+    def __post_init__(self) -> None:
+        check_names(self.reduction, self.normalizer)
+
+    def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
+        return aggregate(seen(observations, "contributions", self, group), self.reduction, self.normalizer)

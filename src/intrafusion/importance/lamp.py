@@ -1,0 +1,35 @@
+"""LAMP: magnitude relative to everything at least as large, comparable between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from intrafusion.graph import ChannelGroup
+from intrafusion.importance.aggregate import check_names
+from intrafusion.importance.magnitude import Magnitude
+
+
+@dataclass(frozen=True)
+class LAMP:
+    r"""s_c = w_c / sum of w_c' over all channels c' with w_c' >= w_c,  w_c = sum |entries of c|^p over the members.
+
+    Within a group the order is that of the magnitudes; the scale makes groups comparable.
+
+    Attributes:
+        p, reduction, bias: as in `Magnitude`.
+
+    Reference: Lee et al. 2021, section 3, for channels as Torch-Pruning's LAMPImportance.
+    """
+
+    p: float = 2.0
+    reduction: str = "mean"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_names(self.reduction, "lamp")
+
+    def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
+        return Magnitude(self.p, self.reduction, "lamp", self.bias)(group, weights)

@@ -1,0 +1,105 @@
+"""What was seen of one group of channels, for criteria that look beyond the folded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from intrafusion.errors import IntrafusionError, unknown_name
+from intrafusion.graph import ChannelGroup
+
+NEEDS = {"tensors": False, "gradients": True, "activations": True, "feature_maps": True, "contributions": True}
+"""What a criterion may ask for in `needs`, and whether that takes images."""
+
+
+class ObservationError(IntrafusionError, ValueError):
+    """A criterion was not given what it looks at."""
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Statistics of n channels over images and places, (n,) float64 each."""
+
+    mean: Tensor
+    mean_square: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What was seen of one group; a field is None if no criterion asked for it, or if it could not be seen.
+
+    Channels are watched where linear layers and convolutions read them, or, where none does, as such layers give them.
+
+    Attributes:
+        tensors: every member's tensor as it is in the network: norms not folded, on its device, in its precision.
+        gradients: of the loss with respect to the parameters among them, mean over the images, in their precision.
+        activations: over all readers, each weighing the same.
+        feature_maps: (k, n, places) float32 of the first reader, for the first k images; places are sampled if many.
+        contributions: (readers, n) float64: the share that each channel has of what a reader adds up,
+            |w_kc x_c| / sum_c' |w_kc' x_c'|, summed over outputs k and averaged over images and places.
+        images: how many images were seen.
+    """
+
+    tensors: Mapping[str, Tensor] | None = None
+    gradients: Mapping[str, Tensor] | None = None
+    activations: Activations | None = None
+    feature_maps: Tensor | None = None
+    contributions: Tensor | None = None
+    images: int = 0
+
+
+def needs_of(importance: object) -> frozenset[str]:
+    """What a criterion asks for; nothing unless it says so.
+
+    Raises:
+        ValueError: it asks for something that nobody observes.
+    """
+    needs = frozenset(getattr(importance, "needs", frozenset()))
+    for need in needs:
+        if need not in NEEDS:
+            raise ValueError(f"importance {label(importance)}: needs: {unknown_name('observation', need, NEEDS)}")
+    return needs
+
+
+def check_images(who: str, needs: Collection[str], images: object) -> None:
+    """Raise ObservationError if images are needed and there are none."""
+    wanted = sorted(need for need in needs if NEEDS[need])
+    if wanted and images is None:
+        raise ObservationError(
+            f"{who}: it looks at {' and '.join(wanted)} on images, and was given none; pass images= (a few hundred, "
+            "with labels or without: a tensor, or any iterable of batches), or choose a criterion that reads weights "
+            "alone, such as 'l1'."
+        )
+
+
+def seen(observation: Any, field: str, importance: object, group: ChannelGroup) -> Any:
+    """One field of an observation, for the criterion that needs it.
+
+    Raises:
+        ObservationError: there is no observation, or the group could not be watched.
+    """
+    if observation is None:
+        check_images(f"importance {label(importance)}", needs_of(importance), None)
+        raise ObservationError(
+            f"importance {label(importance)}: group {group.name!r}: expected an Observation with {field}, got None; "
+            "call the criterion with observe(model, graph, groups, images, needs)[group.name]."
+        )
+    value = getattr(observation, field)
+    if value is None:
+        raise ObservationError(
+            f"importance {label(importance)}: group {group.name!r}: no {field} were seen. No linear layer or "
+            "convolution that reads these channels ran as a module; exclude the group, or choose another criterion."
+        )
+    return value
+
+
+def label(importance: object) -> str:
+    """How messages call a criterion."""
+    return repr(importance) if hasattr(importance, "__dataclass_fields__") else name_of(importance)
+
+
+def name_of(importance: object) -> str:
+    return str(getattr(importance, "__qualname__", type(importance).__qualname__))

@@ -1,0 +1,174 @@
+"""Criteria of Torch-Pruning, on our groups. The package is imported only when such a criterion is called."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGroup, Member, Role
+from intrafusion.importance.observation import seen
+
+ON_MODULES = ("accumulate_grad", "MatGradHandler", "compute_importance")  # of criteria that keep what they saw
+
+
+@dataclass(frozen=True, repr=False)
+class TorchPruning:
+    """An object of `torch_pruning.importance`, or of a class derived from one, as a criterion.
+
+    It is shown a Torch-Pruning group of stand-in layers that hold the group's own tensors, norms not folded, and with
+    `gradients` also their `.grad`: the network itself is neither needed nor touched. Convolutions, transposed or not,
+    are shown as nn.ConvNd, linear maps as nn.Linear, norms with running statistics as nn.BatchNorm, others as
+    nn.LayerNorm. Random numbers it draws depend on `seed` and the group's name alone.
+
+    Attributes:
+        importance: called with a `torch_pruning.Group`.
+        gradients: whether it reads `.grad`; None: if it is a Taylor criterion of Torch-Pruning.
+        seed: for criteria that draw random numbers.
+
+    Raises:
+        TypeError: a criterion that gathers data from the modules of a network by itself (Hessian, OBD-C, activation).
+
+    Reference: Fang et al. 2023 (DepGraph), https://github.com/VainF/Torch-Pruning.
+    """
+
+    importance: Any
+    gradients: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if any(hasattr(self.importance, name) for name in ON_MODULES):
+            raise TypeError(
+                f"importance: {type(self.importance).__qualname__} gathers data from the modules of a network by "
+                "itself, which cannot be done here; take a Taylor criterion, or write a callable "
+                "(group, weights, observations) -> (n,)."
+            )
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value_label(v)}" for name, v in sorted(vars(self.importance).items()))
+        return f"TorchPruning({type(self.importance).__qualname__}({settings}))"
+
+    @property
+    def reads_gradients(self) -> bool:
+        return "Taylor" in " ".join(lineage(self.importance)) if self.gradients is None else self.gradients
+
+    @property
+    def random(self) -> bool:
+        return "torch_pruning.pruner.importance.RandomImportance" in lineage(self.importance)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"tensors", "gradients"} if self.reads_gradients else {"tensors"})
+
+    def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
+        tensors = seen(observations, "tensors", self, group)
+        gradients = seen(observations, "gradients", self, group) if self.reads_gradients else None
+        theirs = as_their_group(group, tensors, gradients)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
+            scores = self.importance(theirs)
+        if scores is None:
+            raise ModelError(f"group {group.name!r}: {self} finds no layer to score it by; exclude the group.")
+        return scores.double()[: group.size]
+
+
+def is_torch_prunings(importance: object) -> bool:
+    """Whether an object is of a class of Torch-Pruning or of one derived from it; imports nothing."""
+    return not isinstance(importance, type) and any(n.startswith("torch_pruning.") for n in lineage(importance))
+
+
+def lineage(importance: object) -> list[str]:
+    return [f"{c.__module__}.{c.__qualname__}" for c in type(importance).__mro__]
+
+
+def value_label(value: Any) -> str:
+    """Without addresses: the same criterion has the same label in every run."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(value_label, value))}]"
+    return value.__qualname__ if hasattr(value, "__qualname__") else repr(value)
+
+
+def as_their_group(group: ChannelGroup, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None) -> Any:
+    """A `torch_pruning.Group` with one item per layer and role, in execution order."""
+    from torch_pruning.dependency import Dependency, Group, Node
+
+    found, previous = Group(), None
+    for member, layer, handler in stand_ins(group, tensors, gradients or {}):
+        node = Node(layer, None, member.module)
+        found.add_dep(Dependency(handler, handler, previous or node, node), member.positions.ravel().tolist())
+        found[-1].root_idxs = np.repeat(np.arange(group.size), member.positions.shape[1]).tolist()
+        previous = node
+    return found
+
+
+def stand_ins(
+    group: ChannelGroup, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+) -> Iterator[tuple[Member, nn.Module, Any]]:
+    """A layer for every member that Torch-Pruning knows, and its function for what would be pruned of the layer."""
+    from torch_pruning.pruner import function
+
+    biases = {m.module: m for m in group.with_role(Role.SHIFTS) if tensors[m.tensor].dim() == 1}
+    batch_norms = {m.module for m in group.with_role(Role.MEAN, Role.VARIANCE)}
+    for member in group.members:
+        kind = kind_of(member, tensors[member.tensor].dim(), batch_norms)
+        if kind is not None:
+            bias = biases.get(member.module) if kind.endswith("_out") else None
+            layer = empty_layer(kind, laid_out(member, kind, tensors[member.tensor]).shape, bias is not None)
+            put_(layer, "weight", member, kind, tensors, gradients)
+            if bias is not None:
+                put_(layer, "bias", bias, kind, tensors, gradients)
+            yield member, layer, getattr(function, f"prune_{kind}_channels")
+
+
+def kind_of(member: Member, dims: int, batch_norms: set[str]) -> str | None:
+    """The middle of the name of Torch-Pruning's function for a member; None for biases, statistics and the like."""
+    if member.roles & {Role.PRODUCES, Role.CONSUMES} and dims > 1:
+        return ("conv" if dims > 2 else "linear") + ("_out" if Role.PRODUCES in member.roles else "_in")
+    if Role.SCALES in member.roles:
+        return (
+            "depthwise_conv_out" if dims > 2 else "batchnorm_out" if member.module in batch_norms else "layernorm_out"
+        )
+    return None
+
+
+def laid_out(member: Member, kind: str, tensor: Tensor) -> Tensor:
+    """The part of a tensor that the group runs through, outputs first and inputs second."""
+    if member.within is not None and member.within.dim != member.dim:
+        tensor = tensor.narrow(member.within.dim, member.within.start, member.within.stop - member.within.start)
+    tensor = tensor.movedim(member.dim, 1 if kind.endswith("_in") else 0)
+    return tensor.flatten(4) if tensor.dim() > 5 else tensor
+
+
+def empty_layer(kind: str, shape: torch.Size, bias: bool) -> nn.Module:
+    """A layer whose weight has this shape; without memory, and without drawing random numbers."""
+    if kind.startswith("batchnorm"):
+        return nn.BatchNorm2d(shape[0], device="meta")
+    if kind.startswith("layernorm"):
+        return nn.LayerNorm(shape[0], bias=bias, device="meta")
+    if kind.startswith("linear"):
+        return nn.Linear(shape[1], shape[0], bias=bias, device="meta")
+    convolution: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
+    groups = shape[0] if kind.startswith("depthwise") else 1
+    return convolution(shape[1] * groups, shape[0], tuple(shape[2:]), groups=groups, bias=bias, device="meta")
+
+
+def put_(
+    layer: nn.Module,
+    name: str,
+    member: Member,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+) -> None:
+    """Give a layer a copy of a tensor, and of its gradient where there is one (in place)."""
+    precise = lambda t: laid_out(member, kind, t).detach().to(torch.promote_types(t.dtype, torch.float32), copy=True)  # noqa: E731
+    parameter = nn.Parameter(precise(tensors[member.tensor]), requires_grad=False)
+    if member.tensor in gradients:
+        parameter.grad = precise(gradients[member.tensor])
+    setattr(layer, name, parameter)
