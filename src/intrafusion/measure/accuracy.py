@@ -32,7 +32,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     right = 0
     with preserved(model):
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            predicted = class_scores(model(_as_parameters(model, batch)), len(batch)).argmax(1)
+            predicted = class_scores(model(as_parameters(model, batch)), len(batch)).argmax(1)
             right += int((predicted == target.to(predicted.device)).sum())
     return right / len(images)
 
@@ -53,7 +53,7 @@ def class_scores(output: Any, count: int) -> Tensor:
     return scores
 
 
-def _as_parameters(model: nn.Module, batch: Tensor) -> Tensor:
+def as_parameters(model: nn.Module, batch: Tensor) -> Tensor:
     """The batch on the device of the network, floating-point values in its precision."""
     tensors = [*model.parameters(), *model.buffers()]
     if not tensors:

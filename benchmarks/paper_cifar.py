@@ -1,0 +1,109 @@
+"""Claim: with their statistics repaired, fused networks beat pruned and folded ones; which normalisation is best?
+
+Pruned, Intra-Fusion with each normalisation, and folded; each alone and with each repair of the statistics; the whole
+network and its block-inner channels; on the full test sets of CIFAR-10 and CIFAR-100. Nothing is trained. `closed_form`
+needs no data; `reestimate` and `repair` look at 256 unlabelled training images. Importance is l1; groups are described
+by the original weights ("joint"). Resumable: what is in the records is not measured again.
+Records: benchmarks/records/paper_cifar.jsonl; `intrafusion report` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from intrafusion import zoo
+from intrafusion.bench import Cluster, read, sweep
+from intrafusion.errors import IntrafusionError
+from intrafusion.experiments import Options, Subject
+from intrafusion.experiments.reduction import measure, original, reductions
+from intrafusion.experiments.subject import INNER, WHOLE, Measurement
+from intrafusion.inputs import Inputs
+
+RECORDS = Path(__file__).parent / "records" / "paper_cifar.jsonl"
+EXPERIMENT = "paper_cifar"
+NETWORKS = ("cifar10_resnet20", "cifar10_resnet32", "cifar100_resnet20", "cifar10_densenet100")
+SCOPES = {WHOLE: (0.9, 0.8, 0.7), INNER: (0.7, 0.5)}
+NORMALIZATIONS = ("source", "target", "function")
+ALONE = ("select", *(f"intrafusion:normalization={name}" for name in NORMALIZATIONS), "fold")
+REPAIRS = ("", "+closed_form", "+reestimate", "+repair")
+CALIBRATION_SPLIT = {"cifar10": "train", "cifar100": "calibration"}
+SEEN = 512  # training images to load; the first 256 are looked at
+
+
+def subject(network: str, images: int | None) -> Subject:
+    data = CALIBRATION_SPLIT[zoo.entry(network).data]
+    return Subject(
+        network,
+        zoo.build(network, pretrained=True),
+        Inputs.of(zoo.example_input(network)),
+        zoo.load_data(network, "test", limit=images),
+        zoo.load_data(network, data, limit=SEEN),
+    )
+
+
+def settings(network: Subject, repairs: Sequence[str] = REPAIRS) -> Iterator[dict[str, Any]]:
+    """The original, then each scope and keep with all methods."""
+    methods = tuple(reducer + repair for reducer in ALONE for repair in repairs)
+    yield original(network)
+    for scope, keeps in SCOPES.items():
+        options = Options(keep=keeps, method=methods)
+        yield from (s for s in reductions(network, options, [scope]) if s["group"] == scope)
+
+
+def run(
+    networks: Sequence[str], images: int | None, records: Path, cluster: Cluster | None, only: int | None = None
+) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    for name in networks:
+        network = subject(name, images)
+        with Progress(*columns) as bar:
+            task = bar.add_task(name, total=None)
+
+            def show(_: str, done: int, total: int, task: Any = task, bar: Progress = bar) -> None:
+                bar.update(task, completed=done, total=total)
+
+            wanted = list(settings(network))[:only]
+            run_one = Measurement({name: network}, measure)
+            try:
+                sweep(EXPERIMENT, wanted, run_one, records, cluster=cluster, progress=show)
+            except IntrafusionError as error:  # says which settings failed; the others are recorded
+                print(f"{name}: {error}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
+    parser.add_argument("--images", type=int, help="test images; all of them by default")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ray", metavar="ADDRESS", help='run on Ray: "local", or the address of a cluster')
+    parser.add_argument("--smoke", action="store_true", help="six measurements on 50 images, recorded nowhere")
+    options = parser.parse_args()
+    if not os.environ.get("INTRAFUSION_DATA"):
+        print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz and models/.")
+        return
+    torch.set_num_threads(options.threads)
+    if options.smoke:
+        smoke()
+        return
+    run(options.networks, options.images, options.records, Cluster(options.ray) if options.ray else None)
+
+
+def smoke() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "smoke.jsonl"
+        run(("cifar10_resnet20",), 50, records, None, only=6)
+        for record in read(records):
+            print(record.setting["keep"], record.setting["method"], f"{record.result['accuracy']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""How far the outputs of a smaller network lie from those of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.inputs import output_tensors
+from intrafusion.measure.accuracy import as_parameters
+from intrafusion.trace.state import preserved
+
+
+def outputs(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+    """All that a network answers, one row per image: (n, k) float64.
+
+    Runs in evaluation mode on the device and in the precision of the network, which is left as it was.
+
+    Args:
+        images: (n, ...).
+    Raises:
+        ValueError: no images.
+    """
+    if len(images) == 0:
+        raise ValueError("outputs: expected at least one image, got none.")
+    with preserved(model):
+        return torch.cat([rows(model(as_parameters(model, batch)), len(batch)) for batch in images.split(batch_size)])
+
+
+def rows(output: object, count: int) -> Tensor:
+    parts = [t.detach().double().cpu().reshape(count, -1) for t in output_tensors(output) if t.is_floating_point()]
+    return torch.cat(parts, 1)
+
+
+def drift(model: nn.Module, reference: nn.Module, images: Tensor) -> Tensor:
+    """Euclidean distance of the two networks' outputs, (n,) float64, in the unit of the outputs.
+
+    Reference: Theus et al. 2024, Figures 5 and 8 to 14.
+    """
+    return (outputs(model, images) - outputs(reference, images)).norm(dim=1)
+
+
+def histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
+    """How many values lie in each bin edges[i] <= v < edges[i + 1], and at or above the last edge: len(edges) counts.
+
+    >>> histogram(torch.tensor([0.0, 0.5, 1.0, 7.0]), [0.0, 1.0, 2.0])
+    [2, 1, 1]
+
+    Raises:
+        ValueError: a value lies below the first edge, or is not a number.
+    """
+    if bool((values < edges[0]).any()) or bool(values.isnan().any()):
+        raise ValueError(f"histogram: expected numbers from {edges[0]} on, got {values.min()}.")
+    bins = torch.bucketize(values, torch.tensor(edges, dtype=values.dtype), right=True) - 1
+    return torch.bincount(bins, minlength=len(edges)).tolist()

@@ -1,0 +1,173 @@
+"""Accuracy over the plane through three networks of one shape; a smaller network is put back at full width first.
+
+Reference: Theus et al. 2024, Figures 6 and 15 to 18; the plane as in Garipov et al. 2018 (Loss Surfaces, Mode
+Connectivity), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from intrafusion.apply import inside, named_tensors, shortened
+from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.norms import fold
+from intrafusion.reduce.problem import ReductionMap
+from intrafusion.verify import copy_of, difference, outputs_in_double
+
+TOLERANCE = 1e-6
+
+Weights = dict[str, Tensor]
+
+
+def folded_tensors(model: nn.Module, graph: ChannelGraph) -> Weights:
+    """Every tensor by name, float64, batch norms folded: what a straight line between networks should run through."""
+    return fold({name: t.detach() for name, t in named_tensors(model).items()}, graph.norms)
+
+
+def places(maps: Mapping[str, ReductionMap], alike: Mapping[str, ReductionMap] | None = None) -> dict[str, np.ndarray]:
+    """Which old channel each new one is put back as: the one that it takes most of, each used once.
+
+    Args:
+        maps: by group.
+        alike: maps that settle ties, such as those of plain pruning to the same sizes.
+    Returns:
+        by group, (m,) indices of old channels.
+    """
+    found = {}
+    for name, reduction in maps.items():
+        share = reduction.merge.abs()
+        share = share / share.sum(1, keepdim=True).clamp(min=1e-300)
+        if alike is not None and name in alike:
+            share = share + 2 * alike[name].merge.abs()
+        found[name] = linear_sum_assignment(-share.cpu().numpy())[1]
+    return found
+
+
+def embedded(
+    small: Mapping[str, Tensor], full: Mapping[str, Tensor], graph: ChannelGraph, where: Mapping[str, np.ndarray]
+) -> Weights:
+    """The tensors of a smaller network at the shapes of the original; channels that are gone are zero.
+
+    Statistics of norms stay those of the original there, as they scale nothing.
+
+    Args:
+        small: tensors by name, norms folded.
+        full: those of the original, norms folded.
+        where: the old channels (m,) of each reduced group that its new ones are put back as, see `places`.
+    """
+    groups = [g for g in graph.groups if g.name in where]
+    scales = {t for n in graph.norms for t in (n.weight, n.variance) if t}
+    scales |= {m.tensor for g in groups for m in g.members if Role.VARIANCE in m.roles}
+    wide: Weights = {}
+    for name, tensor in full.items():
+        index = indices(name, tensor.shape, groups, where)
+        flat = tensor.clone().flatten() if name in scales else torch.zeros_like(tensor).flatten()
+        flat[index.flatten()] = small[name].flatten().to(flat)
+        wide[name] = flat.reshape(tensor.shape)
+    return wide
+
+
+def indices(name: str, shape: torch.Size, groups: list[ChannelGroup], where: Mapping[str, np.ndarray]) -> Tensor:
+    """Flat index in the full tensor of every entry of the smaller one, in the smaller one's shape."""
+    index = torch.arange(shape.numel()).reshape(shape)
+    touching = [(g, m) for g in groups for m in g.members if m.tensor == name]
+    for group, member in touching:
+        moved(index, member, where[group.name])
+    return shortened(index, [(m, len(where[g.name])) for g, m in touching], name) if touching else index
+
+
+def moved(index: Tensor, member: Member, old: np.ndarray) -> None:
+    """Bring the entries of these old channels to the first places of the group, where `apply` left them (in place)."""
+    part = (index if member.within is None else inside(index, member.within)).movedim(member.dim, 0)
+    positions = torch.from_numpy(member.positions)
+    part[positions[: len(old)]] = part[positions[torch.from_numpy(old)]].clone()
+
+
+def with_tensors(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the network with these values, in the precision of the network."""
+    copied = copy_of(model)
+    for name, tensor in named_tensors(copied).items():
+        tensor.data = weights[name].to(tensor)
+    return copied
+
+
+def embedding(
+    model: nn.Module,
+    small: nn.Module,
+    graph: ChannelGraph,
+    where: Mapping[str, np.ndarray],
+    example_inputs: ExampleInputs,
+) -> Weights:
+    """The smaller network as weights of the original, checked to compute the same in float64.
+
+    Raises:
+        ModelError: it does not, as behind a layer norm, which averages over channels that are gone.
+    """
+    inputs = Inputs.of(example_inputs)
+    wide = embedded(folded_tensors(small, graph), folded_tensors(model, graph), graph, where)
+    found = outputs_in_double(with_tensors(copy_of(model).double(), wide), inputs)
+    error = difference(found, outputs_in_double(copy_of(small).double(), inputs))
+    if error > TOLERANCE:
+        raise ModelError(
+            f"landscape: put back at full width with zeros, the smaller network computes something else "
+            f"({error:.1e} relative); this is so where channels are normalised together, as by a layer norm."
+        )
+    return wide
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """The plane through three points of weight space, with `origin` at (0, 0) and the first other point at (length, 0).
+
+    Attributes:
+        right, up: unit directions, orthogonal.
+        corners: (x, y) of the three points.
+    """
+
+    origin: Weights
+    right: Weights
+    up: Weights
+    corners: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def through(cls, origin: Weights, first: Weights, second: Weights) -> Plane:
+        """Raises ValueError if the three points lie on one line."""
+        a, b = ({n: w[n] - origin[n] for n in origin} for w in (first, second))
+        length = norm(a)
+        if length == 0:
+            raise ValueError("a plane needs three points that do not lie on one line, got two that are the same.")
+        right = {n: t / length for n, t in a.items()}
+        along = dot(b, right)
+        rest = {n: b[n] - along * right[n] for n in b}
+        height = norm(rest)
+        if height <= 1e-12 * max(length, abs(along)):
+            raise ValueError("a plane needs three points that do not lie on one line, got three that do.")
+        up = {n: t / height for n, t in rest.items()}
+        return cls(origin, right, up, ((0.0, 0.0), (length, 0.0), (along, height)))
+
+    def at(self, x: float, y: float) -> Weights:
+        return {n: t + x * self.right[n] + y * self.up[n] for n, t in self.origin.items()}
+
+    def axes(self, points: int, margin: float = 0.25) -> tuple[list[float], list[float]]:
+        """Evenly spaced coordinates around the corners, with a margin as a share of their extent."""
+        found = []
+        for values in zip(*self.corners, strict=True):
+            pad = margin * (max(values) - min(values))
+            found.append(np.linspace(min(values) - pad, max(values) + pad, points).tolist())
+        return found[0], found[1]
+
+
+def dot(a: Weights, b: Weights) -> float:
+    return sum(float((a[n].double() * b[n].double()).sum()) for n in a)
+
+
+def norm(a: Weights) -> float:
+    return dot(a, a) ** 0.5
