@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from intrafusion.apply import Repair, make_repairs_, named_tensors
 from intrafusion.errors import FolderError, PlanError
 from intrafusion.io.atomic import atomic_folder
+from intrafusion.lowrank import ranks_of, split_
 from intrafusion.measure.size import Size
 from intrafusion.plan import Plan
 from intrafusion.reduce import ReductionMap
+from intrafusion.verify import copy_of
 
 WEIGHTS, PLAN, RECIPE, MAPS = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
 KIND = "intrafusion"
@@ -52,11 +54,20 @@ def save(
         "repairs": [asdict(r) for r in repairs],
         "before": asdict(before),
         "after": asdict(after),
+        "split_before": (split := split_before(model, plan)),
+        "split_after": {name: rank for name, rank in ranks_of(model).items() if name not in split},
     }
     with atomic_folder(folder, ours=is_ours) as target:
         save_file(state, target / WEIGHTS)
         (target / PLAN).write_text(document(plan, extra))
         (target / RECIPE).write_text(plan.recipe.to_yaml())
+
+
+def split_before(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """Rank before the plan of every layer that was of low rank already then, by name."""
+    groups = {name: int(getattr(model.get_submodule(f"{name}.reduce"), "groups", 1)) for name in ranks_of(model)}
+    shapes = {name: plan.shapes.get(f"{name}.reduce.weight") for name in groups}
+    return {name: shape[0] // groups[name] for name, shape in shapes.items() if shape is not None}
 
 
 def document(plan: Plan, extra: dict[str, Any]) -> str:
@@ -80,16 +91,39 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
     data = read_document(folder)
     plan = Plan.from_json(json.dumps(data))
     network = model if isinstance(model, nn.Module) else built(model)
-    tensors = named_tensors(network)
-    plan.check_fits({n: tuple(t.shape) for n, t in tensors.items() if t.is_floating_point()})
     state = read_tensors(weights_path(folder, data))
-    check_names(folder, tensors, state)
-    repairs = repairs_from(data, network)
+    if splits(data, "split_before") or splits(data, "split_after"):
+        prepared_(copy_of(network), folder, data, plan, state)  # so that an error leaves the network as it is
+    tensors = prepared_(network, folder, data, plan, state)
     for name, tensor in tensors.items():
         tensor.data = state[name].to(tensor.device)
         tensor.grad = None
-    make_repairs_(network, repairs)
     return network
+
+
+def prepared_(
+    network: nn.Module, folder: Path, data: dict[str, Any], plan: Plan, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Give a network the layers and sizes that were saved (in place), and return the tensors to write to."""
+    split_(network, splits(data, "split_before"))
+    tensors = named_tensors(network)
+    plan.check_fits({n: tuple(t.shape) for n, t in tensors.items() if t.is_floating_point()})
+    repairs, after = repairs_from(data, network), splits(data, "split_after")
+    if not after:
+        check_names(folder, tensors, state)
+    make_repairs_(network, repairs)
+    split_(network, after)
+    tensors = named_tensors(network)
+    check_names(folder, tensors, state)
+    return tensors
+
+
+def splits(data: dict[str, Any], key: str) -> dict[str, int]:
+    """Layers of low rank that a folder names; none in folders of before there were any."""
+    found = data.get(key, {})
+    if not isinstance(found, dict):
+        raise PlanError(f"{PLAN}: damaged, {key} is no table of ranks.")
+    return found
 
 
 def built(factory: Callable[[], nn.Module]) -> nn.Module:

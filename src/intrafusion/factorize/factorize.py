@@ -1,0 +1,121 @@
+"""factorize(): convolutions and linear layers of a network replaced by two thinner ones each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from intrafusion.compressed import Compressed
+from intrafusion.errors import ModelError
+from intrafusion.factorize.ranks import RankRule, get
+from intrafusion.factorize.svd import Spectrum, factorized, spectrum
+from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.lowrank import put_, splittable
+from intrafusion.measure.size import size_of
+from intrafusion.pipeline import carry_out, check_finite
+from intrafusion.plan import Plan
+from intrafusion.recipe import Recipe
+from intrafusion.selection import as_selectors
+from intrafusion.trace import trace
+from intrafusion.verify import copy_of
+
+
+@dataclass(frozen=True, eq=False)
+class Factorized(Compressed):
+    """The factorised network.
+
+    Attributes:
+        ranks: (rank, rank before) of every layer that was replaced, by name.
+    """
+
+    ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{name}: rank {full} -> {rank}" for name, (rank, full) in self.ranks.items()]
+        return "\n".join([super().__str__(), *lines])
+
+
+def factorize(
+    model: nn.Module | Compressed,
+    example_inputs: ExampleInputs,
+    ranks: str | RankRule | Mapping[str, int] = "global",
+    *,
+    include: Any = None,
+    exclude: Any = None,
+) -> Factorized:
+    """Replace convolutions and linear layers by two thinner layers, along their largest singular values; no data.
+
+    A layer is replaced only where that saves parameters. Layers whose weights are tied, reparametrised or read by other
+    code than their own stay as they are. The result can be compressed further, also channel by channel.
+
+    Args:
+        model: a network, not modified, or what `compress` returned, to keep one plan for both steps.
+        example_inputs: of one forward call.
+        ranks: "share", "global", "energy", a rule such as `Energy(0.95)`, or ranks by name of the layer.
+        include: replace only these layers: names, patterns, types or functions as for `compress`; None for all.
+        exclude: leave these layers alone.
+    Raises:
+        ModelError: no layer can be split, the network holds NaN, or does not run.
+        BudgetError: a budget that rank 1 everywhere exceeds, or a name that nothing matches.
+    """
+    inputs = Inputs.of(example_inputs)
+    base = model if isinstance(model, Compressed) else whole(model, inputs)
+    check_finite(base.model)
+    layers = spectra(base.model, include, exclude)
+    small = copy_of(base.model)
+    wanted = dict(ranks) if isinstance(ranks, Mapping) else get(ranks)(layers)
+    check_names(wanted, layers)
+    chosen = {x.name: wanted[x.name] for x in layers if 1 <= wanted.get(x.name, 0) <= x.largest}
+    for name, rank in chosen.items():
+        put_(small, name, factorized(small.get_submodule(name), rank))
+    found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
+    full = {x.name: x.full for x in layers}
+    after = size_of(small, inputs)
+    return Factorized(**{**found, "model": small, "after": after}, ranks={n: (r, full[n]) for n, r in chosen.items()})
+
+
+def whole(model: nn.Module, inputs: Inputs) -> Compressed:
+    """A copy of a network in which nothing is reduced."""
+    graph = trace(model, inputs)
+    return carry_out(model, Plan(Recipe.of(keep=1.0), (), graph.shapes, {}, graph.warnings), graph, inputs)
+
+
+def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[Spectrum]:
+    """Singular values of every layer that can be split, in the order of the modules.
+
+    Raises:
+        ModelError: there is none.
+    """
+    wanted, unwanted = as_selectors(include), as_selectors(exclude) or ()
+    chosen = None if wanted is None else set().union(*(s.layers(model) for s in wanted))
+    left = set().union(*(s.layers(model) for s in unwanted))
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found = []
+    for name, module in model.named_modules():
+        inside = lambda names, own=name: any(own == n or own.startswith(f"{n}.") for n in names)  # noqa: E731
+        asked = bool(name) and (chosen is None or inside(chosen)) and not inside(left)
+        plain = splittable(module) and not parametrize.is_parametrized(module)
+        if asked and plain and not called_otherwise(model, name):
+            assert isinstance(module.weight, nn.Parameter)
+            if owners[id(module.weight)] == 1:
+                found.append(spectrum(name, module))
+    if not found:
+        raise ModelError("factorize: there is no convolution or linear layer with a weight of its own to split.")
+    return found
+
+
+def called_otherwise(model: nn.Module, name: str) -> bool:
+    """Whether the module around a layer reads its weight itself."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+
+
+def check_names(wanted: Mapping[str, int], layers: list[Spectrum]) -> None:
+    unknown = sorted(set(wanted) - {x.name for x in layers})
+    if unknown:
+        raise ModelError(f"factorize: {unknown[0]!r} is no layer that can be split; see `spectra(model)` for those.")
