@@ -16,7 +16,7 @@ from intrafusion.reduce import ReductionMap, selection_map
 
 
 class Grouped(nn.Module):
-    """Depthwise and grouped convolutions, channels flattened into a linear layer, a batch norm with other statistics."""
+    """Depthwise and grouped convolutions, channels flattened into a linear layer, a batch norm in use."""
 
     def __init__(self) -> None:
         super().__init__()

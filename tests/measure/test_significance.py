@@ -10,7 +10,7 @@ from intrafusion.measure.significance import kruskal_wallis
 
 
 def test_statistic_and_probability_of_three_separate_samples():
-    # ranks 1..9 in three blocks: H = 12 / (9 * 10) * (6^2 + 15^2 + 24^2) / 3 - 3 * 10 = 7.2, p = exp(-H / 2) at 2 degrees
+    # ranks 1..9 in three blocks: H = 12 / 90 * (6^2 + 15^2 + 24^2) / 3 - 30 = 7.2, p = exp(-H / 2) at 2 degrees
     statistic, p = kruskal_wallis([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
     assert statistic == pytest.approx(7.2)
     assert p == pytest.approx(math.exp(-3.6))

@@ -10,11 +10,12 @@ import intrafusion
 from intrafusion.cli.compress import compress
 from intrafusion.cli.console import EXIT_CODES
 from intrafusion.cli.demo import demo
+from intrafusion.cli.experiment import experiment
 from intrafusion.cli.fuse import fuse
 from intrafusion.cli.inspect import inspect
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
-for command in (inspect, compress, fuse, demo):
+for command in (inspect, compress, fuse, experiment, demo):
     app.command(epilog=EXIT_CODES)(command)
 
 

@@ -1,0 +1,215 @@
+"""What records say, as tables: the same for the command line and for the page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from intrafusion.measure.significance import kruskal_wallis
+
+ORIGINAL, PRUNED, FUSED = "original", "select", "intrafusion"
+WHOLE = ("whole network", "block-inner channels")  # scopes of more than one group
+NAMES = {"select": "pruned", "intrafusion": "fused", "fold": "folded"}
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+class Measured(Protocol):
+    """A record; see `intrafusion.bench.Record`."""
+
+    @property
+    def experiment(self) -> str: ...
+    @property
+    def setting(self) -> Mapping[str, Any]: ...
+    @property
+    def result(self) -> Mapping[str, Any]: ...
+    @property
+    def environment(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows, and the number that it is sorted by."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells below a header; `numeric` columns are set to the right."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    numeric: frozenset[int] = frozenset()
+
+    def texts(self) -> list[tuple[str, ...]]:
+        return [tuple(cell.text for cell in row) for row in self.rows]
+
+
+def label(method: str) -> str:
+    """How a method is called in tables: "fused (bias=false) + closed_form"."""
+    first, *steps = method.split("+")
+    name, _, options = first.partition(":")
+    shown = NAMES.get(name, name) + (f" ({options.replace(',', ', ')})" if options else "")
+    return " + ".join([shown, *steps])
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """In the order in which the keys first come up."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def latest(records: Iterable[Measured]) -> list[Measured]:
+    """The last record of every setting."""
+    return list({repr((r.experiment, sorted(r.setting.items(), key=str))): r for r in records}.values())
+
+
+def reductions(records: Iterable[Measured]) -> list[Measured]:
+    """Records of one reduction and its accuracy."""
+    return [
+        r
+        for r in records
+        if isinstance(r.result.get("accuracy"), (int, float))
+        and {"network", "group", "keep", "method"} <= r.setting.keys()
+    ]
+
+
+def originals(records: Iterable[Measured]) -> dict[str, Measured]:
+    """The record of the original, by network."""
+    return {r.setting["network"]: r for r in reductions(records) if r.setting["method"] == ORIGINAL}
+
+
+def methods(records: Iterable[Measured]) -> list[str]:
+    """In the order in which they first come up, the original left out."""
+    found = [m for r in records for m in str(r.setting.get("method", ORIGINAL)).split(" | ")]
+    return [m for m in dict.fromkeys(found) if m != ORIGINAL]
+
+
+def criterion(record: Measured) -> str:
+    """Criterion and order of the groups, the latter where it is not the usual one."""
+    order = record.setting.get("order", "joint")
+    name = str(record.setting.get("criterion", ""))
+    return name if order == "joint" else f"{name} {order}".strip()
+
+
+def percent(value: float) -> Cell:
+    return Cell(f"{100 * value:.1f} %", 100 * value)
+
+
+def spread(values: Sequence[float]) -> Cell:
+    """A mean in percent, with the standard deviation of several."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return percent(mean)
+    return Cell(f"{100 * mean:.1f} ± {100 * statistics.stdev(values):.1f} %", 100 * mean)
+
+
+def points(value: float) -> Cell:
+    return Cell(f"{100 * value:+.1f}", 100 * value)
+
+
+def comparison(records: Iterable[Measured]) -> Table | None:
+    """One row per network, group, keep and criterion; accuracy of each method, and what fusing gains over pruning."""
+    found = [r for r in reductions(latest(records)) if r.setting["method"] != ORIGINAL]
+    if not found:
+        return None
+    columns = methods(found)
+    gain = PRUNED in columns and FUSED in columns
+    names = dict.fromkeys(r.setting["network"] for r in found)
+    lines = grouped(found, lambda r: (r.setting["network"], r.setting["group"], r.setting["keep"], criterion(r)))
+    rows = []
+    for (network, group, keep, by), part in lines.items():
+        values = {
+            m: [r.result["accuracy"] for r in own] for m, own in grouped(part, lambda r: r.setting["method"]).items()
+        }
+        sizes = part[0].result.get("sizes") or {}
+        width = Cell(" ".join(f"{n} → {m}" for n, m in sizes.values()), float(sum(n for n, _ in sizes.values())))
+        row = [Cell(network)] if len(names) > 1 else []
+        row += [Cell(group), width if len(sizes) == 1 else Cell(f"{len(sizes)} groups" if sizes else "", width.value)]
+        row += [Cell(f"{100 * keep:g} %", 100 * keep), Cell(by)]
+        row += [spread(values[m]) if m in values else Cell("") for m in columns]
+        if gain:
+            both = values.get(FUSED), values.get(PRUNED)
+            row.append(points(statistics.fmean(both[0]) - statistics.fmean(both[1])) if all(both) else Cell(""))  # type: ignore[arg-type]
+        rows.append(tuple(row))
+    start = (["network"] if len(names) > 1 else []) + ["group", "channels", "keep", "criterion"]
+    header = (*start, *map(label, columns), *(["gain"] if gain else []))
+    text = {header.index("group"), header.index("criterion")} | ({0} if len(names) > 1 else set())
+    return Table("Accuracy", header, tuple(rows), frozenset(range(len(header))) - text)
+
+
+def drifts(records: Iterable[Measured]) -> Table | None:
+    """Mean distance of the outputs to the original's."""
+    found = [r for r in latest(records) if "counts" in r.result]
+    if not found:
+        return None
+    columns = methods(found)
+    lines = grouped(found, lambda r: (r.setting["network"], r.setting["group"], r.setting["keep"], criterion(r)))
+    rows = []
+    for (network, group, keep, by), part in lines.items():
+        means = {r.setting["method"]: r.result["mean"] for r in part}
+        row = [Cell(network), Cell(group), Cell(f"{100 * keep:g} %", 100 * keep), Cell(by)]
+        rows.append((*row, *(Cell(f"{means[m]:.3g}", means[m]) if m in means else Cell("") for m in columns)))
+    header = ("network", "group", "keep", "criterion", *map(label, columns))
+    return Table("Mean distance of the outputs", header, tuple(rows), frozenset({2, *range(4, len(header))}))
+
+
+def stages(records: Iterable[Measured]) -> Table | None:
+    """Accuracy after reducing and after fine-tuning."""
+    found = [r for r in latest(records) if "stages" in r.result]
+    if not found:
+        return None
+    rows = [
+        (
+            Cell(r.setting["network"]),
+            Cell(label(r.setting["method"])),
+            Cell(f"{100 * r.setting['keep']:g} %", 100 * r.setting["keep"]),
+            percent(r.result["stages"][0]["accuracy"]),
+            percent(r.result["accuracy_reduced"]),
+            percent(r.result["accuracy"]),
+            Cell(f"{r.setting['seed']}", r.setting["seed"]),
+        )
+        for r in found
+    ]
+    header = ("network", "method", "keep", "original", "reduced", "fine-tuned", "seed")
+    return Table("Before and after fine-tuning", header, tuple(rows), frozenset({2, 3, 4, 5, 6}))
+
+
+def significance(records: Iterable[Measured]) -> Table | None:
+    """Kruskal-Wallis test per group and keep: do the choices of marginals differ over the networks?"""
+    found = [r for r in reductions(latest(records)) if r.experiment == "marginals" and r.setting["method"] != ORIGINAL]
+    if not found:
+        return None
+    columns = methods(found)
+    rows = []
+    for (group, keep), part in grouped(found, lambda r: (r.setting["group"], r.setting["keep"])).items():
+        samples = grouped(part, lambda r: r.setting["method"])
+        values = {m: [r.result["accuracy"] for r in own] for m, own in samples.items()}
+        row = [Cell(group), Cell(f"{100 * keep:g} %", 100 * keep)]
+        row += [spread(values[m]) if m in values else Cell("") for m in columns]
+        h, p = kruskal_wallis(list(values.values())) if len(values) > 1 else (float("nan"), float("nan"))
+        rows.append((*row, Cell(f"{h:.2f}", h), Cell(f"{p:.3f}", p)))
+    header = ("group", "keep", *map(marginal, columns), "H", "p")
+    return Table("Kruskal-Wallis over networks", header, tuple(rows), frozenset(range(1, len(header))))
+
+
+def marginal(method: str) -> str:
+    """ "source uniform" out of "intrafusion:source_marginal=uniform"."""
+    options = method.partition(":")[2]
+    return options.replace("_marginal=", " ").replace(",", ", ") or label(method)
+
+
+def tables(records: Sequence[Measured]) -> list[Table]:
+    """Everything that can be said of these records."""
+    plain = [
+        r for r in records if "counts" not in r.result and "stages" not in r.result and r.experiment != "marginals"
+    ]
+    found = (comparison(plain), significance(records), stages(records), drifts(records))
+    return [table for table in found if table is not None]
