@@ -164,6 +164,87 @@ def test_biases_are_compared_unless_left_out():
     assert not torch.equal(IntraFusion()(described).merge, IntraFusion()(problem).merge)
 
 
+def test_cosine_plans_are_those_of_half_the_squared_distance():
+    """Of unit rows 1 - cos is |x - y|^2 / 2; solved by SciPy."""
+    problem = random_problem(8, 3)
+    x = problem.features.numpy() / np.linalg.norm(problem.features.numpy(), axis=1, keepdims=True)
+    kept = most_important(problem.importance, 3).numpy()
+    equal = np.vstack([np.kron(np.eye(8), np.ones(3)), np.kron(np.ones(8), np.eye(3))])
+    cost = cdist(x, x[kept], metric="sqeuclidean") / 2
+    plan = linprog(cost.ravel(), A_eq=equal, b_eq=np.r_[np.full(8, 1 / 8), np.full(3, 1 / 3)]).x.reshape(8, 3)
+    answer = IntraFusion("function", cost="cosine")(problem)
+    torch.testing.assert_close(answer.unmerge, 8 * torch.from_numpy(plan), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_entropic_maps_approach_the_exact_ones(normalization):
+    problem = random_problem(30, 12)
+    exact = IntraFusion(normalization)(problem)
+    errors = []
+    for epsilon in (0.3, 0.03, 0.003):
+        answer = IntraFusion(normalization, solver="entropic", epsilon=epsilon)(problem)
+        torch.testing.assert_close(answer.merge.sum(1), exact.merge.sum(1))
+        torch.testing.assert_close(
+            answer.unmerge.sum(1), exact.unmerge.sum(1) if normalization != "target" else answer.merge.sum(0)
+        )
+        errors.append(float((answer.merge - exact.merge).norm() / exact.merge.norm()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.1
+
+
+CENTRES = ("kmeans", "gaussian_mixture")
+
+
+@pytest.mark.parametrize("target", CENTRES)
+def test_centres_of_separate_clusters(target):
+    """Four tight bunches: each becomes one channel, whatever is important."""
+    draw = torch.Generator().manual_seed(4)
+    centres = 5 * torch.randn(4, 11, generator=draw, dtype=torch.float64)
+    bunch = torch.tensor([0, 1, 2, 3] * 3)
+    rows = centres[bunch] + 0.01 * torch.randn(12, 11, generator=draw, dtype=torch.float64)
+    answer = IntraFusion("function", target=target)(ReductionProblem(rows, torch.arange(12.0).double(), 4))
+    same = (bunch[:, None] == bunch).double()
+    torch.testing.assert_close(answer.unmerge @ answer.unmerge.T, same)
+    torch.testing.assert_close(answer.unmerge @ answer.merge, same / 3)
+
+
+@pytest.mark.parametrize("target", CENTRES)
+def test_centres_are_as_important_as_their_channels_together(target):
+    rows = torch.tensor([[1.0, 0.0], [1.1, 0.0], [0.0, 1.0]]).double()
+    problem = ReductionProblem(rows, torch.tensor([1.0, 2.0, 6.0]).double(), 2)
+    answer = IntraFusion("source", target=target, source_marginal="importance", target_marginal="importance")(problem)
+    masses = (answer.merge @ (problem.importance / 9)).sort().values  # of the new channels
+    torch.testing.assert_close(masses, torch.tensor([3 / 9, 6 / 9]).double())
+
+
+@pytest.mark.parametrize("target", CENTRES)
+def test_centres_do_not_depend_on_the_order_of_the_channels_and_do_on_the_seed(target):
+    problem = random_problem(40, 9)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(8))
+    shuffled = ReductionProblem(problem.features[order], problem.importance[order], 9)
+    reducer = IntraFusion("function", target=target)
+    product = lambda r: r.unmerge @ r.merge  # noqa: E731
+    torch.testing.assert_close(product(reducer(shuffled)), product(reducer(problem))[order][:, order])
+    assert torch.equal(reducer(problem).merge, reducer(problem).merge)
+    others = [product(reducer(replace(problem, seed=seed))) for seed in range(1, 6)]
+    assert any(not torch.allclose(product(reducer(problem)), other) for other in others)
+
+
+@pytest.mark.parametrize("target", CENTRES)
+@pytest.mark.parametrize("solver", ["exact", "entropic"])
+def test_centres_never_nan_with_zero_and_equal_rows(target, solver):
+    features = random_problem(8, 3).features
+    features[[0, 4]] = 0.0
+    features[[1, 2, 3]] = features[5].clone()
+    for m in (1, 3, 5, 7):
+        answer = IntraFusion("function", target=target, solver=solver)(
+            ReductionProblem(features, torch.ones(8).double(), m)
+        )
+        assert answer.merge.shape == (m, 8)
+        assert bool(torch.isfinite(answer.merge).all() and torch.isfinite(answer.unmerge).all())
+        torch.testing.assert_close(answer.unmerge.sum(1), torch.ones(8).double())
+
+
 def test_names_are_checked():
     with pytest.raises(ValueError, match="unknown normalization 'sorce'. Did you mean 'source'"):
         IntraFusion("sorce")
@@ -173,6 +254,12 @@ def test_names_are_checked():
         IntraFusion(target_marginal="radicl")
     with pytest.raises(ValueError, match="unknown target 'centroid'"):
         IntraFusion(target="centroid")
+    with pytest.raises(ValueError, match="unknown cost 'cosin'. Did you mean 'cosine'"):
+        IntraFusion(cost="cosin")
+    with pytest.raises(ValueError, match="unknown solver 'sinkhorn'"):
+        IntraFusion(solver="sinkhorn")
+    with pytest.raises(ValueError, match="n_init: expected at least 1 start"):
+        IntraFusion(n_init=0)
     with pytest.raises(ValueError, match="unknown normalization 'x'"):
         intrafusion_map(torch.ones(2, 1), torch.ones(1, 1), torch.ones(2) / 2, torch.ones(1), normalization="x")
 

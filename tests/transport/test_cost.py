@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from intrafusion.transport import direction_cost, unit_rows
+from intrafusion.transport import cosine_cost, direction_cost, unit_rows
 
 
 @pytest.fixture
@@ -46,7 +46,20 @@ def test_low_precision_rows_are_compared_in_float64():
     assert direction_cost(torch.ones(1, 2).half(), torch.ones(1, 2).bfloat16()).dtype == torch.float64
 
 
+def test_cosine_equals_scipy_and_is_bounded(rows):
+    expected = torch.from_numpy(cdist(rows.numpy(), rows[:3].numpy(), metric="cosine"))
+    torch.testing.assert_close(cosine_cost(rows, rows[:3]), expected, rtol=1e-12, atol=1e-12)
+    assert cosine_cost(rows, -1e200 * rows).diagonal().tolist() == pytest.approx([2.0] * 7, abs=1e-15)
+    assert (cosine_cost(rows, rows) >= 0).all()
+
+
+def test_cosine_of_a_zero_row_is_neither_near_nor_far():
+    assert cosine_cost(torch.tensor([[0.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0]])).tolist() == [[1.0], [0.0]]
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="differ in length: 2 and 3"):
+        cosine_cost(torch.ones(1, 2), torch.ones(1, 3))
     with pytest.raises(ValueError, match="expected 1 <= p <= inf, got 0.5"):
         direction_cost(torch.ones(1, 2), torch.ones(1, 2), p=0.5)
     with pytest.raises(ValueError, match="got nan"):

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
 from intrafusion.errors import IntrafusionError
-from intrafusion.transport import optimal_coupling
+from intrafusion.transport import entropic_coupling, optimal_coupling
 
 
 def random_problem(n: int, m: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +55,67 @@ def test_a_solver_that_stops_early_is_an_error():
         IntrafusionError, match=r"60 onto 40 channels stopped before the optimum: .*raise max_iterations"
     ):
         optimal_coupling(cost, a, b, max_iterations=1)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 1), (6, 6), (40, 15)])
+def test_the_entropic_plan_approaches_the_exact_one(n, m):
+    cost, a, b = random_problem(n, m, seed=n + m)
+    exact = optimal_coupling(cost, a, b)
+    excess = []
+    for epsilon in (1.0, 0.1, 0.01):
+        coupling = entropic_coupling(cost, a, b, epsilon=epsilon, max_iterations=100_000)
+        torch.testing.assert_close(coupling.sum(1), a, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(coupling.sum(0), b, rtol=1e-9, atol=1e-12)
+        assert (coupling >= 0).all()
+        excess.append(float((coupling * cost).sum() / (exact * cost).sum()) - 1)
+    assert all(e >= -1e-9 for e in excess)
+    assert excess[2] < 0.02
+    assert excess[0] >= excess[1] >= excess[2] - 1e-3
+    if n > 1 and m > 1:
+        assert excess[0] > 0.1
+
+
+def test_the_entropic_plan_minimises_cost_and_entropy():
+    """Its logarithm is a row term plus a column term minus the cost: the condition for the one minimum."""
+    cost, a, b = random_problem(7, 5, seed=2)
+    coupling = entropic_coupling(cost, a, b, epsilon=0.5, tolerance=1e-12)
+    left = coupling.log() + cost / (0.5 * cost.mean())
+    left = left - left.mean(0) - left.mean(1, keepdim=True) + left.mean()
+    torch.testing.assert_close(left, torch.zeros_like(left), rtol=0, atol=1e-8)
+
+
+def test_the_entropic_plan_scales_with_the_mass_and_not_with_the_cost():
+    cost, a, b = random_problem(6, 4, seed=7)
+    plan = entropic_coupling(cost, a, b)
+    torch.testing.assert_close(entropic_coupling(1e6 * cost, 3 * a, 3 * b), 3 * plan, rtol=1e-6, atol=1e-9)
+
+
+def test_masses_of_zero_stay_without_mass():
+    cost, a, b = random_problem(5, 4, seed=9)
+    a[1], b[2] = 0.0, 0.0
+    b = b * a.sum() / b.sum()
+    for coupling in (entropic_coupling(cost, a, b), optimal_coupling(cost, a, b)):
+        assert not coupling[1].any()
+        assert not coupling[:, 2].any()
+        torch.testing.assert_close(coupling.sum(1), a)
+
+
+def test_no_cost_at_all_spreads_the_mass():
+    a, b = torch.tensor([0.25, 0.75]).double(), torch.tensor([0.5, 0.5]).double()
+    assert entropic_coupling(torch.zeros(2, 2), a, b).tolist() == [[0.125, 0.125], [0.375, 0.375]]
+
+
+def test_no_convergence_is_an_error():
+    cost, a, b = random_problem(60, 40, seed=4)
+    with pytest.raises(
+        IntrafusionError,
+        match=r"60 onto 40 channels did not converge: after 12 iterations .*raise epsilon \(now 0.001\)",
+    ):
+        entropic_coupling(cost, a, b, epsilon=1e-3, max_iterations=12)
+    with pytest.raises(ValueError, match="epsilon: expected a number > 0"):
+        entropic_coupling(cost, a, b, epsilon=0.0)
+    with pytest.raises(ValueError, match="same mass"):
+        entropic_coupling(cost, a, 2 * b)
 
 
 def test_errors():

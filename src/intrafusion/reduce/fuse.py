@@ -7,11 +7,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from intrafusion.errors import unknown_name
 from intrafusion.reduce.problem import ReductionMap, ReductionProblem
 from intrafusion.reduce.select import most_important, selection_map
-from intrafusion.transport import MARGINALS, direction_cost, marginal, optimal_coupling
+from intrafusion.reduce.targets import gaussian_mixture, k_means
+from intrafusion.transport import (
+    MARGINALS,
+    cosine_cost,
+    direction_cost,
+    entropic_coupling,
+    marginal,
+    optimal_coupling,
+)
 
 
 @dataclass(frozen=True)
@@ -20,11 +29,17 @@ class IntraFusion:
 
     Attributes:
         normalization: how the plan becomes maps, see `intrafusion_map`: "source", "target" or "function".
-        p: order of the distance between the directions of two channels.
+        cost: what it costs to move one channel into another: "lp", the distance of order p between their directions,
+            or "cosine", 1 - their cosine.
+        p: order of that distance.
         source_marginal: mass of the n channels: "uniform", "importance", "softmax" or "radical".
         target_marginal: mass of the m targets, by the same names.
-        target: what the channels are fused into: "most_important".
+        target: what the channels are fused into: "most_important" channels, or the centres of "kmeans" clusters or of a
+            "gaussian_mixture" of all channels, each as important as its channels together.
         bias: compare biases too; the paper says yes, its released code leaves them out.
+        solver: "exact" or "entropic" (Sinkhorn; a dense plan, for groups of thousands of channels).
+        epsilon: of the entropic solver: weight of the entropy as a fraction of the mean cost.
+        n_init: starts of the clustering of centres, of which the best is taken.
 
     Reference: Theus et al. 2024, Algorithm 2.
     """
@@ -35,6 +50,10 @@ class IntraFusion:
     target_marginal: str = "uniform"
     target: str = "most_important"
     bias: bool = True
+    cost: str = "lp"
+    solver: str = "exact"
+    epsilon: float = 0.01
+    n_init: int = 1
 
     mixes = True  # of the class, not a hyper-parameter
 
@@ -43,6 +62,10 @@ class IntraFusion:
         _check_name("source_marginal", self.source_marginal, MARGINALS)
         _check_name("target_marginal", self.target_marginal, MARGINALS)
         _check_name("target", self.target, TARGETS)
+        _check_name("cost", self.cost, COSTS)
+        _check_name("solver", self.solver, SOLVERS)
+        if self.n_init < 1:
+            raise ValueError(f"n_init: expected at least 1 start of the clustering, got {self.n_init!r}.")
 
     def __call__(self, problem: ReductionProblem) -> ReductionMap:
         kept = most_important(problem.importance, problem.size)
@@ -51,11 +74,21 @@ class IntraFusion:
         rows = problem.features
         if self.bias and problem.biases is not None:
             rows = torch.cat([rows, problem.biases.to(rows)], dim=1)
-        points, scores = TARGETS[self.target](rows, problem.importance, kept)
+        points, scores = TARGETS[self.target](rows, problem, kept, self.n_init)
         a = marginal(self.source_marginal, problem.importance, kept)
         b = marginal(self.target_marginal, scores, torch.arange(problem.size, device=kept.device))
-        own = kept if self.target == "most_important" else None
-        return intrafusion_map(rows, points, a, b, own=own, normalization=self.normalization, p=self.p)
+        return intrafusion_map(
+            rows,
+            points,
+            a,
+            b,
+            own=kept if self.target == "most_important" else None,
+            normalization=self.normalization,
+            p=self.p,
+            cost=self.cost,
+            solver=self.solver,
+            epsilon=self.epsilon,
+        )
 
 
 def intrafusion_map(
@@ -67,10 +100,13 @@ def intrafusion_map(
     own: Tensor | None = None,
     normalization: str = "source",
     p: float = 1.0,
+    cost: str = "lp",
+    solver: str = "exact",
+    epsilon: float = 0.01,
 ) -> ReductionMap:
     r"""Fuse n channels into m targets along the optimal transport plan between them.
 
-    T = argmin <T, C>  subject to  T 1 = a,  T^T 1 = b,  with C the l_p distance between unit rows, and
+    T = argmin <T, C>  subject to  T 1 = a,  T^T 1 = b,  with C the cost between the directions of rows, and
 
         "source":    M = T^T diag(1/a),   U = M^T          (each old channel is shared out whole; the released code)
         "target":    M = diag(1/b) T^T,   U = M^T          (each new channel is a mean; the paper's wording)
@@ -84,22 +120,27 @@ def intrafusion_map(
         own: (m,) the channels that the targets are, if they are channels themselves: saves transporting what stays.
         normalization: "source", "target" or "function".
         p: order of the distance.
+        cost: "lp" or "cosine".
+        solver: "exact" or "entropic".
+        epsilon: of the entropic solver.
     Returns:
         merge M (m, n) and unmerge U (n, m), float64.
     Raises:
-        ValueError: shapes or masses that do not fit, unknown normalization, p < 1.
-        IntrafusionError: the transport solver stopped before the optimum.
+        ValueError: shapes or masses that do not fit, an unknown name, p < 1.
+        IntrafusionError: the solver stopped before the optimum, or did not converge.
     Reference: Theus et al. 2024, Algorithm 2.
     """
     _check_name("normalization", normalization, NORMALIZATIONS)
+    _check_name("cost", cost, COSTS)
+    _check_name("solver", solver, SOLVERS)
     coupling = torch.zeros(len(a), len(b), dtype=torch.float64, device=features.device)
     a_left, b_left = a, b
-    if own is not None:
+    if own is not None and cost == "lp" and solver == "exact":
         coupling, a_left, b_left = staying(a, b, own)
     rows, columns = (left.nonzero().squeeze(1) for left in (a_left, b_left))
     if len(rows) and len(columns):
-        cost = direction_cost(features[rows], targets[columns], p=p)
-        coupling[rows[:, None], columns] += optimal_coupling(cost, a_left[rows], b_left[columns])
+        costs = COSTS[cost](features[rows], targets[columns], p)
+        coupling[rows[:, None], columns] += SOLVERS[solver](costs, a_left[rows], b_left[columns], epsilon)
     return NORMALIZATIONS[normalization](coupling, a, b)
 
 
@@ -137,8 +178,18 @@ def _function(coupling: Tensor, a: Tensor, b: Tensor) -> ReductionMap:
     return ReductionMap(merge=(coupling / b).T.contiguous(), unmerge=coupling / a[:, None])
 
 
-def _kept_channels(rows: Tensor, importance: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    return rows[kept], importance[kept]
+def _kept_channels(rows: Tensor, problem: ReductionProblem, kept: Tensor, n_init: int) -> tuple[Tensor, Tensor]:
+    return rows[kept], problem.importance[kept]
+
+
+def _k_means_centres(rows: Tensor, problem: ReductionProblem, kept: Tensor, n_init: int) -> tuple[Tensor, Tensor]:
+    member = one_hot(k_means(rows, problem.size, seed=problem.seed, n_init=n_init)).double()
+    return member.T @ rows / member.sum(0)[:, None], member.T @ problem.importance
+
+
+def _mixture_means(rows: Tensor, problem: ReductionProblem, kept: Tensor, n_init: int) -> tuple[Tensor, Tensor]:
+    labels, means = gaussian_mixture(rows, problem.size, seed=problem.seed, n_init=n_init)
+    return means, one_hot(labels).double().T @ problem.importance
 
 
 def _check_name(kind: str, name: str, valid: Mapping[str, object]) -> None:
@@ -152,7 +203,21 @@ NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], ReductionMap]] = {
     "function": _function,
 }
 
-# (rows (n, d), importance (n,), kept (m,)) -> the targets' rows (m, d) and their importance (m,)
-TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+# (rows (n, d), problem, kept (m,), starts) -> the targets' rows (m, d) and their importance (m,)
+TARGETS: dict[str, Callable[[Tensor, ReductionProblem, Tensor, int], tuple[Tensor, Tensor]]] = {
     "most_important": _kept_channels,
+    "kmeans": _k_means_centres,
+    "gaussian_mixture": _mixture_means,
+}
+
+# (rows (n, d), targets (m, d), p) -> (n, m)
+COSTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "lp": lambda x, y, p: direction_cost(x, y, p=p),
+    "cosine": lambda x, y, p: cosine_cost(x, y),
+}
+
+# (cost (n, m), a (n,), b (m,), epsilon) -> coupling (n, m)
+SOLVERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "exact": lambda cost, a, b, epsilon: optimal_coupling(cost, a, b),
+    "entropic": lambda cost, a, b, epsilon: entropic_coupling(cost, a, b, epsilon=epsilon),
 }

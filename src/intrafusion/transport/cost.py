@@ -36,13 +36,34 @@ def direction_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> Tensor:
     """
     if not p >= 1:
         raise ValueError(f"p: expected 1 <= p <= inf, got {p}.")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"rows to compare differ in length: {x.shape[1]} and {y.shape[1]}.")
+    _check_lengths(x, y)
     x, y = unit_rows(x), unit_rows(y)
     if p == 1:  # additive over columns: blocks that stay in the cache are twice as fast
         blocks = zip(x.split(BLOCK, 1), y.split(BLOCK, 1), strict=True)
         return sum((_distance(a, b, p) for a, b in blocks), x.new_zeros(len(x), len(y)))
     return _distance(x, y, p)
+
+
+def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
+    r"""C_ij = 1 - <x_i, y_j> / (|x_i|_2 |y_j|_2), from 0 (one direction) to 2 (opposite); 1 for a zero row.
+
+    Half the square of `direction_cost` with p = 2, so no metric: leaving a channel where it is need not be cheapest.
+
+    Args:
+        x: (n, d) source rows.
+        y: (m, d) target rows.
+    Returns:
+        (n, m) float64, finite for finite rows.
+    Raises:
+        ValueError: the rows differ in length.
+    """
+    _check_lengths(x, y)
+    return (1 - unit_rows(x) @ unit_rows(y).T).clamp(0, 2)
+
+
+def _check_lengths(x: Tensor, y: Tensor) -> None:
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"rows to compare differ in length: {x.shape[1]} and {y.shape[1]}.")
 
 
 def _distance(x: Tensor, y: Tensor, p: float) -> Tensor:

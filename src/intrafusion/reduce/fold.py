@@ -1,0 +1,66 @@
+"""Model folding: channels that are alike become their mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intrafusion.errors import unknown_name
+from intrafusion.reduce.problem import ReductionMap, ReductionProblem
+from intrafusion.reduce.targets import k_means
+from intrafusion.transport import unit_rows
+
+FEATURES = ("rows", "directions")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Cluster the channels by k-means; each cluster becomes one channel, its mean in and its sum out.
+
+    Importance plays no part. Averaging unlike channels makes them vary less: follow with a repair of the statistics,
+    "closed_form" without data.
+
+    Attributes:
+        features: what is compared: "rows" (producer rows and consumer columns, batch norms folded) or "directions" (the
+            same at unit length).
+        bias: compare biases too.
+        n_init: starts of k-means, of which the best is taken.
+
+    Reference: Wang et al. 2025 (Model Folding).
+    """
+
+    features: str = "rows"
+    bias: bool = False
+    n_init: int = 4
+
+    mixes = True  # of the class, not a hyper-parameter
+    absorbs_duplicates = True
+
+    def __post_init__(self) -> None:
+        if self.features not in FEATURES:
+            raise ValueError(unknown_name("features", self.features, FEATURES))
+        if self.n_init < 1:
+            raise ValueError(f"n_init: expected at least 1 start of k-means, got {self.n_init!r}.")
+
+    def __call__(self, problem: ReductionProblem) -> ReductionMap:
+        rows = problem.features.double()
+        if self.bias and problem.biases is not None:
+            rows = torch.cat([rows, problem.biases.to(rows)], dim=1)
+        if self.features == "directions":
+            rows = unit_rows(rows)
+        return cluster_map(k_means(rows, problem.size, seed=problem.seed, n_init=self.n_init))
+
+
+def cluster_map(labels: Tensor) -> ReductionMap:
+    """M = (C^T C)^-1 C^T, U = C, for the membership C_ic = 1 where channel i belongs to cluster c.
+
+    Args:
+        labels: (n,) numbers 0..m-1, each at least once.
+    Returns:
+        means in, sums out, float64.
+    Reference: Wang et al. 2025, section 3.
+    """
+    member = torch.nn.functional.one_hot(labels).double()
+    return ReductionMap(merge=(member / member.sum(0)).T.contiguous(), unmerge=member)
