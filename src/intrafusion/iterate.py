@@ -1,0 +1,169 @@
+"""Compression in several steps, with training in between where there is any."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from intrafusion.apply import Repair, named_tensors
+from intrafusion.batches import Images
+from intrafusion.budget import sizes
+from intrafusion.compressed import Compressed
+from intrafusion.errors import BudgetError
+from intrafusion.graph import ChannelGraph
+from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.pipeline import Progress, carry_out, decide, inspect, silent
+from intrafusion.plan import Decision, Plan
+from intrafusion.recipe import Keep, Recipe
+from intrafusion.reduce import ReductionMap
+from intrafusion.restore.steps import calibration_for, restored, reusable
+from intrafusion.selection import left_alone
+from intrafusion.verify import shrunk
+
+Train = Callable[[nn.Module], Any]
+"""Trains a network in place."""
+
+
+def compress_in_steps(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    keep: Keep = 0.7,
+    steps: int = 4,
+    train: Train | None = None,
+    *,
+    images: Images | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Compressed:
+    """Make a trained network smaller in several steps, each of which sees the network that the last one left.
+
+    Every group loses the same factor of its channels in each step; after the last it has the size that `compress` gives
+    it at once. Each step chooses, reduces and restores anew, measured against the network before it.
+
+    Args:
+        model: any eager PyTorch network; not modified.
+        example_inputs: as `compress`.
+        keep: fraction of the channels of the original network to keep, or {name pattern: fraction}.
+        steps: at least 1.
+        train: called with the smaller network after each step but the last; it trains it in place and must not change
+            its shapes. Training what comes back is up to the caller.
+        images: as `compress`.
+        options: as `compress`, but for `target` and `inplace`.
+    Returns:
+        the smaller network, with one plan for the original network: merge M = M_k ... M_1, unmerge U = U_1 ... U_k. It
+        is saved and loaded like any other.
+    Raises:
+        BudgetError: steps < 1, a keep outside (0, 1], a name that nothing matches, a target.
+        ModelError: as `compress`.
+    Reference: Theus et al. 2024, Table 1 (iterative pruning).
+    """
+    if type(steps) is not int or steps < 1:
+        raise BudgetError(f"steps: expected a whole number >= 1, got {steps!r}.")
+    if options.get("target") is not None:
+        raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
+    recipe = Recipe.of(keep=keep, **options)
+    inputs, images = Inputs.of(example_inputs), reusable(images)
+    graph = inspect(model, inputs, progress=progress)
+    fractions = schedule(graph, final_sizes(model, graph, recipe), steps)
+    done: list[Compressed] = []
+    present = model
+    for index, fraction in enumerate(fractions):
+        progress("step", index, steps)
+        step = replace(recipe, keep=fraction, round_to=None)
+        calibration = calibration_for(present, inputs, step, images, progress=progress)
+        plan = decide(present, graph, step, inputs, calibration=calibration, images=images, progress=progress)
+        small = carry_out(present, plan, graph, inputs, progress=progress)
+        small = restored(small, present, graph, calibration, images, progress=progress)
+        if train is not None and index + 1 < steps:
+            trained_(small.model, train)
+        graph, present = graph_of(small, graph), small.model
+        done.append(small)
+    progress("step", steps, steps)
+    return joined(done, recipe)
+
+
+def final_sizes(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> dict[str, int]:
+    """Size after the last step of every group that is to be reduced."""
+    unwanted = left_alone(graph, model, recipe.include, recipe.exclude)
+    groups = [g for g in graph.reducible if g.kind == "channel" and g.name not in unwanted]
+    return sizes(groups, recipe.keep, graph, round_to=recipe.round_to)
+
+
+def schedule(graph: ChannelGraph, final: Mapping[str, int], steps: int) -> list[dict[str, float]]:
+    """Fractions to keep of what is left, by group, for each step; their products give the final sizes exactly."""
+    widths = [{name: width(graph[name].size, m, k / steps) for name, m in final.items()} for k in range(steps + 1)]
+    return [{name: after[name] / before[name] for name in final} for before, after in itertools.pairwise(widths)]
+
+
+def width(n: int, m: int, share: float) -> int:
+    """Between n (share 0) and m (share 1), in equal factors."""
+    return max(m, round(n * (m / n) ** share))
+
+
+def trained_(model: nn.Module, train: Train) -> None:
+    """Trained in place; modes are left as they were, and no gradients remain."""
+    flags = [(module, module.training) for module in model.modules()]
+    train(model)
+    for module, flag in flags:
+        module.training = flag
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def graph_of(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
+    """The graph of a network that was made from one with this graph; `carry_out` has proved that it shows it."""
+    shapes = {n: tuple(t.shape) for n, t in named_tensors(small.model).items() if n in graph.shapes}
+    return replace(shrunk(graph, small.plan.sizes), shapes=shapes)
+
+
+# ---- several steps as one -------------------------------------------------------------------------------------------
+
+
+def joined(steps: Sequence[Compressed], recipe: Recipe) -> Compressed:
+    """The last step's network, and one plan that leads to it from the first one's."""
+    first, last = steps[0], steps[-1]
+    maps: dict[str, ReductionMap] = {}
+    for step in steps:
+        for name, reduction in step.plan.maps.items():
+            maps[name] = after(maps[name], reduction) if name in maps else reduction
+    decisions = tuple(decided(d, maps, steps) for d in first.plan.decisions)
+    warnings = tuple(dict.fromkeys(w for step in steps for w in step.plan.warnings))
+    return replace(
+        last,
+        plan=Plan(recipe, decisions, first.plan.shapes, maps, warnings),
+        before=first.before,
+        repairs=repairs_of(steps),
+        restored=tuple(r for step in steps for r in step.restored),
+        notes=tuple(dict.fromkeys(note for step in steps for note in step.notes)),
+    )
+
+
+def after(first: ReductionMap, second: ReductionMap) -> ReductionMap:
+    """One map for two in turn: x = U_1 x_1 + s_1 and x_1 = U_2 x_2 + s_2 give x = U_1 U_2 x_2 + s_1 + U_1 s_2."""
+    shift = first.shift
+    if second.shift is not None:
+        moved = first.unmerge @ second.shift
+        shift = moved if shift is None else shift + moved
+    return ReductionMap(second.merge @ first.merge, first.unmerge @ second.unmerge, shift)
+
+
+def decided(decision: Decision, maps: Mapping[str, ReductionMap], steps: Sequence[Compressed]) -> Decision:
+    """What became of a group in all: its last size, or the reason why it never shrank."""
+    if decision.group in maps:
+        return replace(decision, m=len(maps[decision.group].merge), reason=None)
+    reasons = [d.reason for step in steps for d in step.plan.decisions if d.group == decision.group and d.reason]
+    return replace(decision, m=decision.n, reason=reasons[0] if reasons else None)
+
+
+def repairs_of(steps: Sequence[Compressed]) -> tuple[Repair, ...]:
+    """Attributes of modules from the first network's values to the last one's."""
+    found: dict[tuple[str, str], Repair] = {}
+    for step in steps:
+        for repair in step.repairs:
+            key = repair.module, repair.attribute
+            found[key] = replace(repair, old=found[key].old) if key in found else repair
+    return tuple(repair for repair in found.values() if repair.old != repair.new)
