@@ -1,0 +1,26 @@
+"""Training: one loop, what of a network is trained, what for, and under which masks."""
+
+from intrafusion.train.adapters import KINDS, adapted
+from intrafusion.train.blocks import merges_of, reconstruct_
+from intrafusion.train.loop import Epoch, History, Training, train_
+from intrafusion.train.masks import apply_masks_, load_masks, masks_of, save_masks
+from intrafusion.train.objectives import Block, Distillation, Labels, Objective
+
+__all__ = [
+    "KINDS",
+    "Block",
+    "Distillation",
+    "Epoch",
+    "History",
+    "Labels",
+    "Objective",
+    "Training",
+    "adapted",
+    "apply_masks_",
+    "load_masks",
+    "masks_of",
+    "merges_of",
+    "reconstruct_",
+    "save_masks",
+    "train_",
+]

@@ -1,0 +1,126 @@
+"""Which weights stay: masks of single entries, by magnitude, by Wanda or by relative contribution."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from intrafusion.apply import named_tensors
+from intrafusion.batches import Images, batches, fitted, joined
+from intrafusion.errors import ModelError, unknown_name
+from intrafusion.io.atomic import atomic_file
+from intrafusion.restore.layers import hooked, solvable
+from intrafusion.trace import trace
+from intrafusion.trace.state import preserved
+
+Masks = dict[str, Tensor]
+
+
+def masks_of(
+    model: nn.Module,
+    sparsity: float,
+    criterion: str = "magnitude",
+    images: Images | None = None,
+    *,
+    rows: int = 4096,
+    seed: int = 0,
+) -> Masks:
+    """For every convolution with one group and every linear layer, which entries of its weight stay.
+
+    Args:
+        sparsity: fraction of the entries to drop, in [0, 1): of each layer for "magnitude", of each output for the
+            others, which compare the weights of one output.
+        criterion: "magnitude", "wanda" or "contribution".
+        images: unlabelled; needed by the last two.
+        rows: sampled places per layer at most.
+        seed: of the places.
+    Returns:
+        boolean masks, True where an entry stays, by name of the weight.
+    Raises:
+        ValueError: an unknown criterion, or a sparsity outside [0, 1).
+        ModelError: no images where they are needed.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(unknown_name("criterion", criterion, CRITERIA))
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected a fraction in [0, 1), got {sparsity!r}.")
+    if criterion == "magnitude":
+        weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+        flat = {n: w.detach().abs().reshape(1, -1) for n, w in weights.items() if isinstance(w, Tensor)}
+        return {f"{n}.weight": strongest(s, sparsity).reshape(weights[n].shape) for n, s in flat.items()}
+    if images is None:
+        raise ModelError(f"masks: {criterion!r} looks at what layers read; pass unlabelled images.")
+    inputs = joined(batches(images))
+    layers = solvable(model, trace(model, inputs))
+    found: Masks = {}
+
+    def called(name: str, x: Tensor, output: Tensor) -> None:
+        layer = layers[name]
+        places = layer.places(output, rows, seed)
+        read = torch.cat([part for _, part in layer.inputs(x, places)]).double()
+        weight = layer.module.weight.detach()
+        scores = CRITERIA[criterion](weight.double().flatten(1), read)
+        found[f"{name}.weight"] = strongest(scores, sparsity).reshape(weight.shape)
+
+    with preserved(model), hooked(layers, called):
+        fitted(inputs, model).call(model)
+    return found
+
+
+def strongest(scores: Tensor, sparsity: float) -> Tensor:
+    """True for all but the fraction of lowest scores in each row; of equal scores the first ones stay."""
+    dropped = int(sparsity * scores.shape[1])
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return torch.ones_like(scores, dtype=torch.bool).scatter(1, order[:, scores.shape[1] - dropped :], False)
+
+
+def wanda(weight: Tensor, read: Tensor) -> Tensor:
+    r"""|W_ij| * ||x_j||_2 over the samples (Sun et al. 2024); weight (c_out, d), read (samples, d)."""
+    return weight.abs() * read.norm(dim=0)
+
+
+def contribution(weight: Tensor, read: Tensor) -> Tensor:
+    r"""Mean over the samples of |w_ij x_j| / sum_k |w_ik x_k|; 0 for a sample in which the sum is 0.
+
+    Reference: Hussien et al. 2024; this bounded form is OURS.
+    """
+    sums = read.abs() @ weight.abs().T
+    shares = torch.where(sums > 0, 1 / sums.clamp(min=1e-300), 0.0)
+    return weight.abs() * (shares.T @ read.abs()) / len(read)
+
+
+def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the entries that do not stay to zero (in place).
+
+    Raises:
+        ModelError: a mask that fits no tensor of the network.
+    """
+    tensors = named_tensors(model)
+    for name, mask in masks.items():
+        if name not in tensors or tensors[name].shape != mask.shape:
+            raise ModelError(f"masks: the network has no {name!r} of shape {list(mask.shape)}.")
+    with torch.no_grad():
+        for name, mask in masks.items():
+            tensors[name].masked_fill_(~mask.to(tensors[name].device), 0.0)
+
+
+def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write masks to a safetensors file: a zero weight does not say that it was dropped."""
+    with atomic_file(path) as temporary:
+        save_file({name: mask.cpu().contiguous() for name, mask in masks.items()}, temporary)
+
+
+def load_masks(path: str | os.PathLike[str]) -> Masks:
+    """Read what `save_masks` wrote."""
+    return load_file(path)
+
+
+CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "magnitude": lambda weight, read: weight.abs(),
+    "wanda": wanda,
+    "contribution": contribution,
+}
