@@ -1,4 +1,4 @@
-"""intrafusion: inspect, compress, fuse, demo."""
+"""intrafusion: one file per command."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from intrafusion.cli.demo import demo
 from intrafusion.cli.experiment import experiment
 from intrafusion.cli.fuse import fuse
 from intrafusion.cli.inspect import inspect
+from intrafusion.cli.report import report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
-for command in (inspect, compress, fuse, experiment, demo):
+for command in (inspect, compress, fuse, experiment, report, demo):
     app.command(epilog=EXIT_CODES)(command)
 
 

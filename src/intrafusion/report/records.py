@@ -152,13 +152,17 @@ def drifts(records: Iterable[Measured]) -> Table | None:
         return None
     columns = methods(found)
     lines = grouped(found, lambda r: (r.setting["network"], r.setting["group"], r.setting["keep"], criterion(r)))
+    several = len({network for network, *_ in lines}) > 1
     rows = []
     for (network, group, keep, by), part in lines.items():
         means = {r.setting["method"]: r.result["mean"] for r in part}
-        row = [Cell(network), Cell(group), Cell(f"{100 * keep:g} %", 100 * keep), Cell(by)]
+        row = [Cell(network)] if several else []
+        row += [Cell(group), Cell(f"{100 * keep:g} %", 100 * keep), Cell(by)]
         rows.append((*row, *(Cell(f"{means[m]:.3g}", means[m]) if m in means else Cell("") for m in columns)))
-    header = ("network", "group", "keep", "criterion", *map(label, columns))
-    return Table("Mean distance of the outputs", header, tuple(rows), frozenset({2, *range(4, len(header))}))
+    start = (*(["network"] if several else []), "group", "keep", "criterion")
+    header = (*start, *map(label, columns))
+    numeric = {len(start) - 2, *range(len(start), len(header))}
+    return Table("Mean distance of the outputs", header, tuple(rows), frozenset(numeric))
 
 
 def stages(records: Iterable[Measured]) -> Table | None:

@@ -1,0 +1,66 @@
+"""intrafusion report: records, or a saved folder, as one self-contained page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import intrafusion
+from intrafusion.bench import Record, read
+from intrafusion.cli.console import working
+from intrafusion.cli.inspect import read_saved
+from intrafusion.cli.show import say
+from intrafusion.errors import FolderError
+from intrafusion.io.folder import is_ours
+from intrafusion.report import html
+from intrafusion.report.sheet import contact_sheet, data_address
+from intrafusion.restore import load_images
+
+
+def report(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RECORDS...", help="Files of records (.jsonl), or one saved folder.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    images: Annotated[
+        Path | None, typer.Option(help="Images made from the network (.safetensors), shown as a contact sheet.")
+    ] = None,
+) -> None:
+    """Write one page that needs no network: accuracy against size, tables, group sizes, drift, landscape, recipe.
+
+    It has the sections that its records allow.
+    """
+    with working():
+        sheet = data_address(contact_sheet(load_images(images))) if images else None
+        html.write(page_of(sources, sheet), output)
+    say(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+
+
+def page_of(sources: list[Path], sheet: str | None) -> html.Page:
+    """Raises FolderError for what holds no records and is no saved folder."""
+    if len(sources) == 1 and sources[0].is_dir():
+        folder = sources[0]
+        if not is_ours(folder):
+            raise FolderError(f"{folder}: this folder was not saved by intrafusion; expected one, or files of records.")
+        plan, before, after = read_saved(folder)
+        return html.plan_page(plan, before, after, folder=str(folder), sheet=sheet, version=intrafusion.__version__)
+    records = [record for source in sources for record in read_records(source)]
+    names = [source.name for source in sources]
+    return html.records_page(records, sources=names, sheet=sheet, version=intrafusion.__version__)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Raises FolderError for a file that is missing or holds no record."""
+    if not path.is_file():
+        kind = "this is a folder; give it alone" if path.is_dir() else "there is none"
+        raise FolderError(f"{path}: expected a file of records, but {kind}.")
+    try:
+        found = read(path)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FolderError(f"{path}: expected records as JSON lines, got {error}.") from error
+    if not found:
+        raise FolderError(f"{path}: holds no record; expected what `intrafusion experiment` wrote.")
+    return found

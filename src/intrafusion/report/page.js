@@ -1,0 +1,145 @@
+"use strict";
+(() => {
+  const page = JSON.parse(document.getElementById("figures").textContent);
+  const hidden = new Set();
+  const shown = new Map(); // figure name -> its current variant
+  const PRINT = window.matchMedia("print");
+  let printing = false;
+
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  const own = (method) => colour("m" + (Math.max(0, page.methods.indexOf(method)) % 8));
+
+  function faded(hex, alpha) {
+    const [r, g, b] = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+    return `rgba(${r},${g},${b},${alpha})`;
+  }
+
+  function coloured(trace, width) {
+    const meta = trace.meta || {};
+    const t = { ...trace };
+    if (meta.method !== undefined) {
+      const c = own(meta.method);
+      const dash = ["solid", "dash", "dot", "dashdot"][Math.floor(page.methods.indexOf(meta.method) / 8) % 4];
+      t.line = { width: 2.2, color: c, dash, ...trace.line };
+      t.marker = { size: 7, color: c, ...trace.marker };
+      if (trace.type === "box") { t.line = { width: 1.5, color: c }; t.fillcolor = faded(c, 0.15); }
+      if (trace.fill) t.fillcolor = faded(c, 0.18);
+      if (trace.error_y) t.error_y = { ...trace.error_y, color: c };
+      t.visible = !hidden.has(meta.method);
+    } else if (meta.role === "reference") {
+      t.line = { color: colour("reference"), width: 1.5, dash: "dash" };
+    } else if (meta.role === "before" || meta.role === "after") {
+      t.marker = { color: colour(meta.role) };
+    } else if (meta.role === "corner") {
+      t.marker = { size: 11, color: "#ffffff", line: { color: "#111111", width: 2 } };
+      t.textfont = { color: "#111111", size: 13, shadow: "0 0 4px #ffffff, 0 0 4px #ffffff, 0 0 6px #ffffff", weight: 700 };
+    } else if (meta.role === "surface") {
+      t.colorscale = "Viridis";
+      t.reversescale = meta.better === "low";
+      if (width < 560) t.colorbar = { ...trace.colorbar, orientation: "h", y: 1, yanchor: "bottom", nticks: 6 };
+    } else if (meta.role === "diverging") {
+      t.colorscale = [[0, faded(colour("down"), 0.55)], [0.5, faded(colour("reference"), 0.06)], [1, faded(colour("up"), 0.55)]];
+      t.textfont = { color: colour("ink") };
+    }
+    return t;
+  }
+
+  function themed(layout, width) {
+    const axis = { gridcolor: colour("grid"), linecolor: colour("line"), zerolinecolor: colour("line"), automargin: true };
+    const narrow = width < 560;
+    const height = layout.height || (narrow ? 340 : 400);
+    return {
+      ...layout,
+      width, height: layout.yaxis && layout.yaxis.scaleanchor ? Math.min(height, Math.round(width * (narrow ? 0.9 : 0.8))) : height,
+      xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, color: colour("ink"), size: narrow ? 11.5 : 13 },
+      margin: { l: narrow ? 48 : 62, r: 14, t: 14, b: 52, ...layout.margin },
+      legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, xanchor: "left", bgcolor: "rgba(0,0,0,0)" },
+      hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
+      dragmode: false,
+    };
+  }
+
+  function draw(figure) {
+    const box = document.getElementById("plot-" + figure.name);
+    const variant = shown.get(figure.name);
+    const width = printing ? 660 : Math.max(240, box.clientWidth);
+    const config = { displaylogo: false, responsive: false, displayModeBar: false, scrollZoom: false };
+    Plotly.react(box, variant.data.map((trace) => coloured(trace, width)), themed(variant.layout, width), config);
+  }
+
+  const drawAll = () => page.figures.forEach(draw);
+
+  // ---- menus: a combination that does not exist falls back to the nearest one that does ------------------------------
+
+  function choose(figure, changed) {
+    const menus = [...document.querySelectorAll(`[data-figure="${figure.name}"] select`)];
+    const wanted = menus.map((m) => Number(m.value));
+    const keys = Object.keys(figure.variants).map((k) => (k === "" ? [] : k.split(",").map(Number)));
+    const likeness = (key) => key.reduce((sum, v, i) => sum + (v === wanted[i] ? (i === changed ? 100 : 1) : 0), 0);
+    const best = keys.reduce((a, b) => (likeness(b) > likeness(a) ? b : a));
+    menus.forEach((m, i) => { m.value = String(best[i]); });
+    shown.set(figure.name, figure.variants[best.join(",")]);
+  }
+
+  for (const figure of page.figures) {
+    document.querySelectorAll(`[data-figure="${figure.name}"] select`).forEach((menu, i) => {
+      menu.addEventListener("change", () => { choose(figure, i); draw(figure); });
+    });
+    choose(figure, -1);
+  }
+
+  // ---- methods ------------------------------------------------------------------------------------------------------
+
+  document.querySelectorAll(".toggle").forEach((button) => {
+    button.style.setProperty("--own", `var(--m${page.methods.indexOf(button.dataset.method) % 8})`);
+    button.addEventListener("click", () => {
+      const on = button.getAttribute("aria-pressed") === "true";
+      button.setAttribute("aria-pressed", String(!on));
+      if (on) hidden.add(button.dataset.method); else hidden.delete(button.dataset.method);
+      drawAll();
+    });
+  });
+
+  // ---- tables ---------------------------------------------------------------------------------------------------------
+
+  document.querySelectorAll("table.sortable").forEach((table) => {
+    const heads = [...table.tHead.rows[0].cells];
+    const body = table.tBodies[0];
+    const value = (row, i) => {
+      const cell = row.cells[i];
+      return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
+    };
+    const compare = (a, b) => {
+      if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1; // what has no number comes last
+      return typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true });
+    };
+    heads.forEach((head, i) => {
+      head.querySelector("button").addEventListener("click", () => {
+        const first = head.classList.contains("number") ? "descending" : "ascending";
+        const other = first === "ascending" ? "descending" : "ascending";
+        const order = head.getAttribute("aria-sort") === first ? other : first;
+        heads.forEach((h) => h.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", order);
+        const sign = order === "ascending" ? 1 : -1;
+        const rows = [...body.rows].map((row) => [value(row, i), row]);
+        rows.sort(([a], [b]) => (typeof a === typeof b ? sign : 1) * compare(a, b));
+        rows.forEach(([, row]) => body.append(row));
+      });
+    });
+  });
+
+  // ---- size, theme, print ---------------------------------------------------------------------------------------------
+
+  let pending = 0;
+  const later = () => { cancelAnimationFrame(pending); pending = requestAnimationFrame(drawAll); };
+  const print = (on) => { printing = on; drawAll(); };
+  window.addEventListener("resize", later);
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", later);
+  window.addEventListener("beforeprint", () => print(true));
+  window.addEventListener("afterprint", () => print(false));
+  PRINT.addEventListener("change", (event) => print(event.matches));
+  drawAll();
+  document.documentElement.dataset.ready = "true";
+})();
