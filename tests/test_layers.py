@@ -22,7 +22,7 @@ LAYERS = (
     {"compressed"},
     {"restore", "target"},
     {"pipeline"},
-    {"fusion", "factorize", "iterate", "train"},
+    {"checks", "fusion", "factorize", "iterate", "train"},
     {"bench", "zoo"},
     {"experiments"},
     {"", "cli"},  # "" is the package itself: its public names

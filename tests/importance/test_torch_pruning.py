@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,6 +118,24 @@ def test_labels_have_no_addresses() -> None:
         "TorchPruning(MagnitudeImportance(bias=False, group_reduction='mean', normalizer='mean', p=1, "
         "target_types=[Conv2d, Linear]))"
     )
+
+
+def test_channels_in_another_order() -> None:
+    """Taylor criteria sort the indices they are shown; one of a user's own may rely on the order of the first layer."""
+
+    class FirstLayer(tp.importance.Importance):
+        def __call__(self, group: Any) -> Tensor:
+            dep, idxs = group[0]
+            return dep.layer.weight[idxs].abs().sum(1)
+
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    graph = inspect(model, torch.randn(1, 3))
+    order = [3, 0, 5, 1, 4, 2]
+    other = replace(graph["0"], members=tuple(replace(m, positions=m.positions[order]) for m in graph["0"].members))
+    for criterion in (tp.importance.TaylorImportance(), tp.importance.MagnitudeImportance(), FirstLayer()):
+        ours = get(criterion)
+        seen = observe_for(ours, model, graph, graph.reducible, torch.randn(5, 3))["0"]
+        torch.testing.assert_close(ours(other, {}, seen), ours(graph["0"], {}, seen)[order])
 
 
 def test_random_scores_depend_on_seed_and_group_alone() -> None:

@@ -69,13 +69,14 @@ class TorchPruning:
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         tensors = seen(observations, "tensors", self, group)
         gradients = seen(observations, "gradients", self, group) if self.reads_gradients else None
-        theirs = as_their_group(group, tensors, gradients)
+        rank = ranks(group)
+        theirs = as_their_group(group, tensors, gradients, rank)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
             scores = self.importance(theirs)
         if scores is None:
             raise ModelError(f"group {group.name!r}: {self} finds no layer to score it by; exclude the group.")
-        return scores.double()[: group.size]
+        return scores.double()[: group.size][rank]
 
 
 def is_torch_prunings(importance: object) -> bool:
@@ -94,15 +95,28 @@ def value_label(value: Any) -> str:
     return value.__qualname__ if hasattr(value, "__qualname__") else repr(value)
 
 
-def as_their_group(group: ChannelGroup, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None) -> Any:
-    """A `torch_pruning.Group` with one item per layer and role, in execution order."""
+def ranks(group: ChannelGroup) -> np.ndarray:
+    """(n,): which of their channels each of ours is. Theirs are in the order of the first layer's indices."""
+    first = group.members[0].positions.min(axis=1) if group.members else np.arange(group.size)
+    return np.argsort(np.argsort(first, kind="stable"), kind="stable")
+
+
+def as_their_group(
+    group: ChannelGroup, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None, rank: np.ndarray
+) -> Any:
+    """A `torch_pruning.Group` with one item per layer and role, in execution order.
+
+    Indices ascend within an item: some of their criteria sort them, and forget which channel each belongs to.
+    """
     from torch_pruning.dependency import Dependency, Group, Node
 
     found, previous = Group(), None
     for member, layer, handler in stand_ins(group, tensors, gradients or {}):
         node = Node(layer, None, member.module)
-        found.add_dep(Dependency(handler, handler, previous or node, node), member.positions.ravel().tolist())
-        found[-1].root_idxs = np.repeat(np.arange(group.size), member.positions.shape[1]).tolist()
+        places = member.positions.ravel()
+        order = np.argsort(places, kind="stable")
+        found.add_dep(Dependency(handler, handler, previous or node, node), places[order].tolist())
+        found[-1].root_idxs = np.repeat(rank, member.positions.shape[1])[order].tolist()
         previous = node
     return found
 
