@@ -63,13 +63,12 @@ class ClosedForm:
         original = {name: tensor.detach() for name, tensor in named_tensors(reference).items()}
         present = named_tensors(compressed.model)
         fresh = reduced_weights(original, graph, compressed.plan.maps)
-        kernels = {m.tensor for g in graph.groups for m in g.members if Role.PRODUCES not in m.roles}
+        kernels = {m.tensor for g in graph.groups for m in g.with_role(Role.SCALES)}
         new: dict[str, Tensor] = {}
         for norm in graph.norms:
             merge = merge_along(norm.mean, len(original[norm.mean]), graph, compressed.plan.maps)
             if merge is not None and mixes(merge) and untouched(norm, present, fresh):
-                depthwise = norm.producer_weight in kernels and original[norm.producer_weight].shape[1] == 1
-                new |= self.corrected(norm, merge, original, fresh, depthwise=depthwise)
+                new |= self.corrected(norm, merge, original, fresh, depthwise=norm.producer_weight in kernels)
         new |= self.elsewhere(graph, compressed.plan.maps, original, present, fresh)
         write_(compressed.model, {name: tensor.to(present[name]) for name, tensor in new.items()})
 
