@@ -23,6 +23,7 @@ from intrafusion.report.records import (
     methods,
     originals,
     reductions,
+    single,
 )
 
 Trace = dict[str, Any]
@@ -399,11 +400,11 @@ def marginals(records: Iterable[Measured]) -> Figure | None:
 
 def figures(records: Sequence[Measured]) -> dict[str, Figure]:
     """Every figure that these records allow, by name."""
-    plain_records = [r for r in records if r.experiment != "marginals" and "stages" not in r.result]
+    once = single(records)
     found = (
-        curves(plain_records),
-        gains(plain_records),
-        sizes_of_records(plain_records),
+        curves(once),
+        gains(once),
+        sizes_of_records(once),
         marginals(records),
         fine_tuning(records),
         drift(records),

@@ -33,6 +33,7 @@ from intrafusion.report.records import (
     percent,
     reductions,
     significance,
+    single,
     stages,
 )
 from intrafusion.report.table import layers
@@ -226,8 +227,7 @@ def records_page(
     if not records:
         raise ValueError("report: expected records, got none; give files that an experiment wrote.")
     drawn = figures_of.figures(records)
-    plain_records = [r for r in records if "counts" not in r.result and "stages" not in r.result]
-    table = comparison([r for r in plain_records if r.experiment != "marginals"])
+    table = comparison(single(records))
     sections = [
         from_figure(drawn.get("curves")),
         Section("accuracy", "Group by group", GAIN, table=table) if table else None,
@@ -270,9 +270,10 @@ def sheet_section(sheet: str) -> Section:
 
 def best_gain(records: Iterable[Measured]) -> tuple[Measured, Measured] | None:
     """The pruned and the fused record of the largest gain, of whole networks if there are any."""
-    found = [r for r in reductions(latest(records)) if r.setting["method"] in (PRUNED, FUSED)]
+    records = latest(records)
+    found = [r for r in reductions(single(records) or records) if r.setting["method"] in (PRUNED, FUSED)]
     whole = [r for r in found if r.setting["group"] in WHOLE]
-    key = lambda r: tuple(sorted((k, str(v)) for k, v in r.setting.items() if k != "method"))  # noqa: E731
+    key = lambda r: (r.experiment, *sorted((k, str(v)) for k, v in r.setting.items() if k != "method"))  # noqa: E731
     pairs = [{r.setting["method"]: r for r in part} for part in grouped(whole or found, key).values()]
     both = [(p[PRUNED], p[FUSED]) for p in pairs if len(p) == 2]
     return max(both, key=lambda p: p[1].result["accuracy"] - p[0].result["accuracy"], default=None)

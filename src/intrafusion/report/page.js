@@ -57,7 +57,7 @@
       margin: { l: narrow ? 48 : 62, r: 14, t: 14, b: 52, ...layout.margin },
       legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, xanchor: "left", bgcolor: "rgba(0,0,0,0)" },
       hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
-      dragmode: false,
+      dragmode: false, showlegend: true,
     };
   }
 

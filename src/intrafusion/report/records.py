@@ -81,6 +81,11 @@ def reductions(records: Iterable[Measured]) -> list[Measured]:
     ]
 
 
+def single(records: Iterable[Measured]) -> list[Measured]:
+    """Records of experiments on accuracy alone; the others have tables of their own."""
+    return [r for r in records if not {"counts", "stages", "corners"} & r.result.keys() and r.experiment != "marginals"]
+
+
 def originals(records: Iterable[Measured]) -> dict[str, Measured]:
     """The record of the original, by network."""
     return {r.setting["network"]: r for r in reductions(records) if r.setting["method"] == ORIGINAL}
@@ -212,8 +217,5 @@ def marginal(method: str) -> str:
 
 def tables(records: Sequence[Measured]) -> list[Table]:
     """Everything that can be said of these records."""
-    plain = [
-        r for r in records if "counts" not in r.result and "stages" not in r.result and r.experiment != "marginals"
-    ]
-    found = (comparison(plain), significance(records), stages(records), drifts(records))
+    found = (comparison(single(records)), significance(records), stages(records), drifts(records))
     return [table for table in found if table is not None]
