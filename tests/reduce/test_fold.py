@@ -44,10 +44,10 @@ def test_options_choose_what_is_compared() -> None:
     rows, biases = points(20), 5 * points(20, 2, seed=9)
     given = problem(rows, 7, biases=biases)
     product = lambda labels: cluster_map(labels).unmerge  # noqa: E731
-    assert torch.equal(Fold()(given).unmerge, product(k_means(rows, 7, n_init=4)))
-    assert torch.equal(Fold(bias=True)(given).unmerge, product(k_means(torch.cat([rows, biases], 1), 7, n_init=4)))
+    assert torch.equal(Fold()(given).unmerge, product(k_means(rows, 7, n_init=10)))
+    assert torch.equal(Fold(bias=True)(given).unmerge, product(k_means(torch.cat([rows, biases], 1), 7, n_init=10)))
     unit = rows / rows.norm(dim=1, keepdim=True)
-    assert torch.equal(Fold("directions")(given).unmerge, product(k_means(unit, 7, n_init=4)))
+    assert torch.equal(Fold("directions")(given).unmerge, product(k_means(unit, 7, n_init=10)))
     lengths = torch.logspace(-2, 2, 20).double()[:, None]
     assert torch.equal(Fold("directions")(problem(rows * lengths, 7)).unmerge, Fold("directions")(given).unmerge)
     assert not torch.equal(Fold()(problem(rows * lengths, 7)).unmerge, Fold()(given).unmerge)

@@ -33,7 +33,7 @@ class Fold:
 
     features: str = "rows"
     bias: bool = False
-    n_init: int = 4
+    n_init: int = 10
 
     mixes = True  # of the class, not a hyper-parameter
     absorbs_duplicates = True
