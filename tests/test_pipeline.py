@@ -11,12 +11,13 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from bare import compress
 from gallery import CASES
 from gallery.core import Wired, conv_bn
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import BudgetError, IntraFusion, ModelError, Select, compress
+from intrafusion import BudgetError, IntraFusion, ModelError, Select
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance import Random
 from intrafusion.reduce import REDUCERS
@@ -263,7 +264,7 @@ def test_include_exclude_and_keep_by_pattern() -> None:
 def test_progress_counts_up_to_the_end_of_every_stage() -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     compress(residual(), X, 0.5, progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)))
-    assert list(seen) == ["trace", "reduce", "prove"]
+    assert list(seen) == ["trace", "reduce", "prove", "restore"]
     for steps in seen.values():
         assert [done for done, _ in steps] == list(range(steps[-1][1] + 1))
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from bare import compress
 from torch import Tensor, nn
 
-import intrafusion
-from intrafusion import Plan, PlanError, Recipe, apply, decide, inspect
+from intrafusion import IntraFusion, Plan, PlanError, Recipe, apply, decide, inspect
 from intrafusion.io.folder import load_plan, save_plan
 
 
@@ -34,7 +34,8 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def plan_of(model: nn.Module, **options: Any) -> Plan:
-    return decide(model, inspect(model, X), Recipe.of(**{"keep": 0.5, **options}))
+    bare = {"keep": 0.5, "reducer": "intrafusion", "restore": None}
+    return decide(model, inspect(model, X), Recipe.of(**bare | options))
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_json_gives_the_same_plan() -> None:
-    plan = plan_of(network(), reducer=intrafusion.IntraFusion("function", p=2.0), exclude=["body:outputs"])
+    plan = plan_of(network(), reducer=IntraFusion("function", p=2.0), exclude=["body:outputs"])
     again = Plan.from_json(plan.to_json(), plan.maps)
     assert again == plan
     assert again.to_json() == plan.to_json()
@@ -75,7 +76,7 @@ def test_saved_loaded_and_applied_gives_the_same_bytes(tmp_path: Path) -> None:
     save_plan(plan, tmp_path / "plan")
     loaded = load_plan(tmp_path / "plan")
     assert loaded == plan
-    found, expected = apply(model, loaded, X), intrafusion.compress(model, X, 0.5)
+    found, expected = apply(model, loaded, X), compress(model, X, 0.5)
     assert same_state(found.model, expected.model)
     assert found.plan == expected.plan == plan
     assert sorted(p.name for p in (tmp_path / "plan").iterdir()) == ["maps.safetensors", "plan.json", "recipe.yaml"]
@@ -91,7 +92,7 @@ def test_a_plan_with_a_method_of_the_user_can_be_loaded_and_applied(tmp_path: Pa
     save_plan(plan, tmp_path / "plan")
     assert load_plan(tmp_path / "plan") == plan
     kept = apply(model, load_plan(tmp_path / "plan"), X).model
-    assert same_state(kept, intrafusion.compress(model, X, 0.5, importance=own_score).model)
+    assert same_state(kept, compress(model, X, 0.5, importance=own_score).model)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from torch import nn
 from intrafusion import ChannelGroup, IntraFusion, Recipe, Select, inputs_of
 from intrafusion.importance import IMPORTANCES, Magnitude, Random
 from intrafusion.recipe import RecipeError
-from intrafusion.reduce import REDUCERS
+from intrafusion.reduce import REDUCERS, Pivot
+from intrafusion.restore import LeastSquares
+from intrafusion.restore import get as restorer
 
 
 def through_yaml(recipe: Recipe) -> Recipe:
@@ -20,7 +22,8 @@ def through_yaml(recipe: Recipe) -> Recipe:
 def test_the_default() -> None:
     recipe = Recipe.of()
     assert recipe == Recipe() == through_yaml(recipe) == Recipe.from_yaml("{}")
-    assert recipe.reducer == IntraFusion()
+    assert recipe.reducer == Pivot()
+    assert recipe.restore == ("auto",)
     assert recipe.importance == Magnitude(p=1.0)
 
 
@@ -40,6 +43,9 @@ def test_every_registered_method_survives_yaml_by_its_name(reducer: str, importa
         {"importance": Magnitude(p=3.0, reduction="prod", normalizer=None, bias=True)},
         {"importance": Magnitude(p=float("inf"), reduction="max")},
         {"importance": Random(seed=7)},
+        {"target": {"macs": 0.5}, "min_channels": 4},
+        {"restore": None},
+        {"restore": ["closed_form", {"name": "least_squares", "rows": 500}]},
         {"keep": {"layer1.*": 0.5, "head": 1.0}},
         {"round_to": 8, "seed": 3, "order": "backward"},
         {"include": ("a.*", inputs_of("b")), "exclude": "c:inputs"},
@@ -59,6 +65,16 @@ def test_a_recipe_written_by_hand() -> None:
     )
     assert recipe == Recipe.of(keep=0.5, reducer=IntraFusion("target"), exclude=["head", inputs_of("a")])
     assert Recipe.from_yaml("reducer: select\nexclude: head\n") == Recipe.of(reducer=Select(), exclude=["head"])
+
+
+def test_a_restorer_is_read_back_as_what_makes_it_again() -> None:
+    read = through_yaml(Recipe.of(restore=LeastSquares(rows=500)))
+    assert [restorer(step) for step in read.restore] == [LeastSquares(rows=500)]
+
+
+def test_keep_and_target_exclude_each_other() -> None:
+    with pytest.raises(RecipeError, match="expected keep or target, got both"):
+        Recipe.of(keep=0.5, target={"params": 0.5})
 
 
 def own_importance(group: Any, weights: Any, observations: Any = None) -> Any:

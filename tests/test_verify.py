@@ -10,12 +10,13 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from bare import compress
 from gallery import CASES, Inputs
 from gallery.core import Wired, conv_bn
 from torch import Tensor, nn
 
 import intrafusion.verify as verify_module
-from intrafusion import ChannelGraph, ChannelGroup, Role, compress, trace
+from intrafusion import ChannelGraph, ChannelGroup, Role, trace
 from intrafusion.inputs import Inputs as Call
 from intrafusion.reduce import ReductionMap, selection_map
 from intrafusion.verify import families_of, largest_passing, operate, permutation, siblings, verified

@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from intrafusion.apply import Repair
+from intrafusion.inputs import Inputs
 from intrafusion.io import folder as folders
 from intrafusion.measure.size import Size
 from intrafusion.plan import Plan
 from intrafusion.report import table
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """One step against the loss: what was done, on what, how long it took and what it gained.
+
+    Attributes:
+        step: name of the restorer.
+        on: the images it was done on, None for none.
+        seconds: images made from the network included.
+        error_before: mean squared difference of the outputs to the original's on these images, as a fraction of the
+            variance of the original's; None without images.
+        error_after: the same after the step.
+        note: why not something better, where it was chosen automatically.
+    """
+
+    step: str
+    on: str | None
+    seconds: float
+    error_before: float | None = None
+    error_after: float | None = None
+    note: str | None = None
+
+    def __str__(self) -> str:
+        on = f" on {self.on}" if self.on else ""
+        gain = "" if self.error_after is None else f", output error {self.error_before:.3f} -> {self.error_after:.3f}"
+        return f"restored: {self.step}{on}, {self.seconds:.1f} s{gain}" + (f" ({self.note})" if self.note else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,17 +49,28 @@ class Compressed:
 
     Attributes:
         plan: what was done to each group, and why where nothing was.
+        inputs: one call of the network, as it was given.
         repairs: attributes of modules that had to follow the new sizes.
+        restored: what was done against the loss, in order.
+        images: what the layers were solved on, if anything.
+        notes: what the user should know, such as a budget that could not be met.
+        rolled_back: groups that were to be reduced and could not be, with the reason.
     """
 
     model: nn.Module
     plan: Plan
     before: Size
     after: Size
+    inputs: Inputs
     repairs: tuple[Repair, ...] = ()
+    restored: tuple[Restoration, ...] = ()
+    images: Inputs | None = None
+    notes: tuple[str, ...] = ()
+    rolled_back: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return table.text(self.plan, self.before, self.after)
+        lines = [*map(str, self.restored), *(f"note: {note}" for note in self.notes)]
+        return "\n".join([table.text(self.plan, self.before, self.after), *lines])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights (safetensors), plan.json and recipe.yaml; `intrafusion.load` reads them.

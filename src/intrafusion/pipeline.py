@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,15 @@ from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.inputs import ExampleInputs, Inputs
 from intrafusion.measure.size import size_of
 from intrafusion.norms import fold
+from intrafusion.observe import observe_for
 from intrafusion.plan import Decision, Plan, members_of
 from intrafusion.recipe import Keep, Recipe
-from intrafusion.reduce import Reducer, ReductionMap, ReductionProblem, Select
-from intrafusion.restore import LeastSquares
+from intrafusion.reduce import Moments, Reducer, ReductionMap, ReductionProblem, Select
+from intrafusion.restore import Calibration, add_shifts_
+from intrafusion.restore.moments import measured
+from intrafusion.restore.steps import calibration_for, restored, reusable
 from intrafusion.selection import left_alone
+from intrafusion.target import error_curve, sizes_for_target
 from intrafusion.trace import trace
 from intrafusion.verify import operate, verified
 
@@ -38,17 +42,19 @@ def silent(stage: str, done: int, total: int) -> None:
 def compress(
     model: nn.Module,
     example_inputs: ExampleInputs,
-    keep: Keep = 0.7,
+    keep: Keep | None = None,
     *,
-    reducer: str | Reducer = "intrafusion",
+    target: Mapping[str, float] | None = None,
+    reducer: str | Reducer = "pivot",
     importance: Any = "l1",
+    restore: Any = "auto",
+    images: Images | None = None,
     round_to: int | None = None,
+    min_channels: int = 1,
     include: Any = None,
     exclude: Any = None,
     order: str = "joint",
     seed: int = 0,
-    images: Images | None = None,
-    restorer: LeastSquares | None = None,
     inplace: bool = False,
     progress: Progress = silent,
 ) -> Compressed:
@@ -57,31 +63,41 @@ def compress(
     Args:
         model: any eager PyTorch network; not modified unless `inplace`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward call.
-        keep: fraction of the channels of every group to keep, in (0, 1], or {name pattern: fraction}.
-        reducer: "intrafusion", "select" (plain pruning), or any Reducer.
-        importance: "l1", "l2", "linf", "random", or any callable (group, weights, observations) -> (n,) scores.
+        keep: fraction of the channels of every group to keep, in (0, 1], or {name pattern: fraction}; 0.7 by default.
+        target: instead of `keep`: {"params": 0.5} or {"macs": 0.5}, fractions of the original's, or {"latency_ms": 3.0}
+            on the example inputs; where to cut is then chosen for the least predicted error.
+        reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ..., or
+            any Reducer.
+        importance: "l1", "l2", "linf", "random", ..., or any callable (group, weights, observations) -> (n,) scores;
+            not used by "pivot".
+        restore: what is done against the loss: "auto" (the strongest that the images given allow), "images" (least
+            squares on those given), "synthetic" (on images made from the network), "noise" (without data, in seconds),
+            None, a restorer or its name, or several in order; see `intrafusion.restore`.
+        images: a few hundred unlabelled images as the network takes them: a tensor, or any iterable of tensors, tuples
+            or dicts, such as a DataLoader.
         round_to: make every size a multiple of this (the nearest, never below it).
+        min_channels: with a target, no group becomes smaller than this.
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
             or a list of such; "name:inputs" or `inputs_of(...)` means what the layers read, else what they produce.
         exclude: leave the channels of these layers alone; as `include`.
         order: "joint" (every group is described by the original weights) or "backward" (one after another from the
             output, each described by what the ones before left; the authors' released code).
         seed: for whatever draws random numbers.
-        images: a few hundred unlabelled images as the network takes them (a tensor, or any iterable of tensors, tuples
-            or dicts): every layer is solved by least squares for the original's outputs on them.
-        restorer: how; `LeastSquares()` by default. Not used without images.
         inplace: write the smaller weights into `model` itself.
     Returns:
         the smaller network with the plan that was carried out; groups that were left alone say why.
     Raises:
         ModelError: the network does not run on the example inputs, holds NaN, or has no group to reduce.
-        BudgetError: a keep outside (0, 1], or a name that nothing matches.
+        BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing.
     """
     recipe = Recipe.of(
         keep=keep,
+        target=target,
         reducer=reducer,
         importance=importance,
+        restore=restore,
         round_to=round_to,
+        min_channels=min_channels,
         include=include,
         exclude=exclude,
         order=order,
@@ -89,11 +105,30 @@ def compress(
     )
     inputs = Inputs.of(example_inputs)
     graph = inspect(model, inputs, progress=progress)
-    plan = decide(model, graph, recipe, progress=progress)
-    small = carry_out(model, plan, graph, inputs, progress=progress)
-    if images is not None:
-        (restorer or LeastSquares())(small, model, graph, images)
+    small = follow(recipe, model, graph, inputs, images, progress=progress)
     return moved_into(model, small) if inplace else small
+
+
+def follow(
+    recipe: Recipe,
+    model: nn.Module,
+    graph: ChannelGraph,
+    example_inputs: ExampleInputs,
+    images: Images | None = None,
+    *,
+    calibration: Calibration | None = None,
+    progress: Progress = silent,
+) -> Compressed:
+    """Do what a recipe says to a network that was inspected before: decide, carry out, restore.
+
+    Args:
+        calibration: instead of the one that the recipe would make, for several recipes on one network.
+    """
+    inputs, images = Inputs.of(example_inputs), reusable(images)
+    calibration = calibration or calibration_for(model, inputs, recipe, images, progress=progress)
+    plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images, progress=progress)
+    small = carry_out(model, plan, graph, inputs, progress=progress)
+    return restored(small, model, graph, calibration, images, progress=progress)
 
 
 def moved_into(model: nn.Module, small: Compressed) -> Compressed:
@@ -122,29 +157,57 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def decide(model: nn.Module, graph: ChannelGraph, recipe: Recipe, *, progress: Progress = silent) -> Plan:
+def decide(
+    model: nn.Module,
+    graph: ChannelGraph,
+    recipe: Recipe,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    calibration: Calibration | None = None,
+    images: Images | None = None,
+    progress: Progress = silent,
+) -> Plan:
     """Score the channels of every group, set its size, and choose its map. Nothing is written.
 
+    Args:
+        example_inputs: only needed for a target in MACs or latency.
+        calibration: what reducers that look at what is read of the channels, and targets, measure it on.
+        images: for criteria that need data.
     Raises:
         ModelError: no group can be reduced; gives the most frequent reasons.
+        BudgetError: sizes that are no sizes.
     """
     unwanted = left_alone(graph, model, recipe.include, recipe.exclude)
     units = [g for g in graph.groups if g.kind == "channel"]
     groups = [g for g in units if g.reason is None and g.name not in unwanted]
     if not groups:
         raise ModelError(nothing_to_reduce(units, unwanted))
-    wanted = sizes(groups, recipe.keep, graph, round_to=recipe.round_to)
+    moments = moments_for(graph, recipe, calibration)
     weights = folded_weights(model, graph, groups)
+    seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
+    scores = lambda g, w: checked_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
+    if recipe.target is None:
+        wanted, missed = sizes(groups, recipe.keep, graph, round_to=recipe.round_to), ()
+    else:
+        curves = {g.name: error_curve(moments.get(g.name), scores(g, weights)) for g in groups}
+        wanted, missed = sizes_for_target(model, graph, groups, curves, recipe, example_inputs)
     maps: dict[str, ReductionMap] = {}
     for index, group in enumerate(in_order(groups, recipe)):
         progress("reduce", index, len(groups))
-        if wanted[group.name] < group.size:
-            maps[group.name] = solve(group, weights, wanted[group.name], recipe)
+        if wanted.get(group.name, group.size) < group.size:
+            maps[group.name] = solve(group, weights, scores(group, weights), wanted[group.name], recipe, moments)
             if recipe.order == "backward":
                 hollow_(weights, group, maps[group.name])
     progress("reduce", len(groups), len(groups))
     decisions = tuple(decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name)) for g in units)
-    return Plan(recipe, decisions, graph.shapes, maps, graph.warnings)
+    return Plan(recipe, decisions, graph.shapes, maps, (*graph.warnings, *missed))
+
+
+def moments_for(graph: ChannelGraph, recipe: Recipe, calibration: Calibration | None) -> dict[str, Moments]:
+    """What consumers read of the channels, for recipes that look at it."""
+    if calibration is None or not (recipe.target or getattr(recipe.reducer, "needs_moments", False)):
+        return {}
+    return measured(calibration.reference, graph, calibration.images, seed=recipe.seed)
 
 
 def in_order(groups: list[ChannelGroup], recipe: Recipe) -> list[ChannelGroup]:
@@ -166,11 +229,20 @@ def folded_weights(model: nn.Module, graph: ChannelGraph, groups: Iterable[Chann
     return fold({name: tensors[name] for name in names}, norms)
 
 
-def solve(group: ChannelGroup, weights: dict[str, Tensor], m: int, recipe: Recipe) -> ReductionMap:
+def solve(
+    group: ChannelGroup,
+    weights: dict[str, Tensor],
+    scores: Tensor,
+    m: int,
+    recipe: Recipe,
+    moments: Mapping[str, Moments],
+) -> ReductionMap:
     """The map of one group; channels that must not be mixed are selected."""
-    scores = checked_scores(recipe.importance(group, weights, None), group)
-    problem = ReductionProblem(features(group, weights), scores, m, recipe.seed, biases(group, weights))
-    reducer = Select() if group.unmixable and recipe.reducer.mixes else recipe.reducer
+    rows, added = features(group, weights), biases(group, weights)
+    problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name))
+    reducer = recipe.reducer
+    if group.unmixable and reducer.mixes:
+        reducer = getattr(reducer, "selecting", Select)()
     return reducer(problem)
 
 
@@ -211,8 +283,10 @@ def carry_out(
     progress("prove", 0, 1)
     before = size_of(model, inputs)
     surgery = operate(model, graph, dict(plan.maps), inputs)
+    plan = plan.rolled_back(surgery.rolled_back)
+    add_shifts_(surgery.model, model, graph, plan.maps)
     after = size_of(surgery.model, inputs)
-    small = Compressed(surgery.model, plan.rolled_back(surgery.rolled_back), before, after, surgery.repairs)
+    small = Compressed(surgery.model, plan, before, after, inputs, surgery.repairs, rolled_back=surgery.rolled_back)
     progress("prove", 1, 1)
     return moved_into(model, small) if inplace else small
 

@@ -145,7 +145,8 @@ class Plan:
 
 
 def same_map(a: ReductionMap, b: ReductionMap) -> bool:
-    return torch.equal(a.merge, b.merge) and torch.equal(a.unmerge, b.unmerge)
+    pairs = ((a.merge, b.merge), (a.unmerge, b.unmerge), (a.shift, b.shift))
+    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 
 def members_of(group: ChannelGroup) -> tuple[str, ...]:

@@ -34,17 +34,25 @@ class Recipe:
         round_to: make every size a multiple of this.
         include: reduce only these layers (None: all).
         exclude: leave these layers alone.
+        target: {"params": 0.5}, {"macs": 0.5} (fractions of the original's) or {"latency_ms": 3.0}: sizes are chosen
+            for it, and `keep` is not used.
+        min_channels: no group becomes smaller than this.
+        restore: what is done against the loss, in order: "auto", "noise", "synthetic", "images", names of restorers, or
+            restorers; see `intrafusion.restore`. Empty: nothing.
         order: "joint": every group is described by the original weights; "backward": one after another from the
             output, each described by what the ones before it left, as the released code of Theus et al. does.
         seed: for whatever draws random numbers.
     """
 
     keep: Keep = 0.7
-    reducer: Reducer = field(default_factory=lambda: reducers.get("intrafusion"))
+    reducer: Reducer = field(default_factory=lambda: reducers.get("pivot"))
     importance: Importance = field(default_factory=lambda: importances.get("l1"))
     round_to: int | None = None
     include: tuple[Selector, ...] | None = None
     exclude: tuple[Selector, ...] = ()
+    target: Mapping[str, float] | None = None
+    min_channels: int = 1
+    restore: tuple[Any, ...] = ("auto",)
     order: str = "joint"
     seed: int = 0
 
@@ -55,23 +63,34 @@ class Recipe:
     @classmethod
     def of(cls, **options: Any) -> Recipe:
         """Names become methods, single selectors become tuples."""
-        options["reducer"] = reducers.get(options.get("reducer", "intrafusion"))
+        options["reducer"] = reducers.get(options.get("reducer", "pivot"))
         options["importance"] = importances.get(options.get("importance", "l1"))
         options["exclude"] = as_selectors(options.get("exclude")) or ()
         options["include"] = as_selectors(options.get("include"))
-        keep = options.get("keep", 0.7)
+        keep = options.get("keep")
+        if keep is not None and options.get("target") is not None:
+            raise RecipeError("expected keep or target, got both; a target chooses the sizes itself, leave keep out.")
+        keep = 0.7 if keep is None else keep
+        restore = options.get("restore", "auto")
+        restore = () if restore is None else tuple(restore) if isinstance(restore, (list, tuple)) else (restore,)
+        options["restore"] = tuple(dict(r) if isinstance(r, Mapping) else r for r in restore)
+        if options.get("target") is not None:
+            options["target"] = {k: plain(v) for k, v in dict(options["target"]).items()}
         options["keep"] = {k: plain(v) for k, v in keep.items()} if isinstance(keep, Mapping) else plain(keep)
         return cls(**options)
 
     def to_yaml(self) -> str:
         """YAML that `from_yaml` reads back; of a method that is not ours only the name is, see `Foreign`."""
         data = {
-            "keep": self.keep,
+            "keep": None if self.target else self.keep,
             "reducer": method_to_data(self.reducer, reducers.REDUCERS),
             "importance": method_to_data(self.importance, importances.IMPORTANCES),
             "round_to": self.round_to,
             "include": None if self.include is None else [str(s) for s in self.include],
             "exclude": [str(s) for s in self.exclude],
+            "target": None if self.target is None else dict(self.target),
+            "min_channels": self.min_channels,
+            "restore": [step_to_data(step) for step in self.restore],
             "order": self.order,
             "seed": self.seed,
         }
@@ -94,7 +113,7 @@ class Recipe:
         for key in data:
             if key not in valid:
                 raise RecipeError(f"recipe: {unknown_name('option', str(key), valid)}")
-        data["reducer"] = method_from_data(data.get("reducer", "intrafusion"), reducers.REDUCERS, "reducer")
+        data["reducer"] = method_from_data(data.get("reducer", "pivot"), reducers.REDUCERS, "reducer")
         data["importance"] = method_from_data(data.get("importance", "l1"), importances.IMPORTANCES, "importance")
         return cls.of(**data)
 
@@ -112,6 +131,17 @@ class Foreign:
             f"recipe: it was made with {self.foreign}, which is not part of intrafusion; "
             "set `reducer` or `importance` to that method again."
         )
+
+
+def step_to_data(step: Any) -> Any:
+    """A step of `restore`: names and mappings as they are, a dataclass by its class and fields."""
+    if isinstance(step, str):
+        return step
+    if isinstance(step, Mapping):
+        return dict(step)
+    if is_dataclass(step) and not isinstance(step, type):
+        return {"name": type(step).__name__, **asdict(step)}
+    return {"name": getattr(step, "__qualname__", type(step).__qualname__)}
 
 
 def plain(value: Any) -> Any:

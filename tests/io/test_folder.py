@@ -11,11 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from bare import compress
 from torch import Tensor, nn
 
 import intrafusion
 import intrafusion.io.folder as folder_module
-from intrafusion import Compressed, FolderError, PlanError, compress, load
+from intrafusion import Compressed, FolderError, PlanError, load
 from intrafusion.errors import IntrafusionError
 from intrafusion.io.folder import load_plan, save_plan
 
@@ -83,6 +84,10 @@ def test_loaded_it_computes_the_same(small: Compressed, saved: Path, original: A
     ]
 
 
+def small_recipe() -> intrafusion.Recipe:
+    return intrafusion.Recipe.of(keep=0.5, reducer="intrafusion", restore=None)
+
+
 def test_the_folder_holds_these_files_and_no_pickle(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == ["model.safetensors", "plan.json", "recipe.yaml"]
     for path in saved.iterdir():
@@ -90,7 +95,7 @@ def test_the_folder_holds_these_files_and_no_pickle(saved: Path) -> None:
     tensors = safetensors.torch.load_file(saved / "model.safetensors")
     assert tensors["module.weight"].shape == (4, 3, 3, 3)
     assert "b.weight" not in tensors, "a shared weight is stored once"
-    assert intrafusion.Recipe.from_yaml((saved / "recipe.yaml").read_text()) == intrafusion.Recipe(keep=0.5)
+    assert intrafusion.Recipe.from_yaml((saved / "recipe.yaml").read_text()) == small_recipe()
     assert list(saved.parent.iterdir()) == [saved]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from intrafusion import pipeline
 from intrafusion.cli.console import ROLLED_BACK, check_output, progress_bar, working
+from intrafusion.cli.inputs import read_images
 from intrafusion.cli.network import Network, read_network
 from intrafusion.cli.options import Arguments, AsJson, Base, Name, Shapes, Weights
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
@@ -19,6 +21,7 @@ from intrafusion.importance import IMPORTANCES
 from intrafusion.recipe import ORDERS, Keep, Recipe, RecipeError
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
+from intrafusion.restore import LEVELS, RESTORERS
 
 
 def named(names: Iterable[str], about: str) -> Any:
@@ -46,11 +49,33 @@ def compress(
             "pattern that matches counts, a fraction alone holds for the rest.",
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND=VALUE",
+            help="Instead of --keep: params=0.5 or macs=0.5 (fractions of the original's) or latency_ms=3.0; where to "
+            "cut is then chosen for the least predicted error.",
+        ),
+    ] = None,
+    min_channels: Annotated[int | None, typer.Option(help="With --target: no group becomes smaller.")] = None,
     reducer: Annotated[str | None, named(REDUCERS, "How channels become fewer; select is plain pruning")] = None,
     normalization: Annotated[str | None, named(NORMALIZATIONS, "Of the reducer intrafusion")] = None,
     importance: Annotated[str | None, named(IMPORTANCES, "How much a channel matters")] = None,
     order: Annotated[str | None, named(ORDERS, "Order of the groups")] = None,
     round_to: Annotated[int | None, typer.Option(help="Make every size a multiple of this.")] = None,
+    restore: Annotated[
+        list[str] | None,
+        named(
+            ("auto", *LEVELS, "none", *RESTORERS),
+            "What is done against the loss (repeatable, in order); auto takes the strongest that the images allow",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Unlabelled images as the network takes them: .safetensors or .npz with an array `images`, or .npy."
+        ),
+    ] = None,
     include: Annotated[list[str] | None, layers("Reduce only the channels of this layer")] = None,
     exclude: Annotated[list[str] | None, layers("Leave the channels of this layer alone")] = None,
     seed: Annotated[int | None, typer.Option(help="For whatever draws random numbers.")] = None,
@@ -68,6 +93,9 @@ def compress(
     with working():
         options = {
             "keep": read_keep(keep) if keep else None,
+            "target": read_target(target) if target else None,
+            "min_channels": min_channels,
+            "restore": [step for step in restore if step != "none"] if restore else None,
             "reducer": reducer,
             "importance": importance,
             "order": order,
@@ -80,7 +108,7 @@ def compress(
         if output:
             check_output(output)
         network = read_network(model, base=base, weights=weights, arguments=arguments or (), inputs=inputs or ())
-        small, rolled_back = reduced(network, wanted)
+        small, rolled_back = reduced(network, wanted, read_images(images) if images else None)
         if output:
             small.save(output)
     if as_json:
@@ -100,7 +128,14 @@ def read_recipe(file: Path | None, options: dict[str, Any], normalization: str |
     """
     recipe = Recipe.from_yaml(file.read_text()) if file else Recipe()
     stated = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    recipe = Recipe.of(**stated | {key: value for key, value in options.items() if value is not None})
+    chosen = {key: value for key, value in options.items() if value is not None}
+    if normalization and not file:
+        chosen.setdefault("reducer", "intrafusion")
+    if "target" in chosen or (recipe.target and "keep" not in chosen):
+        stated["keep"] = None  # the sizes come from the target, unless a keep is given now
+    elif "keep" in chosen:
+        stated["target"] = None
+    recipe = Recipe.of(**stated | chosen)
     return replace(recipe, reducer=normalized(recipe.reducer, normalization)) if normalization else recipe
 
 
@@ -132,13 +167,24 @@ def read_keep(texts: Iterable[str]) -> Keep:
     return keep["*"] if keep.keys() == {"*"} else keep
 
 
-def reduced(network: Network, recipe: Recipe) -> tuple[Compressed, list[str]]:
+def read_target(text: str) -> dict[str, float]:
+    """
+    >>> read_target("macs=0.5")
+    {'macs': 0.5}
+    """
+    kind, _, number = text.partition("=")
+    try:
+        return {kind: float(number)}
+    except ValueError as error:
+        raise RecipeError(f"--target {text}: expected KIND=VALUE, such as params=0.5 or latency_ms=3.0.") from error
+
+
+def reduced(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
         graph = pipeline.inspect(network.model, network.inputs, progress=progress)
-        plan = pipeline.decide(network.model, graph, recipe, progress=progress)
-        small = pipeline.carry_out(network.model, plan, graph, network.inputs, progress=progress)
-    return small, [name for name in plan.sizes if name not in small.plan.sizes]
+        small = pipeline.follow(recipe, network.model, graph, network.inputs, images, progress=progress)
+    return small, list(small.rolled_back)
 
 
 def summary(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> dict[str, Any]:
@@ -147,12 +193,16 @@ def summary(network: Network, small: Compressed, folder: Path | None, rolled_bac
         "output": str(folder) if folder else None,
         "load": network.loading(folder) if folder else None,
         "rolled_back": rolled_back,
+        "restored": [asdict(step) for step in small.restored],
+        "notes": list(small.notes),
         **plan_data(small.plan, small.before, small.after),
     }
 
 
 def show(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> None:
     print_plan(small.plan, small.before, small.after)
+    for line in (*map(str, small.restored), *(f"note: {note}" for note in small.notes)):
+        say(line)
     if rolled_back:
         say(f"rolled back: {', '.join(rolled_back)}")
     if folder:

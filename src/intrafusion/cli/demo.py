@@ -1,4 +1,4 @@
-"""intrafusion demo: trains a small residual network on digits on the spot, then prunes and fuses it."""
+"""intrafusion demo: trains a small residual network on digits on the spot, then prunes, fuses and restores it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,21 +19,23 @@ from intrafusion.cli.network import loading_line
 from intrafusion.cli.show import print_table, say
 from intrafusion.compressed import Compressed
 from intrafusion.errors import FolderError
-from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
 from intrafusion.io.atomic import atomic_file
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.size import size_of
 from intrafusion.recipe import Recipe
-from intrafusion.reduce import IntraFusion, Reducer, Select
 from intrafusion.report.plot import accuracy_plot
 from intrafusion.zoo import Images
 
 NETWORK = "digits_resnet"
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-METHODS: Mapping[str, Reducer] = {"pruned": Select(), "fused": IntraFusion()}
-SAVED = ("fused", 0.9)
-TABLE, PLOT, SMALL = "accuracy.csv", "accuracy.png", "fused-90"
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "pruned": {"reducer": "select", "restore": None},
+    "fused": {"reducer": "intrafusion", "restore": None},
+    "restored": {"reducer": "pivot", "restore": "noise"},
+}
+SAVED = ("restored", 0.5)
+TABLE, PLOT, SMALL = "accuracy.csv", "accuracy.png", "restored-50"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def demo(
         Path, typer.Option("--output", "-o", help="Folder for the table, the plot and one network.")
     ] = Path("intrafusion-demo"),
 ) -> None:
-    """Train a small residual CNN on scikit-learn's digits, then shrink it by pruning and by fusing.
+    """Train a small residual CNN on scikit-learn's digits, then shrink it: pruned, fused, restored.
 
     It is shrunk without data and without retraining. This takes seconds and needs no file; running it again replaces
     the files it wrote, and no others.
@@ -86,7 +88,8 @@ def run(model: nn.Module, folder: Path, keeps: Sequence[float] = KEEPS) -> list[
         graph = pipeline.inspect(model, inputs, progress=progress)  # traced and proven once
         for index, keep in enumerate(keeps):
             progress(f"keep {keep:.0%}", index, len(keeps))
-            smaller = {name: reduced(model, graph, inputs, keep, reducer) for name, reducer in METHODS.items()}
+            recipes = {name: Recipe.of(keep=keep, **options) for name, options in METHODS.items()}
+            smaller = {name: pipeline.follow(recipe, model, graph, inputs) for name, recipe in recipes.items()}
             rows += [measured(name, keep, small, test) for name, small in smaller.items()]
             if keep == SAVED[1]:
                 smaller[SAVED[0]].save(folder / SMALL)
@@ -95,11 +98,6 @@ def run(model: nn.Module, folder: Path, keeps: Sequence[float] = KEEPS) -> list[
     title = f"Digits, a residual network of {size.params:,} parameters:\nno data, no retraining"
     accuracy_plot(folder / PLOT, curves, original=rows[0].accuracy, title=title)
     return rows
-
-
-def reduced(model: nn.Module, graph: ChannelGraph, inputs: Inputs, keep: float, reducer: Reducer) -> Compressed:
-    plan = pipeline.decide(model, graph, Recipe(keep=keep, reducer=reducer))
-    return pipeline.carry_out(model, plan, graph, inputs)
 
 
 def measured(method: str, keep: float, small: Compressed, test: Images) -> Row:

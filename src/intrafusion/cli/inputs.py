@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import FolderError, ModelError
 from intrafusion.inputs import Inputs
+from intrafusion.restore import load_images
 
 
 def read_inputs(texts: Iterable[str]) -> Inputs:
@@ -28,6 +31,25 @@ def read_inputs(texts: Iterable[str]) -> Inputs:
         else:
             args.append(read_input(text, shape))
     return Inputs(tuple(args), kwargs)
+
+
+def read_images(path: Path) -> Tensor:
+    """Images (n, ...) from .safetensors or .npz (an array `images`) or .npy; nothing is unpickled.
+
+    Raises:
+        FolderError: no such file, or not one of these.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_images(path)
+        found = np.load(path, allow_pickle=False)
+        found = found if isinstance(found, np.ndarray) else found["images"]
+        return torch.from_numpy(np.ascontiguousarray(found)).float()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FolderError(
+            f"--images {path}: expected .safetensors or .npz with an array `images`, or .npy, "
+            f"got {type(error).__name__}: {error}."
+        ) from error
 
 
 def read_input(text: str, shape: str) -> Tensor:

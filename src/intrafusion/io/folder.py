@@ -210,7 +210,8 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
     tensors = {
         f"{kind}/{name}": getattr(m, kind).contiguous()
         for name, m in plan.maps.items()
-        for kind in ("merge", "unmerge")
+        for kind in ("merge", "unmerge", "shift")
+        if getattr(m, kind) is not None
     }
     with atomic_folder(folder, ours=is_ours) as target:
         save_file(tensors, target / MAPS)
@@ -230,5 +231,8 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
         raise FolderError(f"{folder}: has no {MAPS}; it holds a network (intrafusion.load), not a plan to apply.")
     tensors = read_tensors(folder / MAPS)
     names = [k.removeprefix("merge/") for k in tensors if k.startswith("merge/")]
-    maps = {name: ReductionMap(tensors[f"merge/{name}"], tensors[f"unmerge/{name}"]) for name in names}
+    maps = {
+        name: ReductionMap(tensors[f"merge/{name}"], tensors[f"unmerge/{name}"], tensors.get(f"shift/{name}"))
+        for name in names
+    }
     return Plan.from_json(json.dumps(data), maps)

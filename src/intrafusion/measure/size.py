@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,3 +50,29 @@ def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
     with preserved(model), torch.no_grad(), decomposed(model), MacCounter() as counter:
         Inputs.of(example_inputs).call(model)
     return Size(sum(p.numel() for p in model.parameters()), counter.flops // 2)
+
+
+def macs_by_weight(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, float]:
+    """Multiply-accumulates of each module that owns a weight, by the name of the weight; nested modules count apart."""
+    spent: dict[str, float] = {}
+    stack: list[float] = []
+    with preserved(model), torch.no_grad(), decomposed(model), MacCounter() as counter, ExitStack() as hooks:
+
+        def entered(module: nn.Module, args: Any) -> None:
+            stack.append(counter.flops)
+
+        def left(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                spent[name] = spent.get(name, 0.0) + (counter.flops - stack.pop()) / 2
+
+            return hook
+
+        first: dict[int, str] = {}
+        for name, module in model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dim() > 1 and not list(module.children()):
+                key = first.setdefault(id(weight), f"{name}.weight" if name else "weight")
+                hooks.callback(module.register_forward_pre_hook(entered).remove)
+                hooks.callback(module.register_forward_hook(left(key)).remove)
+        Inputs.of(example_inputs).call(model)
+    return spent

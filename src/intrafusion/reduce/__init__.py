@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from intrafusion.errors import unknown_name
+from intrafusion.reduce.fold import Fold, cluster_map
 from intrafusion.reduce.fuse import IntraFusion, intrafusion_map
-from intrafusion.reduce.problem import Reducer, ReductionMap, ReductionProblem
+from intrafusion.reduce.pivot import Pivot
+from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import Select, most_important, selection_map
 
 REDUCERS: dict[str, Callable[[], Reducer]] = {
     "select": Select,
     "intrafusion": IntraFusion,
+    "fold": Fold,
+    "pivot": Pivot,
 }
 
 
@@ -33,11 +37,15 @@ def get(reducer: str | Reducer) -> Reducer:
 
 __all__ = [
     "REDUCERS",
+    "Fold",
     "IntraFusion",
+    "Moments",
+    "Pivot",
     "Reducer",
     "ReductionMap",
     "ReductionProblem",
     "Select",
+    "cluster_map",
     "get",
     "intrafusion_map",
     "most_important",

@@ -3,13 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from intrafusion.errors import BudgetError
-from intrafusion.reduce.problem import ReductionMap
+from intrafusion.reduce.fuse import IntraFusion
+from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
+from intrafusion.reduce.select import Select, selection_map
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """Keep the channels from which the others can best be told, and let the consumers read the others off them.
+
+    Works on what the consumers read of the channels (`ReductionProblem.moments`) and ignores importance. Groups for
+    which that is unknown, such as those that only grouped convolutions read, are fused (selected, if not `unmerge`).
+
+    Attributes:
+        strength: of the ridge of the unmerge, as a fraction of the channels' mean variance.
+        unmerge: mix the consumers' columns; False only selects.
+    """
+
+    strength: float = 1e-3
+    unmerge: bool = True
+
+    needs_moments = True  # of the class, not a hyper-parameter
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise ValueError(f"strength: expected a number >= 0, got {self.strength!r}.")
+
+    @property
+    def mixes(self) -> bool:
+        return self.unmerge
+
+    def selecting(self) -> Pivot:
+        return replace(self, unmerge=False)
+
+    def __call__(self, problem: ReductionProblem) -> ReductionMap:
+        moments = problem.moments
+        if moments is None or problem.size == len(problem.importance):
+            return (IntraFusion() if self.unmerge else Select())(problem)
+        kept = picked(moments).order[: problem.size].sort().values
+        mean, covariance = moments.overall
+        if self.unmerge:
+            return least_squares_map(mean, covariance, kept, self.strength)
+        reduction = selection_map(kept.to(mean.device), len(mean))
+        return replace(reduction, shift=mean - reduction.unmerge @ mean[kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +67,17 @@ class Pivots:
     missing: Tensor
 
 
+_PICKED: WeakKeyDictionary[Moments, Pivots] = WeakKeyDictionary()
+
+
+def picked(moments: Moments) -> Pivots:
+    """All channels in the order of picking; computed once for each object."""
+    if moments not in _PICKED:
+        readers = [moments.reader] * len(moments.covariances)
+        _PICKED[moments] = pivots(moments.covariances, readers, len(moments.reader))
+    return _PICKED[moments]
+
+
 def pivots(covariances: Sequence[Tensor], readers: Sequence[Tensor], m: int) -> Pivots:
     r"""Pick the m channels from which the consumers' signal can best be told, one after another.
 
@@ -32,7 +86,7 @@ def pivots(covariances: Sequence[Tensor], readers: Sequence[Tensor], m: int) -> 
         argmax_j  (C Q C)_jj / C_jj,     and then  C <- C - C_:j C_j: / C_jj
 
     which is the greedy choice for min tr(Q Cov(h | h_S)). Channels that are read at several points have one covariance
-    and one Q for each; the gains are summed, each point weighing the same.
+    and one Q for each; the gains are summed, each point weighing the same. O(m n^2) for each point.
 
     Args:
         covariances: (n, n) each, positive semi-definite.
@@ -44,38 +98,55 @@ def pivots(covariances: Sequence[Tensor], readers: Sequence[Tensor], m: int) -> 
     n = len(covariances[0])
     if not 1 <= m <= n:
         raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
-    shares = [1 / (c * q).sum().clamp(min=1e-300) / len(covariances) for c, q in zip(covariances, readers, strict=True)]
-    left = [c.double().clone() for c in covariances]
-    least = [1e-10 * c.diagonal().max().clamp(min=1e-300) for c in left]
+    points = [Schur(c.double(), q.double(), m) for c, q in zip(covariances, readers, strict=True)]
+    shares = [1 / (c * q).sum().clamp(min=1e-300) / len(points) for c, q in zip(covariances, readers, strict=True)]
     order: list[int] = []
     missing = [1.0]
     for _ in range(m):
-        points = zip(shares, left, readers, least, strict=True)
-        gains = torch.stack([s * gain(c, q, e) for s, c, q, e in points]).sum(0)
+        gains = torch.stack([share * point.gain() for share, point in zip(shares, points, strict=True)]).sum(0)
         gains[order] = -1.0
         best = int(gains.argmax())
         missing.append(max(0.0, missing[-1] - float(gains[best])))
-        left = [without(c, best, e) for c, e in zip(left, least, strict=True)]
+        for point in points:
+            point.pick_(best)
         order.append(best)
     return Pivots(torch.tensor(order), torch.tensor(missing, dtype=torch.float64))
 
 
-def gain(covariance: Tensor, reader: Tensor, least: Tensor) -> Tensor:
-    """How much less is missing once a channel is known, for each; 0 for what is known already."""
-    variance = covariance.diagonal()
-    explained = (covariance * (reader @ covariance)).sum(0)
-    return torch.where(variance > least, explained / variance.clamp(min=least), 0.0)
+class Schur:
+    """The covariance C of the channels given those picked so far, as C_0 - U U^T, and what is needed of C Q C."""
+
+    def __init__(self, covariance: Tensor, reader: Tensor, picks: int) -> None:
+        self.start, self.reader = covariance, reader
+        self.factors = covariance.new_zeros(len(covariance), picks)  # U
+        self.count = 0
+        self.variance = covariance.diagonal().clone()
+        self.explained = (covariance * (reader @ covariance)).sum(0)  # (C Q C)_jj
+        self.least = 1e-10 * self.variance.max().clamp(min=1e-300)
+
+    def gain(self) -> Tensor:
+        """How much less is missing once a channel is known, for each; 0 for what is known already."""
+        known = self.variance <= self.least
+        return torch.where(known, 0.0, self.explained.clamp(min=0) / self.variance.clamp(min=self.least))
+
+    def pick_(self, index: int) -> None:
+        """Condition on one channel, unless it is known already: C <- C - u u^T with u = C_:j / sqrt(C_jj)."""
+        if self.variance[index] <= self.least:
+            return
+        u = (self.start[:, index] - self.given @ self.given[index]) / self.variance[index].sqrt()
+        read = self.reader @ u
+        passed = self.start @ read - self.given @ (self.given.T @ read)  # C Q u
+        self.explained += u * (u * (u @ read) - 2 * passed)
+        self.variance -= u.square()
+        self.factors[:, self.count] = u
+        self.count += 1
+
+    @property
+    def given(self) -> Tensor:
+        return self.factors[:, : self.count]
 
 
-def without(covariance: Tensor, index: int, least: Tensor) -> Tensor:
-    """The covariance given one channel."""
-    column = covariance[:, index]
-    return covariance - torch.outer(column, column) / column[index] if column[index] > least else covariance
-
-
-def least_squares_map(
-    mean: Tensor, covariance: Tensor, kept: Tensor, strength: float = 1e-3
-) -> tuple[ReductionMap, Tensor]:
+def least_squares_map(mean: Tensor, covariance: Tensor, kept: Tensor, strength: float = 1e-3) -> ReductionMap:
     r"""Keep some channels and tell the others from them.
 
     M = S, the kept rows of the identity;  U = C_:S (C_SS + lam I)^-1,  s = mu - U mu_S,  lam = strength * mean C_jj
@@ -85,11 +156,11 @@ def least_squares_map(
         covariance: C (n, n) of it.
         kept: (m,) channels.
     Returns:
-        the map, float64, and the shift (n,): the consumers' sum misses W_c s.
+        the map, float64, with the shift s: without it the consumers' sum misses W_c s.
     """
     mean, covariance = mean.double(), covariance.double()
     inner = covariance[kept][:, kept]
     inner = inner + (strength * inner.diagonal().mean()).clamp(min=1e-30) * torch.eye(len(kept)).to(inner)
-    unmerge = torch.linalg.solve(inner, covariance[kept]).T
+    unmerge = torch.linalg.solve(inner, covariance[kept]).T.contiguous()
     merge = torch.eye(len(mean)).to(covariance)[kept]
-    return ReductionMap(merge, unmerge.contiguous()), mean - unmerge @ mean[kept]
+    return ReductionMap(merge, unmerge, mean - unmerge @ mean[kept])

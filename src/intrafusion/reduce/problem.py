@@ -5,7 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What consumers read of n channels, at each of the points where they read them, float64.
+
+    Attributes:
+        means: (n,) at each point.
+        covariances: (n, n) at each point.
+        reader: (n, n), sum over the consumers of W_c^T W_c, norms folded: squared change of what they give.
+    """
+
+    means: tuple[Tensor, ...]
+    covariances: tuple[Tensor, ...]
+    reader: Tensor
+
+    @property
+    def overall(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance over all points."""
+        return torch.stack(self.means).mean(0), torch.stack(self.covariances).mean(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +39,7 @@ class ReductionProblem:
         size: m, with 1 <= m <= n.
         seed: for reducers that draw random numbers.
         biases: (n, k) float64, what is added to the channels.
+        moments: what the consumers read of the channels, where that is known; only for reducers with `needs_moments`.
     """
 
     features: Tensor
@@ -25,17 +47,20 @@ class ReductionProblem:
     size: int
     seed: int = 0
     biases: Tensor | None = None
+    moments: Moments | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ReductionMap:
     """Two small matrices that reduce a group, float64.
 
-    merge (m, n): producers W <- merge W; unmerge (n, m): consumers W <- W unmerge.
+    merge (m, n): producers W <- merge W; unmerge (n, m): consumers W <- W unmerge; shift (n,): what each old channel is
+    on top of unmerge times the new ones, so consumers b <- b + W shift.
     """
 
     merge: Tensor
     unmerge: Tensor
+    shift: Tensor | None = None
 
 
 @runtime_checkable
@@ -43,9 +68,11 @@ class Reducer(Protocol):
     """A frozen dataclass whose fields are its hyper-parameters.
 
     `mixes`: whether a new channel may combine several old ones. A reducer that only selects also works on groups
-    whose channels must not be mixed.
+    whose channels must not be mixed. A reducer that mixes may have a method `selecting()` that gives its selecting form
+    for such groups (else they are selected by importance), and an attribute `needs_moments = True`.
     """
 
-    mixes: bool
+    @property
+    def mixes(self) -> bool: ...
 
     def __call__(self, problem: ReductionProblem) -> ReductionMap: ...

@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 from intrafusion.batches import batches
 from intrafusion.errors import unknown_name
+from intrafusion.restore.calibration import LEVELS, Calibration, calibrate
+from intrafusion.restore.closed_form import ClosedForm
 from intrafusion.restore.least_squares import LeastSquares
-from intrafusion.restore.pivoting import Pivot, Pivoted, add_shifts_
+from intrafusion.restore.noise import Noise
+from intrafusion.restore.reestimate import Reestimate
+from intrafusion.restore.repair import ActivationRepair
 from intrafusion.restore.restorer import Reduced, Restorer
+from intrafusion.restore.shifts import add_shifts_
 from intrafusion.restore.synthesize import Synthesis, load_images, save_images
 
-RESTORERS: dict[str, Callable[[], Restorer]] = {
+RESTORERS: dict[str, type[Any]] = {
     "least_squares": LeastSquares,
+    "noise": Noise,
+    "closed_form": ClosedForm,
+    "reestimate": Reestimate,
+    "repair": ActivationRepair,
 }
 
 
-def get(restorer: str | Restorer) -> Restorer:
+def get(restorer: str | Mapping[str, Any] | Restorer) -> Restorer:
     """The restorer of this name with its default hyper-parameters; a restorer passes through.
 
+    Args:
+        restorer: a name, {"name": name or class, hyper-parameter: value, ...} as recipes hold it, or a restorer.
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a hyper-parameter that it does not have.
         TypeError: neither a name nor a restorer.
     """
     if isinstance(restorer, str):
-        if restorer not in RESTORERS:
-            raise ValueError(unknown_name("restorer", restorer, RESTORERS))
-        return RESTORERS[restorer]()
+        restorer = {"name": restorer}
+    if isinstance(restorer, Mapping):
+        options = dict(restorer)
+        name = str(options.pop("name", None))
+        known = RESTORERS | {entry.__name__: entry for entry in RESTORERS.values()}
+        if name not in known:
+            raise ValueError(unknown_name("restorer", name, RESTORERS))
+        try:
+            return known[name](**options)
+        except TypeError as error:
+            raise ValueError(f"restorer {name!r} does not take these options: {error}.") from error
     if isinstance(restorer, type) or not isinstance(restorer, Restorer):
         raise TypeError(f"restorer: expected a name or an object with `needs_data` and `__call__`, got {restorer!r}.")
     return restorer
 
 
 __all__ = [
+    "LEVELS",
     "RESTORERS",
+    "ActivationRepair",
+    "Calibration",
+    "ClosedForm",
     "LeastSquares",
-    "Pivot",
-    "Pivoted",
+    "Noise",
     "Reduced",
+    "Reestimate",
     "Restorer",
     "Synthesis",
     "add_shifts_",
     "batches",
+    "calibrate",
     "get",
     "load_images",
     "save_images",

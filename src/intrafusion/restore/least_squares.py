@@ -13,12 +13,16 @@ from intrafusion.batches import Images, batches, fitted, joined
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
+from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.layers import Layer, hooked, output_map, solvable
 from intrafusion.restore.restorer import Reduced, needed
 from intrafusion.restore.ridge import ridge
 from intrafusion.restore.sums import Followed, Sums
 from intrafusion.trace.state import preserved
 from intrafusion.verify import copy_of
+
+Change = tuple[Tensor, Tensor]
+"""What was added to a layer's weight, (c, d), and as a constant to its output before the norm, (c,); float64."""
 
 RIGHT = 1e-5  # a layer whose outputs are off by less than this fraction of their size is left alone
 
@@ -77,15 +81,28 @@ class LeastSquares:
         """
         inputs = joined(batches(needed(images, self)))
         small = copy_of(compressed.model).eval()
+        solved = self.solve_(small, compressed.plan.maps, reference, graph, inputs)
+        layers = solvable(small, graph)
+        written = {id(t) for name in solved for t in layers[name].tensors}
+        write_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written})
+
+    def solve_(
+        self,
+        small: nn.Module,
+        maps: Mapping[str, ReductionMap],
+        reference: nn.Module,
+        graph: ChannelGraph,
+        inputs: Inputs,
+    ) -> dict[str, Change]:
+        """Solve the layers of a network in evaluation mode, in place; what was added to each, by name."""
         layers, originals = solvable(small, graph), solvable(reference, graph)
         common = [name for name in originals if name in layers]
-        maps = {name: output_map(originals[name], graph, compressed.plan.maps) for name in common}
-        targets = recorded(reference, {n: originals[n] for n in common}, maps, fitted(inputs, reference), self)
+        merges = {name: output_map(originals[name], graph, maps) for name in common}
+        targets = recorded(reference, {n: originals[n] for n in common}, merges, fitted(inputs, reference), self)
         solver = Solver({n: layers[n] for n in targets.rows}, targets, self)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             solver.run(small, fitted(inputs, small))
-        written = {id(t) for name in solver.solved for t in layers[name].tensors}
-        write_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written})
+        return solver.solved
 
 
 @dataclass(eq=False)
@@ -145,7 +162,7 @@ class Solver:
         self.layers, self.targets, self.options = layers, targets, options
         self.sums = Sums(layers, before=self.entered)
         self.waiting: dict[str, Tensor] = {}
-        self.solved: list[str] = []
+        self.solved: dict[str, Change] = {}
 
     def run(self, model: nn.Module, inputs: Inputs) -> None:
         with hooked(self.layers, self.called), self.sums:
@@ -177,6 +194,7 @@ class Solver:
             return False
         residual = layer.before_norm(lacking)
         chunks = ((rows, residual[part]) for part, rows in layer.inputs(x, places))
-        layer.add_(*ridge(chunks, self.options.strength, scarcity=self.options.scarcity, intercept=layer.shifts))
-        self.solved.append(layer.name)
+        change = ridge(chunks, self.options.strength, scarcity=self.options.scarcity, intercept=layer.shifts)
+        layer.add_(*change)
+        self.solved[layer.name] = change
         return True

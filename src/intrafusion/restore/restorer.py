@@ -9,16 +9,19 @@ from torch import nn
 from intrafusion.batches import Images
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
+from intrafusion.inputs import Inputs
 from intrafusion.plan import Plan
 
 
 class Reduced(Protocol):
-    """A smaller network and the plan that made it."""
+    """A smaller network, the plan that made it, and one call of it."""
 
     @property
     def model(self) -> nn.Module: ...
     @property
     def plan(self) -> Plan: ...
+    @property
+    def inputs(self) -> Inputs: ...
 
 
 @runtime_checkable

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafusion.errors import FolderError, ModelError
-from intrafusion.inputs import ExampleInputs, Inputs, output_tensors
+from intrafusion.inputs import ExampleInputs, output_tensors
+from intrafusion.restore.noise import image_like
 from intrafusion.trace.state import preserved
 
 Progress = Callable[[str, int, int], None]
@@ -88,6 +89,10 @@ class Synthesis:
         progress("images", self.steps, self.steps)
         return pixels.detach()
 
+    def work(self, macs: float) -> float:
+        """Multiply-accumulates in all, for a network that needs `macs` for one image: forward, and twice that back."""
+        return 3 * macs * self.images * self.steps
+
     def loss(self, model: nn.Module, norms: list[_BatchNorm], pixels: Tensor) -> Tensor:
         with mismatches(norms) as found:
             outputs = output_tensors(model(pixels))
@@ -101,13 +106,6 @@ class Synthesis:
         dims = tuple(range(2, pixels.dim()))
         moves = torch.randint(-self.roll, self.roll + 1, (len(dims),), generator=generator).tolist()
         return torch.roll(pixels, moves, dims) if dims else pixels
-
-
-def image_like(example_inputs: ExampleInputs) -> Tensor:
-    tensors = Inputs.of(example_inputs).tensors()
-    if len(tensors) != 1 or not tensors[0].is_floating_point():
-        raise ModelError(f"images: expected a network of one floating-point input, got {Inputs.of(example_inputs)}.")
-    return tensors[0]
 
 
 def total_variation(pixels: Tensor) -> Tensor:

@@ -1,0 +1,28 @@
+"""How long a forward pass takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.trace.state import preserved
+
+
+def latency_ms(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 15, warmup: int = 3) -> float:
+    """Median wall-clock milliseconds of one forward call on these inputs, in evaluation mode without gradients."""
+    inputs = Inputs.of(example_inputs)
+    cuda = any(p.is_cuda for p in model.parameters())
+    times = []
+    with preserved(model), torch.inference_mode():
+        for index in range(warmup + repeats):
+            start = time.perf_counter()
+            inputs.call(model)
+            if cuda:
+                torch.cuda.synchronize()
+            if index >= warmup:
+                times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)

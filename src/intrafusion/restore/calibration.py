@@ -1,0 +1,114 @@
+"""What the layers are solved on: given images, images made from the network, or noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from intrafusion.batches import Images, batches, fitted, joined
+from intrafusion.errors import ModelError, unknown_name
+from intrafusion.inputs import Inputs
+from intrafusion.measure.size import size_of
+from intrafusion.restore.least_squares import LeastSquares
+from intrafusion.restore.noise import Noise, batch_norms, image_like, standardised
+from intrafusion.restore.restorer import Restorer
+from intrafusion.restore.synthesize import Synthesis
+from intrafusion.trace.state import preserved
+
+LEVELS = ("noise", "synthetic", "images")
+AFFORDABLE = 1e13  # multiply-accumulates that "auto" spends on making images: minutes on two cores
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Images, and the original network as it is to be seen on them.
+
+    Attributes:
+        level: "noise", "synthetic" or "images".
+        images: all of them, as one call of the network.
+        reference: the original network; on noise, a copy whose batch norms have the statistics of the noise.
+        restorer: the one that goes with the level.
+        seconds: what making them took.
+        why: why not a better level, where "auto" chose.
+    """
+
+    level: str
+    images: Inputs
+    reference: nn.Module
+    restorer: Restorer
+    seconds: float = 0.0
+    why: str | None = None
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """What the original network gives on these images."""
+        return self.outputs(self.reference)
+
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        with preserved(model):
+            return fitted(self.images, model).call(model)
+
+    def seen(self, model: nn.Module) -> nn.Module:
+        """A network as it is to be seen on these images."""
+        return standardised(model, self.images) if self.level == "noise" else model
+
+    def __str__(self) -> str:
+        count = len(self.images.tensors()[0]) if self.images.tensors() else 0
+        kind = {"noise": "noise images", "synthetic": "images made from the network", "images": "images"}[self.level]
+        return f"{count} {kind}"
+
+
+def calibrate(
+    model: nn.Module,
+    inputs: Inputs,
+    level: str = "auto",
+    images: Images | None = None,
+    *,
+    synthesis: Synthesis | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Images of a level; "auto" takes those given, else makes the best that it can afford.
+
+    Args:
+        inputs: one call of the network; the shape of an image.
+        synthesis: how images are made from the network.
+    Raises:
+        ModelError: level "images" without images; a network that no image can be made for.
+        ValueError: unknown level.
+    """
+    if level not in ("auto", *LEVELS):
+        raise ValueError(unknown_name("restore", level, ("auto", *LEVELS)))
+    start, synthesis, why = time.perf_counter(), synthesis or Synthesis(seed=seed), None
+    if level == "auto":
+        level, why = chosen(model, inputs, images, synthesis)
+    if level == "images":
+        if images is None:
+            raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
+        return Calibration(level, joined(batches(images)), model, LeastSquares(seed=seed))
+    if level == "synthetic":
+        like = image_like(inputs)
+        made = synthesis(model, inputs, **({} if progress is None else {"progress": progress}))
+        call = inputs.map(lambda t: made if t is like else t)
+        return Calibration(level, call, model, LeastSquares(seed=seed), time.perf_counter() - start, why)
+    noise = Noise(seed=seed)
+    call = noise.make(inputs)
+    return Calibration(level, call, standardised(model, call), noise, time.perf_counter() - start, why)
+
+
+def chosen(model: nn.Module, inputs: Inputs, images: Images | None, synthesis: Synthesis) -> tuple[str, str | None]:
+    """The best level for what there is, and why not a better one."""
+    if images is not None:
+        return "images", None
+    if not batch_norms(model):
+        return "noise", "no images were given, and there are no batch norms to make any from"
+    work = synthesis.work(size_of(model, inputs).macs / max(1, len(image_like(inputs))))
+    if work > AFFORDABLE:
+        return "noise", f"no images were given, and making some would take {work:.0e} MACs (restore='synthetic' does)"
+    return "synthetic", "no images were given"

@@ -1,0 +1,38 @@
+"""The constants that a map owes the consumers: what the old channels are on top of unmerge times the new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.graph import ChannelGraph, Member
+from intrafusion.reduce.problem import ReductionMap
+from intrafusion.restore.layers import Layer, output_map, solvable
+from intrafusion.restore.moments import points
+
+
+def add_shifts_(small: nn.Module, reference: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> None:
+    """Give every consumer of a reduced group what it is owed: the sum over its original kernel of W_c shift (in place).
+
+    It goes to the consumer's bias or to the norm behind it; a consumer with neither gets none. At the border of padded
+    images the constant is that of the inside.
+    """
+    owing = [(g, shift) for g in graph.groups if g.name in maps and (shift := maps[g.name].shift) is not None]
+    originals, layers = (solvable(m, graph) for m in (reference, small)) if owing else ({}, {})
+    for group, shift in owing:
+        for original, member in points(group, originals):
+            if original.name in layers:
+                layer = layers[original.name]
+                owed = constant(original, member, shift)
+                merge = output_map(original, graph, maps)
+                owed = owed if merge is None else owed @ merge.T
+                layer.add_(torch.zeros_like(layer.module.weight), layer.before_norm(owed)[0])
+
+
+def constant(layer: Layer, member: Member, shift: Tensor) -> Tensor:
+    """What inputs that are `shift` everywhere change of a layer's output, after its norm, (1, c) float64."""
+    weight = layer.module.weight.detach().double()
+    columns = weight.reshape(*weight.shape[:2], -1).sum(2)[:, torch.from_numpy(member.positions).to(weight.device)]
+    return layer.after_norm((columns.sum(2) @ shift.to(weight.device))[None])

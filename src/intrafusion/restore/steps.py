@@ -1,0 +1,98 @@
+"""The steps of a recipe against the loss: on what, in which order, and what each gains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from intrafusion.batches import Images
+from intrafusion.compressed import Compressed, Restoration
+from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGraph
+from intrafusion.inputs import Inputs
+from intrafusion.recipe import Recipe
+from intrafusion.restore import LEVELS, Calibration, calibrate, get
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+def reusable(images: Images | None) -> Images | None:
+    """Images that can be read more than once: an iterator is read into a list."""
+    return list(images) if isinstance(images, Iterator) else images
+
+
+def calibration_for(
+    model: nn.Module, inputs: Inputs, recipe: Recipe, images: Images | None = None, *, progress: Progress | None = None
+) -> Calibration | None:
+    """What the channels are chosen and the layers solved on; None if a recipe needs nothing, or "auto" finds nothing.
+
+    Raises:
+        ModelError: the recipe asks for a level that this network, or what is given, does not allow.
+    """
+    levels = [step for step in recipe.restore if step in ("auto", *LEVELS)]
+    if len(levels) > 1:
+        raise ValueError(f"restore: expected at most one of auto, {', '.join(LEVELS)}, got {levels}.")
+    chosen = recipe.target is not None or getattr(recipe.reducer, "needs_moments", False)
+    if not levels and not chosen:
+        return None
+    level = levels[0] if levels else "noise" if images is None else "images"
+    try:
+        return calibrate(model, inputs, level, images, seed=recipe.seed, progress=progress)
+    except ModelError:
+        if images is not None or (levels and levels[0] != "auto"):
+            raise
+        return None  # no image can be made for such inputs
+
+
+def restored(
+    small: Compressed,
+    model: nn.Module,
+    graph: ChannelGraph,
+    calibration: Calibration | None,
+    images: Images | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Carry out the steps of the recipe against the loss, writing the smaller network's weights.
+
+    Returns:
+        the same smaller network, with what was done and what it gained.
+    Raises:
+        ModelError: a restorer that needs images, and there are none.
+    """
+    show = progress or silent
+    steps, done, notes = small.plan.recipe.restore, [], []
+    for index, step in enumerate(steps):
+        show("restore", index, len(steps))
+        leveled = step in ("auto", *LEVELS)
+        if leveled and calibration is None:
+            notes.append("not restored: no images were given, and none can be made for inputs like these")
+            continue
+        restorer = calibration.restorer if leveled and calibration else get(step)
+        start, before = time.perf_counter(), output_error(small.model, calibration)
+        restorer(small, model, graph, calibration.images if leveled and calibration else images)
+        seconds = time.perf_counter() - start + (calibration.seconds if leveled and calibration else 0.0)
+        after = output_error(small.model, calibration)
+        on = str(calibration) if calibration and (leveled or before is not None) else None
+        note = calibration.why if leveled and calibration and step == "auto" else None
+        done.append(Restoration(type(restorer).__name__, on, seconds, before, after, note))
+    show("restore", len(steps), len(steps))
+    seen = calibration.images if calibration else None
+    return replace(small, restored=tuple(done), images=seen, notes=(*small.notes, *notes))
+
+
+def output_error(small: nn.Module, calibration: Calibration | None) -> float | None:
+    """Mean squared difference of the outputs to the original's, as a fraction of the variance of the original's."""
+    if calibration is None:
+        return None
+    found = calibration.outputs(calibration.seen(small))
+    pairs = [(a.double(), b.double()) for a, b in zip(found, calibration.expected, strict=True)]
+    lost = sum(float((a - b).square().sum()) for a, b in pairs if a.shape == b.shape)
+    return lost / max(sum(float((b - b.mean(0)).square().sum()) for _, b in pairs), 1e-300)

@@ -1,0 +1,96 @@
+"""Pivoting against brute force, the unmerge against regression, the reducer on what it is given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from intrafusion.errors import BudgetError
+from intrafusion.reduce import IntraFusion, Moments, Pivot, ReductionProblem, Select
+from intrafusion.reduce.pivot import least_squares_map, pivots
+
+
+def spd(n: int, rank: int | None = None) -> Tensor:
+    factor = torch.randn(n, rank or n, dtype=torch.float64)
+    return factor @ factor.T
+
+
+def missing(covariance: Tensor, reader: Tensor, kept: list[int]) -> float:
+    """tr(Q Cov(h | h_S)) / tr(Q C) by the Schur complement."""
+    c, s = covariance.numpy(), np.array(kept)
+    left = c - c[:, s] @ np.linalg.solve(c[np.ix_(s, s)], c[s]) if kept else c
+    return float(np.trace(reader.numpy() @ left) / np.trace(reader.numpy() @ c))
+
+
+def test_every_pick_is_the_best_next_one_and_its_error_is_right() -> None:
+    covariance, reader = spd(6), spd(6)
+    found = pivots([covariance], [reader], 6)
+    for k in range(6):
+        picked = found.order[:k].tolist()
+        rest = [j for j in range(6) if j not in picked]
+        best = min(rest, key=lambda j: missing(covariance, reader, [*picked, j]))
+        assert int(found.order[k]) == best
+        assert float(found.missing[k]) == pytest.approx(missing(covariance, reader, picked), abs=1e-9)
+    assert float(found.missing[6]) == pytest.approx(0, abs=1e-9)
+
+
+def test_two_points_weigh_the_same() -> None:
+    a, b, reader = spd(5), spd(5), spd(5)
+    assert torch.equal(pivots([a, b], [reader] * 2, 3).order, pivots([1000 * a, b], [reader] * 2, 3).order)
+
+
+def test_known_channels_are_picked_last() -> None:
+    """Rank 3: after three picks nothing is missing, and what is left is picked once each."""
+    found = pivots([spd(5, 3)], [torch.eye(5, dtype=torch.float64)], 5)
+    assert float(found.missing[3]) == pytest.approx(0, abs=1e-9)
+    assert sorted(found.order.tolist()) == list(range(5))
+
+
+@pytest.mark.parametrize("m", [0, 6])
+def test_sizes_are_checked(m: int) -> None:
+    with pytest.raises(BudgetError, match=f"cannot keep {m} of 5"):
+        pivots([spd(5)], [spd(5)], m)
+
+
+def test_least_squares_map_is_the_regression_on_samples() -> None:
+    rows = torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
+    kept = torch.tensor([1, 4, 5])
+    found = least_squares_map(rows.mean(0), torch.cov(rows.T, correction=0), kept, strength=0.0)
+    assert found.shift is not None
+    design = np.concatenate([rows[:, kept].numpy(), np.ones((500, 1))], axis=1)
+    expected = np.linalg.lstsq(design, rows.numpy(), rcond=None)[0]
+    np.testing.assert_allclose(found.unmerge.numpy(), expected[:3].T, atol=1e-8)
+    np.testing.assert_allclose(found.shift.numpy(), expected[3], atol=1e-8)
+    assert torch.equal(found.merge, torch.eye(6, dtype=torch.float64)[kept])
+
+
+def problem(size: int, moments: Moments | None) -> ReductionProblem:
+    rows = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return ReductionProblem(rows, rows.abs().sum(1), size, moments=moments)
+
+
+def test_a_channel_that_is_the_sum_of_two_others_is_told_from_them() -> None:
+    rows = torch.randn(400, 6, dtype=torch.float64) + 1
+    rows[:, 4] = rows[:, 0] + rows[:, 1]
+    rows[:, 5] = 2.0
+    moments = Moments((rows.mean(0),), (torch.cov(rows.T, correction=0),), torch.eye(6, dtype=torch.float64))
+    found = Pivot(strength=0.0)(problem(4, moments))
+    assert found.shift is not None
+    told = (rows @ found.merge.T) @ found.unmerge.T + found.shift
+    np.testing.assert_allclose(told, rows, atol=1e-8)
+    selected = Pivot().selecting()(problem(4, moments))
+    assert sorted(selected.unmerge.sum(1).tolist()) == [0, 0, 1, 1, 1, 1]
+
+
+def test_without_moments_it_fuses_or_selects() -> None:
+    for reducer, plain in ((Pivot(), IntraFusion()), (Pivot(unmerge=False), Select())):
+        found, expected = reducer(problem(3, None)), plain(problem(3, None))
+        assert torch.equal(found.merge, expected.merge)
+        assert torch.equal(found.unmerge, expected.unmerge)
+
+
+def test_a_strength_below_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="strength: expected a number >= 0, got -1"):
+        Pivot(strength=-1)

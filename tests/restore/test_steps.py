@@ -1,0 +1,104 @@
+"""Which level is chosen, in which order restorers run, and what the report says of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bare import compress
+from torch import Tensor, nn
+
+import intrafusion
+import intrafusion.restore.calibration as calibration_module
+from intrafusion.errors import ModelError
+from intrafusion.restore import LeastSquares
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def network(norm: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    middle = [nn.BatchNorm2d(8)] if norm else []
+    parts = [nn.Conv2d(3, 8, 3), *middle, nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 3)]
+    return nn.Sequential(*parts).eval()
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.a, self.b = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(self.embed(x))))
+
+
+def test_auto_takes_the_images_that_are_given_also_from_a_generator() -> None:
+    small = intrafusion.compress(network(), X, 0.5, images=(IMAGES[i : i + 10] for i in range(0, 40, 10)))
+    (step,) = small.restored
+    assert (step.step, step.on) == ("LeastSquares", "40 images")
+    assert step.error_before is not None
+    assert step.error_after is not None
+    assert step.error_after < step.error_before
+    assert f"output error {step.error_before:.3f} -> {step.error_after:.3f}" in str(small)
+    assert small.images is not None
+    assert torch.equal(small.images.tensors()[0], IMAGES)
+
+
+def test_auto_makes_images_where_it_can_afford_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesis = calibration_module.Synthesis
+    monkeypatch.setattr(calibration_module, "Synthesis", lambda **options: synthesis(images=8, steps=2, **options))
+    (step,) = intrafusion.compress(network(), X, 0.5).restored
+    assert (step.step, step.on, step.note) == (
+        "LeastSquares",
+        "8 images made from the network",
+        "no images were given",
+    )
+    monkeypatch.setattr(calibration_module, "AFFORDABLE", 1.0)
+    (step,) = intrafusion.compress(network(), X, 0.5).restored
+    assert (step.step, step.on) == ("Noise", "512 noise images")
+    assert "making some would take" in str(step.note)
+
+
+def test_auto_without_norms_takes_noise() -> None:
+    (step,) = intrafusion.compress(network(norm=False), X, 0.5).restored
+    assert step.step == "Noise"
+    assert "there are no batch norms" in str(step.note)
+
+
+def test_auto_says_where_nothing_can_be_done() -> None:
+    small = intrafusion.compress(Tokens().eval(), torch.zeros(2, 5, dtype=torch.int64), 0.5)
+    assert small.restored == ()
+    assert "note: not restored: no images were given" in str(small)
+    assert small.plan.sizes == {"embed": 3, "a": 4}
+
+
+def test_tokens_are_restored_on_tokens() -> None:
+    tokens = torch.arange(45).reshape(9, 5) % 9
+    small = intrafusion.compress(Tokens().eval(), tokens[:2], {"a": 0.5}, reducer="select", images=tokens)
+    (step,) = small.restored
+    assert step.error_after is not None
+    assert step.error_before is not None
+    assert step.error_after < 0.5 * step.error_before
+
+
+def test_restorers_run_in_order_and_each_says_what_it_gained() -> None:
+    small = compress(network(), X, 0.5, restore=["reestimate", LeastSquares(rows=300)], images=IMAGES)
+    assert [step.step for step in small.restored] == ["Reestimate", "LeastSquares"]
+    assert small.plan.recipe.restore[0] == "reestimate"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"restore": "images"}, ModelError, 'restore="images": expected images=, got none'),
+        ({"restore": "least_squares"}, ModelError, "LeastSquares needs images"),
+        ({"restore": "least_square"}, ValueError, "unknown restorer 'least_square'. Did you mean 'least_squares'?"),
+        ({"restore": {"name": "least_squares", "row": 3}}, ValueError, "does not take these options"),
+        ({"restore": 3}, TypeError, "restorer: expected a name or an object"),
+        ({"restore": ["auto", "noise"]}, ValueError, "expected at most one of auto"),
+        ({"images": 3}, ModelError, "images: expected a tensor"),
+    ],
+)
+def test_bad_input(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        intrafusion.compress(network(), X, 0.5, **options)
