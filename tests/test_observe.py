@@ -9,13 +9,27 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gallery import CASES, Case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from intrafusion import ChannelGraph, inspect
-from intrafusion.errors import ModelError
-from intrafusion.importance import CHIP, Activations, Magnitude, Observation, ObservationError, Taylor
+from intrafusion.errors import IntrafusionError, ModelError
+from intrafusion.importance import (
+    CHIP,
+    IMPORTANCES,
+    Activations,
+    BNScale,
+    Magnitude,
+    Observation,
+    ObservationError,
+    RelativeContribution,
+    Taylor,
+)
+from intrafusion.inputs import Inputs
 from intrafusion.observe import MAPS, PLACES, observe, observe_for
+from intrafusion.pipeline import folded_weights
+from intrafusion.trace import trace
 
 ALL = ("tensors", "gradients", "activations", "feature_maps", "contributions")
 
@@ -137,6 +151,32 @@ def test_a_parameter_that_the_loss_does_not_see_has_gradient_zero() -> None:
     assert gradients is not None
     assert float(gradients["unused.weight"].abs().max()) == 0
     assert float(gradients["used.weight"].abs().max()) > 0
+
+
+class Overwrites(nn.Module):
+    """Computes with `mul` in place or not what is needed to differentiate the sigmoid."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.in_place = nn.Linear(3, 5), nn.Linear(5, 2), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).sigmoid()
+        return self.second(x.mul_(2.0) if self.in_place else x * 2.0)
+
+
+def test_networks_that_overwrite_what_gradients_need() -> None:
+    found = []
+    for in_place in (True, False):
+        model, x = Overwrites(in_place=in_place).eval(), torch.arange(12.0).reshape(4, 3) / 12
+        graph = inspect(model, x)
+        found.append(observe(model, graph, graph.reducible, [x[:1], x[1:]], ALL)["first"])
+    for name in found[0].gradients:  # type: ignore[union-attr]
+        torch.testing.assert_close(found[0].gradients[name], found[1].gradients[name])  # type: ignore[index]
+    assert torch.equal(found[0].feature_maps, found[1].feature_maps)  # type: ignore[arg-type]
+    assert found[0].images == 4
+    assert len(found[0].feature_maps) == 4  # type: ignore[arg-type]
 
 
 # ---- what is read ---------------------------------------------------------------------------------------------------
@@ -367,6 +407,37 @@ def test_batches_are_read_one_at_a_time_and_what_is_kept_does_not_grow() -> None
     assert len(found.feature_maps) == MAPS
 
 
+# ---- every network of the gallery ----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:Converting a tensor with requires_grad")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_group_of_the_gallery_is_scored_or_refused_by_name(case: Case) -> None:
+    """Weights and gradients are there for every group; what could not be watched is said."""
+    model, inputs = case.build()
+    call = Inputs.of(inputs)
+    graph = trace(model, call)
+    groups = [g for g in graph.reducible if g.kind == "channel"]
+    weights = folded_weights(model, graph, groups)
+    found = observe(model, graph, groups, [call], ALL) if groups else {}
+    for group in groups:
+        for criterion in IMPORTANCES.values():
+            scores, refusal = scored(criterion, group, weights, found[group.name])
+            if scores is None:
+                assert f"group {group.name!r}: no " in refusal
+                assert type(criterion) in (BNScale, CHIP, RelativeContribution)
+            else:
+                assert scores.shape == (group.size,)
+                assert bool(torch.isfinite(scores).all()), criterion
+
+
+def scored(criterion: Any, *question: Any) -> tuple[Tensor | None, str]:
+    try:
+        return criterion(*question), ""
+    except IntrafusionError as error:
+        return None, str(error)
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -395,7 +466,7 @@ def test_errors() -> None:
         seen([], "activations")
     with pytest.raises(ModelError, match=r"expected a finite loss on \(float32\[6, 2, 8, 8\]\), got nan"):
         seen(IMAGES * float("nan"), "gradients")
-    with pytest.raises(ModelError, match="outer: reads or gives NaN or infinity on these images; check their scale"):
+    with pytest.raises(ModelError, match="^outer: reads or gives NaN or infinity on these images; check their scale"):
         observe(MODEL, GRAPH, [INNER], IMAGES * float("inf"), ["activations"])
     with pytest.raises(ModelError, match="expected class scores"):
         seen([(IMAGES, LABELS[:4])], "gradients")

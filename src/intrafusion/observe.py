@@ -70,10 +70,11 @@ def observe(
     slopes = Slopes(model, groups if "gradients" in wanted else [])
     count = 0
     if images is not None and wanted - {"tensors"}:
-        with preserved(model), watched(views.values()):
+        with preserved(model), watched(views.values(), slopes):
             torch.manual_seed(seed)
             for call, labels in labelled(images):
                 count += run(fitted(call, model), labels, model, slopes)
+                check_seen(views.values())
     tensors = named_tensors(model)
     return {g.name: views[g.name].observation(tensors, slopes, count) for g in groups}
 
@@ -115,19 +116,36 @@ class Slopes:
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
         names = {m.tensor for g in groups for m in g.members}
-        self.model, self.images = model, 0
+        self.model, self.images, self.again = model, 0, False
         self.parameters = {n: p for n, p in model.named_parameters() if n in names and p.is_floating_point()}
         self.sums: dict[str, Tensor] = {}
 
     def add(self, call: Inputs, labels: Tensor | None, count: int) -> None:
         with torch.enable_grad(), requiring(self.parameters.values()):
-            loss = loss_of(outputs_of(call, self.model), labels, count)
-            check_loss(loss, call)
-            found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+            try:
+                found = self.slopes(call, labels, count)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                found = self.slopes_in_place(call, labels, count)
         for name, gradient in zip(self.parameters, found, strict=True):
             part = torch.zeros_like(self.parameters[name]) if gradient is None else gradient.detach() * count
             self.sums[name] = self.sums[name].add_(part) if name in self.sums else part
         self.images += count
+
+    def slopes(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+        loss = loss_of(outputs_of(call, self.model), labels, count)
+        check_loss(loss, call)
+        return torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+
+    def slopes_in_place(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+        """For networks that overwrite what gradients need: it is kept, which costs memory and a second forward pass."""
+        self.again = True  # these images have been seen
+        try:
+            with torch.autograd.graph.allow_mutation_on_saved_tensors():
+                return self.slopes(call, labels, count)
+        finally:
+            self.again = False
 
     def of(self, group: ChannelGroup) -> dict[str, Tensor]:
         return {m.tensor: self.sums[m.tensor] / self.images for m in group.members if m.tensor in self.sums}
@@ -216,8 +234,8 @@ def points(model: nn.Module, group: ChannelGroup) -> list[Point]:
     """The linear layers and convolutions that read a group; if there are none, those that produce it."""
     layers = {name: m for name, m in model.named_modules() if is_linear_map(m)}
     members = [m for m in group.members if m.module in layers and m.tensor.endswith("weight")]
-    readers = [m for m in members if Role.CONSUMES in m.roles]
-    makers = [m for m in members if Role.PRODUCES in m.roles]
+    readers = [m for m in members if Role.CONSUMES in m.roles and m.dim == input_dim(layers[m.module])]
+    makers = [m for m in members if Role.PRODUCES in m.roles and m.dim != input_dim(layers[m.module])]
     found = [point(m, layers[m.module], reads=True) for m in readers]
     return found or [point(m, layers[m.module], reads=False) for m in makers]
 
@@ -233,6 +251,11 @@ def point(member: Member, layer: nn.Module, *, reads: bool) -> Point:
 def is_linear_map(module: nn.Module) -> bool:
     """Also the linear layer of older Transformers, which is no nn.Linear."""
     return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
+
+
+def input_dim(layer: nn.Module) -> int:
+    """The dimension of its weight that runs along what the layer reads; a tied weight may be read the other way too."""
+    return 1 if isinstance(layer, nn.Linear) or not getattr(layer, "transposed", True) else 0
 
 
 def spatial_dims(layer: nn.Module) -> int:
@@ -256,6 +279,7 @@ class View:
     squares: dict[int, Tensor] = field(default_factory=dict)
     shares: dict[int, Tensor] = field(default_factory=dict)
     maps: list[Tensor] = field(default_factory=list)
+    broken: str | None = None
 
     @property
     def watches(self) -> bool:
@@ -266,7 +290,8 @@ class View:
         point = self.points[index]
         rows = point.rows((x if point.reads else output).detach())
         if not bool(torch.isfinite(rows).all()):
-            raise ModelError(f"{point.name}: reads or gives NaN or infinity on these images; check their scale.")
+            self.broken = point.name
+            return
         self.counts[index] += len(rows)
         if "activations" in self.wanted:
             add_(self.means, index, rows.double().mean(2).sum(0))
@@ -295,6 +320,12 @@ class View:
             contributions=average(self.shares) if self.shares else None,
             images=images,
         )
+
+
+def check_seen(views: Iterable[View]) -> None:
+    for view in views:
+        if view.broken is not None:
+            raise ModelError(f"{view.broken}: reads or gives NaN or infinity on these images; check their scale.")
 
 
 def add_(sums: dict[int, Tensor], index: int, value: Tensor) -> None:
@@ -328,12 +359,13 @@ def contributions(point: Point, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def watched(views: Iterable[View]) -> Iterator[None]:
-    """Show every view the layers it is interested in."""
+def watched(views: Iterable[View], slopes: Slopes) -> Iterator[None]:
+    """Show every view the layers it is interested in, once for each image."""
 
     def hook_for(view: View, index: int) -> Callable[[nn.Module, Any, Any, Any], None]:
         def called(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            view.called(index, args[0] if args else next(iter(kwargs.values())), output)
+            if not slopes.again:
+                view.called(index, args[0] if args else next(iter(kwargs.values())), output)
 
         return called
 

@@ -111,7 +111,7 @@ def as_their_group(
     from torch_pruning.dependency import Dependency, Group, Node
 
     found, previous = Group(), None
-    for member, layer, handler in stand_ins(group, tensors, gradients or {}):
+    for member, layer, handler in stand_ins(group, tensors, gradients):
         node = Node(layer, None, member.module)
         places = member.positions.ravel()
         order = np.argsort(places, kind="stable")
@@ -122,7 +122,7 @@ def as_their_group(
 
 
 def stand_ins(
-    group: ChannelGroup, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    group: ChannelGroup, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[Member, nn.Module, Any]]:
     """A layer for every member that Torch-Pruning knows, and its function for what would be pruned of the layer."""
     from torch_pruning.pruner import function
@@ -178,11 +178,12 @@ def put_(
     member: Member,
     kind: str,
     tensors: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor] | None,
 ) -> None:
-    """Give a layer a copy of a tensor, and of its gradient where there is one (in place)."""
+    """Give a layer a copy of a tensor, and of its gradient, 0 for what is no parameter (in place)."""
     precise = lambda t: laid_out(member, kind, t).detach().to(torch.promote_types(t.dtype, torch.float32), copy=True)  # noqa: E731
     parameter = nn.Parameter(precise(tensors[member.tensor]), requires_grad=False)
-    if member.tensor in gradients:
-        parameter.grad = precise(gradients[member.tensor])
+    if gradients is not None:
+        gradient = gradients.get(member.tensor)
+        parameter.grad = torch.zeros_like(parameter) if gradient is None else precise(gradient)
     setattr(layer, name, parameter)
