@@ -38,9 +38,7 @@ X = torch.randn(1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("kind", ["params", "macs"])
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if any(n in c.name for n in NETWORKS) and "padded" not in c.name], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("case", SHRINKABLE, ids=lambda c: c.name)
 def test_the_predicted_cost_is_that_of_a_network_of_these_sizes(kind: str, case) -> None:  # type: ignore[no-untyped-def]
     model, example = case.build()
     model, inputs = model.eval(), Inputs.of(example)
