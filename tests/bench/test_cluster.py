@@ -99,3 +99,18 @@ def test_without_ray_the_message_says_how_to_install_it(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(IntrafusionError, match=r"pip install 'intrafusion\[ray\]'"):
         sweep("halves", SETTINGS, lambda s: {}, tmp_path / "r.jsonl", cluster=Cluster())
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ray = pytest.importorskip("ray", reason="needs ray: pip install 'intrafusion[ray]'")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+    def init(**options: object) -> None:
+        raise ConnectionError(f"nobody at {options['address']}.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(IntrafusionError, match=r"Ray \(far:1\) cannot be started or reached: nobody at far:1\."):
+        sweep("halves", SETTINGS, lambda s: {}, tmp_path / "r.jsonl", cluster=Cluster("far:1"))

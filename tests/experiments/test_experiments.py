@@ -198,3 +198,8 @@ def test_a_criterion_that_looks_at_images_wants_training_images(digits, tmp_path
         ran("whole-model", [blind], tmp_path, keep=(0.7,), criterion=("taylor",))
     records = ran("whole-model", [digits], tmp_path, keep=(0.7,), criterion=("taylor",))
     assert records[-1].result["accuracy"] > records[1].result["accuracy"]
+
+
+def test_a_keep_that_is_no_fraction_is_refused():
+    with pytest.raises(ValueError, match=r"fractions in \(0, 1\], got 0"):
+        replace(EXPERIMENTS["data-free"].defaults, keep=(0.5, 0))

@@ -65,8 +65,10 @@ def connected(cluster: Cluster) -> Iterator[Any]:
     local = {"num_cpus": cluster.cores, "include_dashboard": False} if cluster.address == LOCAL else {}
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise IntrafusionError(f"Ray at {cluster.address!r} cannot be reached or started: {error}") from error
+    except Exception as error:  # Ray promises no narrower class
+        raise IntrafusionError(
+            f"Ray ({cluster.address}) cannot be started or reached: {error} Its logs are below /tmp/ray/session_latest."
+        ) from error
     try:
         yield ray
     finally:

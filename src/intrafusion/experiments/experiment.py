@@ -48,6 +48,11 @@ class Options:
     halve_every: int = 30
     batch: int = 128
 
+    def __post_init__(self) -> None:
+        for keep in self.keep:
+            if not 0 < keep <= 1:
+                raise ValueError(f"keep: expected fractions in (0, 1], got {keep}; 0.7 keeps 70 % of the channels.")
+
 
 @dataclass(frozen=True)
 class Experiment:
