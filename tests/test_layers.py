@@ -24,7 +24,7 @@ LAYERS = (
     {"pipeline"},
     {"checks", "fusion", "factorize", "iterate", "train"},
     {"bench", "zoo"},
-    {"experiments"},
+    {"experiments", "split"},
     {"", "cli"},  # "" is the package itself: its public names
 )
 

@@ -26,9 +26,7 @@ def fuse(
     ],
     weights: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="files of weights for it, two or more (repeatable): .safetensors or .pth."
-        ),
+        typer.Option(help="files of weights for it, two or more (repeatable): .safetensors or .pth."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save to; none: only show.")] = None,
     arguments: Arguments = None,

@@ -14,10 +14,12 @@ from intrafusion.cli.experiment import experiment
 from intrafusion.cli.fuse import fuse
 from intrafusion.cli.inspect import inspect
 from intrafusion.cli.report import report
+from intrafusion.cli.split_train import split_train_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
 for command in (inspect, compress, fuse, experiment, report, demo):
     app.command(epilog=EXIT_CODES)(command)
+app.command("split-train", epilog=EXIT_CODES)(split_train_command)
 
 
 def show_version(wanted: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -116,9 +116,9 @@ def fuse(
         mean.add(own, pairs, maps, shares[index])
     fused = copy_of(base.model)
     write_(fused, mean.written(rescale=rescale))
-    result = Fused(
-        fused, base.plan, base.before, size_of(fused, inputs), base.repairs, tuple(alignments), tuple(shares)
-    )
+    found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
+    found |= {"model": fused, "after": size_of(fused, inputs)}
+    result = Fused(**found, alignments=tuple(alignments), weights=tuple(shares))
     progress("align", len(models), len(models))
     if restore is not None:
         restorers.get(restore)(result, models[anchor], graphs[anchor], images)
