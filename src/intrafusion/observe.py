@@ -129,8 +129,8 @@ class Slopes:
                     raise
                 found = self.slopes_in_place(call, labels, count)
         for name, gradient in zip(self.parameters, found, strict=True):
-            part = torch.zeros_like(self.parameters[name]) if gradient is None else gradient.detach() * count
-            self.sums[name] = self.sums[name].add_(part) if name in self.sums else part
+            gradient = torch.zeros_like(self.parameters[name]) if gradient is None else gradient.detach()
+            add_(self.sums, name, gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * count)
         self.images += count
 
     def slopes(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
@@ -148,7 +148,8 @@ class Slopes:
             self.again = False
 
     def of(self, group: ChannelGroup) -> dict[str, Tensor]:
-        return {m.tensor: self.sums[m.tensor] / self.images for m in group.members if m.tensor in self.sums}
+        own = {m.tensor: self.parameters[m.tensor] for m in group.members if m.tensor in self.sums}
+        return {name: (self.sums[name] / self.images).to(parameter.dtype) for name, parameter in own.items()}
 
 
 def outputs_of(call: Inputs, model: nn.Module) -> Any:
@@ -298,7 +299,7 @@ class View:
             add_(self.squares, index, rows.double().square().mean(2).sum(0))
         if "contributions" in self.wanted and point.reads:
             add_(self.shares, index, contributions(point, x.detach()))
-        if "feature_maps" in self.wanted and index == min(self.counts):
+        if "feature_maps" in self.wanted and index == next(iter(self.counts)):
             self.keep(point.name, rows)
 
     def keep(self, name: str, rows: Tensor) -> None:
@@ -328,8 +329,8 @@ def check_seen(views: Iterable[View]) -> None:
             raise ModelError(f"{view.broken}: reads or gives NaN or infinity on these images; check their scale.")
 
 
-def add_(sums: dict[int, Tensor], index: int, value: Tensor) -> None:
-    sums[index] = sums[index] + value if index in sums else value
+def add_(sums: dict[Any, Tensor], key: object, value: Tensor) -> None:
+    sums[key] = sums[key].add_(value) if key in sums else value
 
 
 def contributions(point: Point, x: Tensor) -> Tensor:
