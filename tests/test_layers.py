@@ -20,7 +20,7 @@ LAYERS = (
     {"plan", "recipe", "selection", "norms", "apply", "trace", "verify", "measure", "observe"},
     {"io", "report"},
     {"compressed"},
-    {"restore", "target"},
+    {"restore", "target", "sensitivity"},
     {"pipeline"},
     {"checks", "fusion", "factorize", "iterate", "train"},
     {"bench", "zoo"},

@@ -27,7 +27,8 @@ from intrafusion.restore import Calibration, add_shifts_
 from intrafusion.restore.moments import measured
 from intrafusion.restore.steps import calibration_for, restored, reusable
 from intrafusion.selection import left_alone
-from intrafusion.target import error_curve, sizes_for_target
+from intrafusion.sensitivity import error_curves
+from intrafusion.target import sizes_for_target
 from intrafusion.trace import trace
 from intrafusion.verify import operate, verified
 
@@ -189,7 +190,7 @@ def decide(
     if recipe.target is None:
         wanted, missed = sizes(groups, recipe.keep, graph, round_to=recipe.round_to), ()
     else:
-        curves = {g.name: error_curve(moments.get(g.name), scores(g, weights)) for g in groups}
+        curves = error_curves(graph, groups, {g.name: scores(g, weights) for g in groups}, moments, calibration)
         wanted, missed = sizes_for_target(model, graph, groups, curves, recipe, example_inputs)
     maps: dict[str, ReductionMap] = {}
     for index, group in enumerate(in_order(groups, recipe)):

@@ -16,8 +16,6 @@ from intrafusion.inputs import ExampleInputs, Inputs
 from intrafusion.measure.latency import latency_ms
 from intrafusion.measure.size import macs_by_weight, size_of
 from intrafusion.recipe import Recipe
-from intrafusion.reduce.pivot import picked
-from intrafusion.reduce.problem import Moments
 from intrafusion.reduce.select import selection_map
 from intrafusion.verify import copy_of, operate
 
@@ -25,18 +23,6 @@ TARGETS = ("params", "macs", "latency_ms")
 CLOSE = 0.01  # trying stops this close to the target
 MISSED = 0.02  # further off than this is said
 TRIALS = 8
-
-
-def error_curve(moments: Moments | None, scores: Tensor) -> Tensor:
-    """Predicted error (n + 1,) of a group that keeps k channels, k = 0..n, in units of one consumer's whole signal.
-
-    With moments: the share of the signal that the first k pivots cannot tell, times the number of consumers. Without:
-    the share of the importance of the channels given up.
-    """
-    if moments is not None:
-        return picked(moments).missing * len(moments.covariances)
-    ranked = scores.clamp(min=0).sort(descending=True).values
-    return 1 - torch.cat([ranked.new_zeros(1), ranked.cumsum(0)]) / ranked.sum().clamp(min=1e-300)
 
 
 def sizes_for_target(

@@ -1,0 +1,99 @@
+"""How much the output suffers when one group is cut: what the choice of sizes goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.apply import named_tensors, reduced_weights, write_
+from intrafusion.batches import fitted
+from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.inputs import Inputs
+from intrafusion.reduce.pivot import least_squares_map, picked
+from intrafusion.reduce.problem import Moments, ReductionMap
+from intrafusion.reduce.select import most_important, selection_map
+from intrafusion.restore.calibration import Calibration
+from intrafusion.restore.shifts import add_shifts_
+from intrafusion.trace.state import preserved
+from intrafusion.verify import copy_of
+
+FEW = 64  # images
+
+
+def error_curves(
+    graph: ChannelGraph,
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, Tensor],
+    moments: Mapping[str, Moments],
+    calibration: Calibration | None,
+) -> dict[str, Tensor]:
+    r"""Predicted error of the output when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
+
+    The shape of the curve is the share of the consumers' signal that the first k pivots cannot tell (or, where no layer
+    that reads the group was seen, the share of the importance given up). Its height is measured: every group is halved
+    alone, its consumers make up for the rest as well as they can, and the output is compared on a few images. Twins
+    are halved together. Without a calibration the heights are 1. OURS.
+    """
+    shapes = {g.name: shape_of(scores[g.name], moments.get(g.name)) for g in groups}
+    if calibration is None:
+        return shapes
+    images = first(calibration.images, FEW)
+    expected = outputs(calibration.reference, images)
+    curves = {}
+    for twins in families(groups):
+        maps = {g.name: halved(scores[g.name], moments.get(g.name)) for g in twins if g.size > 1}
+        height = error_of(calibration.reference, graph, maps, images, expected) / len(twins)
+        for g in twins:
+            at_half = float(shapes[g.name][(g.size + 1) // 2])
+            curves[g.name] = shapes[g.name] * (height / max(at_half, 1e-3))
+    return curves
+
+
+def families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    found: dict[int, list[ChannelGroup]] = {}
+    for group in groups:
+        found.setdefault(group.family, []).append(group)
+    return list(found.values())
+
+
+def shape_of(scores: Tensor, moments: Moments | None) -> Tensor:
+    """Falls from 1 for no channel to 0 for all, (n + 1,)."""
+    if moments is not None:
+        return picked(moments).missing
+    ranked = scores.clamp(min=0).sort(descending=True).values
+    return 1 - torch.cat([ranked.new_zeros(1), ranked.cumsum(0)]) / ranked.sum().clamp(min=1e-300)
+
+
+def halved(scores: Tensor, moments: Moments | None) -> ReductionMap:
+    m = (len(scores) + 1) // 2
+    if moments is None:
+        return selection_map(most_important(scores, m), len(scores))
+    return least_squares_map(*moments.overall, picked(moments).order[:m].sort().values)
+
+
+def error_of(
+    model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap], images: Inputs, expected: list[Tensor]
+) -> float:
+    """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
+    small = copy_of(model)
+    write_(small, reduced_weights({n: t.detach() for n, t in named_tensors(model).items()}, graph, maps))
+    add_shifts_(small, model, graph, maps)
+    try:
+        found = outputs(small, images)
+    except ModelError:
+        return 1.0
+    lost = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
+    return lost / max(sum(float((b.double() - b.double().mean(0)).square().sum()) for b in expected), 1e-300)
+
+
+def outputs(model: nn.Module, images: Inputs) -> list[Tensor]:
+    with preserved(model):
+        return [t for t in fitted(images, model).call(model) if t.is_floating_point()]
+
+
+def first(images: Inputs, count: int) -> Inputs:
+    """The first rows of every tensor."""
+    return images.map(lambda t: t[:count] if t.dim() else t)
