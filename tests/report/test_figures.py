@@ -6,7 +6,7 @@ import pytest
 from report.samples import original, reduction, row_of_plane
 
 from intrafusion.plan import Decision
-from intrafusion.report.figures import Figure, figures, sizes_of_plan
+from intrafusion.report.figures import Figure, figures, methods_of, sizes_of_plan
 
 
 def variant(figure: Figure, *values: str):
@@ -96,3 +96,8 @@ def test_training_and_marginals(records):
     assert [box["name"] for box in boxes] == ["source uniform", "source softmax"]
     assert boxes[0]["y"] == pytest.approx([50, 51, 52])
     assert boxes[0]["text"] == ["net", "other", "third"]
+
+
+def test_the_usual_methods_have_the_first_colours():
+    records = [reduction("conv1", 0.5, method, 0.5) for method in ("fold", "intrafusion", "mine", "select")]
+    assert methods_of(records) == ["select", "intrafusion", "fold", "mine"]

@@ -414,5 +414,6 @@ def figures(records: Sequence[Measured]) -> dict[str, Figure]:
 
 
 def methods_of(records: Sequence[Measured]) -> list[str]:
-    """Methods that some figure draws a line for."""
-    return methods([r for r in latest(records) if "corners" not in r.result])
+    """Methods that some figure draws a line for; the usual two first, so that they always have the same colours."""
+    found = methods([r for r in latest(records) if "corners" not in r.result])
+    return sorted(found, key=lambda m: [PRUNED, FUSED, m].index(m))

@@ -230,7 +230,9 @@ def records_page(
     table = comparison(single(records))
     sections = [
         from_figure(drawn.get("curves")),
-        Section("accuracy", "Group by group", GAIN, table=table) if table else None,
+        Section("accuracy", "Every reduction", ACCURACY + (GAIN if "gain" in table.header else ""), table=table)
+        if table
+        else None,
         from_figure(drawn.get("gains")),
         from_figure(drawn.get("sizes")),
         from_figure(drawn.get("marginals"), significance(records)),
@@ -249,7 +251,8 @@ def records_page(
     return Page(title, names, lead_of(records), tiles, found, switchable, footer_of(records, version))
 
 
-GAIN = "Accuracy on the test images; a click on a heading sorts. Gain is fused minus pruned, in points."
+ACCURACY = "Accuracy on the test images; a click on a heading sorts."
+GAIN = " Gain is fused minus pruned, in points."
 SWITCHABLE = {"curves", "drift", "training", "marginals"}
 
 
@@ -263,9 +266,13 @@ def from_figure(figure: Figure | None, table: Table | None = None) -> Section | 
 
 
 def sheet_section(sheet: str) -> Section:
-    image = f'<img class="sheet" alt="A grid of synthetic images" src="{e(sheet)}">'
-    text = "Made from the network alone: noise, changed until the batch norms see the statistics that they remember."
-    return Section("images", "Synthetic images", text, body=image)
+    image = f'<img class="sheet" alt="A grid of small images" src="{e(sheet)}">'
+    return Section("images", "Images", IMAGES, body=image)
+
+
+IMAGES = (
+    "Those given with this report, such as images made from the network alone; each at its full range of brightness."
+)
 
 
 def best_gain(records: Iterable[Measured]) -> tuple[Measured, Measured] | None:

@@ -44,10 +44,16 @@
     return t;
   }
 
-  function themed(layout, width) {
+  function legendRows(traces, width) {
+    const named = traces.filter((t) => t.name && t.visible !== false && t.showlegend !== false);
+    const each = Math.max(0, ...named.map((t) => 7.5 * t.name.length + 45)); // columns are as wide as the widest
+    return named.length ? Math.ceil(named.length / Math.max(1, Math.floor((width - 80) / each))) : 0;
+  }
+
+  function themed(layout, width, rows) {
     const axis = { gridcolor: colour("grid"), linecolor: colour("line"), zerolinecolor: colour("line"), automargin: true };
     const narrow = width < 560;
-    const height = layout.height || (narrow ? 340 : 400);
+    const height = (layout.height || (narrow ? 340 : 400)) + 20 * Math.max(0, rows - 1);
     return {
       ...layout,
       width, height: layout.yaxis && layout.yaxis.scaleanchor ? Math.min(height, Math.round(width * (narrow ? 0.9 : 0.8))) : height,
@@ -66,7 +72,8 @@
     const variant = shown.get(figure.name);
     const width = printing ? 660 : Math.max(240, box.clientWidth);
     const config = { displaylogo: false, responsive: false, displayModeBar: false, scrollZoom: false };
-    Plotly.react(box, variant.data.map((trace) => coloured(trace, width)), themed(variant.layout, width), config);
+    const traces = variant.data.map((trace) => coloured(trace, width));
+    Plotly.react(box, traces, themed(variant.layout, width, legendRows(traces, width)), config);
   }
 
   const drawAll = () => page.figures.forEach(draw);
