@@ -31,7 +31,7 @@ from intrafusion.train import Training, train_
 RECORDS = Path(__file__).parent / "records" / "smooth.jsonl"
 EXPERIMENT, NETWORK = "smooth_digits", "digits_resnet"
 PENALTIES = ("none", "nuclear", "first", "second")
-WEIGHTS = (3e-4, 1e-3, 3e-3)
+WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FRACTIONS = (1.0, 0.5, 0.4, 0.3, 0.2)
 SEEDS = (0, 1)
 TOLERANCE = 0.01
