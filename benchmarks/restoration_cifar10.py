@@ -1,11 +1,13 @@
 """Claim: a network cut to a fraction of its channels keeps most of its accuracy, without training, if its layers are
 solved for what the original network gives.
 
-Measures, on the first --images CIFAR-10 test images (standard error about 0.7 points for 2,000): block-inner channels
-of cifar10_resnet20_pad at keep 0.7, 0.5, 0.3, and all channels of cifar10_resnet20 at keep 0.9, 0.8, 0.7, 0.5; reduced
-by pruning, Intra-Fusion or pivoting; restored with nothing, with constants alone (no data), on 128 images made from the
-network, or on 64 or 256 unlabelled training images. Sizes are round(n * keep). Images made from a network are kept
-in `build` beside the records. Resumable: what is in the records is not measured again.
+Measures, on the first --images test images (standard error about 0.7 points for 2,000): block-inner channels of
+cifar10_resnet20_pad at keep 0.7, 0.5, 0.3; all channels of cifar10_resnet20 at keep 0.9, 0.8, 0.7, 0.5 and of other
+networks; reduced by pruning, Intra-Fusion, folding or pivoting; restored with nothing, on noise (no data, seconds), on
+128 images made from the network (no data, minutes), or on 64 or 256 unlabelled training images. Sizes are
+round(n * keep). And, at equal MACs, sizes chosen for a target against the same fraction everywhere and against one
+global ranking by l1. Images made from a network are kept in `build` beside the records. Resumable: what is in the
+records is not measured again.
 Records: benchmarks/records/restoration.jsonl.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,22 +26,44 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from intrafusion import ChannelGraph, Recipe, carry_out, decide, inspect, zoo
+from intrafusion import ChannelGraph, Recipe, zoo
 from intrafusion.bench import Record, append, done, read
 from intrafusion.bench.records import key_of
+from intrafusion.importance import Magnitude
+from intrafusion.inputs import Inputs
 from intrafusion.measure.accuracy import accuracy
-from intrafusion.restore import LeastSquares, Pivot, Synthesis, add_shifts_, load_images, save_images
+from intrafusion.pipeline import folded_weights, follow, inspect
+from intrafusion.restore import Calibration, Synthesis, calibrate, load_images, save_images
+from intrafusion.target import cost_of
 
 RECORDS = Path(__file__).parent / "records" / "restoration.jsonl"
 EXPERIMENT = "restoration_cifar10"
 INNER, WHOLE = "block-inner channels", "whole network"
-CASES = {
-    ("cifar10_resnet20_pad", INNER): (0.7, 0.5, 0.3),
-    ("cifar10_resnet20", WHOLE): (0.9, 0.8, 0.7, 0.5),
-}
-REDUCERS = ("select", "intrafusion", "pivot")
-RESTORERS = ("none", "constants", "synthetic 128", "real 64", "real 256")
+REDUCERS = ("select", "intrafusion", "fold", "pivot")
+RESTORERS = ("none", "noise", "synthetic 128", "real 64", "real 256")
+SIZES = ("uniform", "global l1", "target")
+THRESHOLDS = torch.linspace(0, 3, 1001).tolist()
 SYNTHESIS = Synthesis()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on one network."""
+
+    keeps: tuple[float, ...] = ()
+    reducers: tuple[str, ...] = ("select", "pivot")
+    restorers: tuple[str, ...] = ("none", "noise", "real 256")
+    macs: tuple[float, ...] = ()
+
+
+CASES: Mapping[tuple[str, str], Plan] = {
+    ("cifar10_resnet20_pad", INNER): Plan((0.7, 0.5, 0.3), REDUCERS, RESTORERS),
+    ("cifar10_resnet20", WHOLE): Plan((0.9, 0.8, 0.7, 0.5), REDUCERS, RESTORERS, (0.6, 0.4)),
+    ("cifar10_resnet32", WHOLE): Plan((0.9, 0.8, 0.7), macs=(0.6,)),
+    ("cifar100_resnet20", WHOLE): Plan((0.9, 0.8, 0.7), macs=(0.6,)),
+    ("imagenet_mobilenetv1_025", WHOLE): Plan((0.9, 0.8)),
+    ("cifar10_densenet100", WHOLE): Plan((0.9, 0.8), ("pivot",)),
+}
 
 
 @dataclass
@@ -56,7 +80,14 @@ class Case:
         self.example = zoo.example_input(self.network)
         self.graph: ChannelGraph = inspect(self.model, self.example)
         self.test = zoo.load_data(self.network, "test", limit=self.images)
-        self.real = zoo.load_data(self.network, "train", limit=256).images
+        self.calibrations: dict[str, Calibration] = {}
+
+    @cached_property
+    def real(self) -> Tensor:
+        """256 unlabelled images that are not measured on."""
+        if self.network.startswith("imagenet"):  # there is no training split: the last of the test images
+            return zoo.load_data(self.network, "test").images[-256:]
+        return zoo.load_data(self.network, "train", limit=256).images
 
     @cached_property
     def synthetic(self) -> Tensor:
@@ -67,76 +98,91 @@ class Case:
             save_images(SYNTHESIS(self.model, self.example), path, SYNTHESIS)
         return load_images(path)
 
-    def calibration(self, restorer: str) -> Tensor | None:
-        kind, _, count = restorer.partition(" ")
-        if kind == "synthetic":
-            return self.synthetic
-        return self.real[: int(count)] if kind == "real" else None
+    def calibration(self, restorer: str) -> Calibration | None:
+        """What the layers are solved on; for pivoting without restoration, noise."""
+        if restorer not in self.calibrations:
+            kind, _, count = restorer.partition(" ")
+            images = {"synthetic": lambda: self.synthetic, "real": lambda: self.real[: int(count)]}.get(kind)
+            level = "noise" if images is None else "images"
+            inputs = Inputs.of(self.example)
+            self.calibrations[restorer] = calibrate(self.model, inputs, level, images and images())
+        return self.calibrations[restorer]
 
-    def accuracy(self, model: nn.Module) -> float:
-        return accuracy(model, self.test.images, self.test.labels)
-
-    def measure(self, keep: float, reducer: str, restorer: str) -> dict[str, Any]:
-        images = self.calibration(restorer)
+    def measure(self, sizes: Mapping[str, int], reducer: str, restorer: str, **options: Any) -> dict[str, Any]:
         start = time.perf_counter()
-        inner = [g.producers[0] for g in self.graph.reducible if len(g.producers) == 1]
-        fractions = {g.name: round(g.size * keep) / g.size for g in self.graph.reducible}
-        name = "select" if reducer == "pivot" else reducer
-        recipe = Recipe.of(keep=fractions, reducer=name, **({"include": inner} if self.scope == INNER else {}))
-        plan, shifts = decide(self.model, self.graph, recipe), {}
-        if reducer == "pivot":
-            pivoted = Pivot()(plan, self.model, self.graph, self.example, images)
-            plan, shifts = pivoted.plan, pivoted.shifts
-        small = carry_out(self.model, plan, self.graph, self.example)
-        if restorer == "constants":
-            add_shifts_(small, self.model, self.graph, shifts)
-        if images is not None:
-            LeastSquares()(small, self.model, self.graph, images)
+        calibration = self.calibration(restorer)
+        restore = None if restorer == "none" else "images" if restorer[:4] in ("real", "synt") else restorer
+        if sizes:
+            options["keep"] = {g.name: sizes[g.name] / g.size for g in self.graph.reducible if g.name in sizes}
+        recipe = Recipe.of(reducer=reducer, restore=restore, **options)
+        images = None if calibration is None else calibration.images
+        small = follow(recipe, self.model, self.graph, self.example, images, calibration=calibration)
         seconds = time.perf_counter() - start
-        sizes = {"params": small.after.params, "params_before": small.before.params}
-        return {"accuracy": self.accuracy(small.model), "compress_and_restore_s": round(seconds, 2), **sizes}
+        return {
+            "accuracy": accuracy(small.model, self.test.images, self.test.labels),
+            "compress_and_restore_s": round(seconds, 2),
+            "params": small.after.params,
+            "params_before": small.before.params,
+            "macs": small.after.macs,
+            "macs_before": small.before.macs,
+        }
+
+    def uniform(self, keep: float) -> dict[str, int]:
+        groups = [g for g in self.graph.reducible if g.kind == "channel"]
+        inner = self.scope == INNER
+        return {g.name: max(1, round(g.size * keep)) for g in groups if not inner or len(g.producers) == 1}
+
+    def at_macs(self, how: str, fraction: float) -> dict[str, int]:
+        """Sizes that cost about this fraction of the MACs: one keep for all, or one threshold for all l1 scores."""
+        cost = cost_of(self.model, self.graph, Inputs.of(self.example), "macs")
+        if how == "uniform":
+            tried = [self.uniform(k / 1000) for k in range(1, 1001)]
+        else:
+            groups = [g for g in self.graph.reducible if g.kind == "channel"]
+            weights, score = folded_weights(self.model, self.graph, groups), Magnitude(p=1.0)
+            scores = {g.name: score(g, weights) for g in groups}  # of mean 1 in every group
+            tried = [{name: max(1, int((x >= t).sum())) for name, x in scores.items()} for t in THRESHOLDS]
+        return min(tried, key=lambda sizes: abs(cost(sizes) - fraction * cost({})))
 
 
-def settings(
-    network: str, scope: str, images: int, keeps: tuple[float, ...], restorers: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
-    """Constants are owed by pivoting only: the other reducers give none."""
+def settings(network: str, scope: str, images: int, plan: Plan) -> Iterator[dict[str, Any]]:
     base = {"network": network, "group": scope, "test_images": images}
     yield {**base, "keep": 1.0, "reducer": "none", "restorer": "none"}
-    for keep in keeps:
-        for reducer in REDUCERS:
-            for restorer in restorers:
-                if restorer != "constants" or reducer == "pivot":
-                    yield {**base, "keep": keep, "reducer": reducer, "restorer": restorer}
+    for keep in plan.keeps:
+        for reducer in plan.reducers:
+            for restorer in plan.restorers:
+                yield {**base, "keep": keep, "reducer": reducer, "restorer": restorer}
+    for fraction in plan.macs:
+        for how in SIZES:
+            yield {**base, "macs": fraction, "sizes": how, "reducer": "pivot", "restorer": "real 256"}
 
 
-def run(
-    images: int,
-    records: Path,
-    keeps: tuple[float, ...] | None = None,
-    restorers: tuple[str, ...] = RESTORERS,
-    only: int | None = None,
-) -> None:
-    for (network, scope), usual in CASES.items():
+def result_of(case: Case, setting: Mapping[str, Any]) -> dict[str, Any]:
+    if setting["reducer"] == "none":
+        return {"accuracy": accuracy(case.model, case.test.images, case.test.labels)}
+    if "keep" in setting:
+        return case.measure(case.uniform(setting["keep"]), setting["reducer"], setting["restorer"])
+    if setting["sizes"] == "target":
+        return case.measure({}, setting["reducer"], setting["restorer"], target={"macs": setting["macs"]})
+    return case.measure(case.at_macs(setting["sizes"], setting["macs"]), setting["reducer"], setting["restorer"])
+
+
+def run(images: int, records: Path, cases: Mapping[tuple[str, str], Plan] = CASES, only: int | None = None) -> None:
+    for (network, scope), plan in cases.items():
         finished = done(read(records))
-        wanted = settings(network, scope, images, keeps or usual, restorers)
-        todo = [s for s in wanted if key_of(EXPERIMENT, s) not in finished][:only]
+        todo = [s for s in settings(network, scope, images, plan) if key_of(EXPERIMENT, s) not in finished][:only]
         if not todo:
             continue
         case = Case(network, scope, images, records.parent / "build")
         for setting in track(todo, network):
-            if setting["reducer"] == "none":
-                result: dict[str, Any] = {"accuracy": case.accuracy(case.model)}
-            else:
-                result = case.measure(setting["keep"], setting["reducer"], setting["restorer"])
-            append(records, Record(EXPERIMENT, setting, result))
+            append(records, Record(EXPERIMENT, setting, result_of(case, setting)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--restorers", nargs="+", default=RESTORERS, choices=RESTORERS)
+    parser.add_argument("--networks", nargs="+", default=None, help="only these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="two measurements on 100 images, recorded nowhere")
     options = parser.parse_args()
@@ -147,7 +193,8 @@ def main() -> None:
     if options.smoke:
         smoke()
     else:
-        run(options.images, options.records, restorers=tuple(options.restorers))
+        wanted = {case: plan for case, plan in CASES.items() if not options.networks or case[0] in options.networks}
+        run(options.images, options.records, wanted)
 
 
 def smoke() -> None:
@@ -155,7 +202,7 @@ def smoke() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "smoke.jsonl"
-        run(100, records, keeps=(0.5,), only=2)
+        run(100, records, {("cifar10_resnet20_pad", INNER): Plan((0.5,), ("pivot",), ("noise",))})
         for record in read(records):
             print(record.setting["reducer"], record.setting["restorer"], f"{record.result['accuracy']:.3f}")
 

@@ -5,6 +5,7 @@ Ratios of medians, both sides measured in turn in the same run on the same netwo
             get_all_groups (its forward pass included), at 224 pixels.
   compress  intrafusion.compress (trace, proof by permutation, transport, surgery, second trace) and its share without
             transport, against Torch-Pruning's MagnitudePruner at the same ratio, on ResNet-18 at full width.
+  restore   least squares on 256 images, and on noise, against one forward pass of the original on 256 images.
 Peers come with `pip install intrafusion[benchmarks,timm]`. Records: benchmarks/records/speed.jsonl.
 """
 
@@ -26,6 +27,7 @@ import intrafusion
 from intrafusion import zoo
 from intrafusion.bench import Record, append
 from intrafusion.cli.models import resolve
+from intrafusion.restore import LeastSquares, Noise
 
 RECORDS = Path(__file__).parent / "records" / "speed.jsonl"
 TRACED = ("timm:resnet50", "timm:densenet121", "timm:vit_tiny_patch16_224")
@@ -83,7 +85,7 @@ def compress_records(repeats: int, keep: float = 0.5) -> list[Record]:
     records = []
     for reducer in ("intrafusion", "select"):
         found = compare(
-            lambda r=reducer: intrafusion.compress(model, x, keep=keep, reducer=r),
+            lambda r=reducer: intrafusion.compress(model, x, keep=keep, reducer=r, restore=None),
             lambda: their_pruner(model, x, keep),
             repeats,
         )
@@ -94,6 +96,26 @@ def compress_records(repeats: int, keep: float = 0.5) -> list[Record]:
             "keep": keep,
             "pixels": x.shape[-1],
         }
+        records.append(Record("speed", setting, found))
+    return records
+
+
+def restore_records(repeats: int, count: int = 256) -> list[Record]:
+    """The widths of CIFAR ResNet-20; what the weights are does not change the time."""
+    model, x = zoo.build("cifar10_resnet20").eval(), zoo.example_input("cifar10_resnet20")
+    images = torch.randn(count, *x.shape[1:])
+    graph = intrafusion.inspect(model, x)
+    plan = intrafusion.decide(model, graph, intrafusion.Recipe.of(keep=0.5, reducer="select"))
+    records = []
+    for name, restorer in (("least_squares", LeastSquares()), ("noise", Noise(images=count))):
+        small = intrafusion.carry_out(model, plan, graph, x)
+        with torch.no_grad():
+            found = compare(
+                lambda r=restorer, s=small: r(s, model, graph, images if r.needs_data else None),
+                lambda: model(images),
+                repeats,
+            )
+        setting = {"what": f"restore: {name}", "network": "zoo:cifar10_resnet20", "images": count, "pixels": 32}
         records.append(Record("speed", setting, found))
     return records
 
@@ -112,6 +134,7 @@ def main() -> None:
         return
     records = trace_records(SMOKE if options.smoke else TRACED, 1 if options.smoke else options.repeats)
     records += compress_records(1) if options.smoke else compress_records(options.repeats)
+    records += restore_records(1, 8) if options.smoke else restore_records(options.repeats)
     for record in records:
         print(record.setting, record.result)
         if not options.smoke:

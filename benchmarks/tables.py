@@ -60,19 +60,68 @@ def speed(records: list[Record]) -> str:
         forward = f"{found['forward_s']:.3f}" if "forward_s" in found else ""
         times = (f"{found['ours_s']:.3f}", f"{found['theirs_s']:.3f}", forward, f"**{found['ratio']:.2f}**")
         rows.append([what, s["network"], str(s["pixels"]), *times])
-    return markdown(["what", "network", "pixels", "ours, s", "Torch-Pruning, s", "one forward, s", "ratio"], rows)
+    return markdown(["what", "network", "pixels", "ours, s", "peer, s", "one forward, s", "ratio"], rows)
+
+
+def restoration(records: list[Record]) -> str:
+    """One table per network: a row per reducer and restorer, a column per keep; then sizes at equal MACs."""
+    records = latest(records)
+    parts = []
+    for place in dict.fromkeys(where(r) for r in records):
+        network, scope, images = place
+        own = [r for r in records if where(r) == place]
+        original = next((r.result["accuracy"] for r in own if r.setting["reducer"] == "none"), None)
+        head = f"`{network}`, {scope}, {images:,} test images, original {percent(original)} %"
+        kept = [r for r in own if "keep" in r.setting and r.setting["reducer"] != "none"]
+        sized = [r for r in own if "macs" in r.setting]
+        tables = [restored_table(kept)] if kept else []
+        tables += [sizes_table(sized)] if sized else []
+        parts.append("\n\n".join([head, *tables]))
+    return "\n\n".join(parts)
+
+
+def where(record: Record) -> tuple[str, str, int]:
+    return record.setting["network"], record.setting["group"], record.setting["test_images"]
+
+
+def restored_table(records: list[Record]) -> str:
+    keeps = sorted({r.setting["keep"] for r in records}, reverse=True)
+    line = lambda r: (r.setting["reducer"], r.setting["restorer"])  # noqa: E731
+    value = {(line(r), r.setting["keep"]): percent(r.result["accuracy"]) for r in records}
+    lines = sorted(set(map(line, records)), key=rank)
+    rows = [[*key, *(value.get((key, keep), "") for keep in keeps)] for key in lines]
+    return markdown(["reducer", "restored on", *(f"keep {k:g}" for k in keeps)], rows)
+
+
+def rank(line: tuple[str, str]) -> tuple[int, int]:
+    restorers = ("none", "noise", "synthetic 128", "real 64", "real 256")
+    return ("select", "intrafusion", "fold", "pivot").index(line[0]), restorers.index(line[1])
+
+
+def sizes_table(records: list[Record]) -> str:
+    rows = [
+        [
+            f"{r.setting['macs']:.0%}",
+            r.setting["sizes"],
+            *(f"{r.result[what] / r.result[f'{what}_before']:.1%}" for what in ("macs", "params")),
+            percent(r.result["accuracy"]),
+        ]
+        for r in records
+    ]
+    return markdown(["MACs asked for", "sizes", "MACs", "parameters", "accuracy"], rows)
 
 
 def headline(records: list[Record]) -> str:
-    return datafree([r for r in records if r.setting["group"] in ("none", "whole network")])
+    return restoration([r for r in records if r.setting["network"] == "cifar10_resnet20" and "macs" not in r.setting])
 
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     HERE / "README.md": {
         "datafree_cifar10": lambda: datafree(read(RECORDS / "datafree_cifar10.jsonl")),
+        "restoration": lambda: restoration(read(RECORDS / "restoration.jsonl")),
         "speed": lambda: speed(read(RECORDS / "speed.jsonl")),
     },
-    HERE.parent / "README.md": {"headline": lambda: headline(read(RECORDS / "datafree_cifar10.jsonl"))},
+    HERE.parent / "README.md": {"headline": lambda: headline(read(RECORDS / "restoration.jsonl"))},
 }
 
 

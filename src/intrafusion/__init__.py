@@ -5,10 +5,11 @@ from intrafusion.errors import BudgetError, FolderError, IntrafusionError, Model
 from intrafusion.fusion import Alignment, Fused, fuse
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.io.folder import load
-from intrafusion.pipeline import apply, carry_out, compress, decide, inspect
+from intrafusion.iterate import compress_in_steps
+from intrafusion.pipeline import apply, carry_out, compress, decide, follow, inspect
 from intrafusion.plan import Decision, Plan
 from intrafusion.recipe import Recipe
-from intrafusion.reduce import IntraFusion, Select
+from intrafusion.reduce import Fold, IntraFusion, Pivot, Select
 from intrafusion.selection import inputs_of, outputs_of
 from intrafusion.trace import trace
 
@@ -21,12 +22,14 @@ __all__ = [
     "ChannelGroup",
     "Compressed",
     "Decision",
+    "Fold",
     "FolderError",
     "Fused",
     "IntraFusion",
     "IntrafusionError",
     "Member",
     "ModelError",
+    "Pivot",
     "Plan",
     "PlanError",
     "Recipe",
@@ -35,7 +38,9 @@ __all__ = [
     "apply",
     "carry_out",
     "compress",
+    "compress_in_steps",
     "decide",
+    "follow",
     "fuse",
     "inputs_of",
     "inspect",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
@@ -78,4 +78,10 @@ class Compressed:
         Raises:
             FolderError: the folder exists and was not written by intrafusion.
         """
-        folders.save(self.model, self.plan, folder, repairs=self.repairs, before=self.before, after=self.after)
+        told = {
+            "restored": [asdict(step) for step in self.restored],
+            "notes": list(self.notes),
+            "rolled_back": dict(self.rolled_back),
+        }
+        sizes = {"before": self.before, "after": self.after}
+        folders.save(self.model, self.plan, folder, repairs=self.repairs, told=told, **sizes)

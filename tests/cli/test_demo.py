@@ -34,16 +34,21 @@ def test_the_rows_are_what_the_library_gives(network: nn.Module, tmp_path: Path)
         ("original", 1.0),
         ("pruned", 0.9),
         ("fused", 0.9),
+        ("restored", 0.9),
         ("pruned", 0.5),
         ("fused", 0.5),
+        ("restored", 0.5),
     ]
     assert rows[0].params == sum(p.numel() for p in network.parameters())
     assert rows[0].accuracy == accuracy(network, test.images, test.labels) > 0.95
-    for row, reducer in zip(rows[1:], ("select", "intrafusion") * 2, strict=True):
-        small = intrafusion.compress(network, zoo.example_input("digits_resnet"), row.keep, reducer=reducer)
+    methods = (("select", None), ("intrafusion", None), ("pivot", "noise"))
+    for row, (reducer, restore) in zip(rows[1:], methods * 2, strict=True):
+        example = zoo.example_input("digits_resnet")
+        small = intrafusion.compress(network, example, row.keep, reducer=reducer, restore=restore)
         assert row.accuracy == accuracy(small.model, test.images, test.labels)
         assert (row.params, row.macs) == (small.after.params, small.after.macs)
     assert rows[2].accuracy > rows[1].accuracy + 0.1  # fused against pruned at keep 0.9
+    assert rows[6].accuracy > rows[5].accuracy + 0.2  # restored against fused at keep 0.5
 
 
 def test_table_plot_and_network_are_written(network: nn.Module, tmp_path: Path) -> None:
@@ -54,17 +59,17 @@ def test_table_plot_and_network_are_written(network: nn.Module, tmp_path: Path) 
             for r in csv.DictReader(file)
         ]
     assert read == rows
-    loaded = intrafusion.load(tmp_path / "made" / "fused-90", zoo.build("digits_resnet"))
+    loaded = intrafusion.load(tmp_path / "made" / "restored-50", zoo.build("digits_resnet"))
     test = zoo.load_data("digits_resnet", "test")
-    assert accuracy(loaded, test.images, test.labels) == rows[2].accuracy
-    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["accuracy.csv", "accuracy.png", "fused-90"]
+    assert accuracy(loaded, test.images, test.labels) == rows[6].accuracy
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["accuracy.csv", "accuracy.png", "restored-50"]
 
 
 def test_running_again_replaces_its_own_files_only(network: nn.Module, tmp_path: Path) -> None:
-    demo.run(network, tmp_path, (0.9,))
+    demo.run(network, tmp_path, (0.5,))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "accuracy.csv").write_text("old")
-    demo.run(network, tmp_path, (0.9,))
+    demo.run(network, tmp_path, (0.5,))
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "accuracy.csv").read_text().startswith("method,keep,params,macs,accuracy\noriginal,1.0,77754,")
 
@@ -80,28 +85,28 @@ def test_the_command(
     assert [line.split()[0] for line in lines[3:10]] == ["90%", "80%", "70%", "60%", "50%", "40%", "30%"]
     with Path("out/accuracy.csv").open(newline="") as file:
         found = {(r["method"], r["keep"]): r for r in csv.DictReader(file)}
-    row = [found["pruned", "0.9"], found["fused", "0.9"]]
+    row = [found[method, "0.9"] for method in ("pruned", "fused", "restored")]
     assert lines[3].split() == ["90%", f"{int(row[0]['params']):,}", *(f"{float(r['accuracy']):.1%}" for r in row)]
     scope: dict[str, Any] = {}
     exec(lines[-1], scope)
     test = zoo.load_data("digits_resnet", "test")
-    assert accuracy(scope["model"], test.images, test.labels) == float(row[1]["accuracy"])
+    assert accuracy(scope["model"], test.images, test.labels) == float(found["restored", "0.5"]["accuracy"])
 
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [("nets.py", "nets.py: expected a folder, but this is a file"), ("taken", "taken/fused-90: exists and was not")],
+    [("nets.py", "nets.py: expected a folder, but this is a file"), ("taken", "taken/restored-50: exists and was not")],
 )
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     program: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch, folder: str, message: str
 ) -> None:
     monkeypatch.setattr(zoo, "trained_digits", lambda: pytest.fail("trained before the folder was checked"))
-    Path("taken/fused-90").mkdir(parents=True)
-    Path("taken/fused-90/thesis.txt").write_text("mine")
+    Path("taken/restored-50").mkdir(parents=True)
+    Path("taken/restored-50/thesis.txt").write_text("mine")
     result = program(f"demo -o {folder}")
     assert result.exit_code == 2
     assert message in result.stderr
-    assert Path("taken/fused-90/thesis.txt").read_text() == "mine"
+    assert Path("taken/restored-50/thesis.txt").read_text() == "mine"
 
 
 def test_the_plot_is_an_image_with_every_curve_in_its_colour(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from intrafusion.importance import IMPORTANCES
 from intrafusion.recipe import ORDERS, Keep, Recipe, RecipeError
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
-from intrafusion.restore import LEVELS, RESTORERS
+from intrafusion.restore import LEVELS, RESTORERS, save_images
 
 
 def named(names: Iterable[str], about: str) -> Any:
@@ -76,6 +76,10 @@ def compress(
             help="Unlabelled images as the network takes them: .safetensors or .npz with an array `images`, or .npy."
         ),
     ] = None,
+    keep_images: Annotated[
+        Path | None,
+        typer.Option(help="Write the images that the layers were solved on, for --images and report (.safetensors)."),
+    ] = None,
     include: Annotated[list[str] | None, layers("Reduce only the channels of this layer")] = None,
     exclude: Annotated[list[str] | None, layers("Leave the channels of this layer alone")] = None,
     seed: Annotated[int | None, typer.Option(help="For whatever draws random numbers.")] = None,
@@ -111,6 +115,8 @@ def compress(
         small, rolled_back = reduced(network, wanted, read_images(images) if images else None)
         if output:
             small.save(output)
+        if keep_images and small.images:
+            save_images(small.images.tensors()[0], keep_images)
     if as_json:
         print_json(summary(network, small, output, rolled_back))
     else:

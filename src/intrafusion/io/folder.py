@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,9 +42,12 @@ def save(
     repairs: tuple[Repair, ...],
     before: Size,
     after: Size,
+    told: Mapping[str, Any] | None = None,
 ) -> None:
     """Write model.safetensors, plan.json and recipe.yaml. The folder appears complete or not at all.
 
+    Args:
+        told: more for plan.json, of values that JSON has.
     Raises:
         FolderError: the folder exists and is not one of ours.
     """
@@ -56,6 +59,7 @@ def save(
         "after": asdict(after),
         "split_before": (split := split_before(model, plan)),
         "split_after": {name: rank for name, rank in ranks_of(model).items() if name not in split},
+        **(told or {}),
     }
     with atomic_folder(folder, ours=is_ours) as target:
         save_file(state, target / WEIGHTS)
