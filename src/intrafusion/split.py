@@ -253,7 +253,6 @@ class Runner:
         scores = [self.score(model) for model in models]
         anchor = max(range(len(models)), key=lambda index: scores[index])
         images = self.data.images[: self.how.images] if self.how.using == "activations" else None
-        # the plan of the result is made from member 0, whose shapes are those of all
         found = fuse(models, self.example, using=self.how.using, images=images, anchor=anchor).model
         self.note("fuse", start, None, None, len(models), self.score(found))
         return found
