@@ -42,6 +42,7 @@ INNER, WHOLE = "block-inner channels", "whole network"
 REDUCERS = ("select", "intrafusion", "fold", "pivot")
 RESTORERS = ("none", "noise", "synthetic 128", "real 64", "real 256")
 SIZES = ("uniform", "global l1", "target")
+SPLITS = {"imagenet_mobilenetv1_025": "sample"}  # 1,000 images, no others
 THRESHOLDS = torch.linspace(0, 3, 1001).tolist()
 SYNTHESIS = Synthesis()
 
@@ -79,15 +80,16 @@ class Case:
         self.model: nn.Module = zoo.build(self.network, pretrained=True)
         self.example = zoo.example_input(self.network)
         self.graph: ChannelGraph = inspect(self.model, self.example)
-        self.test = zoo.load_data(self.network, "test", limit=self.images)
+        self.test = zoo.load_data(self.network, SPLITS.get(self.network, "test"), limit=self.images)
         self.calibrations: dict[str, Calibration] = {}
 
     @cached_property
     def real(self) -> Tensor:
         """256 unlabelled images that are not measured on."""
-        if self.network.startswith("imagenet"):  # there is no training split: the last of the test images
-            return zoo.load_data(self.network, "test").images[-256:]
-        return zoo.load_data(self.network, "train", limit=256).images
+        if self.network in SPLITS:  # of one split, the images behind those that are measured on
+            return zoo.load_data(self.network, SPLITS[self.network], start=self.images, limit=256).images
+        data = "calibration" if self.network.startswith("cifar100") else "train"
+        return zoo.load_data(self.network, data, limit=256).images
 
     @cached_property
     def synthetic(self) -> Tensor:
@@ -169,11 +171,11 @@ def result_of(case: Case, setting: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(images: int, records: Path, cases: Mapping[tuple[str, str], Plan] = CASES, only: int | None = None) -> None:
     for (network, scope), plan in cases.items():
-        finished = done(read(records))
-        todo = [s for s in settings(network, scope, images, plan) if key_of(EXPERIMENT, s) not in finished][:only]
+        finished, limit = done(read(records)), min(images, 744) if network in SPLITS else images
+        todo = [s for s in settings(network, scope, limit, plan) if key_of(EXPERIMENT, s) not in finished][:only]
         if not todo:
             continue
-        case = Case(network, scope, images, records.parent / "build")
+        case = Case(network, scope, limit, records.parent / "build")
         for setting in track(todo, network):
             append(records, Record(EXPERIMENT, setting, result_of(case, setting)))
 
