@@ -46,8 +46,9 @@ def net() -> nn.Module:
     return scope["Net"]()
 
 
-def test_on_ones_own_network_the_records_are_what_the_library_gives(program: Program, images) -> None:
+def test_on_ones_own_network_the_records_are_what_the_library_gives(program: Program, images, monkeypatch) -> None:
     line = f"experiment whole-model {OWN} --keep 0.5 --criterion l2 --images 30 -o out/r.jsonl"
+    monkeypatch.setattr("sys.argv", ["intrafusion", *line.split()])
     result = program(line)
     assert result.exit_code == 0, result.stderr
     before, pruned, fused = read(Path("out/r.jsonl"))
@@ -59,7 +60,7 @@ def test_on_ones_own_network_the_records_are_what_the_library_gives(program: Pro
         assert record.result["params"] == small.after.params
         assert record.setting["images"] == 30
         assert record.setting["network"] == "nets.py:Net"
-    assert pruned.environment["command"].startswith("intrafusion ")
+    assert pruned.environment["command"] == f"intrafusion {line}"
     rows = [row.split() for row in result.stdout.splitlines()]
     percent = [f"{100 * r.result['accuracy']:.1f}" for r in (pruned, fused)]
     gain = f"{100 * (fused.result['accuracy'] - pruned.result['accuracy']):+.1f}"
