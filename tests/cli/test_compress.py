@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -20,6 +21,7 @@ from intrafusion.cli.compress import read_keep
 from intrafusion.cli.inputs import read_inputs
 from intrafusion.cli.models import resolve
 from intrafusion.recipe import Recipe
+from intrafusion.restore import load_images
 
 Program = Callable[[str], Result]
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
@@ -100,6 +102,52 @@ def test_weights_are_loaded(program: Program, user_folder: Path) -> None:
     assert program("compress nets.py:Net --weights trained.safetensors --input 2,4 -o small").exit_code == 0
     expected = intrafusion.compress(trained, read_inputs(["2,4"]))
     assert torch.equal(intrafusion.load("small", original())(X), expected.model(X))
+
+
+def test_images_target_and_what_was_restored(program: Program) -> None:
+    images = torch.randn(40, 4, generator=torch.Generator().manual_seed(2))
+    np.savez("images.npz", images=images.numpy())
+    line = "compress nets.py:Net --arg width=24 --input 2,4 --target params=0.6 --min-channels 2 --images images.npz"
+    data = json.loads(program(f"{line} --keep-images seen.safetensors -o small --json").stdout)
+    expected = intrafusion.compress(
+        original(width=24), read_inputs(["2,4"]), target={"params": 0.6}, min_channels=2, images=images
+    )
+    assert torch.equal(outputs_of(data["load"]), expected.model(X))
+    (step,) = data["restored"]
+    assert (step["step"], step["on"]) == ("LeastSquares", "40 images")
+    assert step["error_after"] < step["error_before"]
+    assert data["after"]["params"] / data["before"]["params"] == pytest.approx(0.6, rel=0.05)
+    assert torch.equal(load_images("seen.safetensors"), images)
+    assert json.loads(Path("small/plan.json").read_text())["restored"] == data["restored"]
+    again = json.loads(
+        program("compress nets.py:Net --arg width=24 --input 2,4 --recipe small/recipe.yaml --json").stdout
+    )
+    assert again["recipe"]["target"] == {"params": 0.6}
+
+
+def test_nothing_is_restored_if_that_is_asked_for(program: Program) -> None:
+    data = json.loads(program("compress nets.py:Net --input 2,4 --restore none -o small --json").stdout)
+    assert data["restored"] == []
+    expected = intrafusion.compress(original(), read_inputs(["2,4"]), restore=None)
+    assert torch.equal(outputs_of(data["load"]), expected.model(X))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--target half", "--target half: expected KIND=VALUE"),
+        ("--target params=0.5 --keep 0.5", "expected keep or target, got both"),
+        ("--target speed=2", "unknown measure 'speed'"),
+        ("--images nets.py", "--images nets.py: expected .safetensors or .npz"),
+        ("--images absent.npz", "--images absent.npz: expected .safetensors or .npz"),
+        ("--restore images", 'restore="images": expected images='),
+        ("--restore nois", "unknown restorer 'nois'. Did you mean 'noise'?"),
+    ],
+)
+def test_bad_restoration_ends_with_its_message(program: Program, options: str, message: str) -> None:
+    result = program(f"compress nets.py:Net --input 2,4 {options}")
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_every_option_reaches_the_recipe_and_the_recipe_runs_again(program: Program) -> None:

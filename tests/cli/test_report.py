@@ -55,6 +55,7 @@ def test_a_saved_folder_makes_a_page_of_its_plan(program: Program) -> None:
     assert "<h1>small</h1>" in text
     assert Path("small/recipe.yaml").read_text().splitlines()[0] in text
     assert "intrafusion.load(&#x27;small&#x27;" in text
+    assert "restored: Noise on 512 noise images" in text
 
 
 @pytest.mark.parametrize(

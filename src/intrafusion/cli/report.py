@@ -13,8 +13,9 @@ from intrafusion.bench import Record, read
 from intrafusion.cli.console import working
 from intrafusion.cli.inspect import read_saved
 from intrafusion.cli.show import say
+from intrafusion.compressed import Restoration
 from intrafusion.errors import FolderError
-from intrafusion.io.folder import is_ours
+from intrafusion.io.folder import is_ours, read_document
 from intrafusion.report import html
 from intrafusion.report.sheet import contact_sheet, data_address
 from intrafusion.restore import load_images
@@ -46,7 +47,10 @@ def page_of(sources: list[Path], sheet: str | None) -> html.Page:
         if not is_ours(folder):
             raise FolderError(f"{folder}: this folder was not saved by intrafusion; expected one, or files of records.")
         plan, before, after = read_saved(folder)
-        return html.plan_page(plan, before, after, folder=str(folder), sheet=sheet, version=intrafusion.__version__)
+        restored = [str(Restoration(**step)) for step in read_document(folder).get("restored", [])]
+        return html.plan_page(
+            plan, before, after, folder=str(folder), sheet=sheet, version=intrafusion.__version__, restored=restored
+        )
     records = [record for source in sources for record in read_records(source)]
     names = [source.name for source in sources]
     return html.records_page(records, sources=names, sheet=sheet, version=intrafusion.__version__)

@@ -389,9 +389,16 @@ def footer_of(records: Sequence[Measured], version: str) -> str:
 
 
 def plan_page(
-    plan: Plan, before: Size | None, after: Size | None, *, folder: str, sheet: str | None = None, version: str = ""
+    plan: Plan,
+    before: Size | None,
+    after: Size | None,
+    *,
+    folder: str,
+    sheet: str | None = None,
+    version: str = "",
+    restored: Sequence[str] = (),
 ) -> Page:
-    """The page of a network that was made smaller and saved."""
+    """The page of a network that was made smaller and saved; `restored` says what was done against the loss."""
     reduced = [d for d in plan.decisions if d.reduced]
     tiles = [(f"{len(reduced)} of {len(plan.decisions)}", "groups reduced")]
     lead = f"{len(reduced)} of {len(plan.decisions)} channel groups were reduced."
@@ -418,6 +425,7 @@ def plan_page(
     )
     sections = [
         replace(bars_section, table=plan_table(plan.decisions)) if (bars_section := from_figure(bars)) else None,
+        Section("restored", "Restored without training", body=notes(restored)) if restored else None,
         sheet_section(sheet) if sheet else None,
         Section("notes", "Notes", body=notes(plan.warnings)) if plan.warnings else None,
         Section("reproduce", "How to reproduce", body=body),
