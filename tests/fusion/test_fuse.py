@@ -213,9 +213,7 @@ def test_another_depth_is_refused_with_the_first_tensor_that_differs() -> None:
 
 
 def test_another_number_of_classes_is_refused() -> None:
-    with pytest.raises(
-        ModelError, match=r"'fc2' has 3 channels in network 1 and 4 in the anchor.*output of"
-    ):
+    with pytest.raises(ModelError, match=r"'fc2' has 3 channels in network 1 and 4 in the anchor.*output of"):
         fuse([MLP(6, (5,), num_classes=4), MLP(6, (5,), num_classes=3)], torch.randn(2, 6))
 
 
