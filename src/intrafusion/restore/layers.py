@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 import torch
@@ -100,9 +101,7 @@ class Layer:
         return self.sampled(output.movedim(self.channel_dim, -1).shape[:-1], limit, seed).to(output.device)
 
     def sampled(self, shape: torch.Size, limit: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name}".encode()))
-        chosen = torch.randperm(math.prod(shape), generator=generator)[:limit].sort().values
-        return torch.stack(torch.unravel_index(chosen, shape), dim=1)
+        return sampled_places(self.name, tuple(shape), limit, seed)
 
     def outputs(self, output: Tensor, places: Tensor) -> Tensor:
         """Rows (k, c) of what the layer, or its norm, or a sum gave at these places."""
@@ -139,6 +138,19 @@ class Layer:
             self.module.bias.data.copy_(self.module.bias.double() + shift)
         elif self.norm is not None:
             self.norm.mean.data.copy_(self.norm.mean.double() - shift)
+
+
+@lru_cache(maxsize=64)
+def sampled_places(name: str, shape: tuple[int, ...], limit: int, seed: int) -> Tensor:
+    """Up to `limit` different places in a shape, in order, (k, dims); kept, as each layer is asked several times."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    size = math.prod(shape)
+    if size > 8 * limit:  # far more places than rows: draw, and draw again what came twice
+        chosen = torch.randint(size, (limit + limit // 4,), generator=generator).unique()
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:limit]]
+    else:
+        chosen = torch.randperm(size, generator=generator)[:limit]
+    return torch.stack(torch.unravel_index(chosen.sort().values, shape), dim=1)
 
 
 def solvable(
