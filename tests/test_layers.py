@@ -30,6 +30,7 @@ LAYERS = (
 
 # Third-party packages and the only places that may import them.
 CONFINED = {
+    "accelerate": "train/",
     "ot": "transport/solve.py",
     "typer": "cli/",
     "rich": "cli/",
