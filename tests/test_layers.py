@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "intrafusion"
 
 # Lowest first. A part may import from its own layer and from those above it in this table, without a cycle.
 LAYERS = (
-    {"errors", "graph", "inputs", "batches", "transport", "lowrank"},
+    {"errors", "progress", "graph", "inputs", "batches", "transport", "lowrank"},
     {"features", "importance", "budget", "reduce"},
     {"plan", "recipe", "selection", "norms", "apply", "trace", "verify", "measure", "observe"},
     {"io", "report"},

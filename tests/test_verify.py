@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import intrafusion.verify as verify_module
 from intrafusion import ChannelGraph, ChannelGroup, Role, trace
+from intrafusion.graph import families_of
 from intrafusion.inputs import Inputs as Call
 from intrafusion.reduce import ReductionMap, selection_map
-from intrafusion.verify import families_of, largest_passing, operate, permutation, siblings, verified
+from intrafusion.verify import largest_passing, operate, permutation, siblings, verified
 
 
 def built(name: str) -> tuple[nn.Module, Inputs]:

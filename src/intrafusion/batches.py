@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from intrafusion.errors import ModelError
 from intrafusion.inputs import Inputs
@@ -104,3 +104,51 @@ def fitted(inputs: Inputs, model: nn.Module) -> Inputs:
         return inputs
     device, dtype = tensors[0].device, floating[0].dtype if floating else None
     return inputs.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
+
+
+T = TypeVar("T")
+
+
+def reusable(images: T) -> T | list[Any]:
+    """Images that can be read more than once: an iterator is read into a list."""
+    return list(images) if isinstance(images, Iterator) else images
+
+
+# ---- batches of one size --------------------------------------------------------------------------------------------
+
+
+def check_batch(size: int) -> None:
+    """For what takes a variance over a batch."""
+    if size < 2:
+        raise ValueError(f"batch: expected at least 2 images, a variance of one is 0; got {size!r}.")
+
+
+def rebatched(images: Images, size: int) -> Iterator[tuple[Inputs, int]]:
+    """Calls of about `size` images, never of one alone where there are more, and how many images each has.
+
+    One batch is held at a time, with what is left over of the one before.
+    """
+    left: Inputs | None = None
+    for call, _ in labelled(images):
+        left = call if left is None else joined([left, call])
+        while count(left) > size + 1:
+            yield part(left, 0, size), size
+            left = part(left, size, count(left))
+    if left is not None:
+        yield left, count(left)
+
+
+def count(call: Inputs) -> int:
+    """Images in a batch: the length of the first dimension of its first tensor."""
+    tensors = [t for t in call.tensors() if t.dim()]
+    return len(tensors[0]) if tensors else 1
+
+
+def part(call: Inputs, start: int, stop: int) -> Inputs:
+    total = count(call)
+
+    def cut(value: Any) -> Any:
+        batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == total
+        return value[start:stop] if batched else value
+
+    return Inputs(tree_map(cut, call.args), tree_map(cut, call.kwargs))

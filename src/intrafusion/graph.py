@@ -6,6 +6,7 @@ and saved without the network it came from.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -143,3 +144,11 @@ class ChannelGraph:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+
+def families_of(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups that only make sense together, in order."""
+    families: dict[int, list[ChannelGroup]] = {}
+    for group in groups:
+        families.setdefault(group.family, []).append(group)
+    return list(families.values())

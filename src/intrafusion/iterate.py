@@ -10,17 +10,17 @@ from typing import Any
 from torch import nn
 
 from intrafusion.apply import Repair, named_tensors
-from intrafusion.batches import Images
+from intrafusion.batches import Images, reusable
 from intrafusion.budget import sizes
 from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import ExampleInputs, Inputs
-from intrafusion.pipeline import Progress, carry_out, decide, inspect, silent
+from intrafusion.pipeline import follow, inspect
 from intrafusion.plan import Decision, Plan
+from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
-from intrafusion.restore.steps import calibration_for, restored, reusable
 from intrafusion.selection import left_alone
 from intrafusion.verify import shrunk
 
@@ -74,10 +74,7 @@ def compress_in_steps(
     for index, fraction in enumerate(fractions):
         progress("step", index, steps)
         step = replace(recipe, keep=fraction, round_to=None)
-        calibration = calibration_for(present, inputs, step, images, progress=progress)
-        plan = decide(present, graph, step, inputs, calibration=calibration, images=images, progress=progress)
-        small = carry_out(present, plan, graph, inputs, progress=progress)
-        small = restored(small, present, graph, calibration, images, progress=progress)
+        small = follow(step, present, graph, inputs, images, progress=progress)
         if train is not None and index + 1 < steps:
             trained_(small.model, train)
         graph, present = graph_of(small, graph), small.model

@@ -1,8 +1,8 @@
-"""The whole method on one screen: trace, verify, decide, reduce, prove."""
+"""The whole method on one screen: trace, verify, decide, reduce, prove, restore."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.apply import hollow_, named_tensors, write_
-from intrafusion.batches import Images
+from intrafusion.batches import Images, reusable
 from intrafusion.budget import sizes
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
@@ -21,23 +21,17 @@ from intrafusion.measure.size import size_of
 from intrafusion.norms import fold
 from intrafusion.observe import observe_for
 from intrafusion.plan import Decision, Plan, members_of
+from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Moments, Reducer, ReductionMap, ReductionProblem, Select
 from intrafusion.restore import Calibration, add_shifts_
 from intrafusion.restore.moments import measured
-from intrafusion.restore.steps import calibration_for, restored, reusable
+from intrafusion.restore.steps import calibration_for, restored
 from intrafusion.selection import left_alone
 from intrafusion.sensitivity import error_curves
 from intrafusion.target import sizes_for_target
 from intrafusion.trace import trace
 from intrafusion.verify import operate, verified
-
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the stage, steps done and steps in all."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """No progress shown."""
 
 
 def compress(

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import named_tensors, reduced_weights, write_
-from intrafusion.batches import fitted
+from intrafusion.batches import fitted, part
 from intrafusion.errors import ModelError
-from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
 from intrafusion.inputs import Inputs
+from intrafusion.measure.drift import lost_share
 from intrafusion.reduce.pivot import least_squares_map, picked
 from intrafusion.reduce.problem import Moments, ReductionMap
 from intrafusion.reduce.select import most_important, selection_map
 from intrafusion.restore.calibration import Calibration
 from intrafusion.restore.shifts import add_shifts_
 from intrafusion.trace.state import preserved
-from intrafusion.verify import copy_of
+from intrafusion.verify import reduced_copy
 
 FEW = 64  # images
 
@@ -40,23 +40,16 @@ def error_curves(
     shapes = {g.name: shape_of(scores[g.name], moments.get(g.name)) for g in groups}
     if calibration is None:
         return shapes
-    images = first(calibration.images, FEW)
+    images = part(calibration.images, 0, FEW)
     expected = outputs(calibration.reference, images)
     curves = {}
-    for twins in families(groups):
+    for twins in families_of(groups):
         maps = {g.name: halved(scores[g.name], moments.get(g.name)) for g in twins if g.size > 1}
         height = error_of(calibration.reference, graph, maps, images, expected) / len(twins)
         for g in twins:
             at_half = float(shapes[g.name][(g.size + 1) // 2])
             curves[g.name] = shapes[g.name] * (height / max(at_half, 1e-3))
     return curves
-
-
-def families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
-    found: dict[int, list[ChannelGroup]] = {}
-    for group in groups:
-        found.setdefault(group.family, []).append(group)
-    return list(found.values())
 
 
 def shape_of(scores: Tensor, moments: Moments | None) -> Tensor:
@@ -78,22 +71,15 @@ def error_of(
     model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap], images: Inputs, expected: list[Tensor]
 ) -> float:
     """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
-    small = copy_of(model)
-    write_(small, reduced_weights({n: t.detach() for n, t in named_tensors(model).items()}, graph, maps))
+    small = reduced_copy(model, graph, maps)
     add_shifts_(small, model, graph, maps)
     try:
         found = outputs(small, images)
     except ModelError:
         return 1.0
-    lost = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
-    return lost / max(sum(float((b.double() - b.double().mean(0)).square().sum()) for b in expected), 1e-300)
+    return lost_share(found, expected)
 
 
 def outputs(model: nn.Module, images: Inputs) -> list[Tensor]:
     with preserved(model):
         return [t for t in fitted(images, model).call(model) if t.is_floating_point()]
-
-
-def first(images: Inputs, count: int) -> Inputs:
-    """The first rows of every tensor."""
-    return images.map(lambda t: t[:count] if t.dim() else t)

@@ -21,13 +21,13 @@ from intrafusion.fusion import fuse
 from intrafusion.inputs import ExampleInputs
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.pipeline import carry_out, decide, inspect
+from intrafusion.progress import Progress
 from intrafusion.recipe import Recipe
 from intrafusion.train import History, Training, train_
 from intrafusion.train.loop import Labelled
 
 SCHEDULES = ("fap", "paf", "whole")
 PAPER = Training(epochs=10, optimizer="sgd", lr=0.01, warmup=0.0, decay="halving")  # batch 128, lr 0.01 * 0.5^(e // 30)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

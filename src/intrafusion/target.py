@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import named_tensors, reduced_weights, write_
+from intrafusion.apply import named_tensors
 from intrafusion.budget.allocate import allocate
 from intrafusion.budget.cost import Cost
 from intrafusion.errors import BudgetError, unknown_name
@@ -17,9 +17,8 @@ from intrafusion.measure.latency import latency_ms
 from intrafusion.measure.size import macs_by_weight, size_of
 from intrafusion.recipe import Recipe
 from intrafusion.reduce.select import selection_map
-from intrafusion.verify import copy_of, operate
+from intrafusion.verify import operate, reduced_copy
 
-TARGETS = ("params", "macs", "latency_ms")
 CLOSE = 0.01  # trying stops this close to the target
 MISSED = 0.02  # further off than this is said
 TRIALS = 8
@@ -83,10 +82,10 @@ def those_that_shrink(
 
 def checked(target: Mapping[str, float] | None) -> tuple[str, float]:
     if not target or len(target) != 1:
-        raise BudgetError(f'target: expected one of {", ".join(TARGETS)}, such as {{"params": 0.5}}, got {target!r}.')
+        raise BudgetError(f'target: expected one of {", ".join(METERS)}, such as {{"params": 0.5}}, got {target!r}.')
     kind, wanted = next(iter(target.items()))
-    if kind not in TARGETS:
-        raise BudgetError(f"target: {unknown_name('measure', str(kind), TARGETS)}")
+    if kind not in METERS:
+        raise BudgetError(f"target: {unknown_name('measure', str(kind), METERS)}")
     if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not wanted > 0:
         raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {wanted!r}.")
     return kind, float(wanted)
@@ -118,6 +117,4 @@ def with_sizes(model: nn.Module, graph: ChannelGraph, sizes: Mapping[str, int]) 
         for g in graph.groups
         if sizes.get(g.name, g.size) < g.size
     }
-    small = copy_of(model)
-    write_(small, reduced_weights({n: t.detach() for n, t in named_tensors(model).items()}, graph, maps))
-    return small
+    return reduced_copy(model, graph, maps)

@@ -6,7 +6,7 @@ Both checks go through the code that does the reduction (`apply.py`), in float64
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from intrafusion.apply import Repair, named_tensors, reduced_weights, write_
 from intrafusion.errors import ModelError
-from intrafusion.graph import ChannelGraph, ChannelGroup, Slice
+from intrafusion.graph import ChannelGraph, ChannelGroup, Slice, families_of
 from intrafusion.inputs import Inputs
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.trace import trace
@@ -108,6 +108,13 @@ def copy_of(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def reduced_copy(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> nn.Module:
+    """A copy after the maps, as it comes: neither run nor traced."""
+    small = copy_of(model)
+    write_(small, reduced_weights({n: t.detach() for n, t in named_tensors(model).items()}, graph, maps))
+    return small
+
+
 def verified(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGraph:
     """The graph, in which every group that fails the permutation check has that as its reason.
 
@@ -125,14 +132,6 @@ def verified(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGr
 def with_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
     groups = tuple(replace(g, reason=reasons.get(g.name, g.reason)) for g in graph.groups)
     return replace(graph, groups=groups)
-
-
-def families_of(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
-    """Groups that only make sense together."""
-    families: dict[int, list[ChannelGroup]] = {}
-    for group in groups:
-        families.setdefault(group.family, []).append(group)
-    return list(families.values())
 
 
 def largest_passing(

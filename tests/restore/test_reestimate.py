@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import ModelError, Recipe
+from intrafusion.batches import rebatched
 from intrafusion.restore import Reestimate
-from intrafusion.restore.reestimate import rebatched
 
 
 class Net(nn.Module):

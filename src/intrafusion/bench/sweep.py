@@ -9,6 +9,7 @@ from typing import Any
 from intrafusion.bench.cluster import Cluster
 from intrafusion.bench.records import Record, append, environment, key_of, read
 from intrafusion.errors import IntrafusionError
+from intrafusion.progress import Progress, silent
 
 Setting = Mapping[str, Any]
 """What was varied, of values that JSON has: it identifies a measurement."""
@@ -17,13 +18,6 @@ Result = Mapping[str, Any]
 """What was measured, of values that JSON has."""
 
 Run = Callable[[Setting], Result]
-
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the experiment, settings done and settings in all (of those not measured before)."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """No progress shown."""
 
 
 def sweep(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intrafusion.budget.cost import Cost
 from intrafusion.errors import BudgetError
-from intrafusion.graph import ChannelGroup
+from intrafusion.graph import ChannelGroup, families_of
 
 STEPS = 32  # pieces that a group is cut in until the budget is met; then single channels
 
@@ -44,19 +44,12 @@ def allocate(
     """
     if type(min_channels) is not int or min_channels < 1:
         raise BudgetError(f"min_channels: expected a whole number >= 1, got {min_channels!r}.")
-    units = [Unit(twins, curves, cost, round_to, min_channels) for twins in families(groups)]
+    units = [Unit(twins, curves, cost, round_to, min_channels) for twins in families_of(groups)]
     sizes = {g.name: g.size for unit in units for g in unit.groups}
     spent = cut_(units, sizes, cost(sizes), budget, coarse=True)
     if spent > budget:
         cut_(units, sizes, spent, budget, coarse=False)
     return sizes
-
-
-def families(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:
-    found: dict[int, list[ChannelGroup]] = {}
-    for group in groups:
-        found.setdefault(group.family, []).append(group)
-    return list(found.values())
 
 
 class Unit:

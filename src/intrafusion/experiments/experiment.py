@@ -9,9 +9,10 @@ from typing import Any
 
 from intrafusion.bench.cluster import Cluster
 from intrafusion.bench.records import Record
-from intrafusion.bench.sweep import Progress, Setting, silent, sweep
+from intrafusion.bench.sweep import Setting, sweep
 from intrafusion.experiments import method as methods
 from intrafusion.experiments.subject import Measure, Measurement, Subject, by_name
+from intrafusion.progress import Progress, silent
 
 
 @dataclass(frozen=True)

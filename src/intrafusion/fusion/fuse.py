@@ -23,7 +23,8 @@ from intrafusion.graph import ChannelGraph, Role
 from intrafusion.inputs import ExampleInputs, Inputs
 from intrafusion.measure.size import size_of
 from intrafusion.norms import unfold
-from intrafusion.pipeline import Progress, carry_out, decide, inspect, silent
+from intrafusion.pipeline import carry_out, decide, inspect
+from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
 from intrafusion.restore import Restorer

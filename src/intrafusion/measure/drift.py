@@ -54,3 +54,10 @@ def histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
         raise ValueError(f"histogram: expected numbers from {edges[0]} on, got {values.min()}.")
     bins = torch.bucketize(values, torch.tensor(edges, dtype=values.dtype), right=True) - 1
     return torch.bincount(bins, minlength=len(edges)).tolist()
+
+
+def lost_share(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Mean squared difference of outputs as a fraction of the variance of the expected ones, over all tensors."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+    lost = sum(float((a - b).square().sum()) for a, b in pairs if a.shape == b.shape)
+    return lost / max(sum(float((b - b.mean(0)).square().sum()) for _, b in pairs), 1e-300)

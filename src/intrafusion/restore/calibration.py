@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +12,7 @@ from intrafusion.batches import Images, batches, fitted, joined
 from intrafusion.errors import ModelError, unknown_name
 from intrafusion.inputs import Inputs
 from intrafusion.measure.size import size_of
+from intrafusion.progress import Progress
 from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.noise import Noise, batch_norms, image_like, standardised
 from intrafusion.restore.restorer import Restorer
@@ -21,8 +21,6 @@ from intrafusion.trace.state import preserved
 
 LEVELS = ("noise", "synthetic", "images")
 AFFORDABLE = 1e13  # multiply-accumulates that "auto" spends on making images: minutes on two cores
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,7 +116,7 @@ def smooth(white: Tensor, slope: float) -> Tensor:
 def standardised(model: nn.Module, inputs: Inputs) -> nn.Module:
     """A copy, in evaluation mode, whose batch norms remember the statistics of these images instead of their own."""
     copy = copy_of(model).eval()
-    norms = [m for m in copy.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = batch_norms(copy)
     if not norms:
         return copy
     with preserved(copy):

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from intrafusion.apply import named_tensors, write_
-from intrafusion.batches import Images, fitted, joined, labelled
+from intrafusion.batches import Images, check_batch, fitted, rebatched
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
-from intrafusion.inputs import Inputs
 from intrafusion.restore.restorer import Reduced, needed
 from intrafusion.trace.state import preserved
 from intrafusion.verify import copy_of
@@ -41,8 +39,7 @@ class Reestimate:
     needs_data = True  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        if self.batch < 2:
-            raise ValueError(f"batch: expected at least 2 images, a variance of one is 0; got {self.batch!r}.")
+        check_batch(self.batch)
 
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None = None
@@ -104,37 +101,3 @@ def averaging(norms: Iterable[_BatchNorm]) -> Iterator[Seen]:
             norm.training = True
             stack.callback(norm.register_forward_pre_hook(weigh).remove)
         yield seen
-
-
-# ---- batches of one size --------------------------------------------------------------------------------------------
-
-
-def rebatched(images: Images, size: int) -> Iterator[tuple[Inputs, int]]:
-    """Calls of about `size` images, never of one alone where there are more, and how many images each has.
-
-    One batch is held at a time, with what is left over of the one before.
-    """
-    left: Inputs | None = None
-    for call, _ in labelled(images):
-        left = call if left is None else joined([left, call])
-        while count(left) > size + 1:
-            yield part(left, 0, size), size
-            left = part(left, size, count(left))
-    if left is not None:
-        yield left, count(left)
-
-
-def count(call: Inputs) -> int:
-    """Images in a batch: the length of the first dimension of its first tensor."""
-    tensors = [t for t in call.tensors() if t.dim()]
-    return len(tensors[0]) if tensors else 1
-
-
-def part(call: Inputs, start: int, stop: int) -> Inputs:
-    total = count(call)
-
-    def cut(value: Any) -> Any:
-        batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == total
-        return value[start:stop] if batched else value
-
-    return Inputs(tree_map(cut, call.args), tree_map(cut, call.kwargs))

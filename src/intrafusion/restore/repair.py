@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from intrafusion.apply import named_tensors, write_
-from intrafusion.batches import Images, fitted
+from intrafusion.batches import Images, check_batch, fitted, rebatched, reusable
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.layers import Layer, hooked, is_convolution_or_linear, solvable
-from intrafusion.restore.reestimate import rebatched
 from intrafusion.restore.restorer import Reduced, needed
 from intrafusion.restore.statistics import averages, merge_along
 from intrafusion.trace.state import preserved
@@ -48,8 +47,7 @@ class ActivationRepair:
     needs_data = True  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        if self.batch < 2:
-            raise ValueError(f"batch: expected at least 2 images, a variance of one is 0; got {self.batch!r}.")
+        check_batch(self.batch)
 
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None = None
@@ -59,8 +57,7 @@ class ActivationRepair:
         Raises:
             ModelError: no images, or one of the networks gives NaN on them.
         """
-        images = needed(images, self)
-        images = list(images) if isinstance(images, Iterator) else images  # they are read twice
+        images = reusable(needed(images, self))  # they are read twice
         small = copy_of(compressed.model)
         layers = solvable(small, graph, is_convolution_or_linear)
         originals = solvable(reference, graph, is_convolution_or_linear)

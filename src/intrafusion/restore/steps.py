@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -13,19 +12,10 @@ from intrafusion.compressed import Compressed, Restoration
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
+from intrafusion.measure.drift import lost_share
+from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
 from intrafusion.restore import LEVELS, Calibration, calibrate, get
-
-Progress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """No progress shown."""
-
-
-def reusable(images: Images | None) -> Images | None:
-    """Images that can be read more than once: an iterator is read into a list."""
-    return list(images) if isinstance(images, Iterator) else images
 
 
 def calibration_for(
@@ -92,7 +82,4 @@ def output_error(small: nn.Module, calibration: Calibration | None) -> float | N
     """Mean squared difference of the outputs to the original's, as a fraction of the variance of the original's."""
     if calibration is None:
         return None
-    found = calibration.outputs(calibration.seen(small))
-    pairs = [(a.double(), b.double()) for a, b in zip(found, calibration.expected, strict=True)]
-    lost = sum(float((a - b).square().sum()) for a, b in pairs if a.shape == b.shape)
-    return lost / max(sum(float((b - b.mean(0)).square().sum()) for _, b in pairs), 1e-300)
+    return lost_share(calibration.outputs(calibration.seen(small)), calibration.expected)

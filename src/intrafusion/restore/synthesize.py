@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,15 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.inputs import ExampleInputs, output_tensors
-from intrafusion.restore.noise import image_like
+from intrafusion.progress import Progress, silent
+from intrafusion.restore.noise import batch_norms, image_like
 from intrafusion.trace.state import preserved
-
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the stage, steps done and steps in all."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """No progress shown."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class Synthesis:
             ModelError: the network has no batch norm with statistics, or does not take a single image tensor.
         """
         like = image_like(example_inputs)
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        norms = batch_norms(model)
         if not norms:
             raise ModelError("images can be made only from batch norms that remember statistics, and there are none.")
         generator = torch.Generator().manual_seed(self.seed)
