@@ -13,6 +13,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from intrafusion.experiments import Options, Subject
 from intrafusion.experiments.reduction import measure, original, reductions
 from intrafusion.experiments.subject import INNER, WHOLE, Measurement
 from intrafusion.inputs import Inputs
+from intrafusion.zoo import Images
 
 RECORDS = Path(__file__).parent / "records" / "paper_cifar.jsonl"
 EXPERIMENT = "paper_cifar"
@@ -44,9 +46,14 @@ def subject(network: str, images: int | None) -> Subject:
         network,
         zoo.build(network, pretrained=True),
         Inputs.of(zoo.example_input(network)),
-        zoo.load_data(network, "test", limit=images),
-        zoo.load_data(network, data, limit=SEEN),
+        channels_last(zoo.load_data(network, "test", limit=images)),
+        channels_last(zoo.load_data(network, data, limit=SEEN)),
     )
+
+
+def channels_last(data: Images) -> Images:
+    """The same images in the layout in which these networks run fastest on a CPU (DenseNet 2.2x, ResNet-20 1.5x)."""
+    return replace(data, images=data.images.to(memory_format=torch.channels_last))
 
 
 def settings(network: Subject, repairs: Sequence[str] = REPAIRS) -> Iterator[dict[str, Any]]:

@@ -52,18 +52,18 @@ class Plan:
     """What is measured on one network."""
 
     keeps: tuple[float, ...] = ()
-    reducers: tuple[str, ...] = ("select", "pivot")
+    reducers: tuple[str, ...] = REDUCERS
     restorers: tuple[str, ...] = ("none", "noise", "real 256")
     macs: tuple[float, ...] = ()
 
 
 CASES: Mapping[tuple[str, str], Plan] = {
-    ("cifar10_resnet20_pad", INNER): Plan((0.7, 0.5, 0.3), REDUCERS, RESTORERS),
-    ("cifar10_resnet20", WHOLE): Plan((0.9, 0.8, 0.7, 0.5), REDUCERS, RESTORERS, (0.6, 0.4)),
+    ("cifar10_resnet20_pad", INNER): Plan((0.7, 0.5, 0.3), restorers=RESTORERS),
+    ("cifar10_resnet20", WHOLE): Plan((0.9, 0.8, 0.7, 0.5), restorers=RESTORERS, macs=(0.6, 0.4)),
     ("cifar10_resnet32", WHOLE): Plan((0.9, 0.8, 0.7), macs=(0.6,)),
     ("cifar100_resnet20", WHOLE): Plan((0.9, 0.8, 0.7), macs=(0.6,)),
     ("imagenet_mobilenetv1_025", WHOLE): Plan((0.9, 0.8)),
-    ("cifar10_densenet100", WHOLE): Plan((0.9, 0.8), ("pivot",)),
+    ("cifar10_densenet100", WHOLE): Plan((0.9, 0.8)),
 }
 
 
@@ -101,7 +101,9 @@ class Case:
         return load_images(path)
 
     def calibration(self, restorer: str) -> Calibration | None:
-        """What the layers are solved on; for pivoting without restoration, noise."""
+        """What the layers are solved on."""
+        if restorer == "none":
+            return None
         if restorer not in self.calibrations:
             kind, _, count = restorer.partition(" ")
             images = {"synthetic": lambda: self.synthetic, "real": lambda: self.real[: int(count)]}.get(kind)

@@ -312,6 +312,18 @@ def test_an_error_half_way_changes_nothing() -> None:
     assert not any(m._forward_hooks for network in (model, small.model) for m in network.modules())
 
 
+def test_an_overflow_in_the_smaller_network_is_an_error_that_names_the_layer() -> None:
+    model = made(Plain)
+    small, graph = shrunk(model, images(1), keep=0.5, reducer="select")
+    with torch.no_grad():
+        small.model.first.weight.mul_(1e38)
+        small.model.norm1.weight.mul_(1e38)
+    before = copy.deepcopy(small.model.state_dict())
+    with pytest.raises(ModelError, match=r"first: restoring gives NaN or infinity, as the smaller network does"):
+        LeastSquares()(small, model, graph, images())
+    assert all(torch.equal(v, before[n]) for n, v in small.model.state_dict().items())
+
+
 def test_same_seed_same_bytes_other_seed_other_rows() -> None:
     model = made(Plain)
     found = []

@@ -11,6 +11,7 @@ import intrafusion
 import intrafusion.restore.calibration as calibration_module
 from intrafusion.errors import ModelError
 from intrafusion.restore import LeastSquares
+from intrafusion.restore import steps as steps_module
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -57,6 +58,13 @@ def test_auto_makes_images_where_it_can_afford_to(monkeypatch: pytest.MonkeyPatc
     (step,) = intrafusion.compress(network(), X, 0.5).restored
     assert (step.step, step.on) == ("Noise", "512 noise images")
     assert "making some would take" in str(step.note)
+
+
+def test_a_choice_of_channels_alone_takes_a_few_noise_images() -> None:
+    bare = intrafusion.compress(network(), X, 0.5, restore=None)
+    assert bare.restored == ()
+    assert bare.images is not None
+    assert len(bare.images.tensors()[0]) == steps_module.ENOUGH_TO_CHOOSE
 
 
 def test_auto_without_norms_takes_noise() -> None:

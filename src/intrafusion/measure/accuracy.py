@@ -12,7 +12,7 @@ from intrafusion.inputs import output_tensors
 from intrafusion.trace.state import preserved
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 50) -> float:
     """Fraction, in [0, 1], of images whose largest output is the one of their label.
 
     Runs in evaluation mode, without gradients, on the device and in the precision of the network; the network is left

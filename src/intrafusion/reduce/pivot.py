@@ -47,7 +47,7 @@ class Pivot:
         moments = problem.moments
         if moments is None or problem.size == len(problem.importance):
             return (IntraFusion() if self.unmerge else Select())(problem)
-        kept = picked(moments).order[: problem.size].sort().values
+        kept = picked(moments, problem.size).order[: problem.size].sort().values
         mean, covariance = moments.overall
         if self.unmerge:
             return least_squares_map(mean, covariance, kept, self.strength)
@@ -70,11 +70,12 @@ class Pivots:
 _PICKED: WeakKeyDictionary[Moments, Pivots] = WeakKeyDictionary()
 
 
-def picked(moments: Moments) -> Pivots:
-    """All channels in the order of picking; computed once for each object."""
-    if moments not in _PICKED:
+def picked(moments: Moments, m: int | None = None) -> Pivots:
+    """The first m channels (all of them by default), or more, in the order of picking; kept with the object."""
+    m = len(moments.reader) if m is None else m
+    if moments not in _PICKED or len(_PICKED[moments].order) < m:
         readers = [moments.reader] * len(moments.covariances)
-        _PICKED[moments] = pivots(moments.covariances, readers, len(moments.reader))
+        _PICKED[moments] = pivots(moments.covariances, readers, m)
     return _PICKED[moments]
 
 
@@ -86,7 +87,7 @@ def pivots(covariances: Sequence[Tensor], readers: Sequence[Tensor], m: int) -> 
         argmax_j  (C Q C)_jj / C_jj,     and then  C <- C - C_:j C_j: / C_jj
 
     which is the greedy choice for min tr(Q Cov(h | h_S)). Channels that are read at several points have one covariance
-    and one Q for each; the gains are summed, each point weighing the same. O(m n^2) for each point.
+    and one Q for each; the gains are summed, each point weighing the same. O(n^3) for each point.
 
     Args:
         covariances: (n, n) each, positive semi-definite.
@@ -114,36 +115,41 @@ def pivots(covariances: Sequence[Tensor], readers: Sequence[Tensor], m: int) -> 
 
 
 class Schur:
-    """The covariance C of the channels given those picked so far, as C_0 - U U^T, and what is needed of C Q C."""
+    """The diagonals of C and R = C Q C given the channels picked so far, and what is needed to go on.
+
+    A pick j with u = C_:j / sqrt(C_jj) and v = R_:j / sqrt(C_jj) - R_jj / (2 C_jj) u turns
+
+        C  into  C - u u^T    and    R  into  R - u v^T - v u^T,
+
+    so that columns of both follow from the first C and R and the vectors of all picks: O(k n) for pick k.
+    """
 
     def __init__(self, covariance: Tensor, reader: Tensor, picks: int) -> None:
-        self.start, self.reader = covariance, reader
-        self.factors = covariance.new_zeros(len(covariance), picks)  # U
+        self.covariance, self.explained = covariance, covariance @ reader @ covariance
+        self.variances, self.gains = self.covariance.diagonal().clone(), self.explained.diagonal().clone()
+        self.least = 1e-10 * self.variances.max().clamp(min=1e-300)
+        self.vectors = covariance.new_zeros(2, picks, len(covariance))
         self.count = 0
-        self.variance = covariance.diagonal().clone()
-        self.explained = (covariance * (reader @ covariance)).sum(0)  # (C Q C)_jj
-        self.least = 1e-10 * self.variance.max().clamp(min=1e-300)
 
     def gain(self) -> Tensor:
         """How much less is missing once a channel is known, for each; 0 for what is known already."""
-        known = self.variance <= self.least
-        return torch.where(known, 0.0, self.explained.clamp(min=0) / self.variance.clamp(min=self.least))
+        known = self.variances <= self.least
+        return torch.where(known, 0.0, self.gains.clamp(min=0) / self.variances.clamp(min=self.least))
 
     def pick_(self, index: int) -> None:
-        """Condition on one channel, unless it is known already: C <- C - u u^T with u = C_:j / sqrt(C_jj)."""
-        if self.variance[index] <= self.least:
+        """Condition on one channel, unless it is known already."""
+        variance = self.variances[index]
+        if variance <= self.least:
             return
-        u = (self.start[:, index] - self.given @ self.given[index]) / self.variance[index].sqrt()
-        read = self.reader @ u
-        passed = self.start @ read - self.given @ (self.given.T @ read)  # C Q u
-        self.explained += u * (u * (u @ read) - 2 * passed)
-        self.variance -= u.square()
-        self.factors[:, self.count] = u
+        us, vs = self.vectors[:, : self.count]
+        by_u, by_v = us[:, index], vs[:, index]
+        u = (self.covariance[index] - by_u @ us) / variance.sqrt()
+        v = (self.explained[index] - by_v @ us - by_u @ vs) / variance.sqrt()
+        v -= self.gains[index] / (2 * variance) * u
+        self.variances -= u.square()
+        self.gains -= 2 * u * v
+        self.vectors[0, self.count], self.vectors[1, self.count] = u, v
         self.count += 1
-
-    @property
-    def given(self) -> Tensor:
-        return self.factors[:, : self.count]
 
 
 def least_squares_map(mean: Tensor, covariance: Tensor, kept: Tensor, strength: float = 1e-3) -> ReductionMap:

@@ -69,6 +69,7 @@ def calibrate(
     images: Images | None = None,
     *,
     synthesis: Synthesis | None = None,
+    noise: Noise | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -77,6 +78,7 @@ def calibrate(
     Args:
         inputs: one call of the network; the shape of an image.
         synthesis: how images are made from the network.
+        noise: which noise.
     Raises:
         ModelError: level "images" without images; a network that no image can be made for.
         ValueError: unknown level.
@@ -95,7 +97,7 @@ def calibrate(
         made = synthesis(model, inputs, **({} if progress is None else {"progress": progress}))
         call = inputs.map(lambda t: made if t is like else t)
         return Calibration(level, call, model, LeastSquares(seed=seed), time.perf_counter() - start, why)
-    noise = Noise(seed=seed)
+    noise = noise or Noise(seed=seed)
     call = noise.make(inputs)
     return Calibration(level, call, standardised(model, call), noise, time.perf_counter() - start, why)
 

@@ -195,6 +195,11 @@ class Solver:
         residual = layer.before_norm(lacking)
         chunks = ((rows, residual[part]) for part, rows in layer.inputs(x, places))
         change = ridge(chunks, self.options.strength, scarcity=self.options.scarcity, intercept=layer.shifts)
+        if not all(bool(torch.isfinite(t).all()) for t in change):
+            raise ModelError(
+                f"{layer.name}: restoring gives NaN or infinity, as the smaller network does on these images; "
+                f"check the scale of the images, and the sizes asked for."
+            )
         layer.add_(*change)
         self.solved[layer.name] = change
         return True

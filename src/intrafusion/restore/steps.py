@@ -15,7 +15,9 @@ from intrafusion.inputs import Inputs
 from intrafusion.measure.drift import lost_share
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
-from intrafusion.restore import LEVELS, Calibration, calibrate, get
+from intrafusion.restore import LEVELS, Calibration, Noise, calibrate, get
+
+ENOUGH_TO_CHOOSE = 64  # noise images, where no layer is solved on them
 
 
 def calibration_for(
@@ -33,8 +35,9 @@ def calibration_for(
     if not levels and not chosen:
         return None
     level = levels[0] if levels else "noise" if images is None else "images"
+    noise = Noise(seed=recipe.seed) if levels else Noise(seed=recipe.seed, images=ENOUGH_TO_CHOOSE)
     try:
-        return calibrate(model, inputs, level, images, seed=recipe.seed, progress=progress)
+        return calibrate(model, inputs, level, images, noise=noise, seed=recipe.seed, progress=progress)
     except ModelError:
         if images is not None or (levels and levels[0] != "auto"):
             raise
