@@ -48,7 +48,7 @@ def reduced_weights(
     folded = fold(original, norms)
     reduced = {name: remapped(name, folded[name], groups, maps, centred) for name in names}
     averages = {n.mean: averaging(n.mean, len(folded[n.mean]), groups, maps, folded[n.mean].device) for n in norms}
-    final = unfold(reduced, original, norms, averages)
+    final = unfold(reduced, original, norms, averages, folded)
     return {name: tensor.to(original[name].dtype) for name, tensor in final.items()}
 
 
@@ -82,22 +82,29 @@ def mixed(tensor: Tensor, member: Member, reduction: ReductionMap, *, average: b
     """Write the m new channels over the group's first m places (in place)."""
     matrix = matrix_for(member, reduction, average=average).to(tensor.device)
     part = tensor if member.within is None else inside(tensor, member.within)
-    part = part.movedim(member.dim, 0)
     positions = torch.from_numpy(member.positions).to(tensor.device)
-    rows = part[positions]
-    rows = rows.sqrt() if Role.VARIANCE in member.roles else rows
-    new = combined(matrix, rows.reshape(len(rows), -1)).reshape(len(matrix), *rows.shape[1:])
-    part[positions[: len(matrix)]] = new.square() if Role.VARIANCE in member.roles else new
+    places, variance = positions[: len(matrix)].flatten(), Role.VARIANCE in member.roles
+    chosen = copied(matrix)
+    if chosen is not None:
+        part.index_copy_(member.dim, places, part.index_select(member.dim, positions[chosen].flatten()))
+        return tensor
+    rows = part.index_select(member.dim, positions.flatten()).movedim(member.dim, 0)
+    new = combined(matrix, (rows.sqrt() if variance else rows).reshape(len(positions), -1))
+    new = new.reshape(len(places), *rows.shape[1:])
+    part.index_copy_(member.dim, places, (new.square() if variance else new).movedim(0, member.dim))
     return tensor
 
 
-def combined(matrix: Tensor, rows: Tensor) -> Tensor:
-    """matrix @ rows; most maps are nearly empty (a transport plan has n + m - 1 entries, a selection m)."""
+def copied(matrix: Tensor) -> Tensor | None:
+    """Which row each row of matrix @ rows is, for a matrix that only picks rows."""
     entries = matrix != 0
-    filled = int(entries.sum())
-    if filled == len(matrix) and bool(entries.any(1).all()):
-        picked = entries.long().argmax(1)
-        return rows[picked] * matrix.gather(1, picked[:, None])
+    picks = bool((entries.sum(1) == 1).all()) and bool((matrix[entries] == 1).all())
+    return entries.long().argmax(1) if picks else None
+
+
+def combined(matrix: Tensor, rows: Tensor) -> Tensor:
+    """matrix @ rows; most maps are nearly empty (a transport plan has n + m - 1 entries)."""
+    filled = int(matrix.count_nonzero())
     return torch.sparse.mm(matrix.to_sparse(), rows) if 4 * filled < matrix.numel() else matrix @ rows
 
 

@@ -37,7 +37,7 @@ def fold(weights: Mapping[str, Tensor], norms: Sequence[FoldableNorm]) -> dict[s
         gamma, _, mu, sigma = statistics_of(folded, norm)
         scale, shift = gamma / sigma, shift_of(folded, norm)
         rows = folded[norm.producer_weight]
-        folded[norm.producer_weight] = rows * _along(scale, rows, norm.producer_dim)
+        rows *= _along(scale, rows, norm.producer_dim)
         _write(
             folded, norm, weight=torch.ones_like(mu), bias=shift, mean=torch.zeros_like(mu), sigma=torch.ones_like(mu)
         )
@@ -51,6 +51,7 @@ def unfold(
     original: Mapping[str, Tensor],
     norms: Sequence[FoldableNorm],
     merges: Mapping[str, Tensor | None],
+    folded: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     r"""Give folded norms statistics back after a reduction; the function of the network stays the same.
 
@@ -70,12 +71,13 @@ def unfold(
         norms: the same norms as were folded.
         merges: merge (m, n) over all indices of the norm's vectors, by the name of its mean; None or absent where its
             channels did not change.
+        folded: what `fold(original, norms)` gave, where it is at hand.
     Returns:
         A copy of `reduced`, float64, with the tensors of all norms and their producers rewritten. A norm whose producer
         and shift did not change gets its original tensors back bit by bit.
     """
     final = dict(reduced)
-    folded = fold(_tensors_of(original, norms), norms)
+    folded = fold(_tensors_of(original, norms), norms) if folded is None else folded
     for norm in norms:
         names = _names(norm)
         if all(torch.equal(reduced[name], folded[name]) for name in names):
@@ -88,7 +90,7 @@ def unfold(
 def _unfold_one(
     final: dict[str, Tensor], original: Mapping[str, Tensor], norm: FoldableNorm, merge: Tensor | None
 ) -> None:
-    old = {name: _copy(original[name]) for name in _names(norm)}
+    old = {name: _copy(original[name]) for name in _names(norm) if name != norm.producer_weight}
     gamma, beta, _, sigma = statistics_of(old, norm)
     average = _averaging(merge, sigma)
     gamma, beta, sigma = _never_zero(average @ gamma, average @ gamma.abs()), average @ beta, average @ sigma
