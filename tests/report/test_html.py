@@ -55,6 +55,12 @@ class Parsed(HTMLParser):
             self.texts.setdefault(self.open[-1], []).append(data.strip())
 
 
+def test_tiles_say_how_many_test_images_each_network_had():
+    records = [original(), *(reduction("conv1", 0.5, "select", 0.4, network=f"net{n}", images=n) for n in (100, 2500))]
+    assert ("100 to 2,500", "test images") in html.tiles_of(records)
+    assert ("100", "test images") in html.tiles_of(records[:2])
+
+
 def test_every_section_that_the_records_allow_is_there_and_linked(records):
     page = Parsed(render(records_page(records, sources=["r.jsonl"], version="9.8.7")))
     names = [attributes["id"] for tag, attributes in page.tags if tag == "section"]

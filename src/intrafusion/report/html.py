@@ -309,7 +309,7 @@ def lead_of(records: Sequence[Measured]) -> str:
 def tiles_of(records: Sequence[Measured]) -> list[tuple[str, str]]:
     tiles = []
     before = originals(records)
-    for network, record in list(before.items())[:2]:
+    for network, record in list(before.items())[:4]:
         about = "original accuracy" if len(before) == 1 else f"original {network}"
         tiles.append((percent(record.result["accuracy"]).text, about))
     pair = best_gain(records)
@@ -319,7 +319,8 @@ def tiles_of(records: Sequence[Measured]) -> list[tuple[str, str]]:
         tiles.append((f"{gain:+.1f} points", f"largest gain of fusing over pruning ({where})"))
     images = {r.setting["images"] for r in records if "images" in r.setting}
     if images:
-        tiles.append((f"{max(images):,}", "test images"))
+        few, many = (f"{end(images):,}" for end in (min, max))
+        tiles.append((many if few == many else f"{few} to {many}", "test images"))
     return tiles
 
 

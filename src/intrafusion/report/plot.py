@@ -44,6 +44,6 @@ def accuracy_plot(
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="best")
     with atomic_file(path) as temporary:
         figure.savefig(temporary)
