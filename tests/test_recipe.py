@@ -59,6 +59,18 @@ def test_changed_options_survive_yaml(change: dict[str, Any]) -> None:
     assert through_yaml(recipe).to_yaml() == recipe.to_yaml()
 
 
+def test_a_name_with_hyper_parameters_is_that_method() -> None:
+    reducer = {"name": "intrafusion", "normalization": "function"}
+    recipe = Recipe.of(reducer=reducer, importance={"name": "l2", "reduction": "max"})
+    assert recipe.reducer == IntraFusion(normalization="function")
+    assert recipe.importance == Magnitude(p=2.0, reduction="max")
+    assert reducer == {"name": "intrafusion", "normalization": "function"}
+    with pytest.raises(ValueError, match="'intrafusion' does not take these options"):
+        Recipe.of(reducer={"name": "intrafusion", "normalisation": "function"})
+    with pytest.raises(ValueError, match="unknown reducer 'intrafuse'. Did you mean 'intrafusion'"):
+        Recipe.of(reducer={"name": "intrafuse"})
+
+
 def test_a_recipe_written_by_hand() -> None:
     recipe = Recipe.from_yaml(
         "keep: 0.5\nreducer: {name: intrafusion, normalization: target}\nexclude: [head, 'a:inputs']\n"

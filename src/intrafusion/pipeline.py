@@ -40,7 +40,7 @@ def compress(
     keep: Keep | None = None,
     *,
     target: Mapping[str, float] | None = None,
-    reducer: str | Reducer = "pivot",
+    reducer: str | Mapping[str, Any] | Reducer = "pivot",
     importance: Any = "l1",
     restore: Any = "auto",
     images: Images | None = None,
@@ -61,10 +61,10 @@ def compress(
         keep: fraction of the channels of every group to keep, in (0, 1], or {name pattern: fraction}; 0.7 by default.
         target: instead of `keep`: {"params": 0.5} or {"macs": 0.5}, fractions of the original's, or {"latency_ms": 3.0}
             on the example inputs; where to cut is then chosen for the least predicted error.
-        reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ..., or
-            any Reducer.
-        importance: "l1", "l2", "linf", "random", ..., or any callable (group, weights, observations) -> (n,) scores;
-            not used by "pivot".
+        reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ..., a
+            name with hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
+        importance: "l1", "l2", "linf", "random", ..., a name with hyper-parameters, or any callable (group, weights,
+            observations) -> (n,) scores; not used by "pivot".
         restore: what is done against the loss: "auto" (the strongest that the images given allow), "images" (least
             squares on those given), "synthetic" (on images made from the network), "noise" (without data, in seconds),
             None, a restorer or its name, or several in order; see `intrafusion.restore`.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import yaml
@@ -17,6 +17,12 @@ from intrafusion.selection import Selector, as_selectors
 
 Keep = float | Mapping[str, float]
 ORDERS = ("joint", "backward")
+
+KINDS: tuple[tuple[str, Mapping[str, Any], Callable[[Any], Any], str], ...] = (
+    ("reducer", reducers.REDUCERS, reducers.get, "pivot"),
+    ("importance", importances.IMPORTANCES, importances.get, "l1"),
+)
+"""Kinds of methods that a recipe names: the registered ones, how one is got, the default."""
 
 
 class RecipeError(IntrafusionError, ValueError):
@@ -62,9 +68,10 @@ class Recipe:
 
     @classmethod
     def of(cls, **options: Any) -> Recipe:
-        """Names become methods, single selectors become tuples."""
-        options["reducer"] = reducers.get(options.get("reducer", "pivot"))
-        options["importance"] = importances.get(options.get("importance", "l1"))
+        """Names, and mappings of a name and hyper-parameters, become methods; single selectors become tuples."""
+        for kind, known, get, default in KINDS:
+            wanted = options.get(kind, default)
+            options[kind] = method_from_data(wanted, known, kind) if isinstance(wanted, Mapping) else get(wanted)
         options["exclude"] = as_selectors(options.get("exclude")) or ()
         options["include"] = as_selectors(options.get("include"))
         keep = options.get("keep")
@@ -113,8 +120,8 @@ class Recipe:
         for key in data:
             if key not in valid:
                 raise RecipeError(f"recipe: {unknown_name('option', str(key), valid)}")
-        data["reducer"] = method_from_data(data.get("reducer", "pivot"), reducers.REDUCERS, "reducer")
-        data["importance"] = method_from_data(data.get("importance", "l1"), importances.IMPORTANCES, "importance")
+        for kind, known, _, default in KINDS:
+            data[kind] = method_from_data(data.get(kind, default), known, kind)
         return cls.of(**data)
 
 
@@ -166,9 +173,9 @@ def method_to_data(method: Any, registry: Mapping[str, Any]) -> str | dict[str, 
 
 
 def method_from_data(data: Any, registry: Mapping[str, Any], kind: str) -> Any:
-    if not isinstance(data, (str, dict)):
+    if not isinstance(data, (str, Mapping)):
         raise RecipeError(f"recipe: {kind}: expected a name or a mapping with a name, got {type(data).__name__}.")
-    if isinstance(data, dict) and data.keys() == {"foreign"}:
+    if isinstance(data, Mapping) and data.keys() == {"foreign"}:
         return Foreign(str(data["foreign"]))
     options = {"name": data} if isinstance(data, str) else dict(data)
     name = str(options.pop("name", None))
@@ -177,6 +184,6 @@ def method_from_data(data: Any, registry: Mapping[str, Any], kind: str) -> Any:
     entry = registry[name]
     default = entry() if isinstance(entry, type) else entry
     try:
-        return type(default)(**options) if options else default
+        return replace(default, **options) if options else default
     except TypeError as error:
         raise RecipeError(f"recipe: {kind} {name!r} does not take these options: {error}.") from error
