@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from bare import compress
@@ -110,3 +112,32 @@ def test_restorers_run_in_order_and_each_says_what_it_gained() -> None:
 def test_bad_input(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         intrafusion.compress(network(), X, 0.5, **options)
+
+
+@dataclass(frozen=True)
+class Worse(LeastSquares):
+    """Writes zeros."""
+
+    def __call__(self, compressed, reference, graph, images):
+        for parameter in compressed.model.parameters():
+            parameter.data.zero_()
+
+
+def test_a_level_that_makes_the_outputs_worse_is_undone_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = intrafusion.compress(network(), X, 0.8, restore=None, images=IMAGES)
+    monkeypatch.setattr(calibration_module, "LeastSquares", Worse)
+    small = intrafusion.compress(network(), X, 0.8, images=IMAGES)
+    (step,) = small.restored
+    assert step.note == "undone, as the outputs were worse"
+    assert step.error_after > step.error_before
+    assert "(undone, as the outputs were worse)" in str(small)
+    for name, tensor in bare.model.state_dict().items():
+        assert torch.equal(small.model.state_dict()[name], tensor)
+
+
+def test_noise_is_measured_with_its_own_statistics_in_the_norms() -> None:
+    (step,) = intrafusion.compress(network(), X, 0.5, restore="noise").restored
+    assert step.error_after < 0.5 * step.error_before
+    (closed, noise) = intrafusion.compress(network(), X, 0.5, restore=["closed_form", "noise"]).restored
+    assert (closed.on, closed.error_before) == (None, None)
+    assert noise.error_after == pytest.approx(step.error_after)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from intrafusion.batches import Images, batches, fitted, joined
 from intrafusion.errors import ModelError, unknown_name
+from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
+from intrafusion.measure.drift import lost_share
 from intrafusion.measure.size import size_of
 from intrafusion.progress import Progress
 from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.noise import Noise, batch_norms, image_like, standardised
-from intrafusion.restore.restorer import Restorer
+from intrafusion.restore.restorer import Reduced, Restorer
 from intrafusion.restore.synthesize import Synthesis
 from intrafusion.trace.state import preserved
 
@@ -52,9 +54,17 @@ class Calibration:
         with preserved(model):
             return fitted(self.images, model).call(model)
 
-    def seen(self, model: nn.Module) -> nn.Module:
-        """A network as it is to be seen on these images."""
-        return standardised(model, self.images) if self.level == "noise" else model
+    def error(self, model: nn.Module) -> float:
+        """Mean squared difference of the outputs to the original's, as a fraction of the variance of the original's."""
+        return lost_share(self.outputs(model), self.expected)
+
+    def restore(self, small: Reduced, original: nn.Module, graph: ChannelGraph) -> tuple[float, float]:
+        """Solve the layers of a smaller network, in place; the error of its outputs before and after."""
+        if isinstance(self.restorer, Noise):
+            return self.restorer.restore(small, original, graph, self.images, self.reference, self.error)
+        before = self.error(small.model)
+        self.restorer(small, original, graph, self.images)
+        return before, self.error(small.model)
 
     def __str__(self) -> str:
         count = len(self.images.tensors()[0]) if self.images.tensors() else 0

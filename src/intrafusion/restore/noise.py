@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,16 +65,37 @@ class Noise(LeastSquares):
             ModelError: the network does not take a single image tensor, or gives NaN on noise.
         """
         noise = self.make(compressed.inputs) if images is None else joined(batches(images))
-        standard, maps = standardised(reference, noise), compressed.plan.maps
+        self.restore(compressed, reference, graph, noise, standardised(reference, noise))
+
+    def restore(
+        self,
+        compressed: Reduced,
+        reference: nn.Module,
+        graph: ChannelGraph,
+        noise: Inputs,
+        standard: nn.Module,
+        error: Callable[[nn.Module], float] = lambda _: math.nan,
+    ) -> tuple[float, float]:
+        """The same, with the standardised original at hand.
+
+        Args:
+            standard: what `standardised(reference, noise)` gave.
+            error: of a network on the noise.
+        Returns:
+            the error of the smaller network with the statistics of the noise in its batch norms, before and after.
+        """
+        maps = compressed.plan.maps
         small, result = copy_of(compressed.model).eval(), copy_of(compressed.model)
         write_(small, through(standard, graph, maps))
         write_(result, through(reference, graph, maps))
+        unsolved = error(small)
         changes = self.solve_(small, maps, standard, graph, noise)
         before, after, normal, special = (solvable(m, graph) for m in (small, result, reference, standard))
         for name, (change, shift) in changes.items():
             rows = gains(before[name], after[name], normal[name], special[name], output_map(normal[name], graph, maps))
             after[name].add_(rows[:, None] * change, rows * shift)
         write_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
+        return unsolved, error(small)
 
     def make(self, example_inputs: ExampleInputs) -> Inputs:
         """Noise in the shape, on the device and in the precision of the one image tensor of a call."""

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import nn
 
+from intrafusion.apply import named_tensors, write_
 from intrafusion.batches import Images
 from intrafusion.compressed import Compressed, Restoration
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
-from intrafusion.measure.drift import lost_share
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
 from intrafusion.restore import LEVELS, Calibration, Noise, calibrate, get
@@ -68,21 +68,37 @@ def restored(
         if leveled and calibration is None:
             notes.append("not restored: no images were given, and none can be made for inputs like these")
             continue
-        restorer = calibration.restorer if leveled and calibration else get(step)
-        start, before = time.perf_counter(), output_error(small.model, calibration)
-        restorer(small, model, graph, calibration.images if leveled and calibration else images)
-        seconds = time.perf_counter() - start + (calibration.seconds if leveled and calibration else 0.0)
-        after = output_error(small.model, calibration)
-        on = str(calibration) if calibration and (leveled or before is not None) else None
-        note = calibration.why if leveled and calibration and step == "auto" else None
+        start = time.perf_counter()
+        if leveled and calibration is not None:
+            restorer, note = calibration.restorer, calibration.why if step == "auto" else None
+            before, after, undone = restored_or_undone(small, model, graph, calibration)
+            seconds = calibration.seconds + time.perf_counter() - start
+            note = "; ".join(filter(None, (note, "undone, as the outputs were worse" if undone else None))) or None
+        else:
+            restorer, note = get(step), None
+            before = error_on_images(small.model, calibration)
+            restorer(small, model, graph, images)
+            after = error_on_images(small.model, calibration)
+            seconds = time.perf_counter() - start
+        on = str(calibration) if before is not None else None
         done.append(Restoration(type(restorer).__name__, on, seconds, before, after, note))
     show("restore", len(steps), len(steps))
     seen = calibration.images if calibration else None
     return replace(small, restored=tuple(done), images=seen, notes=(*small.notes, *notes))
 
 
-def output_error(small: nn.Module, calibration: Calibration | None) -> float | None:
-    """Mean squared difference of the outputs to the original's, as a fraction of the variance of the original's."""
-    if calibration is None:
-        return None
-    return lost_share(calibration.outputs(calibration.seen(small)), calibration.expected)
+def restored_or_undone(
+    small: Compressed, model: nn.Module, graph: ChannelGraph, calibration: Calibration
+) -> tuple[float, float, bool]:
+    """The error of the outputs before and after, and whether the weights were put back, as it grew."""
+    weights = {name: tensor.detach().clone() for name, tensor in named_tensors(small.model).items()}
+    before, after = calibration.restore(small, model, graph)
+    if after <= before:
+        return before, after, False
+    write_(small.model, weights)
+    return before, after, True
+
+
+def error_on_images(small: nn.Module, calibration: Calibration | None) -> float | None:
+    """Noise is no measure of what a network does with its own statistics."""
+    return None if calibration is None or calibration.level == "noise" else calibration.error(small)
