@@ -41,6 +41,7 @@ EXPERIMENT = "restoration_cifar10"
 INNER, WHOLE = "block-inner channels", "whole network"
 REDUCERS = ("select", "intrafusion", "fold", "pivot")
 RESTORERS = ("none", "noise", "synthetic 128", "real 64", "real 256")
+MADE = ("none", "noise", "synthetic 128", "real 256")
 SIZES = ("uniform", "global l1", "target")
 SPLITS = {"imagenet_mobilenetv1_025": "sample"}  # 1,000 images, no others
 THRESHOLDS = torch.linspace(0, 3, 1001).tolist()
@@ -61,8 +62,8 @@ CASES: Mapping[tuple[str, str], Plan] = {
     ("cifar10_resnet20_pad", INNER): Plan((0.7, 0.5, 0.3), restorers=RESTORERS),
     ("cifar10_resnet20", WHOLE): Plan((0.9, 0.8, 0.7, 0.5), restorers=RESTORERS, macs=(0.6, 0.4)),
     ("cifar10_resnet32", WHOLE): Plan((0.9, 0.8, 0.7), macs=(0.6,)),
-    ("cifar100_resnet20", WHOLE): Plan((0.9, 0.8, 0.7), macs=(0.6,)),
-    ("imagenet_mobilenetv1_025", WHOLE): Plan((0.9, 0.8)),
+    ("cifar100_resnet20", WHOLE): Plan((0.9, 0.8, 0.7), restorers=MADE, macs=(0.6,)),
+    ("imagenet_mobilenetv1_025", WHOLE): Plan((0.9, 0.8), restorers=MADE),
     ("cifar10_densenet100", WHOLE): Plan((0.9, 0.8)),
 }
 

@@ -5,6 +5,8 @@ Ratios of medians, both sides measured in turn in the same run on the same netwo
             get_all_groups (its forward pass included), at 224 pixels.
   compress  intrafusion.compress (trace, proof by permutation, transport, surgery, second trace) and its share without
             transport, against Torch-Pruning's MagnitudePruner at the same ratio, on ResNet-18 at full width.
+  choose    the maps of the reducer `pivot` without data (noise, its forward pass, all groups) against those of
+            `intrafusion` (exact transport), on ResNet-18 at full width.
   restore   least squares on 256 images, and on noise, against one forward pass of the original on 256 images.
 Peers come with `pip install intrafusion[benchmarks,timm]`. Records: benchmarks/records/speed.jsonl.
 """
@@ -24,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import zoo
+from intrafusion import Recipe, zoo
 from intrafusion.bench import Record, append
 from intrafusion.cli.models import resolve
+from intrafusion.inputs import Inputs
 from intrafusion.restore import LeastSquares, Noise
+from intrafusion.restore.steps import calibration_for
 
 RECORDS = Path(__file__).parent / "records" / "speed.jsonl"
 TRACED = ("timm:resnet50", "timm:densenet121", "timm:vit_tiny_patch16_224")
@@ -100,12 +104,26 @@ def compress_records(repeats: int, keep: float = 0.5) -> list[Record]:
     return records
 
 
+def choice_records(repeats: int, keep: float = 0.5) -> list[Record]:
+    """What the data-free choice of channels with its unmerge costs beside the transport that it stands for."""
+    model, x = zoo.build("resnet18").eval(), Inputs.of(zoo.example_input("resnet18"))
+    graph = intrafusion.inspect(model, x)
+
+    def choose(reducer: str) -> None:
+        recipe = Recipe.of(keep=keep, reducer=reducer, restore=None)
+        intrafusion.decide(model, graph, recipe, x, calibration=calibration_for(model, x, recipe))
+
+    found = compare(lambda: choose("pivot"), lambda: choose("intrafusion"), repeats)
+    setting = {"what": "choose: pivot, peer intrafusion", "network": "zoo:resnet18", "keep": keep, "pixels": 32}
+    return [Record("speed", setting, found)]
+
+
 def restore_records(repeats: int, count: int = 256) -> list[Record]:
     """The widths of CIFAR ResNet-20; what the weights are does not change the time."""
     model, x = zoo.build("cifar10_resnet20").eval(), zoo.example_input("cifar10_resnet20")
     images = torch.randn(count, *x.shape[1:])
     graph = intrafusion.inspect(model, x)
-    plan = intrafusion.decide(model, graph, intrafusion.Recipe.of(keep=0.5, reducer="select"))
+    plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5, reducer="select"))
     records = []
     for name, restorer in (("least_squares", LeastSquares()), ("noise", Noise(images=count))):
         small = intrafusion.carry_out(model, plan, graph, x)
@@ -134,6 +152,7 @@ def main() -> None:
         return
     records = trace_records(SMOKE if options.smoke else TRACED, 1 if options.smoke else options.repeats)
     records += compress_records(1) if options.smoke else compress_records(options.repeats)
+    records += choice_records(1 if options.smoke else options.repeats)
     records += restore_records(1, 8) if options.smoke else restore_records(options.repeats)
     for record in records:
         print(record.setting, record.result)

@@ -52,6 +52,48 @@ def network_table(records: list[Record]) -> str:
     return markdown(["group", "order", "method", *(f"keep {k:g}" for k in keeps)], rows)
 
 
+def paper(records: list[Record]) -> str:
+    """One table per network: a row per reducer and repair, a column per scope and keep."""
+    records = latest(records)
+    parts = []
+    for network, images in dict.fromkeys((r.setting["network"], r.setting["images"]) for r in records):
+        own = [r for r in records if (r.setting["network"], r.setting["images"]) == (network, images)]
+        original = next((r.result["accuracy"] for r in own if r.setting["method"] == "original"), None)
+        reduced = [r for r in own if r.setting["method"] != "original"]
+        columns = list(dict.fromkeys((r.setting["group"], r.setting["keep"]) for r in reduced))
+        value = {(r.setting["method"], r.setting["group"], r.setting["keep"]): r.result["accuracy"] for r in reduced}
+        lines = sorted({method for method, *_ in value}, key=paper_rank)
+        rows = [[*named(line), *(percent(value.get((line, *column))) for column in columns)] for line in lines]
+        table = markdown(["reducer", "then", *(f"{group.split()[0]} {keep:g}" for group, keep in columns)], rows)
+        parts.append(f"`{network}`, {images:,} test images, original {percent(original)} %\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def drawn(records: list[Record]) -> str:
+    """Means over the seeds, a row per scope and keep, a column per method."""
+    reduced = [r for r in latest(records) if r.setting["method"] != "original"]
+    line = lambda r: (r.setting["group"], r.setting["keep"])  # noqa: E731
+    methods = list(dict.fromkeys(r.setting["method"] for r in reduced))
+    rows = []
+    for group, keep in dict.fromkeys(map(line, reduced)):
+        own = [r for r in reduced if line(r) == (group, keep)]
+        found = [[r.result["accuracy"] for r in own if r.setting["method"] == method] for method in methods]
+        rows.append([group, f"{keep:g}", str(len(found[0])), *(percent(sum(f) / len(f)) for f in found)])
+    return markdown(["reduced", "keep", "draws", *methods], rows)
+
+
+def named(method: str) -> tuple[str, str]:
+    """Reducer and repair of, for instance, `intrafusion:normalization=source+repair`."""
+    reducer, _, repair = method.partition("+")
+    return reducer.replace(":normalization=", ", "), repair or "nothing"
+
+
+def paper_rank(method: str) -> tuple[int, int]:
+    reducer, repair = named(method)
+    reducers = ("select", *(f"intrafusion, {n}" for n in ("source", "target", "function")), "fold")
+    return reducers.index(reducer), ("nothing", "closed_form", "reestimate", "repair").index(repair)
+
+
 def speed(records: list[Record]) -> str:
     rows = []
     for r in latest(records):
@@ -118,6 +160,8 @@ def headline(records: list[Record]) -> str:
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     HERE / "README.md": {
         "datafree_cifar10": lambda: datafree(read(RECORDS / "datafree_cifar10.jsonl")),
+        "paper_cifar": lambda: paper(read(RECORDS / "paper_cifar.jsonl")),
+        "random_importance": lambda: drawn(read(RECORDS / "random_importance.jsonl")),
         "restoration": lambda: restoration(read(RECORDS / "restoration.jsonl")),
         "speed": lambda: speed(read(RECORDS / "speed.jsonl")),
     },

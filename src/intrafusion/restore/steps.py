@@ -17,7 +17,7 @@ from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
 from intrafusion.restore import LEVELS, Calibration, Noise, calibrate, get
 
-ENOUGH_TO_CHOOSE = 64  # noise images, where no layer is solved on them
+ENOUGH_TO_CHOOSE = 32  # noise images, where no layer is solved on them
 
 
 def calibration_for(
