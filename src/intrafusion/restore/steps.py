@@ -17,7 +17,7 @@ from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
 from intrafusion.restore import LEVELS, Calibration, Noise, calibrate, get
 
-ENOUGH_TO_CHOOSE = 32  # noise images, where no layer is solved on them
+ENOUGH_TO_CHOOSE = 32  # noise images, where no layer is solved and no size is chosen on them
 
 
 def calibration_for(
@@ -35,7 +35,8 @@ def calibration_for(
     if not levels and not chosen:
         return None
     level = levels[0] if levels else "noise" if images is None else "images"
-    noise = Noise(seed=recipe.seed) if levels else Noise(seed=recipe.seed, images=ENOUGH_TO_CHOOSE)
+    only_chosen = not levels and recipe.target is None
+    noise = Noise(seed=recipe.seed, images=ENOUGH_TO_CHOOSE) if only_chosen else Noise(seed=recipe.seed)
     try:
         return calibrate(model, inputs, level, images, noise=noise, seed=recipe.seed, progress=progress)
     except ModelError:

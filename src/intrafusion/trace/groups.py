@@ -101,8 +101,15 @@ def settle_followers(relations: Relations) -> dict[int, list[tuple[str, int, int
 
 
 def serves_several(positions: np.ndarray, labels: np.ndarray) -> bool:
+    if increasing(positions):
+        return False
     pairs = np.unique(np.stack([positions, labels]), axis=1)
     return len(np.unique(pairs[0])) < pairs.shape[1]
+
+
+def increasing(values: np.ndarray) -> bool:
+    """Whether each is larger than the one before: sorted, and none twice. What most entries are, and quick to see."""
+    return bool((values[1:] > values[:-1]).all())
 
 
 def entries(positions: np.ndarray, labels: np.ndarray) -> dict[int, set[int]]:
@@ -179,12 +186,20 @@ def gather(relations: Relations, key: Key) -> Use:
     positions, labels, found, bits = positions[keep], labels[keep], found[keep], bits[keep]
     roles_at = np.zeros(int(positions.max(initial=0)) + 1, np.int64)
     np.bitwise_or.at(roles_at, positions, bits)
-    positions, index = np.unique(positions, return_index=True)
-    labels, found = labels[index], found[index]
-    channels, inverse, slots = np.unique(labels, return_inverse=True, return_counts=True)
+    if not increasing(positions):
+        positions, index = np.unique(positions, return_index=True)
+        labels, found = labels[index], found[index]
+    channels, inverse, slots = classes(labels)
     roles = np.zeros(len(channels), np.int64)
     np.bitwise_or.at(roles, inverse, roles_at[positions])
     return Use(key, positions, labels, found, channels, inverse, slots, roles)
+
+
+def classes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The different labels in order, which of them each is, and how often each comes."""
+    if increasing(labels):
+        return labels, np.arange(len(labels)), np.ones(len(labels), np.int64)
+    return np.unique(labels, return_inverse=True, return_counts=True)
 
 
 def slot_names(relations: Relations, uses: list[Use]) -> np.ndarray:
@@ -202,6 +217,8 @@ def slot_names(relations: Relations, uses: list[Use]) -> np.ndarray:
 
 def ranks(which: np.ndarray) -> np.ndarray:
     """How many elements of the same class precede each element."""
+    if increasing(which):
+        return np.zeros(len(which), np.int64)
     order = np.argsort(which, kind="stable")
     sizes = np.bincount(which)
     rank = np.empty(len(which), np.int64)
