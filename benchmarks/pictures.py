@@ -11,14 +11,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from intrafusion import zoo
 from intrafusion.bench import read
 from intrafusion.io.atomic import atomic_file
 from intrafusion.report.plot import accuracy_plot
-from intrafusion.report.sheet import contact_sheet
+from intrafusion.report.sheet import contact_sheet, png
 from intrafusion.restore import Noise, Synthesis
 
 HERE = Path(__file__).parent
@@ -52,12 +50,8 @@ def sheets(path: Path, shown: int = 16, zoom: int = 6, steps: int = 250) -> None
     parts = [contact_sheet(images) for images in (noise, made, real)]
     gap = torch.full((len(parts[0]), 4, 3), 255, dtype=torch.uint8)
     picture = torch.cat([parts[0], gap, parts[1], gap, parts[2]], dim=1)
-    save(picture.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1), path)
-
-
-def save(picture: Tensor, path: Path) -> None:
     with atomic_file(path) as temporary:
-        Image.fromarray(picture.numpy()).save(temporary, format="PNG", optimize=True)
+        temporary.write_bytes(png(picture.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)))
 
 
 def main() -> None:

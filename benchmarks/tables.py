@@ -32,19 +32,20 @@ def latest(records: Iterable[Record]) -> list[Record]:
     return list({record.key: record for record in records}.values())
 
 
-def datafree(records: list[Record]) -> str:
-    """One table per network: a row per group and method, a column per keep."""
+def by_network(records: list[Record], table: Callable[[list[Record]], str]) -> str:
+    """For each network and number of test images its original accuracy, and a table of the reductions."""
     records = latest(records)
     parts = []
     for network, images in dict.fromkeys((r.setting["network"], r.setting["images"]) for r in records):
         own = [r for r in records if (r.setting["network"], r.setting["images"]) == (network, images)]
         original = next((r.result["accuracy"] for r in own if r.setting["method"] == "original"), None)
-        table = network_table([r for r in own if r.setting["method"] != "original"])
-        parts.append(f"`{network}`, {images:,} test images, original {percent(original)} %\n\n{table}")
+        reduced = table([r for r in own if r.setting["method"] != "original"])
+        parts.append(f"`{network}`, {images:,} test images, original {percent(original)} %\n\n{reduced}")
     return "\n\n".join(parts)
 
 
 def network_table(records: list[Record]) -> str:
+    """A row per group and method, a column per keep."""
     keeps = sorted({r.setting["keep"] for r in records}, reverse=True)
     line = lambda r: (r.setting["group"], r.setting["order"], r.setting["method"])  # noqa: E731
     value = {(line(r), r.setting["keep"]): percent(r.result["accuracy"]) for r in records}
@@ -52,21 +53,13 @@ def network_table(records: list[Record]) -> str:
     return markdown(["group", "order", "method", *(f"keep {k:g}" for k in keeps)], rows)
 
 
-def paper(records: list[Record]) -> str:
-    """One table per network: a row per reducer and repair, a column per scope and keep."""
-    records = latest(records)
-    parts = []
-    for network, images in dict.fromkeys((r.setting["network"], r.setting["images"]) for r in records):
-        own = [r for r in records if (r.setting["network"], r.setting["images"]) == (network, images)]
-        original = next((r.result["accuracy"] for r in own if r.setting["method"] == "original"), None)
-        reduced = [r for r in own if r.setting["method"] != "original"]
-        columns = list(dict.fromkeys((r.setting["group"], r.setting["keep"]) for r in reduced))
-        value = {(r.setting["method"], r.setting["group"], r.setting["keep"]): r.result["accuracy"] for r in reduced}
-        lines = sorted({method for method, *_ in value}, key=paper_rank)
-        rows = [[*named(line), *(percent(value.get((line, *column))) for column in columns)] for line in lines]
-        table = markdown(["reducer", "then", *(f"{group.split()[0]} {keep:g}" for group, keep in columns)], rows)
-        parts.append(f"`{network}`, {images:,} test images, original {percent(original)} %\n\n{table}")
-    return "\n\n".join(parts)
+def paper_table(records: list[Record]) -> str:
+    """A row per reducer and repair, a column per scope and keep."""
+    columns = list(dict.fromkeys((r.setting["group"], r.setting["keep"]) for r in records))
+    value = {(r.setting["method"], r.setting["group"], r.setting["keep"]): r.result["accuracy"] for r in records}
+    lines = sorted({method for method, *_ in value}, key=paper_rank)
+    rows = [[*named(line), *(percent(value.get((line, *column))) for column in columns)] for line in lines]
+    return markdown(["reducer", "then", *(f"{group.split()[0]} {keep:g}" for group, keep in columns)], rows)
 
 
 def drawn(records: list[Record]) -> str:
@@ -159,8 +152,8 @@ def headline(records: list[Record]) -> str:
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     HERE / "README.md": {
-        "datafree_cifar10": lambda: datafree(read(RECORDS / "datafree_cifar10.jsonl")),
-        "paper_cifar": lambda: paper(read(RECORDS / "paper_cifar.jsonl")),
+        "datafree_cifar10": lambda: by_network(read(RECORDS / "datafree_cifar10.jsonl"), network_table),
+        "paper_cifar": lambda: by_network(read(RECORDS / "paper_cifar.jsonl"), paper_table),
         "random_importance": lambda: drawn(read(RECORDS / "random_importance.jsonl")),
         "restoration": lambda: restoration(read(RECORDS / "restoration.jsonl")),
         "speed": lambda: speed(read(RECORDS / "speed.jsonl")),

@@ -36,10 +36,15 @@ def contact_sheet(images: Tensor, *, shown: int = SHOWN, gap: int = 1) -> Tensor
     return sheet
 
 
-def data_address(sheet: Tensor) -> str:
-    """A picture (height, width, 3) uint8 as a data: address of a PNG."""
+def png(sheet: Tensor) -> bytes:
+    """A picture (height, width, 3) uint8 as a PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(sheet.numpy()).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def data_address(sheet: Tensor) -> str:
+    """A picture (height, width, 3) uint8 as a data: address of a PNG."""
+    return "data:image/png;base64," + base64.b64encode(png(sheet)).decode()
