@@ -141,3 +141,12 @@ def test_noise_is_measured_with_its_own_statistics_in_the_norms() -> None:
     (closed, noise) = intrafusion.compress(network(), X, 0.5, restore=["closed_form", "noise"]).restored
     assert (closed.on, closed.error_before) == (None, None)
     assert noise.error_after == pytest.approx(step.error_after)
+
+
+def test_a_network_without_a_number_before_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_module.Calibration, "restore", lambda *_: (float("nan"), 0.5))
+    (step,) = intrafusion.compress(network(), X, 0.8, images=IMAGES).restored
+    assert step.note is None
+    monkeypatch.setattr(calibration_module.Calibration, "restore", lambda *_: (0.5, float("nan")))
+    (step,) = intrafusion.compress(network(), X, 0.8, images=IMAGES).restored
+    assert step.note == "undone, as the outputs were worse"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -94,7 +95,7 @@ def restored_or_undone(
     """The error of the outputs before and after, and whether the weights were put back, as it grew."""
     weights = {name: tensor.detach().clone() for name, tensor in named_tensors(small.model).items()}
     before, after = calibration.restore(small, model, graph)
-    if after <= before:
+    if not (after > before or math.isnan(after)):
         return before, after, False
     write_(small.model, weights)
     return before, after, True
