@@ -62,8 +62,15 @@ class Subject:
         return {"network": self.name, "weights": fingerprint(self.model), "images": len(self.test)}
 
     def accuracy(self, model: nn.Module) -> float:
-        """On the test images, in [0, 1]."""
-        return accuracy(model, self.test.images, self.test.labels)
+        """On the test images, in [0, 1]; networks of this architecture with the same weights are run once."""
+        weights = fingerprint(model)
+        if weights not in self.accuracies:
+            self.accuracies[weights] = accuracy(model, self.test.images, self.test.labels)
+        return self.accuracies[weights]
+
+    @cached_property
+    def accuracies(self) -> dict[str, float]:
+        return {}
 
     def groups(self) -> list[ChannelGroup]:
         """Groups that can be reduced, from the output backwards; one of each family of twins."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.inputs import output_tensors
-from intrafusion.measure.accuracy import as_parameters
+from intrafusion.measure.accuracy import BATCH_SIZE, as_parameters
 from intrafusion.trace.state import preserved
 
 
-def outputs(model: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
+def outputs(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
     """All that a network answers, one row per image: (n, k) float64.
 
     Runs in evaluation mode on the device and in the precision of the network, which is left as it was.

@@ -7,10 +7,10 @@ import itertools
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from intrafusion.apply import member_of_rows, mixed, named_tensors, shortened
 from intrafusion.graph import ChannelGraph, FoldableNorm, Role
 from intrafusion.reduce.problem import ReductionMap
-
-CHUNK = 2**22  # entries of the unfolded input that are held in float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +105,14 @@ class Layer:
         """Rows (k, c) of what the layer, or its norm, or a sum gave at these places."""
         return output.movedim(self.channel_dim, -1)[tuple(places.T)].float()
 
-    def inputs(self, x: Tensor, places: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows (., d) of what the layer read at these places, chunk by chunk, columns as in its flattened weight."""
-        size = max(1, CHUNK // self.fan_in)
-        x = x if isinstance(self.module, nn.Linear) else self._padded(x)
-        for start in range(0, len(places), size):
-            part = slice(start, min(start + size, len(places)))
-            yield part, self._patches(x, places[part])
+    def inputs(self, x: Tensor, places: Tensor) -> Tensor:
+        """Rows (k, d) of what the layer read at these places, columns as in its flattened weight."""
+        return x[tuple(places.T)] if isinstance(self.module, nn.Linear) else self._patches(self._padded(x), places)
+
+    def linear(self, rows: Tensor) -> Tensor:
+        """What the layer makes of such rows, (k, c)."""
+        bias = self.module.bias
+        return F.linear(rows.float(), self.module.weight.flatten(1).float(), None if bias is None else bias.float())
 
     def _padded(self, x: Tensor) -> Tensor:
         module = self.module
@@ -122,8 +121,7 @@ class Layer:
         return F.pad(x, module._reversed_padding_repeated_twice, mode).movedim(1, -1)
 
     def _patches(self, x: Tensor, places: Tensor) -> Tensor:
-        if isinstance(self.module, nn.Linear):
-            return x[tuple(places.T)]
+        assert isinstance(self.module, nn.modules.conv._ConvNd)
         image, corner = places[:, 0], places[:, 1:] * places.new_tensor(self.module.stride)
         dilation = places.new_tensor(self.module.dilation)
         offsets = itertools.product(*(range(k) for k in self.module.kernel_size))
@@ -205,13 +203,29 @@ def output_map(layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMa
 
 
 @contextlib.contextmanager
-def hooked(layers: Mapping[str, Layer], called: Callable[[str, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `called(name, input, output)` after each of these layers; what it returns replaces the output."""
+def hooked(
+    layers: Mapping[str, Layer],
+    called: Callable[[str, Tensor, Tensor], None] | None = None,
+    *,
+    reached: Callable[[str, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Call `reached(name, input)` before and `called(name, input, output)` after each of these layers."""
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        return lambda module, args, output: called(name, args[0], output)
+    def before(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: reached(name, first(args, kwargs))  # type: ignore[misc]
+
+    def after(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs, output: called(name, first(args, kwargs), output)  # type: ignore[misc]
 
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.module.register_forward_hook(hook_for(name)).remove)
+            if reached is not None:
+                stack.callback(layer.module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+            if called is not None:
+                stack.callback(layer.module.register_forward_hook(after(name), with_kwargs=True).remove)
         yield
+
+
+def first(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a layer is called on."""
+    return args[0] if args else next(iter(kwargs.values()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.apply import named_tensors, write_
 from intrafusion.batches import Images, batches, fitted, joined
@@ -14,10 +15,11 @@ from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
 from intrafusion.reduce.problem import ReductionMap
+from intrafusion.restore.activation import Activation
 from intrafusion.restore.layers import Layer, hooked, output_map, solvable
+from intrafusion.restore.readers import Followed, Readers
 from intrafusion.restore.restorer import Reduced, needed
-from intrafusion.restore.ridge import ridge
-from intrafusion.restore.sums import Followed, Sums
+from intrafusion.restore.ridge import Lacking, Ridge
 from intrafusion.trace.state import preserved
 from intrafusion.verify import copy_of
 
@@ -39,16 +41,22 @@ class LeastSquares:
     from k rows of d inputs, with M the merge of the group that the layer produces, W_0 its weights after the reduction
     and lam = (strength + scarcity d / k) mean var x. Behind a batch norm, y is what the norm gives. Where the output
     enters a sum with another branch s, the sum is the target: M (y + s) minus the other branch of the smaller network
-    as it has become.
+    as it has become. Where only an activation function f reads y, `steps` further solutions lead towards
+
+        mean (M f(y) - f(W x + b)) x^T  =  lam (W - W_0),
+
+    the least matching loss of f: an error counts as far as f lets it through (see `Ridge.solve`).
 
     Convolutions with one group and linear layers that run once in a forward pass are solved; depthwise and grouped
     convolutions, tied and reparametrised weights are left alone. All images go through in one batch; the stored rows
-    take `rows` * 4 bytes per output channel, the solution of a layer 16 bytes * (entries of one of its filters)^2.
+    take `rows` * 4 bytes per output channel; a layer with d inputs to each output takes `rows` * 4 d bytes for them
+    and 16 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
 
     Attributes:
         strength: of the ridge, as a fraction of the inputs' mean variance.
         scarcity: what is added to it where rows are few for the size of a filter, as in a classifier on few images.
+        steps: further solutions for what comes out of an activation function.
         rows: sampled places per layer.
         drift: solve for sums instead of for their summands.
         seed: for the sampling of rows.
@@ -56,6 +64,7 @@ class LeastSquares:
 
     strength: float = 1e-3
     scarcity: float = 0.2
+    steps: int = 3
     rows: int = 20_000
     drift: bool = True
     seed: int = 0
@@ -66,6 +75,8 @@ class LeastSquares:
         for name in ("strength", "scarcity"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
+        if self.steps < 0:
+            raise ValueError(f"steps: expected a number >= 0, got {self.steps!r}.")
         if self.rows < 2:
             raise ValueError(f"rows: expected at least 2 sampled rows per layer, got {self.rows!r}.")
 
@@ -97,9 +108,9 @@ class LeastSquares:
         """Solve the layers of a network in evaluation mode, in place; what was added to each, by name."""
         layers, originals = solvable(small, graph), solvable(reference, graph)
         common = [name for name in originals if name in layers]
-        merges = {name: output_map(originals[name], graph, maps) for name in common}
-        targets = recorded(reference, {n: originals[n] for n in common}, merges, fitted(inputs, reference), self)
-        solver = Solver({n: layers[n] for n in targets.rows}, targets, self)
+        targets = recorded(reference, {n: originals[n] for n in common}, fitted(inputs, reference), self)
+        merges = {name: output_map(originals[name], graph, maps) for name in targets.rows}
+        solver = Solver({n: layers[n] for n in targets.rows}, targets, merges, self)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             solver.run(small, fitted(inputs, small))
         return solver.solved
@@ -109,47 +120,46 @@ class LeastSquares:
 class Targets:
     """What the original network gave.
 
-    rows: sampled output rows (k, c') of each layer, after its norm, merged; of the sum for layers in `summed`.
+    places: sampled places of each layer's output (k, dims); see `Layer.places`.
+    rows: what its norm gave there (k, c); what the sum was for layers in `summed`.
+    activations: the function that alone reads that, where there is one.
     """
 
+    places: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     summed: set[str] = field(default_factory=set)
+    activations: dict[str, Activation] = field(default_factory=dict)
 
 
-def recorded(
-    reference: nn.Module,
-    layers: Mapping[str, Layer],
-    maps: Mapping[str, Tensor | None],
-    inputs: Inputs,
-    options: LeastSquares,
-) -> Targets:
+def recorded(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, options: LeastSquares) -> Targets:
     """One forward pass of the original network."""
     targets, calls = Targets(), dict.fromkeys(layers, 0)
 
     def store(name: str, rows: Tensor) -> None:
         if not bool(torch.isfinite(rows).all()):
             raise ModelError(f"{name}: the original network gives NaN or infinity on these images; check their scale.")
-        merge = maps[name]
-        targets.rows[name] = rows if merge is None else (rows.double() @ merge.T).float()
+        targets.rows[name] = rows
 
     def called(name: str, x: Tensor, output: Tensor) -> None:
-        layer, places = layers[name], layers[name].places(output, options.rows, options.seed)
         calls[name] += 1
+        layer, places = layers[name], layers[name].places(output, options.rows, options.seed)
+        targets.places[name] = places
         store(name, layer.normed(layer.outputs(output, places)))
-        if options.drift:
-            sums.follow(output, name)
+        readers.follow(output, name)
 
-    def entered(found: Followed, total: Tensor) -> None:
+    def entered(found: Followed, total: Tensor) -> str:
         """Of two layers that enter the sum, the one with the larger filters makes up for the other."""
         name = max((name for _, name in found), key=lambda n: layers[n].fan_in)
-        targets.summed.add(name)
-        store(name, layers[name].outputs(total, layers[name].places(total, options.rows, options.seed)))
+        if options.drift:
+            targets.summed.add(name)
+            store(name, layers[name].outputs(total, targets.places[name]))
+        return name
 
-    sums = Sums(layers, after=entered)
-    with preserved(reference), hooked(layers, called), sums:
+    readers = Readers(layers, after=entered)
+    with preserved(reference), hooked(layers, called), readers:
         inputs.call(reference)
     once = {name: rows for name, rows in targets.rows.items() if calls[name] == 1}
-    return Targets(once, targets.summed & once.keys())
+    return Targets(targets.places, once, targets.summed & once.keys(), readers.activations)
 
 
 class Solver:
@@ -158,43 +168,55 @@ class Solver:
     A layer that enters a sum is solved when the sum is computed: by then the other branch is known.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], targets: Targets, options: LeastSquares) -> None:
-        self.layers, self.targets, self.options = layers, targets, options
-        self.sums = Sums(layers, before=self.entered)
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        targets: Targets,
+        merges: Mapping[str, Tensor | None],
+        options: LeastSquares,
+    ) -> None:
+        self.layers, self.targets, self.merges, self.options = layers, targets, merges, options
+        self.readers = Readers(layers, before=self.entered)
         self.waiting: dict[str, Tensor] = {}
         self.solved: dict[str, Change] = {}
 
     def run(self, model: nn.Module, inputs: Inputs) -> None:
-        with hooked(self.layers, self.called), self.sums:
+        with hooked(self.layers, self.called, reached=self.reached), self.readers:
             inputs.call(model)
 
-    def called(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
-        layer = self.layers[name]
+    def reached(self, name: str, x: Tensor) -> None:
         if name in self.targets.summed:
             self.waiting[name] = x
-            self.sums.follow(output, name)
-            return None
-        return layer.module.forward(x) if self.solve(layer, x, layer.normed(output), None) else None
+        else:
+            layer = self.layers[name]
+            inputs = layer.inputs(x, self.targets.places[name])
+            self.solve(layer, inputs, layer.normed(layer.linear(inputs)))
+
+    def called(self, name: str, x: Tensor, output: Tensor) -> None:
+        if name in self.waiting:
+            self.readers.follow(output, name)
 
     def entered(self, found: Followed, a: Tensor, b: Tensor) -> None:
         for output, name in found:
             if name in self.waiting:
-                layer, x = self.layers[name], self.waiting.pop(name)
-                if self.solve(layer, x, output, b if output is a else a):
+                layer, x, places = self.layers[name], self.waiting.pop(name), self.targets.places[name]
+                given = layer.outputs(a, places) + layer.outputs(b, places)
+                if self.solve(layer, layer.inputs(x, places), given):
                     output.copy_(layer.normed(layer.module.forward(x)))
 
-    def solve(self, layer: Layer, x: Tensor, output: Tensor, other: Tensor | None) -> bool:
-        """Solve one layer and write it; False if its output is right already."""
-        places = layer.places(output, self.options.rows, self.options.seed)
-        target = self.targets.rows[layer.name]
-        lacking = target - layer.outputs(output, places)
-        if other is not None:
-            lacking -= layer.outputs(other, places)
-        if float(lacking.norm()) <= RIGHT * float(target.norm()):
+    @_disable_current_modes()
+    def solve(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
+        """Solve one layer, which gives `given` of these inputs, and write it; False if that is right already."""
+        rows, activation = self.targets.rows[layer.name], self.targets.activations.get(layer.name)
+        target, options = self.merged(layer.name, rows), self.options
+        if float((target - given).norm()) <= RIGHT * float(target.norm()):
             return False
-        residual = layer.before_norm(lacking)
-        chunks = ((rows, residual[part]) for part, rows in layer.inputs(x, places))
-        change = ridge(chunks, self.options.strength, scarcity=self.options.scarcity, intercept=layer.shifts)
+        ridge = Ridge(inputs, options.strength, scarcity=options.scarcity, intercept=layer.shifts)
+        if activation is None or not options.steps:
+            change = ridge.solve(lambda _: layer.before_norm(target - given))
+        else:
+            wanted = self.merged(layer.name, activation(rows))
+            change = ridge.solve(lacks(layer, given, target, activation, wanted), options.steps)
         if not all(bool(torch.isfinite(t).all()) for t in change):
             raise ModelError(
                 f"{layer.name}: restoring gives NaN or infinity, as the smaller network does on these images; "
@@ -203,3 +225,22 @@ class Solver:
         layer.add_(*change)
         self.solved[layer.name] = change
         return True
+
+    def merged(self, name: str, rows: Tensor) -> Tensor:
+        merge = self.merges[name]
+        return rows if merge is None else rows @ merge.T.to(rows)
+
+
+def lacks(layer: Layer, given: Tensor, target: Tensor, activation: Activation, wanted: Tensor) -> Lacking:
+    """What a layer that gives `given` lacks, before its norm, until its activation function gives what is wanted.
+
+    Args:
+        target: what is wanted of the layer itself, to begin with.
+    """
+
+    def lacking(change: Tensor | None) -> Tensor:
+        if change is None:
+            return layer.before_norm(target - given)
+        return layer.before_norm((wanted - activation(given + layer.after_norm(change))) / activation.slope)
+
+    return lacking

@@ -1,80 +1,87 @@
-"""Ridge regression from chunks of rows, towards zero change."""
+"""Ridge regression towards zero change, of a linear map and of one behind an activation function."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+CHUNK = 2**20  # entries of the inputs that are multiplied at a time
 
-def ridge(
-    chunks: Iterable[tuple[Tensor, Tensor]], strength: float, *, scarcity: float = 0.0, intercept: bool = True
-) -> tuple[Tensor, Tensor]:
-    r"""The smallest change of a linear map that makes up for what its output lacks, from k rows of d inputs.
+Lacking = Callable[[Tensor | None], Tensor]
+"""What is lacking (k, c) if the change already gives this much (k, c); None for no change."""
+
+
+class Ridge:
+    r"""The smallest change of a linear map that makes up for what its output lacks, on k rows of d inputs.
 
         min_{D, e}  mean_r || R_r - D x_r - e ||^2 + lam ||D||^2,   lam = (strength + scarcity d / k) mean diag Cov x
 
     The solution is D = Cov(R, x) (Cov(x, x) + lam I)^-1 and e = mean R - D mean x; without an intercept e = 0 and the
-    covariances are second moments.
+    covariances are second moments. The system is set up and factored once, with d x d or with k x k entries.
 
     Args:
-        chunks: rows (inputs (k, d), residuals (k, c)), chunk by chunk.
+        x: inputs (k, d). Products of rows are taken in float32, of float64 rows in float64, and summed in float64; the
+            system is solved in float64.
         strength: part of lam that stays however many rows there are, >= 0.
         scarcity: part of lam that grows as rows get scarce, >= 0.
-    Returns:
-        D (c, d) and e (c,), float64; zero where all inputs are constant.
     """
-    chunks = iter(chunks)
-    head, total = [], 0
-    for x, r in chunks:
-        head.append((x.double(), r.double()))
-        total += len(x)
-        if total > x.shape[1]:
-            return with_many_rows(itertools.chain(head, chunks), strength, scarcity, intercept)
-    if not total:
-        raise ValueError("ridge: expected at least one row, got none.")
-    x, r = (torch.cat(parts) for parts in zip(*head, strict=True))
-    return with_few_rows(x, r, strength, scarcity, intercept)
+
+    def __init__(self, x: Tensor, strength: float, *, scarcity: float = 0.0, intercept: bool = True) -> None:
+        k, d = x.shape
+        if not k:
+            raise ValueError("ridge: expected at least one row, got none.")
+        self.intercept, self.few = intercept, k <= d
+        x = x if x.dtype == torch.float64 else x.float()
+        mean = x.mean(0) if intercept else x.new_zeros(d)
+        self.x, self.mean = x - mean, mean.double()
+        self.inner = products(self.x.T, self.x.T) if self.few else products(self.x, self.x) / k
+        size = self.inner.diagonal().mean() * (k / d if self.few else 1)
+        self.damped = self.inner.clone()
+        self.damped.diagonal().add_(((strength + scarcity * d / k) * size).clamp(min=1e-30))
+        self.factor, self.failed = torch.linalg.cholesky_ex(self.damped)
+
+    def solve(self, lacking: Lacking, steps: int = 0) -> tuple[Tensor, Tensor]:
+        r"""The change that makes up for what is lacking.
+
+        With `steps`, what is lacking is asked for again, given what the change does, and the change is solved for
+        anew: D, e regress D x + e + R(D x + e). For R(z) = f(y) - f(z + z_0) with an increasing f of slopes <= 1 this
+        minimises the matching loss of f, a convex function, and no step increases it.
+
+        Returns:
+            D (c, d) and e (c,), float64; zero where all inputs are constant.
+        Reference: matching losses: Helmbold, Kivinen and Warmuth 1999; solving for them by repeated least squares with
+            one factored covariance: Agarwal et al. 2014, Algorithm 1.
+        """
+        residual = lacking(None)
+        change, shift = self.change(residual, 0.0)
+        for _ in range(steps):
+            given = self.x @ change.T.to(self.x)
+            residual = lacking(given + shift.to(given))
+            change, moved = self.change(residual, given)
+            shift = shift + moved
+        return change, shift - change @ self.mean if self.intercept else shift
+
+    def change(self, residual: Tensor, given: Tensor | float) -> tuple[Tensor, Tensor]:
+        """D for the residual (k, c) on top of what is given already, without its mean, and that mean."""
+        mean = residual.mean(0) if self.intercept else residual.new_zeros(residual.shape[1])
+        wanted = (residual - mean).to(self.x) + given
+        if self.few:
+            return self.solved(wanted.double()).T @ self.x.double(), mean.double()
+        return self.solved(products(self.x, wanted) / len(self.x)).T, mean.double()
+
+    def solved(self, right: Tensor) -> Tensor:
+        """(inner + lam I)^-1 right; the least solution where there are many."""
+        if self.failed:
+            return torch.linalg.pinv(self.damped, hermitian=True) @ right
+        return torch.cholesky_solve(right, self.factor)
 
 
-def with_many_rows(
-    chunks: Iterable[tuple[Tensor, Tensor]], strength: float, scarcity: float, intercept: bool
-) -> tuple[Tensor, Tensor]:
-    """The solution by d x d covariances, summed chunk by chunk."""
-    total, (xx, xr, mean_x, mean_r) = moments(chunks)
-    if intercept:
-        xx, xr = xx - torch.outer(mean_x, mean_x), xr - torch.outer(mean_x, mean_r)
-    diagonal = xx.diagonal()
-    diagonal += ((strength + scarcity * len(xx) / total) * diagonal.mean()).clamp(min=1e-30)
-    change = solve(xx, xr).T
-    return change, mean_r - change @ mean_x if intercept else torch.zeros_like(mean_r)
-
-
-def with_few_rows(x: Tensor, r: Tensor, strength: float, scarcity: float, intercept: bool) -> tuple[Tensor, Tensor]:
-    """The same solution by the k x k inner products of the rows, D = R^T (X X^T + k lam I)^-1 X."""
-    k, d = x.shape
-    mean_x, mean_r = (x.mean(0), r.mean(0)) if intercept else (x.new_zeros(d), r.new_zeros(r.shape[1]))
-    x, r = x - mean_x, r - mean_r
-    inner = x @ x.T
-    inner.diagonal().add_(((strength + scarcity * d / k) * x.square().mean() * k).clamp(min=1e-30))
-    change = solve(inner, r).T @ x
-    return change, mean_r - change @ mean_x
-
-
-def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix^-1 right for a symmetric matrix >= 0; the least solution where there are many."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.linalg.pinv(matrix, hermitian=True) @ right if failed else torch.cholesky_solve(right, factor)
-
-
-def moments(chunks: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, list[Tensor]]:
-    """Number of rows, and the means over them of x x^T (d, d), x r^T (d, c), x and r, float64."""
-    total, sums = 0, []
-    for x, r in chunks:
-        x, r = x.double(), r.double()
-        part = [x.T @ x, x.T @ r, x.sum(0), r.sum(0)]
-        sums = [s.add_(p) for s, p in zip(sums, part, strict=True)] if sums else part
-        total += len(x)
-    return total, [s / total for s in sums]
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y for rows of both, multiplied in their precision chunk by chunk, summed in float64."""
+    size = max(1, CHUNK // x.shape[1])
+    total = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
+    for left, right in zip(x.split(size), y.split(size), strict=True):
+        total += left.T @ right
+    return total

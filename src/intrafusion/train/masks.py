@@ -61,7 +61,7 @@ def masks_of(
     def called(name: str, x: Tensor, output: Tensor) -> None:
         layer = layers[name]
         places = layer.places(output, rows, seed)
-        read = torch.cat([part for _, part in layer.inputs(x, places)]).double()
+        read = layer.inputs(x, places).double()
         weight = layer.module.weight.detach()
         scores = CRITERIA[criterion](weight.double().flatten(1), read)
         found[f"{name}.weight"] = strongest(scores, sparsity).reshape(weight.shape)
