@@ -111,7 +111,7 @@ def choice_records(repeats: int, keep: float = 0.5) -> list[Record]:
 
     def choose(reducer: str) -> None:
         recipe = Recipe.of(keep=keep, reducer=reducer, restore=None)
-        intrafusion.decide(model, graph, recipe, x, calibration=calibration_for(model, x, recipe))
+        intrafusion.decide(model, graph, recipe, x, calibration=calibration_for(model, graph, x, recipe))
 
     found = compare(lambda: choose("pivot"), lambda: choose("intrafusion"), repeats)
     setting = {"what": "choose: pivot, peer intrafusion", "network": "zoo:resnet18", "keep": keep, "pixels": 32}

@@ -120,7 +120,7 @@ def follow(
         calibration: instead of the one that the recipe would make, for several recipes on one network.
     """
     inputs, images = Inputs.of(example_inputs), reusable(images)
-    calibration = calibration or calibration_for(model, inputs, recipe, images, progress=progress)
+    calibration = calibration or calibration_for(model, graph, inputs, recipe, images, progress=progress)
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images, progress=progress)
     small = carry_out(model, plan, graph, inputs, progress=progress)
     return restored(small, model, graph, calibration, images, progress=progress)
@@ -198,10 +198,12 @@ def decide(
     return Plan(recipe, decisions, graph.shapes, maps, (*graph.warnings, *missed))
 
 
-def moments_for(graph: ChannelGraph, recipe: Recipe, calibration: Calibration | None) -> dict[str, Moments]:
+def moments_for(graph: ChannelGraph, recipe: Recipe, calibration: Calibration | None) -> Mapping[str, Moments]:
     """What consumers read of the channels, for recipes that look at it."""
     if calibration is None or not (recipe.target or getattr(recipe.reducer, "needs_moments", False)):
         return {}
+    if calibration.moments is not None:
+        return calibration.moments
     return measured(calibration.reference, graph, calibration.images, seed=recipe.seed)
 
 

@@ -106,10 +106,10 @@ class Subject:
 
     def calibration(self, recipe: Recipe, images: Images | None) -> Calibration | None:
         """Made once for all recipes that ask for the same."""
-        moments = bool(getattr(recipe.reducer, "needs_moments", False))
+        moments = bool(recipe.target or getattr(recipe.reducer, "needs_moments", False))
         key = repr((recipe.restore, recipe.seed, moments, images is None))
         if key not in self.calibrations:
-            self.calibrations[key] = calibration_for(self.model, self.inputs, recipe, images)
+            self.calibrations[key] = calibration_for(self.model, self.graph, self.inputs, recipe, images)
         return self.calibrations[key]
 
     @cached_property

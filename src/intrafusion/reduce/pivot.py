@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -48,7 +47,7 @@ class Pivot:
         if moments is None or problem.size == len(problem.importance):
             return (IntraFusion() if self.unmerge else Select())(problem)
         kept = picked(moments, problem.size).order[: problem.size].sort().values
-        mean, covariance = moments.overall
+        mean, covariance = moments.mean, moments.covariance
         if self.unmerge:
             return least_squares_map(mean, covariance, kept, self.strength)
         reduction = selection_map(kept.to(mean.device), len(mean))
@@ -74,82 +73,61 @@ def picked(moments: Moments, m: int | None = None) -> Pivots:
     """The first m channels (all of them by default), or more, in the order of picking; kept with the object."""
     m = len(moments.reader) if m is None else m
     if moments not in _PICKED or len(_PICKED[moments].order) < m:
-        readers = [moments.reader] * len(moments.covariances)
-        _PICKED[moments] = pivots(moments.covariances, readers, m)
+        _PICKED[moments] = pivots(moments.covariance, moments.reader, m)
     return _PICKED[moments]
 
 
-def pivots(covariances: Sequence[Tensor], readers: Sequence[Tensor], m: int) -> Pivots:
+def pivots(covariance: Tensor, reader: Tensor, m: int) -> Pivots:
     r"""Pick the m channels from which the consumers' signal can best be told, one after another.
 
     With C the covariance of the channels and Q = sum of W_c^T W_c over the consumers, the next channel is
 
         argmax_j  (C Q C)_jj / C_jj,     and then  C <- C - C_:j C_j: / C_jj
 
-    which is the greedy choice for min tr(Q Cov(h | h_S)). Channels that are read at several points have one covariance
-    and one Q for each; the gains are summed, each point weighing the same. O(n^3) for each point.
+    which is the greedy choice for min tr(Q Cov(h | h_S)). With R = C Q C, a pick j with u = C_:j / sqrt(C_jj) and
+    v = R_:j / sqrt(C_jj) - R_jj / (2 C_jj) u turns
+
+        C  into  C - u u^T    and    R  into  R - u v^T - v u^T,
+
+    so that only the diagonals are kept, and columns of both follow from the first C and R and the vectors of all picks:
+    O(k n) for pick k.
 
     Args:
-        covariances: (n, n) each, positive semi-definite.
-        readers: (n, n) each, one per covariance.
+        covariance: C (n, n), positive semi-definite.
+        reader: Q (n, n).
     Raises:
         BudgetError: m is not in 1..n.
     Reference: pivoted Cholesky (Higham 1990), with the weights Q; its use for channels is OURS.
     """
-    n = len(covariances[0])
+    n = len(covariance)
     if not 1 <= m <= n:
         raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
-    points = [Schur(c.double(), q.double(), m) for c, q in zip(covariances, readers, strict=True)]
-    shares = [1 / (c * q).sum().clamp(min=1e-300) / len(points) for c, q in zip(covariances, readers, strict=True)]
-    order: list[int] = []
-    missing = [1.0]
+    covariance, reader = covariance.double(), reader.double()
+    explained = covariance @ reader @ covariance
+    variances, gains = covariance.diagonal().clone(), explained.diagonal().clone()
+    known = 1e-10 * variances.max().clamp(min=1e-300)  # the variance of a channel that is known already
+    total = (covariance * reader).sum().clamp(min=1e-300)
+    vectors = covariance.new_zeros(m, 2, n)  # u and v of every pick
+    order, missing, count = [], [1.0], 0
     for _ in range(m):
-        gains = torch.stack([share * point.gain() for share, point in zip(shares, points, strict=True)]).sum(0)
-        gains[order] = -1.0
-        best = int(gains.argmax())
-        missing.append(max(0.0, missing[-1] - float(gains[best])))
-        for point in points:
-            point.pick_(best)
+        gain = torch.where(variances <= known, 0.0, gains.clamp(min=0) / variances.clamp(min=known))
+        gain[order] = -1.0
+        best = int(gain.argmax())
+        missing.append(max(0.0, missing[-1] - float(gain[best] / total)))
         order.append(best)
+        variance = variances[best].clone()
+        if variance <= known:
+            continue
+        us, vs = vectors[:count, :, best].unbind(1)
+        weights = torch.stack([torch.stack([us, torch.zeros_like(us)], 1), torch.stack([vs, us], 1)]).flatten(1)
+        known_of = weights @ vectors[:count].flatten(0, 1)
+        u = (covariance[best] - known_of[0]) / variance.sqrt()
+        v = (explained[best] - known_of[1]) / variance.sqrt() - gains[best] / (2 * variance) * u
+        variances -= u.square()
+        gains -= 2 * u * v
+        vectors[count, 0], vectors[count, 1] = u, v
+        count += 1
     return Pivots(torch.tensor(order), torch.tensor(missing, dtype=torch.float64))
-
-
-class Schur:
-    """The diagonals of C and R = C Q C given the channels picked so far, and what is needed to go on.
-
-    A pick j with u = C_:j / sqrt(C_jj) and v = R_:j / sqrt(C_jj) - R_jj / (2 C_jj) u turns
-
-        C  into  C - u u^T    and    R  into  R - u v^T - v u^T,
-
-    so that columns of both follow from the first C and R and the vectors of all picks: O(k n) for pick k.
-    """
-
-    def __init__(self, covariance: Tensor, reader: Tensor, picks: int) -> None:
-        self.covariance, self.explained = covariance, covariance @ reader @ covariance
-        self.variances, self.gains = self.covariance.diagonal().clone(), self.explained.diagonal().clone()
-        self.least = 1e-10 * self.variances.max().clamp(min=1e-300)
-        self.vectors = covariance.new_zeros(2, picks, len(covariance))
-        self.count = 0
-
-    def gain(self) -> Tensor:
-        """How much less is missing once a channel is known, for each; 0 for what is known already."""
-        known = self.variances <= self.least
-        return torch.where(known, 0.0, self.gains.clamp(min=0) / self.variances.clamp(min=self.least))
-
-    def pick_(self, index: int) -> None:
-        """Condition on one channel, unless it is known already."""
-        variance = self.variances[index]
-        if variance <= self.least:
-            return
-        us, vs = self.vectors[:, : self.count]
-        by_u, by_v = us[:, index], vs[:, index]
-        u = (self.covariance[index] - by_u @ us) / variance.sqrt()
-        v = (self.explained[index] - by_v @ us - by_u @ vs) / variance.sqrt()
-        v -= self.gains[index] / (2 * variance) * u
-        self.variances -= u.square()
-        self.gains -= 2 * u * v
-        self.vectors[0, self.count], self.vectors[1, self.count] = u, v
-        self.count += 1
 
 
 def least_squares_map(mean: Tensor, covariance: Tensor, kept: Tensor, strength: float = 1e-3) -> ReductionMap:

@@ -5,28 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What consumers read of n channels, at each of the points where they read them, float64.
+    """What consumers read of n channels, over all points where they read them, float64.
 
     Attributes:
-        means: (n,) at each point.
-        covariances: (n, n) at each point.
+        mean: (n,).
+        covariance: (n, n).
         reader: (n, n), sum over the consumers of W_c^T W_c, norms folded: squared change of what they give.
     """
 
-    means: tuple[Tensor, ...]
-    covariances: tuple[Tensor, ...]
+    mean: Tensor
+    covariance: Tensor
     reader: Tensor
-
-    @property
-    def overall(self) -> tuple[Tensor, Tensor]:
-        """Mean and covariance over all points."""
-        return torch.stack(self.means).mean(0), torch.stack(self.covariances).mean(0)
 
 
 @dataclass(frozen=True, eq=False)

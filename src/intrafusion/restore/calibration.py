@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +17,9 @@ from intrafusion.inputs import Inputs
 from intrafusion.measure.drift import lost_share
 from intrafusion.measure.size import size_of
 from intrafusion.progress import Progress
+from intrafusion.reduce.problem import Moments
 from intrafusion.restore.least_squares import LeastSquares
+from intrafusion.restore.moments import Reading, measured
 from intrafusion.restore.noise import Noise, batch_norms, image_like, standardised
 from intrafusion.restore.restorer import Reduced, Restorer
 from intrafusion.restore.synthesize import Synthesis
@@ -36,6 +40,7 @@ class Calibration:
         restorer: the one that goes with the level.
         seconds: what making them took.
         why: why not a better level, where "auto" chose.
+        moments: what is read of the channels of every group, where that was asked for.
     """
 
     level: str
@@ -44,6 +49,7 @@ class Calibration:
     restorer: Restorer
     seconds: float = 0.0
     why: str | None = None
+    moments: Mapping[str, Moments] | None = None
 
     @cached_property
     def expected(self) -> list[Tensor]:
@@ -80,6 +86,7 @@ def calibrate(
     *,
     synthesis: Synthesis | None = None,
     noise: Noise | None = None,
+    moments_of: ChannelGraph | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -89,6 +96,7 @@ def calibrate(
         inputs: one call of the network; the shape of an image.
         synthesis: how images are made from the network.
         noise: which noise.
+        moments_of: also measure what is read of the channels of this graph's groups.
     Raises:
         ModelError: level "images" without images; a network that no image can be made for.
         ValueError: unknown level.
@@ -98,18 +106,38 @@ def calibrate(
     start, synthesis, why = time.perf_counter(), synthesis or Synthesis(seed=seed), None
     if level == "auto":
         level, why = chosen(model, inputs, images, synthesis)
+    restorer: LeastSquares = LeastSquares(seed=seed)
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
-        return Calibration(level, joined(batches(images)), model, LeastSquares(seed=seed))
-    if level == "synthetic":
+        call = joined(batches(images))
+    elif level == "synthetic":
         like = image_like(inputs)
         made = synthesis(model, inputs, **({} if progress is None else {"progress": progress}))
         call = inputs.map(lambda t: made if t is like else t)
-        return Calibration(level, call, model, LeastSquares(seed=seed), time.perf_counter() - start, why)
-    noise = noise or Noise(seed=seed)
-    call = noise.make(inputs)
-    return Calibration(level, call, standardised(model, call), noise, time.perf_counter() - start, why)
+    else:
+        restorer = noise or Noise(seed=seed)
+        call = restorer.make(inputs)
+    reference, moments = seen(model, call, level, moments_of, seed)
+    return Calibration(level, call, reference, restorer, time.perf_counter() - start, why, moments)
+
+
+def seen(
+    model: nn.Module, images: Inputs, level: str, graph: ChannelGraph | None, seed: int
+) -> tuple[nn.Module, Mapping[str, Moments] | None]:
+    """The original network as it is to be seen on images, and moments of the groups of a graph, in one forward pass."""
+    if level != "noise" or not batch_norms(model):
+        return model, None if graph is None else measured(model, graph, images, seed=seed)
+    readings: list[Reading] = []
+
+    def watch(copy: nn.Module) -> contextlib.AbstractContextManager[object]:
+        if graph is None:
+            return contextlib.nullcontext()
+        readings.append(Reading(copy, graph, seed=seed))
+        return readings[0]
+
+    reference = standardised(model, images, watch)
+    return reference, readings[0].moments() if readings else None
 
 
 def chosen(model: nn.Module, inputs: Inputs, images: Images | None, synthesis: Synthesis) -> tuple[str, str | None]:

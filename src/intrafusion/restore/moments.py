@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -14,6 +15,7 @@ from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.norms import fold
 from intrafusion.reduce.problem import Moments
 from intrafusion.restore.layers import Layer, hooked, solvable
+from intrafusion.restore.ridge import products
 from intrafusion.trace.state import preserved
 
 
@@ -33,8 +35,8 @@ def reader_of(readers: Iterable[tuple[Layer, Member]], weights: Mapping[str, Ten
     total = []
     for _, member in readers:
         columns = weights[member.tensor].movedim(1, 0)
-        columns = columns[torch.from_numpy(member.positions).to(columns.device)].flatten(1)
-        total.append(columns @ columns.T)
+        columns = columns[torch.from_numpy(member.positions).to(columns.device)].flatten(1).float()
+        total.append((columns @ columns.T).double())
     return torch.stack(total).sum(0)
 
 
@@ -49,35 +51,59 @@ def measured(
     Raises:
         ModelError: no images, or images that the network does not run on.
     """
-    layers = solvable(model, graph)
-    read = {g.name: points(g, layers) for g in graph.reducible if g.kind == "channel"}
-    readers: dict[str, list[tuple[str, Member]]] = defaultdict(list)
-    for group, all_readers in read.items():
-        for layer, member in all_readers:
-            readers[layer.name].append((group, member))
-    found: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
-
-    def called(name: str, x: Tensor, output: Tensor) -> None:
-        like = x if x.dim() < 2 else x.movedim(layers[name].channel_dim, -1)
-        places = layers[name].sampled(like.shape[:-1], rows, seed).to(x.device)
-        sampled = like[tuple(places.T)].double()
-        for group, member in readers[name]:
-            found[group][name] = moments_of(sampled, member)
-
-    with preserved(model), hooked({name: layers[name] for name in readers}, called):
+    reading = Reading(model, graph, rows, seed)
+    with preserved(model), reading:
         fitted(joined(batches(images)), model).call(model)
-    weights = folded(model, graph)
-    return {
-        group: Moments(
-            *zip(*pairs.values(), strict=True),
-            reader=reader_of([(layer, m) for layer, m in read[group] if layer.name in pairs], weights),
-        )  # type: ignore[arg-type]
-        for group, pairs in found.items()
-    }
+    return reading.moments()
+
+
+class Reading(contextlib.ExitStack):
+    """Takes the moments of what dense layers read in the forward pass that runs inside."""
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, rows: int = 20_000, seed: int = 0) -> None:
+        super().__init__()
+        self.model, self.graph, self.rows, self.seed = model, graph, rows, seed
+        self.layers = solvable(model, graph)
+        self.read = {g.name: points(g, self.layers) for g in graph.reducible if g.kind == "channel"}
+        self.members: dict[str, list[tuple[str, Member]]] = defaultdict(list)
+        for group, readers in self.read.items():
+            for layer, member in readers:
+                self.members[layer.name].append((group, member))
+        self.found: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
+
+    def __enter__(self) -> Reading:
+        self.enter_context(hooked({name: self.layers[name] for name in self.members}, reached=self.reached))
+        return self
+
+    def reached(self, name: str, x: Tensor) -> None:
+        like = x if x.dim() < 2 else x.movedim(self.layers[name].channel_dim, -1)
+        places = self.layers[name].sampled(like.shape[:-1], self.rows, self.seed).to(x.device)
+        sampled = like[tuple(places.T)]
+        for group, member in self.members[name]:
+            self.found[group][name] = moments_of(sampled, member)
+
+    def moments(self) -> dict[str, Moments]:
+        """By group; norms are folded as they are now."""
+        weights, moments = folded(self.model, self.graph), {}
+        for group, seen in self.found.items():
+            reader = reader_of([(layer, member) for layer, member in self.read[group] if layer.name in seen], weights)
+            moments[group] = mixture(seen.values(), reader)
+        return moments
+
+
+def mixture(points: Iterable[tuple[Tensor, Tensor]], reader: Tensor) -> Moments:
+    """One mean and covariance for channels that are read at several points, each point's signal weighing the same."""
+    means, covariances = (torch.stack(parts) for parts in zip(*points, strict=True))
+    shares = 1 / (covariances * reader).sum((1, 2)).clamp(min=1e-300)
+    shares = shares / shares.sum()
+    return Moments(shares @ means, torch.einsum("p,pij->ij", shares, covariances), reader)
 
 
 def moments_of(rows: Tensor, member: Member) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the channels, over rows and over the slots of each channel."""
+    """Mean and covariance of the channels, over rows and over the slots of each channel, float64."""
     channels = rows[:, torch.from_numpy(member.positions).to(rows.device)]
     channels = channels.movedim(1, -1).flatten(0, -2)
-    return channels.mean(0), torch.atleast_2d(torch.cov(channels.T, correction=0))
+    channels = channels if channels.dtype == torch.float64 else channels.float()
+    mean = channels.mean(0)
+    centred = channels - mean
+    return mean.double(), products(centred, centred) / len(centred)

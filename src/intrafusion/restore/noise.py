@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from intrafusion.verify import copy_of
 
 PIXELS = 2**19  # of all noise images together, unless that would leave fewer than FEWEST
 FEWEST = 32
+
+Watch = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,17 @@ def smooth(white: Tensor, slope: float) -> Tensor:
     return field / field.std()
 
 
-def standardised(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """A copy, in evaluation mode, whose batch norms remember the statistics of these images instead of their own."""
+def standardised(model: nn.Module, inputs: Inputs, watch: Watch = contextlib.nullcontext) -> nn.Module:
+    """A copy, in evaluation mode, whose batch norms remember the statistics of these images instead of their own.
+
+    Args:
+        watch: makes a context of the copy, for the one forward pass that it takes, if there are batch norms.
+    """
     copy = copy_of(model).eval()
     norms = batch_norms(copy)
     if not norms:
         return copy
-    with preserved(copy):
+    with preserved(copy), watch(copy):
         for norm in norms:
             norm.training, norm.momentum = True, 1.0
         fitted(inputs, copy).call(copy)

@@ -22,7 +22,13 @@ ENOUGH_TO_CHOOSE = 32  # noise images, where no layer is solved and no size is c
 
 
 def calibration_for(
-    model: nn.Module, inputs: Inputs, recipe: Recipe, images: Images | None = None, *, progress: Progress | None = None
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Inputs,
+    recipe: Recipe,
+    images: Images | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Calibration | None:
     """What the channels are chosen and the layers solved on; None if a recipe needs nothing, or "auto" finds nothing.
 
@@ -39,7 +45,13 @@ def calibration_for(
     only_chosen = not levels and recipe.target is None
     noise = Noise(seed=recipe.seed, images=ENOUGH_TO_CHOOSE) if only_chosen else Noise(seed=recipe.seed)
     try:
-        return calibrate(model, inputs, level, images, noise=noise, seed=recipe.seed, progress=progress)
+        return calibrate(
+            *(model, inputs, level, images),
+            noise=noise,
+            moments_of=graph if chosen else None,
+            seed=recipe.seed,
+            progress=progress,
+        )
     except ModelError:
         if images is not None or (levels and levels[0] != "auto"):
             raise
