@@ -16,8 +16,10 @@ import intrafusion
 from intrafusion import IntraFusion, ModelError, Recipe, Select
 from intrafusion.apply import named_tensors
 from intrafusion.compressed import Compressed
+from intrafusion.inputs import Inputs
 from intrafusion.restore import LeastSquares
-from intrafusion.restore.layers import Layer, output_map
+from intrafusion.restore.layers import Layer, output_map, solvable
+from intrafusion.restore.least_squares import recorded
 
 EXACT = LeastSquares(strength=0.0, scarcity=0.0)
 
@@ -195,6 +197,16 @@ def test_drift_of_the_other_branch_is_made_up_for(late: bool) -> None:
         LeastSquares(drift=drift)(small, model, graph, images(60))
         errors[drift] = error(small.model, model, unseen)
     assert errors[True] < 0.5 * errors[False]
+
+
+def test_the_function_behind_a_sum_is_that_of_the_sum_only() -> None:
+    model, x = made(Residual), Inputs.of(images())
+    layers = solvable(model, intrafusion.inspect(model, images(1)))
+    last = {"a.2", "b.2"}
+    for drift, expected in ((True, {"a.0", "b.0"} | last), (False, {"a.0", "b.0"})):
+        targets = recorded(model, layers, x, LeastSquares(drift=drift))
+        assert set(targets.activations) == expected
+        assert targets.summed == (last if drift else set())
 
 
 def test_both_orders_of_a_sum_give_the_same() -> None:

@@ -150,12 +150,11 @@ def recorded(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, 
     def entered(found: Followed, total: Tensor) -> str:
         """Of two layers that enter the sum, the one with the larger filters makes up for the other."""
         name = max((name for _, name in found), key=lambda n: layers[n].fan_in)
-        if options.drift:
-            targets.summed.add(name)
-            store(name, layers[name].outputs(total, targets.places[name]))
+        targets.summed.add(name)
+        store(name, layers[name].outputs(total, targets.places[name]))
         return name
 
-    readers = Readers(layers, after=entered)
+    readers = Readers(layers, after=entered if options.drift else None)
     with preserved(reference), hooked(layers, called), readers:
         inputs.call(reference)
     once = {name: rows for name, rows in targets.rows.items() if calls[name] == 1}
