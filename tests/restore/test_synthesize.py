@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracle import randomise_
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.restore import Synthesis, load_images, save_images
-from intrafusion.restore.synthesize import mismatches, total_variation
+from intrafusion.restore.synthesize import mismatches, remembered, seen_on_noise, total_variation
 
 QUICK = Synthesis(images=8, steps=25)
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -50,10 +51,24 @@ def test_statistics_come_closer_and_labels_are_met() -> None:
 
 def test_the_collected_mismatch_is_the_one_by_hand() -> None:
     model, images = made().eval(), torch.randn(5, 3, 8, 8)
-    with mismatches([model[1]]) as found, torch.no_grad():
+    with mismatches(remembered(model)) as found, torch.no_grad():
         model(images)
     assert float(found[0]) == pytest.approx(mismatch(model, images), rel=1e-4)
-    assert not model[1]._forward_pre_hooks
+    assert not model[1]._forward_hooks
+
+
+def test_without_batch_norms_layers_give_what_they_give_on_noise() -> None:
+    """Labels are met by images on which every layer keeps the mean and the deviation that noise gives it."""
+    model = randomise_(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))).eval()
+    wanted = seen_on_noise(model, EXAMPLE, seed=0)
+    assert [(type(w.module), w.read) for w in wanted] == [(nn.Conv2d, False), (nn.Linear, False)]
+    images = replace(QUICK, images=32, steps=200)(model, EXAMPLE)
+    with torch.no_grad():
+        y = model[0](images).movedim(1, 0).flatten(1)
+    np.testing.assert_allclose(y.mean(1), wanted[0].mean, atol=0.3 * float(wanted[0].deviation.max()))
+    np.testing.assert_allclose(y.std(1), wanted[0].deviation, rtol=0.3)
+    assert (model(images).argmax(1) == torch.arange(32) % 4).float().mean() > 0.7
+    assert not model[0]._forward_hooks
 
 
 def test_total_variation_is_the_mean_squared_difference() -> None:
@@ -95,8 +110,8 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_made() -> None:
-    with pytest.raises(ModelError, match="batch norms that remember statistics"):
-        QUICK(nn.Conv2d(3, 4, 3), EXAMPLE)
+    with pytest.raises(ModelError, match="only from batch norms, convolutions or linear layers; there are none"):
+        QUICK(nn.AvgPool2d(2), EXAMPLE)
     with pytest.raises(ModelError, match="one floating-point input"):
         QUICK(made(), torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="at least 2 images and 1 step, got 1 and 250"):

@@ -145,7 +145,7 @@ def chosen(model: nn.Module, inputs: Inputs, images: Images | None, synthesis: S
     if images is not None:
         return "images", None
     if not batch_norms(model):
-        return "noise", "no images were given, and there are no batch norms to make any from"
+        return "noise", "no images were given, and without batch norms images that are made keep no more than noise"
     work = synthesis.work(size_of(model, inputs).macs / max(1, len(image_like(inputs))))
     if work > AFFORDABLE:
         return "noise", f"no images were given, and making some would take {work:.0e} MACs (restore='synthetic' does)"

@@ -1,11 +1,11 @@
-"""Images made from a network alone, by matching the statistics that its batch norms remember."""
+"""Images made from a network alone, by matching what its batch norms remember, or else what its layers give on noise."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.inputs import ExampleInputs, output_tensors
 from intrafusion.progress import Progress, silent
-from intrafusion.restore.noise import batch_norms, image_like
+from intrafusion.restore.layers import is_convolution_or_linear
+from intrafusion.restore.noise import Noise, batch_norms, image_like
 from intrafusion.trace.state import preserved
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    r"""Make calibration images out of a network with batch norms, without data.
+    r"""Make calibration images out of a network, without data.
 
     From noise, Adam on the pixels minimises
 
@@ -33,7 +33,8 @@ class Synthesis:
             mean_c ((mu_batch - mu) / sigma)^2 + mean_c (sigma_batch / sigma - 1)^2  +  smoothness * total variation
 
     and every step rolls the images by up to `roll` pixels. Without a row of class scores as the only output, the first
-    term is left out.
+    term is left out. Without batch norms, the sum goes over the outputs of all convolutions and linear layers, whose mu
+    and sigma are taken from smooth noise (`Noise`): the images stay in the range of such inputs and mean something.
 
     Attributes:
         images: how many.
@@ -63,12 +64,12 @@ class Synthesis:
         Args:
             example_inputs: one call of the network with a single floating-point tensor; gives the shape of an image.
         Raises:
-            ModelError: the network has no batch norm with statistics, or does not take a single image tensor.
+            ModelError: the network does not take a single image tensor, or has no batch norm and no layer with weights.
         """
         like = image_like(example_inputs)
-        norms = batch_norms(model)
-        if not norms:
-            raise ModelError("images can be made only from batch norms that remember statistics, and there are none.")
+        wanted = remembered(model) or seen_on_noise(model, example_inputs, self.seed)
+        if not wanted:
+            raise ModelError("images can be made only from batch norms, convolutions or linear layers; there are none.")
         generator = torch.Generator().manual_seed(self.seed)
         pixels = torch.randn(self.images, *like.shape[1:], generator=generator).to(like).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=self.lr)
@@ -76,7 +77,7 @@ class Synthesis:
         with preserved(model), torch.enable_grad():
             for step in range(self.steps):
                 progress("images", step, self.steps)
-                pixels.grad = torch.autograd.grad(self.loss(model, norms, self.rolled(pixels, generator)), pixels)[0]
+                pixels.grad = torch.autograd.grad(self.loss(model, wanted, self.rolled(pixels, generator)), pixels)[0]
                 optimizer.step()
                 if time.monotonic() > end:
                     break
@@ -87,8 +88,8 @@ class Synthesis:
         """Multiply-accumulates in all, for a network that needs `macs` for one image: forward, and twice that back."""
         return 3 * macs * self.images * self.steps
 
-    def loss(self, model: nn.Module, norms: list[_BatchNorm], pixels: Tensor) -> Tensor:
-        with mismatches(norms) as found:
+    def loss(self, model: nn.Module, wanted: Sequence[Statistics], pixels: Tensor) -> Tensor:
+        with mismatches(wanted) as found:
             outputs = output_tensors(model(pixels))
         total = self.statistics * torch.stack(found).sum() + self.smoothness * total_variation(pixels)
         if len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1:
@@ -108,24 +109,67 @@ def total_variation(pixels: Tensor) -> Tensor:
     return torch.stack(differences).sum() if differences else pixels.new_zeros(())
 
 
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Mean and deviation (c,) of the channels, along a dimension, of what a module reads, or else gives."""
+
+    module: nn.Module
+    mean: Tensor
+    deviation: Tensor
+    dim: int = 1
+    read: bool = True
+
+    def mismatch(self, x: Tensor) -> Tensor:
+        mean, deviation = moments(x, self.dim)
+        off = (mean - self.mean) / self.deviation
+        return off.square().mean() + (deviation / self.deviation - 1).square().mean()
+
+
+def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the channels."""
+    others = [d for d in range(x.dim()) if d != dim % x.dim()]
+    return x.mean(others), x.var(others, unbiased=False).clamp(min=1e-8).sqrt()
+
+
+def remembered(model: nn.Module) -> list[Statistics]:
+    """What the batch norms of a network remember of their inputs."""
+    found = []
+    for norm in batch_norms(model):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        found.append(Statistics(norm, norm.running_mean, (norm.running_var + norm.eps).sqrt()))
+    return found
+
+
+def seen_on_noise(model: nn.Module, example_inputs: ExampleInputs, seed: int) -> list[Statistics]:
+    """What the convolutions and linear layers of a network give on smooth noise, the last time that they run."""
+    found: dict[nn.Module, Statistics] = {}
+
+    def seen(module: nn.Module, args: object, output: Tensor) -> None:
+        dim = -1 if isinstance(module, nn.Linear) else 1
+        found[module] = Statistics(module, *moments(output, dim), dim, read=False)
+
+    inputs = Noise(seed=seed).make(example_inputs)
+    with contextlib.ExitStack() as stack, preserved(model):
+        for module in filter(is_convolution_or_linear, model.modules()):
+            stack.callback(module.register_forward_hook(seen).remove)
+        inputs.call(model)
+    return list(found.values())
+
+
 @contextlib.contextmanager
-def mismatches(norms: list[_BatchNorm]) -> Iterator[list[Tensor]]:
-    """Collects, for each batch norm that runs inside, how far its input's statistics are from what it remembers."""
+def mismatches(wanted: Sequence[Statistics]) -> Iterator[list[Tensor]]:
+    """Collects, for each of these modules that runs inside, how far its statistics are from what is wanted."""
     found: list[Tensor] = []
-
-    def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, _BatchNorm)
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        x, sigma = args[0], (module.running_var + module.eps).sqrt()
-        dims = [d for d in range(x.dim()) if d != 1]
-        mean = x.mean(dims)
-        spread = x.var(dims, unbiased=False).clamp(min=1e-8).sqrt()
-        found.append(((mean - module.running_mean) / sigma).square().mean() + (spread / sigma - 1).square().mean())
-
     with contextlib.ExitStack() as stack:
-        for norm in norms:
-            stack.callback(norm.register_forward_pre_hook(seen).remove)
+        for one in wanted:
+            if one.read:
+                hook = one.module.register_forward_pre_hook(
+                    lambda _, args, one=one: found.append(one.mismatch(args[0]))
+                )
+            else:
+                hook = one.module.register_forward_hook(lambda _, args, out, one=one: found.append(one.mismatch(out)))
+            stack.callback(hook.remove)
         yield found
 
 
