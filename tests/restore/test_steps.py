@@ -72,7 +72,7 @@ def test_a_choice_of_channels_alone_takes_a_few_noise_images() -> None:
 def test_auto_without_norms_takes_noise() -> None:
     (step,) = intrafusion.compress(network(norm=False), X, 0.5).restored
     assert step.step == "Noise"
-    assert "there are no batch norms" in str(step.note)
+    assert "without batch norms images that are made keep no more" in str(step.note)
 
 
 def test_auto_says_where_nothing_can_be_done() -> None:

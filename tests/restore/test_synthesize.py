@@ -59,7 +59,8 @@ def test_the_collected_mismatch_is_the_one_by_hand() -> None:
 
 def test_without_batch_norms_layers_give_what_they_give_on_noise() -> None:
     """Labels are met by images on which every layer keeps the mean and the deviation that noise gives it."""
-    model = randomise_(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))).eval()
+    layers = (nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(216, 4))
+    model = randomise_(nn.Sequential(*layers)).eval()
     wanted = seen_on_noise(model, EXAMPLE, seed=0)
     assert [(type(w.module), w.read) for w in wanted] == [(nn.Conv2d, False), (nn.Linear, False)]
     images = replace(QUICK, images=32, steps=200)(model, EXAMPLE)

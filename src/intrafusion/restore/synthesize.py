@@ -1,4 +1,4 @@
-"""Images made from a network alone, by matching what its batch norms remember, or else what its layers give on noise."""
+"""Images made from a network alone, by matching what its batch norms remember, or what its layers give on noise."""
 
 from __future__ import annotations
 
@@ -163,13 +163,11 @@ def mismatches(wanted: Sequence[Statistics]) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         for one in wanted:
-            if one.read:
-                hook = one.module.register_forward_pre_hook(
-                    lambda _, args, one=one: found.append(one.mismatch(args[0]))
-                )
-            else:
-                hook = one.module.register_forward_hook(lambda _, args, out, one=one: found.append(one.mismatch(out)))
-            stack.callback(hook.remove)
+
+            def seen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, one: Statistics = one) -> None:
+                found.append(one.mismatch(args[0] if one.read else output.clone()))  # it may be changed in place
+
+            stack.callback(one.module.register_forward_hook(seen).remove)
         yield found
 
 
