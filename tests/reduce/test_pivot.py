@@ -24,7 +24,9 @@ def missing(covariance: Tensor, reader: Tensor, kept: list[int]) -> float:
     return float(np.trace(reader.numpy() @ left) / np.trace(reader.numpy() @ c))
 
 
-def test_every_pick_is_the_best_next_one_and_its_error_is_right() -> None:
+@pytest.mark.parametrize("block", [1, 2, 32])
+def test_every_pick_is_the_best_next_one_and_its_error_is_right(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("intrafusion.reduce.pivot.BLOCK", block)
     covariance, reader = spd(6), spd(6)
     found = pivots(covariance, reader, 6)
     for k in range(6):

@@ -13,6 +13,8 @@ from intrafusion.reduce.fuse import IntraFusion
 from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import Select, selection_map
 
+BLOCK = 32  # picks after which the matrices are brought up to date
+
 
 @dataclass(frozen=True)
 class Pivot:
@@ -87,10 +89,10 @@ def pivots(covariance: Tensor, reader: Tensor, m: int) -> Pivots:
     which is the greedy choice for min tr(Q Cov(h | h_S)). With R = C Q C, a pick j with u = C_:j / sqrt(C_jj) and
     v = R_:j / sqrt(C_jj) - R_jj / (2 C_jj) u turns
 
-        C  into  C - u u^T    and    R  into  R - u v^T - v u^T,
+        C  into  C - u u^T    and    R  into  R - u v^T - v u^T.
 
-    so that only the diagonals are kept, and columns of both follow from the first C and R and the vectors of all picks:
-    O(k n) for pick k.
+    Their diagonals follow every pick; the matrices follow `BLOCK` picks at once, and a column needed in between is made
+    up for those of its block. O(n^2 m).
 
     Args:
         covariance: C (n, n), positive semi-definite.
@@ -102,13 +104,13 @@ def pivots(covariance: Tensor, reader: Tensor, m: int) -> Pivots:
     n = len(covariance)
     if not 1 <= m <= n:
         raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
-    covariance, reader = covariance.double(), reader.double()
-    explained = covariance @ reader @ covariance
-    variances, gains = covariance.diagonal().clone(), explained.diagonal().clone()
+    c, reader = covariance.double().clone(), reader.double()
+    r, total = c @ reader @ c, (c * reader).sum().clamp(min=1e-300)
+    variances, gains = c.diagonal().clone(), r.diagonal().clone()
     known = 1e-10 * variances.max().clamp(min=1e-300)  # the variance of a channel that is known already
-    total = (covariance * reader).sum().clamp(min=1e-300)
-    vectors = covariance.new_zeros(m, 2, n)  # u and v of every pick
-    order, missing, count = [], [1.0], 0
+    order, missing = [], [1.0]
+    us, vs = c.new_zeros(2, BLOCK, n)
+    count = 0
     for _ in range(m):
         gain = torch.where(variances <= known, 0.0, gains.clamp(min=0) / variances.clamp(min=known))
         gain[order] = -1.0
@@ -118,15 +120,17 @@ def pivots(covariance: Tensor, reader: Tensor, m: int) -> Pivots:
         variance = variances[best].clone()
         if variance <= known:
             continue
-        us, vs = vectors[:count, :, best].unbind(1)
-        weights = torch.stack([torch.stack([us, torch.zeros_like(us)], 1), torch.stack([vs, us], 1)]).flatten(1)
-        known_of = weights @ vectors[:count].flatten(0, 1)
-        u = (covariance[best] - known_of[0]) / variance.sqrt()
-        v = (explained[best] - known_of[1]) / variance.sqrt() - gains[best] / (2 * variance) * u
-        variances -= u.square()
-        gains -= 2 * u * v
-        vectors[count, 0], vectors[count, 1] = u, v
+        u, v = us[:count], vs[:count]
+        column = (c[best] - u[:, best] @ u) / variance.sqrt()
+        half = (r[best] - v[:, best] @ u - u[:, best] @ v) / variance.sqrt() - gains[best] / (2 * variance) * column
+        us[count], vs[count] = column, half
+        variances -= column.square()
+        gains -= 2 * column * half
         count += 1
+        if count == BLOCK:
+            c.addmm_(us.T, us, alpha=-1)
+            r.addmm_(us.T, vs, alpha=-1).addmm_(vs.T, us, alpha=-1)
+            count = 0
     return Pivots(torch.tensor(order), torch.tensor(missing, dtype=torch.float64))
 
 

@@ -101,8 +101,9 @@ def mixture(points: Iterable[tuple[Tensor, Tensor]], reader: Tensor) -> Moments:
 
 def moments_of(rows: Tensor, member: Member) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the channels, over rows and over the slots of each channel, float64."""
-    channels = rows[:, torch.from_numpy(member.positions).to(rows.device)]
-    channels = channels.movedim(1, -1).flatten(0, -2)
+    places = torch.from_numpy(member.positions).to(rows.device)
+    every = len(places) == rows.shape[1] and torch.equal(places.flatten(), torch.arange(len(places)).to(places))
+    channels = rows if every else rows[:, places].movedim(1, -1).flatten(0, -2)
     channels = channels if channels.dtype == torch.float64 else channels.float()
     mean = channels.mean(0)
     centred = channels - mean
