@@ -6,7 +6,7 @@ Ratios of medians, both sides measured in turn in the same run on the same netwo
   compress  intrafusion.compress (trace, proof by permutation, transport, surgery, second trace) and its share without
             transport, against Torch-Pruning's MagnitudePruner at the same ratio, on ResNet-18 at full width.
   choose    the maps of the reducer `pivot` without data (noise, its forward pass, all groups) against those of
-            `intrafusion` (exact transport), on ResNet-18 at full width.
+            `intrafusion` (exact transport), on ResNet-18 at full width and on ResNet-50.
   restore   least squares on 256 images, and on noise, against one forward pass of the original on 256 images.
 Peers come with `pip install intrafusion[benchmarks,timm]`. Records: benchmarks/records/speed.jsonl.
 """
@@ -18,7 +18,7 @@ import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from intrafusion.restore.steps import calibration_for
 
 RECORDS = Path(__file__).parent / "records" / "speed.jsonl"
 TRACED = ("timm:resnet50", "timm:densenet121", "timm:vit_tiny_patch16_224")
-SMOKE = ("timm:resnet18",)
+CHOSEN = {"zoo:resnet18": 32, "timm:resnet50": 224}  # and pixels
+SMOKE, SMOKE_CHOSEN = ("timm:resnet18",), {"zoo:resnet18": 32}
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -104,18 +105,21 @@ def compress_records(repeats: int, keep: float = 0.5) -> list[Record]:
     return records
 
 
-def choice_records(repeats: int, keep: float = 0.5) -> list[Record]:
+def choice_records(networks: Mapping[str, int], repeats: int, keep: float = 0.5) -> list[Record]:
     """What the data-free choice of channels with its unmerge costs beside the transport that it stands for."""
-    model, x = zoo.build("resnet18").eval(), Inputs.of(zoo.example_input("resnet18"))
-    graph = intrafusion.inspect(model, x)
+    records = []
+    for name, pixels in networks.items():
+        model, x = resolve(name).build().eval(), Inputs.of(torch.randn(1, 3, pixels, pixels))
+        graph = intrafusion.inspect(model, x)
 
-    def choose(reducer: str) -> None:
-        recipe = Recipe.of(keep=keep, reducer=reducer, restore=None)
-        intrafusion.decide(model, graph, recipe, x, calibration=calibration_for(model, graph, x, recipe))
+        def choose(reducer: str, model: Any = model, graph: Any = graph, x: Inputs = x) -> None:
+            recipe = Recipe.of(keep=keep, reducer=reducer, restore=None)
+            intrafusion.decide(model, graph, recipe, x, calibration=calibration_for(model, graph, x, recipe))
 
-    found = compare(lambda: choose("pivot"), lambda: choose("intrafusion"), repeats)
-    setting = {"what": "choose: pivot, peer intrafusion", "network": "zoo:resnet18", "keep": keep, "pixels": 32}
-    return [Record("speed", setting, found)]
+        found = compare(lambda c=choose: c("pivot"), lambda c=choose: c("intrafusion"), repeats)
+        setting = {"what": "choose: pivot, peer intrafusion", "network": name, "keep": keep, "pixels": pixels}
+        records.append(Record("speed", setting, found))
+    return records
 
 
 def restore_records(repeats: int, count: int = 256) -> list[Record]:
@@ -152,7 +156,7 @@ def main() -> None:
         return
     records = trace_records(SMOKE if options.smoke else TRACED, 1 if options.smoke else options.repeats)
     records += compress_records(1) if options.smoke else compress_records(options.repeats)
-    records += choice_records(1 if options.smoke else options.repeats)
+    records += choice_records(SMOKE_CHOSEN, 1) if options.smoke else choice_records(CHOSEN, options.repeats)
     records += restore_records(1, 8) if options.smoke else restore_records(options.repeats)
     for record in records:
         print(record.setting, record.result)
