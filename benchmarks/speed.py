@@ -109,10 +109,12 @@ def choice_records(networks: Mapping[str, int], repeats: int, keep: float = 0.5)
     """What the data-free choice of channels with its unmerge costs beside the transport that it stands for."""
     records = []
     for name, pixels in networks.items():
-        model, x = resolve(name).build().eval(), Inputs.of(torch.randn(1, 3, pixels, pixels))
+        kind, _, short = name.partition(":")
+        model = zoo.build(short) if kind == "zoo" else resolve(name).build()
+        x = Inputs.of(torch.randn(1, 3, pixels, pixels))
         graph = intrafusion.inspect(model, x)
 
-        def choose(reducer: str, model: Any = model, graph: Any = graph, x: Inputs = x) -> None:
+        def choose(reducer: str, model: nn.Module = model.eval(), graph: Any = graph, x: Inputs = x) -> None:
             recipe = Recipe.of(keep=keep, reducer=reducer, restore=None)
             intrafusion.decide(model, graph, recipe, x, calibration=calibration_for(model, graph, x, recipe))
 
