@@ -205,16 +205,19 @@ def output_map(layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMa
 @contextlib.contextmanager
 def hooked(
     layers: Mapping[str, Layer],
-    called: Callable[[str, Tensor, Tensor], None] | None = None,
+    called: Callable[[str, Tensor, Tensor], Tensor | None] | None = None,
     *,
     reached: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """Call `reached(name, input)` before and `called(name, input, output)` after each of these layers."""
+    """Call `reached(name, input)` before and `called(name, input, output)` after each of these layers.
+
+    What `called` returns, if it does, replaces the output.
+    """
 
     def before(name: str) -> Callable[..., None]:
         return lambda module, args, kwargs: reached(name, first(args, kwargs))  # type: ignore[misc]
 
-    def after(name: str) -> Callable[..., None]:
+    def after(name: str) -> Callable[..., Tensor | None]:
         return lambda module, args, kwargs, output: called(name, first(args, kwargs), output)  # type: ignore[misc]
 
     with contextlib.ExitStack() as stack:
