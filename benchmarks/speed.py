@@ -110,11 +110,11 @@ def choice_records(networks: Mapping[str, int], repeats: int, keep: float = 0.5)
     records = []
     for name, pixels in networks.items():
         kind, _, short = name.partition(":")
-        model = zoo.build(short) if kind == "zoo" else resolve(name).build()
+        model = (zoo.build(short) if kind == "zoo" else resolve(name).build()).eval()
         x = Inputs.of(torch.randn(1, 3, pixels, pixels))
         graph = intrafusion.inspect(model, x)
 
-        def choose(reducer: str, model: nn.Module = model.eval(), graph: Any = graph, x: Inputs = x) -> None:
+        def choose(reducer: str, model: nn.Module = model, graph: Any = graph, x: Inputs = x) -> None:
             recipe = Recipe.of(keep=keep, reducer=reducer, restore=None)
             intrafusion.decide(model, graph, recipe, x, calibration=calibration_for(model, graph, x, recipe))
 
