@@ -222,9 +222,10 @@ def random_problem(n: int, m: int, seed: int, d: int = 9) -> ReductionProblem:
 
 
 def moments_like(rows: Tensor) -> Moments:
-    """Statistics that channels with these rows might have."""
-    covariance = rows @ rows.T
-    return Moments(rows.mean(1), covariance, covariance.square() + torch.eye(len(rows), dtype=rows.dtype))
+    """Statistics that channels with these rows might have, at two points."""
+    means = torch.stack([rows.mean(1), rows.mean(1).abs()])
+    covariances = torch.stack([rows @ rows.T, (rows @ rows.T).square()])
+    return Moments(means, covariances, rows @ rows.T + torch.eye(len(rows), dtype=rows.dtype))
 
 
 def degenerate_problems(seed: int) -> Iterator[tuple[str, ReductionProblem]]:
@@ -296,8 +297,8 @@ def check_relabelled(
 def reordered(problem: ReductionProblem, order: Tensor) -> ReductionProblem:
     moments = problem.moments
     if moments is not None:
-        mean, covariance, reader = moments.mean, moments.covariance, moments.reader
-        moments = Moments(mean[order], covariance[order][:, order], reader[order][:, order])
+        covariances, reader = moments.covariances[:, order][:, :, order], moments.reader[order][:, order]
+        moments = Moments(moments.means[:, order], covariances, reader)
     biases = None if problem.biases is None else problem.biases[order]
     features, importance = problem.features[order], problem.importance[order]
     return replace(problem, features=features, importance=importance, biases=biases, moments=moments)

@@ -64,7 +64,7 @@ def halved(scores: Tensor, moments: Moments | None) -> ReductionMap:
     m = (len(scores) + 1) // 2
     if moments is None:
         return selection_map(most_important(scores, m), len(scores))
-    return least_squares_map(moments.mean, moments.covariance, picked(moments).order[:m].sort().values)
+    return least_squares_map(*moments.overall, picked(moments).order[:m].sort().values)
 
 
 def error_of(

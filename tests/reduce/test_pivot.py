@@ -24,23 +24,36 @@ def missing(covariance: Tensor, reader: Tensor, kept: list[int]) -> float:
     return float(np.trace(reader.numpy() @ left) / np.trace(reader.numpy() @ c))
 
 
+@pytest.mark.parametrize("points", [1, 3])
 @pytest.mark.parametrize("block", [1, 2, 32])
-def test_every_pick_is_the_best_next_one_and_its_error_is_right(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pick_is_the_best_next_one_and_its_error_is_right(
+    block: int, points: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("intrafusion.reduce.pivot.BLOCK", block)
-    covariance, reader = spd(6), spd(6)
-    found = pivots(covariance, reader, 6)
+    reader = spd(6)
+    moments = Moments(torch.zeros(points, 6), torch.stack([10.0**i * spd(6) for i in range(points)]), reader)
+    found = pivots(moments.covariances, reader, moments.shares, 6)
+    lacks = lambda kept: sum(missing(c, reader, kept) for c in moments.covariances) / points  # noqa: E731
     for k in range(6):
         picked = found.order[:k].tolist()
         rest = [j for j in range(6) if j not in picked]
-        best = min(rest, key=lambda j: missing(covariance, reader, [*picked, j]))
-        assert int(found.order[k]) == best
-        assert float(found.missing[k]) == pytest.approx(missing(covariance, reader, picked), abs=1e-9)
+        assert int(found.order[k]) == min(rest, key=lambda j: lacks([*picked, j]))
+        assert float(found.missing[k]) == pytest.approx(lacks(picked), abs=1e-9)
     assert float(found.missing[6]) == pytest.approx(0, abs=1e-9)
+
+
+def test_points_weigh_the_same() -> None:
+    """A point whose channels are ten times as loud says no more, and a single one is what it is."""
+    means, (a, b) = torch.randn(2, 5, dtype=torch.float64), (spd(5), spd(5))
+    a, b, reader = a / a.trace(), b / b.trace(), torch.eye(5, dtype=torch.float64)
+    loud = Moments(torch.stack([10 * means[0], means[1]]), torch.stack([100 * a, b]), reader)
+    torch.testing.assert_close(loud.overall, ((means[0] / 10 + means[1]) / 1.01, (a + b) / 1.01))
+    torch.testing.assert_close(Moments(means[:1], a[None], reader).overall, (means[0], a))
 
 
 def test_known_channels_are_picked_last() -> None:
     """Rank 3: after three picks nothing is missing, and what is left is picked once each."""
-    found = pivots(spd(5, 3), torch.eye(5, dtype=torch.float64), 5)
+    found = pivots(spd(5, 3)[None], torch.eye(5, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 5)
     assert float(found.missing[3]) == pytest.approx(0, abs=1e-9)
     assert sorted(found.order.tolist()) == list(range(5))
 
@@ -48,7 +61,7 @@ def test_known_channels_are_picked_last() -> None:
 @pytest.mark.parametrize("m", [0, 6])
 def test_sizes_are_checked(m: int) -> None:
     with pytest.raises(BudgetError, match=f"cannot keep {m} of 5"):
-        pivots(spd(5), spd(5), m)
+        pivots(spd(5)[None], spd(5), torch.ones(1, dtype=torch.float64), m)
 
 
 def test_least_squares_map_is_the_regression_on_samples() -> None:
@@ -72,7 +85,7 @@ def test_a_channel_that_is_the_sum_of_two_others_is_told_from_them() -> None:
     rows = torch.randn(400, 6, dtype=torch.float64) + 1
     rows[:, 4] = rows[:, 0] + rows[:, 1]
     rows[:, 5] = 2.0
-    moments = Moments(rows.mean(0), torch.cov(rows.T, correction=0), torch.eye(6, dtype=torch.float64))
+    moments = Moments(rows.mean(0)[None], torch.cov(rows.T, correction=0)[None], torch.eye(6, dtype=torch.float64))
     found = Pivot(strength=0.0)(problem(4, moments))
     assert found.shift is not None
     told = (rows @ found.merge.T) @ found.unmerge.T + found.shift

@@ -15,7 +15,7 @@ import intrafusion
 from intrafusion import Recipe
 from intrafusion.inputs import Inputs
 from intrafusion.restore import calibrate
-from intrafusion.restore.moments import measured, mixture
+from intrafusion.restore.moments import measured
 
 
 class Net(nn.Module):
@@ -54,20 +54,9 @@ def test_measured_moments_are_those_of_what_is_read() -> None:
     with torch.no_grad():
         h = F.relu(model.norm(model.first(IMAGES))).movedim(1, -1).reshape(-1, 10).double()
     found = measured(model, graph, IMAGES, rows=10**6)["first"]
-    np.testing.assert_allclose(found.mean, h.mean(0), atol=1e-6)
-    np.testing.assert_allclose(found.covariance, np.cov(h.numpy().T, bias=True), atol=1e-5)
-
-
-def test_points_weigh_by_their_share_of_the_signal() -> None:
-    """A point whose channels are ten times as loud says no more, and a single one is what it is."""
-    means, reader = torch.randn(2, 5, dtype=torch.float64), torch.eye(5, dtype=torch.float64)
-    a, b = (torch.cov(torch.randn(5, 30, dtype=torch.float64)) for _ in range(2))
-    a, b = a / a.trace(), b / b.trace()
-    loud = mixture([(10 * means[0], 100 * a), (means[1], b)], reader)
-    torch.testing.assert_close(loud.covariance, (a + b) / 1.01)
-    torch.testing.assert_close(loud.mean, (means[0] / 10 + means[1]) / 1.01)
-    alone = mixture([(means[0], a)], reader)
-    torch.testing.assert_close((alone.mean, alone.covariance), (means[0], a))
+    mean, covariance = found.overall
+    np.testing.assert_allclose(mean, h.mean(0), atol=1e-6)
+    np.testing.assert_allclose(covariance, np.cov(h.numpy().T, bias=True), atol=1e-5)
 
 
 @pytest.mark.parametrize(("norm", "bias"), [(True, False), (False, True), (True, True)])

@@ -49,7 +49,7 @@ class Pivot:
         if moments is None or problem.size == len(problem.importance):
             return (IntraFusion() if self.unmerge else Select())(problem)
         kept = picked(moments, problem.size).order[: problem.size].sort().values
-        mean, covariance = moments.mean, moments.covariance
+        mean, covariance = moments.overall
         if self.unmerge:
             return least_squares_map(mean, covariance, kept, self.strength)
         reduction = selection_map(kept.to(mean.device), len(mean))
@@ -75,62 +75,61 @@ def picked(moments: Moments, m: int | None = None) -> Pivots:
     """The first m channels (all of them by default), or more, in the order of picking; kept with the object."""
     m = len(moments.reader) if m is None else m
     if moments not in _PICKED or len(_PICKED[moments].order) < m:
-        _PICKED[moments] = pivots(moments.covariance, moments.reader, m)
+        _PICKED[moments] = pivots(moments.covariances, moments.reader, moments.shares, m)
     return _PICKED[moments]
 
 
-def pivots(covariance: Tensor, reader: Tensor, m: int) -> Pivots:
+def pivots(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivots:
     r"""Pick the m channels from which the consumers' signal can best be told, one after another.
 
     With C the covariance of the channels and Q = sum of W_c^T W_c over the consumers, the next channel is
 
         argmax_j  (C Q C)_jj / C_jj,     and then  C <- C - C_:j C_j: / C_jj
 
-    which is the greedy choice for min tr(Q Cov(h | h_S)). With R = C Q C, a pick j with u = C_:j / sqrt(C_jj) and
+    which is the greedy choice for min tr(Q Cov(h | h_S)). Channels that are read at several points have one C for each,
+    and the gains are summed. With R = C Q C, a pick j with u = C_:j / sqrt(C_jj) and
     v = R_:j / sqrt(C_jj) - R_jj / (2 C_jj) u turns
 
         C  into  C - u u^T    and    R  into  R - u v^T - v u^T.
 
     Their diagonals follow every pick; the matrices follow `BLOCK` picks at once, and a column needed in between is made
-    up for those of its block. O(n^2 m).
+    up for those of its block. O(p n^2 m).
 
     Args:
-        covariance: C (n, n), positive semi-definite.
+        covariances: C (p, n, n), each positive semi-definite.
         reader: Q (n, n).
+        shares: weight of the gains at each point (p,); one over tr(Q C), for what is missing to be a share.
     Raises:
         BudgetError: m is not in 1..n.
     Reference: pivoted Cholesky (Higham 1990), with the weights Q; its use for channels is OURS.
     """
-    n = len(covariance)
+    n = len(reader)
     if not 1 <= m <= n:
         raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
-    c, reader = covariance.double().clone(), reader.double()
-    r, total = c @ reader @ c, (c * reader).sum().clamp(min=1e-300)
-    variances, gains = c.diagonal().clone(), r.diagonal().clone()
-    known = 1e-10 * variances.max().clamp(min=1e-300)  # the variance of a channel that is known already
+    c, reader = covariances.double().clone(), reader.double()
+    r = c @ reader @ c
+    variances, gains = (matrix.diagonal(dim1=1, dim2=2).clone() for matrix in (c, r))
+    known = 1e-10 * variances.amax(1, keepdim=True).clamp(min=1e-300)  # a channel of this variance is known already
     order, missing = [], [1.0]
-    us, vs = c.new_zeros(2, BLOCK, n)
-    count = 0
-    for _ in range(m):
-        gain = torch.where(variances <= known, 0.0, gains.clamp(min=0) / variances.clamp(min=known))
+    us, vs = c.new_zeros(2, len(c), BLOCK, n)
+    for index in range(m):
+        gain = shares @ torch.where(variances > known, gains.clamp(min=0) / torch.maximum(variances, known), 0.0)
         gain[order] = -1.0
         best = int(gain.argmax())
-        missing.append(max(0.0, missing[-1] - float(gain[best] / total)))
+        missing.append(max(0.0, missing[-1] - float(gain[best])))
         order.append(best)
-        variance = variances[best].clone()
-        if variance <= known:
-            continue
-        u, v = us[:count], vs[:count]
-        column = (c[best] - u[:, best] @ u) / variance.sqrt()
-        half = (r[best] - v[:, best] @ u - u[:, best] @ v) / variance.sqrt() - gains[best] / (2 * variance) * column
-        us[count], vs[count] = column, half
+        at = index % BLOCK
+        u, v, variance = us[:, :at], vs[:, :at], variances[:, best, None]
+        scale = torch.where(variance > known, torch.maximum(variance, known).rsqrt(), 0.0)  # 0: nothing is learnt
+        u_best, v_best = u[:, None, :, best], v[:, None, :, best]
+        column = scale * (c[:, best] - (u_best @ u)[:, 0])
+        half = scale * (r[:, best] - (v_best @ u + u_best @ v)[:, 0]) - gains[:, best, None] / 2 * scale**2 * column
+        us[:, at], vs[:, at] = column, half
         variances -= column.square()
         gains -= 2 * column * half
-        count += 1
-        if count == BLOCK:
-            c.addmm_(us.T, us, alpha=-1)
-            r.addmm_(us.T, vs, alpha=-1).addmm_(vs.T, us, alpha=-1)
-            count = 0
+        if at + 1 == BLOCK:
+            c.baddbmm_(us.mT, us, alpha=-1)
+            r.baddbmm_(us.mT, vs, alpha=-1).baddbmm_(vs.mT, us, alpha=-1)
     return Pivots(torch.tensor(order), torch.tensor(missing, dtype=torch.float64))
 
 

@@ -5,22 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What consumers read of n channels, over all points where they read them, float64.
+    """What consumers read of n channels, at each of the p points where they read them, float64.
 
     Attributes:
-        mean: (n,).
-        covariance: (n, n).
+        means: (p, n).
+        covariances: (p, n, n).
         reader: (n, n), sum over the consumers of W_c^T W_c, norms folded: squared change of what they give.
     """
 
-    mean: Tensor
-    covariance: Tensor
+    means: Tensor
+    covariances: Tensor
     reader: Tensor
+
+    @property
+    def shares(self) -> Tensor:
+        """What a unit of the consumers' signal counts at each point (p,): the signals of all points weigh the same."""
+        return 1 / ((self.covariances * self.reader).sum((1, 2)).clamp(min=1e-300) * len(self.means))
+
+    @property
+    def overall(self) -> tuple[Tensor, Tensor]:
+        """Mean (n,) and covariance (n, n) over all points, each weighing the same."""
+        weights = self.shares / self.shares.sum()
+        return weights @ self.means, torch.einsum("p,pij->ij", weights, self.covariances)
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,16 +87,9 @@ class Reading(contextlib.ExitStack):
         weights, moments = folded(self.model, self.graph), {}
         for group, seen in self.found.items():
             reader = reader_of([(layer, member) for layer, member in self.read[group] if layer.name in seen], weights)
-            moments[group] = mixture(seen.values(), reader)
+            means, covariances = (torch.stack(parts) for parts in zip(*seen.values(), strict=True))
+            moments[group] = Moments(means, covariances, reader)
         return moments
-
-
-def mixture(points: Iterable[tuple[Tensor, Tensor]], reader: Tensor) -> Moments:
-    """One mean and covariance for channels that are read at several points, each point's signal weighing the same."""
-    means, covariances = (torch.stack(parts) for parts in zip(*points, strict=True))
-    shares = 1 / (covariances * reader).sum((1, 2)).clamp(min=1e-300)
-    shares = shares / shares.sum()
-    return Moments(shares @ means, torch.einsum("p,pij->ij", shares, covariances), reader)
 
 
 def moments_of(rows: Tensor, member: Member) -> tuple[Tensor, Tensor]:
