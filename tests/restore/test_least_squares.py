@@ -257,6 +257,22 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
+class Keywords(Plain):
+    """Calls its layers by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.first(input=x)))
+        return self.head(input=F.relu(self.norm2(self.second(input=x))).mean((2, 3)))
+
+
+def test_layers_called_by_keyword() -> None:
+    found = []
+    for network in (Plain, Keywords):
+        model = made(network)
+        found.append(intrafusion.compress(model, images(1), 0.5, images=images()).model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_linear_layers_on_tokens() -> None:
     model, x = made(Tokens), torch.randn(64, 7, 6)
     small, graph = shrunk(model, x[:1], keep=0.5, reducer="select", include="up")
