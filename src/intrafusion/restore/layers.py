@@ -85,11 +85,11 @@ class Layer:
         if self.norm is None:
             return change
         slope = self.norm.slope
-        return change * torch.where(slope != 0, 1 / slope, 0.0)
+        return change * torch.where(slope != 0, 1 / slope, 0.0).to(change)
 
     def after_norm(self, change: Tensor) -> Tensor:
         """The change (k, c) of the norm's output if the layer's own output changes by this much."""
-        return change if self.norm is None else change * self.norm.slope
+        return change if self.norm is None else change * self.norm.slope.to(change)
 
     def places(self, output: Tensor, limit: int, seed: int) -> Tensor:
         """Sampled places of the output: one index per dimension that is not the channel's; (k, dims), in order.
