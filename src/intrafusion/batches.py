@@ -97,21 +97,13 @@ def concatenated(column: tuple[Any, ...]) -> Any:
 
 
 def fitted(inputs: Inputs, model: nn.Module) -> Inputs:
-    """The same call on the device of the network, floating tensors in its precision, images channels last.
-
-    In that memory layout convolutions run, and the channels of a place are read, the fastest.
-    """
+    """The same call on the device of the network, floating tensors in its precision."""
     tensors = [*model.parameters(), *model.buffers()]
     floating = [t for t in tensors if t.is_floating_point()]
     if not tensors:
         return inputs
     device, dtype = tensors[0].device, floating[0].dtype if floating else None
-
-    def fit(t: Tensor) -> Tensor:
-        t = t.to(device, dtype if t.is_floating_point() else None)
-        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-
-    return inputs.map(fit)
+    return inputs.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
 
 T = TypeVar("T")

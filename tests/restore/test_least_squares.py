@@ -310,6 +310,35 @@ def test_grouped_depthwise_and_repeated_layers_are_left_alone() -> None:
     assert changed == {"mix.weight", "mix.bias", "last.weight"}
 
 
+class SamePad(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(input, weight / self.weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+@pytest.mark.parametrize("convolution", [SamePad, Standardised])
+def test_subclasses_that_do_more_than_a_product_are_left_alone(convolution: type[nn.Conv2d]) -> None:
+    layers = (
+        nn.Conv2d(3, 8, 1),
+        nn.ReLU(),
+        convolution(8, 8, 2, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.Flatten(),
+    )
+    model = made(nn.Sequential, *layers)  # type: ignore[arg-type]
+    small, graph = shrunk(model, images(1), keep=0.5, reducer="select", include="0")
+    before = {n: t.clone() for n, t in named_tensors(small.model).items()}
+    LeastSquares()(small, model, graph, images())
+    changed = {n for n, t in named_tensors(small.model).items() if not torch.equal(t, before[n])}
+    assert changed == {"4.weight", "4.bias"}
+
+
 def test_structure_modes_hooks_and_gradients_survive(tmp_path: Path) -> None:
     model = made(Plain)
     model.train()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from intrafusion.batches import Images, batches, fitted, joined
@@ -118,6 +119,7 @@ def calibrate(
     else:
         restorer = noise or Noise(seed=seed)
         call = restorer.make(inputs)
+    call = call.map(channels_last)
     reference, moments = seen(model, call, level, moments_of, seed)
     return Calibration(level, call, reference, restorer, time.perf_counter() - start, why, moments)
 
@@ -138,6 +140,11 @@ def seen(
 
     reference = standardised(model, images, watch)
     return reference, readings[0].moments() if readings else None
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same images in the memory layout in which convolutions run, and a place's channels are read, the fastest."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 def chosen(model: nn.Module, inputs: Inputs, images: Images | None, synthesis: Synthesis) -> tuple[str, str | None]:

@@ -21,6 +21,8 @@ from intrafusion.apply import member_of_rows, mixed, named_tensors, shortened
 from intrafusion.graph import ChannelGraph, FoldableNorm, Role
 from intrafusion.reduce.problem import ReductionMap
 
+ALIKE = 0.05  # of the outputs of a layer; half precision is off by less
+
 
 @dataclass(frozen=True, eq=False)
 class Norm:
@@ -113,6 +115,18 @@ class Layer:
         """What the layer makes of such rows, (k, c)."""
         bias = self.module.bias
         return F.linear(rows.float(), self.module.weight.flatten(1).float(), None if bias is None else bias.float())
+
+    def is_plain(self, x: Tensor, output: Tensor, places: Tensor) -> bool:
+        """Whether it gives weight times patches; a subclass may pad, or scale its weight, in a forward of its own."""
+        few = places[: min(len(places), 16)]
+        if not isinstance(self.module, nn.Linear):
+            x = x[: int(few[:, 0].max()) + 1]
+            kernel = zip(self.module.kernel_size, self.module.dilation, self.module.stride, strict=True)
+            sizes = zip(self._padded(x).shape[1:-1], kernel, strict=True)
+            if tuple((size - d * (k - 1) - 1) // s + 1 for size, (k, d, s) in sizes) != tuple(output.shape[2:]):
+                return False
+        given = self.outputs(output, few)
+        return float((self.linear(self.inputs(x, few)) - given).norm()) <= ALIKE * float(given.norm()) + 1e-12
 
     def _padded(self, x: Tensor) -> Tensor:
         module = self.module

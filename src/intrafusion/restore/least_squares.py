@@ -48,7 +48,8 @@ class LeastSquares:
     the least matching loss of f: an error counts as far as f lets it through (see `Ridge.solve`).
 
     Convolutions with one group and linear layers that run once in a forward pass are solved; depthwise and grouped
-    convolutions, tied and reparametrised weights are left alone. All images go through in one batch; the stored rows
+    convolutions, tied and reparametrised weights, and subclasses that do more than their weight times patches, are left
+    alone. All images go through in one batch; the stored rows
     take `rows` * 4 bytes per output channel; a layer with d inputs to each output takes `rows` * 4 d bytes for them
     and 16 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
@@ -133,7 +134,7 @@ class Targets:
 
 def recorded(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, options: LeastSquares) -> Targets:
     """One forward pass of the original network."""
-    targets, calls = Targets(), dict.fromkeys(layers, 0)
+    targets, skipped = Targets(), set[str]()  # layers that run more than once, or are not what they look like
 
     def store(name: str, rows: Tensor) -> None:
         if not bool(torch.isfinite(rows).all()):
@@ -141,11 +142,14 @@ def recorded(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, 
         targets.rows[name] = rows
 
     def called(name: str, x: Tensor, output: Tensor) -> None:
-        calls[name] += 1
         layer, places = layers[name], layers[name].places(output, options.rows, options.seed)
+        again = name in targets.rows
         targets.places[name] = places
         store(name, layer.normed(layer.outputs(output, places)))
-        readers.follow(output, name)
+        if again or not layer.is_plain(x, output, places):
+            skipped.add(name)
+        else:
+            readers.follow(output, name)
 
     def entered(found: Followed, total: Tensor) -> str:
         """Of two layers that enter the sum, the one with the larger filters makes up for the other."""
@@ -157,8 +161,8 @@ def recorded(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, 
     readers = Readers(layers, after=entered if options.drift else None)
     with preserved(reference), hooked(layers, called), readers:
         inputs.call(reference)
-    once = {name: rows for name, rows in targets.rows.items() if calls[name] == 1}
-    return Targets(targets.places, once, targets.summed & once.keys(), readers.activations)
+    rows = {name: found for name, found in targets.rows.items() if name not in skipped}
+    return Targets(targets.places, rows, targets.summed & rows.keys(), readers.activations)
 
 
 class Solver:
