@@ -326,7 +326,7 @@ def test_subclasses_that_do_more_than_a_product_are_left_alone(convolution: type
     layers = (
         nn.Conv2d(3, 8, 1),
         nn.ReLU(),
-        convolution(8, 8, 2, stride=2),
+        convolution(8, 8, 3, stride=2),
         nn.ReLU(),
         nn.Conv2d(8, 4, 1),
         nn.Flatten(),
