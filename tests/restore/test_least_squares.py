@@ -209,6 +209,21 @@ def test_the_function_behind_a_sum_is_that_of_the_sum_only() -> None:
         assert targets.summed == (last if drift else set())
 
 
+class Returned(Plain):
+    """Gives what the second layer's norm gave beside its result."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        z = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
+        return self.head(F.relu(z).mean((2, 3))), z
+
+
+def test_what_the_network_returns_must_be_right_itself() -> None:
+    for network, expected in ((Plain, {"first", "second"}), (Returned, {"first"})):
+        model = made(network)
+        layers = solvable(model, intrafusion.inspect(model, images(1)))
+        assert set(recorded(model, layers, Inputs.of(images()), LeastSquares()).activations) == expected
+
+
 def test_both_orders_of_a_sum_give_the_same() -> None:
     found = []
     for late in (False, True):

@@ -160,7 +160,8 @@ def recorded(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, 
 
     readers = Readers(layers, after=entered if options.drift else None)
     with preserved(reference), hooked(layers, called), readers:
-        inputs.call(reference)
+        outputs = inputs.call(reference)
+    readers.returned(outputs)
     rows = {name: found for name, found in targets.rows.items() if name not in skipped}
     return Targets(targets.places, rows, targets.summed & rows.keys(), readers.activations)
 

@@ -23,7 +23,6 @@ class Readers(TorchDispatchMode):
     `before(found, a, b)` is called before, `after(found, total)` after each sum a + b of two tensors of equal shape of
     which at least one is such an output that nothing has read before. What `after` returns is the layer whose output
     the sum is from there on.
-
     """
 
     def __init__(
@@ -48,6 +47,10 @@ class Readers(TorchDispatchMode):
 
     def follow(self, output: Tensor, name: str) -> None:
         self.followed[output] = name
+
+    def returned(self, outputs: Sequence[Tensor]) -> None:
+        """What a network gives is read by whoever called it."""
+        self.read_again.update(self.read[t] for t in outputs if t in self.read)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
