@@ -106,6 +106,11 @@ def fitted(inputs: Inputs, model: nn.Module) -> Inputs:
     return inputs.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """The same images in the memory layout in which convolutions run, and a place's channels are read, the fastest."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+
 T = TypeVar("T")
 
 

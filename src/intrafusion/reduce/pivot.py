@@ -14,6 +14,7 @@ from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import Select, selection_map
 
 BLOCK = 32  # picks after which the matrices are brought up to date
+KNOWN = 1e-5  # a channel with less than this fraction of its variance left is known already; float32 is off by less
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def pivots(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivot
         C  into  C - u u^T    and    R  into  R - u v^T - v u^T.
 
     Their diagonals follow every pick; the matrices follow `BLOCK` picks at once, and a column needed in between is made
-    up for those of its block. O(p n^2 m).
+    up for those of its block. O(p n^2 m), in float32.
 
     Args:
         covariances: C (p, n, n), each positive semi-definite.
@@ -106,10 +107,10 @@ def pivots(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivot
     n = len(reader)
     if not 1 <= m <= n:
         raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
-    c, reader = covariances.double().clone(), reader.double()
+    c, reader, shares = covariances.float().clone(), reader.float(), shares.float()
     r = c @ reader @ c
     variances, gains = (matrix.diagonal(dim1=1, dim2=2).clone() for matrix in (c, r))
-    known = 1e-10 * variances.amax(1, keepdim=True).clamp(min=1e-300)  # a channel of this variance is known already
+    known = (KNOWN * variances).clamp(min=torch.finfo(torch.float32).tiny)
     order, missing = [], [1.0]
     us, vs = c.new_zeros(2, len(c), BLOCK, n)
     for index in range(m):
@@ -119,8 +120,8 @@ def pivots(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivot
         missing.append(max(0.0, missing[-1] - float(gain[best])))
         order.append(best)
         at = index % BLOCK
-        u, v, variance = us[:, :at], vs[:, :at], variances[:, best, None]
-        scale = torch.where(variance > known, torch.maximum(variance, known).rsqrt(), 0.0)  # 0: nothing is learnt
+        u, v, variance, least = us[:, :at], vs[:, :at], variances[:, best, None], known[:, best, None]
+        scale = torch.where(variance > least, torch.maximum(variance, least).rsqrt(), 0.0)  # 0: nothing is learnt
         u_best, v_best = u[:, None, :, best], v[:, None, :, best]
         column = scale * (c[:, best] - (u_best @ u)[:, 0])
         half = scale * (r[:, best] - (v_best @ u + u_best @ v)[:, 0]) - gains[:, best, None] / 2 * scale**2 * column
@@ -129,7 +130,7 @@ def pivots(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivot
         gains -= 2 * column * half
         if at + 1 == BLOCK:
             c.baddbmm_(us.mT, us, alpha=-1)
-            r.baddbmm_(us.mT, vs, alpha=-1).baddbmm_(vs.mT, us, alpha=-1)
+            r.baddbmm_(torch.cat([us, vs], dim=1).mT, torch.cat([vs, us], dim=1), alpha=-1)
     return Pivots(torch.tensor(order), torch.tensor(missing, dtype=torch.float64))
 
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
-from intrafusion.batches import Images, batches, fitted, joined
+from intrafusion.batches import Images, batches, channels_last, fitted, joined
 from intrafusion.errors import ModelError, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
@@ -140,11 +139,6 @@ def seen(
 
     reference = standardised(model, images, watch)
     return reference, readings[0].moments() if readings else None
-
-
-def channels_last(images: Tensor) -> Tensor:
-    """The same images in the memory layout in which convolutions run, and a place's channels are read, the fastest."""
-    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 def chosen(model: nn.Module, inputs: Inputs, images: Images | None, synthesis: Synthesis) -> tuple[str, str | None]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.apply import member_of_rows, mixed, named_tensors, shortened
 from intrafusion.graph import ChannelGraph, FoldableNorm, Role
@@ -107,14 +108,24 @@ class Layer:
         """Rows (k, c) of what the layer, or its norm, or a sum gave at these places."""
         return output.movedim(self.channel_dim, -1)[tuple(places.T)].float()
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (c, d): the input channels of one place of the kernel, then those of the next."""
+        return self.module.weight.movedim(1, -1).flatten(1)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix of that form in the shape of the weight."""
+        weight = self.module.weight
+        return matrix.reshape(weight.movedim(1, -1).shape).movedim(-1, 1)
+
     def inputs(self, x: Tensor, places: Tensor) -> Tensor:
-        """Rows (k, d) of what the layer read at these places, columns as in its flattened weight."""
+        """Rows (k, d) of what the layer read at these places, columns as in `matrix`."""
         return x[tuple(places.T)] if isinstance(self.module, nn.Linear) else self._patches(self._padded(x), places)
 
     def linear(self, rows: Tensor) -> Tensor:
         """What the layer makes of such rows, (k, c)."""
         bias = self.module.bias
-        return F.linear(rows.float(), self.module.weight.flatten(1).float(), None if bias is None else bias.float())
+        return F.linear(rows.float(), self.matrix.float(), None if bias is None else bias.float())
 
     def is_plain(self, x: Tensor, output: Tensor, places: Tensor) -> bool:
         """Whether it gives weight times patches; a subclass may pad, or scale its weight, in a forward of its own."""
@@ -135,17 +146,21 @@ class Layer:
         return F.pad(x, module._reversed_padding_repeated_twice, mode).movedim(1, -1)
 
     def _patches(self, x: Tensor, places: Tensor) -> Tensor:
-        assert isinstance(self.module, nn.modules.conv._ConvNd)
-        image, corner = places[:, 0], places[:, 1:] * places.new_tensor(self.module.stride)
-        dilation = places.new_tensor(self.module.dilation)
-        offsets = itertools.product(*(range(k) for k in self.module.kernel_size))
-        corners = [(image, *(corner + places.new_tensor(offset) * dilation).T) for offset in offsets]
-        return torch.stack([x[at] for at in corners], dim=-1).flatten(1)
+        module, *sizes = self.module, *x.shape[:-1]
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        steps = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]  # from a place to the next, in flat x
+        corner = places * places.new_tensor([s * step for s, step in zip((1, *module.stride), steps, strict=True)])
+        offsets = itertools.product(
+            *(range(0, k * d, d) for k, d in zip(module.kernel_size, module.dilation, strict=True))
+        )
+        kernel = [sum(o * step for o, step in zip(offset, steps[1:], strict=True)) for offset in offsets]
+        flat = corner.sum(1, keepdim=True) + places.new_tensor(kernel)
+        return x.reshape(-1, x.shape[-1]).index_select(0, flat.flatten()).reshape(len(places), -1)
 
     def add_(self, change: Tensor, shift: Tensor) -> None:
-        """Add to the weight, and a constant to the bias or, without one, to the norm (in place)."""
+        """Add in place: to the weight, in the form of `matrix`; a constant to the bias or, without one, to the norm."""
         weight = self.module.weight
-        weight.data.copy_(weight.double() + change.reshape(weight.shape))
+        weight.data.copy_(weight.double() + self.as_weight(change))
         if self.module.bias is not None:
             self.module.bias.data.copy_(self.module.bias.double() + shift)
         elif self.norm is not None:
@@ -225,14 +240,26 @@ def hooked(
 ) -> Iterator[None]:
     """Call `reached(name, input)` before and `called(name, input, output)` after each of these layers.
 
-    What `called` returns, if it does, replaces the output.
+    Modes that watch the network do not see what these do. What `called` returns, if it does, replaces the output.
     """
 
     def before(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: reached(name, first(args, kwargs))  # type: ignore[misc]
+        def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> None:
+            assert reached is not None
+            with _disable_current_modes():
+                reached(name, first(args, kwargs))
+
+        return hook
 
     def after(name: str) -> Callable[..., Tensor | None]:
-        return lambda module, args, kwargs, output: called(name, first(args, kwargs), output)  # type: ignore[misc]
+        def hook(
+            module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor], output: Tensor
+        ) -> Tensor | None:
+            assert called is not None
+            with _disable_current_modes():
+                return called(name, first(args, kwargs), output)
+
+        return hook
 
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():

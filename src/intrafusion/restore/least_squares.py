@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.apply import named_tensors, write_
-from intrafusion.batches import Images, batches, fitted, joined
+from intrafusion.batches import Images, batches, channels_last, fitted, joined
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.inputs import Inputs
@@ -107,6 +107,7 @@ class LeastSquares:
         inputs: Inputs,
     ) -> dict[str, Change]:
         """Solve the layers of a network in evaluation mode, in place; what was added to each, by name."""
+        inputs = inputs.map(channels_last)
         layers, originals = solvable(small, graph), solvable(reference, graph)
         common = [name for name in originals if name in layers]
         targets = recorded(reference, {n: originals[n] for n in common}, fitted(inputs, reference), self)

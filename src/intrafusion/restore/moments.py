@@ -15,7 +15,7 @@ from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.norms import fold
 from intrafusion.reduce.problem import Moments
 from intrafusion.restore.layers import Layer, hooked, solvable
-from intrafusion.restore.ridge import products
+from intrafusion.restore.ridge import gram
 from intrafusion.trace.state import preserved
 
 
@@ -100,4 +100,4 @@ def moments_of(rows: Tensor, member: Member) -> tuple[Tensor, Tensor]:
     channels = channels if channels.dtype == torch.float64 else channels.float()
     mean = channels.mean(0)
     centred = channels - mean
-    return mean.double(), products(centred, centred) / len(centred)
+    return mean.double(), gram(centred) / len(centred)

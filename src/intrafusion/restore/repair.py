@@ -151,10 +151,9 @@ def repaired_(
         if not bool(torch.isfinite(found[name].mean).all()):
             raise ModelError(f"{name}: the smaller network gives NaN or infinity on these images.")
         factor, constant = correction(layer, found[name], targets[name])
-        weight = layer.module.weight.detach().double()
-        rows = (factor - 1).reshape(-1, *[1] * (weight.dim() - 1))
+        more = (factor - 1)[:, None] * layer.matrix.detach().double()
         bias = 0.0 if layer.module.bias is None else layer.module.bias.detach().double()
-        layer.add_((weight * rows).flatten(1), constant + (factor - 1) * bias)
+        layer.add_(more, constant + (factor - 1) * bias)
 
 
 def correction(layer: Layer, now: Statistics, target: Target) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class Ridge:
         x = x if x.dtype == torch.float64 else x.float()
         mean = x.mean(0) if intercept else x.new_zeros(d)
         self.x, self.mean = x - mean, mean.double()
-        self.inner = products(self.x.T, self.x.T) if self.few else products(self.x, self.x) / k
+        self.inner = gram(self.x.T) if self.few else gram(self.x) / k
         size = self.inner.diagonal().mean() * (k / d if self.few else 1)
         self.damped = self.inner.clone()
         self.damped.diagonal().add_(((strength + scarcity * d / k) * size).clamp(min=1e-30))
@@ -85,3 +85,10 @@ def products(x: Tensor, y: Tensor) -> Tensor:
     for left, right in zip(x.split(size), y.split(size), strict=True):
         total += left.T @ right
     return total
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x likewise; of what is the same on both sides of the diagonal, half is multiplied once."""
+    half = x.shape[1] // 2
+    upper, lower = products(x[:, :half], x), products(x[:, half:], x[:, half:])
+    return torch.cat([upper, torch.cat([upper[:, half:].T, lower], dim=1)])

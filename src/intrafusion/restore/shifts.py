@@ -28,7 +28,7 @@ def add_shifts_(small: nn.Module, reference: nn.Module, graph: ChannelGraph, map
                 owed = constant(original, member, shift)
                 merge = output_map(original, graph, maps)
                 owed = owed if merge is None else owed @ merge.T
-                layer.add_(torch.zeros_like(layer.module.weight), layer.before_norm(owed)[0])
+                layer.add_(torch.zeros_like(layer.matrix), layer.before_norm(owed)[0])
 
 
 def constant(layer: Layer, member: Member, shift: Tensor) -> Tensor:

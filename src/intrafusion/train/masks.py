@@ -62,9 +62,8 @@ def masks_of(
         layer = layers[name]
         places = layer.places(output, rows, seed)
         read = layer.inputs(x, places).double()
-        weight = layer.module.weight.detach()
-        scores = CRITERIA[criterion](weight.double().flatten(1), read)
-        found[f"{name}.weight"] = strongest(scores, sparsity).reshape(weight.shape)
+        scores = layer.as_weight(CRITERIA[criterion](layer.matrix.detach().double(), read))
+        found[f"{name}.weight"] = strongest(scores.flatten(1), sparsity).reshape(scores.shape)
 
     with preserved(model), hooked(layers, called):
         fitted(inputs, model).call(model)
