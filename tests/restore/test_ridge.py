@@ -127,3 +127,9 @@ def test_no_step_increases_the_matching_loss() -> None:
         losses.append(float((z.relu().square() / 2 - y.relu() * z).mean()))
     assert all(after <= before + 1e-6 for before, after in itertools.pairwise(losses))
     assert losses[-1] < losses[0] - 1e-3
+
+
+def test_one_input() -> None:
+    x = torch.randn(20, 1, dtype=torch.float64)
+    change, shift = Ridge(x, 0.0).solve(lambda _: 3 * x + 2)
+    torch.testing.assert_close((change, shift), (torch.tensor([[3.0]]).double(), torch.tensor([2.0]).double()))

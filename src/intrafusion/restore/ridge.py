@@ -80,7 +80,7 @@ class Ridge:
 
 def products(x: Tensor, y: Tensor) -> Tensor:
     """x^T y for rows of both, multiplied in their precision chunk by chunk, summed in float64."""
-    size = max(1, CHUNK // x.shape[1])
+    size = max(1, CHUNK // max(1, x.shape[1]))
     total = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
     for left, right in zip(x.split(size), y.split(size), strict=True):
         total += left.T @ right
