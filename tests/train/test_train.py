@@ -330,6 +330,15 @@ def test_wanda_sees_what_the_layer_reads() -> None:
     assert masks_of(model, 0.34)["1.weight"][0].tolist() != [True, True, False]
 
 
+def test_layers_that_pad_by_themselves_are_not_masked_by_what_they_read() -> None:
+    class SamePad(nn.Conv2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.pad(input, (0, 1, 0, 1)))
+
+    model = nn.Sequential(SamePad(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert set(masks_of(model, 0.5, "wanda", torch.randn(8, 3, 8, 8))) == {"2.weight"}
+
+
 def test_masks_are_stored_and_checked(tmp_path: Path) -> None:
     model = points()
     masks = masks_of(model, 0.5)

@@ -31,6 +31,8 @@ def masks_of(
 ) -> Masks:
     """For every convolution with one group and every linear layer, which entries of its weight stay.
 
+    "wanda" and "contribution" leave alone what does more in its `forward` than multiply its weight by what it reads.
+
     Args:
         sparsity: fraction of the entries to drop, in [0, 1): of each layer for "magnitude", of each output for the
             others, which compare the weights of one output.
@@ -61,6 +63,8 @@ def masks_of(
     def called(name: str, x: Tensor, output: Tensor) -> None:
         layer = layers[name]
         places = layer.places(output, rows, seed)
+        if not layer.is_plain(x, output, places):
+            return
         read = layer.inputs(x, places).double()
         scores = layer.as_weight(CRITERIA[criterion](layer.matrix.detach().double(), read))
         found[f"{name}.weight"] = strongest(scores.flatten(1), sparsity).reshape(scores.shape)
