@@ -21,7 +21,7 @@ from intrafusion.reduce.problem import Moments
 from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.moments import Reading, measured
 from intrafusion.restore.noise import Noise, batch_norms, image_like, standardised
-from intrafusion.restore.restorer import Reduced, Restorer
+from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.synthesize import Synthesis
 from intrafusion.trace.state import preserved
 
@@ -46,7 +46,7 @@ class Calibration:
     level: str
     images: Inputs
     reference: nn.Module
-    restorer: Restorer
+    restorer: LeastSquares
     seconds: float = 0.0
     why: str | None = None
     moments: Mapping[str, Moments] | None = None
@@ -66,11 +66,7 @@ class Calibration:
 
     def restore(self, small: Reduced, original: nn.Module, graph: ChannelGraph) -> tuple[float, float]:
         """Solve the layers of a smaller network, in place; the error of its outputs before and after."""
-        if isinstance(self.restorer, Noise):
-            return self.restorer.restore(small, original, graph, self.images, self.reference, self.error)
-        before = self.error(small.model)
-        self.restorer(small, original, graph, self.images)
-        return before, self.error(small.model)
+        return self.restorer.restore(small, original, graph, self.images, self.reference, self.error)
 
     def __str__(self) -> str:
         count = len(self.images.tensors()[0]) if self.images.tensors() else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -97,6 +97,27 @@ class LeastSquares:
         layers = solvable(small, graph)
         written = {id(t) for name in solved for t in layers[name].tensors}
         write_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written})
+
+    def restore(
+        self,
+        compressed: Reduced,
+        original: nn.Module,
+        graph: ChannelGraph,
+        images: Inputs,
+        reference: nn.Module,
+        error: Callable[[nn.Module], float],
+    ) -> tuple[float, float]:
+        """The same on images in one call, measured.
+
+        Args:
+            reference: the original network as it is to be seen on these images; here, itself.
+            error: of a network on the images.
+        Returns:
+            the error of the smaller network before and after.
+        """
+        before = error(compressed.model)
+        self(compressed, reference, graph, images)
+        return before, error(compressed.model)
 
     def solve_(
         self,

@@ -68,37 +68,38 @@ class Noise(LeastSquares):
             ModelError: the network does not take a single image tensor, or gives NaN on noise.
         """
         noise = self.make(compressed.inputs) if images is None else joined(batches(images))
-        self.restore(compressed, reference, graph, noise, standardised(reference, noise))
+        self.restore(compressed, reference, graph, noise, standardised(reference, noise), lambda _: math.nan)
 
     def restore(
         self,
         compressed: Reduced,
-        reference: nn.Module,
+        original: nn.Module,
         graph: ChannelGraph,
-        noise: Inputs,
-        standard: nn.Module,
-        error: Callable[[nn.Module], float] = lambda _: math.nan,
+        images: Inputs,
+        reference: nn.Module,
+        error: Callable[[nn.Module], float],
     ) -> tuple[float, float]:
-        """The same, with the standardised original at hand.
+        """The same on noise in one call, measured.
 
         Args:
-            standard: what `standardised(reference, noise)` gave.
+            reference: what `standardised(original, images)` gave.
             error: of a network on the noise.
         Returns:
             the error of the smaller network with the statistics of the noise in its batch norms, before and after.
         """
         maps = compressed.plan.maps
         small, result = copy_of(compressed.model).eval(), copy_of(compressed.model)
-        write_(small, through(standard, graph, maps))
-        write_(result, through(reference, graph, maps))
-        unsolved = error(small)
-        changes = self.solve_(small, maps, standard, graph, noise)
-        before, after, normal, special = (solvable(m, graph) for m in (small, result, reference, standard))
+        write_(small, through(reference, graph, maps))
+        write_(result, through(original, graph, maps))
+        before = error(small)
+        changes = self.solve_(small, maps, reference, graph, images)
+        small_seen, small_own, seen, own = (solvable(m, graph) for m in (small, result, reference, original))
         for name, (change, shift) in changes.items():
-            rows = gains(before[name], after[name], normal[name], special[name], output_map(normal[name], graph, maps))
-            after[name].add_(rows[:, None] * change, rows * shift)
+            merge = output_map(own[name], graph, maps)
+            rows = gains(small_seen[name], small_own[name], seen[name], own[name], merge)
+            small_own[name].add_(rows[:, None] * change, rows * shift)
         write_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
-        return unsolved, error(small)
+        return before, error(small)
 
     def make(self, example_inputs: ExampleInputs) -> Inputs:
         """Noise in the shape, on the device and in the precision of the one image tensor of a call."""
@@ -169,18 +170,18 @@ def through(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionM
     return {name: t.clone() for name, t in (tensors | reduced_weights(tensors, graph, maps)).items()}
 
 
-def gains(before: Layer, after: Layer, normal: Layer, special: Layer, merge: Tensor | None) -> Tensor:
+def gains(small_seen: Layer, small_own: Layer, seen: Layer, own: Layer, merge: Tensor | None) -> Tensor:
     """What a change on noise is worth in the network with its own statistics, per output channel of a layer.
 
-    The norm behind the layer gives slope * output. With slopes of the smaller network on noise (`before`) and with its
-    own statistics (`after`), and of the original likewise, averaged along the merge: 1 where channels are selected.
+    The norm behind the layer gives slope * output. With its slopes in the smaller network, seen on noise and with its
+    own statistics, and in the original likewise, averaged along the merge: 1 where channels are selected.
     """
-    rows = torch.ones(len(after.module.weight), dtype=torch.float64, device=after.module.weight.device)
-    if after.norm is None or before.norm is None or normal.norm is None or special.norm is None:
+    rows = torch.ones(len(small_own.module.weight), dtype=torch.float64, device=small_own.module.weight.device)
+    if small_seen.norm is None or small_own.norm is None or seen.norm is None or own.norm is None:
         return rows
-    ratio = safe(normal.norm.slope, special.norm.slope)
+    ratio = safe(own.norm.slope, seen.norm.slope)
     ratio = ratio if merge is None else row_means(merge.to(ratio)) @ ratio
-    return ratio * safe(before.norm.slope, after.norm.slope)
+    return ratio * safe(small_seen.norm.slope, small_own.norm.slope)
 
 
 def safe(a: Tensor, b: Tensor) -> Tensor:
