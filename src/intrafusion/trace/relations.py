@@ -58,7 +58,7 @@ class Cause(StrEnum):
 
 
 class Relations:
-    """Collects relations during the forward pass; `groups.py` turns them into a ChannelGraph."""
+    """Collects relations during the forward pass; `groups.build_graph` turns them into a ChannelGraph."""
 
     def __init__(self) -> None:
         self.sets = UnionFind()
