@@ -18,6 +18,8 @@ from intrafusion.restore.layers import Layer, hooked, solvable
 from intrafusion.restore.ridge import gram
 from intrafusion.trace.state import preserved
 
+DEAD = 1e-12  # a channel with less than this fraction of the largest variance does not vary
+
 
 def points(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[tuple[Layer, Member]]:
     """The layers that read a group along their second dimension."""
@@ -93,11 +95,32 @@ class Reading(contextlib.ExitStack):
 
 
 def moments_of(rows: Tensor, member: Member) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the channels, over rows and over the slots of each channel, float64."""
+    """Mean and covariance of the channels, over rows and over the slots of each channel, float64; see `shrunk`."""
     places = torch.from_numpy(member.positions).to(rows.device)
     every = len(places) == rows.shape[1] and torch.equal(places.flatten(), torch.arange(len(places)).to(places))
     channels = rows if every else rows[:, places].movedim(1, -1).flatten(0, -2)
     channels = channels if channels.dtype == torch.float64 else channels.float()
     mean = channels.mean(0)
     centred = channels - mean
-    return mean.double(), gram(centred) / len(centred)
+    return mean.double(), shrunk(gram(centred) / len(centred), len(centred))
+
+
+def shrunk(covariance: Tensor, rows: int) -> Tensor:
+    r"""A covariance (n, n) that rows as few as channels do not take for a close tie between channels.
+
+    Correlations R become (1 - rho) R off the diagonal, variances stay;  with n channels that vary and k rows
+
+        rho = ((1 - 2/n) tr R^2 + n^2) / ((k + 1 - 2/n) (tr R^2 - n)),  at most 1.
+
+    Reference: Chen, Wiesel, Eldar and Hero 2010, equation 23 (oracle approximating shrinkage), applied to correlations
+        as in Schaefer and Strimmer 2005.
+    """
+    variances = covariance.diagonal().clone()
+    alive = variances > DEAD * variances.max()
+    scale = torch.where(alive, variances, torch.inf).rsqrt()
+    squares = float((scale[:, None] * covariance * scale).square().sum())
+    n = max(int(alive.sum()), 2)
+    rho = ((1 - 2 / n) * squares + n**2) / max((rows + 1 - 2 / n) * (squares - n), 1e-30)
+    result = covariance * (1 - min(rho, 1.0))
+    result.diagonal().copy_(variances)
+    return result
