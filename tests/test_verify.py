@@ -148,6 +148,36 @@ def test_halving_finds_every_failure_in_few_tries() -> None:
     assert len(tries) <= 30
 
 
+def blocks(count: int) -> list[ChannelGroup]:
+    names = [f"blocks.{i}.{what}" for i in range(count) for what in ("attn", "mlp")]
+    return [ChannelGroup(name, 2, (), family=i) for i, name in enumerate(names)]
+
+
+def test_what_fails_in_every_block_is_not_tried_in_every_block() -> None:
+    tries: list[int] = []
+
+    def failure(some: list[ChannelGroup]) -> str | None:
+        tries.append(len(some))
+        return next((f"bad {g.name}" for g in some if "attn" in g.name), None)
+
+    passed, failed = largest_passing(families_of(blocks(40)), failure, lambda g, why: f"like {g.name}: {why}")
+    assert len(tries) < 20
+    assert {g.name for g in passed} == {f"blocks.{i}.mlp" for i in range(40)}
+    found = {g.name: why for g, why in failed}
+    assert found["blocks.1.attn"] == "bad blocks.1.attn"
+    assert found["blocks.39.attn"] == "like blocks.0.attn: bad blocks.0.attn"
+    assert len(found) == 40
+
+
+@pytest.mark.parametrize("bad", [(0, 1), (7, 9, 20)])
+def test_others_of_a_kind_that_failed_twice_pass_all_the_same(bad: tuple[int, ...]) -> None:
+    names = {f"blocks.{i}.attn" for i in bad}
+    failure = lambda some: next((f"bad {g.name}" for g in some if g.name in names), None)  # noqa: E731
+    passed, failed = largest_passing(families_of(blocks(40)), failure, lambda g, why: f"like {g.name}: {why}")
+    assert {g.name for g, _ in failed} == names
+    assert len(passed) == 80 - len(names)
+
+
 # ---- after surgery --------------------------------------------------------------------------------------------------
 
 

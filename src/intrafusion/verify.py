@@ -6,6 +6,8 @@ Both checks go through the code that does the reduction (`apply.py`), in float64
 from __future__ import annotations
 
 import copy
+import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -26,6 +28,8 @@ from intrafusion.trace import trace
 from intrafusion.trace.state import preserved
 
 TOLERANCE = 1e-8
+ENOUGH = 2  # failures of one kind after which the others are not tried one by one
+Kind = tuple[tuple[str, int], ...]
 Maps = dict[str, ReductionMap]
 F = TypeVar("F")
 
@@ -136,26 +140,57 @@ def with_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
 
 
 def largest_passing(
-    families: list[list[ChannelGroup]], failure: Callable[[list[ChannelGroup]], F | None]
+    families: list[list[ChannelGroup]],
+    failure: Callable[[list[ChannelGroup]], F | None],
+    likewise: Callable[[ChannelGroup, F], F] | None = None,
 ) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, F]]]:
-    """A maximal set of families that pass together, and each of the others with its failure; found by halving."""
+    """A maximal set of families that pass together, and each of the others with its failure; found by halving.
+
+    Args:
+        failure: of some groups together; None if they pass.
+        likewise: the failure of a group that is like another (`kind_of`) with that failure. With it, families of a kind
+            that failed `ENOUGH` times and never passed are not tried one by one any more, but once all together.
+    """
     passed: list[ChannelGroup] = []
     failed: list[tuple[ChannelGroup, F]] = []
+    good: set[Kind] = set()
+    bad: dict[Kind, list[tuple[ChannelGroup, F]]] = defaultdict(list)  # one group of each family that failed alone
+    put_off: dict[Kind, list[ChannelGroup]] = defaultdict(list)
+
+    def hopeless(family: list[ChannelGroup]) -> bool:
+        kind = kind_of(family)
+        return likewise is not None and kind not in good and len(bad[kind]) >= ENOUGH
 
     def add(part: list[list[ChannelGroup]]) -> None:
+        for family in filter(hopeless, part):
+            put_off[kind_of(family)] += family
+        part = [family for family in part if not hopeless(family)]
         groups = [g for family in part for g in family]
-        why = failure(passed + groups)
+        why = failure(passed + groups) if groups else None
         if why is None:
             passed.extend(groups)
+            good.update(kind_of(family) for family in part)
         elif len(part) == 1:
             failed.extend((g, why) for g in groups)
+            bad[kind_of(part[0])].append((groups[0], why))
         else:
             add(part[: len(part) // 2])
             add(part[len(part) // 2 :])
 
     if families:
         add(families)
+    for kind, groups in put_off.items():
+        if failure(passed + groups) is None:
+            passed.extend(groups)
+        else:
+            assert likewise is not None
+            failed.extend((g, likewise(*bad[kind][0])) for g in groups)
     return passed, failed
+
+
+def kind_of(family: list[ChannelGroup]) -> Kind:
+    """Names but for their numbers, and sizes: the same for what repeats from block to block."""
+    return tuple((re.sub(r"\d+", "#", g.name), g.size) for g in family)
 
 
 # ---- after surgery --------------------------------------------------------------------------------------------------
@@ -193,7 +228,7 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs) -
         return disagreement(expected, found) or confusion(expected, found, siblings(graph))
 
     groups = [g for g in graph.groups if g.name in maps]
-    passed, failed = largest_passing(families_of(groups), failure)
+    passed, failed = largest_passing(families_of(groups), failure, lambda g, why: f"like {g.name}: {why}")
     names = frozenset(g.name for g in passed)
     if names not in attempts:
         attempt(passed)
