@@ -6,7 +6,8 @@ Ratios of medians, both sides measured in turn in the same run on the same netwo
   compress  intrafusion.compress (trace, proof by permutation, transport, surgery, second trace) and its share without
             transport, against Torch-Pruning's MagnitudePruner at the same ratio, on ResNet-18 at full width.
   choose    the maps of the reducer `pivot` without data (noise, its forward pass, all groups) against those of
-            `intrafusion` (exact transport), on ResNet-18 at full width and on ResNet-50.
+            `intrafusion` (exact transport), on ResNet-18 at full width and on ResNet-50; and the closed form that
+            makes up, without data or forward pass, for what that transport merged, against the transport.
   restore   least squares on 256 images, and on noise, against one forward pass of the original on 256 images.
 Peers come with `pip install intrafusion[benchmarks,timm]`. Records: benchmarks/records/speed.jsonl.
 """
@@ -30,7 +31,7 @@ from intrafusion import Recipe, zoo
 from intrafusion.bench import Record, append
 from intrafusion.cli.models import resolve
 from intrafusion.inputs import Inputs
-from intrafusion.restore import LeastSquares, Noise
+from intrafusion.restore import ClosedForm, LeastSquares, Noise
 from intrafusion.restore.steps import calibration_for
 
 RECORDS = Path(__file__).parent / "records" / "speed.jsonl"
@@ -120,6 +121,15 @@ def choice_records(networks: Mapping[str, int], repeats: int, keep: float = 0.5)
 
         found = compare(lambda c=choose: c("pivot"), lambda c=choose: c("intrafusion"), repeats)
         setting = {"what": "choose: pivot, peer intrafusion", "network": name, "keep": keep, "pixels": pixels}
+        records.append(Record("speed", setting, found))
+        plan = intrafusion.decide(model, graph, Recipe.of(keep=keep, reducer="intrafusion", restore=None), x)
+        merged = iter([intrafusion.carry_out(model, plan, graph, x) for _ in range(repeats + 1)])
+        found = compare(
+            lambda m=model, g=graph, merged=merged: ClosedForm()(next(merged), m, g),
+            lambda c=choose: c("intrafusion"),
+            repeats,
+        )
+        setting = {"what": "restore: closed_form, peer intrafusion", "network": name, "keep": keep, "pixels": pixels}
         records.append(Record("speed", setting, found))
     return records
 

@@ -129,16 +129,7 @@ def restored_table(records: list[Record]) -> str:
 
 
 def rank(line: tuple[str, str]) -> tuple[int, int]:
-    restorers = (
-        "none",
-        "noise",
-        "synthetic 128",
-        "real 64",
-        "real 256",
-        "256 labels, trained",
-        "256 labels, trained x10",
-    )
-    return ("select", "intrafusion", "fold", "pivot").index(line[0]), restorers.index(line[1])
+    return REDUCERS.index(line[0]), (*RESTORERS, *RIVALS).index(line[1])
 
 
 def sizes_table(records: list[Record]) -> str:
