@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from restoration_cifar10 import REDUCERS, RESTORERS, RIVALS
+
 from intrafusion.bench import Record, read
 from intrafusion.io.atomic import atomic_file
 
