@@ -43,10 +43,12 @@ class Noise(LeastSquares):
     What earlier restorers wrote is replaced. OURS.
 
     Attributes:
+        scarcity: as in `LeastSquares`; ten times as much, for where rows are few they are not even of the data.
         images: how many, fewer where they are large (all pixels together 2^19, at least 32 images).
         slope: of the amplitude over the spatial frequency; 0 is white noise.
     """
 
+    scarcity: float = 2.0
     images: int = 512
     slope: float = 1.5
 
