@@ -137,7 +137,7 @@ def test_a_level_that_makes_the_outputs_worse_is_undone_and_says_so(monkeypatch:
 
 def test_noise_is_measured_with_its_own_statistics_in_the_norms() -> None:
     (step,) = intrafusion.compress(network(), X, 0.5, restore="noise").restored
-    assert step.error_after < 0.5 * step.error_before
+    assert step.error_after < 0.6 * step.error_before
     (closed, noise) = intrafusion.compress(network(), X, 0.5, restore=["closed_form", "noise"]).restored
     assert (closed.on, closed.error_before) == (None, None)
     assert noise.error_after == pytest.approx(step.error_after)
