@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.restore import Synthesis, load_images, save_images
-from intrafusion.restore.synthesize import mismatches, remembered, seen_on_noise, total_variation
+from intrafusion.restore.synthesize import mismatches, moments, remembered, seen_on_noise, total_variation
 
 QUICK = Synthesis(images=8, steps=25)
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -117,3 +117,15 @@ def test_what_cannot_be_made() -> None:
         QUICK(made(), torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="at least 2 images and 1 step, got 1 and 250"):
         Synthesis(images=1)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((6, 3), 1), ((6, 3, 4), 1), ((6, 3, 4, 5), 1), ((6, 4, 3), -1)])
+def test_moments_of_channels_and_their_gradients(shape: tuple[int, ...], dim: int) -> None:
+    x = 2 * torch.randn(shape, dtype=torch.float64) + 1
+    x.requires_grad_()
+    rows = x.movedim(dim, -1).flatten(0, -2)
+    found, expected = moments(x, dim), (rows.mean(0), rows.std(0, correction=0))
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(2, rows.shape[1], dtype=torch.float64)
+    gradients = [torch.autograd.grad((weights * torch.stack(m)).sum(), x)[0] for m in (found, expected)]
+    torch.testing.assert_close(*gradients)

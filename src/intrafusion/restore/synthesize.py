@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from intrafusion.batches import channels_last
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.inputs import ExampleInputs, output_tensors
 from intrafusion.progress import Progress, silent
 from intrafusion.restore.layers import is_convolution_or_linear
 from intrafusion.restore.noise import Noise, batch_norms, image_like
 from intrafusion.trace.state import preserved
+
+TINY = 1e-12  # added to variances where batch norm divides by them
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,9 @@ class Synthesis:
         with preserved(model), torch.enable_grad():
             for step in range(self.steps):
                 progress("images", step, self.steps)
-                pixels.grad = torch.autograd.grad(self.loss(model, wanted, self.rolled(pixels, generator)), pixels)[0]
+                pixels.grad = torch.autograd.grad(
+                    self.loss(model, wanted, channels_last(self.rolled(pixels, generator))), pixels
+                )[0]
                 optimizer.step()
                 if time.monotonic() > end:
                     break
@@ -125,10 +131,27 @@ class Statistics:
         return off.square().mean() + (deviation / self.deviation - 1).square().mean()
 
 
+class ChannelMoments(torch.autograd.Function):
+    """Mean and variance (c,) of the channels of x (n, c, ...), in the one pass that batch norm takes for them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        _, mean, scale = torch.native_batch_norm(x, None, None, None, None, True, 0.0, TINY)
+        ctx.save_for_backward(x, mean)
+        return mean, scale.pow(-2) - TINY
+
+    @staticmethod
+    def backward(ctx: Any, mean_gradient: Tensor, variance_gradient: Tensor) -> Tensor:  # type: ignore[override]
+        x, mean = ctx.saved_tensors
+        rows, shape = x.numel() // x.shape[1], (-1, *[1] * (x.dim() - 2))
+        slope = 2 * variance_gradient / rows
+        return x * slope.to(x).view(shape) + (mean_gradient / rows - slope * mean).to(x).view(shape)
+
+
 def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the channels."""
-    others = [d for d in range(x.dim()) if d != dim % x.dim()]
-    return x.mean(others), x.var(others, unbiased=False).clamp(min=1e-8).sqrt()
+    mean, variance = ChannelMoments.apply(x if dim == 1 else x.movedim(dim, -1).flatten(0, -2))
+    return mean, variance.clamp(min=1e-8).sqrt()
 
 
 def remembered(model: nn.Module) -> list[Statistics]:
