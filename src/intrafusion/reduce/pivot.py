@@ -76,7 +76,7 @@ def picked(moments: Moments, m: int | None = None) -> Pivots:
     """The first m channels (all of them by default), or more, in the order of picking; kept with the object."""
     m = len(moments.reader) if m is None else m
     if moments not in _PICKED or len(_PICKED[moments].order) < m:
-        _PICKED[moments] = pivots(moments.covariances, moments.reader, moments.shares, m)
+        _PICKED[moments] = pivots(moments.covariances.float(), moments.reader.float(), moments.shares.float(), m)
     return _PICKED[moments]
 
 
@@ -94,7 +94,7 @@ def pivots(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivot
         C  into  C - u u^T    and    R  into  R - u v^T - v u^T.
 
     Their diagonals follow every pick; the matrices follow `BLOCK` picks at once, and a column needed in between is made
-    up for those of its block. O(p n^2 m), in float32.
+    up for those of its block. O(p n^2 m), in the precision of what is given.
 
     Args:
         covariances: C (p, n, n), each positive semi-definite.
@@ -107,10 +107,10 @@ def pivots(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivot
     n = len(reader)
     if not 1 <= m <= n:
         raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
-    c, reader, shares = covariances.float().clone(), reader.float(), shares.float()
+    c = covariances.clone()
     r = c @ reader @ c
     variances, gains = (matrix.diagonal(dim1=1, dim2=2).clone() for matrix in (c, r))
-    known = (KNOWN * variances).clamp(min=torch.finfo(torch.float32).tiny)
+    known = (KNOWN * variances).clamp(min=torch.finfo(c.dtype).tiny)
     order, missing = [], [1.0]
     us, vs = c.new_zeros(2, len(c), BLOCK, n)
     for index in range(m):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.apply import named_tensors, write_
 from intrafusion.batches import Images, batches, channels_last, fitted, joined
@@ -230,7 +229,6 @@ class Solver:
                 if self.solve(layer, layer.inputs(x, places), given):
                     output.copy_(layer.normed(layer.module.forward(x)))
 
-    @_disable_current_modes()
     def solve(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
         """Solve one layer, which gives `given` of these inputs, and write it; False if that is right already."""
         rows, activation = self.targets.rows[layer.name], self.targets.activations.get(layer.name)
