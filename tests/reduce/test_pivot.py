@@ -9,7 +9,7 @@ from torch import Tensor
 
 from intrafusion.errors import BudgetError
 from intrafusion.reduce import IntraFusion, Moments, Pivot, ReductionProblem, Select
-from intrafusion.reduce.pivot import least_squares_map, pivots
+from intrafusion.reduce.pivot import least_squares_map, picked, pivots
 
 
 def spd(n: int, rank: int | None = None) -> Tensor:
@@ -49,6 +49,17 @@ def test_points_weigh_the_same() -> None:
     loud = Moments(torch.stack([10 * means[0], means[1]]), torch.stack([100 * a, b]), reader)
     torch.testing.assert_close(loud.overall, ((means[0] / 10 + means[1]) / 1.01, (a + b) / 1.01))
     torch.testing.assert_close(Moments(means[:1], a[None], reader).overall, (means[0], a))
+
+
+def test_a_point_where_nothing_varies_counts_nothing() -> None:
+    """It would count infinitely much in float32, and every gain would be NaN."""
+    covariance, reader = spd(5), spd(5)
+    both = Moments(
+        torch.zeros(2, 5, dtype=torch.float64), torch.stack([covariance, torch.zeros_like(covariance)]), reader
+    )
+    alone = Moments(torch.zeros(1, 5, dtype=torch.float64), covariance[None], reader)
+    assert picked(both).order.tolist() == picked(alone).order.tolist()
+    torch.testing.assert_close(both.overall[1], covariance)
 
 
 def test_known_channels_are_picked_last() -> None:

@@ -25,8 +25,12 @@ class Moments:
 
     @property
     def shares(self) -> Tensor:
-        """What a unit of the consumers' signal counts at each point (p,): the signals of all points weigh the same."""
-        return 1 / ((self.covariances * self.reader).sum((1, 2)).clamp(min=1e-300) * len(self.means))
+        """What a unit of the consumers' signal counts at each point (p,): the signals of all points weigh the same.
+
+        A point where nothing varies counts 0 beside others. All are finite in float32.
+        """
+        signals = (self.covariances * self.reader).sum((1, 2))
+        return torch.where(signals >= 1e-12 * signals.max(), 1 / (signals.clamp(min=1e-30) * len(signals)), 0.0)
 
     @property
     def overall(self) -> tuple[Tensor, Tensor]:
