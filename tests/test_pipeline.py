@@ -286,6 +286,11 @@ def headless(net: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("model", "inputs", "message"),
     [
+        (
+            lambda: poisoned(1.0).to("meta"),
+            X.to("meta"),
+            r"stem.0.weight: expected weights on the CPU or a GPU, got meta: it holds no values",
+        ),
         (lambda: poisoned(float("nan")), X, "a.0.weight: expected finite weights, got NaN or infinity"),
         (lambda: poisoned(float("-inf")), X, "a.0.weight: expected finite weights"),
         (

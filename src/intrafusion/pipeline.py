@@ -33,6 +33,12 @@ from intrafusion.target import sizes_for_target
 from intrafusion.trace import trace
 from intrafusion.verify import operate, verified
 
+UNFIT = {
+    "meta": "it holds no values there; load its weights first",
+    "mps": "that has no float64, in which maps are solved and proved; use model.cpu(), and move the result back",
+}
+"""Devices that a network cannot be on, and why."""
+
 
 def compress(
     model: nn.Module,
@@ -134,7 +140,7 @@ def moved_into(model: nn.Module, small: Compressed) -> Compressed:
 
 def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progress = silent) -> ChannelGraph:
     """Trace a network into channel groups and prove each of them by a permutation."""
-    check_finite(model)
+    check_weights(model)
     inputs = Inputs.of(example_inputs)
     progress("trace", 0, 2)
     graph = trace(model, inputs)
@@ -144,8 +150,12 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progre
     return graph
 
 
-def check_finite(model: nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
     for name, tensor in named_tensors(model).items():
+        if tensor.device.type in UNFIT:
+            raise ModelError(
+                f"{name}: expected weights on the CPU or a GPU, got {tensor.device}: {UNFIT[tensor.device.type]}."
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(
                 f"{name}: expected finite weights, got NaN or infinity; the network was saved broken, load another."

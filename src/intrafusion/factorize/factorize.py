@@ -17,7 +17,7 @@ from intrafusion.factorize.svd import Spectrum, factorized, spectrum
 from intrafusion.inputs import ExampleInputs, Inputs
 from intrafusion.lowrank import put_, splittable
 from intrafusion.measure.size import size_of
-from intrafusion.pipeline import carry_out, check_finite
+from intrafusion.pipeline import carry_out, check_weights
 from intrafusion.plan import Plan
 from intrafusion.recipe import Recipe
 from intrafusion.selection import as_selectors
@@ -65,7 +65,7 @@ def factorize(
     """
     inputs = Inputs.of(example_inputs)
     base = model if isinstance(model, Compressed) else whole(model, inputs)
-    check_finite(base.model)
+    check_weights(base.model)
     layers = spectra(base.model, include, exclude)
     small = copy_of(base.model)
     wanted = dict(ranks) if isinstance(ranks, Mapping) else get(ranks)(layers)

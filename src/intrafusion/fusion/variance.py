@@ -33,7 +33,7 @@ def lengths(own: Side, anchor: ChannelGraph, model: nn.Module, pairs: Sequence[P
                     continue
                 shape = anchor.shapes[mine.tensor]
                 rows = channel_rows({mine.tensor: carried(own.weights[mine.tensor], tracks, shape)}, mine)
-                new = found.setdefault(mine.tensor, torch.zeros(shape[mine.dim], dtype=torch.float64))
+                new = found.setdefault(mine.tensor, rows.new_zeros(shape[mine.dim], dtype=torch.float64))
                 new[theirs.positions[:, 0]] = row_means(maps[pair.name].merge).to(rows) @ rows.norm(dim=1)
     return found
 

@@ -51,7 +51,7 @@ def save(
     Raises:
         FolderError: the folder exists and is not one of ours.
     """
-    state = {name: t.detach().contiguous().clone() for name, t in named_tensors(model).items()}
+    state = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(model).items()}
     extra = {
         "weights": WEIGHTS,
         "repairs": [asdict(r) for r in repairs],
@@ -212,7 +212,7 @@ def is_size(value: Any) -> bool:
 def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
     """Write a plan with its maps, to be carried out later with `intrafusion.apply`."""
     tensors = {
-        f"{kind}/{name}": getattr(m, kind).contiguous()
+        f"{kind}/{name}": getattr(m, kind).cpu().contiguous()
         for name, m in plan.maps.items()
         for kind in ("merge", "unmerge", "shift")
         if getattr(m, kind) is not None

@@ -111,12 +111,12 @@ def pivots(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivot
     r = c @ reader @ c
     variances, gains = (matrix.diagonal(dim1=1, dim2=2).clone() for matrix in (c, r))
     known = (KNOWN * variances).clamp(min=torch.finfo(c.dtype).tiny)
-    order, missing = [], [1.0]
+    order, missing, taken = [], [1.0], torch.zeros_like(reader[0], dtype=torch.bool)
     us, vs = c.new_zeros(2, len(c), BLOCK, n)
     for index in range(m):
         gain = shares @ torch.where(variances > known, gains.clamp(min=0) / torch.maximum(variances, known), 0.0)
-        gain[order] = -1.0
-        best = int(gain.argmax())
+        best = int(gain.masked_fill_(taken, -1.0).argmax())
+        taken[best] = True
         missing.append(max(0.0, missing[-1] - float(gain[best])))
         order.append(best)
         at = index % BLOCK

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from intrafusion.batches import channels_last
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.inputs import ExampleInputs, output_tensors
+from intrafusion.io.atomic import atomic_file
 from intrafusion.progress import Progress, silent
 from intrafusion.restore.layers import is_convolution_or_linear
 from intrafusion.restore.noise import Noise, batch_norms, image_like
@@ -197,7 +198,8 @@ def mismatches(wanted: Sequence[Statistics]) -> Iterator[list[Tensor]]:
 def save_images(images: Tensor, path: str | os.PathLike[str], synthesis: Synthesis | None = None) -> None:
     """Write images as safetensors, with how they were made."""
     how = {} if synthesis is None else {name: str(value) for name, value in asdict(synthesis).items()}
-    save_file({"images": images.contiguous()}, Path(path), metadata=how)
+    with atomic_file(path) as temporary:
+        save_file({"images": images.cpu().contiguous()}, temporary, metadata=how)
 
 
 def load_images(path: str | os.PathLike[str]) -> Tensor:
