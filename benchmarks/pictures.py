@@ -22,7 +22,7 @@ from intrafusion.restore import Noise, Synthesis
 HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "restoration.jsonl"
 PICTURES = HERE.parent / "docs" / "pictures"
-NETWORK = "cifar10_resnet20"
+NETWORK, IMAGES = "cifar10_resnet20", 10_000
 LEVELS = {
     "256 unlabelled images": ("pivot", "real 256"),
     "128 images made from the network": ("pivot", "synthetic 128"),
@@ -33,19 +33,22 @@ LEVELS = {
 
 def levels(path: Path) -> None:
     """Accuracy against the fraction of channels kept, a line per level."""
-    own = {r.key: r for r in read(RECORDS) if r.setting["network"] == NETWORK and "keep" in r.setting}.values()
+    ours = lambda s: (s["network"], s["test_images"]) == (NETWORK, IMAGES) and "keep" in s  # noqa: E731
+    own = {r.key: r for r in read(RECORDS) if ours(r.setting)}.values()
     accuracy = {(r.setting["reducer"], r.setting["restorer"], r.setting["keep"]): r.result["accuracy"] for r in own}
     original = accuracy["none", "none", 1.0]
     keeps = sorted({keep for *_, keep in accuracy if keep < 1}, reverse=True)
     curves = {name: [(1.0, original), *((k, accuracy[*level, k]) for k in keeps)] for name, level in LEVELS.items()}
-    accuracy_plot(path, curves, original=original, title=f"{NETWORK}, all channels, 2,000 test images, no training")
+    accuracy_plot(
+        path, curves, original=original, title=f"{NETWORK}, all channels, {IMAGES:,} test images, no training"
+    )
 
 
 def sheets(path: Path, shown: int = 16, zoom: int = 6, steps: int = 250) -> None:
     """Noise, images made from the digits network, and digits that it never saw, side by side."""
     example = zoo.example_input("digits_resnet")
     noise = Noise(images=shown).make(example).tensors()[0]
-    made = Synthesis(images=shown, steps=steps)(zoo.trained_digits(), example)
+    made = Synthesis(images=shown, mirrored=False, steps=steps)(zoo.trained_digits(), example)
     real = zoo.load_data("digits_resnet", "test", limit=shown).images
     parts = [contact_sheet(images) for images in (noise, made, real)]
     gap = torch.full((len(parts[0]), 4, 3), 255, dtype=torch.uint8)

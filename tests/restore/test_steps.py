@@ -54,7 +54,7 @@ def test_auto_makes_images_where_it_can_afford_to(monkeypatch: pytest.MonkeyPatc
     (step,) = intrafusion.compress(network(), X, 0.5).restored
     assert (step.step, step.on, step.note) == (
         "LeastSquares",
-        "8 images made from the network",
+        "16 images made from the network",
         "no images were given",
     )
     monkeypatch.setattr(calibration_module, "AFFORDABLE", 1.0)

@@ -15,7 +15,7 @@ from intrafusion.errors import FolderError, ModelError
 from intrafusion.restore import Synthesis, load_images, save_images
 from intrafusion.restore.synthesize import mismatches, moments, remembered, seen_on_noise, total_variation
 
-QUICK = Synthesis(images=8, steps=25)
+QUICK = Synthesis(images=8, mirrored=False, steps=25)
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
 
@@ -47,6 +47,15 @@ def test_statistics_come_closer_and_labels_are_met() -> None:
     assert images.shape == (8, 3, 8, 8)
     assert mismatch(model, images) < 0.2 * mismatch(model, start)
     assert (model(images).argmax(1) == torch.arange(8) % 4).float().mean() > 0.7
+
+
+def test_every_image_comes_with_its_mirror_image() -> None:
+    model = made()
+    both = replace(QUICK, steps=2, mirrored=True)(model, EXAMPLE)
+    assert torch.equal(both[:8], replace(QUICK, steps=2)(model, EXAMPLE))
+    assert torch.equal(both[8:], torch.flip(both[:8], dims=[3]))
+    sequences = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)).eval()
+    assert len(replace(QUICK, steps=2, mirrored=True)(sequences, torch.zeros(1, 3, 8))) == 8
 
 
 def test_the_collected_mismatch_is_the_one_by_hand() -> None:
