@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tables import HEADLINE, latest, where
 
 from intrafusion import zoo
 from intrafusion.bench import read
@@ -22,7 +23,6 @@ from intrafusion.restore import Noise, Synthesis
 HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "restoration.jsonl"
 PICTURES = HERE.parent / "docs" / "pictures"
-NETWORK, IMAGES = "cifar10_resnet20", 10_000
 LEVELS = {
     "256 unlabelled images": ("pivot", "real 256"),
     "128 images made from the network": ("pivot", "synthetic 128"),
@@ -33,15 +33,14 @@ LEVELS = {
 
 def levels(path: Path) -> None:
     """Accuracy against the fraction of channels kept, a line per level."""
-    ours = lambda s: (s["network"], s["test_images"]) == (NETWORK, IMAGES) and "keep" in s  # noqa: E731
-    own = {r.key: r for r in read(RECORDS) if ours(r.setting)}.values()
+    own = [r for r in latest(read(RECORDS)) if where(r) == HEADLINE and "keep" in r.setting]
     accuracy = {(r.setting["reducer"], r.setting["restorer"], r.setting["keep"]): r.result["accuracy"] for r in own}
     original = accuracy["none", "none", 1.0]
     keeps = sorted({keep for *_, keep in accuracy if keep < 1}, reverse=True)
     curves = {name: [(1.0, original), *((k, accuracy[*level, k]) for k in keeps)] for name, level in LEVELS.items()}
-    accuracy_plot(
-        path, curves, original=original, title=f"{NETWORK}, all channels, {IMAGES:,} test images, no training"
-    )
+    network, _, images = HEADLINE
+    title = f"{network}, all channels, {images:,} test images, no training"
+    accuracy_plot(path, curves, original=original, title=title)
 
 
 def sheets(path: Path, shown: int = 16, zoom: int = 6, steps: int = 250) -> None:

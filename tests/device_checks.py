@@ -24,7 +24,7 @@ from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.drift import drift
 from intrafusion.measure.latency import latency_ms
 from intrafusion.reduce import REDUCERS
-from intrafusion.restore import RESTORERS, Synthesis, load_images, save_images
+from intrafusion.restore import LEVELS, RESTORERS, Synthesis, load_images, save_images
 from intrafusion.train import Training, train_
 from intrafusion.zoo import Images
 
@@ -120,7 +120,7 @@ def test_reducers(place: Place, reducer: str) -> None:
     check_compressed(place, keep=0.5, reducer=reducer, restore=None)
 
 
-@pytest.mark.parametrize("restore", ["noise", "synthetic", "images", *RESTORERS])
+@pytest.mark.parametrize("restore", dict.fromkeys((*LEVELS, *RESTORERS)))
 def test_restorers(place: Place, restore: str) -> None:
     images = {} if restore in ("noise", "synthetic", "closed_form") else {"images": IMAGES}
     small = check_compressed(place, keep=0.5, restore=restore, **images)

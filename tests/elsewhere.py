@@ -16,26 +16,23 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import intrafusion.restore.layers as layers
+from intrafusion.trace.tracer import is_composite
+
 NAME = "elsewhere"
+POSSIBLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 INDEXED = ("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl")
-
-
-class Backend(backend_registration._DummyBackendModule):
-    """Draws its random numbers from those of the CPU."""
-
-    def get_rng_state(self, device: object = None) -> Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: Tensor, device: object = None) -> None:
-        """They are set with those of the CPU."""
 
 
 @functools.cache
 def device() -> torch.device:
     """Registered when first asked for, as a process can do only once."""
-    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+    if not POSSIBLE:
         pytest.skip(f"torch {torch.__version__} takes no device that is written in Python")
-    backend_registration._setup_privateuseone_for_python_backend(NAME, Backend())
+    backend = backend_registration._DummyBackendModule()
+    backend.get_rng_state = lambda device=None: torch.get_rng_state()
+    backend.set_rng_state = lambda state, device=None: None  # set with those of the CPU
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend)
     return torch.device(NAME, 0)
 
 
@@ -85,7 +82,7 @@ class Computing(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), DispatchKey.CompositeImplicitAutograd):
+        if is_composite(func):
             with self:
                 return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **(kwargs or {}))
         return computed(func, args, kwargs or {})
@@ -138,8 +135,6 @@ def moved_(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def computing(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device works inside, also where our own hooks switch modes off."""
-    import intrafusion.restore.layers as layers
-
     hidden = layers._disable_current_modes
 
     @contextlib.contextmanager

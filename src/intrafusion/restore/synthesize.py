@@ -85,9 +85,8 @@ class Synthesis:
         with preserved(model), torch.enable_grad():
             for step in range(self.steps):
                 progress("images", step, self.steps)
-                pixels.grad = torch.autograd.grad(
-                    self.loss(model, wanted, channels_last(self.rolled(pixels, generator))), pixels
-                )[0]
+                images = channels_last(self.rolled(pixels, generator))
+                (pixels.grad,) = torch.autograd.grad(self.loss(model, wanted, images), pixels)
                 optimizer.step()
                 if time.monotonic() > end:
                     break
