@@ -17,9 +17,10 @@ from typing import Any
 
 from rich.progress import track
 
-from intrafusion import ChannelGraph, IntraFusion, ModelError, Recipe, Select, carry_out, decide, inspect, zoo
-from intrafusion.bench import Record, append, done, read
-from intrafusion.bench.records import key_of
+from intrafusion import ChannelGraph, IntraFusion, ModelError, Recipe, Select, carry_out, decide, inspect
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
+from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
 
 RECORDS = Path(__file__).parent / "records" / "datafree_cifar10.jsonl"
@@ -88,9 +89,9 @@ def run(network: str, images: int, records: Path, limit: int | None = None) -> N
         "keep": 1.0,
         "method": "original",
     }
-    finished = done(read(records))
+    finished = finished_keys(read_records(records))
     if key_of(EXPERIMENT, baseline) not in finished:
-        append(records, Record(EXPERIMENT, baseline, {"accuracy": accuracy(model, data.images, data.labels)}))
+        append_record(records, Record(EXPERIMENT, baseline, {"accuracy": accuracy(model, data.images, data.labels)}))
     todo = [s for s in settings(network, graph, images) if key_of(EXPERIMENT, s) not in finished][:limit]
     for setting in track(todo, network):
         try:
@@ -99,7 +100,7 @@ def run(network: str, images: int, records: Path, limit: int | None = None) -> N
             print(f"{setting['group']}: {error}")
             continue
         if record is not None:
-            append(records, record)
+            append_record(records, record)
 
 
 def main() -> None:
@@ -126,7 +127,7 @@ def smoke() -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "smoke.jsonl"
         run("cifar10_resnet20", 100, records, limit=2)
-        for record in read(records):
+        for record in read_records(records):
             print(record.setting["method"], f"{record.result['accuracy']:.3f}")
 
 

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from intrafusion import inspect, zoo
-from intrafusion.bench import Record, append, done, read
-from intrafusion.bench.records import key_of
+from intrafusion import inspect
 from intrafusion.fusion import Alignment, fuse
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
+from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.pipeline import Recipe, carry_out, decide
 from intrafusion.restore import LeastSquares
@@ -99,21 +100,22 @@ def measure(pair: Pair, setting: dict[str, Any]) -> dict[str, Any]:
 
 def run(records: Path, images: int, pairs: tuple[str, ...], only: int | None = None) -> None:
     for name in pairs:
-        finished = done(read(records))
+        finished = finished_keys(read_records(records))
         count = min(images, 360) if name == "digits" else images
         todo = [s for s in settings(name, count) if key_of(EXPERIMENT, s) not in finished][:only]
         pair = Pair(name, count) if todo else None
         for setting in todo:
             assert pair is not None
             record = Record(EXPERIMENT, setting, measure(pair, setting))
-            append(records, record)
+            append_record(records, record)
             print(name, setting["how"], setting["after"], f"{record.result['accuracy']:.4f}", flush=True)
 
 
 def table(records: Path) -> str:
     """Markdown: a row per pair and way of comparing, a column per treatment."""
     found = {
-        (r.setting["pair"], r.setting["how"], r.setting["after"]): 100 * r.result["accuracy"] for r in read(records)
+        (r.setting["pair"], r.setting["how"], r.setting["after"]): 100 * r.result["accuracy"]
+        for r in read_records(records)
     }
     lines = ["| pair | compared by | averaged | rescaled | least squares |", "|---|---|---|---|---|"]
     for pair, how in dict.fromkeys((p, h) for p, h, _ in found):

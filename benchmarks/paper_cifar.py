@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from intrafusion import zoo
-from intrafusion.bench import Cluster, read, sweep
 from intrafusion.errors import IntrafusionError
-from intrafusion.experiments import Options, Subject
-from intrafusion.experiments.reduction import measure, original, reductions
-from intrafusion.experiments.subject import INNER, WHOLE, Measurement
-from intrafusion.inputs import Inputs
-from intrafusion.zoo import Images
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import Cluster, read_records, sweep
+from intrafusion.lab.experiments import Options, Subject
+from intrafusion.lab.experiments.reduction import measure_reduction, original_setting, reduction_settings
+from intrafusion.lab.experiments.subject import INNER, WHOLE, Measurement
+from intrafusion.lab.zoo import Images
+from intrafusion.network.inputs import Inputs
 
 RECORDS = Path(__file__).parent / "records" / "paper_cifar.jsonl"
 EXPERIMENT = "paper_cifar"
@@ -59,10 +59,10 @@ def channels_last(data: Images) -> Images:
 def settings(network: Subject, repairs: Sequence[str] = REPAIRS) -> Iterator[dict[str, Any]]:
     """The original, then each scope and keep with all methods."""
     methods = tuple(reducer + repair for reducer in ALONE for repair in repairs)
-    yield original(network)
+    yield original_setting(network)
     for scope, keeps in SCOPES.items():
         options = Options(keep=keeps, method=methods)
-        yield from (s for s in reductions(network, options, [scope]) if s["group"] == scope)
+        yield from (s for s in reduction_settings(network, options, [scope]) if s["group"] == scope)
 
 
 def run(
@@ -78,7 +78,7 @@ def run(
                 bar.update(task, completed=done, total=total)
 
             wanted = list(settings(network))[:only]
-            run_one = Measurement({name: network}, measure)
+            run_one = Measurement({name: network}, measure_reduction)
             try:
                 sweep(EXPERIMENT, wanted, run_one, records, cluster=cluster, progress=show)
             except IntrafusionError as error:  # says which settings failed; the others are recorded
@@ -108,7 +108,7 @@ def smoke() -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "smoke.jsonl"
         run(("cifar10_resnet20",), 50, records, None, only=6)
-        for record in read(records):
+        for record in read_records(records):
             print(record.setting["keep"], record.setting["method"], f"{record.result['accuracy']:.3f}")
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from tables import HEADLINE, latest, where
 
-from intrafusion import zoo
-from intrafusion.bench import read
 from intrafusion.io.atomic import atomic_file
-from intrafusion.report.plot import accuracy_plot
-from intrafusion.report.sheet import contact_sheet, png
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import read_records
+from intrafusion.lab.report.plot import accuracy_plot
+from intrafusion.lab.report.sheet import contact_sheet, png
 from intrafusion.restore import Noise, Synthesis
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ LEVELS = {
 
 def levels(path: Path) -> None:
     """Accuracy against the fraction of channels kept, a line per level."""
-    own = [r for r in latest(read(RECORDS)) if where(r) == HEADLINE and "keep" in r.setting]
+    own = [r for r in latest(read_records(RECORDS)) if where(r) == HEADLINE and "keep" in r.setting]
     accuracy = {(r.setting["reducer"], r.setting["restorer"], r.setting["keep"]): r.result["accuracy"] for r in own}
     original = accuracy["none", "none", 1.0]
     keeps = sorted({keep for *_, keep in accuracy if keep < 1}, reverse=True)

@@ -24,9 +24,10 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from intrafusion import compress, zoo
-from intrafusion.bench import Record, append, done, read
-from intrafusion.bench.records import key_of
+from intrafusion import compress
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
+from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.train import Training, train_
 
@@ -109,19 +110,19 @@ def settings(images: int, training: int, steps: Sequence[int], kinds: Sequence[s
 def run(
     records: Path, images: int, training: int, steps: Sequence[int], kinds: Sequence[str], only: int | None = None
 ) -> None:
-    finished = done(read(records))
+    finished = finished_keys(read_records(records))
     todo = [s for s in settings(images, training, steps, kinds) if key_of(EXPERIMENT, s) not in finished][:only]
     if not todo:
         return
     case = Case(images, training)
     for setting in track(todo, NETWORK):
         result = case.measure(setting["start"], setting["trainable"], setting["steps"])
-        append(records, Record(EXPERIMENT, setting, result))
+        append_record(records, Record(EXPERIMENT, setting, result))
 
 
 def table(records: Path) -> str:
     """Markdown: a row per start and kind of parameters, a column per number of steps."""
-    found = {(r.setting["start"], r.setting["trainable"], r.setting["steps"]): r.result for r in read(records)}
+    found = {(r.setting["start"], r.setting["trainable"], r.setting["steps"]): r.result for r in read_records(records)}
     steps = sorted({s for _, _, s in found if s})
     head = ["start", "trained", "parameters trained", "0 steps", *(f"{s} steps" for s in steps)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]

@@ -30,15 +30,16 @@ from recovery_cifar10 import flipped_and_shifted
 from rich.progress import track
 from torch import Tensor, nn
 
-from intrafusion import ChannelGraph, Recipe, zoo
-from intrafusion.bench import Record, append, done, read
-from intrafusion.bench.records import key_of
+from intrafusion import ChannelGraph, Recipe
+from intrafusion.budget.target import cost_of
 from intrafusion.importance import Magnitude
-from intrafusion.inputs import Inputs
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
+from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
+from intrafusion.network.inputs import Inputs
 from intrafusion.pipeline import folded_weights, follow, inspect
 from intrafusion.restore import Calibration, Synthesis, calibrate, load_images, save_images
-from intrafusion.target import cost_of
 from intrafusion.train import Training, train_
 
 RECORDS = Path(__file__).parent / "records" / "restoration.jsonl"
@@ -192,13 +193,13 @@ def result_of(case: Case, setting: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(images: int, records: Path, cases: Mapping[tuple[str, str], Plan] = CASES, only: int | None = None) -> None:
     for (network, scope), plan in cases.items():
-        finished, limit = done(read(records)), min(images, 744) if network in SPLITS else images
+        finished, limit = finished_keys(read_records(records)), min(images, 744) if network in SPLITS else images
         todo = [s for s in settings(network, scope, limit, plan) if key_of(EXPERIMENT, s) not in finished][:only]
         if not todo:
             continue
         case = Case(network, scope, limit, records.parent / "build")
         for setting in track(todo, network):
-            append(records, Record(EXPERIMENT, setting, result_of(case, setting)))
+            append_record(records, Record(EXPERIMENT, setting, result_of(case, setting)))
 
 
 def main() -> None:
@@ -230,7 +231,7 @@ def smoke() -> None:
             records,
             {("cifar10_resnet20_pad", INNER): Plan((0.5,), ("pivot",), ("noise",), rivals=("256 labels, trained",))},
         )
-        for record in read(records):
+        for record in read_records(records):
             print(record.setting["reducer"], record.setting["restorer"], f"{record.result['accuracy']:.3f}")
 
 

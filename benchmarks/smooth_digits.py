@@ -21,10 +21,10 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from intrafusion import zoo
-from intrafusion.bench import Record, append, done, read
-from intrafusion.bench.records import key_of
 from intrafusion.factorize import Global, Smooth, factorize
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
+from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.train import Training, train_
 
@@ -61,17 +61,17 @@ def run(records: Path, weights: Sequence[float], seeds: Sequence[int], epochs: i
         for weight in ((0.0,) if penalty == "none" else weights)
         for seed in seeds
     ]
-    finished = done(read(records))
+    finished = finished_keys(read_records(records))
     for setting in track([s for s in settings if key_of(EXPERIMENT, s) not in finished], NETWORK):
         model = trained(setting["penalty"], setting["weight"], setting["seed"], epochs)
         result = {**measured(model, "validation", (1.0,)), **measured(model, "test", FRACTIONS)}
-        append(records, Record(EXPERIMENT, setting, result))
+        append_record(records, Record(EXPERIMENT, setting, result))
 
 
 def table(records: Path) -> str:
     """Markdown: mean test accuracy over the seeds; the weight of each penalty is chosen on validation images."""
     found: dict[tuple[str, float], list[dict[str, float]]] = {}
-    for r in read(records):
+    for r in read_records(records):
         found.setdefault((r.setting["penalty"], r.setting["weight"]), []).append(dict(r.result))
     average = {key: {k: mean(x[k] for x in results) for k in results[0]} for key, results in found.items()}
     best = max(result["validation_1"] for result in average.values())

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import Recipe, zoo
-from intrafusion.bench import Record, append
+from intrafusion import Recipe
 from intrafusion.cli.models import resolve
-from intrafusion.inputs import Inputs
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import Record, append_record
+from intrafusion.network.inputs import Inputs
 from intrafusion.restore import ClosedForm, LeastSquares, Noise
 from intrafusion.restore.steps import calibration_for
 
@@ -173,7 +174,7 @@ def main() -> None:
     for record in records:
         print(record.setting, record.result)
         if not options.smoke:
-            append(options.records, record)
+            append_record(options.records, record)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from restoration_cifar10 import REDUCERS, RESTORERS, RIVALS
 
-from intrafusion.bench import Record, read
 from intrafusion.io.atomic import atomic_file
+from intrafusion.lab.bench import Record, read_records
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"
@@ -156,13 +156,13 @@ def headline(records: list[Record]) -> str:
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     HERE / "README.md": {
-        "datafree_cifar10": lambda: by_network(read(RECORDS / "datafree_cifar10.jsonl"), network_table),
-        "paper_cifar": lambda: by_network(read(RECORDS / "paper_cifar.jsonl"), paper_table),
-        "random_importance": lambda: drawn(read(RECORDS / "random_importance.jsonl")),
-        "restoration": lambda: restoration(read(RECORDS / "restoration.jsonl")),
-        "speed": lambda: speed(read(RECORDS / "speed.jsonl")),
+        "datafree_cifar10": lambda: by_network(read_records(RECORDS / "datafree_cifar10.jsonl"), network_table),
+        "paper_cifar": lambda: by_network(read_records(RECORDS / "paper_cifar.jsonl"), paper_table),
+        "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
+        "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
+        "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
     },
-    HERE.parent / "README.md": {"headline": lambda: headline(read(RECORDS / "restoration.jsonl"))},
+    HERE.parent / "README.md": {"headline": lambda: headline(read_records(RECORDS / "restoration.jsonl"))},
 }
 
 

@@ -20,13 +20,13 @@ from intrafusion.errors import ModelError
 from intrafusion.factorize import factorize
 from intrafusion.importance import IMPORTANCES
 from intrafusion.io.folder import load_plan, save_plan
+from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.drift import drift
 from intrafusion.measure.latency import latency_ms
 from intrafusion.reduce import REDUCERS
 from intrafusion.restore import LEVELS, RESTORERS, Synthesis, load_images, save_images
 from intrafusion.train import Training, train_
-from intrafusion.zoo import Images
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -185,8 +185,8 @@ def test_a_plan_is_carried_out_on_another_device(place: Place, tmp_path: Path) -
     plan = compress(place.network(), X.to(place.device), 0.5, reducer="fold", restore=None).plan
     save_plan(plan, tmp_path / "plan")
     read = load_plan(tmp_path / "plan")
-    here = intrafusion.apply(network(), plan, X)
-    check_same(place, here.model, intrafusion.apply(place.network(), read, X.to(place.device)).model)
+    here = intrafusion.surgery.write(network(), plan, X)
+    check_same(place, here.model, intrafusion.surgery.write(place.network(), read, X.to(place.device)).model)
 
 
 def test_made_images_are_saved(place: Place, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import intrafusion
 from intrafusion import IntraFusion, ModelError
 from intrafusion.errors import BudgetError
-from intrafusion.iterate import after, compress_in_steps, width
+from intrafusion.iterate import compose_maps, compress_in_steps, width_at
 from intrafusion.reduce import ReductionMap
 
 
@@ -73,7 +73,7 @@ def test_the_plan_of_all_steps_makes_the_same_network_from_the_original(normaliz
     model = made()
     small = compress_in_steps(model, EXAMPLE, 0.3, 3, reducer=IntraFusion(normalization), restore=None)
     assert all(len(m.merge) == small.plan.sizes[name] for name, m in small.plan.maps.items())
-    again = intrafusion.apply(model, small.plan, EXAMPLE)
+    again = intrafusion.surgery.write(model, small.plan, EXAMPLE)
     torch.testing.assert_close(again.model(EXAMPLE), small.model(EXAMPLE), rtol=1e-4, atol=1e-4)
     assert (small.model(EXAMPLE) - model(EXAMPLE)).norm().item() > 0.1  # and it is not the original
 
@@ -101,7 +101,7 @@ def test_each_step_sees_what_training_left() -> None:
             network.hidden.weight[0] *= 0.0  # type: ignore[index, operator]
 
     small = compress_in_steps(model, EXAMPLE, {"hidden": 0.4}, 3, train, reducer="select", restore=None)
-    assert seen == [(width(17, 6, 1 / 3), False), (width(17, 6, 2 / 3), False)]
+    assert seen == [(width_at(17, 6, 1 / 3), False), (width_at(17, 6, 2 / 3), False)]
     assert not small.model.training
     assert all(p.grad is None for p in small.model.parameters())
     once = compress_in_steps(model, EXAMPLE, {"hidden": 0.4}, 3, reducer="select", restore=None)
@@ -145,24 +145,24 @@ def test_restorers_run_in_every_step() -> None:
 
 
 def test_widths_fall_by_equal_factors() -> None:
-    assert [width(1000, 125, k / 3) for k in range(4)] == [1000, 500, 250, 125]
-    assert [width(3, 2, k / 4) for k in range(5)] == [3, 3, 2, 2, 2]
-    assert [width(9, 9, k / 2) for k in range(3)] == [9, 9, 9]
+    assert [width_at(1000, 125, k / 3) for k in range(4)] == [1000, 500, 250, 125]
+    assert [width_at(3, 2, k / 4) for k in range(5)] == [3, 3, 2, 2, 2]
+    assert [width_at(9, 9, k / 2) for k in range(3)] == [9, 9, 9]
 
 
 def test_two_maps_in_turn() -> None:
     d = torch.float64
     first = ReductionMap(torch.randn(4, 6, dtype=d), torch.randn(6, 4, dtype=d), torch.randn(6, dtype=d))
     second = ReductionMap(torch.randn(2, 4, dtype=d), torch.randn(4, 2, dtype=d), torch.randn(4, dtype=d))
-    both, x = after(first, second), torch.randn(6, dtype=d)
+    both, x = compose_maps(first, second), torch.randn(6, dtype=d)
     inner = second.merge @ (first.merge @ x)
     torch.testing.assert_close(both.merge @ x, inner)
     assert both.shift is not None
     expected = first.unmerge @ (second.unmerge @ inner + second.shift) + first.shift  # type: ignore[operator]
     torch.testing.assert_close(both.unmerge @ inner + both.shift, expected)
     none = ReductionMap(second.merge, second.unmerge)
-    assert after(first, none).shift is first.shift
-    assert after(ReductionMap(first.merge, first.unmerge), none).shift is None
+    assert compose_maps(first, none).shift is first.shift
+    assert compose_maps(ReductionMap(first.merge, first.unmerge), none).shift is None
 
 
 def test_errors() -> None:

@@ -10,7 +10,7 @@ from intrafusion.pipeline import apply, carry_out, compress, decide, follow, ins
 from intrafusion.plan import Decision, Plan
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import Fold, IntraFusion, Pivot, Select
-from intrafusion.selection import inputs_of, outputs_of
+from intrafusion.selectors import inputs_of, outputs_of
 from intrafusion.trace import trace
 
 __version__ = "0.1.0"

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
-from intrafusion.apply import Repair
-from intrafusion.inputs import Inputs
+from intrafusion import table
 from intrafusion.io import folder as folders
 from intrafusion.measure.size import Size
+from intrafusion.network.inputs import Inputs
 from intrafusion.plan import Plan
-from intrafusion.report import table
+from intrafusion.surgery.write import Repair
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Compressed:
 
     def __str__(self) -> str:
         lines = [*map(str, self.restored), *(f"note: {note}" for note in self.notes)]
-        return "\n".join([table.text(self.plan, self.before, self.after), *lines])
+        return "\n".join([table.plan_text(self.plan, self.before, self.after), *lines])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights (safetensors), plan.json and recipe.yaml; `intrafusion.load` reads them.

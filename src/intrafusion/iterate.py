@@ -9,20 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from intrafusion.apply import Repair, named_tensors
-from intrafusion.batches import Images, reusable
-from intrafusion.budget import sizes
+from intrafusion.budget import uniform_sizes
 from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError
 from intrafusion.graph import ChannelGraph
-from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.network.batches import ImagesLike, make_reusable
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.tensors import named_tensors
 from intrafusion.pipeline import follow, inspect
 from intrafusion.plan import Decision, Plan
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
-from intrafusion.selection import left_alone
-from intrafusion.verify import shrunk
+from intrafusion.selectors import find_left_alone
+from intrafusion.surgery.expect import shrink_graph
+from intrafusion.surgery.write import Repair
 
 Train = Callable[[nn.Module], Any]
 """Trains a network in place."""
@@ -35,7 +36,7 @@ def compress_in_steps(
     steps: int = 4,
     train: Train | None = None,
     *,
-    images: Images | None = None,
+    images: ImagesLike | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Compressed:
@@ -66,7 +67,7 @@ def compress_in_steps(
     if options.get("target") is not None:
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
     recipe = Recipe.of(keep=keep, **options)
-    inputs, images = Inputs.of(example_inputs), reusable(images)
+    inputs, images = Inputs.of(example_inputs), make_reusable(images)
     graph = inspect(model, inputs, progress=progress)
     fractions = schedule(graph, final_sizes(model, graph, recipe), steps)
     done: list[Compressed] = []
@@ -76,32 +77,32 @@ def compress_in_steps(
         step = replace(recipe, keep=fraction, round_to=None)
         small = follow(step, present, graph, inputs, images, progress=progress)
         if train is not None and index + 1 < steps:
-            trained_(small.model, train)
-        graph, present = graph_of(small, graph), small.model
+            train_between_(small.model, train)
+        graph, present = shrunken_graph(small, graph), small.model
         done.append(small)
     progress("step", steps, steps)
-    return joined(done, recipe)
+    return join_steps(done, recipe)
 
 
 def final_sizes(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> dict[str, int]:
     """Size after the last step of every group that is to be reduced."""
-    unwanted = left_alone(graph, model, recipe.include, recipe.exclude)
+    unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
     groups = [g for g in graph.reducible if g.kind == "channel" and g.name not in unwanted]
-    return sizes(groups, recipe.keep, graph, round_to=recipe.round_to)
+    return uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to)
 
 
 def schedule(graph: ChannelGraph, final: Mapping[str, int], steps: int) -> list[dict[str, float]]:
     """Fractions to keep of what is left, by group, for each step; their products give the final sizes exactly."""
-    widths = [{name: width(graph[name].size, m, k / steps) for name, m in final.items()} for k in range(steps + 1)]
+    widths = [{name: width_at(graph[name].size, m, k / steps) for name, m in final.items()} for k in range(steps + 1)]
     return [{name: after[name] / before[name] for name in final} for before, after in itertools.pairwise(widths)]
 
 
-def width(n: int, m: int, share: float) -> int:
+def width_at(n: int, m: int, share: float) -> int:
     """Between n (share 0) and m (share 1), in equal factors."""
     return max(m, round(n * (m / n) ** share))
 
 
-def trained_(model: nn.Module, train: Train) -> None:
+def train_between_(model: nn.Module, train: Train) -> None:
     """Trained in place; modes are left as they were, and no gradients remain."""
     flags = [(module, module.training) for module in model.modules()]
     train(model)
@@ -111,35 +112,35 @@ def trained_(model: nn.Module, train: Train) -> None:
         parameter.grad = None
 
 
-def graph_of(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
+def shrunken_graph(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
     """The graph of a network that was made from one with this graph; `carry_out` has proved that it shows it."""
     shapes = {n: tuple(t.shape) for n, t in named_tensors(small.model).items() if n in graph.shapes}
-    return replace(shrunk(graph, small.plan.sizes), shapes=shapes)
+    return replace(shrink_graph(graph, small.plan.sizes), shapes=shapes)
 
 
 # ---- several steps as one -------------------------------------------------------------------------------------------
 
 
-def joined(steps: Sequence[Compressed], recipe: Recipe) -> Compressed:
+def join_steps(steps: Sequence[Compressed], recipe: Recipe) -> Compressed:
     """The last step's network, and one plan that leads to it from the first one's."""
     first, last = steps[0], steps[-1]
     maps: dict[str, ReductionMap] = {}
     for step in steps:
         for name, reduction in step.plan.maps.items():
-            maps[name] = after(maps[name], reduction) if name in maps else reduction
-    decisions = tuple(decided(d, maps, steps) for d in first.plan.decisions)
+            maps[name] = compose_maps(maps[name], reduction) if name in maps else reduction
+    decisions = tuple(final_decision(d, maps, steps) for d in first.plan.decisions)
     warnings = tuple(dict.fromkeys(w for step in steps for w in step.plan.warnings))
     return replace(
         last,
         plan=Plan(recipe, decisions, first.plan.shapes, maps, warnings),
         before=first.before,
-        repairs=repairs_of(steps),
+        repairs=join_repairs(steps),
         restored=tuple(r for step in steps for r in step.restored),
         notes=tuple(dict.fromkeys(note for step in steps for note in step.notes)),
     )
 
 
-def after(first: ReductionMap, second: ReductionMap) -> ReductionMap:
+def compose_maps(first: ReductionMap, second: ReductionMap) -> ReductionMap:
     """One map for two in turn: x = U_1 x_1 + s_1 and x_1 = U_2 x_2 + s_2 give x = U_1 U_2 x_2 + s_1 + U_1 s_2."""
     shift = first.shift
     if second.shift is not None:
@@ -148,7 +149,7 @@ def after(first: ReductionMap, second: ReductionMap) -> ReductionMap:
     return ReductionMap(second.merge @ first.merge, first.unmerge @ second.unmerge, shift)
 
 
-def decided(decision: Decision, maps: Mapping[str, ReductionMap], steps: Sequence[Compressed]) -> Decision:
+def final_decision(decision: Decision, maps: Mapping[str, ReductionMap], steps: Sequence[Compressed]) -> Decision:
     """What became of a group in all: its last size, or the reason why it never shrank."""
     if decision.group in maps:
         return replace(decision, m=len(maps[decision.group].merge), reason=None)
@@ -156,7 +157,7 @@ def decided(decision: Decision, maps: Mapping[str, ReductionMap], steps: Sequenc
     return replace(decision, m=decision.n, reason=reasons[0] if reasons else None)
 
 
-def repairs_of(steps: Sequence[Compressed]) -> tuple[Repair, ...]:
+def join_repairs(steps: Sequence[Compressed]) -> tuple[Repair, ...]:
     """Attributes of modules from the first network's values to the last one's."""
     found: dict[tuple[str, str], Repair] = {}
     for step in steps:

@@ -9,29 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import hollow_, named_tensors, write_
-from intrafusion.batches import Images, reusable
-from intrafusion.budget import sizes
+from intrafusion.budget import uniform_sizes
+from intrafusion.budget.sensitivity import error_curves
+from intrafusion.budget.target import sizes_for_target
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
-from intrafusion.features import biases, features
 from intrafusion.graph import ChannelGraph, ChannelGroup
-from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.measure.size import size_of
-from intrafusion.norms import fold
-from intrafusion.observe import observe_for
-from intrafusion.plan import Decision, Plan, members_of
+from intrafusion.network.batches import ImagesLike, make_reusable
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.tensors import named_tensors
+from intrafusion.observe.moments import measured
+from intrafusion.observe.observe import observe_for
+from intrafusion.plan import Decision, Plan, describe_members
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Moments, Reducer, ReductionMap, ReductionProblem, Select
 from intrafusion.restore import Calibration, add_shifts_
-from intrafusion.restore.moments import measured
 from intrafusion.restore.steps import calibration_for, restored
-from intrafusion.selection import left_alone
-from intrafusion.sensitivity import error_curves
-from intrafusion.target import sizes_for_target
+from intrafusion.selectors import find_left_alone
+from intrafusion.surgery.maps import hollow_
+from intrafusion.surgery.norms import fold_norms
+from intrafusion.surgery.operate import operate
+from intrafusion.surgery.permute import verify_groups
+from intrafusion.surgery.write import write_weights_
 from intrafusion.trace import trace
-from intrafusion.verify import operate, verified
 
 UNFIT = {
     "meta": "it holds no values there; load its weights first",
@@ -49,7 +52,7 @@ def compress(
     reducer: str | Mapping[str, Any] | Reducer = "pivot",
     importance: Any = "l1",
     restore: Any = "auto",
-    images: Images | None = None,
+    images: ImagesLike | None = None,
     round_to: int | None = None,
     min_channels: int = 1,
     include: Any = None,
@@ -115,7 +118,7 @@ def follow(
     model: nn.Module,
     graph: ChannelGraph,
     example_inputs: ExampleInputs,
-    images: Images | None = None,
+    images: ImagesLike | None = None,
     *,
     calibration: Calibration | None = None,
     progress: Progress = silent,
@@ -125,7 +128,7 @@ def follow(
     Args:
         calibration: instead of the one that the recipe would make, for several recipes on one network.
     """
-    inputs, images = Inputs.of(example_inputs), reusable(images)
+    inputs, images = Inputs.of(example_inputs), make_reusable(images)
     calibration = calibration or calibration_for(model, graph, inputs, recipe, images, progress=progress)
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images, progress=progress)
     small = carry_out(model, plan, graph, inputs, progress=progress)
@@ -134,7 +137,7 @@ def follow(
 
 def moved_into(model: nn.Module, small: Compressed) -> Compressed:
     """The smaller weights in the original's own parameters."""
-    write_(model, {name: tensor.data for name, tensor in named_tensors(small.model).items()})
+    write_weights_(model, {name: tensor.data for name, tensor in named_tensors(small.model).items()})
     return replace(small, model=model)
 
 
@@ -145,7 +148,7 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progre
     progress("trace", 0, 2)
     graph = trace(model, inputs)
     progress("trace", 1, 2)
-    graph = verified(model, graph, inputs)
+    graph = verify_groups(model, graph, inputs)
     progress("trace", 2, 2)
     return graph
 
@@ -169,7 +172,7 @@ def decide(
     example_inputs: ExampleInputs | None = None,
     *,
     calibration: Calibration | None = None,
-    images: Images | None = None,
+    images: ImagesLike | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Score the channels of every group, set its size, and choose its map. Nothing is written.
@@ -182,7 +185,7 @@ def decide(
         ModelError: no group can be reduced; gives the most frequent reasons.
         BudgetError: sizes that are no sizes.
     """
-    unwanted = left_alone(graph, model, recipe.include, recipe.exclude)
+    unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
     units = [g for g in graph.groups if g.kind == "channel"]
     groups = [g for g in units if g.reason is None and g.name not in unwanted]
     if not groups:
@@ -192,7 +195,7 @@ def decide(
     seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
     scores = lambda g, w: checked_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
     if recipe.target is None:
-        wanted, missed = sizes(groups, recipe.keep, graph, round_to=recipe.round_to), ()
+        wanted, missed = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to), ()
     else:
         curves = error_curves(graph, groups, {g.name: scores(g, weights) for g in groups}, moments, calibration)
         wanted, missed = sizes_for_target(model, graph, groups, curves, recipe, example_inputs)
@@ -233,7 +236,7 @@ def folded_weights(model: nn.Module, graph: ChannelGraph, groups: Iterable[Chann
     norms = [n for n in graph.norms if n.mean in names or n.producer_weight in names]
     names |= {t for n in norms for t in (n.producer_weight, n.producer_bias, n.weight, n.bias, n.mean, n.variance) if t}
     tensors = named_tensors(model)
-    return fold({name: tensors[name] for name in names}, norms)
+    return fold_norms({name: tensors[name] for name in names}, norms)
 
 
 def solve(
@@ -245,7 +248,7 @@ def solve(
     moments: Mapping[str, Moments],
 ) -> ReductionMap:
     """The map of one group; channels that must not be mixed are selected."""
-    rows, added = features(group, weights), biases(group, weights)
+    rows, added = channel_features(group, weights), channel_biases(group, weights)
     problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name))
     reducer = recipe.reducer
     if group.unmixable and reducer.mixes:
@@ -268,7 +271,7 @@ def decision(group: ChannelGroup, m: int, recipe: Recipe, unwanted: str | None) 
         mixing = f"selected: {group.unmixable}"
     reason = group.reason or unwanted
     kept = group.size if reason else m
-    return Decision(group.name, group.size, kept, members_of(group), mixing, reason, group.family, group.depth)
+    return Decision(group.name, group.size, kept, describe_members(group), mixing, reason, group.family, group.depth)
 
 
 def carry_out(

@@ -72,7 +72,7 @@ class Plan:
         return (
             same
             and self.maps.keys() == other.maps.keys()
-            and all(same_map(self.maps[k], other.maps[k]) for k in self.maps)
+            and all(is_same_map(self.maps[k], other.maps[k]) for k in self.maps)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -109,7 +109,7 @@ class Plan:
         for decision in self.decisions:
             if decision.reduced:
                 group = groups.get(decision.group)
-                if group is None or members_of(group) != decision.members or group.size != decision.n:
+                if group is None or describe_members(group) != decision.members or group.size != decision.n:
                     raise PlanError(f"the plan is for another network: group {decision.group!r} is not the same here.")
 
     def to_json(self) -> str:
@@ -144,12 +144,12 @@ class Plan:
             raise PlanError(f"this is not a plan of intrafusion ({type(error).__name__}: {error}).") from error
 
 
-def same_map(a: ReductionMap, b: ReductionMap) -> bool:
+def is_same_map(a: ReductionMap, b: ReductionMap) -> bool:
     pairs = ((a.merge, b.merge), (a.unmerge, b.unmerge), (a.shift, b.shift))
     return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 
-def members_of(group: ChannelGroup) -> tuple[str, ...]:
+def describe_members(group: ChannelGroup) -> tuple[str, ...]:
     """Members as text, producers first."""
     rank = list(Role)
     ordered = sorted(group.members, key=lambda m: min(rank.index(r) for r in m.roles))

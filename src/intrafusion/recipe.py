@@ -13,7 +13,7 @@ from intrafusion import reduce as reducers
 from intrafusion.errors import IntrafusionError, unknown_name
 from intrafusion.importance import Importance
 from intrafusion.reduce import Reducer
-from intrafusion.selection import Selector, as_selectors
+from intrafusion.selectors import Selector, as_selectors
 
 Keep = float | Mapping[str, float]
 ORDERS = ("joint", "backward")

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 import intrafusion
 from intrafusion.budget.allocate import allocate
 from intrafusion.budget.cost import Cost
+from intrafusion.budget.target import build_with_sizes, cost_of
 from intrafusion.errors import BudgetError
 from intrafusion.graph import ChannelGroup
-from intrafusion.inputs import Inputs
+from intrafusion.lab.zoo.networks.padded_resnet import PaddedResNet
 from intrafusion.measure.latency import latency_ms
 from intrafusion.measure.size import size_of
+from intrafusion.network.inputs import Inputs
 from intrafusion.recipe import RecipeError
-from intrafusion.target import cost_of, with_sizes
-from intrafusion.zoo.networks.padded_resnet import PaddedResNet
 
 KINDS = ("residual", "dense", "depthwise", "grouped")
 SHRINKABLE = [
@@ -50,7 +50,7 @@ def test_the_predicted_cost_is_that_of_a_network_of_these_sizes(kind: str, case)
     groups = [g for g in graph.reducible if g.kind == "channel"]
     assert groups
     sizes = {g.name: max(1, g.size // 2) for g in groups}
-    small = with_sizes(model, graph, sizes)
+    small = build_with_sizes(model, graph, sizes)
     found, whole = size_of(small, inputs), size_of(model, inputs)
     predicted = cost_of(model, graph, inputs, kind)
     assert predicted({}) == pytest.approx(getattr(whole, kind))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from intrafusion.budget import sizes
+from intrafusion.budget import uniform_sizes
 from intrafusion.errors import BudgetError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 
@@ -22,7 +22,7 @@ def group(name: str, size: int, family: int | None = None, producers: tuple[str,
 
 
 def kept(keep: Any, *groups: ChannelGroup, round_to: int | None = None) -> list[int]:
-    return list(sizes(groups, keep, ChannelGraph(groups), round_to=round_to).values())
+    return list(uniform_sizes(groups, keep, ChannelGraph(groups), round_to=round_to).values())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_pattern_that_matches_nothing_suggests_the_nearest() -> None:
 
 def test_a_pattern_may_name_a_group_that_is_not_reduced() -> None:
     a, head = group("a", 4), group("head", 4)
-    assert sizes([a], {"head": 0.5, "a": 0.5}, ChannelGraph((a, head))) == {"a": 2}
+    assert uniform_sizes([a], {"head": 0.5, "a": 0.5}, ChannelGraph((a, head))) == {"a": 2}
 
 
 @pytest.mark.parametrize("multiple", [0, -8, 2.5, "8", True])

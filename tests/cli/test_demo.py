@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 import intrafusion
-from intrafusion import zoo
 from intrafusion.cli import demo
+from intrafusion.lab import zoo
+from intrafusion.lab.report.plot import accuracy_plot
 from intrafusion.measure.accuracy import accuracy
-from intrafusion.report.plot import accuracy_plot
 
 KEEPS = (0.9, 0.5)
 

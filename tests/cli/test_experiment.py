@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import intrafusion
-from intrafusion import zoo
-from intrafusion.bench import read
 from intrafusion.cli import experiment
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import read_records
 from intrafusion.measure.accuracy import accuracy
 
 OWN = "--network nets.py:Net --input 2,4 --data images.safetensors"
@@ -51,7 +51,7 @@ def test_on_ones_own_network_the_records_are_what_the_library_gives(program: Pro
     monkeypatch.setattr("sys.argv", ["intrafusion", *line.split()])
     result = program(line)
     assert result.exit_code == 0, result.stderr
-    before, pruned, fused = read(Path("out/r.jsonl"))
+    before, pruned, fused = read_records(Path("out/r.jsonl"))
     labels, chosen = images["test_labels"][:30], images["test_images"][:30]
     assert before.result["accuracy"] == accuracy(net(), chosen, labels)
     for record, reducer in ((pruned, "select"), (fused, "intrafusion")):
@@ -73,7 +73,7 @@ def test_running_again_measures_only_what_is_new(program: Program, images) -> No
     first = Path("r.jsonl").read_text()
     result = program(f"experiment whole-model {OWN} --keep 0.5 --keep 0.7 -o r.jsonl --json")
     assert Path("r.jsonl").read_text().startswith(first)
-    assert len(read(Path("r.jsonl"))) == 5
+    assert len(read_records(Path("r.jsonl"))) == 5
     shown = json.loads(result.stdout)
     assert [(r["setting"]["keep"], r["setting"]["method"]) for r in shown] == [
         (1.0, "original"),
@@ -87,7 +87,7 @@ def test_every_experiment_runs_and_says_something(program: Program, images, name
     result = program(f"experiment {name} {OWN} --keep 0.5 {few} -o r.jsonl")
     assert result.exit_code == 0, result.stderr
     assert "pruned" in result.stdout
-    assert len(read(Path("r.jsonl"))) > 1
+    assert len(read_records(Path("r.jsonl"))) > 1
 
 
 def test_landscape_and_marginals(program: Program, images) -> None:
@@ -99,7 +99,7 @@ def test_landscape_and_marginals(program: Program, images) -> None:
     result = program(line)
     assert result.exit_code == 0, result.stderr
     assert "Kruskal-Wallis over networks" in result.stdout
-    assert {r.setting["network"] for r in read(Path("m.jsonl"))} == {"nets.py:Net", "nets.py:Literal"}
+    assert {r.setting["network"] for r in read_records(Path("m.jsonl"))} == {"nets.py:Net", "nets.py:Literal"}
 
 
 def test_by_default_digits_networks_are_trained(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,13 +113,13 @@ def test_by_default_digits_networks_are_trained(program: Program, monkeypatch: p
     result = program("experiment whole-model --keep 0.5 --images 20 -o r.jsonl --networks 2")
     assert result.exit_code == 0, result.stderr
     assert seeds == [0, 1]
-    assert [r.setting["network"] for r in read(Path("r.jsonl"))] == ["digits_resnet"] * 3 + [
+    assert [r.setting["network"] for r in read_records(Path("r.jsonl"))] == ["digits_resnet"] * 3 + [
         "digits_resnet (seed 1)"
     ] * 3
 
 
 def test_data_of_zoo_networks_are_normalised_for_them() -> None:
-    test, train = experiment.read_images("digits", "digits_resnet", 5, 7)
+    test, train = experiment.read_data_images("digits", "digits_resnet", 5, 7)
     assert torch.equal(test.images, zoo.load_data("digits_resnet", "test", limit=5).images)
     assert train is not None
     assert len(train) == 7
@@ -154,16 +154,16 @@ def test_the_whole_command_killed_in_the_middle_goes_on_where_it_was(user_folder
     line = f"-m intrafusion experiment whole-model {OWN} {keeps} -o r.jsonl"
     process = subprocess.Popen([sys.executable, *line.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path, deadline = Path("r.jsonl"), time.monotonic() + 120
-    while len(read(path)) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(read_records(path)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     before = path.read_bytes()
-    finished = {r.key for r in read(path)}
+    finished = {r.key for r in read_records(path)}
     assert 3 <= len(finished) < 31
     subprocess.run([sys.executable, *line.split()], check=True, capture_output=True)
     assert path.read_bytes().startswith(before)
-    keys = [r.key for r in read(path)]
+    keys = [r.key for r in read_records(path)]
     assert len(keys) == len(set(keys)) == 31
     assert finished <= set(keys)
 
@@ -178,7 +178,7 @@ def test_on_ray_a_network_out_of_a_file_gives_the_same_records(program: Program,
     assert done.returncode == 0, done.stderr
     timed = {"compress_s"}
     content = [
-        {r.key: {k: v for k, v in r.result.items() if k not in timed} for r in read(Path(name))}
+        {r.key: {k: v for k, v in r.result.items() if k not in timed} for r in read_records(Path(name))}
         for name in ("here.jsonl", "there.jsonl")
     ]
     assert content[0] == content[1]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion import zoo
-from intrafusion.cli.models import Kind, ModelSpec, import_torchvision, parse_arguments, resolve
+from intrafusion.cli.models import ModelSpec, NetworkKind, import_torchvision, parse_arguments, resolve
 from intrafusion.errors import FolderError, ModelError
+from intrafusion.lab import zoo
 
 needs_torchvision = pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="needs torchvision")
 needs_timm = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="needs timm")
@@ -92,7 +92,7 @@ def test_a_factory_is_a_function_a_class_or_an_instance(
     folder: Path, place: str, factory: str, arguments: list[str], expected: tuple[int, int]
 ) -> None:
     spec = resolve(f"{place}:{factory}", arguments)
-    assert spec.kind == (Kind.FILE if place.endswith(".py") else Kind.MODULE)
+    assert spec.kind == (NetworkKind.FILE if place.endswith(".py") else NetworkKind.MODULE)
     assert features(spec) == expected
     assert spec.example_input() is None
 

@@ -10,8 +10,8 @@ import torch
 from click.testing import Result
 from report.samples import some_of_every_experiment
 
-from intrafusion.bench import append
-from intrafusion.report import html
+from intrafusion.lab.bench import append_record
+from intrafusion.lab.report import html
 from intrafusion.restore import save_images
 
 Program = Callable[[str], Result]
@@ -26,7 +26,7 @@ def no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
 def files(user_folder: Path) -> None:
     """Two files of records."""
     for i, record in enumerate(some_of_every_experiment()):
-        append(user_folder / ("a.jsonl" if i < 10 else "b.jsonl"), record)
+        append_record(user_folder / ("a.jsonl" if i < 10 else "b.jsonl"), record)
 
 
 def test_records_of_several_files_make_one_page(program: Program, files) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from click.testing import Result
 
-from intrafusion.bench import read
+from intrafusion.lab.bench import read_records
 
 Program = Callable[[str], Result]
 QUICK = "split-train --limit 192 --epochs 1 --tune-epochs 1"
@@ -17,7 +17,7 @@ QUICK = "split-train --limit 192 --epochs 1 --tune-epochs 1"
 def test_all_schedules_are_recorded_drawn_and_saved(program: Program, user_folder: Path) -> None:
     result = program(f"{QUICK} -o out")
     assert result.exit_code == 0, result.output
-    records = read(user_folder / "out" / "records.jsonl")
+    records = read_records(user_folder / "out" / "records.jsonl")
     assert [r.setting["schedule"] for r in records] == ["fap", "paf", "whole"]
     assert all(0 <= r.result["accuracy"] <= 1 and r.result["params"] < r.result["params_before"] for r in records)
     assert (user_folder / "out" / "times.png").read_bytes().startswith(b"\x89PNG")

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import BudgetError, ModelError, PlanError, zoo
+from intrafusion import BudgetError, ModelError, PlanError
 from intrafusion.factorize import Energy, Factorized, Global, Share, Smooth, Spectrum, factorize, spectra, spectrum
-from intrafusion.factorize.svd import factorized
-from intrafusion.lowrank import LowRank, split_
+from intrafusion.factorize.svd import factorize_layer
+from intrafusion.lab import zoo
+from intrafusion.lab.zoo.networks import BasicBlock, ResNet
 from intrafusion.measure.accuracy import accuracy
-from intrafusion.zoo.networks import BasicBlock, ResNet
+from intrafusion.surgery.lowrank import LowRank, split_layers_
 
 LAYERS = [
     (nn.Linear(7, 5), (3, 7)),
@@ -35,7 +36,7 @@ LAYERS = [
 def test_full_rank_is_the_same_function(layer: nn.Module, shape: tuple[int, ...]) -> None:
     layer, x = copy.deepcopy(layer).double(), torch.randn(*shape, dtype=torch.float64)
     full = spectrum("", layer).full
-    torch.testing.assert_close(factorized(layer, full)(x), layer(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(factorize_layer(layer, full)(x), layer(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda x: str(x)[:60])
@@ -48,7 +49,7 @@ def test_a_lower_rank_is_the_nearest_matrix_of_that_rank(layer: nn.Module, shape
         u, s, vh = np.linalg.svd(part.reshape(len(part), -1), full_matrices=False)
         parts.append(((u[:, :1] * s[:1]) @ vh[:1]).reshape(part.shape))
     cut.weight.data = torch.from_numpy(np.concatenate(parts))
-    split = factorized(layer, 1)
+    split = factorize_layer(layer, 1)
     torch.testing.assert_close(split(x), cut(x), rtol=1e-10, atol=1e-10)
     assert split.rank == 1
     with torch.no_grad():
@@ -60,7 +61,7 @@ def test_parameters_are_what_the_spectrum_says() -> None:
         found, own = spectrum("x", layer), spectrum("x", layer)
         weights = lambda m: sum(p.numel() for n, p in m.named_parameters() if n.endswith("weight"))  # noqa: E731
         assert found.dense == weights(layer)
-        assert weights(factorized(layer, 1)) == found.step
+        assert weights(factorize_layer(layer, 1)) == found.step
         if own.largest:
             assert own.cost(own.largest) < own.dense
         assert own.cost(own.largest + 1) == own.dense
@@ -216,7 +217,7 @@ def test_a_damaged_table_of_ranks_is_refused(network) -> None:
     model, _ = network
     for ranks, match in (({"bn1": 2}, "no convolution"), ({"conv1": 0}, "at least 1"), ({"conv1": "2"}, "at least 1")):
         with pytest.raises(PlanError, match=match):
-            split_(model, ranks)
+            split_layers_(model, ranks)
     assert not any(isinstance(m, LowRank) for m in model.modules())
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import ModelError, zoo
+from intrafusion import ModelError
 from intrafusion.fusion import Alignment, Fused, fuse
+from intrafusion.lab import zoo
+from intrafusion.lab.zoo.networks import MLP, BasicBlock, DenseNet, ResNet
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.trace import trace
-from intrafusion.zoo.networks import MLP, BasicBlock, DenseNet, ResNet
 
 EXACT = 1e-9
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from intrafusion import inspect
 from intrafusion.errors import ModelError
 from intrafusion.importance import BNScale, ObservationError
-from intrafusion.observe import observe_for
+from intrafusion.observe.observe import observe_for
 
 
 class TwoNorms(nn.Module):

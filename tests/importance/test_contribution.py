@@ -6,7 +6,7 @@ from torch import nn
 
 from intrafusion import inspect
 from intrafusion.importance import Observation, ObservationError, RelativeContribution
-from intrafusion.observe import observe_for
+from intrafusion.observe.observe import observe_for
 
 
 def test_scores_are_shares_summed_over_outgoing_weights_and_readers() -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from intrafusion import inspect
-from intrafusion.features import linear_rows
 from intrafusion.importance import LAMP, Magnitude
+from intrafusion.importance.features import linear_rows
 
 
 def test_each_score_is_divided_by_all_that_are_not_smaller() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance import IMPORTANCES, NEEDS, Observation, ObservationError, get, needs_of
-from intrafusion.importance.observation import seen
+from intrafusion.importance.observation import get_observed
 
 
 class Warm:
@@ -34,9 +34,9 @@ def test_every_criterion_on_images_names_itself_and_the_argument_where_it_gets_n
 def test_what_could_not_be_seen() -> None:
     group = ChannelGroup("conv", 2, ())
     with pytest.raises(ObservationError, match="importance plain: group 'conv': no contributions were seen"):
-        seen(Observation(), "contributions", plain, group)
+        get_observed(Observation(), "contributions", plain, group)
     with pytest.raises(ObservationError, match="importance plain: group 'conv': expected an Observation"):
-        seen(None, "contributions", plain, group)
+        get_observed(None, "contributions", plain, group)
 
 
 def test_any_callable_passes_through() -> None:

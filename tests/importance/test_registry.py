@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import intrafusion
-from intrafusion import zoo
 from intrafusion.importance import IMPORTANCES, NEEDS, ObservationError, needs_of
+from intrafusion.lab import zoo
 
 ON_IMAGES = [name for name, criterion in IMPORTANCES.items() if any(NEEDS[n] for n in needs_of(criterion))]
 

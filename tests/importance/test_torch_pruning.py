@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from intrafusion import ChannelGraph, Recipe, inspect, zoo
+from intrafusion import ChannelGraph, Recipe, inspect
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance import TorchPruning, get
-from intrafusion.observe import observe_for
+from intrafusion.lab import zoo
+from intrafusion.observe.observe import observe_for
 
 tp = pytest.importorskip("torch_pruning")
 

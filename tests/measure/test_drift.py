@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion.measure.drift import drift, histogram, outputs
+from intrafusion.measure.drift import drift, histogram, output_rows
 
 
 class Two(nn.Module):
@@ -36,7 +36,7 @@ def test_distance_over_all_outputs_in_evaluation_mode():
     np.testing.assert_allclose(drift(second, first, images).numpy(), expected, rtol=1e-5)
     assert first.training
     assert first.dropout.training
-    assert torch.equal(outputs(first, images, batch_size=2), outputs(first, images, batch_size=100))
+    assert torch.equal(output_rows(first, images, batch_size=2), output_rows(first, images, batch_size=100))
 
 
 def test_a_network_does_not_drift_from_itself():
@@ -46,7 +46,7 @@ def test_a_network_does_not_drift_from_itself():
 
 def test_no_images_are_refused():
     with pytest.raises(ValueError, match="at least one image"):
-        outputs(nn.Linear(2, 2), torch.zeros(0, 2))
+        output_rows(nn.Linear(2, 2), torch.zeros(0, 2))
 
 
 def test_histogram_counts_as_numpy_does_and_what_lies_beyond():

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import intrafusion
-from intrafusion import zoo
-from intrafusion.apply import named_tensors
 from intrafusion.errors import ModelError
-from intrafusion.measure.landscape import Plane, embedding, folded_tensors, places, with_tensors
+from intrafusion.lab import zoo
+from intrafusion.measure.landscape import Plane, copy_with_tensors, embed_network, fold_tensors, match_places
+from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce import ReductionMap, selection_map
 
 
@@ -64,10 +64,10 @@ def test_at_full_width_it_computes_what_the_smaller_network_computes(network, re
     graph = intrafusion.inspect(model, example)
     small = reduced(model, graph, example, reducer)
     assert small.plan.maps.keys() == {g.name for g in graph.reducible if g.kind == "channel"} != set()
-    wide = embedding(model, small.model, graph, places(small.plan.maps), example)
+    wide = embed_network(model, small.model, graph, match_places(small.plan.maps), example)
     assert {n: tuple(t.shape) for n, t in wide.items()} == {n: tuple(t.shape) for n, t in named_tensors(model).items()}
     images = torch.randn(5, *example.shape[1:], dtype=torch.float64)
-    found = with_tensors(model.double(), wide)(images)
+    found = copy_with_tensors(model.double(), wide)(images)
     torch.testing.assert_close(found, small.model.double()(images), rtol=1e-6, atol=1e-8)
 
 
@@ -78,7 +78,7 @@ def test_pruned_channels_lie_where_they_were_and_the_others_are_zero():
     example = torch.randn(2, 3, dtype=torch.float64)
     graph = intrafusion.inspect(model, example)
     small = reduced(model, graph, example, "select")
-    wide = embedding(model, small.model, graph, places(small.plan.maps), example)
+    wide = embed_network(model, small.model, graph, match_places(small.plan.maps), example)
     kept = wide["0.weight"].abs().sum(1) > 0
     assert kept.sum() == 3
     assert torch.equal(wide["0.weight"][kept], model[0].weight[kept])
@@ -90,7 +90,7 @@ def test_pruned_channels_lie_where_they_were_and_the_others_are_zero():
 def test_the_original_of_a_network_with_batch_norms_is_itself_when_folded():
     model, example = NETWORKS["residual"][0](), NETWORKS["residual"][1]
     graph = intrafusion.inspect(model, example)
-    folded = with_tensors(model, folded_tensors(model, graph))
+    folded = copy_with_tensors(model, fold_tensors(model, graph))
     torch.testing.assert_close(folded(example), model(example), rtol=1e-4, atol=1e-4)
     assert not torch.equal(folded.conv1.weight, model.conv1.weight)
 
@@ -102,15 +102,15 @@ def test_behind_a_layer_norm_it_says_that_zeros_change_the_function():
     small = reduced(model, graph, example, "select")
     assert small.plan.maps
     with pytest.raises(ModelError, match="normalised together"):
-        embedding(model, small.model, graph, places(small.plan.maps), example)
+        embed_network(model, small.model, graph, match_places(small.plan.maps), example)
 
 
 def test_each_old_channel_is_used_once_and_ties_follow_the_other_map():
     merge = torch.tensor([[1.0, 1, 0, 0], [0, 1, 0, 1]], dtype=torch.float64)
     fused = {"g": ReductionMap(merge, merge.T)}
-    assert sorted(places({"g": ReductionMap(torch.ones(3, 3), torch.ones(3, 3))})["g"]) == [0, 1, 2]
+    assert sorted(match_places({"g": ReductionMap(torch.ones(3, 3), torch.ones(3, 3))})["g"]) == [0, 1, 2]
     for kept in ([0, 1], [0, 3], [1, 3]):
-        assert places(fused, {"g": selection_map(torch.tensor(kept), 4)})["g"].tolist() == kept
+        assert match_places(fused, {"g": selection_map(torch.tensor(kept), 4)})["g"].tolist() == kept
 
 
 def test_the_plane_runs_through_its_corners_at_their_distances():

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from intrafusion import zoo
 from intrafusion.errors import ModelError
+from intrafusion.lab import zoo
 from intrafusion.measure.size import Size, size_of
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from intrafusion.errors import BudgetError
 from intrafusion.reduce import IntraFusion, Moments, Pivot, ReductionProblem, Select
-from intrafusion.reduce.pivot import least_squares_map, picked, pivots
+from intrafusion.reduce.pivot import least_squares_map, pick_channels, pivot_order
 
 
 def spd(n: int, rank: int | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def test_every_pick_is_the_best_next_one_and_its_error_is_right(
     monkeypatch.setattr("intrafusion.reduce.pivot.BLOCK", block)
     reader = spd(6)
     moments = Moments(torch.zeros(points, 6), torch.stack([10.0**i * spd(6) for i in range(points)]), reader)
-    found = pivots(moments.covariances, reader, moments.shares, 6)
+    found = pivot_order(moments.covariances, reader, moments.shares, 6)
     lacks = lambda kept: sum(missing(c, reader, kept) for c in moments.covariances) / points  # noqa: E731
     for k in range(6):
         picked = found.order[:k].tolist()
@@ -58,13 +58,13 @@ def test_a_point_where_nothing_varies_counts_nothing() -> None:
         torch.zeros(2, 5, dtype=torch.float64), torch.stack([covariance, torch.zeros_like(covariance)]), reader
     )
     alone = Moments(torch.zeros(1, 5, dtype=torch.float64), covariance[None], reader)
-    assert picked(both).order.tolist() == picked(alone).order.tolist()
+    assert pick_channels(both).order.tolist() == pick_channels(alone).order.tolist()
     torch.testing.assert_close(both.overall[1], covariance)
 
 
 def test_known_channels_are_picked_last() -> None:
     """Rank 3: after three picks nothing is missing, and what is left is picked once each."""
-    found = pivots(spd(5, 3)[None], torch.eye(5, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 5)
+    found = pivot_order(spd(5, 3)[None], torch.eye(5, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 5)
     assert float(found.missing[3]) == pytest.approx(0, abs=1e-9)
     assert sorted(found.order.tolist()) == list(range(5))
 
@@ -72,7 +72,7 @@ def test_known_channels_are_picked_last() -> None:
 @pytest.mark.parametrize("m", [0, 6])
 def test_sizes_are_checked(m: int) -> None:
     with pytest.raises(BudgetError, match=f"cannot keep {m} of 5"):
-        pivots(spd(5)[None], spd(5), torch.ones(1, dtype=torch.float64), m)
+        pivot_order(spd(5)[None], spd(5), torch.ones(1, dtype=torch.float64), m)
 
 
 def test_least_squares_map_is_the_regression_on_samples() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import IntraFusion, Recipe
-from intrafusion.apply import named_tensors
 from intrafusion.compressed import Compressed
 from intrafusion.graph import ChannelGraph
+from intrafusion.network.tensors import named_tensors
 from intrafusion.restore import ClosedForm
 from intrafusion.restore.statistics import correlations, likeness, merged_variance
 
@@ -255,7 +255,7 @@ def test_hyper_parameters_are_checked(options: dict[str, float], message: str) -
 
 
 def test_function_with_closed_form_beats_source_inside_the_blocks_of_a_real_network(data_dir: Path) -> None:
-    from intrafusion import zoo
+    from intrafusion.lab import zoo
     from intrafusion.measure.accuracy import accuracy
 
     name = "cifar10_resnet20"

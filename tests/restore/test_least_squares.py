@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import IntraFusion, ModelError, Recipe, Select
-from intrafusion.apply import named_tensors
 from intrafusion.compressed import Compressed
-from intrafusion.inputs import Inputs
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.tensors import named_tensors
 from intrafusion.restore import LeastSquares
 from intrafusion.restore.layers import Layer, output_map, solvable
 from intrafusion.restore.least_squares import recorded
@@ -447,7 +447,7 @@ def test_hyper_parameters_are_checked(options: dict[str, float], message: str) -
 
 
 def test_half_of_a_real_network(data_dir: Path) -> None:
-    from intrafusion import zoo
+    from intrafusion.lab import zoo
     from intrafusion.measure.accuracy import accuracy
 
     name = "cifar10_resnet20_pad"

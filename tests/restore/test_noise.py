@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion.errors import ModelError
-from intrafusion.inputs import Inputs
+from intrafusion.network.inputs import Inputs
 from intrafusion.restore import Noise
 from intrafusion.restore.noise import image_like, smooth, standardised
 

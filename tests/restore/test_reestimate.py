@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import ModelError, Recipe
-from intrafusion.batches import rebatched
+from intrafusion.network.batches import rebatch
 from intrafusion.restore import Reestimate
 
 
@@ -81,7 +81,7 @@ def test_batches_weigh_as_many_images_as_they_have() -> None:
 )
 def test_rebatched(sizes: list[int], limit: int) -> None:
     x = torch.arange(float(sum(sizes)))[:, None]
-    calls = list(rebatched(iter(x.split(sizes)), limit))
+    calls = list(rebatch(iter(x.split(sizes)), limit))
     assert torch.equal(torch.cat([call.args[0] for call, _ in calls]), x)
     assert [count for _, count in calls] == [len(call.args[0]) for call, _ in calls]
     assert all(count <= limit + 1 for _, count in calls)
@@ -96,13 +96,13 @@ def test_one_batch_is_held_at_a_time() -> None:
             alive.append(1)
             yield torch.zeros(4, 1)
 
-    seen = [len(alive) for _ in rebatched(stream(), 4)]
+    seen = [len(alive) for _ in rebatch(stream(), 4)]
     assert seen == [2, 3, 4, 5, 6, 6]
 
 
 def test_dicts_are_cut_and_joined() -> None:
     batches = [{"x": torch.arange(3.0)[:, None], "scale": 2.0}, {"x": torch.arange(3.0, 8)[:, None], "scale": 2.0}]
-    calls = [dict(call.kwargs or {}) for call, _ in rebatched(batches, 4)]
+    calls = [dict(call.kwargs or {}) for call, _ in rebatch(batches, 4)]
     assert torch.equal(torch.cat([c["x"] for c in calls]), torch.arange(8.0)[:, None])
     assert {c["scale"] for c in calls} == {2.0}
 
@@ -158,7 +158,7 @@ def test_a_batch_of_one_is_refused() -> None:
 
 
 def test_a_pruned_real_network_profits(data_dir: Path) -> None:
-    from intrafusion import zoo
+    from intrafusion.lab import zoo
     from intrafusion.measure.accuracy import accuracy
 
     name = "cifar10_resnet20"

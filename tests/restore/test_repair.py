@@ -134,7 +134,7 @@ def test_an_error_changes_nothing() -> None:
 
 def test_a_real_network_without_batch_norms_profits(data_dir: Path) -> None:
     """ResNet-20 with its norms folded away."""
-    from intrafusion import zoo
+    from intrafusion.lab import zoo
     from intrafusion.measure.accuracy import accuracy
 
     name = "cifar10_resnet20"

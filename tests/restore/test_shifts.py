@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import Recipe
-from intrafusion.inputs import Inputs
+from intrafusion.network.inputs import Inputs
+from intrafusion.observe.moments import measured, shrunk
 from intrafusion.restore import calibrate
-from intrafusion.restore.moments import measured, shrunk
 
 
 class Net(nn.Module):

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from intrafusion import IntrafusionError, ModelError, zoo
+from intrafusion import IntrafusionError, ModelError
 from intrafusion.errors import FolderError
 from intrafusion.factorize import Smooth
+from intrafusion.lab import zoo
+from intrafusion.lab.zoo import Images
+from intrafusion.lab.zoo.networks import BasicBlock, ResNet
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.train import (
     Block,
@@ -30,8 +33,6 @@ from intrafusion.train import (
     train_,
 )
 from intrafusion.train.masks import contribution, wanda
-from intrafusion.zoo import Images
-from intrafusion.zoo.networks import BasicBlock, ResNet
 
 
 def blobs(count: int = 40, seed: int = 0) -> Images:

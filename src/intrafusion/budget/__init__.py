@@ -1,5 +1,5 @@
 """How many channels does each group keep?"""
 
-from intrafusion.budget.uniform import sizes
+from intrafusion.budget.uniform import uniform_sizes
 
-__all__ = ["sizes"]
+__all__ = ["uniform_sizes"]

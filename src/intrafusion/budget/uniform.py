@@ -10,7 +10,7 @@ from intrafusion.errors import BudgetError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 
 
-def sizes(
+def uniform_sizes(
     groups: Iterable[ChannelGroup],
     keep: float | Mapping[str, float],
     graph: ChannelGraph,
@@ -38,7 +38,7 @@ def sizes(
     if isinstance(keep, Mapping):
         check_patterns(patterns, graph)
     groups = list(groups)
-    wanted = {g.name: size(g.size, fraction_for(g, patterns), round_to) for g in groups}
+    wanted = {g.name: round_size(g.size, fraction_for(g, patterns), round_to) for g in groups}
     largest: dict[int, int] = {}
     for group in groups:
         largest[group.family] = max(largest.get(group.family, 1), wanted[group.name])
@@ -51,24 +51,24 @@ def check_fraction(fraction: float, where: str) -> None:
 
 
 def check_patterns(patterns: Mapping[str, float], graph: ChannelGraph) -> None:
-    names = sorted({name for g in graph.groups for name in names_of(g)})
+    names = sorted({name for g in graph.groups for name in layer_names(g)})
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise BudgetError(f"keep: {unknown_name('group', pattern, names)}")
 
 
-def names_of(group: ChannelGroup) -> tuple[str, ...]:
+def layer_names(group: ChannelGroup) -> tuple[str, ...]:
     return (group.name, *group.producers)
 
 
 def fraction_for(group: ChannelGroup, patterns: Mapping[str, float]) -> float:
     for pattern, fraction in patterns.items():
-        if any(fnmatchcase(name, pattern) for name in names_of(group)):
+        if any(fnmatchcase(name, pattern) for name in layer_names(group)):
             return float(fraction)
     return 1.0
 
 
-def size(n: int, keep: float, round_to: int | None) -> int:
+def round_size(n: int, keep: float, round_to: int | None) -> int:
     if keep == 1:
         return n
     if round_to is None:

@@ -14,7 +14,7 @@ from intrafusion import pipeline
 from intrafusion.cli.console import ROLLED_BACK, check_output, progress_bar, working
 from intrafusion.cli.inputs import read_images
 from intrafusion.cli.network import Network, read_network
-from intrafusion.cli.options import Arguments, AsJson, Base, Name, Shapes, Weights
+from intrafusion.cli.options import Arguments, AsJson, Base, InputShapes, Name, WeightFiles
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
 from intrafusion.compressed import Compressed
 from intrafusion.importance import IMPORTANCES
@@ -24,23 +24,23 @@ from intrafusion.reduce.fuse import NORMALIZATIONS
 from intrafusion.restore import LEVELS, RESTORERS, save_images
 
 
-def named(names: Iterable[str], about: str) -> Any:
+def choice_option(names: Iterable[str], about: str) -> Any:
     """An option whose value is one of these names."""
     return typer.Option(metavar="NAME", help=f"{about}: {', '.join(names)}.")
 
 
-def layers(about: str) -> Any:
+def layer_option(about: str) -> Any:
     """An option that selects layers."""
     return typer.Option(metavar="LAYER", help=f"{about}: name or pattern, NAME:inputs for what it reads (repeatable).")
 
 
-def compress(
+def compress_command(
     model: Name,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save to; none: only show.")] = None,
     base: Base = None,
-    weights: Weights = None,
+    weights: WeightFiles = None,
     arguments: Arguments = None,
-    inputs: Shapes = None,
+    inputs: InputShapes = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,14 +58,16 @@ def compress(
         ),
     ] = None,
     min_channels: Annotated[int | None, typer.Option(help="With --target: no group becomes smaller.")] = None,
-    reducer: Annotated[str | None, named(REDUCERS, "How channels become fewer; select is plain pruning")] = None,
-    normalization: Annotated[str | None, named(NORMALIZATIONS, "Of the reducer intrafusion")] = None,
-    importance: Annotated[str | None, named(IMPORTANCES, "How much a channel matters")] = None,
-    order: Annotated[str | None, named(ORDERS, "Order of the groups")] = None,
+    reducer: Annotated[
+        str | None, choice_option(REDUCERS, "How channels become fewer; select is plain pruning")
+    ] = None,
+    normalization: Annotated[str | None, choice_option(NORMALIZATIONS, "Of the reducer intrafusion")] = None,
+    importance: Annotated[str | None, choice_option(IMPORTANCES, "How much a channel matters")] = None,
+    order: Annotated[str | None, choice_option(ORDERS, "Order of the groups")] = None,
     round_to: Annotated[int | None, typer.Option(help="Make every size a multiple of this.")] = None,
     restore: Annotated[
         list[str] | None,
-        named(
+        choice_option(
             ("auto", *LEVELS, "none", *RESTORERS),
             "What is done against the loss (repeatable, in order); auto takes the strongest that the images allow",
         ),
@@ -80,8 +82,8 @@ def compress(
         Path | None,
         typer.Option(help="Write the images that the layers were solved on, for --images and report (.safetensors)."),
     ] = None,
-    include: Annotated[list[str] | None, layers("Reduce only the channels of this layer")] = None,
-    exclude: Annotated[list[str] | None, layers("Leave the channels of this layer alone")] = None,
+    include: Annotated[list[str] | None, layer_option("Reduce only the channels of this layer")] = None,
+    exclude: Annotated[list[str] | None, layer_option("Leave the channels of this layer alone")] = None,
     seed: Annotated[int | None, typer.Option(help="For whatever draws random numbers.")] = None,
     recipe: Annotated[
         Path | None,
@@ -112,7 +114,7 @@ def compress(
         if output:
             check_output(output)
         network = read_network(model, base=base, weights=weights, arguments=arguments or (), inputs=inputs or ())
-        small, rolled_back = reduced(network, wanted, read_images(images) if images else None)
+        small, rolled_back = reduce_network(network, wanted, read_images(images) if images else None)
         if output:
             small.save(output)
         if keep_images and small.images:
@@ -142,10 +144,10 @@ def read_recipe(file: Path | None, options: dict[str, Any], normalization: str |
     elif "keep" in chosen:
         stated["target"] = None
     recipe = Recipe.of(**stated | chosen)
-    return replace(recipe, reducer=normalized(recipe.reducer, normalization)) if normalization else recipe
+    return replace(recipe, reducer=with_normalization(recipe.reducer, normalization)) if normalization else recipe
 
 
-def normalized(reducer: Reducer, normalization: str) -> Reducer:
+def with_normalization(reducer: Reducer, normalization: str) -> Reducer:
     if not isinstance(reducer, IntraFusion):
         raise RecipeError(f"--normalization goes with the reducer intrafusion, got {reducer}; leave it out.")
     return replace(reducer, normalization=normalization)
@@ -185,7 +187,7 @@ def read_target(text: str) -> dict[str, float]:
         raise RecipeError(f"--target {text}: expected KIND=VALUE, such as params=0.5 or latency_ms=3.0.") from error
 
 
-def reduced(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:
+def reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
         graph = pipeline.inspect(network.model, network.inputs, progress=progress)

@@ -12,20 +12,21 @@ import torch
 import typer
 from torch import nn
 
-from intrafusion import pipeline, zoo
+from intrafusion import pipeline
 from intrafusion.cli.console import check_output, messages, progress_bar, working
 from intrafusion.cli.models import resolve
 from intrafusion.cli.network import loading_line
 from intrafusion.cli.show import print_table, say
 from intrafusion.compressed import Compressed
 from intrafusion.errors import FolderError
-from intrafusion.inputs import Inputs
 from intrafusion.io.atomic import atomic_file
+from intrafusion.lab import zoo
+from intrafusion.lab.report.plot import accuracy_plot
+from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.size import size_of
+from intrafusion.network.inputs import Inputs
 from intrafusion.recipe import Recipe
-from intrafusion.report.plot import accuracy_plot
-from intrafusion.zoo import Images
 
 NETWORK = "digits_resnet"
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -90,7 +91,7 @@ def run(model: nn.Module, folder: Path, keeps: Sequence[float] = KEEPS) -> list[
             progress(f"keep {keep:.0%}", index, len(keeps))
             recipes = {name: Recipe.of(keep=keep, **options) for name, options in METHODS.items()}
             smaller = {name: pipeline.follow(recipe, model, graph, inputs) for name, recipe in recipes.items()}
-            rows += [measured(name, keep, small, test) for name, small in smaller.items()]
+            rows += [measure_row(name, keep, small, test) for name, small in smaller.items()]
             if keep == SAVED[1]:
                 smaller[SAVED[0]].save(folder / SMALL)
     write_table(folder / TABLE, rows)
@@ -100,7 +101,7 @@ def run(model: nn.Module, folder: Path, keeps: Sequence[float] = KEEPS) -> list[
     return rows
 
 
-def measured(method: str, keep: float, small: Compressed, test: Images) -> Row:
+def measure_row(method: str, keep: float, small: Compressed, test: Images) -> Row:
     return Row(method, keep, small.after.params, small.after.macs, accuracy(small.model, test.images, test.labels))
 
 

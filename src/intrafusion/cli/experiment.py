@@ -15,19 +15,19 @@ import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from intrafusion import experiments, zoo
-from intrafusion.bench import Cluster, Record
 from intrafusion.cli.console import messages, progress_bar, working
 from intrafusion.cli.models import FORMS
 from intrafusion.cli.network import read_network
-from intrafusion.cli.options import Arguments, AsJson, Shapes, Weights
+from intrafusion.cli.options import Arguments, AsJson, InputShapes, WeightFiles
 from intrafusion.cli.show import print_json, say
 from intrafusion.cli.tables import print_records
 from intrafusion.errors import FolderError, ModelError
-from intrafusion.experiments import Experiment, Options, Subject
-from intrafusion.inputs import Inputs
-from intrafusion.zoo import Images
-from intrafusion.zoo.data import DATA_SETS
+from intrafusion.lab import experiments, zoo
+from intrafusion.lab.bench import Cluster, Record
+from intrafusion.lab.experiments import Experiment, Options, Subject
+from intrafusion.lab.zoo import Images
+from intrafusion.lab.zoo.data import DATA_SETS
+from intrafusion.network.inputs import Inputs
 
 DIGITS = "digits_resnet"
 TRAIN_SPLITS = {"cifar10": "train", "cifar100": "calibration", "mnist": "train", "digits": "train"}
@@ -58,9 +58,9 @@ def experiment(
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Test images to measure on; all by default.")] = None,
     training_images: Annotated[int | None, typer.Option(min=1, help="Training images; all by default.")] = None,
-    weights: Weights = None,
+    weights: WeightFiles = None,
     arguments: Arguments = None,
-    inputs: Shapes = None,
+    inputs: InputShapes = None,
     keep: Annotated[list[float] | None, several("FRACTION", "Fraction of the channels to keep")] = None,
     criterion: Annotated[list[str] | None, several("NAME", "Importance criterion")] = None,
     method: Annotated[
@@ -108,7 +108,7 @@ def experiment(
         "batch": batch,
     }
     with working():
-        chosen = experiments.get(name)
+        chosen = experiments.get_experiment(name)
         options = read_options(name, chosen, given)
         path = output or Path(f"{name}.jsonl")
         if path.is_dir():
@@ -125,7 +125,7 @@ def experiment(
         )
         cluster = Cluster(ray, by_value=tuple(modules_of_files())) if ray else None
         with progress_bar(name) as progress:
-            records = experiments.run(
+            records = experiments.run_experiment(
                 name,
                 chosen,
                 subjects,
@@ -166,7 +166,7 @@ def read_subjects(names: Sequence[str], *, networks: int, **options: Any) -> lis
 
 
 def digits(seed: int, options: dict[str, Any]) -> Subject:
-    test, train = read_images("digits", DIGITS, options["images"], options["training_images"])
+    test, train = read_data_images("digits", DIGITS, options["images"], options["training_images"])
     name = DIGITS if seed == 0 else f"{DIGITS} (seed {seed})"
     return Subject(name, zoo.trained_digits(seed=seed), Inputs.of(zoo.example_input(DIGITS)), test, train)
 
@@ -189,11 +189,13 @@ def read_subject(
             f"{name}: no data are known for it; name some with --data ({', '.join(DATA_SETS)}, or a file)."
         )
     network = read_network(name, weights=weights, arguments=arguments, inputs=inputs)
-    test, train = read_images(data or (entry.data if entry else ""), target if entry else None, images, training_images)
+    test, train = read_data_images(
+        data or (entry.data if entry else ""), target if entry else None, images, training_images
+    )
     return Subject(target if entry else name, network.model.eval(), network.inputs, test, train)
 
 
-def read_images(
+def read_data_images(
     data: str, network: str | None, images: int | None, training_images: int | None
 ) -> tuple[Images, Images | None]:
     """Test and training images, normalised for a network of the zoo if it is one for these data."""

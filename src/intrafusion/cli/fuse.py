@@ -8,19 +8,19 @@ from typing import Annotated
 import torch
 import typer
 
-from intrafusion import zoo
 from intrafusion.cli.console import check_output, progress_bar, working
 from intrafusion.cli.network import Network, loading_line, read_network
-from intrafusion.cli.options import Arguments, AsJson, Shapes
+from intrafusion.cli.options import Arguments, AsJson, InputShapes
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
 from intrafusion.errors import ModelError
 from intrafusion.fusion import Alignment, Fused
 from intrafusion.fusion import fuse as fuse_networks
 from intrafusion.fusion.align import COSTS, SIDES
 from intrafusion.fusion.fuse import USING
+from intrafusion.lab import zoo
 
 
-def fuse(
+def fuse_command(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Networks of one structure, as for compress; or one, and")
     ],
@@ -30,7 +30,7 @@ def fuse(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save to; none: only show.")] = None,
     arguments: Arguments = None,
-    inputs: Shapes = None,
+    inputs: InputShapes = None,
     using: Annotated[str, typer.Option(help=f"What channels are compared by: {', '.join(USING)}.")] = "weights",
     data: Annotated[
         str | None, typer.Option(help="Data set of the zoo to take images from: cifar10, cifar100, mnist, digits.")
@@ -52,7 +52,9 @@ def fuse(
         if output is not None:
             check_output(output)
         networks = read_networks(models, weights or [], arguments or [], inputs or [])
-        found = None if data is None else zoo.load_data(data_name(models[0], data), split_of(data), limit=images).images
+        found = (
+            None if data is None else zoo.load_data(data_name(models[0], data), data_split(data), limit=images).images
+        )
         with progress_bar("fuse") as progress:
             fused = fuse_networks(
                 [n.model for n in networks],
@@ -91,7 +93,7 @@ def data_name(model: str, data: str) -> str:
     return name if name in zoo.names() and zoo.entry(name).data == data else data
 
 
-def split_of(data: str) -> str:
+def data_split(data: str) -> str:
     return {"cifar100": "calibration", "imagenet": "sample"}.get(data, "train")
 
 

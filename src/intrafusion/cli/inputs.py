@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import FolderError, ModelError
-from intrafusion.inputs import Inputs
+from intrafusion.network.inputs import Inputs
 from intrafusion.restore import load_images
 
 

@@ -11,24 +11,24 @@ from typing import Any
 from intrafusion import pipeline
 from intrafusion.cli.console import progress_bar, working
 from intrafusion.cli.network import is_saved, read_network
-from intrafusion.cli.options import Arguments, AsJson, Base, Name, Shapes, Weights
+from intrafusion.cli.options import Arguments, AsJson, Base, InputShapes, Name, WeightFiles
 from intrafusion.cli.show import plan_data, print_json, print_plan, print_table, say
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.io.folder import read_document
 from intrafusion.measure.size import Size, size_of
-from intrafusion.plan import Plan, members_of
+from intrafusion.plan import Plan, describe_members
 from intrafusion.recipe import Recipe
-from intrafusion.report.table import layers
+from intrafusion.table import shown_layers
 
 HEADER = ("group", "channels", "can be", "layers or reason")
 
 
-def inspect(
+def inspect_command(
     model: Name,
     base: Base = None,
-    weights: Weights = None,
+    weights: WeightFiles = None,
     arguments: Arguments = None,
-    inputs: Shapes = None,
+    inputs: InputShapes = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the channel groups of a network and which can be reduced; of a saved folder without --base, what was done.
@@ -72,7 +72,7 @@ def group_data(group: ChannelGroup) -> dict[str, Any]:
         "group": group.name,
         "n": group.size,
         "kind": group.kind,
-        "members": list(members_of(group)),
+        "members": list(describe_members(group)),
         "reason": group.reason,
         "unmixable": group.unmixable,
         "family": group.family,
@@ -85,7 +85,7 @@ def print_graph(graph: ChannelGraph, size: Size) -> None:
     families: dict[tuple[int, str | None], list[ChannelGroup]] = {}
     for group in graph.groups:
         families.setdefault((group.family, group.reason), []).append(group)
-    print_table(HEADER, map(row, families.values()))
+    print_table(HEADER, map(group_row, families.values()))
     say(
         f"\n{len(graph.reducible)} of {len(graph.groups)} groups can be reduced; "
         f"parameters {size.params:,}; MACs {size.macs:,}"
@@ -94,9 +94,9 @@ def print_graph(graph: ChannelGraph, size: Size) -> None:
         say(f"note: {warning}")
 
 
-def row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
+def group_row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
     """One line for a group, or for twins such as the groups of one convolution."""
     first, last = twins[0], twins[-1]
     name, count = (first.name, "") if first is last else (f"{first.name} .. {last.name}", f"{len(twins)} x ")
     fate = pipeline.decision(first, first.size, Recipe(), None)
-    return name, f"{count}{first.size}", "kept" if fate.reason else fate.mixing, fate.reason or layers(fate)
+    return name, f"{count}{first.size}", "kept" if fate.reason else fate.mixing, fate.reason or shown_layers(fate)

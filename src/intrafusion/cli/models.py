@@ -24,7 +24,7 @@ from intrafusion.errors import IntrafusionError, ModelError, unknown_name
 FORMS = "module:factory, path.py:factory, zoo:NAME, torchvision:NAME or timm:NAME"
 
 
-class Kind(StrEnum):
+class NetworkKind(StrEnum):
     """Where a named network comes from."""
 
     MODULE = "module"
@@ -45,13 +45,13 @@ class ModelSpec:
         trained: whether a network of the zoo gets its trained weights, unless `args` say `pretrained`.
     """
 
-    kind: Kind
+    kind: NetworkKind
     target: str
     args: Mapping[str, Any] = field(default_factory=dict)
     trained: bool = True
 
     def __str__(self) -> str:
-        return self.target if self.kind in (Kind.MODULE, Kind.FILE) else f"{self.kind}:{self.target}"
+        return self.target if self.kind in (NetworkKind.MODULE, NetworkKind.FILE) else f"{self.kind}:{self.target}"
 
     def build(self) -> nn.Module:
         """A new network. The folder of a user's module or file is put on `sys.path`, as `python` does for its script.
@@ -67,26 +67,26 @@ class ModelSpec:
         options = [f"{key}={value!r}" for key, value in self.args.items()]
         named = ", ".join([repr(self.target), *options])
         match self.kind:
-            case Kind.ZOO:
+            case NetworkKind.ZOO:
                 return "from intrafusion import zoo", f"zoo.build({named})"
-            case Kind.TORCHVISION:
+            case NetworkKind.TORCHVISION:
                 return "from torchvision.models import get_model", f"get_model({named})"
-            case Kind.TIMM:
+            case NetworkKind.TIMM:
                 return "import timm", f"timm.create_model({named})"
-            case Kind.MODULE:
+            case NetworkKind.MODULE:
                 call = f"({', '.join(options)})" if options else ""
                 return f"from {place} import {factory.partition('.')[0]}", f"{factory}{call}"
-            case Kind.FILE:
+            case NetworkKind.FILE:
                 arguments = f", {[f'{key}={value}' for key, value in self.args.items()]!r}" if options else ""
                 return "from intrafusion.cli.models import resolve", f"resolve({self.target!r}{arguments}).build"
 
     def example_input(self) -> Tensor | None:
         """An input the network accepts, the same at each call; None where only the network's author knows one."""
-        if self.kind is Kind.ZOO:
+        if self.kind is NetworkKind.ZOO:
             return _zoo(self.target).example_input(self.target)
-        if self.kind is Kind.TIMM:
+        if self.kind is NetworkKind.TIMM:
             return _noise(_timm(self.target).get_pretrained_cfg(self.target).input_size)
-        if self.kind is Kind.TORCHVISION and self.target in _classifiers(_torchvision(self.target)):
+        if self.kind is NetworkKind.TORCHVISION and self.target in _classifiers(_torchvision(self.target)):
             return _noise((3, 224, 224))
         return None
 
@@ -102,12 +102,12 @@ def resolve(name: str, arguments: Iterable[str] = (), *, trained: bool = True) -
     """
     args = parse_arguments(arguments)
     kind, _, target = name.partition(":")
-    if kind in (Kind.ZOO, Kind.TORCHVISION, Kind.TIMM):
-        return ModelSpec(Kind(kind), target, args, trained)
+    if kind in (NetworkKind.ZOO, NetworkKind.TORCHVISION, NetworkKind.TIMM):
+        return ModelSpec(NetworkKind(kind), target, args, trained)
     place, _, factory = name.rpartition(":")
     if not (place and factory):
         raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.")
-    return ModelSpec(Kind.FILE if place.endswith(".py") else Kind.MODULE, name, args)
+    return ModelSpec(NetworkKind.FILE if place.endswith(".py") else NetworkKind.MODULE, name, args)
 
 
 def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
@@ -206,18 +206,18 @@ def _build_from_timm(spec: ModelSpec) -> nn.Module:
     return _call(spec, lambda **args: timm.create_model(spec.target, **args))
 
 
-_BUILDERS: dict[Kind, Callable[[ModelSpec], nn.Module]] = {
-    Kind.MODULE: _build_from_module,
-    Kind.FILE: _build_from_file,
-    Kind.ZOO: _build_from_zoo,
-    Kind.TORCHVISION: _build_from_torchvision,
-    Kind.TIMM: _build_from_timm,
+_BUILDERS: dict[NetworkKind, Callable[[ModelSpec], nn.Module]] = {
+    NetworkKind.MODULE: _build_from_module,
+    NetworkKind.FILE: _build_from_file,
+    NetworkKind.ZOO: _build_from_zoo,
+    NetworkKind.TORCHVISION: _build_from_torchvision,
+    NetworkKind.TIMM: _build_from_timm,
 }
 
 
 def _zoo(name: str) -> ModuleType:
     """The zoo, which has a model of this name."""
-    from intrafusion import zoo
+    from intrafusion.lab import zoo
 
     if name not in zoo.names():
         raise ModelError(unknown_name("zoo model", name, zoo.names()))

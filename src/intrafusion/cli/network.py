@@ -11,9 +11,9 @@ from torch import nn
 from intrafusion.cli.inputs import read_inputs
 from intrafusion.cli.models import FORMS, resolve
 from intrafusion.errors import FolderError, ModelError
-from intrafusion.inputs import Inputs
 from intrafusion.io.folder import is_ours, load
 from intrafusion.io.weights import load_into, read_state
+from intrafusion.network.inputs import Inputs
 
 
 @dataclass(frozen=True)

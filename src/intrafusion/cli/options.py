@@ -11,11 +11,13 @@ from intrafusion.cli.models import FORMS
 
 Name = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}, or a saved folder.")]
 Base = Annotated[str | None, typer.Option(metavar="MODEL", help="The original network of a saved folder.")]
-Weights = Annotated[Path | None, typer.Option(help="Weights to load: .safetensors, or .pth if it holds tensors only.")]
+WeightFiles = Annotated[
+    Path | None, typer.Option(help="Weights to load: .safetensors, or .pth if it holds tensors only.")
+]
 Arguments = Annotated[
     list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="Argument of the factory (repeatable).")
 ]
-Shapes = Annotated[
+InputShapes = Annotated[
     list[str] | None,
     typer.Option(
         "--input",

@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 
 import intrafusion
-from intrafusion.bench import Record, read
 from intrafusion.cli.console import working
 from intrafusion.cli.inspect import read_saved
 from intrafusion.cli.show import say
 from intrafusion.compressed import Restoration
 from intrafusion.errors import FolderError
 from intrafusion.io.folder import is_ours, read_document
-from intrafusion.report import html
-from intrafusion.report.sheet import contact_sheet, data_address
+from intrafusion.lab.bench import Record, read_records
+from intrafusion.lab.report import html
+from intrafusion.lab.report.sheet import contact_sheet, data_address
 from intrafusion.restore import load_images
 
 
@@ -51,18 +51,18 @@ def page_of(sources: list[Path], sheet: str | None) -> html.Page:
         return html.plan_page(
             plan, before, after, folder=str(folder), sheet=sheet, version=intrafusion.__version__, restored=restored
         )
-    records = [record for source in sources for record in read_records(source)]
+    records = [record for source in sources for record in read_record_file(source)]
     names = [source.name for source in sources]
     return html.records_page(records, sources=names, sheet=sheet, version=intrafusion.__version__)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_record_file(path: Path) -> list[Record]:
     """Raises FolderError for a file that is missing or holds no record."""
     if not path.is_file():
         kind = "this is a folder; give it alone" if path.is_dir() else "there is none"
         raise FolderError(f"{path}: expected a file of records, but {kind}.")
     try:
-        found = read(path)
+        found = read_records(path)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FolderError(f"{path}: expected records as JSON lines, got {error}.") from error
     if not found:

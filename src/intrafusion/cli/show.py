@@ -17,7 +17,7 @@ from rich.text import Text
 
 from intrafusion.measure.size import Size
 from intrafusion.plan import Plan
-from intrafusion.report.table import HEADER, change, rows
+from intrafusion.table import HEADER, size_change, table_rows
 
 PIPED_WIDTH = 160  # columns where there is no terminal to ask
 
@@ -48,9 +48,11 @@ def print_json(data: Any) -> None:
 
 def print_plan(plan: Plan, before: Size | None, after: Size | None) -> None:
     """What was done to each group, and the sizes if they are known."""
-    print_table(HEADER, rows(plan))
+    print_table(HEADER, table_rows(plan))
     if before and after:
-        say(f"\n{change('parameters', before.params, after.params)}; {change('MACs', before.macs, after.macs)}")
+        say(
+            f"\n{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}"
+        )
     for warning in plan.warnings:
         say(f"note: {warning}")
 

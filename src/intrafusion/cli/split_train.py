@@ -12,18 +12,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from intrafusion import zoo
-from intrafusion.bench import Cluster, Record, append
 from intrafusion.cli.console import progress_bar, working
 from intrafusion.cli.models import resolve
 from intrafusion.cli.network import loading_line
 from intrafusion.cli.options import AsJson
 from intrafusion.cli.show import print_json, print_table, say
 from intrafusion.errors import FolderError
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import Cluster, Record, append_record
+from intrafusion.lab.report.times import run_times_plot
+from intrafusion.lab.split import PAPER, SCHEDULES, SplitResult, SplitTraining, records_of, split_train
+from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
-from intrafusion.report.times import run_times_plot
-from intrafusion.split import PAPER, SCHEDULES, SplitResult, SplitTraining, records_of, split_train
-from intrafusion.zoo import Images
 
 RECORDS, FIGURE, SMALL, EXPERIMENT = "records.jsonl", "times.png", "network", "split_train"
 
@@ -70,22 +70,22 @@ def split_train_command(
         with progress_bar("split-train") as progress:
             for name in schedule or SCHEDULES:
                 how = SplitTraining(name, folds, keep, train, tune, using=using, seed=seed)
-                folder = output.resolve() / label(how)
+                folder = output.resolve() / folder_label(how)
                 found = split_train(
-                    partial(built, network), zoo.example_input(network), data, validation, how,
+                    partial(build_network, network), zoo.example_input(network), data, validation, how,
                     folder=folder / "checkpoints", cluster=cluster, progress=progress,
                 )  # fmt: skip
                 found.compressed.save(folder / SMALL)
-                rows.append(noted(found, how, network, test, output / RECORDS))
+                rows.append(note_result(found, how, network, test, output / RECORDS))
         run_times_plot(output / FIGURE, {row["name"]: times(row) for row in rows})
     show(rows, output, network, as_json=as_json)
 
 
-def built(network: str, seed: int) -> torch.nn.Module:
+def build_network(network: str, seed: int) -> torch.nn.Module:
     return zoo.build(network, seed=seed)
 
 
-def label(how: SplitTraining) -> str:
+def folder_label(how: SplitTraining) -> str:
     """Of a folder: another training gets another one."""
     folds = "" if how.schedule == "whole" else f"-{how.folds}"
     return f"{how.schedule}{folds}-keep{how.keep:g}-{how.train.epochs}+{how.tune.epochs}-seed{how.seed}"
@@ -108,15 +108,15 @@ def read_data(network: str, limit: int | None) -> tuple[Images, Images, Images]:
     return train, validation, zoo.load_data(network, "test")
 
 
-def noted(found: SplitResult, how: SplitTraining, network: str, test: Images, path: Path) -> dict[str, Any]:
+def note_result(found: SplitResult, how: SplitTraining, network: str, test: Images, path: Path) -> dict[str, Any]:
     """Measure the result on the test images, once, and append the record."""
     setting, result = records_of(found, how)
     right: Callable[[Any], float] = lambda model: accuracy(model, test.images, test.labels)  # noqa: E731
     tested = {"accuracy": right(found.compressed.model)}
     if found.whole is not None:
         tested["accuracy_before_compression"] = right(found.whole)
-    append(path, Record(EXPERIMENT, {"network": network, **setting}, {**result, **tested}))
-    return {"name": label(how).partition("-keep")[0], "folder": label(how), **setting, **result, **tested}
+    append_record(path, Record(EXPERIMENT, {"network": network, **setting}, {**result, **tested}))
+    return {"name": folder_label(how).partition("-keep")[0], "folder": folder_label(how), **setting, **result, **tested}
 
 
 def times(row: dict[str, Any]) -> list[tuple[str, float, float]]:

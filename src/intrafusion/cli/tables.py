@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from intrafusion.bench import Record
 from intrafusion.cli.show import print_table, say
-from intrafusion.report.records import originals, tables
+from intrafusion.lab.bench import Record
+from intrafusion.lab.report.records import original_records, tables
 
 
 def print_records(records: Sequence[Record]) -> None:
     """The accuracy of the originals, then every table that the records allow."""
-    for network, record in originals(records).items():
+    for network, record in original_records(records).items():
         say(f"{network}: original {record.result['accuracy']:.1%}, {record.result['params']:,} parameters")
     for table in tables(records):
         say(f"\n{table.title}")

@@ -12,17 +12,17 @@ from torch.nn.utils import parametrize
 
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
-from intrafusion.factorize.ranks import RankRule, get
-from intrafusion.factorize.svd import Spectrum, factorized, spectrum
-from intrafusion.inputs import ExampleInputs, Inputs
-from intrafusion.lowrank import put_, splittable
+from intrafusion.factorize.ranks import RankRule, get_rule
+from intrafusion.factorize.svd import Spectrum, factorize_layer, spectrum
 from intrafusion.measure.size import size_of
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.tensors import copy_model
 from intrafusion.pipeline import carry_out, check_weights
 from intrafusion.plan import Plan
 from intrafusion.recipe import Recipe
-from intrafusion.selection import as_selectors
+from intrafusion.selectors import as_selectors
+from intrafusion.surgery.lowrank import is_splittable, replace_module_
 from intrafusion.trace import trace
-from intrafusion.verify import copy_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,22 +64,22 @@ def factorize(
         BudgetError: a budget that rank 1 everywhere exceeds, or a name that nothing matches.
     """
     inputs = Inputs.of(example_inputs)
-    base = model if isinstance(model, Compressed) else whole(model, inputs)
+    base = model if isinstance(model, Compressed) else wrap_unreduced(model, inputs)
     check_weights(base.model)
     layers = spectra(base.model, include, exclude)
-    small = copy_of(base.model)
-    wanted = dict(ranks) if isinstance(ranks, Mapping) else get(ranks)(layers)
-    check_names(wanted, layers)
+    small = copy_model(base.model)
+    wanted = dict(ranks) if isinstance(ranks, Mapping) else get_rule(ranks)(layers)
+    check_layer_names(wanted, layers)
     chosen = {x.name: wanted[x.name] for x in layers if 1 <= wanted.get(x.name, 0) <= x.largest}
     for name, rank in chosen.items():
-        put_(small, name, factorized(small.get_submodule(name), rank))
+        replace_module_(small, name, factorize_layer(small.get_submodule(name), rank))
     found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
     full = {x.name: x.full for x in layers}
     after = size_of(small, inputs)
     return Factorized(**{**found, "model": small, "after": after}, ranks={n: (r, full[n]) for n, r in chosen.items()})
 
 
-def whole(model: nn.Module, inputs: Inputs) -> Compressed:
+def wrap_unreduced(model: nn.Module, inputs: Inputs) -> Compressed:
     """A copy of a network in which nothing is reduced."""
     graph = trace(model, inputs)
     return carry_out(model, Plan(Recipe.of(keep=1.0), (), graph.shapes, {}, graph.warnings), graph, inputs)
@@ -99,8 +99,8 @@ def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[
     for name, module in model.named_modules():
         inside = lambda names, own=name: any(own == n or own.startswith(f"{n}.") for n in names)  # noqa: E731
         asked = bool(name) and (chosen is None or inside(chosen)) and not inside(left)
-        plain = splittable(module) and not parametrize.is_parametrized(module)
-        if asked and plain and not called_otherwise(model, name):
+        plain = is_splittable(module) and not parametrize.is_parametrized(module)
+        if asked and plain and not is_weight_read_outside(model, name):
             assert isinstance(module.weight, nn.Parameter)
             if owners[id(module.weight)] == 1:
                 found.append(spectrum(name, module))
@@ -109,13 +109,13 @@ def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[
     return found
 
 
-def called_otherwise(model: nn.Module, name: str) -> bool:
+def is_weight_read_outside(model: nn.Module, name: str) -> bool:
     """Whether the module around a layer reads its weight itself."""
     parent = model.get_submodule(name.rpartition(".")[0])
     return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
-def check_names(wanted: Mapping[str, int], layers: list[Spectrum]) -> None:
+def check_layer_names(wanted: Mapping[str, int], layers: list[Spectrum]) -> None:
     unknown = sorted(set(wanted) - {x.name for x in layers})
     if unknown:
         raise ModelError(f"factorize: {unknown[0]!r} is no layer that can be split; see `spectra(model)` for those.")

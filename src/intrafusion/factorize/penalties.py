@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from intrafusion.lowrank import splittable
+from intrafusion.surgery.lowrank import is_splittable
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Smooth:
 
     def __call__(self, model: nn.Module) -> Tensor:
         """The penalty of a network, a scalar that can be differentiated; 0 where it has no such layer."""
-        weights = [m.weight for m in model.modules() if splittable(m)]
+        weights = [m.weight for m in model.modules() if is_splittable(m)]
         return sum((self.of(w.flatten(1)) for w in weights if isinstance(w, Tensor)), torch.zeros(()))
 
     def of(self, rows: Tensor) -> Tensor:
@@ -36,12 +36,12 @@ class Smooth:
         if self.nuclear:
             total = total + self.nuclear * torch.linalg.matrix_norm(rows, "nuc")
         if self.first:
-            total = total + self.first * lengths(rows.diff(dim=0))
+            total = total + self.first * row_lengths(rows.diff(dim=0))
         if self.second:
-            total = total + self.second * lengths(rows.diff(n=2, dim=0))
+            total = total + self.second * row_lengths(rows.diff(n=2, dim=0))
         return total
 
 
-def lengths(rows: Tensor) -> Tensor:
+def row_lengths(rows: Tensor) -> Tensor:
     """Sum of the Euclidean lengths of rows, with gradient 0 where a row is 0."""
     return torch.where((rows == 0).all(1), 0.0, (rows.square().sum(1) + 1e-24).sqrt()).sum()

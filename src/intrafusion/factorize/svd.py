@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from intrafusion.lowrank import LowRank, low_rank
+from intrafusion.surgery.lowrank import LowRank, make_low_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def spectrum(name: str, layer: nn.Module) -> Spectrum:
     return Spectrum(name, torch.linalg.svdvals(flat), flat.shape[1], flat.shape[2])
 
 
-def factorized(layer: nn.Module, rank: int) -> LowRank:
+def factorize_layer(layer: nn.Module, rank: int) -> LowRank:
     r"""The two layers whose product is nearest to a layer's weight: W = U S V^T cut to `rank`.
 
     reduce = S^(1/2) V^T and expand = U S^(1/2), group by group; of all pairs of this rank the one with the least
@@ -79,9 +79,9 @@ def factorized(layer: nn.Module, rank: int) -> LowRank:
     """
     u, s, vh = torch.linalg.svd(matrices(layer), full_matrices=False)
     root = s[:, :rank].sqrt()
-    split = low_rank(layer, rank)
-    write_(split.reduce, vh[:, :rank] * root[:, :, None])
-    write_(split.expand, u[:, :, :rank] * root[:, None, :])
+    split = make_low_rank(layer, rank)
+    write_values_(split.reduce, vh[:, :rank] * root[:, :, None])
+    write_values_(split.expand, u[:, :, :rank] * root[:, None, :])
     bias = layer.bias
     if isinstance(bias, Tensor):
         assert isinstance(split.expand.bias, Tensor)
@@ -89,7 +89,7 @@ def factorized(layer: nn.Module, rank: int) -> LowRank:
     return split
 
 
-def write_(layer: nn.Module, values: Tensor) -> None:
+def write_values_(layer: nn.Module, values: Tensor) -> None:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     weight.data.copy_(values.reshape(weight.shape))

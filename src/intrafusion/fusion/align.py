@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import matrix_for, named_tensors, norm_biases, tensors_of_norm
 from intrafusion.errors import unknown_name
-from intrafusion.features import channel_rows, weighs
 from intrafusion.fusion.carry import Track, carried
 from intrafusion.fusion.match import Pair
 from intrafusion.graph import ChannelGraph, Member, Role
-from intrafusion.norms import fold
+from intrafusion.importance.features import channel_rows, weighs
+from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce import ReductionMap
 from intrafusion.reduce.fuse import NORMALIZATIONS
+from intrafusion.surgery.maps import find_norm_biases, matrix_for, norm_tensors
+from intrafusion.surgery.norms import fold_norms
 from intrafusion.transport import direction_cost, optimal_coupling
 
 Maps = Mapping[str, ReductionMap]
@@ -68,9 +69,9 @@ class Side:
     @classmethod
     def of(cls, model: nn.Module, graph: ChannelGraph, outputs: Mapping[str, Tensor] | None = None) -> Side:
         tensors = named_tensors(model)
-        names = {*graph.shapes, *(t for n in graph.norms for t in tensors_of_norm(n))}
+        names = {*graph.shapes, *(t for n in graph.norms for t in norm_tensors(n))}
         betas = {n.bias: tensors[n.bias].detach().double() for n in graph.norms if n.bias is not None}
-        return cls(fold({name: tensors[name] for name in names}, graph.norms), graph, outputs or {}, betas)
+        return cls(fold_norms({name: tensors[name] for name in names}, graph.norms), graph, outputs or {}, betas)
 
 
 def aligned(own: Side, anchor: Side, pairs: Sequence[Pair], how: Alignment) -> dict[str, ReductionMap]:
@@ -158,7 +159,7 @@ def transported(
 ) -> dict[str, Tensor]:
     """Tensors of a network, norms folded, in the anchor's coordinates and shape."""
     through = crossings(pairs)
-    centred = {m.tensor for p in pairs for m in norm_biases(p.own)} - {n.bias for n in own.norms}
+    centred = {m.tensor for p in pairs for m in find_norm_biases(p.own)} - {n.bias for n in own.norms}
 
     def tracks(name: str) -> Iterator[Track]:
         for pair, mine, theirs in through.get(name, []):

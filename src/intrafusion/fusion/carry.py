@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intrafusion.apply import inside
 from intrafusion.graph import Member, Role, Slice
+from intrafusion.surgery.maps import narrow_to
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ def slice_by_slice(tensor: Tensor, dim: int, parts: dict[Slice, list[Track]], si
     pieces, end = [], 0
     for within in sorted(parts, key=lambda s: s.start):
         pieces += [tensor.narrow(across, end, within.start - end)] if within.start > end else []
-        pieces.append(along(inside(tensor, within), dim, parts[within], size))
+        pieces.append(along(narrow_to(tensor, within), dim, parts[within], size))
         end = within.stop
     if end < tensor.shape[across]:
         pieces.append(tensor.narrow(across, end, tensor.shape[across] - end))

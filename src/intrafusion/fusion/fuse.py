@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion import restore as restorers
-from intrafusion.apply import named_tensors, write_
-from intrafusion.batches import Images, batches, joined
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, unknown_name
 from intrafusion.fusion.align import Alignment, Side, aligned, transported
@@ -20,15 +18,17 @@ from intrafusion.fusion.match import Pair, pairs_of
 from intrafusion.fusion.outputs import channel_outputs
 from intrafusion.fusion.variance import lengths, strengthened
 from intrafusion.graph import ChannelGraph, Role
-from intrafusion.inputs import ExampleInputs, Inputs
 from intrafusion.measure.size import size_of
-from intrafusion.norms import unfold
+from intrafusion.network.batches import ImagesLike, join_batches, read_batches
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.pipeline import carry_out, decide, inspect
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
 from intrafusion.restore import Restorer
-from intrafusion.verify import copy_of
+from intrafusion.surgery.norms import unfold_norms
+from intrafusion.surgery.write import write_weights_
 
 USING = ("weights", "activations")
 
@@ -51,7 +51,7 @@ def fuse(
     example_inputs: ExampleInputs,
     *,
     using: str = "weights",
-    images: Images | None = None,
+    images: ImagesLike | None = None,
     weights: Sequence[float] | None = None,
     anchor: int = 0,
     keep: Keep = 1.0,
@@ -91,7 +91,7 @@ def fuse(
     Reference: Singh and Jaggi 2020, Algorithm 1 (fusion); a residual stream has one coupling (Theus et al. 2024).
     """
     shares = checked(models, using, images, weights, anchor)
-    inputs, calibration = Inputs.of(example_inputs), None if images is None else joined(batches(images))
+    inputs, calibration = Inputs.of(example_inputs), None if images is None else join_batches(read_batches(images))
     graphs = []
     for index, model in enumerate(models):
         progress("trace", index, len(models))
@@ -115,8 +115,8 @@ def fuse(
         maps = identities(pairs) if own is onto else aligned(own, onto, pairs, alignment or Alignment())
         alignments.append(maps)
         mean.add(own, pairs, maps, shares[index])
-    fused = copy_of(base.model)
-    write_(fused, mean.written(rescale=rescale))
+    fused = copy_model(base.model)
+    write_weights_(fused, mean.written(rescale=rescale))
     found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
     found |= {"model": fused, "after": size_of(fused, inputs)}
     result = Fused(**found, alignments=tuple(alignments), weights=tuple(shares))
@@ -160,7 +160,7 @@ class Mean:
         if rescale:
             tensors = strengthened(tensors, self.lengths, self.betas, norms, self.dims)
         present = {name: t.detach() for name, t in named_tensors(self.model).items()}
-        final = unfold({**self.anchor.weights, **tensors}, present, norms, {})
+        final = unfold_norms({**self.anchor.weights, **tensors}, present, norms, {})
         return {name: t.to(present[name].dtype) for name, t in final.items()}
 
 
@@ -170,7 +170,7 @@ def accumulate_(total: dict[str, Tensor], part: Mapping[str, Tensor], share: flo
 
 
 def checked(
-    models: Sequence[nn.Module], using: str, images: Images | None, weights: Sequence[float] | None, anchor: int
+    models: Sequence[nn.Module], using: str, images: ImagesLike | None, weights: Sequence[float] | None, anchor: int
 ) -> list[float]:
     """The share of each network in the average."""
     if using not in USING:

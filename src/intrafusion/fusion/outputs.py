@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.batches import fitted
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
-from intrafusion.inputs import Inputs
-from intrafusion.trace.state import preserved
+from intrafusion.network.batches import cast_like
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.state import preserve_state
 
 
 def channel_outputs(
@@ -41,8 +41,8 @@ def channel_outputs(
         recorded[name].append(flat.float())
 
     dims = {name: dim for found in watched.values() for name, dim, _ in found}
-    with preserved(model), hooks(model, {n: dims[n] for n in modules}, store):
-        fitted(inputs, model).call(model)
+    with preserve_state(model), hooks(model, {n: dims[n] for n in modules}, store):
+        cast_like(inputs, model).call(model)
     return {
         group: torch.cat([rows(values, m) for name, _, m in found for values in recorded[name]], dim=1)
         for group, found in watched.items()

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import row_means
-from intrafusion.features import channel_rows
 from intrafusion.fusion.align import Maps, Side, crossing, crossings
 from intrafusion.fusion.carry import carried
 from intrafusion.fusion.match import Pair
 from intrafusion.fusion.outputs import channels_lie_in
 from intrafusion.graph import ChannelGraph, FoldableNorm, Role
+from intrafusion.importance.features import channel_rows
+from intrafusion.surgery.maps import mean_weights
 
 LARGEST = 10.0  # channels that cancel are not blown up further than this
 
@@ -34,7 +34,7 @@ def lengths(own: Side, anchor: ChannelGraph, model: nn.Module, pairs: Sequence[P
                 shape = anchor.shapes[mine.tensor]
                 rows = channel_rows({mine.tensor: carried(own.weights[mine.tensor], tracks, shape)}, mine)
                 new = found.setdefault(mine.tensor, rows.new_zeros(shape[mine.dim], dtype=torch.float64))
-                new[theirs.positions[:, 0]] = row_means(maps[pair.name].merge).to(rows) @ rows.norm(dim=1)
+                new[theirs.positions[:, 0]] = mean_weights(maps[pair.name].merge).to(rows) @ rows.norm(dim=1)
     return found
 
 

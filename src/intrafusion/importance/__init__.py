@@ -19,7 +19,7 @@ from intrafusion.importance.magnitude import Magnitude
 from intrafusion.importance.observation import NEEDS, Activations, Observation, ObservationError, needs_of
 from intrafusion.importance.random import Random
 from intrafusion.importance.taylor import Taylor
-from intrafusion.importance.torch_pruning import TorchPruning, is_torch_prunings
+from intrafusion.importance.torch_pruning import TorchPruning, is_torch_pruning
 
 
 @runtime_checkable
@@ -58,7 +58,7 @@ def get(importance: Any) -> Importance:
         if importance not in IMPORTANCES:
             raise ValueError(unknown_name("importance", importance, IMPORTANCES))
         return IMPORTANCES[importance]
-    if is_torch_prunings(importance):
+    if is_torch_pruning(importance):
         return TorchPruning(importance)
     if isinstance(importance, type) or not isinstance(importance, Importance):
         raise TypeError(

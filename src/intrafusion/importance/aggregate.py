@@ -22,15 +22,15 @@ def aggregate(scores: Tensor, reduction: str, normalizer: str | None) -> Tensor:
     Raises:
         ValueError: unknown name.
     """
-    check_names(reduction, normalizer)
-    reduced = REDUCTIONS[reduction](scores.double())
+    check_aggregation(reduction, normalizer)
+    reduced = MEMBER_REDUCTIONS[reduction](scores.double())
     return reduced if normalizer is None else NORMALIZERS[normalizer](reduced)
 
 
-def check_names(reduction: str, normalizer: str | None) -> None:
+def check_aggregation(reduction: str, normalizer: str | None) -> None:
     """Raise ValueError for an unknown name."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(unknown_name("reduction", reduction, REDUCTIONS))
+    if reduction not in MEMBER_REDUCTIONS:
+        raise ValueError(unknown_name("reduction", reduction, MEMBER_REDUCTIONS))
     if normalizer is not None and normalizer not in NORMALIZERS:
         raise ValueError(unknown_name("normalizer", normalizer, NORMALIZERS))
 
@@ -54,7 +54,7 @@ def _lamp(scores: Tensor) -> Tensor:
     return torch.empty_like(scores).index_copy(0, order, _divide(ranked, ranked.cumsum(0)))
 
 
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+MEMBER_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda scores: scores.mean(dim=0),
     "sum": lambda scores: scores.sum(dim=0),
     "max": lambda scores: scores.amax(dim=0),

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import ModelError
-from intrafusion.features import channel_rows
 from intrafusion.graph import ChannelGroup, Member, Role
-from intrafusion.importance.aggregate import aggregate, check_names
-from intrafusion.importance.observation import seen
+from intrafusion.importance.aggregate import aggregate, check_aggregation
+from intrafusion.importance.features import channel_rows
+from intrafusion.importance.observation import get_observed
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class BNScale:
     needs = frozenset({"tensors"})  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        check_names(self.reduction, self.normalizer)
+        check_aggregation(self.reduction, self.normalizer)
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
-        tensors = seen(observations, "tensors", self, group)
+        tensors = get_observed(observations, "tensors", self, group)
         rows = [channel_rows(tensors, member) for member in norm_scales(group, tensors)]
         if not rows:
             raise ModelError(f"group {group.name!r}: no norm scales its channels; exclude it or use another criterion.")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance.aggregate import aggregate, check_names
-from intrafusion.importance.observation import seen
+from intrafusion.importance.aggregate import aggregate, check_aggregation
+from intrafusion.importance.observation import get_observed
 
 CHUNK = 2**22  # entries of the Gram matrices that are held at a time
 
@@ -33,10 +33,10 @@ class CHIP:
     needs = frozenset({"feature_maps"})  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        check_names("mean", self.normalizer)
+        check_aggregation("mean", self.normalizer)
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
-        maps = seen(observations, "feature_maps", self, group)
+        maps = get_observed(observations, "feature_maps", self, group)
         return aggregate(channel_independence(maps)[None], "mean", self.normalizer)
 
 
@@ -50,7 +50,7 @@ def lost_nuclear_norm(matrix: Tensor) -> Tensor:
     n, p = matrix.shape
     whole = nuclear_norm(matrix @ matrix.T if n <= p else matrix.T @ matrix)
     size = max(1, CHUNK // min(n, p) ** 2)
-    without = [nuclear_norm(grams_without(matrix, rows)) for rows in torch.arange(n).split(size)]
+    without = [nuclear_norm(leave_out_grams(matrix, rows)) for rows in torch.arange(n).split(size)]
     return (whole - torch.cat(without)).clamp(min=0.0)
 
 
@@ -59,7 +59,7 @@ def nuclear_norm(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt().sum(dim=-1)
 
 
-def grams_without(matrix: Tensor, rows: Tensor) -> Tensor:
+def leave_out_grams(matrix: Tensor, rows: Tensor) -> Tensor:
     """The smaller of A A^T and A^T A with one row of A set to zero, for each of `rows`."""
     n, p = matrix.shape
     rows = rows.to(matrix.device)

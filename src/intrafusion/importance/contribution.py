@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance.aggregate import aggregate, check_names
-from intrafusion.importance.observation import seen
+from intrafusion.importance.aggregate import aggregate, check_aggregation
+from intrafusion.importance.observation import get_observed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RelativeContribution:
     needs = frozenset({"contributions"})  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        check_names(self.reduction, self.normalizer)
+        check_aggregation(self.reduction, self.normalizer)
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
-        return aggregate(seen(observations, "contributions", self, group), self.reduction, self.normalizer)
+        return aggregate(get_observed(observations, "contributions", self, group), self.reduction, self.normalizer)

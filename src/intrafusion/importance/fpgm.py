@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import ModelError
-from intrafusion.features import linear_rows
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance.aggregate import aggregate, check_names
+from intrafusion.importance.aggregate import aggregate, check_aggregation
+from intrafusion.importance.features import linear_rows
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class FPGM:
     def __post_init__(self) -> None:
         if not self.p > 0:
             raise ValueError(f"p: expected p > 0, got {self.p}.")
-        check_names(self.reduction, self.normalizer)
+        check_aggregation(self.reduction, self.normalizer)
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         rows = linear_rows(group, weights)
         if not rows:
             raise ModelError(f"group {group.name!r}: no weight to compare its channels by; exclude the group.")
-        return aggregate(torch.stack([summed_distances(r, self.p) for r in rows]), self.reduction, self.normalizer)
+        return aggregate(torch.stack([sum_distances(r, self.p) for r in rows]), self.reduction, self.normalizer)
 
 
-def summed_distances(rows: Tensor, p: float = 2.0) -> Tensor:
+def sum_distances(rows: Tensor, p: float = 2.0) -> Tensor:
     """Sum over j of ||x_i - x_j||_p for each row (n, d) -> (n,)."""
     return torch.cdist(rows, rows, p=p, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance.aggregate import check_names
+from intrafusion.importance.aggregate import check_aggregation
 from intrafusion.importance.magnitude import Magnitude
 
 
@@ -29,7 +29,7 @@ class LAMP:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        check_names(self.reduction, "lamp")
+        check_aggregation(self.reduction, "lamp")
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         return Magnitude(self.p, self.reduction, "lamp", self.bias)(group, weights)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import ModelError
-from intrafusion.features import biases, linear_rows
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance.aggregate import aggregate, check_names
+from intrafusion.importance.aggregate import aggregate, check_aggregation
+from intrafusion.importance.features import channel_biases, linear_rows
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Magnitude:
     def __post_init__(self) -> None:
         if not self.p > 0:
             raise ValueError(f"p: expected p > 0, got {self.p}.")
-        check_names(self.reduction, self.normalizer)
+        check_aggregation(self.reduction, self.normalizer)
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         rows = linear_rows(group, weights)
-        added = biases(group, weights)
+        added = channel_biases(group, weights)
         if self.bias and added.shape[1] > 0:
             rows.append(added)
         if not rows:

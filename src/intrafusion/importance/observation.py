@@ -60,7 +60,9 @@ def needs_of(importance: object) -> frozenset[str]:
     needs = frozenset(getattr(importance, "needs", frozenset()))
     for need in needs:
         if need not in NEEDS:
-            raise ValueError(f"importance {label(importance)}: needs: {unknown_name('observation', need, NEEDS)}")
+            raise ValueError(
+                f"importance {importance_label(importance)}: needs: {unknown_name('observation', need, NEEDS)}"
+            )
     return needs
 
 
@@ -75,31 +77,31 @@ def check_images(who: str, needs: Collection[str], images: object) -> None:
         )
 
 
-def seen(observation: Any, field: str, importance: object, group: ChannelGroup) -> Any:
+def get_observed(observation: Any, field: str, importance: object, group: ChannelGroup) -> Any:
     """One field of an observation, for the criterion that needs it.
 
     Raises:
         ObservationError: there is no observation, or the group could not be watched.
     """
     if observation is None:
-        check_images(f"importance {label(importance)}", needs_of(importance), None)
+        check_images(f"importance {importance_label(importance)}", needs_of(importance), None)
         raise ObservationError(
-            f"importance {label(importance)}: group {group.name!r}: expected an Observation with {field}, got None; "
+            f"importance {importance_label(importance)}: group {group.name!r}: expected an Observation with {field}, got None; "
             "call the criterion with observe(model, graph, groups, images, needs)[group.name]."
         )
     value = getattr(observation, field)
     if value is None:
         raise ObservationError(
-            f"importance {label(importance)}: group {group.name!r}: no {field} were seen. No linear layer or "
+            f"importance {importance_label(importance)}: group {group.name!r}: no {field} were seen. No linear layer or "
             "convolution that reads these channels ran as a module; exclude the group, or choose another criterion."
         )
     return value
 
 
-def label(importance: object) -> str:
+def importance_label(importance: object) -> str:
     """How messages call a criterion."""
-    return repr(importance) if hasattr(importance, "__dataclass_fields__") else name_of(importance)
+    return repr(importance) if hasattr(importance, "__dataclass_fields__") else importance_name(importance)
 
 
-def name_of(importance: object) -> str:
+def importance_name(importance: object) -> str:
     return str(getattr(importance, "__qualname__", type(importance).__qualname__))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import ModelError
-from intrafusion.features import channel_rows, weighs
 from intrafusion.graph import ChannelGroup, Role
-from intrafusion.importance.aggregate import aggregate, check_names
-from intrafusion.importance.observation import seen
+from intrafusion.importance.aggregate import aggregate, check_aggregation
+from intrafusion.importance.features import channel_rows, weighs
+from intrafusion.importance.observation import get_observed
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Taylor:
     needs = frozenset({"tensors", "gradients"})  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        check_names(self.reduction, self.normalizer)
+        check_aggregation(self.reduction, self.normalizer)
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
-        tensors = seen(observations, "tensors", self, group)
-        gradients = seen(observations, "gradients", self, group)
+        tensors = get_observed(observations, "tensors", self, group)
+        gradients = get_observed(observations, "gradients", self, group)
         scores = [
             first_order(channel_rows(tensors, m), channel_rows(gradients, m), self.multivariable)
             for m in group.members

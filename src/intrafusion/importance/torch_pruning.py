@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGroup, Member, Role
-from intrafusion.importance.observation import seen
+from intrafusion.importance.observation import get_observed
 
 ON_MODULES = ("accumulate_grad", "MatGradHandler", "compute_importance")  # of criteria that keep what they saw
 
@@ -67,9 +67,9 @@ class TorchPruning:
         return frozenset({"tensors", "gradients"} if self.reads_gradients else {"tensors"})
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
-        tensors = seen(observations, "tensors", self, group)
-        gradients = seen(observations, "gradients", self, group) if self.reads_gradients else None
-        rank = ranks(group)
+        tensors = get_observed(observations, "tensors", self, group)
+        gradients = get_observed(observations, "gradients", self, group) if self.reads_gradients else None
+        rank = channel_ranks(group)
         theirs = as_their_group(group, tensors, gradients, rank)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
@@ -79,7 +79,7 @@ class TorchPruning:
         return scores.double()[: group.size][rank]
 
 
-def is_torch_prunings(importance: object) -> bool:
+def is_torch_pruning(importance: object) -> bool:
     """Whether an object is of a class of Torch-Pruning or of one derived from it; imports nothing."""
     return not isinstance(importance, type) and any(n.startswith("torch_pruning.") for n in lineage(importance))
 
@@ -95,7 +95,7 @@ def value_label(value: Any) -> str:
     return value.__qualname__ if hasattr(value, "__qualname__") else repr(value)
 
 
-def ranks(group: ChannelGroup) -> np.ndarray:
+def channel_ranks(group: ChannelGroup) -> np.ndarray:
     """(n,): which of their channels each of ours is. Theirs are in the order of the first layer's indices."""
     first = group.members[0].positions.min(axis=1) if group.members else np.arange(group.size)
     return np.argsort(np.argsort(first, kind="stable"), kind="stable")
@@ -130,17 +130,17 @@ def stand_ins(
     biases = {m.module: m for m in group.with_role(Role.SHIFTS) if tensors[m.tensor].dim() == 1}
     batch_norms = {m.module for m in group.with_role(Role.MEAN, Role.VARIANCE)}
     for member in group.members:
-        kind = kind_of(member, tensors[member.tensor].dim(), batch_norms)
+        kind = pruning_kind(member, tensors[member.tensor].dim(), batch_norms)
         if kind is not None:
             bias = biases.get(member.module) if kind.endswith("_out") else None
-            layer = empty_layer(kind, laid_out(member, kind, tensors[member.tensor]).shape, bias is not None)
-            put_(layer, "weight", member, kind, tensors, gradients)
+            layer = empty_layer(kind, lay_out(member, kind, tensors[member.tensor]).shape, bias is not None)
+            put_tensor_(layer, "weight", member, kind, tensors, gradients)
             if bias is not None:
-                put_(layer, "bias", bias, kind, tensors, gradients)
+                put_tensor_(layer, "bias", bias, kind, tensors, gradients)
             yield member, layer, getattr(function, f"prune_{kind}_channels")
 
 
-def kind_of(member: Member, dims: int, batch_norms: set[str]) -> str | None:
+def pruning_kind(member: Member, dims: int, batch_norms: set[str]) -> str | None:
     """The middle of the name of Torch-Pruning's function for a member; None for biases, statistics and the like."""
     if member.roles & {Role.PRODUCES, Role.CONSUMES} and dims > 1:
         return ("conv" if dims > 2 else "linear") + ("_out" if Role.PRODUCES in member.roles else "_in")
@@ -151,7 +151,7 @@ def kind_of(member: Member, dims: int, batch_norms: set[str]) -> str | None:
     return None
 
 
-def laid_out(member: Member, kind: str, tensor: Tensor) -> Tensor:
+def lay_out(member: Member, kind: str, tensor: Tensor) -> Tensor:
     """The part of a tensor that the group runs through, outputs first and inputs second."""
     if member.within is not None and member.within.dim != member.dim:
         tensor = tensor.narrow(member.within.dim, member.within.start, member.within.stop - member.within.start)
@@ -172,7 +172,7 @@ def empty_layer(kind: str, shape: torch.Size, bias: bool) -> nn.Module:
     return convolution(shape[1] * groups, shape[0], tuple(shape[2:]), groups=groups, bias=bias, device="meta")
 
 
-def put_(
+def put_tensor_(
     layer: nn.Module,
     name: str,
     member: Member,
@@ -181,7 +181,7 @@ def put_(
     gradients: Mapping[str, Tensor] | None,
 ) -> None:
     """Give a layer a copy of a tensor, and of its gradient, 0 for what is no parameter (in place)."""
-    precise = lambda t: laid_out(member, kind, t).detach().to(torch.promote_types(t.dtype, torch.float32), copy=True)  # noqa: E731
+    precise = lambda t: lay_out(member, kind, t).detach().to(torch.promote_types(t.dtype, torch.float32), copy=True)  # noqa: E731
     parameter = nn.Parameter(precise(tensors[member.tensor]), requires_grad=False)
     if gradients is not None:
         gradient = gradients.get(member.tensor)

@@ -13,16 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from intrafusion.apply import Repair, make_repairs_, named_tensors
 from intrafusion.errors import FolderError, PlanError
 from intrafusion.io.atomic import atomic_folder
-from intrafusion.lowrank import ranks_of, split_
 from intrafusion.measure.size import Size
+from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.plan import Plan
 from intrafusion.reduce import ReductionMap
-from intrafusion.verify import copy_of
+from intrafusion.surgery.lowrank import ranks_of, split_layers_
+from intrafusion.surgery.write import Repair, make_repairs_
 
-WEIGHTS, PLAN, RECIPE, MAPS = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
+WEIGHTS, PLAN, RECIPE, MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
 KIND = "intrafusion"
 
 
@@ -57,24 +57,24 @@ def save(
         "repairs": [asdict(r) for r in repairs],
         "before": asdict(before),
         "after": asdict(after),
-        "split_before": (split := split_before(model, plan)),
+        "split_before": (split := ranks_before(model, plan)),
         "split_after": {name: rank for name, rank in ranks_of(model).items() if name not in split},
         **(told or {}),
     }
     with atomic_folder(folder, ours=is_ours) as target:
         save_file(state, target / WEIGHTS)
-        (target / PLAN).write_text(document(plan, extra))
+        (target / PLAN).write_text(build_document(plan, extra))
         (target / RECIPE).write_text(plan.recipe.to_yaml())
 
 
-def split_before(model: nn.Module, plan: Plan) -> dict[str, int]:
+def ranks_before(model: nn.Module, plan: Plan) -> dict[str, int]:
     """Rank before the plan of every layer that was of low rank already then, by name."""
     groups = {name: int(getattr(model.get_submodule(f"{name}.reduce"), "groups", 1)) for name in ranks_of(model)}
     shapes = {name: plan.shapes.get(f"{name}.reduce.weight") for name in groups}
     return {name: shape[0] // groups[name] for name, shape in shapes.items() if shape is not None}
 
 
-def document(plan: Plan, extra: dict[str, Any]) -> str:
+def build_document(plan: Plan, extra: dict[str, Any]) -> str:
     return json.dumps({"kind": KIND, **json.loads(plan.to_json()), **extra}, indent=1)
 
 
@@ -94,35 +94,35 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
     folder = Path(folder)
     data = read_document(folder)
     plan = Plan.from_json(json.dumps(data))
-    network = model if isinstance(model, nn.Module) else built(model)
+    network = model if isinstance(model, nn.Module) else build_from(model)
     state = read_tensors(weights_path(folder, data))
-    if splits(data, "split_before") or splits(data, "split_after"):
-        prepared_(copy_of(network), folder, data, plan, state)  # so that an error leaves the network as it is
-    tensors = prepared_(network, folder, data, plan, state)
+    if read_splits(data, "split_before") or read_splits(data, "split_after"):
+        prepare_(copy_model(network), folder, data, plan, state)  # so that an error leaves the network as it is
+    tensors = prepare_(network, folder, data, plan, state)
     for name, tensor in tensors.items():
         tensor.data = state[name].to(tensor.device)
         tensor.grad = None
     return network
 
 
-def prepared_(
+def prepare_(
     network: nn.Module, folder: Path, data: dict[str, Any], plan: Plan, state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give a network the layers and sizes that were saved (in place), and return the tensors to write to."""
-    split_(network, splits(data, "split_before"))
+    split_layers_(network, read_splits(data, "split_before"))
     tensors = named_tensors(network)
     plan.check_fits({n: tuple(t.shape) for n, t in tensors.items() if t.is_floating_point()})
-    repairs, after = repairs_from(data, network), splits(data, "split_after")
+    repairs, after = read_repairs(data, network), read_splits(data, "split_after")
     if not after:
-        check_names(folder, tensors, state)
+        check_tensor_names(folder, tensors, state)
     make_repairs_(network, repairs)
-    split_(network, after)
+    split_layers_(network, after)
     tensors = named_tensors(network)
-    check_names(folder, tensors, state)
+    check_tensor_names(folder, tensors, state)
     return tensors
 
 
-def splits(data: dict[str, Any], key: str) -> dict[str, int]:
+def read_splits(data: dict[str, Any], key: str) -> dict[str, int]:
     """Layers of low rank that a folder names; none in folders of before there were any."""
     found = data.get(key, {})
     if not isinstance(found, dict):
@@ -130,7 +130,7 @@ def splits(data: dict[str, Any], key: str) -> dict[str, int]:
     return found
 
 
-def built(factory: Callable[[], nn.Module]) -> nn.Module:
+def build_from(factory: Callable[[], nn.Module]) -> nn.Module:
     network = factory()
     if not isinstance(network, nn.Module):
         raise PlanError(f"load: expected a network or a factory of one, got a factory of {type(network).__name__}.")
@@ -174,7 +174,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def check_names(folder: Path, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def check_tensor_names(folder: Path, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     missing, extra = sorted(set(tensors) - set(state)), sorted(set(state) - set(tensors))
     if missing or extra:
         raise PlanError(
@@ -183,7 +183,7 @@ def check_names(folder: Path, tensors: dict[str, Tensor], state: dict[str, Tenso
         )
 
 
-def repairs_from(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...]:
+def read_repairs(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...]:
     """Attributes to set, checked: only sizes, and only where the module has the size that was recorded before."""
     modules, repairs = dict(network.named_modules()), []
     for entry in data.get("repairs", []):
@@ -210,7 +210,7 @@ def is_size(value: Any) -> bool:
 
 
 def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
-    """Write a plan with its maps, to be carried out later with `intrafusion.apply`."""
+    """Write a plan with its maps, to be carried out later with `intrafusion.surgery.write`."""
     tensors = {
         f"{kind}/{name}": getattr(m, kind).cpu().contiguous()
         for name, m in plan.maps.items()
@@ -218,8 +218,8 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         if getattr(m, kind) is not None
     }
     with atomic_folder(folder, ours=is_ours) as target:
-        save_file(tensors, target / MAPS)
-        (target / PLAN).write_text(document(plan, {}))
+        save_file(tensors, target / MAPS_FILE)
+        (target / PLAN).write_text(build_document(plan, {}))
         (target / RECIPE).write_text(plan.recipe.to_yaml())
 
 
@@ -231,9 +231,9 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
     """
     folder = Path(folder)
     data = read_document(folder)
-    if not (folder / MAPS).is_file():
-        raise FolderError(f"{folder}: has no {MAPS}; it holds a network (intrafusion.load), not a plan to apply.")
-    tensors = read_tensors(folder / MAPS)
+    if not (folder / MAPS_FILE).is_file():
+        raise FolderError(f"{folder}: has no {MAPS_FILE}; it holds a network (intrafusion.load), not a plan to apply.")
+    tensors = read_tensors(folder / MAPS_FILE)
     names = [k.removeprefix("merge/") for k in tensors if k.startswith("merge/")]
     maps = {
         name: ReductionMap(tensors[f"merge/{name}"], tensors[f"unmerge/{name}"], tensors.get(f"shift/{name}"))

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from intrafusion.errors import ModelError
-from intrafusion.inputs import output_tensors
-from intrafusion.trace.state import preserved
+from intrafusion.network.inputs import output_tensors
+from intrafusion.network.state import preserve_state
 
 BATCH_SIZE = 25  # small enough for the activations of a layer to stay in a CPU's caches, and fastest there
 
@@ -32,7 +32,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}.")
     right = 0
-    with preserved(model):
+    with preserve_state(model):
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             predicted = class_scores(model(as_parameters(model, batch)), len(batch)).argmax(1)
             right += int((predicted == target.to(predicted.device)).sum())

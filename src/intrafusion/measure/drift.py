@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from intrafusion.inputs import output_tensors
 from intrafusion.measure.accuracy import BATCH_SIZE, as_parameters
-from intrafusion.trace.state import preserved
+from intrafusion.network.inputs import output_tensors
+from intrafusion.network.state import preserve_state
 
 
-def outputs(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
+def output_rows(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
     """All that a network answers, one row per image: (n, k) float64.
 
     Runs in evaluation mode on the device and in the precision of the network, which is left as it was.
@@ -24,11 +24,13 @@ def outputs(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) -> T
     """
     if len(images) == 0:
         raise ValueError("outputs: expected at least one image, got none.")
-    with preserved(model):
-        return torch.cat([rows(model(as_parameters(model, batch)), len(batch)) for batch in images.split(batch_size)])
+    with preserve_state(model):
+        return torch.cat(
+            [as_rows(model(as_parameters(model, batch)), len(batch)) for batch in images.split(batch_size)]
+        )
 
 
-def rows(output: object, count: int) -> Tensor:
+def as_rows(output: object, count: int) -> Tensor:
     parts = [t.detach().double().cpu().reshape(count, -1) for t in output_tensors(output) if t.is_floating_point()]
     return torch.cat(parts, 1)
 
@@ -38,7 +40,7 @@ def drift(model: nn.Module, reference: nn.Module, images: Tensor) -> Tensor:
 
     Reference: Theus et al. 2024, Figures 5 and 8 to 14.
     """
-    return (outputs(model, images) - outputs(reference, images)).norm(dim=1)
+    return (output_rows(model, images) - output_rows(reference, images)).norm(dim=1)
 
 
 def histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
@@ -56,7 +58,7 @@ def histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
     return torch.bincount(bins, minlength=len(edges)).tolist()
 
 
-def lost_share(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def output_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Mean squared difference of outputs as a fraction of the variance of the expected ones, over all tensors."""
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
     lost = sum(float((a - b).square().sum()) for a, b in pairs if a.shape == b.shape)

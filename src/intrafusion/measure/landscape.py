@@ -14,25 +14,28 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from intrafusion.apply import inside, named_tensors, shortened
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
-from intrafusion.inputs import ExampleInputs, Inputs
-from intrafusion.norms import fold
+from intrafusion.network.double import output_difference, run_in_double
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
-from intrafusion.verify import copy_of, difference, outputs_in_double
+from intrafusion.surgery.maps import narrow_to, shorten
+from intrafusion.surgery.norms import fold_norms
 
-TOLERANCE = 1e-6
+EMBEDDING_TOLERANCE = 1e-6
 
-Weights = dict[str, Tensor]
+WeightPoint = dict[str, Tensor]
 
 
-def folded_tensors(model: nn.Module, graph: ChannelGraph) -> Weights:
+def fold_tensors(model: nn.Module, graph: ChannelGraph) -> WeightPoint:
     """Every tensor by name, float64, batch norms folded: what a straight line between networks should run through."""
-    return fold({name: t.detach() for name, t in named_tensors(model).items()}, graph.norms)
+    return fold_norms({name: t.detach() for name, t in named_tensors(model).items()}, graph.norms)
 
 
-def places(maps: Mapping[str, ReductionMap], alike: Mapping[str, ReductionMap] | None = None) -> dict[str, np.ndarray]:
+def match_places(
+    maps: Mapping[str, ReductionMap], alike: Mapping[str, ReductionMap] | None = None
+) -> dict[str, np.ndarray]:
     """Which old channel each new one is put back as: the one that it takes most of, each used once.
 
     Args:
@@ -51,9 +54,9 @@ def places(maps: Mapping[str, ReductionMap], alike: Mapping[str, ReductionMap] |
     return found
 
 
-def embedded(
+def embed_tensors(
     small: Mapping[str, Tensor], full: Mapping[str, Tensor], graph: ChannelGraph, where: Mapping[str, np.ndarray]
-) -> Weights:
+) -> WeightPoint:
     """The tensors of a smaller network at the shapes of the original; channels that are gone are zero.
 
     Statistics of norms stay those of the original there, as they scale nothing.
@@ -66,56 +69,56 @@ def embedded(
     groups = [g for g in graph.groups if g.name in where]
     scales = {t for n in graph.norms for t in (n.weight, n.variance) if t}
     scales |= {m.tensor for g in groups for m in g.members if Role.VARIANCE in m.roles}
-    wide: Weights = {}
+    wide: WeightPoint = {}
     for name, tensor in full.items():
-        index = indices(name, tensor.shape, groups, where)
+        index = flat_indices(name, tensor.shape, groups, where)
         flat = tensor.clone().flatten() if name in scales else torch.zeros_like(tensor).flatten()
         flat[index.flatten()] = small[name].flatten().to(flat)
         wide[name] = flat.reshape(tensor.shape)
     return wide
 
 
-def indices(name: str, shape: torch.Size, groups: list[ChannelGroup], where: Mapping[str, np.ndarray]) -> Tensor:
+def flat_indices(name: str, shape: torch.Size, groups: list[ChannelGroup], where: Mapping[str, np.ndarray]) -> Tensor:
     """Flat index in the full tensor of every entry of the smaller one, in the smaller one's shape."""
     index = torch.arange(shape.numel()).reshape(shape)
     touching = [(g, m) for g in groups for m in g.members if m.tensor == name]
     for group, member in touching:
-        moved(index, member, where[group.name])
-    return shortened(index, [(m, len(where[g.name])) for g, m in touching], name) if touching else index
+        move_channels(index, member, where[group.name])
+    return shorten(index, [(m, len(where[g.name])) for g, m in touching], name) if touching else index
 
 
-def moved(index: Tensor, member: Member, old: np.ndarray) -> None:
+def move_channels(index: Tensor, member: Member, old: np.ndarray) -> None:
     """Bring the entries of these old channels to the first places of the group, where `apply` left them (in place)."""
-    part = (index if member.within is None else inside(index, member.within)).movedim(member.dim, 0)
+    part = (index if member.within is None else narrow_to(index, member.within)).movedim(member.dim, 0)
     positions = torch.from_numpy(member.positions)
     part[positions[: len(old)]] = part[positions[torch.from_numpy(old)]].clone()
 
 
-def with_tensors(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def copy_with_tensors(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the network with these values, in the precision of the network."""
-    copied = copy_of(model)
+    copied = copy_model(model)
     for name, tensor in named_tensors(copied).items():
         tensor.data = weights[name].to(tensor)
     return copied
 
 
-def embedding(
+def embed_network(
     model: nn.Module,
     small: nn.Module,
     graph: ChannelGraph,
     where: Mapping[str, np.ndarray],
     example_inputs: ExampleInputs,
-) -> Weights:
+) -> WeightPoint:
     """The smaller network as weights of the original, checked to compute the same in float64.
 
     Raises:
         ModelError: it does not, as behind a layer norm, which averages over channels that are gone.
     """
     inputs = Inputs.of(example_inputs)
-    wide = embedded(folded_tensors(small, graph), folded_tensors(model, graph), graph, where)
-    found = outputs_in_double(with_tensors(copy_of(model).double(), wide), inputs)
-    error = difference(found, outputs_in_double(copy_of(small).double(), inputs))
-    if error > TOLERANCE:
+    wide = embed_tensors(fold_tensors(small, graph), fold_tensors(model, graph), graph, where)
+    found = run_in_double(copy_with_tensors(copy_model(model).double(), wide), inputs)
+    error = output_difference(found, run_in_double(copy_model(small).double(), inputs))
+    if error > EMBEDDING_TOLERANCE:
         raise ModelError(
             f"landscape: put back at full width with zeros, the smaller network computes something else "
             f"({error:.1e} relative); this is so where channels are normalised together, as by a layer norm."
@@ -132,28 +135,28 @@ class Plane:
         corners: (x, y) of the three points.
     """
 
-    origin: Weights
-    right: Weights
-    up: Weights
+    origin: WeightPoint
+    right: WeightPoint
+    up: WeightPoint
     corners: tuple[tuple[float, float], ...]
 
     @classmethod
-    def through(cls, origin: Weights, first: Weights, second: Weights) -> Plane:
+    def through(cls, origin: WeightPoint, first: WeightPoint, second: WeightPoint) -> Plane:
         """Raises ValueError if the three points lie on one line."""
         a, b = ({n: w[n] - origin[n] for n in origin} for w in (first, second))
-        length = norm(a)
+        length = vector_length(a)
         if length == 0:
             raise ValueError("a plane needs three points that do not lie on one line, got two that are the same.")
         right = {n: t / length for n, t in a.items()}
-        along = dot(b, right)
+        along = dot_product(b, right)
         rest = {n: b[n] - along * right[n] for n in b}
-        height = norm(rest)
+        height = vector_length(rest)
         if height <= 1e-12 * max(length, abs(along)):
             raise ValueError("a plane needs three points that do not lie on one line, got three that do.")
         up = {n: t / height for n, t in rest.items()}
         return cls(origin, right, up, ((0.0, 0.0), (length, 0.0), (along, height)))
 
-    def at(self, x: float, y: float) -> Weights:
+    def at(self, x: float, y: float) -> WeightPoint:
         return {n: t + x * self.right[n] + y * self.up[n] for n, t in self.origin.items()}
 
     def axes(self, points: int, margin: float = 0.25) -> tuple[list[float], list[float]]:
@@ -165,9 +168,9 @@ class Plane:
         return found[0], found[1]
 
 
-def dot(a: Weights, b: Weights) -> float:
+def dot_product(a: WeightPoint, b: WeightPoint) -> float:
     return sum(float((a[n].double() * b[n].double()).sum()) for n in a)
 
 
-def norm(a: Weights) -> float:
-    return dot(a, a) ** 0.5
+def vector_length(a: WeightPoint) -> float:
+    return dot_product(a, a) ** 0.5

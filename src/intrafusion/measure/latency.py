@@ -8,8 +8,8 @@ import time
 import torch
 from torch import nn
 
-from intrafusion.inputs import ExampleInputs, Inputs
-from intrafusion.trace.state import preserved
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.state import preserve_state
 
 
 def latency_ms(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 15, warmup: int = 3) -> float:
@@ -17,7 +17,7 @@ def latency_ms(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int 
     inputs = Inputs.of(example_inputs)
     cuda = any(p.is_cuda for p in model.parameters())
     times = []
-    with preserved(model), torch.inference_mode():
+    with preserve_state(model), torch.inference_mode():
         for index in range(warmup + repeats):
             start = time.perf_counter()
             inputs.call(model)

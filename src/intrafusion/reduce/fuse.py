@@ -136,7 +136,7 @@ def intrafusion_map(
     coupling = torch.zeros(len(a), len(b), dtype=torch.float64, device=features.device)
     a_left, b_left = a, b
     if own is not None and cost == "lp" and solver == "exact":
-        coupling, a_left, b_left = staying(a, b, own)
+        coupling, a_left, b_left = keep_mass_in_place(a, b, own)
     rows, columns = (left.nonzero().squeeze(1) for left in (a_left, b_left))
     if len(rows) and len(columns):
         costs = COSTS[cost](features[rows], targets[columns], p)
@@ -144,7 +144,7 @@ def intrafusion_map(
     return NORMALIZATIONS[normalization](coupling, a, b)
 
 
-def staying(a: Tensor, b: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def keep_mass_in_place(a: Tensor, b: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mass that a channel and the target that it is have in common stays in place: the cost is a metric.
 
     Returns:

@@ -49,7 +49,7 @@ class Pivot:
         moments = problem.moments
         if moments is None or problem.size == len(problem.importance):
             return (IntraFusion() if self.unmerge else Select())(problem)
-        kept = picked(moments, problem.size).order[: problem.size].sort().values
+        kept = pick_channels(moments, problem.size).order[: problem.size].sort().values
         mean, covariance = moments.overall
         if self.unmerge:
             return least_squares_map(mean, covariance, kept, self.strength)
@@ -72,15 +72,15 @@ class Pivots:
 _PICKED: WeakKeyDictionary[Moments, Pivots] = WeakKeyDictionary()
 
 
-def picked(moments: Moments, m: int | None = None) -> Pivots:
+def pick_channels(moments: Moments, m: int | None = None) -> Pivots:
     """The first m channels (all of them by default), or more, in the order of picking; kept with the object."""
     m = len(moments.reader) if m is None else m
     if moments not in _PICKED or len(_PICKED[moments].order) < m:
-        _PICKED[moments] = pivots(moments.covariances.float(), moments.reader.float(), moments.shares.float(), m)
+        _PICKED[moments] = pivot_order(moments.covariances.float(), moments.reader.float(), moments.shares.float(), m)
     return _PICKED[moments]
 
 
-def pivots(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivots:
+def pivot_order(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivots:
     r"""Pick the m channels from which the consumers' signal can best be told, one after another.
 
     With C the covariance of the channels and Q = sum of W_c^T W_c over the consumers, the next channel is

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from intrafusion.batches import batches
 from intrafusion.errors import unknown_name
+from intrafusion.network.batches import read_batches
 from intrafusion.restore.calibration import LEVELS, Calibration, calibrate
 from intrafusion.restore.closed_form import ClosedForm
 from intrafusion.restore.least_squares import LeastSquares
@@ -65,9 +65,9 @@ __all__ = [
     "Restorer",
     "Synthesis",
     "add_shifts_",
-    "batches",
     "calibrate",
     "get",
     "load_images",
+    "read_batches",
     "save_images",
 ]

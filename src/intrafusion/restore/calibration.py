@@ -10,20 +10,20 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from intrafusion.batches import Images, batches, channels_last, fitted, joined
 from intrafusion.errors import ModelError, unknown_name
 from intrafusion.graph import ChannelGraph
-from intrafusion.inputs import Inputs
-from intrafusion.measure.drift import lost_share
+from intrafusion.measure.drift import output_error
 from intrafusion.measure.size import size_of
+from intrafusion.network.batches import ImagesLike, cast_like, channels_last, join_batches, read_batches
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.state import preserve_state
+from intrafusion.observe.moments import Reading, measured
 from intrafusion.progress import Progress
 from intrafusion.reduce.problem import Moments
 from intrafusion.restore.least_squares import LeastSquares
-from intrafusion.restore.moments import Reading, measured
 from intrafusion.restore.noise import Noise, batch_norms, image_like, standardised
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.synthesize import Synthesis
-from intrafusion.trace.state import preserved
 
 LEVELS = ("noise", "synthetic", "images")
 AFFORDABLE = 1e13  # multiply-accumulates that "auto" spends on making images: minutes on two cores
@@ -57,12 +57,12 @@ class Calibration:
         return self.outputs(self.reference)
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
-        with preserved(model):
-            return fitted(self.images, model).call(model)
+        with preserve_state(model):
+            return cast_like(self.images, model).call(model)
 
     def error(self, model: nn.Module) -> float:
         """Mean squared difference of the outputs to the original's, as a fraction of the variance of the original's."""
-        return lost_share(self.outputs(model), self.expected)
+        return output_error(self.outputs(model), self.expected)
 
     def restore(self, small: Reduced, original: nn.Module, graph: ChannelGraph) -> tuple[float, float]:
         """Solve the layers of a smaller network, in place; the error of its outputs before and after."""
@@ -78,7 +78,7 @@ def calibrate(
     model: nn.Module,
     inputs: Inputs,
     level: str = "auto",
-    images: Images | None = None,
+    images: ImagesLike | None = None,
     *,
     synthesis: Synthesis | None = None,
     noise: Noise | None = None,
@@ -106,7 +106,7 @@ def calibrate(
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
-        call = joined(batches(images))
+        call = join_batches(read_batches(images))
     elif level == "synthetic":
         like = image_like(inputs)
         made = synthesis(model, inputs, **({} if progress is None else {"progress": progress}))
@@ -137,7 +137,7 @@ def seen(
     return reference, readings[0].moments() if readings else None
 
 
-def chosen(model: nn.Module, inputs: Inputs, images: Images | None, synthesis: Synthesis) -> tuple[str, str | None]:
+def chosen(model: nn.Module, inputs: Inputs, images: ImagesLike | None, synthesis: Synthesis) -> tuple[str, str | None]:
     """The best level for what there is, and why not a better one."""
     if images is not None:
         return "images", None

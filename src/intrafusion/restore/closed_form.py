@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import named_tensors, reduced_weights, tensors_of_norm, write_
-from intrafusion.batches import Images
 from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role
-from intrafusion.norms import fold, shift_of, statistics_of, with_statistics
+from intrafusion.network.batches import ImagesLike
+from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.statistics import averages, correlations, merge_along, merged_variance, products
+from intrafusion.surgery.maps import norm_tensors, reduce_weights
+from intrafusion.surgery.norms import fold_norms, shift_of, statistics_of, with_statistics
+from intrafusion.surgery.write import write_weights_
 
 Tensors = Mapping[str, Tensor]
 
@@ -57,12 +59,12 @@ class ClosedForm:
             raise ValueError(f"floor: expected a fraction in (0, 1], got {self.floor!r}.")
 
     def __call__(
-        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None = None
+        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
     ) -> None:
         """Write statistics, scales and shifts of the batch norms behind merged channels; `images` are not used."""
         original = {name: tensor.detach() for name, tensor in named_tensors(reference).items()}
         present = named_tensors(compressed.model)
-        fresh = reduced_weights(original, graph, compressed.plan.maps)
+        fresh = reduce_weights(original, graph, compressed.plan.maps)
         kernels = {m.tensor for g in graph.groups for m in g.with_role(Role.SCALES)}
         new: dict[str, Tensor] = {}
         for norm in graph.norms:
@@ -70,7 +72,7 @@ class ClosedForm:
             if merge is not None and mixes(merge) and untouched(norm, present, fresh):
                 new |= self.corrected(norm, merge, original, fresh, depthwise=norm.producer_weight in kernels)
         new |= self.elsewhere(graph, compressed.plan.maps, original, present, fresh)
-        write_(compressed.model, {name: tensor.to(present[name]) for name, tensor in new.items()})
+        write_weights_(compressed.model, {name: tensor.to(present[name]) for name, tensor in new.items()})
 
     def elsewhere(
         self, graph: ChannelGraph, maps: Mapping[str, ReductionMap], original: Tensors, present: Tensors, fresh: Tensors
@@ -78,7 +80,7 @@ class ClosedForm:
         """Variances of the norms that do not directly follow one layer: they read sums or concatenations of outputs."""
         known = {norm.variance for norm in graph.norms}
         names = {m.tensor for g in graph.groups if g.name in maps for m in g.with_role(Role.VARIANCE)} - known
-        folded = fold(all_floating(original), graph.norms) if names else {}
+        folded = fold_norms(all_floating(original), graph.norms) if names else {}
         new = {}
         for name in names:
             size = len(original[name])
@@ -96,10 +98,10 @@ class ClosedForm:
         self, norm: FoldableNorm, merge: Tensor, original: Tensors, fresh: Tensors, *, depthwise: bool
     ) -> dict[str, Tensor]:
         """The norm's tensors by name, float64."""
-        own = {name: original[name].double() for name in tensors_of_norm(norm)}
+        own = {name: original[name].double() for name in norm_tensors(norm)}
         gamma, beta, _, _ = statistics_of(own, norm)
         mean = averages(merge).to(gamma)
-        rows = fold(own, [norm])[norm.producer_weight].movedim(norm.producer_dim, 0)
+        rows = fold_norms(own, [norm])[norm.producer_weight].movedim(norm.producer_dim, 0)
         alike = correlations(rows, self.reach)
         merge = merge.to(gamma)
         if depthwise:  # kernels were averaged, shifts merged, and what they read has the mean it should have
@@ -108,7 +110,7 @@ class ClosedForm:
             spread = merged_variance(mean, gamma.abs(), alike, self.floor).sqrt()
         else:
             expected, spread = merge @ beta, merged_variance(merge, gamma.abs(), alike, self.floor).sqrt()
-        left = {name: fresh[name].double() for name in tensors_of_norm(norm)}
+        left = {name: fresh[name].double() for name in norm_tensors(norm)}
         now_gamma, now_beta, now_mean, now_sigma = statistics_of(left, norm)
         per_unit = now_sigma / now_gamma
         wanted = (mean @ gamma.square()).sqrt() * now_gamma.sign()
@@ -135,7 +137,7 @@ def mixes(merge: Tensor) -> bool:
 
 def untouched(norm: FoldableNorm, present: Tensors, fresh: Tensors) -> bool:
     """Whether a norm and its layer are as the reduction left them."""
-    return all(close(present[name], fresh[name]) for name in tensors_of_norm(norm))
+    return all(close(present[name], fresh[name]) for name in norm_tensors(norm))
 
 
 def close(present: Tensor, fresh: Tensor) -> bool:

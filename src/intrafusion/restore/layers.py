@@ -18,9 +18,10 @@ import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from intrafusion.apply import member_of_rows, mixed, named_tensors, shortened
 from intrafusion.graph import ChannelGraph, FoldableNorm, Role
+from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
+from intrafusion.surgery.maps import as_row_member, mix_channels, shorten
 
 ALIKE = 0.05  # of the outputs of a layer; half precision is off by less
 
@@ -227,8 +228,8 @@ def output_map(layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMa
         return None
     matrix = torch.eye(len(layer.module.weight), dtype=torch.float64, device=layer.module.weight.device)
     for member, reduction in touching:
-        matrix = mixed(matrix, member_of_rows(member), reduction)
-    return shortened(matrix, [(member_of_rows(m), len(r.merge)) for m, r in touching], weight)
+        matrix = mix_channels(matrix, as_row_member(member), reduction)
+    return shorten(matrix, [(as_row_member(m), len(r.merge)) for m, r in touching], weight)
 
 
 @contextlib.contextmanager

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import named_tensors, write_
-from intrafusion.batches import Images, batches, channels_last, fitted, joined
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
-from intrafusion.inputs import Inputs
+from intrafusion.network.batches import ImagesLike, cast_like, channels_last, join_batches, read_batches
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.activation import Activation
 from intrafusion.restore.layers import Layer, hooked, output_map, solvable
 from intrafusion.restore.readers import Followed, Readers
 from intrafusion.restore.restorer import Reduced, needed
 from intrafusion.restore.ridge import Lacking, Ridge
-from intrafusion.trace.state import preserved
-from intrafusion.verify import copy_of
+from intrafusion.surgery.write import write_weights_
 
 Change = tuple[Tensor, Tensor]
 """What was added to a layer's weight, (c, d), and as a constant to its output before the norm, (c,); float64."""
@@ -80,7 +80,9 @@ class LeastSquares:
         if self.rows < 2:
             raise ValueError(f"rows: expected at least 2 sampled rows per layer, got {self.rows!r}.")
 
-    def __call__(self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None) -> None:
+    def __call__(
+        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None
+    ) -> None:
         """Write the solved weights into `compressed.model`, or on any error none of them.
 
         Args:
@@ -90,12 +92,12 @@ class LeastSquares:
         Raises:
             ModelError: no images, images of different shapes, or a network that gives NaN on them.
         """
-        inputs = joined(batches(needed(images, self)))
-        small = copy_of(compressed.model).eval()
+        inputs = join_batches(read_batches(needed(images, self)))
+        small = copy_model(compressed.model).eval()
         solved = self.solve_(small, compressed.plan.maps, reference, graph, inputs)
         layers = solvable(small, graph)
         written = {id(t) for name in solved for t in layers[name].tensors}
-        write_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written})
+        write_weights_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written})
 
     def restore(
         self,
@@ -130,11 +132,11 @@ class LeastSquares:
         inputs = inputs.map(channels_last)
         layers, originals = solvable(small, graph), solvable(reference, graph)
         common = [name for name in originals if name in layers]
-        targets = recorded(reference, {n: originals[n] for n in common}, fitted(inputs, reference), self)
+        targets = recorded(reference, {n: originals[n] for n in common}, cast_like(inputs, reference), self)
         merges = {name: output_map(originals[name], graph, maps) for name in targets.rows}
         solver = Solver({n: layers[n] for n in targets.rows}, targets, merges, self)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            solver.run(small, fitted(inputs, small))
+            solver.run(small, cast_like(inputs, small))
         return solver.solved
 
 
@@ -180,7 +182,7 @@ def recorded(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, 
         return name
 
     readers = Readers(layers, after=entered if options.drift else None)
-    with preserved(reference), hooked(layers, called), readers:
+    with preserve_state(reference), hooked(layers, called), readers:
         outputs = inputs.call(reference)
     readers.returned(outputs)
     rows = {name: found for name, found in targets.rows.items() if name not in skipped}

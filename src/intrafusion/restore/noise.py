@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafusion.apply import named_tensors, reduced_weights, row_means, write_
-from intrafusion.batches import Images, batches, fitted, joined
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
-from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.layers import Layer, output_map, solvable
 from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.restorer import Reduced
-from intrafusion.trace.state import preserved
-from intrafusion.verify import copy_of
+from intrafusion.surgery.maps import mean_weights, reduce_weights
+from intrafusion.surgery.write import write_weights_
 
 PIXELS = 2**19  # of all noise images together, unless that would leave fewer than FEWEST
 FEWEST = 32
@@ -60,7 +61,7 @@ class Noise(LeastSquares):
             raise ValueError(f"images: expected at least 2, got {self.images!r}.")
 
     def __call__(
-        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None = None
+        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
     ) -> None:
         """Write the solved weights into `compressed.model`, or on any error none of them.
 
@@ -69,7 +70,7 @@ class Noise(LeastSquares):
         Raises:
             ModelError: the network does not take a single image tensor, or gives NaN on noise.
         """
-        noise = self.make(compressed.inputs) if images is None else joined(batches(images))
+        noise = self.make(compressed.inputs) if images is None else join_batches(read_batches(images))
         self.restore(compressed, reference, graph, noise, standardised(reference, noise), lambda _: math.nan)
 
     def restore(
@@ -90,9 +91,9 @@ class Noise(LeastSquares):
             the error of the smaller network with the statistics of the noise in its batch norms, before and after.
         """
         maps = compressed.plan.maps
-        small, result = copy_of(compressed.model).eval(), copy_of(compressed.model)
-        write_(small, through(reference, graph, maps))
-        write_(result, through(original, graph, maps))
+        small, result = copy_model(compressed.model).eval(), copy_model(compressed.model)
+        write_weights_(small, through(reference, graph, maps))
+        write_weights_(result, through(original, graph, maps))
         before = error(small)
         changes = self.solve_(small, maps, reference, graph, images)
         small_seen, small_own, seen, own = (solvable(m, graph) for m in (small, result, reference, original))
@@ -100,7 +101,7 @@ class Noise(LeastSquares):
             merge = output_map(own[name], graph, maps)
             rows = gains(small_seen[name], small_own[name], seen[name], own[name], merge)
             small_own[name].add_(rows[:, None] * change, rows * shift)
-        write_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
+        write_weights_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
         return before, error(small)
 
     def make(self, example_inputs: ExampleInputs) -> Inputs:
@@ -146,14 +147,14 @@ def standardised(model: nn.Module, inputs: Inputs, watch: Watch = contextlib.nul
     Args:
         watch: makes a context of the copy, for the one forward pass that it takes, if there are batch norms.
     """
-    copy = copy_of(model).eval()
+    copy = copy_model(model).eval()
     norms = batch_norms(copy)
     if not norms:
         return copy
-    with preserved(copy), watch(copy):
+    with preserve_state(copy), watch(copy):
         for norm in norms:
             norm.training, norm.momentum = True, 1.0
-        fitted(inputs, copy).call(copy)
+        cast_like(inputs, copy).call(copy)
         statistics = [(n.running_mean.clone(), n.running_var.clone()) for n in norms]  # type: ignore[union-attr]
     for norm, own, (mean, variance) in zip(norms, batch_norms(model), statistics, strict=True):
         norm.momentum = own.momentum
@@ -169,7 +170,7 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 def through(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> dict[str, Tensor]:
     """Every tensor of a network after the maps."""
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
-    return {name: t.clone() for name, t in (tensors | reduced_weights(tensors, graph, maps)).items()}
+    return {name: t.clone() for name, t in (tensors | reduce_weights(tensors, graph, maps)).items()}
 
 
 def gains(small_seen: Layer, small_own: Layer, seen: Layer, own: Layer, merge: Tensor | None) -> Tensor:
@@ -182,7 +183,7 @@ def gains(small_seen: Layer, small_own: Layer, seen: Layer, own: Layer, merge: T
     if small_seen.norm is None or small_own.norm is None or seen.norm is None or own.norm is None:
         return rows
     ratio = safe(own.norm.slope, seen.norm.slope)
-    ratio = ratio if merge is None else row_means(merge.to(ratio)) @ ratio
+    ratio = ratio if merge is None else mean_weights(merge.to(ratio)) @ ratio
     return ratio * safe(small_seen.norm.slope, small_own.norm.slope)
 
 

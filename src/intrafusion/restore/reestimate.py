@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafusion.apply import named_tensors, write_
-from intrafusion.batches import Images, check_batch, fitted, rebatched
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
+from intrafusion.network.batches import ImagesLike, cast_like, check_batch, rebatch
+from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.restore.restorer import Reduced, needed
-from intrafusion.trace.state import preserved
-from intrafusion.verify import copy_of
+from intrafusion.surgery.write import write_weights_
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Reestimate:
         check_batch(self.batch)
 
     def __call__(
-        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None = None
+        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
     ) -> None:
         """Write running means and variances.
 
         Raises:
             ModelError: no images, or the network gives NaN on them.
         """
-        chunks = rebatched(needed(images, self), self.batch)
-        small = copy_of(compressed.model)
+        chunks = rebatch(needed(images, self), self.batch)
+        small = copy_model(compressed.model)
         names = {id(tensor): name for name, tensor in named_tensors(small).items()}
         norms = {
             name: m
@@ -58,18 +58,18 @@ class Reestimate:
             if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
         }
         new: dict[str, Tensor] = {}
-        with preserved(small):
+        with preserve_state(small):
             with averaging(norms.values()) as seen:
                 for chunk, count in chunks:
                     seen.count = count
-                    fitted(chunk, small).call(small)
+                    cast_like(chunk, small).call(small)
             for name, norm in norms.items():
                 if norm in seen.images:
                     for statistic in (norm.running_mean, norm.running_var):
                         assert statistic is not None
                         check(statistic, name)
                         new[names[id(statistic)]] = statistic.clone()
-        write_(compressed.model, new)
+        write_weights_(compressed.model, new)
 
 
 def check(statistic: Tensor, name: str) -> None:

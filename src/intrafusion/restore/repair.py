@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from intrafusion.apply import named_tensors, write_
-from intrafusion.batches import Images, check_batch, fitted, rebatched, reusable
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
+from intrafusion.network.batches import ImagesLike, cast_like, check_batch, make_reusable, rebatch
+from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.layers import Layer, hooked, is_convolution_or_linear, solvable
 from intrafusion.restore.restorer import Reduced, needed
 from intrafusion.restore.statistics import averages, merge_along
-from intrafusion.trace.state import preserved
-from intrafusion.verify import copy_of
+from intrafusion.surgery.write import write_weights_
 
 DEAD = 1e-4  # a channel that varies less than this fraction of what it should is not blown up
 
@@ -50,15 +50,15 @@ class ActivationRepair:
         check_batch(self.batch)
 
     def __call__(
-        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None = None
+        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
     ) -> None:
         """Write weights, biases and, behind layers without bias, the means of batch norms.
 
         Raises:
             ModelError: no images, or one of the networks gives NaN on them.
         """
-        images = reusable(needed(images, self))  # they are read twice
-        small = copy_of(compressed.model)
+        images = make_reusable(needed(images, self))  # they are read twice
+        small = copy_model(compressed.model)
         layers = solvable(small, graph, is_convolution_or_linear)
         originals = solvable(reference, graph, is_convolution_or_linear)
         found = measured(reference, {n: layer for n, layer in originals.items() if n in layers}, images, self.batch)
@@ -66,7 +66,7 @@ class ActivationRepair:
         targets = {name: averaged(found[name], originals[name], graph, maps) for name in found}
         repaired_(small, {name: layers[name] for name in found}, targets, images, self.batch)
         changed = {id(t) for name in found for t in layers[name].tensors}
-        write_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in changed})
+        write_weights_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in changed})
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ Target = tuple[Tensor, Tensor]
 """Mean and standard deviation (c,) that the channels of a layer should have."""
 
 
-def measured(model: nn.Module, layers: Mapping[str, Layer], images: Images, batch: int) -> dict[str, Statistics]:
+def measured(model: nn.Module, layers: Mapping[str, Layer], images: ImagesLike, batch: int) -> dict[str, Statistics]:
     """Statistics of the outputs of each layer, behind its norm; of layers that run once in a forward pass."""
     found: dict[str, Statistics] = {name: Statistics() for name in layers}
     calls: Counter[str] = Counter()
@@ -107,9 +107,9 @@ def measured(model: nn.Module, layers: Mapping[str, Layer], images: Images, batc
         calls[name] += 1
         found[name].add(rows_of(layers[name], layers[name].normed(output)))
 
-    with preserved(model), hooked(layers, called):
-        for call, _ in rebatched(images, batch):
-            fitted(call, model).call(model)
+    with preserve_state(model), hooked(layers, called):
+        for call, _ in rebatch(images, batch):
+            cast_like(call, model).call(model)
             passes += 1
     for name in layers:
         if calls[name] and not bool(torch.isfinite(found[name].mean).all()):
@@ -130,7 +130,7 @@ def averaged(found: Statistics, layer: Layer, graph: ChannelGraph, maps: Mapping
 
 
 def repaired_(
-    model: nn.Module, layers: Mapping[str, Layer], targets: Mapping[str, Target], images: Images, batch: int
+    model: nn.Module, layers: Mapping[str, Layer], targets: Mapping[str, Target], images: ImagesLike, batch: int
 ) -> None:
     """One pass in which every layer's outputs are set to their targets batch by batch, then written (in place)."""
     found: dict[str, Statistics] = {name: Statistics() for name in layers}
@@ -144,9 +144,9 @@ def repaired_(
         shape = [-1 if d == layer.channel_dim % output.dim() else 1 for d in range(output.dim())]
         return output * factor.to(output).reshape(shape) + constant.to(output).reshape(shape)
 
-    with preserved(model), hooked(layers, called):
-        for call, _ in rebatched(images, batch):
-            fitted(call, model).call(model)
+    with preserve_state(model), hooked(layers, called):
+        for call, _ in rebatch(images, batch):
+            cast_like(call, model).call(model)
     for name, layer in layers.items():
         if not bool(torch.isfinite(found[name].mean).all()):
             raise ModelError(f"{name}: the smaller network gives NaN or infinity on these images.")

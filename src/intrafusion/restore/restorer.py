@@ -6,10 +6,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from intrafusion.batches import Images
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
-from intrafusion.inputs import Inputs
+from intrafusion.network.batches import ImagesLike
+from intrafusion.network.inputs import Inputs
 from intrafusion.plan import Plan
 
 
@@ -34,17 +34,17 @@ class Restorer(Protocol):
         compressed: the smaller network; weights of `compressed.model` are written in place, or, on an error, none.
         reference: the original network; left as it was.
         graph: the channel graph of the original network.
-        images: unlabelled, as the networks take them; see `intrafusion.batches`.
+        images: unlabelled, as the networks take them; see `intrafusion.network.batches`.
     """
 
     needs_data: bool
 
     def __call__(
-        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: Images | None, /
+        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None, /
     ) -> None: ...
 
 
-def needed(images: Images | None, restorer: Restorer) -> Images:
+def needed(images: ImagesLike | None, restorer: Restorer) -> ImagesLike:
     """The images, for a restorer that cannot do without.
 
     Raises:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, Member
+from intrafusion.observe.moments import points
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.layers import Layer, output_map, solvable
-from intrafusion.restore.moments import points
 
 
 def add_shifts_(small: nn.Module, reference: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from intrafusion.apply import member_of_rows, mixed, row_means, shortened
 from intrafusion.graph import ChannelGraph, Role
 from intrafusion.reduce.problem import ReductionMap
+from intrafusion.surgery.maps import as_row_member, mean_weights, mix_channels, shorten
 
 Maps = Mapping[str, ReductionMap]
 
@@ -32,13 +32,13 @@ def merge_along(tensor: str, size: int, graph: ChannelGraph, maps: Maps) -> Tens
     matrix = torch.eye(size, dtype=torch.float64)
     for member, reduction in touching:
         cpu = ReductionMap(reduction.merge.cpu(), reduction.unmerge.cpu())
-        matrix = mixed(matrix, member_of_rows(member), cpu)
-    return shortened(matrix, [(member_of_rows(member), len(r.merge)) for member, r in touching], tensor)
+        matrix = mix_channels(matrix, as_row_member(member), cpu)
+    return shorten(matrix, [(as_row_member(member), len(r.merge)) for member, r in touching], tensor)
 
 
 def averages(merge: Tensor) -> Tensor:
     """The merge as weighted means: absolute values, each row summing to 1."""
-    return row_means(merge)
+    return mean_weights(merge)
 
 
 def likeness(shape: Sequence[int], reach: float) -> Tensor:

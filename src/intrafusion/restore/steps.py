@@ -8,15 +8,16 @@ from dataclasses import replace
 
 from torch import nn
 
-from intrafusion.apply import named_tensors, write_
-from intrafusion.batches import Images
 from intrafusion.compressed import Compressed, Restoration
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
-from intrafusion.inputs import Inputs
+from intrafusion.network.batches import ImagesLike
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.tensors import named_tensors
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
 from intrafusion.restore import LEVELS, Calibration, Noise, calibrate, get
+from intrafusion.surgery.write import write_weights_
 
 ENOUGH_TO_CHOOSE = 32  # noise images, where no layer is solved and no size is chosen on them
 
@@ -26,7 +27,7 @@ def calibration_for(
     graph: ChannelGraph,
     inputs: Inputs,
     recipe: Recipe,
-    images: Images | None = None,
+    images: ImagesLike | None = None,
     *,
     progress: Progress | None = None,
 ) -> Calibration | None:
@@ -63,7 +64,7 @@ def restored(
     model: nn.Module,
     graph: ChannelGraph,
     calibration: Calibration | None,
-    images: Images | None = None,
+    images: ImagesLike | None = None,
     *,
     progress: Progress | None = None,
 ) -> Compressed:
@@ -109,7 +110,7 @@ def restored_or_undone(
     before, after = calibration.restore(small, model, graph)
     if not (after > before or math.isnan(after)):
         return before, after, False
-    write_(small.model, weights)
+    write_weights_(small.model, weights)
     return before, after, True
 
 

@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from intrafusion.batches import channels_last
 from intrafusion.errors import FolderError, ModelError
-from intrafusion.inputs import ExampleInputs, output_tensors
 from intrafusion.io.atomic import atomic_file
+from intrafusion.network.batches import channels_last
+from intrafusion.network.inputs import ExampleInputs, output_tensors
+from intrafusion.network.state import preserve_state
 from intrafusion.progress import Progress, silent
 from intrafusion.restore.layers import is_convolution_or_linear
 from intrafusion.restore.noise import Noise, batch_norms, image_like
-from intrafusion.trace.state import preserved
 
 TINY = 1e-12  # added to variances where batch norm divides by them
 
@@ -82,7 +82,7 @@ class Synthesis:
         pixels = torch.randn(self.images, *like.shape[1:], generator=generator).to(like).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=self.lr)
         end = float("inf") if self.seconds is None else time.monotonic() + self.seconds
-        with preserved(model), torch.enable_grad():
+        with preserve_state(model), torch.enable_grad():
             for step in range(self.steps):
                 progress("images", step, self.steps)
                 images = channels_last(self.rolled(pixels, generator))
@@ -177,7 +177,7 @@ def seen_on_noise(model: nn.Module, example_inputs: ExampleInputs, seed: int) ->
         found[module] = Statistics(module, *moments(output, dim), dim, read=False)
 
     inputs = Noise(seed=seed).make(example_inputs)
-    with contextlib.ExitStack() as stack, preserved(model):
+    with contextlib.ExitStack() as stack, preserve_state(model):
         for module in filter(is_convolution_or_linear, model.modules()):
             stack.callback(module.register_forward_hook(seen).remove)
         inputs.call(model)

@@ -18,13 +18,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, Role, Slice
-from intrafusion.inputs import ExampleInputs, Inputs
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.state import preserve_state
 from intrafusion.trace.groups import build_graph
 from intrafusion.trace.info import Activation, Info, Origin, Plane, Weight
 from intrafusion.trace.labels import FIXED, UNIFORM, along, filled, narrowed, occurrences, pairs, spread, varying
 from intrafusion.trace.relations import Relations
 from intrafusion.trace.rules import refuse, rule_for
-from intrafusion.trace.state import preserved
 
 
 @functools.cache
@@ -308,7 +308,7 @@ def run(model: nn.Module, inputs: Inputs) -> Tracer:
     tracer = Tracer(model)
     for given in inputs.tensors():
         tracer.known[given] = tracer.fixed(given.shape)
-    with preserved(model), torch.no_grad(), decomposed(model), module_names(tracer, model):
+    with preserve_state(model), torch.no_grad(), decomposed(model), module_names(tracer, model):
         with tracer:
             outputs = inputs.call(model)
         for output in outputs:

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from intrafusion.apply import named_tensors
-from intrafusion.batches import Images, batches, fitted, joined
 from intrafusion.errors import ModelError, unknown_name
 from intrafusion.io.atomic import atomic_file
+from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
+from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import named_tensors
 from intrafusion.restore.layers import hooked, solvable
 from intrafusion.trace import trace
-from intrafusion.trace.state import preserved
 
 Masks = dict[str, Tensor]
 
@@ -24,7 +24,7 @@ def masks_of(
     model: nn.Module,
     sparsity: float,
     criterion: str = "magnitude",
-    images: Images | None = None,
+    images: ImagesLike | None = None,
     *,
     rows: int = 4096,
     seed: int = 0,
@@ -56,7 +56,7 @@ def masks_of(
         return {f"{n}.weight": strongest(s, sparsity).reshape(weights[n].shape) for n, s in flat.items()}
     if images is None:
         raise ModelError(f"masks: {criterion!r} looks at what layers read; pass unlabelled images.")
-    inputs = joined(batches(images))
+    inputs = join_batches(read_batches(images))
     layers = solvable(model, trace(model, inputs))
     found: Masks = {}
 
@@ -69,8 +69,8 @@ def masks_of(
         scores = layer.as_weight(CRITERIA[criterion](layer.matrix.detach().double(), read))
         found[f"{name}.weight"] = strongest(scores.flatten(1), sparsity).reshape(scores.shape)
 
-    with preserved(model), hooked(layers, called):
-        fitted(inputs, model).call(model)
+    with preserve_state(model), hooked(layers, called):
+        cast_like(inputs, model).call(model)
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import ModelError
 from intrafusion.measure.accuracy import class_scores
-from intrafusion.trace.state import preserved
+from intrafusion.network.state import preserve_state
 
 
 class Objective(Protocol):
@@ -45,7 +45,7 @@ class Distillation:
     temperature: float = 2.0
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
-        with preserved(self.teacher):
+        with preserve_state(self.teacher):
             wanted = class_scores(self.teacher(images), len(images)) / self.temperature
         found = class_scores(model(images), len(images)) / self.temperature
         loss = F.kl_div(found.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
@@ -68,7 +68,7 @@ class Block:
     merge: Tensor | None = None
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
-        with preserved(self.reference):
+        with preserve_state(self.reference):
             wanted = output_of(self.reference, self.name, images)
         if self.merge is not None:
             dim = 1 if wanted.dim() > 3 else -1

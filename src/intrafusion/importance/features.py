@@ -1,0 +1,66 @@
+"""The vector that describes each channel of a group: everything that comes in and everything that goes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGroup, Member, Role
+
+
+def channel_rows(weights: Mapping[str, Tensor], member: Member) -> Tensor:
+    """One row per channel: all entries of the member's tensor that belong to it, over its slots and other dimensions.
+
+    Returns:
+        (n, d) float64, d = slots * (size of the other dimensions, inside `within` where the member has one).
+    """
+    tensor = weights[member.tensor]
+    positions = torch.as_tensor(member.positions, dtype=torch.long, device=tensor.device)
+    if member.within is not None and member.within.dim != member.dim:
+        tensor = tensor.narrow(member.within.dim, member.within.start, member.within.stop - member.within.start)
+    return tensor.detach().movedim(member.dim, 0)[positions].flatten(1).double()
+
+
+def linear_rows(group: ChannelGroup, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """The rows of every member that weighs channels, in execution order: one (n, d) matrix per member.
+
+    These are producers, consumers and depthwise kernels. Scales and statistics of norms are left out: where a norm can
+    be folded they say nothing, elsewhere they are no part of a linear map.
+    """
+    return [channel_rows(weights, member) for member in group.members if weighs(member, weights)]
+
+
+def weighs(member: Member, weights: Mapping[str, Tensor]) -> bool:
+    kernel = Role.SCALES in member.roles and weights[member.tensor].dim() > 1
+    return kernel or bool(member.roles & {Role.PRODUCES, Role.CONSUMES})
+
+
+def channel_features(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
+    r"""Describe each channel by one row: its producer rows, its kernels and its consumer columns, concatenated.
+
+    x_c = [W_p[c, :], W_f[:, c], ...] over all members of the group, in execution order.
+
+    Args:
+        weights: tensors by name, norms folded (`intrafusion.surgery.norms.fold_norms`).
+    Returns:
+        (n, d) float64.
+    Raises:
+        ModelError: no member of the group weighs its channels.
+    Reference: Theus et al. 2024, Algorithm 2.
+    """
+    rows = linear_rows(group, weights)
+    if not rows:
+        raise ModelError(f"group {group.name!r}: no weight describes its channels; exclude the group.")
+    return torch.cat(rows, dim=1)
+
+
+def channel_biases(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
+    """What is added to each channel, (n, k) float64; k = 0 for a group without biases.
+
+    With norms folded this is the bias of the folded layer; a bias that folding set to zero counts for nothing.
+    """
+    rows = [channel_rows(weights, m) for m in group.members if Role.SHIFTS in m.roles and not weighs(m, weights)]
+    return torch.cat(rows, dim=1) if rows else torch.zeros(group.size, 0, dtype=torch.float64)

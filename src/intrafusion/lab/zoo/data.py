@@ -1,0 +1,71 @@
+"""The data sets of the zoo by name, normalised as each network expects them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from intrafusion.errors import unknown_name
+from intrafusion.lab.zoo import registry
+from intrafusion.lab.zoo.digits import load_digits
+from intrafusion.lab.zoo.images import Images, Normalisation
+from intrafusion.lab.zoo.npz import load_mnist, load_packed
+from intrafusion.lab.zoo.root import data_file
+
+
+class Reader(Protocol):
+    """Reads part of a split."""
+
+    def __call__(
+        self, split: str, normalisation: Normalisation, *, start: int = 0, limit: int | None = None
+    ) -> Images: ...
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of the zoo, and its usual normalisation."""
+
+    read: Reader
+    normalisation: Normalisation
+
+
+def _below_root(load: Callable[..., Images], file: str) -> Reader:
+    """A reader of one file of `$INTRAFUSION_DATA`."""
+
+    def read(split: str, normalisation: Normalisation, *, start: int = 0, limit: int | None = None) -> Images:
+        return load(data_file(file), split, normalisation, start=start, limit=limit)
+
+    return read
+
+
+DATA_SETS: dict[str, DataSet] = {
+    "cifar10": DataSet(_below_root(load_packed, "cifar10.npz"), registry.CIFAR10),
+    "cifar100": DataSet(_below_root(load_packed, "cifar100_test.npz"), registry.CIFAR100),
+    "imagenet": DataSet(_below_root(load_packed, "imagenet_1000.npz"), registry.IMAGENET),
+    "mnist": DataSet(_below_root(load_mnist, "mnist.npz"), registry.MNIST),
+    "digits": DataSet(load_digits, registry.DIGITS),
+}
+
+
+def load_data(name: str, split: str, limit: int | None = None, *, start: int = 0) -> Images:
+    """Images of the data set of a network, normalised as this network expects.
+
+    Splits: cifar10 and mnist "train", "test"; cifar100 "calibration" (out of its training set), "test"; imagenet
+    "sample" (one image per class); digits "train", "validation", "test". All but digits lie in `$INTRAFUSION_DATA`.
+
+    Args:
+        name: a network, or a data set for its usual normalisation.
+        limit: read this many images, from `start` on; None for all.
+    Raises:
+        ValueError: unknown name or split, or `start` and `limit` select nothing.
+        FolderError: INTRAFUSION_DATA is unset, or the file is missing or damaged.
+    """
+    if name in registry.NETWORKS:
+        network = registry.NETWORKS[name]
+        data, normalisation = DATA_SETS[network.data], network.normalisation
+    elif name in DATA_SETS:
+        data, normalisation = DATA_SETS[name], DATA_SETS[name].normalisation
+    else:
+        raise ValueError(unknown_name("network or data set", name, [*registry.NETWORKS, *DATA_SETS]))
+    return data.read(split, normalisation, start=start, limit=limit)

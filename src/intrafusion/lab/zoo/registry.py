@@ -1,0 +1,150 @@
+"""The networks of the zoo by name: how each is built, what it was trained on, and where its weights are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.errors import unknown_name
+from intrafusion.io.weights import load_into, read_state
+from intrafusion.lab.zoo.images import Normalisation
+from intrafusion.lab.zoo.networks import (
+    MLP,
+    VGG,
+    DenseNet,
+    MobileNetV1,
+    PaddedResNet,
+    ViT,
+    cifar_resnet,
+    digits_resnet,
+    resnet18,
+    resnet50,
+)
+from intrafusion.lab.zoo.root import data_file
+
+
+class Factory(Protocol):
+    """Builds a network with random weights."""
+
+    def __call__(self, *, num_classes: int) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network of the zoo.
+
+    Attributes:
+        data: name of the data set it is for.
+        input_shape: (C, H, W) of one image.
+        weights: stem of the file of trained weights, None if there are none.
+    """
+
+    factory: Factory
+    data: str
+    normalisation: Normalisation
+    input_shape: tuple[int, int, int]
+    num_classes: int = 10
+    weights: str | None = None
+
+
+CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR10_EXACT_STD = Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR100 = Normalisation((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SYMMETRIC = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+MNIST = Normalisation((0.1307,), (0.3081,))
+DIGITS = Normalisation((0.3058,), (0.3756,), white=16.0)
+
+SMALL, LARGE, GREY, DIGIT = (3, 32, 32), (3, 224, 224), (1, 28, 28), (1, 8, 8)
+
+VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+NETWORKS: dict[str, Entry] = {
+    "cifar10_resnet20": Entry(partial(cifar_resnet, 20), "cifar10", CIFAR10, SMALL, weights="cifar10_resnet20"),
+    "cifar10_resnet32": Entry(partial(cifar_resnet, 32), "cifar10", CIFAR10, SMALL, weights="cifar10_resnet32"),
+    "cifar10_resnet20_pad": Entry(
+        partial(PaddedResNet, 20), "cifar10", IMAGENET, SMALL, weights="cifar10_resnet20_pad"
+    ),
+    "cifar10_vgg11_bn": Entry(partial(VGG, VGG11), "cifar10", IMAGENET, SMALL, weights="cifar10_vgg11_bn"),
+    "cifar10_densenet100": Entry(DenseNet, "cifar10", CIFAR10, SMALL, weights="cifar10_densenet100"),
+    "cifar10_vit": Entry(ViT, "cifar10", CIFAR10_EXACT_STD, SMALL, weights="cifar10_vit"),
+    "cifar100_resnet20": Entry(
+        partial(cifar_resnet, 20), "cifar100", CIFAR100, SMALL, num_classes=100, weights="cifar100_resnet20"
+    ),
+    "imagenet_mobilenetv1_025": Entry(
+        partial(MobileNetV1, 0.25), "imagenet", SYMMETRIC, LARGE, num_classes=1000, weights="imagenet_mobilenetv1_025"
+    ),
+    "mnist_mlp_a": Entry(MLP, "mnist", MNIST, GREY, weights="mnist_mlp_a"),
+    "mnist_mlp_b": Entry(MLP, "mnist", MNIST, GREY, weights="mnist_mlp_b"),
+    "digits_resnet": Entry(digits_resnet, "digits", DIGITS, DIGIT),
+    "resnet18": Entry(resnet18, "cifar10", CIFAR10, SMALL),
+    "resnet50": Entry(resnet50, "imagenet", IMAGENET, LARGE, num_classes=1000),
+    "vgg11_bn": Entry(partial(VGG, VGG11), "cifar10", CIFAR10, SMALL),
+    "vgg16_bn": Entry(partial(VGG, VGG16), "cifar10", CIFAR10, SMALL),
+}
+
+
+def names(*, trained: bool = False) -> tuple[str, ...]:
+    """Names of the networks; with `trained`, of those that have trained weights."""
+    return tuple(name for name, entry in NETWORKS.items() if entry.weights or not trained)
+
+
+def entry(name: str) -> Entry:
+    """What is known of a network.
+
+    Raises:
+        ValueError: unknown network.
+    """
+    if name not in NETWORKS:
+        raise ValueError(unknown_name("network", name, NETWORKS))
+    return NETWORKS[name]
+
+
+def build(name: str, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
+    """Build a network, in evaluation mode, with random or trained float32 weights.
+
+    Trained weights are read from `$INTRAFUSION_DATA/models`. The random numbers of the program are left alone.
+
+    Args:
+        seed: of the random weights.
+    Raises:
+        ValueError: unknown network, or `pretrained` and it has no trained weights.
+        FolderError: INTRAFUSION_DATA is unset, or the weight file is missing, damaged or of another network.
+    """
+    found = entry(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = found.factory(num_classes=found.num_classes).eval()
+        _he_init_(model)
+    if pretrained:
+        if found.weights is None:
+            trained = ", ".join(names(trained=True))
+            raise ValueError(
+                f"{name} has no trained weights; build it with pretrained=False, or take one of {trained}."
+            )
+        load_into(model, read_state(data_file("models", f"{found.weights}.safetensors")))
+    return model
+
+
+def example_input(name: str, *, batch: int = 1, seed: int = 0) -> Tensor:
+    """Random images (batch, C, H, W), standard normal, of the shape a network takes.
+
+    Raises:
+        ValueError: unknown network.
+    """
+    return torch.randn(batch, *entry(name).input_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _he_init_(model: nn.Module) -> None:
+    """Convolutions that keep the size of the signal from layer to layer (He et al. 2015, Eq. 10).
+
+    PyTorch's own start lets it fade: an untrained MobileNet then answers the same to every image.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -1,0 +1,159 @@
+"""Calibration images in whatever form they come, as one call of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from intrafusion.errors import ModelError
+from intrafusion.network.inputs import Inputs
+
+ImagesLike = Tensor | Mapping[str, Any] | Inputs | Iterable[Any]
+"""A batch of images (n, ...), a dict of keyword arguments, or any iterable of batches, such as a DataLoader."""
+
+
+def read_batches(images: ImagesLike) -> list[Inputs]:
+    """One call of the network per batch.
+
+    A batch is a tensor, a dict of keyword arguments, or a tuple or list whose first entry is the input: what follows it
+    (labels) is dropped. A network of several inputs takes dicts, or `Inputs`.
+
+    >>> [str(b) for b in batches([(torch.zeros(2, 3), torch.tensor([0, 1])), (torch.zeros(1, 3), torch.tensor([1]))])]
+    ['(float32[2, 3])', '(float32[1, 3])']
+
+    Raises:
+        ModelError: no batch, or something else among them.
+    """
+    return [call for call, _ in read_labelled(images)]
+
+
+def read_labelled(images: ImagesLike) -> Iterator[tuple[Inputs, Tensor | None]]:
+    """One call of the network per batch and the labels that came with it, read one batch at a time.
+
+    Labels are the second entry of a tuple or list, or a dict's "labels" (which stay among the arguments), where that is
+    a tensor.
+
+    Raises:
+        ModelError: no batch, or something else among them.
+    """
+    if isinstance(images, (Tensor, Mapping, Inputs)):
+        yield as_call(images), labels_of(images)
+        return
+    if not isinstance(images, Iterable):
+        raise ModelError(f"images: expected a tensor, a dict or an iterable of batches, got {type(images).__name__}.")
+    batch = None
+    for batch in images:
+        yield as_call(batch), labels_of(batch)
+    if batch is None:
+        raise ModelError("images: expected at least one batch, got none; a generator can be read only once.")
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    labels = None
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    elif isinstance(batch, Mapping):
+        labels = batch.get("labels")
+    return labels if isinstance(labels, Tensor) else None
+
+
+def as_call(batch: Any) -> Inputs:
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        batch = batch[0]
+    if isinstance(batch, (Tensor, Mapping, Inputs)):
+        return Inputs.of(batch)
+    raise ModelError(
+        f"images: expected batches that are a tensor, a dict, or a tuple that starts with one, "
+        f"got {type(batch).__name__}."
+    )
+
+
+def join_batches(calls: list[Inputs]) -> Inputs:
+    """All batches as one: tensors are concatenated along their first dimension, other arguments are the first batch's.
+
+    Raises:
+        ModelError: batches of different arguments or shapes.
+    """
+    flat = [tree_flatten((call.args, dict(call.kwargs or {}))) for call in calls]
+    form = flat[0][1]
+    if any(other != form for _, other in flat[1:]):
+        raise ModelError("images: expected the same arguments in every batch, got different ones.")
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    args, kwargs = tree_unflatten([concatenate_column(column) for column in columns], form)
+    return Inputs(args, kwargs)
+
+
+def concatenate_column(column: tuple[Any, ...]) -> Any:
+    if not isinstance(column[0], Tensor) or column[0].dim() == 0 or len(column) == 1:
+        return column[0]
+    shapes = sorted({tuple(t.shape[1:]) for t in column})
+    if len(shapes) > 1:
+        raise ModelError(f"images: expected batches of one shape, got {shapes[:3]}; resize, crop or pad them first.")
+    return torch.cat(column)
+
+
+def cast_like(inputs: Inputs, model: nn.Module) -> Inputs:
+    """The same call on the device of the network, floating tensors in its precision."""
+    tensors = [*model.parameters(), *model.buffers()]
+    floating = [t for t in tensors if t.is_floating_point()]
+    if not tensors:
+        return inputs
+    device, dtype = tensors[0].device, floating[0].dtype if floating else None
+    return inputs.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same images in the memory layout in which convolutions run, and a place's channels are read, the fastest."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+
+T = TypeVar("T")
+
+
+def make_reusable(images: T) -> T | list[Any]:
+    """Images that can be read more than once: an iterator is read into a list."""
+    return list(images) if isinstance(images, Iterator) else images
+
+
+# ---- batches of one size --------------------------------------------------------------------------------------------
+
+
+def check_batch(size: int) -> None:
+    """For what takes a variance over a batch."""
+    if size < 2:
+        raise ValueError(f"batch: expected at least 2 images, a variance of one is 0; got {size!r}.")
+
+
+def rebatch(images: ImagesLike, size: int) -> Iterator[tuple[Inputs, int]]:
+    """Calls of about `size` images, never of one alone where there are more, and how many images each has.
+
+    One batch is held at a time, with what is left over of the one before.
+    """
+    left: Inputs | None = None
+    for call, _ in read_labelled(images):
+        left = call if left is None else join_batches([left, call])
+        while count_images(left) > size + 1:
+            yield take_images(left, 0, size), size
+            left = take_images(left, size, count_images(left))
+    if left is not None:
+        yield left, count_images(left)
+
+
+def count_images(call: Inputs) -> int:
+    """Images in a batch: the length of the first dimension of its first tensor."""
+    tensors = [t for t in call.tensors() if t.dim()]
+    return len(tensors[0]) if tensors else 1
+
+
+def take_images(call: Inputs, start: int, stop: int) -> Inputs:
+    total = count_images(call)
+
+    def cut(value: Any) -> Any:
+        batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == total
+        return value[start:stop] if batched else value
+
+    return Inputs(tree_map(cut, call.args), tree_map(cut, call.kwargs))

@@ -1,0 +1,1 @@
+"""What a network does with the channels of its groups."""

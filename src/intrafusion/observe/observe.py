@@ -1,0 +1,378 @@
+"""What a network does with the channels of its groups: on images, or as its tensors are before anything is folded.
+
+One batch is held at a time; what is kept per group does not grow with the number of images. The network is left as it
+was found: modes, buffers, `requires_grad`, `.grad` and random numbers included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from intrafusion.errors import ModelError, unknown_name
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.importance.observation import NEEDS, Activations, Observation, check_images, importance_label, needs_of
+from intrafusion.measure.accuracy import class_scores
+from intrafusion.network.batches import ImagesLike, cast_like, read_labelled
+from intrafusion.network.inputs import Inputs, output_tensors
+from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import named_tensors
+
+MAPS = 16  # images of which feature maps are kept
+PLACES = 1024  # places of a feature map that are kept; of larger ones, a sample
+
+
+def observe(
+    model: nn.Module,
+    graph: ChannelGraph,
+    groups: Iterable[ChannelGroup],
+    images: ImagesLike | None,
+    needs: Collection[str],
+    *,
+    seed: int = 0,
+) -> dict[str, Observation]:
+    """Watch these groups of a network.
+
+    The loss whose gradients are taken is, per batch: the network's own `loss` if its output has one that takes
+    gradients; with labels, the cross-entropy of class scores to class numbers, or the mean squared error to values of
+    the outputs' shape; without labels, half the mean squared output. Batches are weighed by their number of images.
+
+    Args:
+        graph: of this network; `groups` are some of its groups.
+        images: one batch, or any iterable of batches with or without labels, such as a DataLoader; see `batches`.
+            Not needed for `tensors` alone.
+        needs: names of what to observe: "tensors", "gradients", "activations", "feature_maps", "contributions".
+        seed: for the sampling of places, and for networks that draw random numbers.
+    Returns:
+        by group name; empty if nothing is needed.
+    Raises:
+        ValueError: an unknown need.
+        ObservationError: something that takes images is needed and there are none.
+        ModelError: the network does not run on the images, gives NaN, or has a loss without gradients.
+    """
+    for need in needs:
+        if need not in NEEDS:
+            raise ValueError(unknown_name("observation", need, NEEDS))
+    wanted, groups = frozenset(needs), list(groups)
+    check_images("observe", wanted, images)
+    if not wanted:
+        return {}
+    views = {g.name: View(g, points(model, g), wanted, seed) for g in groups}
+    slopes = Slopes(model, groups if "gradients" in wanted else [])
+    count = 0
+    if images is not None and wanted - {"tensors"}:
+        with preserve_state(model), watched(views.values(), slopes):
+            torch.manual_seed(seed)
+            for call, labels in read_labelled(images):
+                count += run(cast_like(call, model), labels, model, slopes)
+                check_seen(views.values())
+    tensors = named_tensors(model)
+    return {g.name: views[g.name].observation(tensors, slopes, count) for g in groups}
+
+
+def observe_for(
+    importance: object,
+    model: nn.Module,
+    graph: ChannelGraph,
+    groups: Iterable[ChannelGroup],
+    images: ImagesLike | None,
+    *,
+    seed: int = 0,
+) -> dict[str, Observation]:
+    """What a criterion asks for in its `needs`; empty if it asks for nothing.
+
+    Raises:
+        ObservationError: it looks at images and there are none; names the criterion.
+    """
+    needs = needs_of(importance)
+    check_images(f"importance {importance_label(importance)}", needs, images)
+    return observe(model, graph, groups, images, needs, seed=seed)
+
+
+def run(call: Inputs, labels: Tensor | None, model: nn.Module, slopes: Slopes) -> int:
+    """One batch through the network; returns its number of images."""
+    count = next((len(t) for t in call.tensors() if t.dim()), 1)
+    if slopes.parameters:
+        slopes.add(call, labels, count)
+    else:
+        call.call(model)
+    return count
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+class Slopes:
+    """Mean gradient of the loss with respect to the parameters of some groups."""
+
+    def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
+        names = {m.tensor for g in groups for m in g.members}
+        self.model, self.images, self.again = model, 0, False
+        self.parameters = {n: p for n, p in model.named_parameters() if n in names and p.is_floating_point()}
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, call: Inputs, labels: Tensor | None, count: int) -> None:
+        with torch.enable_grad(), requiring(self.parameters.values()):
+            try:
+                found = self.slopes(call, labels, count)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                found = self.slopes_in_place(call, labels, count)
+        for name, gradient in zip(self.parameters, found, strict=True):
+            gradient = torch.zeros_like(self.parameters[name]) if gradient is None else gradient.detach()
+            add_(self.sums, name, gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * count)
+        self.images += count
+
+    def slopes(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+        loss = loss_of(outputs_of(call, self.model), labels, count)
+        check_loss(loss, call)
+        return torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+
+    def slopes_in_place(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+        """For networks that overwrite what gradients need: it is kept, which costs memory and a second forward pass."""
+        self.again = True  # these images have been seen
+        try:
+            with torch.autograd.graph.allow_mutation_on_saved_tensors():
+                return self.slopes(call, labels, count)
+        finally:
+            self.again = False
+
+    def of(self, group: ChannelGroup) -> dict[str, Tensor]:
+        own = {m.tensor: self.parameters[m.tensor] for m in group.members if m.tensor in self.sums}
+        return {name: (self.sums[name] / self.images).to(parameter.dtype) for name, parameter in own.items()}
+
+
+def outputs_of(call: Inputs, model: nn.Module) -> Any:
+    """What the network returns, whole."""
+    found: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        call.call(model)
+    finally:
+        handle.remove()
+    return found[-1]
+
+
+@contextlib.contextmanager
+def requiring(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Gradients can be taken inside, also of frozen parameters."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def loss_of(output: Any, labels: Tensor | None, count: int) -> Tensor:
+    """A scalar to differentiate, see `observe`."""
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.numel() == 1 and own.requires_grad:
+        return own.reshape(())
+    outputs = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in floating(output)]
+    if labels is None:
+        return sum((t.square().sum() for t in outputs), start=outputs[0].new_zeros(())) / (2 * count)
+    labels = labels.to(outputs[0].device)
+    if labels.is_floating_point() and labels.shape == outputs[0].shape:
+        return F.mse_loss(outputs[0], labels.to(outputs[0].dtype))
+    return F.cross_entropy(class_scores(output, len(labels)).to(outputs[0].dtype), labels)
+
+
+def floating(output: Any) -> list[Tensor]:
+    found = [t for t in output_tensors(output) if t.is_floating_point()]
+    if not found:
+        raise ModelError("gradients: expected a network that returns a floating-point tensor, got none.")
+    return found
+
+
+def check_loss(loss: Tensor, call: Inputs) -> None:
+    if not loss.requires_grad:
+        raise ModelError("gradients: the network's output does not depend on its parameters; is its forward no_grad?")
+    if not bool(torch.isfinite(loss)):
+        raise ModelError(
+            f"gradients: expected a finite loss on {call}, got {float(loss.detach())}; check the images' scale."
+        )
+
+
+# ---- channels -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Where a layer reads, or gives, the channels of a group.
+
+    Attributes:
+        reads: whether they are the layer's input, else its output.
+        positions: (n, slots) along the channel dimension of that.
+    """
+
+    name: str
+    layer: nn.Module
+    reads: bool
+    positions: Tensor
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(images, n, places) of what the layer reads or gives."""
+        x = x.movedim(channel_dim(self.layer), -1)
+        x = x[None] if x.dim() == spatial_dims(self.layer) + 1 else x
+        x = x.reshape(len(x), -1, x.shape[-1])
+        return x[..., self.positions.to(x.device)].permute(0, 2, 1, 3).flatten(2)
+
+
+def points(model: nn.Module, group: ChannelGroup) -> list[Point]:
+    """The linear layers and convolutions that read a group; if there are none, those that produce it."""
+    layers = {name: m for name, m in model.named_modules() if is_linear_map(m)}
+    members = [m for m in group.members if m.module in layers and m.tensor.endswith("weight")]
+    readers = [m for m in members if Role.CONSUMES in m.roles and m.dim == input_dim(layers[m.module])]
+    makers = [m for m in members if Role.PRODUCES in m.roles and m.dim != input_dim(layers[m.module])]
+    found = [point(m, layers[m.module], reads=True) for m in readers]
+    return found or [point(m, layers[m.module], reads=False) for m in makers]
+
+
+def point(member: Member, layer: nn.Module, *, reads: bool) -> Point:
+    positions = torch.as_tensor(member.positions, dtype=torch.long)
+    if member.within is not None and isinstance(layer, nn.modules.conv._ConvNd):
+        size = layer.weight.shape[member.within.dim] // layer.groups  # positions count from the group's first channel
+        positions = positions + member.within.start // size * layer.weight.shape[member.dim]
+    return Point(member.module, layer, reads, positions)
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Also the linear layer of older Transformers, which is no nn.Linear."""
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
+
+
+def input_dim(layer: nn.Module) -> int:
+    """The dimension of its weight that runs along what the layer reads; a tied weight may be read the other way too."""
+    return 1 if isinstance(layer, nn.Linear) or not getattr(layer, "transposed", True) else 0
+
+
+def spatial_dims(layer: nn.Module) -> int:
+    return len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 0
+
+
+def channel_dim(layer: nn.Module) -> int:
+    return -1 - spatial_dims(layer)
+
+
+@dataclass(eq=False)
+class View:
+    """Gathers what is wanted of one group while batches pass; sums over images, by index of the point."""
+
+    group: ChannelGroup
+    points: list[Point]
+    wanted: frozenset[str]
+    seed: int
+    counts: Counter[int] = field(default_factory=Counter)
+    means: dict[int, Tensor] = field(default_factory=dict)
+    squares: dict[int, Tensor] = field(default_factory=dict)
+    shares: dict[int, Tensor] = field(default_factory=dict)
+    maps: list[Tensor] = field(default_factory=list)
+    broken: str | None = None
+
+    @property
+    def watches(self) -> bool:
+        return bool(self.wanted & {"activations", "feature_maps", "contributions"})
+
+    def called(self, index: int, x: Tensor, output: Tensor) -> None:
+        """A layer ran."""
+        point = self.points[index]
+        rows = point.rows((x if point.reads else output).detach())
+        if not bool(torch.isfinite(rows).all()):
+            self.broken = point.name
+            return
+        self.counts[index] += len(rows)
+        if "activations" in self.wanted:
+            add_(self.means, index, rows.double().mean(2).sum(0))
+            add_(self.squares, index, rows.double().square().mean(2).sum(0))
+        if "contributions" in self.wanted and point.reads:
+            add_(self.shares, index, contributions(point, x.detach()))
+        if "feature_maps" in self.wanted and index == next(iter(self.counts)):
+            self.keep(point.name, rows)
+
+    def keep(self, name: str, rows: Tensor) -> None:
+        """Keep the feature maps of the first images; of images of another size none."""
+        left = MAPS - sum(map(len, self.maps))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+        places = torch.randperm(rows.shape[2], generator=generator)[:PLACES].sort().values
+        if left > 0 and (not self.maps or self.maps[0].shape[2] == len(places)):
+            self.maps.append(rows[:left][..., places.to(rows.device)].float())
+
+    def observation(self, tensors: Mapping[str, Tensor], slopes: Slopes, images: int) -> Observation:
+        average = lambda sums: torch.stack([s / self.counts[i] for i, s in sorted(sums.items())])  # noqa: E731
+        statistics = Activations(average(self.means).mean(0), average(self.squares).mean(0)) if self.means else None
+        return Observation(
+            tensors={m.tensor: tensors[m.tensor].detach() for m in self.group.members},
+            gradients=slopes.of(self.group) if "gradients" in self.wanted else None,
+            activations=statistics,
+            feature_maps=torch.cat(self.maps) if self.maps else None,
+            contributions=average(self.shares) if self.shares else None,
+            images=images,
+        )
+
+
+def check_seen(views: Iterable[View]) -> None:
+    for view in views:
+        if view.broken is not None:
+            raise ModelError(f"{view.broken}: reads or gives NaN or infinity on these images; check their scale.")
+
+
+def add_(sums: dict[Any, Tensor], key: object, value: Tensor) -> None:
+    sums[key] = sums[key].add_(value) if key in sums else value
+
+
+def contributions(point: Point, x: Tensor) -> Tensor:
+    r"""Each channel's share of what a layer adds up, (n,) float64, summed over images.
+
+    Share of input i in output k: |w_ki x_i| / sum_j |w_kj x_j|, 0 where all are 0; summed over the outputs k and over
+    the entries of a channel, mean over the places of the output.
+
+    With a = |x| and D = |W| a this is a * d(sum log D)/da: one forward and one backward pass of the layer.
+    """
+    precise = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))  # noqa: E731
+    twin = copy.copy(point.layer)
+    weight, bias = (point.layer._parameters.get(name) for name in ("weight", "bias"))
+    assert weight is not None
+    absolute = precise(weight.detach().abs())
+    twin.__dict__["_parameters"] = {
+        "weight": absolute,
+        "bias": None if bias is None else torch.zeros_like(precise(bias.detach())),
+    }
+    with torch.enable_grad():
+        a = precise(x.abs()).requires_grad_()
+        totals = twin.forward(a)
+        slope = torch.autograd.grad(totals.clamp(min=torch.finfo(totals.dtype).tiny).log().sum(), a)[0]
+    places = totals.movedim(channel_dim(point.layer), -1)[..., 0].numel()
+    rows = point.rows(a.detach() * slope).double()
+    return rows.sum((0, 2)) * len(rows) / places
+
+
+@contextlib.contextmanager
+def watched(views: Iterable[View], slopes: Slopes) -> Iterator[None]:
+    """Show every view the layers it is interested in, once for each image."""
+
+    def hook_for(view: View, index: int) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def called(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not slopes.again:
+                view.called(index, args[0] if args else next(iter(kwargs.values())), output)
+
+        return called
+
+    with contextlib.ExitStack() as stack:
+        for view in views:
+            for index, point in enumerate(view.points if view.watches else []):
+                handle = point.layer.register_forward_hook(hook_for(view, index), with_kwargs=True)
+                stack.callback(handle.remove)
+        yield

@@ -1,0 +1,111 @@
+"""Which layers are meant: by name pattern, by type, or by a function; their outputs or their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+from torch import nn
+
+from intrafusion.errors import BudgetError, unknown_name
+from intrafusion.graph import ChannelGraph, ChannelGroup
+
+Match = str | type | Callable[[str, nn.Module], bool]
+SIDES = ("outputs", "inputs")
+TYPE = "type:"  # before the name of a class, where the class itself cannot be given, as in a YAML recipe
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Layers and the side of them that is meant: the channels they produce, or the channels they read."""
+
+    match: Match
+    side: str = "outputs"
+
+    def __str__(self) -> str:
+        if isinstance(self.match, str):
+            return f"{self.match}:{self.side}"
+        name = getattr(self.match, "__qualname__", repr(self.match))
+        return f"{TYPE if isinstance(self.match, type) else ''}{name}:{self.side}"
+
+    def layers(self, model: nn.Module) -> set[str]:
+        """Names of the modules that match.
+
+        Raises:
+            BudgetError: none does; the nearest name is suggested.
+        """
+        modules = dict(model.named_modules())
+        found = {name for name, module in modules.items() if self._matches(name, module)}
+        if not found and isinstance(self.match, str):
+            raise BudgetError(f"include/exclude: {unknown_name('layer', self.match, [n for n in modules if n])}")
+        if not found:
+            raise BudgetError(f"include/exclude: no layer of the network matches {self}.")
+        return found
+
+    def _matches(self, name: str, module: nn.Module) -> bool:
+        if isinstance(self.match, str) and self.match.startswith(TYPE):
+            return self.match.removeprefix(TYPE) in {c.__qualname__ for c in type(module).__mro__}
+        if isinstance(self.match, str):
+            return fnmatchcase(name, self.match)
+        return isinstance(module, self.match) if isinstance(self.match, type) else bool(self.match(name, module))
+
+
+def outputs_of(match: Match) -> Selector:
+    """The channels that these layers produce."""
+    return Selector(match, "outputs")
+
+
+def inputs_of(match: Match) -> Selector:
+    """The channels that these layers read."""
+    return Selector(match, "inputs")
+
+
+def as_selectors(what: Any) -> tuple[Selector, ...] | None:
+    """One selector or several; a bare name, type or function means the outputs, "name:inputs" the inputs.
+
+    "type:Conv2d" is the type of that name, also as recipes write it down.
+    """
+    if what is None:
+        return None
+    if isinstance(what, (str, type, Selector)) or not isinstance(what, Iterable):
+        what = (what,)
+    return tuple(as_selector(item) for item in what)
+
+
+def as_selector(item: Any) -> Selector:
+    if isinstance(item, Selector):
+        return item
+    if isinstance(item, str):
+        name, _, side = item.rpartition(":")
+        return Selector(name, side) if name and side in SIDES else Selector(item)
+    if isinstance(item, type):
+        return Selector(item)
+    if callable(item):
+        return Selector(cast(Callable[[str, nn.Module], bool], item))
+    raise BudgetError(
+        f"include/exclude: expected a name, a layer type or a function (name, module) -> bool, got {item!r}."
+    )
+
+
+def is_meant(group: ChannelGroup, selector: Selector, layers: set[str]) -> bool:
+    """Whether a group is produced (or read) by one of these layers, or by a layer inside one of them."""
+    own = group.producers if selector.side == "outputs" else group.consumers
+    return any(layer in layers or any(layer.startswith(f"{parent}.") for parent in layers if parent) for layer in own)
+
+
+def find_left_alone(
+    graph: ChannelGraph, model: nn.Module, include: Iterable[Selector] | None, exclude: Iterable[Selector]
+) -> dict[str, str]:
+    """Why each group that the user does not want reduced is left alone, by name."""
+    excluded = [(s, s.layers(model)) for s in exclude]
+    included = None if include is None else [(s, s.layers(model)) for s in include]
+    reasons: dict[str, str] = {}
+    for group in graph.groups:
+        if included is not None and not any(is_meant(group, s, layers) for s, layers in included):
+            reasons[group.name] = "not included"
+        for selector, layers in excluded:
+            if is_meant(group, selector, layers):
+                reasons[group.name] = f"excluded ({selector})"
+    return reasons

@@ -1,0 +1,1 @@
+"""Maps -> a smaller network, proved: maps on tensors, writing, permutation, running and tracing again."""

@@ -1,0 +1,101 @@
+"""The graph that the smaller network must show, and the first thing in which it shows another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from intrafusion.graph import ChannelGraph, ChannelGroup, Slice
+
+
+def shrink_graph(graph: ChannelGraph, sizes: dict[str, int]) -> ChannelGraph:
+    """The graph that the smaller network must show: the same groups, n turned into m, positions moved up."""
+    renumber = Renumbering(graph, sizes)
+    groups = []
+    for group in graph.groups:
+        if group.kind == "channel":
+            m = sizes.get(group.name, group.size)
+            members = tuple(renumber(replace(x, positions=x.positions[:m])) for x in group.members)
+            groups.append(replace(group, size=m, members=members))
+    return replace(graph, groups=tuple(groups))
+
+
+class Renumbering:
+    """Old index -> new index along every dimension that loses places."""
+
+    def __init__(self, graph: ChannelGraph, sizes: dict[str, int]) -> None:
+        self.dropped: dict[tuple[str, int, Slice | None], np.ndarray] = {}
+        for group in graph.groups:
+            if group.name in sizes:
+                for member in group.members:
+                    gone = member.positions[sizes[group.name] :].ravel()
+                    before = self.dropped.get(member.key(), np.zeros(0, np.int64))
+                    self.dropped[member.key()] = np.sort(np.concatenate([before, gone]))
+
+    def shift(self, key: tuple[str, int, Slice | None], index: Any) -> Any:
+        gone = self.dropped.get(key)
+        return index if gone is None else index - np.searchsorted(gone, index)
+
+    def __call__(self, member: Any) -> Any:
+        positions = self.shift(member.key(), member.positions)
+        within = member.within
+        if within is not None:
+            along = (member.tensor, within.dim, None)
+            within = Slice(within.dim, int(self.shift(along, within.start)), int(self.shift(along, within.stop)))
+        return replace(member, positions=positions, within=within)
+
+
+def find_disagreement(expected: ChannelGraph, found: ChannelGraph) -> str | None:
+    """A group that the network no longer shows; groups of one channel leave no trace and are not compared."""
+    wanted = {group_signature(g): g for g in expected.groups if g.size > 1 and g.kind == "channel"}
+    present = {group_signature(g) for g in found.groups if g.size > 1 and g.kind == "channel"}
+    missing = [g.name for s, g in wanted.items() if s not in present]
+    if not missing:
+        return None
+    return f"the smaller network no longer shows {missing[0]!r} as a group of {expected_size(expected, missing[0])} channels"
+
+
+def expected_size(graph: ChannelGraph, name: str) -> int:
+    return graph[name].size
+
+
+def find_confusion(expected: ChannelGraph, found: ChannelGraph, alike: list[set[str]]) -> str | None:
+    """Groups of one channel that the network now takes for each other, as where it slices at a fixed index.
+
+    Single channels of blocks that were interchangeable as wholes may join.
+    """
+    single = [g for g in expected.groups if g.kind == "channel" and g.size == 1]
+    owner = {(m.key(), p): g.name for g in single for m in g.members for p in m.positions.ravel().tolist()}
+    for group in found.reducible:
+        if group.kind == "channel":
+            names = {owner.get((m.key(), p), "") for m in group.members for p in m.positions.ravel().tolist()} - {""}
+            if len(names) > 1 and not any(names <= blocks for blocks in alike):
+                return (
+                    f"the smaller network treats the single channels of {' and '.join(map(repr, sorted(names)))} alike"
+                )
+    return None
+
+
+def find_siblings(graph: ChannelGraph) -> list[set[str]]:
+    """Names of the channel groups that lie in the same interchangeable blocks."""
+    blocks, channels = ([g for g in graph.groups if g.kind == kind] for kind in ("block", "channel"))
+    return [{g.name for g in channels if is_inside(g, block)} for block in blocks]
+
+
+def is_inside(group: ChannelGroup, block: ChannelGroup) -> bool:
+    places = {(m.tensor, m.dim): m.positions for m in block.members}
+    own = [m for m in group.members if m.within is None and (m.tensor, m.dim) in places]
+    return any(np.isin(m.positions, places[m.tensor, m.dim]).all() for m in own)
+
+
+def group_signature(group: ChannelGroup) -> bytes:
+    """Which index of which tensor is which channel, in an order of its own."""
+    members = sorted(group.members, key=lambda m: (m.tensor, m.dim, str(m.within)))
+    order = np.argsort(members[0].positions.min(1), kind="stable")
+    parts = [
+        f"{m.tensor}|{m.dim}|{m.within}|{sorted(m.roles)}".encode() + np.sort(m.positions[order], 1).tobytes()
+        for m in members
+    ]
+    return b"\n".join(parts)

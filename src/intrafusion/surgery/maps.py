@@ -1,0 +1,192 @@
+"""Reduction maps -> new weights.
+
+Every map runs along the positions of its group. The new channels take the places of the group's first m channels and
+the other places are deleted, so whatever order the network's views and slices rely on survives.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intrafusion.errors import PlanError
+from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role, Slice
+from intrafusion.reduce.problem import ReductionMap
+from intrafusion.surgery.norms import fold_norms, unfold_norms
+
+
+def reduce_weights(
+    weights: Mapping[str, Tensor], graph: ChannelGraph, maps: Mapping[str, ReductionMap]
+) -> dict[str, Tensor]:
+    """The tensors that change when groups are reduced, in their own dtype.
+
+    Foldable batch norms are folded for the computation and get statistics back afterwards.
+
+    Args:
+        weights: the network's tensors by name; not modified.
+        maps: a map for each group to reduce, by group name.
+    Raises:
+        PlanError: twins of a grouped convolution would end up with different sizes.
+    """
+    groups = [g for g in graph.groups if g.name in maps]
+    names = {m.tensor for g in groups for m in g.members}
+    norms = [n for n in graph.norms if names & set(norm_tensors(n))]
+    names |= {t for n in norms for t in norm_tensors(n)}
+    original = {name: weights[name] for name in names}
+    centred = {m.tensor for g in groups for m in find_norm_biases(g)} - {n.bias for n in norms}
+    folded = fold_norms(original, norms)
+    reduced = {name: remap(name, folded[name], groups, maps, centred) for name in names}
+    averages = {
+        n.mean: averaging_matrix(n.mean, len(folded[n.mean]), groups, maps, folded[n.mean].device) for n in norms
+    }
+    final = unfold_norms(reduced, original, norms, averages, folded)
+    return {name: tensor.to(original[name].dtype) for name, tensor in final.items()}
+
+
+def norm_tensors(norm: FoldableNorm) -> list[str]:
+    names = (norm.producer_weight, norm.producer_bias, norm.weight, norm.bias, norm.mean, norm.variance)
+    return [n for n in names if n is not None]
+
+
+def find_norm_biases(group: ChannelGroup) -> list[Member]:
+    """Biases behind a norm's own scale: the norm resets the scale of what it normalises, so they are averaged."""
+    norms = {m.module for m in group.with_role(Role.MEAN, Role.VARIANCE)}
+    norms |= {m.module for m in group.with_role(Role.SCALES) if m.tensor.endswith("weight") and m.dim == 0}
+    kernels = {m.module for m in group.with_role(Role.PRODUCES, Role.CONSUMES)}
+    return [m for m in group.with_role(Role.SHIFTS) if m.module in norms - kernels]
+
+
+def remap(
+    name: str, tensor: Tensor, groups: list[ChannelGroup], maps: Mapping[str, ReductionMap], centred: set[str]
+) -> Tensor:
+    """One tensor after all maps that run through it."""
+    touching = [(g, m) for g in groups for m in g.members if m.tensor == name]
+    if not touching:
+        return tensor
+    tensor = tensor.clone()
+    for group, member in touching:
+        tensor = mix_channels(tensor, member, maps[group.name], average=name in centred)
+    return shorten(tensor, [(m, len(maps[g.name].merge)) for g, m in touching], name)
+
+
+def mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, average: bool = False) -> Tensor:
+    """Write the m new channels over the group's first m places (in place)."""
+    matrix = matrix_for(member, reduction, average=average).to(tensor.device)
+    part = tensor if member.within is None else narrow_to(tensor, member.within)
+    positions = torch.from_numpy(member.positions).to(tensor.device)
+    places, variance = positions[: len(matrix)].flatten(), Role.VARIANCE in member.roles
+    chosen = find_picks(matrix)
+    if chosen is not None:
+        part.index_copy_(member.dim, places, part.index_select(member.dim, positions[chosen].flatten()))
+        return tensor
+    rows = part.index_select(member.dim, positions.flatten()).movedim(member.dim, 0)
+    new = combine_rows(matrix, (rows.sqrt() if variance else rows).reshape(len(positions), -1))
+    new = new.reshape(len(places), *rows.shape[1:])
+    part.index_copy_(member.dim, places, (new.square() if variance else new).movedim(0, member.dim))
+    return tensor
+
+
+def find_picks(matrix: Tensor) -> Tensor | None:
+    """Which row each row of matrix @ rows is, for a matrix that only picks rows."""
+    entries = matrix != 0
+    picks = bool((entries.sum(1) == 1).all()) and bool((matrix[entries] == 1).all())
+    return entries.long().argmax(1) if picks else None
+
+
+def combine_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """matrix @ rows; most maps are nearly empty (a transport plan has n + m - 1 entries)."""
+    filled = int(matrix.count_nonzero())
+    return torch.sparse.mm(matrix.to_sparse(), rows) if 4 * filled < matrix.numel() else matrix @ rows
+
+
+def hollow_(weights: Mapping[str, Tensor], group: ChannelGroup, reduction: ReductionMap) -> None:
+    """Reduce one group of folded weights without moving anything: the places given up become zero (in place).
+
+    Scores and distances of other groups then see what they would see in the smaller network.
+    """
+    for member in group.members:
+        tensor = mix_channels(weights[member.tensor], member, reduction)
+        part = tensor if member.within is None else narrow_to(tensor, member.within)
+        part.movedim(member.dim, 0)[torch.from_numpy(member.positions[len(reduction.merge) :])] = 0
+
+
+def matrix_for(member: Member, reduction: ReductionMap, *, average: bool) -> Tensor:
+    """(m, n): merge for what comes in, unmerge transposed for what goes out, weighted means for what multiplies."""
+    if Role.PRODUCES in member.roles:
+        return reduction.merge
+    if Role.CONSUMES in member.roles:
+        return reduction.unmerge.T
+    if member.roles & {Role.SHIFTS, Role.MEAN} and not average:
+        return reduction.merge
+    return reduction.merge if Role.VARIANCE in member.roles else mean_weights(reduction.merge)
+
+
+def mean_weights(merge: Tensor) -> Tensor:
+    """Weights of a mean: absolute values, rows summing to 1 (uniform for a zero row)."""
+    size = merge.abs()
+    total = size.sum(1, keepdim=True)
+    return torch.where(total > 0, size / total.clamp(min=1e-300), 1 / merge.shape[1])
+
+
+def narrow_to(tensor: Tensor, within: Slice) -> Tensor:
+    return tensor.narrow(within.dim, within.start, within.stop - within.start)
+
+
+def shorten(tensor: Tensor, members: list[tuple[Member, int]], name: str) -> Tensor:
+    """Delete the places that the groups gave up, slices of grouped convolutions first."""
+    whole: dict[int, list[np.ndarray]] = defaultdict(list)
+    sliced: dict[int, dict[Slice, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    for member, m in members:
+        dropped = member.positions[m:].ravel()
+        if member.within is None:
+            whole[member.dim].append(dropped)
+        else:
+            sliced[member.dim][member.within].append(dropped)
+    for dim, parts in sliced.items():
+        tensor = shorten_slices(tensor, dim, parts, name)
+    for dim, dropped in whole.items():
+        tensor = drop_places(tensor, dim, dropped)
+    return tensor.contiguous()
+
+
+def drop_places(tensor: Tensor, dim: int, dropped: list[np.ndarray]) -> Tensor:
+    keep = np.ones(tensor.shape[dim], bool)
+    keep[np.concatenate(dropped)] = False
+    return tensor if keep.all() else tensor.index_select(dim, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device))
+
+
+def shorten_slices(tensor: Tensor, dim: int, parts: dict[Slice, list[np.ndarray]], name: str) -> Tensor:
+    pieces, end = [], 0
+    for within in sorted(parts, key=lambda s: s.start):
+        pieces += [tensor.narrow(within.dim, end, within.start - end)] if within.start > end else []
+        pieces.append(drop_places(narrow_to(tensor, within), dim, parts[within]))
+        end = within.stop
+    across = next(iter(parts)).dim
+    if end < tensor.shape[across]:
+        pieces.append(tensor.narrow(across, end, tensor.shape[across] - end))
+    if len({p.shape[dim] for p in pieces}) > 1:
+        sizes = sorted({p.shape[dim] for p in pieces})
+        raise PlanError(f"{name}: its groups would get different sizes {sizes}; give them the same keep.")
+    return torch.cat(pieces, across)
+
+
+def averaging_matrix(
+    mean: str, size: int, groups: list[ChannelGroup], maps: Mapping[str, ReductionMap], device: torch.device
+) -> Tensor | None:
+    """What the maps do to a norm's vectors, as one (m, n) matrix of weighted means."""
+    touching = [(g, m) for g in groups for m in g.members if m.tensor == mean]
+    if not touching:
+        return None
+    matrix = torch.eye(size, dtype=torch.float64, device=device)
+    for group, member in touching:
+        means = mean_weights(maps[group.name].merge)
+        matrix = mix_channels(matrix, as_row_member(member), ReductionMap(means, means.T))
+    return shorten(matrix, [(as_row_member(m), len(maps[g.name].merge)) for g, m in touching], mean)
+
+
+def as_row_member(member: Member) -> Member:
+    return Member(member.tensor, 0, member.positions, frozenset([Role.PRODUCES]))

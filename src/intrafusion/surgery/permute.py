@@ -1,0 +1,72 @@
+"""Proof before surgery: permuting the channels of a group must not change the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
+from intrafusion.network.double import TOLERANCE, output_difference, run_in_double
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.reduce.problem import ReductionMap
+from intrafusion.surgery.maps import reduce_weights
+from intrafusion.surgery.search import find_largest_passing
+from intrafusion.surgery.write import write_weights_
+
+
+def random_derangement(group: ChannelGroup, generator: np.random.Generator) -> ReductionMap:
+    """A random order in which no channel keeps its place."""
+    order = generator.permutation(group.size)
+    moved = np.empty(group.size, np.int64)
+    moved[order] = np.roll(order, 1)
+    matrix = torch.eye(group.size, dtype=torch.float64)[torch.from_numpy(moved)]
+    return ReductionMap(matrix, matrix.T.contiguous())
+
+
+@dataclass(eq=False)
+class PermutationCheck:
+    """Compares the permuted network with the original one on two inputs."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    inputs: Sequence[Inputs]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.double = copy_model(self.model).double()
+        self.weights = {n: t.detach() for n, t in named_tensors(self.double).items()}
+        self.expected = [run_in_double(self.double, i) for i in self.inputs]
+
+    def error(self, groups: Sequence[ChannelGroup]) -> float:
+        """Relative change of the output when all these groups are permuted at once."""
+        generator = np.random.default_rng(self.seed)
+        maps = {g.name: random_derangement(g, generator) for g in groups}
+        permuted = reduce_weights(self.weights, self.graph, maps)
+        write_weights_(self.double, permuted)
+        found = [run_in_double(self.double, i) for i in self.inputs]
+        write_weights_(self.double, {name: self.weights[name] for name in permuted})
+        return max(output_difference(f, e) for f, e in zip(found, self.expected, strict=True))
+
+
+def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGraph:
+    """The graph, in which every group that fails the permutation check has that as its reason.
+
+    All groups are permuted at once; only a failure is searched for, by halving.
+    """
+    groups = [g for g in graph.reducible if g.kind == "channel"]
+    if not groups:
+        return graph
+    check = PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))
+    _, failed = find_largest_passing(families_of(groups), lambda gs: None if (e := check.error(gs)) <= TOLERANCE else e)
+    reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative)" for g, e in failed}
+    return add_reasons(graph, reasons)
+
+
+def add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
+    groups = tuple(replace(g, reason=reasons.get(g.name, g.reason)) for g in graph.groups)
+    return replace(graph, groups=groups)

@@ -1,0 +1,90 @@
+"""The forms that calibration images come in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from intrafusion.errors import ModelError
+from intrafusion.network.batches import cast_like, join_batches, read_batches, read_labelled
+from intrafusion.network.inputs import Inputs
+
+IMAGES = torch.arange(12.0).reshape(4, 3)
+LABELS = torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        IMAGES,
+        [IMAGES[:3], IMAGES[3:]],
+        (IMAGES[:1], IMAGES[1:]),
+        [(IMAGES[:2], LABELS[:2]), [IMAGES[2:], LABELS[2:]]],
+        DataLoader(TensorDataset(IMAGES, LABELS), batch_size=3),
+        iter([IMAGES]),
+        Inputs((IMAGES,)),
+    ],
+    ids=["tensor", "list", "tuple", "labelled", "loader", "generator", "inputs"],
+)
+def test_every_form_gives_the_same_call(images: object) -> None:
+    call = join_batches(read_batches(images))  # type: ignore[arg-type]
+    assert call.kwargs in ({}, None)
+    assert torch.equal(call.args[0], IMAGES)
+
+
+def test_dicts_are_keyword_arguments() -> None:
+    call = join_batches(read_batches([{"x": IMAGES[:1], "scale": 2.0}, {"x": IMAGES[1:], "scale": 2.0}]))
+    assert call.args == ()
+    assert call.kwargs is not None
+    assert torch.equal(call.kwargs["x"], IMAGES)
+    assert call.kwargs["scale"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ([(IMAGES[:2], LABELS[:2]), [IMAGES[2:], LABELS[2:]]], [[0, 1], [2, 3]]),
+        (DataLoader(TensorDataset(IMAGES, LABELS), batch_size=3), [[0, 1, 2], [3]]),
+        ({"x": IMAGES, "labels": LABELS}, [[0, 1, 2, 3]]),
+        ([IMAGES, (IMAGES,), (IMAGES, "cats"), {"x": IMAGES}, ({"x": IMAGES}, LABELS)], [None] * 4 + [[0, 1, 2, 3]]),
+        (IMAGES, [None]),
+    ],
+    ids=["tuples", "loader", "dict", "mixed", "tensor"],
+)
+def test_labels_come_along(images: object, expected: list[list[int] | None]) -> None:
+    found = [labels for _, labels in read_labelled(images)]  # type: ignore[arg-type]
+    assert [None if labels is None else labels.tolist() for labels in found] == expected
+
+
+def test_one_batch_is_read_at_a_time() -> None:
+    read = []
+
+    def loader():  # type: ignore[no-untyped-def]
+        for index in range(3):
+            read.append(index)
+            yield IMAGES
+
+    stream = read_labelled(loader())
+    next(stream)
+    assert read == [0]
+
+
+def test_precision_follows_the_network_but_integers_stay() -> None:
+    call = cast_like(Inputs((IMAGES, LABELS)), torch.nn.Linear(3, 1).double())
+    assert [t.dtype for t in call.args] == [torch.float64, torch.int64]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "at least one batch, got none"),
+        (3, "got int"),
+        (["a"], "got str"),
+        ([torch.zeros(1, 3), torch.zeros(1, 4)], r"one shape, got \[\(3,\), \(4,\)\]"),
+        ([{"x": IMAGES}, IMAGES], "same arguments in every batch"),
+    ],
+)
+def test_what_is_no_image(images: object, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        join_batches(read_batches(images))  # type: ignore[arg-type]

@@ -1,0 +1,292 @@
+"""Proof: false groups fail with a reason and only they, and surgery that a network does not bear out is rolled back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import intrafusion.verify as verify_module
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from bare import compress
+from gallery import CASES, Inputs
+from gallery.core import Wired, conv_bn
+from torch import Tensor, nn
+
+from intrafusion import ChannelGraph, ChannelGroup, Role, trace
+from intrafusion.graph import families_of
+from intrafusion.network.inputs import Inputs as Call
+from intrafusion.reduce import ReductionMap, selection_map
+from intrafusion.surgery.expect import find_siblings
+from intrafusion.surgery.operate import operate
+from intrafusion.surgery.permute import random_derangement, verify_groups
+from intrafusion.surgery.search import find_largest_passing
+
+
+def built(name: str) -> tuple[nn.Module, Inputs]:
+    model, inputs = next(c for c in CASES if c.name == name).build()
+    return oracle.randomise_(model), inputs
+
+
+def reasons(graph: ChannelGraph) -> dict[str, str]:
+    return {g.name: g.reason for g in graph.groups if g.kind == "channel" and g.reason is not None}
+
+
+def changed(graph: ChannelGraph, name: str, group: ChannelGroup) -> ChannelGraph:
+    return replace(graph, groups=tuple(group if g.name == name else g for g in graph.groups))
+
+
+def without_member(graph: ChannelGraph, name: str, tensor: str) -> ChannelGraph:
+    group = graph[name]
+    return changed(graph, name, replace(group, members=tuple(m for m in group.members if m.tensor != tensor)))
+
+
+def halves(graph: ChannelGraph) -> dict[str, ReductionMap]:
+    return {
+        g.name: selection_map(torch.arange(max(1, g.size // 2)), g.size) for g in graph.reducible if g.kind == "channel"
+    }
+
+
+# ---- before surgery -------------------------------------------------------------------------------------------------
+
+
+def test_a_true_graph_passes_as_it_is() -> None:
+    model, x = built("residual_identity_and_projection")
+    graph = trace(model, x)
+    assert reasons(verify_groups(model, graph, Call.of(x))) == reasons(graph) == {"head": graph["head"].reason}
+
+
+@pytest.mark.parametrize(
+    ("group", "tensor"),
+    [
+        ("a.0", "a.1.bias"),
+        ("a.0", "b.0.weight"),
+        ("c.0", "c.1.bias"),
+        ("stem.0", "skip.0.weight"),
+        ("d.0", "head.weight"),
+    ],
+)
+def test_a_group_that_lacks_a_member_fails_and_no_other(group: str, tensor: str) -> None:
+    model, x = built("residual_identity_and_projection")
+    graph = trace(model, x)
+    found = verify_groups(model, without_member(graph, group, tensor), Call.of(x))
+    assert set(reasons(found)) == {group, "head"}
+    assert (found[group].reason or "").startswith("permuting its channels changes the output by ")
+    assert "(relative)" in (found[group].reason or "")
+
+
+def test_two_false_groups_are_both_found() -> None:
+    model, x = built("residual_identity_and_projection")
+    graph = without_member(without_member(trace(model, x), "a.0", "b.0.weight"), "d.0", "head.weight")
+    assert set(reasons(verify_groups(model, graph, Call.of(x)))) == {"a.0", "d.0", "head"}
+
+
+def test_a_group_with_its_positions_in_another_order_fails() -> None:
+    model, x = built("mlp")
+    graph = trace(model, x)
+    group = graph["b"]
+    members = tuple(
+        replace(m, positions=m.positions[::-1].copy()) if m.tensor == "head.weight" else m for m in group.members
+    )
+    found = verify_groups(model, changed(graph, "b", replace(group, members=members)), Call.of(x))
+    assert set(reasons(found)) == {"b", "head"}
+
+
+def test_twins_fail_together() -> None:
+    model, x = built("grouped_unequal")
+    graph = trace(model, x)
+    first, second = (g.name for g in graph.reducible if g.producers == ("a",) and g.kind == "channel")
+    assert graph[first].family == graph[second].family
+    assert {first, second} <= set(reasons(verify_groups(model, without_member(graph, first, "a.bias"), Call.of(x))))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "half_precision", "mixed_precision", "linear_in_autocast"])
+def test_true_groups_of_low_precision_pass(name: str) -> None:
+    model, x = built(name)
+    graph = trace(model, x)
+    assert reasons(verify_groups(model, graph, Call.of(x))) == reasons(graph)
+
+
+def test_permutations_go_through_the_code_that_reduces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = built("mlp")
+    seen: list[dict[str, ReductionMap]] = []
+    original = verify_module.reduce_weights
+
+    def spy(weights: Any, graph: Any, maps: Any) -> Any:
+        seen.append(dict(maps))
+        return original(weights, graph, maps)
+
+    monkeypatch.setattr(verify_module, "reduce_weights", spy)
+    verify_groups(model, trace(model, x), Call.of(x))
+    assert [sorted(maps) for maps in seen] == [["a", "b"]] * len(seen)
+    assert seen
+    for name, n in (("a", 12), ("b", 10)):
+        rows = seen[0][name].merge
+        assert torch.equal(rows @ rows.T, torch.eye(n, dtype=torch.float64))
+        assert rows.diagonal().count_nonzero() == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 17])
+def test_a_permutation_leaves_no_channel_where_it_was(n: int) -> None:
+    for seed in range(5):
+        rows = random_derangement(ChannelGroup("g", n, ()), np.random.default_rng(seed)).merge
+        assert sorted(rows.argmax(1).tolist()) == list(range(n))
+        assert rows.diagonal().count_nonzero() == 0
+
+
+def test_halving_finds_every_failure_in_few_tries() -> None:
+    groups = [ChannelGroup(str(i), 2, (), family=i) for i in range(64)]
+    tries: list[int] = []
+
+    def failure(some: list[ChannelGroup]) -> str | None:
+        tries.append(len(some))
+        return next((f"it is {g.name}" for g in some if g.name in ("5", "40")), None)
+
+    passed, failed = find_largest_passing(families_of(groups), failure)
+    assert {(g.name, why) for g, why in failed} == {("5", "it is 5"), ("40", "it is 40")}
+    assert [g.name for g in passed] == [str(i) for i in range(64) if i not in (5, 40)]
+    assert len(tries) <= 30
+
+
+def blocks(count: int) -> list[ChannelGroup]:
+    names = [f"blocks.{i}.{what}" for i in range(count) for what in ("attn", "mlp")]
+    return [ChannelGroup(name, 2, (), family=i) for i, name in enumerate(names)]
+
+
+def test_what_fails_in_every_block_is_not_tried_in_every_block() -> None:
+    tries: list[int] = []
+
+    def failure(some: list[ChannelGroup]) -> str | None:
+        tries.append(len(some))
+        return next((f"bad {g.name}" for g in some if "attn" in g.name), None)
+
+    passed, failed = find_largest_passing(families_of(blocks(40)), failure, lambda g, why: f"like {g.name}: {why}")
+    assert len(tries) < 20
+    assert {g.name for g in passed} == {f"blocks.{i}.mlp" for i in range(40)}
+    found = {g.name: why for g, why in failed}
+    assert found["blocks.1.attn"] == "bad blocks.1.attn"
+    assert found["blocks.39.attn"] == "like blocks.0.attn: bad blocks.0.attn"
+    assert len(found) == 40
+
+
+@pytest.mark.parametrize("bad", [(0, 1), (7, 9, 20)])
+def test_others_of_a_kind_that_failed_twice_pass_all_the_same(bad: tuple[int, ...]) -> None:
+    names = {f"blocks.{i}.attn" for i in bad}
+    failure = lambda some: next((f"bad {g.name}" for g in some if g.name in names), None)  # noqa: E731
+    passed, failed = find_largest_passing(families_of(blocks(40)), failure, lambda g, why: f"like {g.name}: {why}")
+    assert {g.name for g, _ in failed} == names
+    assert len(passed) == 80 - len(names)
+
+
+# ---- after surgery --------------------------------------------------------------------------------------------------
+
+
+def literal_view(net: Any, x: Tensor) -> Tensor:
+    y = F.relu(net.a(x)).view(-1, 6, 2).transpose(1, 2).flatten(1)
+    return net.head(F.relu(net.b(y)))
+
+
+def literal_pad(net: Any, x: Tensor) -> Tensor:
+    return net.head(F.relu(net.b(F.relu(net.a(x)))) + F.pad(F.relu(net.c(x)), (1, 1)))
+
+
+VIEW = {"a": nn.Linear(5, 12), "b": nn.Linear(12, 7), "head": nn.Linear(7, 2)}
+PAD = {"a": nn.Linear(5, 8), "b": nn.Linear(8, 6), "c": nn.Linear(5, 4), "head": nn.Linear(6, 2)}
+
+
+@pytest.mark.parametrize(
+    ("wiring", "parts", "undone", "widths"),
+    [(literal_view, VIEW, ("a",), {"a": 12, "b": 3}), (literal_pad, PAD, ("b",), {"a": 4, "b": 4, "c": 2})],
+)
+def test_a_number_in_the_forward_stops_its_group_alone(
+    wiring: Any, parts: dict[str, nn.Module], undone: tuple[str, ...], widths: dict[str, int]
+) -> None:
+    """Padding by (1, 1) fits whatever remains of the four channels it surrounds, but not fewer than two around them."""
+    model, x = oracle.randomise_(Wired(wiring, **parts)), torch.randn(4, 5)
+    graph = verify_groups(model, trace(model, x), Call.of(x))
+    assert set(reasons(graph)) == {"head"}
+    surgery = operate(model, graph, halves(graph), Call.of(x))
+    assert {graph[name].producers for name in surgery.rolled_back} == {undone}
+    assert all("the smaller network" in why for why in surgery.rolled_back.values())
+    assert {name: getattr(surgery.model.get_submodule(name), "out_features") for name in widths} == widths  # noqa: B009
+    assert surgery.model(x).shape == (4, 2)
+
+
+def test_the_padded_shortcut_is_rolled_back_and_the_blocks_are_reduced() -> None:
+    from intrafusion.lab.zoo.networks.padded_resnet import PaddedResNet
+
+    model, x = PaddedResNet(8).eval(), torch.randn(1, 3, 8, 8)
+    small = compress(model, x, 0.5)
+    inner = [d for d in small.plan.decisions if d.group.endswith("conv1") and "." in d.group]
+    assert [(d.n, d.m, d.reason) for d in inner] == [(16, 8, None), (32, 16, None), (64, 32, None)]
+    kept = [d for d in small.plan.decisions if not d.reduced and d.group != "linear"]
+    assert kept
+    assert all(d.reason and "the smaller network" in d.reason for d in kept)
+    assert small.model(x).shape == (1, 10)
+
+
+def test_the_width_that_multi_head_attention_holds_as_a_number_is_left_alone() -> None:
+    model, x = built("multihead_attention_causal")
+    graph = trace(model, x)
+    surgery = operate(model, graph, halves(graph), Call.of(x))
+    assert all("does not run" in why for why in surgery.rolled_back.values())
+    assert graph["stem"].name in surgery.rolled_back
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_slice_at_a_fixed_index_is_noticed_also_with_single_channels(size: int) -> None:
+    """a[:, :3] += 1 with 1 + 1 (or 2 + 2) channels left would treat all of them (or the wrong ones) alike."""
+    model, x = built("in_place_add_to_half")
+    graph = verify_groups(model, trace(model, x), Call.of(x))
+    halves = [g for g in graph.reducible if g.producers == ("a",)]
+    assert [g.size for g in halves] == [3, 3]
+    maps = {g.name: selection_map(torch.arange(size), 3) for g in halves}
+    surgery = operate(model, graph, maps, Call.of(x))
+    undone = {0, 1} if size == 1 else {0}
+    assert {halves[i].name for i in undone} <= set(surgery.rolled_back)
+    full = oracle.double(model).double()
+    for group in halves:
+        if group.name not in surgery.rolled_back:
+            for member in group.with_role(Role.CONSUMES):
+                oracle.view_of(full, member).index_fill_(
+                    member.dim, torch.as_tensor(member.positions[size:].ravel()), 0.0
+                )
+    found = oracle.outputs_of(surgery.model.double(), x.double())  # type: ignore[union-attr]
+    assert oracle.relative_difference(found, oracle.outputs_of(full, x.double())) < 1e-6  # type: ignore[union-attr]
+
+
+def test_single_channels_of_interchangeable_blocks_may_join() -> None:
+    model, x = built("grouped_unequal")
+    graph = trace(model, x)
+    assert {frozenset(names) for names in find_siblings(graph)} == {frozenset({"a#0", "a#1", "g#0", "g#1"})}
+    maps = {g.name: selection_map(torch.tensor([0]), g.size) for g in graph.reducible if g.kind == "channel"}
+    surgery = operate(model, graph, maps, Call.of(x))
+    assert surgery.rolled_back == {}
+    assert surgery.model.get_parameter("g.weight").shape == (2, 1, 3, 3)
+
+
+def test_roles_that_the_surgery_would_scramble_are_noticed() -> None:
+    """Channels rolled by two places are not where three channels rolled by two places are."""
+    model, x = built("rolled_channels")
+    graph = trace(model, x)
+    surgery = operate(model, graph, halves(graph), Call.of(x))
+    assert surgery.rolled_back == {"a": "the smaller network no longer shows 'a' as a group of 3 channels"}
+
+
+def test_operate_leaves_the_original_alone_and_reports_repairs() -> None:
+    model, x = (
+        Wired(lambda net, x: net.head(F.relu(net.a(x)).mean((2, 3))), a=conv_bn(3, 8), head=nn.Linear(8, 2)).eval(),
+        torch.randn(1, 3, 6, 6),
+    )
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    graph = trace(model, x)
+    surgery = operate(model, graph, halves(graph) | {}, Call.of(x))
+    assert {(r.module, r.attribute, r.old, r.new) for r in surgery.repairs} == {
+        ("a.0", "out_channels", 8, 4),
+        ("a.1", "num_features", 8, 4),
+        ("head", "in_features", 8, 4),
+    }
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
