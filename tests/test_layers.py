@@ -6,7 +6,7 @@ import ast
 import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,17 +15,19 @@ PACKAGE = Path(__file__).parents[1] / "src" / "intrafusion"
 
 # Lowest first. A part may import from its own layer and from those above it in this table, without a cycle.
 LAYERS = (
-    {"errors", "progress", "graph", "inputs", "batches", "transport", "lowrank"},
-    {"features", "importance", "budget", "reduce"},
-    {"plan", "recipe", "selection", "norms", "apply", "trace", "verify", "measure", "observe"},
-    {"io", "report"},
+    {"errors", "progress", "graph", "transport"},
+    {"network", "reduce", "selectors"},
+    {"importance", "trace"},
+    {"recipe", "surgery"},
+    {"plan", "measure"},
+    {"table", "io", "observe"},
     {"compressed"},
-    {"restore", "target", "sensitivity"},
+    {"restore"},
+    {"budget"},
     {"pipeline"},
     {"checks", "fusion", "factorize", "iterate", "train"},
-    {"bench", "zoo"},
-    {"experiments", "split"},
-    {"", "cli"},  # "" is the package itself: its public names
+    {"", "lab"},  # "" is the package itself: its public names
+    {"cli"},
 )
 
 # Third-party packages and the only places that may import them.
@@ -34,8 +36,8 @@ CONFINED = {
     "ot": "transport/solve.py",
     "typer": "cli/",
     "rich": "cli/",
-    "ray": "bench/cluster.py",
-    "plotly": "report/html.py",
+    "ray": "lab/bench/cluster.py",
+    "plotly": "lab/report/html.py",
 }
 
 
@@ -97,10 +99,38 @@ def test_parts_form_no_cycle() -> None:
     graph: dict[str, set[str]] = {}
     for _, own, to in edges():
         graph.setdefault(own, set()).add(to)
+    check_acyclic(graph)
+
+
+def test_files_form_no_cycle() -> None:
+    """Also imports inside functions, and those that only a type checker follows, count."""
+    names = {file_name(path): path for path in files()}
+    graph = {
+        name: {to for dotted in imports(path) if (to := imported_file(dotted, names)) not in (None, name)}
+        for name, path in names.items()
+    }
+    check_acyclic(graph)
+
+
+def file_name(path: Path) -> str:
+    return ".".join(["intrafusion", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def imported_file(dotted: str, names: Container[str]) -> str | None:
+    """The file that an imported name lies in: the name itself is a module, or the one before its last dot is."""
+    return next((name for name in (dotted, dotted.rpartition(".")[0]) if name in names), None)
+
+
+def check_acyclic(graph: dict[str, set[str]]) -> None:
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_the_library_never_imports_the_laboratory() -> None:
+    users = {own for _, own, to in edges() if to == "lab"}
+    assert users <= {"cli"}
 
 
 @pytest.mark.parametrize("package", CONFINED)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
-from report.samples import some_of_every_experiment
+from lab.report.samples import some_of_every_experiment
 
 from intrafusion.lab.bench import append_record
 from intrafusion.lab.report import html

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import intrafusion.verify as verify_module
 import numpy as np
 import oracle
 import pytest
@@ -20,6 +19,7 @@ from intrafusion import ChannelGraph, ChannelGroup, Role, trace
 from intrafusion.graph import families_of
 from intrafusion.network.inputs import Inputs as Call
 from intrafusion.reduce import ReductionMap, selection_map
+from intrafusion.surgery import permute
 from intrafusion.surgery.expect import find_siblings
 from intrafusion.surgery.operate import operate
 from intrafusion.surgery.permute import random_derangement, verify_groups
@@ -113,13 +113,13 @@ def test_true_groups_of_low_precision_pass(name: str) -> None:
 def test_permutations_go_through_the_code_that_reduces(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = built("mlp")
     seen: list[dict[str, ReductionMap]] = []
-    original = verify_module.reduce_weights
+    original = permute.reduce_weights
 
     def spy(weights: Any, graph: Any, maps: Any) -> Any:
         seen.append(dict(maps))
         return original(weights, graph, maps)
 
-    monkeypatch.setattr(verify_module, "reduce_weights", spy)
+    monkeypatch.setattr(permute, "reduce_weights", spy)
     verify_groups(model, trace(model, x), Call.of(x))
     assert [sorted(maps) for maps in seen] == [["a", "b"]] * len(seen)
     assert seen

@@ -17,9 +17,17 @@ from intrafusion.cli.report import report
 from intrafusion.cli.split_train import split_train_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
-for command in (inspect_command, compress_command, fuse_command, experiment, report, demo):
-    app.command(epilog=EXIT_CODES)(command)
-app.command("split-train", epilog=EXIT_CODES)(split_train_command)
+COMMANDS = {
+    "inspect": inspect_command,
+    "compress": compress_command,
+    "fuse": fuse_command,
+    "split-train": split_train_command,
+    "experiment": experiment,
+    "report": report,
+    "demo": demo,
+}
+for name, command in COMMANDS.items():
+    app.command(name, epilog=EXIT_CODES)(command)
 
 
 def show_version(wanted: bool) -> None:

@@ -50,9 +50,8 @@ def print_plan(plan: Plan, before: Size | None, after: Size | None) -> None:
     """What was done to each group, and the sizes if they are known."""
     print_table(HEADER, table_rows(plan))
     if before and after:
-        say(
-            f"\n{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}"
-        )
+        say("")
+        say(f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}")
     for warning in plan.warnings:
         say(f"note: {warning}")
 

@@ -86,14 +86,14 @@ def get_observed(observation: Any, field: str, importance: object, group: Channe
     if observation is None:
         check_images(f"importance {importance_label(importance)}", needs_of(importance), None)
         raise ObservationError(
-            f"importance {importance_label(importance)}: group {group.name!r}: expected an Observation with {field}, got None; "
-            "call the criterion with observe(model, graph, groups, images, needs)[group.name]."
+            f"importance {importance_label(importance)}: group {group.name!r}: expected an Observation with {field}, "
+            "got None; call the criterion with observe(model, graph, groups, images, needs)[group.name]."
         )
     value = getattr(observation, field)
     if value is None:
         raise ObservationError(
-            f"importance {importance_label(importance)}: group {group.name!r}: no {field} were seen. No linear layer or "
-            "convolution that reads these channels ran as a module; exclude the group, or choose another criterion."
+            f"importance {importance_label(importance)}: group {group.name!r}: no {field} were seen. No linear layer "
+            "or convolution that reads these channels ran as a module; exclude the group, or choose another criterion."
         )
     return value
 

@@ -54,7 +54,8 @@ def find_disagreement(expected: ChannelGraph, found: ChannelGraph) -> str | None
     missing = [g.name for s, g in wanted.items() if s not in present]
     if not missing:
         return None
-    return f"the smaller network no longer shows {missing[0]!r} as a group of {expected_size(expected, missing[0])} channels"
+    size = expected_size(expected, missing[0])
+    return f"the smaller network no longer shows {missing[0]!r} as a group of {size} channels"
 
 
 def expected_size(graph: ChannelGraph, name: str) -> int:

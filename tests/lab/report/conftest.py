@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from report.samples import some_of_every_experiment
+from lab.report.samples import some_of_every_experiment
 
 from intrafusion.lab.bench import Record
 

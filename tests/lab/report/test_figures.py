@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from report.samples import original, reduction, row_of_plane
+from lab.report.samples import original, reduction, row_of_plane
 
 from intrafusion.lab.report.figures import Figure, figures, methods_of, sizes_of_plan
 from intrafusion.plan import Decision

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from lab.report.samples import ENVIRONMENT, original, reduction
 from PIL import Image
-from report.samples import ENVIRONMENT, original, reduction
 
 from intrafusion.errors import IntrafusionError
 from intrafusion.lab.report import html

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from report.samples import some_of_every_experiment
+from lab.report.samples import some_of_every_experiment
 
 from intrafusion.lab.bench import Record
 from intrafusion.lab.report.html import records_page, write

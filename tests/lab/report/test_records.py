@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from report.samples import drifting, original, reduction, trained
+from lab.report.samples import drifting, original, reduction, trained
 
 from intrafusion.lab.report.records import (
     comparison,

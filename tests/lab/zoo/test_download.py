@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from zoo.test_cifar import PLAIN, cifar10_batches, write_tar
+from lab.zoo.test_cifar import PLAIN, cifar10_batches, write_tar
 
 from intrafusion.errors import FolderError, IntrafusionError
 from intrafusion.lab.zoo import cifar, download, fetch_cifar, load_cifar

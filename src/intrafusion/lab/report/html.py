@@ -159,7 +159,8 @@ def toggles(methods: Sequence[str]) -> str:
     if len(methods) < 2:
         return ""
     buttons = "".join(
-        f'<button type="button" class="toggle" aria-pressed="true" data-method="{e(m)}"><i></i>{e(method_label(m))}</button>'
+        f'<button type="button" class="toggle" aria-pressed="true" data-method="{e(m)}">'
+        f"<i></i>{e(method_label(m))}</button>"
         for m in methods
     )
     group = f'<div role="group" aria-label="Methods"><span class="name">Methods</span>{buttons}</div>'
