@@ -68,7 +68,7 @@ class ModelSpec:
         named = ", ".join([repr(self.target), *options])
         match self.kind:
             case NetworkKind.ZOO:
-                return "from intrafusion import zoo", f"zoo.build({named})"
+                return "from intrafusion.lab import zoo", f"zoo.build({named})"
             case NetworkKind.TORCHVISION:
                 return "from torchvision.models import get_model", f"get_model({named})"
             case NetworkKind.TIMM:

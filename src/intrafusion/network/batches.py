@@ -22,7 +22,8 @@ def read_batches(images: ImagesLike) -> list[Inputs]:
     A batch is a tensor, a dict of keyword arguments, or a tuple or list whose first entry is the input: what follows it
     (labels) is dropped. A network of several inputs takes dicts, or `Inputs`.
 
-    >>> [str(b) for b in batches([(torch.zeros(2, 3), torch.tensor([0, 1])), (torch.zeros(1, 3), torch.tensor([1]))])]
+    >>> images = [(torch.zeros(2, 3), torch.tensor([0, 1])), (torch.zeros(1, 3), torch.tensor([1]))]
+    >>> [str(call) for call in read_batches(images)]
     ['(float32[2, 3])', '(float32[1, 3])']
 
     Raises:

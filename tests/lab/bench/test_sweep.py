@@ -92,7 +92,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from intrafusion.bench import sweep
+from intrafusion.lab.bench import sweep
 
 def run(setting):
     with open(sys.argv[2], "a") as log:

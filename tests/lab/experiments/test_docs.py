@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-DOCS = Path(__file__).parents[2] / "docs" / "experiments.md"
+DOCS = Path(__file__).parents[3] / "docs" / "experiments.md"
 
 
 def test_the_example_measures_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

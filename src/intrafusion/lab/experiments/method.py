@@ -25,7 +25,7 @@ class Method:
 def parse_method(text: str) -> Method:
     """Read NAME[:option=value,...] of a reducer, and any number of +NAME[:option=value,...] of steps against the loss.
 
-    >>> parse("intrafusion:normalization=function,bias=false+closed_form").reducer.normalization
+    >>> parse_method("intrafusion:normalization=function,bias=false+closed_form").reducer.normalization
     'function'
 
     Raises:
