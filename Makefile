@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+LOWEST := .venv-lowest
 EXTRAS := dev,torchvision,timm,transformers,benchmarks,report,ray,train
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
@@ -12,7 +13,7 @@ ifneq ($(DATA),)
 export INTRAFUSION_DATA ?= $(DATA)
 endif
 
-.PHONY: setup demo test lint types bench-smoke
+.PHONY: setup demo test test-lowest lint types bench-smoke
 
 setup: $(STAMP)
 
@@ -28,12 +29,22 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
+# What needs no extra, on the lowest versions that pyproject.toml promises.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest pytest-xdist
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: setup
 	$(BIN)/pyright
+	$(BIN)/pyright --project pyright-strict.json
 
 bench-smoke: setup
 	@set -e; for script in $(BENCHMARKS); do echo "$$script --smoke"; $(BIN)/python "$$script" --smoke; done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def entropic_coupling(
     inner = cost[rows][:, columns]
     strength = epsilon * float(inner.mean().clamp(min=1e-300))
     size = float(torch.linalg.vector_norm(b) / total)
-    options = {"numItermax": max_iterations, "stopThr": tolerance * size, "log": True, "warn": False}
+    options: dict[str, Any] = {"numItermax": max_iterations, "stopThr": tolerance * size, "log": True, "warn": False}
     found, log = ot.bregman.sinkhorn_log(a[rows] / total, b[columns] / total, inner, strength, **options)
     error = float(log["err"][-1]) / size if log["err"] else float("inf")
     if not error < tolerance:
