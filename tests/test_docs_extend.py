@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from intrafusion.checks.laws import LAWS
+from intrafusion.checks import LAWS
 from intrafusion.importance import NEEDS
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend.md"

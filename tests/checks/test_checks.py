@@ -10,10 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from intrafusion.checks.importance import check_importance
-from intrafusion.checks.laws import LAWS, LawError
-from intrafusion.checks.reducer import check_reducer
-from intrafusion.checks.restorer import check_restorer
+from intrafusion.checks import LAWS, LawError, check_importance, check_reducer, check_restorer
 from intrafusion.errors import IntrafusionError
 from intrafusion.importance import IMPORTANCES, Magnitude, TorchPruning
 from intrafusion.network.inputs import Inputs
