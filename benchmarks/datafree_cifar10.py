@@ -35,7 +35,7 @@ WHOLE, INNER = "whole network", "block-inner channels"
 def settings(network: str, graph: ChannelGraph, images: int) -> Iterator[dict[str, Any]]:
     """Whole network in both orders first, then its inner channels, then one group after another from the output."""
     base = {"network": network, "images": images}
-    groups = sorted((g for g in graph.reducible if g.kind == "channel"), key=lambda g: g.depth or 0)
+    groups = sorted((g for g in graph.reducible if g.is_channel), key=lambda g: g.depth or 0)
     scopes = [(WHOLE, "backward", KEEPS), (WHOLE, "joint", KEEPS), (INNER, "backward", KEEPS)]
     scopes += [(g.name, "backward", GROUP_KEEPS) for g in groups]
     for scope, order, keeps in scopes:

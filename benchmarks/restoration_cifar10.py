@@ -150,7 +150,7 @@ class Case:
         }
 
     def uniform(self, keep: float) -> dict[str, int]:
-        groups = [g for g in self.graph.reducible if g.kind == "channel"]
+        groups = [g for g in self.graph.reducible if g.is_channel]
         inner = self.scope == INNER
         return {g.name: max(1, round(g.size * keep)) for g in groups if not inner or len(g.producers) == 1}
 
@@ -160,7 +160,7 @@ class Case:
         if how == "uniform":
             tried = [self.uniform(k / 1000) for k in range(1, 1001)]
         else:
-            groups = [g for g in self.graph.reducible if g.kind == "channel"]
+            groups = [g for g in self.graph.reducible if g.is_channel]
             weights, score = folded_weights(self.model, self.graph, groups), Magnitude(p=1.0)
             scores = {g.name: score(g, weights) for g in groups}  # of mean 1 in every group
             tried = [{name: max(1, int((x >= t).sum())) for name, x in scores.items()} for t in THRESHOLDS]

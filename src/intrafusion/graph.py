@@ -87,6 +87,16 @@ class ChannelGroup:
     kind: str = "channel"
     depth: int | None = None
 
+    @property
+    def is_channel(self) -> bool:
+        """Whether the unit is one channel, not a whole head or convolution group."""
+        return self.kind == "channel"
+
+    @property
+    def reducible(self) -> bool:
+        """Whether nothing speaks against changing these channels; see `reason`."""
+        return self.reason is None
+
     def with_role(self, *roles: Role) -> tuple[Member, ...]:
         """Members that have at least one of these roles."""
         return tuple(m for m in self.members if m.roles.intersection(roles))
@@ -137,7 +147,8 @@ class ChannelGraph:
 
     @property
     def reducible(self) -> tuple[ChannelGroup, ...]:
-        return tuple(g for g in self.groups if g.reason is None)
+        """Groups without a reason against it, blocks included: those are permuted to prove them, and left whole."""
+        return tuple(g for g in self.groups if g.reducible)
 
     def __getitem__(self, name: str) -> ChannelGroup:
         for group in self.groups:

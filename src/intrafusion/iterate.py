@@ -87,7 +87,7 @@ def compress_in_steps(
 def final_sizes(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> dict[str, int]:
     """Size after the last step of every group that is to be reduced."""
     unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
-    groups = [g for g in graph.reducible if g.kind == "channel" and g.name not in unwanted]
+    groups = [g for g in graph.reducible if g.is_channel and g.name not in unwanted]
     return uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to)
 
 

@@ -186,8 +186,8 @@ def decide(
         BudgetError: sizes that are no sizes.
     """
     unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
-    units = [g for g in graph.groups if g.kind == "channel"]
-    groups = [g for g in units if g.reason is None and g.name not in unwanted]
+    units = [g for g in graph.groups if g.is_channel]
+    groups = [g for g in units if g.reducible and g.name not in unwanted]
     if not groups:
         raise ModelError(nothing_to_reduce(units, unwanted))
     moments = moments_for(graph, recipe, calibration)

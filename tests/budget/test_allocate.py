@@ -47,7 +47,7 @@ def test_the_predicted_cost_is_that_of_a_network_of_these_sizes(kind: str, case)
     model, example = case.build()
     model, inputs = model.eval(), Inputs.of(example)
     graph = intrafusion.inspect(model, inputs)
-    groups = [g for g in graph.reducible if g.kind == "channel"]
+    groups = [g for g in graph.reducible if g.is_channel]
     assert groups
     sizes = {g.name: max(1, g.size // 2) for g in groups}
     small = build_with_sizes(model, graph, sizes)

@@ -56,7 +56,7 @@ def shuffled(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
     """The same function with the channels of every group in another order, by the oracle's own code."""
     twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for group in trace(model, x).reducible:
-        if group.kind == "channel" and group.size > 1:
+        if group.is_channel and group.size > 1:
             oracle.permute_(twin, group.members, oracle.derangement(group.size, generator))
     return twin
 
@@ -84,7 +84,7 @@ def test_the_maps_are_the_permutations_that_were_made(name: str) -> None:
     found = fuse([model, shuffled(model, x)], x)
     generator = torch.Generator().manual_seed(0)
     for group in trace(model, x).reducible:
-        if group.kind == "channel" and group.size > 1:
+        if group.is_channel and group.size > 1:
             order = oracle.derangement(group.size, generator)
             expected = torch.eye(group.size, dtype=torch.float64)[torch.argsort(order)]
             torch.testing.assert_close(found.alignments[1][group.name].merge, expected)

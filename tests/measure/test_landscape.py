@@ -63,7 +63,7 @@ def test_at_full_width_it_computes_what_the_smaller_network_computes(network, re
     model = make()
     graph = intrafusion.inspect(model, example)
     small = reduced(model, graph, example, reducer)
-    assert small.plan.maps.keys() == {g.name for g in graph.reducible if g.kind == "channel"} != set()
+    assert small.plan.maps.keys() == {g.name for g in graph.reducible if g.is_channel} != set()
     wide = embed_network(model, small.model, graph, match_places(small.plan.maps), example)
     assert {n: tuple(t.shape) for n, t in wide.items()} == {n: tuple(t.shape) for n, t in named_tensors(model).items()}
     images = torch.randn(5, *example.shape[1:], dtype=torch.float64)

@@ -267,7 +267,7 @@ def test_the_groups_of_a_grouped_convolution_are_told_apart() -> None:
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 2))
     x = torch.randn(3, 2, 4, 4)
     graph = inspect(model.eval(), x)
-    groups = [g for g in graph.reducible if g.kind == "channel" and "0" in g.producers]
+    groups = [g for g in graph.reducible if g.is_channel and "0" in g.producers]
     assert [g.size for g in groups] == [3, 3]
     found = observe(model, graph, groups, x, ["contributions", "feature_maps"])
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_where_no_layer_reads_them_channels_are_watched_as_they_are_given() -> N
 
     model, x = Ratio().eval(), torch.randn(2, 5, 3)
     graph = inspect(model, x)
-    (group,) = [g for g in graph.reducible if g.kind == "channel"]
+    (group,) = [g for g in graph.reducible if g.is_channel]
     found = observe(model, graph, [group], x, ["feature_maps", "contributions"])[group.name]
     with torch.no_grad():
         torch.testing.assert_close(found.feature_maps, model.query(x).transpose(1, 2))
@@ -417,7 +417,7 @@ def test_every_group_of_the_gallery_is_scored_or_refused_by_name(case: Case) -> 
     model, inputs = case.build()
     call = Inputs.of(inputs)
     graph = trace(model, call)
-    groups = [g for g in graph.reducible if g.kind == "channel"]
+    groups = [g for g in graph.reducible if g.is_channel]
     weights = folded_weights(model, graph, groups)
     found = observe(model, graph, groups, [call], ALL) if groups else {}
     for group in groups:

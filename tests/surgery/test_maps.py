@@ -47,7 +47,7 @@ def prepared(case: Case) -> tuple[nn.Module, Inputs, ChannelGraph]:
 
 
 def channels(graph: ChannelGraph) -> list[ChannelGroup]:
-    return [g for g in graph.reducible if g.kind == "channel" and g.size > 1]
+    return [g for g in graph.reducible if g.is_channel and g.size > 1]
 
 
 def selection(kept: Tensor, n: int) -> ReductionMap:

@@ -32,7 +32,7 @@ def built(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def reasons(graph: ChannelGraph) -> dict[str, str]:
-    return {g.name: g.reason for g in graph.groups if g.kind == "channel" and g.reason is not None}
+    return {g.name: g.reason for g in graph.groups if g.is_channel and g.reason is not None}
 
 
 def changed(graph: ChannelGraph, name: str, group: ChannelGroup) -> ChannelGraph:
@@ -45,9 +45,7 @@ def without_member(graph: ChannelGraph, name: str, tensor: str) -> ChannelGraph:
 
 
 def halves(graph: ChannelGraph) -> dict[str, ReductionMap]:
-    return {
-        g.name: selection_map(torch.arange(max(1, g.size // 2)), g.size) for g in graph.reducible if g.kind == "channel"
-    }
+    return {g.name: selection_map(torch.arange(max(1, g.size // 2)), g.size) for g in graph.reducible if g.is_channel}
 
 
 # ---- before surgery -------------------------------------------------------------------------------------------------
@@ -98,7 +96,7 @@ def test_a_group_with_its_positions_in_another_order_fails() -> None:
 def test_twins_fail_together() -> None:
     model, x = built("grouped_unequal")
     graph = trace(model, x)
-    first, second = (g.name for g in graph.reducible if g.producers == ("a",) and g.kind == "channel")
+    first, second = (g.name for g in graph.reducible if g.producers == ("a",) and g.is_channel)
     assert graph[first].family == graph[second].family
     assert {first, second} <= set(reasons(verify_groups(model, without_member(graph, first, "a.bias"), Call.of(x))))
 
@@ -262,7 +260,7 @@ def test_single_channels_of_interchangeable_blocks_may_join() -> None:
     model, x = built("grouped_unequal")
     graph = trace(model, x)
     assert {frozenset(names) for names in find_siblings(graph)} == {frozenset({"a#0", "a#1", "g#0", "g#1"})}
-    maps = {g.name: selection_map(torch.tensor([0]), g.size) for g in graph.reducible if g.kind == "channel"}
+    maps = {g.name: selection_map(torch.tensor([0]), g.size) for g in graph.reducible if g.is_channel}
     surgery = operate(model, graph, maps, Call.of(x))
     assert surgery.rolled_back == {}
     assert surgery.model.get_parameter("g.weight").shape == (2, 1, 3, 3)

@@ -145,7 +145,7 @@ def test_blocks_are_those_found_by_hand(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.expect.blocked], ids=str)
 def test_blocked_channels_say_why(case: Case) -> None:
     for module, why in case.expect.blocked.items():
-        groups = [g for g in traced(case).graph.groups if g.kind == "channel" and produced_by(module, g)]
+        groups = [g for g in traced(case).graph.groups if g.is_channel and produced_by(module, g)]
         assert all(g.reason is not None for g in groups), f"{module} may not be reduced"
         assert all(why in (g.reason or "") for g in groups if g.size > 1)
         assert groups, f"{module} is in no group"
@@ -191,7 +191,7 @@ def test_members_fit_their_tensors(case: Case) -> None:
 def test_an_index_is_in_one_channel_group(case: Case) -> None:
     owners: dict[tuple[Any, int], str] = {}
     for group in traced(case).graph.groups:
-        for m in group.members if group.kind == "channel" else ():
+        for m in group.members if group.is_channel else ():
             for position in m.positions.ravel().tolist():
                 owner = owners.setdefault((m.key(), position), group.name)
                 assert owner == group.name, f"index {position} of {m.tensor} is in {owner} and in {group.name}"
@@ -205,7 +205,7 @@ def test_names_and_depths(case: Case) -> None:
     graph = traced(case).graph
     names = [g.name for g in graph.groups]
     assert len(set(names)) == len(names)
-    counted = [g.depth for g in graph.groups if g.reason is None and g.kind == "channel"]
+    counted = [g.depth for g in graph.groups if g.reason is None and g.is_channel]
     assert set(counted) == set(range(len(counted)))
     assert {g.depth for g in graph.groups if g.reason is not None} <= {None}
 
@@ -214,7 +214,7 @@ def test_names_and_depths(case: Case) -> None:
 def test_twins_have_one_size(case: Case) -> None:
     sizes = defaultdict(set)
     for group in traced(case).graph.reducible:
-        if group.kind == "channel":
+        if group.is_channel:
             sizes[group.family].add(group.size)
     assert all(len(s) == 1 for s in sizes.values())
 
@@ -249,7 +249,7 @@ def test_random_wirings(seed: int) -> None:
     model, x = copy.deepcopy(model).double(), x.double()
     for group in filter(interchangeable, graph.groups):
         assert oracle.permutation_error(model, x, [group]) <= EXACT, f"{group.kind} {group.name}"
-        if group.kind == "channel" and group.unmixable is None:
+        if group.is_channel and group.unmixable is None:
             merged, disturbed = oracle.duplicate_errors(model, x, group)
             assert merged <= EXACT, f"{group.name} is not marked as unmixable"
             assert group.notes or disturbed <= EXACT, f"{group.name} is read by something that is not noted"

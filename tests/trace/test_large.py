@@ -74,7 +74,7 @@ def check(model: nn.Module, inputs: oracle.Inputs) -> list[ChannelGroup]:
         member = draw.choice(group.members)
         seen = oracle.control(model, inputs, group, member) > CHANGED
         assert seen or oracle.influence(model, inputs, member) <= EXACT, f"{group.name}: {member.tensor} is not needed"
-    return [g for g in usable if g.kind == "channel"]
+    return [g for g in usable if g.is_channel]
 
 
 # ---- Hugging Face ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Cost:
         """Args: total cost of the original; for each tensor that contributes, its shape and its share of the total."""
         along: dict[str, dict[int, dict[object, list[tuple[str, int]]]]] = defaultdict(lambda: defaultdict(dict))
         for group in graph.groups:
-            for member in group.members if group.kind == "channel" else ():
+            for member in group.members if group.is_channel else ():
                 slices = along[member.tensor][member.dim].setdefault(member.within, [])
                 slices.append((group.name, member.positions.shape[1]))
         parts = []

@@ -46,7 +46,7 @@ class Case:
 
     @property
     def groups(self) -> list[ChannelGroup]:
-        return [g for g in self.graph.reducible if g.kind == "channel"]
+        return [g for g in self.graph.reducible if g.is_channel]
 
     @property
     def mixable(self) -> list[ChannelGroup]:

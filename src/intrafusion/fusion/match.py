@@ -36,7 +36,7 @@ def pairs_of(own: ChannelGraph, anchor: ChannelGraph, name: str) -> tuple[Pair, 
     """
     check_tensors(own, anchor, name)
     found = [pair_of(a, b, name) for a, b in aligned_groups(own, anchor, name)]
-    pairs = tuple(p for p in found if p.own.reason is None and p.anchor.reason is None)
+    pairs = tuple(p for p in found if p.own.reducible and p.anchor.reducible)
     check_sizes(own, anchor, pairs, name)
     return pairs
 
@@ -76,7 +76,7 @@ def units(graph: ChannelGraph) -> dict[tuple[object, ...], list[ChannelGroup]]:
     """Groups by what they run through; several where twins cannot be told apart by that, in order."""
     found: dict[tuple[object, ...], list[ChannelGroup]] = defaultdict(list)
     for group in graph.groups:
-        if group.kind == "channel":
+        if group.is_channel:
             found[tuple(signature(m) for m in ordered(group))].append(group)
     return dict(found)
 

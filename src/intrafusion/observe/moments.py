@@ -66,7 +66,7 @@ class Reading(contextlib.ExitStack):
         super().__init__()
         self.model, self.graph, self.rows, self.seed = model, graph, rows, seed
         self.layers = solvable(model, graph)
-        self.read = {g.name: points(g, self.layers) for g in graph.reducible if g.kind == "channel"}
+        self.read = {g.name: points(g, self.layers) for g in graph.reducible if g.is_channel}
         self.members: dict[str, list[tuple[str, Member]]] = defaultdict(list)
         for group, readers in self.read.items():
             for layer, member in readers:

@@ -15,7 +15,7 @@ def shrink_graph(graph: ChannelGraph, sizes: dict[str, int]) -> ChannelGraph:
     renumber = Renumbering(graph, sizes)
     groups = []
     for group in graph.groups:
-        if group.kind == "channel":
+        if group.is_channel:
             m = sizes.get(group.name, group.size)
             members = tuple(renumber(replace(x, positions=x.positions[:m])) for x in group.members)
             groups.append(replace(group, size=m, members=members))
@@ -49,8 +49,8 @@ class Renumbering:
 
 def find_disagreement(expected: ChannelGraph, found: ChannelGraph) -> str | None:
     """A group that the network no longer shows; groups of one channel leave no trace and are not compared."""
-    wanted = {group_signature(g): g for g in expected.groups if g.size > 1 and g.kind == "channel"}
-    present = {group_signature(g) for g in found.groups if g.size > 1 and g.kind == "channel"}
+    wanted = {group_signature(g): g for g in expected.groups if g.size > 1 and g.is_channel}
+    present = {group_signature(g) for g in found.groups if g.size > 1 and g.is_channel}
     missing = [g.name for s, g in wanted.items() if s not in present]
     if not missing:
         return None
@@ -67,10 +67,10 @@ def find_confusion(expected: ChannelGraph, found: ChannelGraph, alike: list[set[
 
     Single channels of blocks that were interchangeable as wholes may join.
     """
-    single = [g for g in expected.groups if g.kind == "channel" and g.size == 1]
+    single = [g for g in expected.groups if g.is_channel and g.size == 1]
     owner = {(m.key(), p): g.name for g in single for m in g.members for p in m.positions.ravel().tolist()}
     for group in found.reducible:
-        if group.kind == "channel":
+        if group.is_channel:
             names = {owner.get((m.key(), p), "") for m in group.members for p in m.positions.ravel().tolist()} - {""}
             if len(names) > 1 and not any(names <= blocks for blocks in alike):
                 return (
@@ -81,7 +81,7 @@ def find_confusion(expected: ChannelGraph, found: ChannelGraph, alike: list[set[
 
 def find_siblings(graph: ChannelGraph) -> list[set[str]]:
     """Names of the channel groups that lie in the same interchangeable blocks."""
-    blocks, channels = ([g for g in graph.groups if g.kind == kind] for kind in ("block", "channel"))
+    blocks, channels = ([g for g in graph.groups if g.is_channel is wanted] for wanted in (False, True))
     return [{g.name for g in channels if is_inside(g, block)} for block in blocks]
 
 

@@ -58,7 +58,7 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
 
     All groups are permuted at once; only a failure is searched for, by halving.
     """
-    groups = [g for g in graph.reducible if g.kind == "channel"]
+    groups = [g for g in graph.reducible if g.is_channel]
     if not groups:
         return graph
     check = PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))

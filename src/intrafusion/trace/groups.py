@@ -162,7 +162,7 @@ def numbered(groups: list[ChannelGroup], uses: list[Use]) -> tuple[ChannelGroup,
     """Count the reducible groups from the output backwards, by the last layer that produces each."""
     index = {use.key: i for i, use in enumerate(uses)}
     last = lambda g: max((index.get(m.key(), -1) for m in g.with_role(Role.PRODUCES)), default=-1)  # noqa: E731
-    countable = sorted((g for g in groups if g.reason is None and g.kind == "channel"), key=last, reverse=True)
+    countable = sorted((g for g in groups if g.reducible and g.is_channel), key=last, reverse=True)
     depth = {g.name: i for i, g in enumerate(countable)}
     return tuple(replace(g, depth=depth.get(g.name)) for g in groups)
 

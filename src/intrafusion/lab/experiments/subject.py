@@ -74,7 +74,7 @@ class Subject:
 
     def groups(self) -> list[ChannelGroup]:
         """Groups that can be reduced, from the output backwards; one of each family of twins."""
-        found = {g.family: g for g in reversed(self.graph.reducible) if g.kind == "channel"}
+        found = {g.family: g for g in reversed(self.graph.reducible) if g.is_channel}
         return sorted(found.values(), key=lambda g: (g.depth is None, g.depth))
 
     def scope(self, group: str) -> dict[str, Any]:
