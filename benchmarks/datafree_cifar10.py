@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.progress import track
 
-from intrafusion import ChannelGraph, IntraFusion, ModelError, Recipe, Select, carry_out, decide, inspect
+from intrafusion import ChannelGraph, IntraFusion, ModelError, Recipe, Select, apply, decide, inspect
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
 from intrafusion.lab.bench.records import key_of
@@ -63,7 +63,7 @@ def measure(network: str, setting: dict[str, Any], model: Any, graph: ChannelGra
         **scope_of(graph, setting["group"]),
     )
     example = zoo.example_input(network)
-    small = carry_out(model, decide(model, graph, recipe), graph, example)
+    small = apply(model, decide(model, graph, recipe), example, graph=graph)
     seconds = time.perf_counter() - start
     result = {
         "accuracy": accuracy(small.model, data.images, data.labels),

@@ -28,7 +28,9 @@ from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
 from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
-from intrafusion.pipeline import Recipe, carry_out, decide
+from intrafusion.pipeline import apply
+from intrafusion.planning import decide
+from intrafusion.recipe import Recipe
 from intrafusion.restore import LeastSquares
 
 RECORDS = Path(__file__).parent / "records" / "fusion.jsonl"
@@ -74,7 +76,7 @@ class Pair:
     def restored(self, model: nn.Module) -> nn.Module:
         """The average, restored as the fused networks are: the same plan with nothing reduced."""
         graph = inspect(self.models[0], self.example)
-        kept = carry_out(self.models[0], decide(self.models[0], graph, Recipe.of(keep=1.0)), graph, self.example)
+        kept = apply(self.models[0], decide(self.models[0], graph, Recipe.of(keep=1.0)), self.example, graph=graph)
         kept.model.load_state_dict(model.state_dict())
         LeastSquares()(kept, self.models[0], graph, self.some)
         return kept.model

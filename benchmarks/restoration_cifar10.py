@@ -38,7 +38,8 @@ from intrafusion.lab.bench import Record, append_record, finished_keys, read_rec
 from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.network.inputs import Inputs
-from intrafusion.pipeline import folded_weights, follow, inspect
+from intrafusion.pipeline import follow, inspect
+from intrafusion.planning import folded_weights
 from intrafusion.restore import Calibration, Synthesis, calibrate, load_images, save_images
 from intrafusion.train import Training, train_
 

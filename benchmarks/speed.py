@@ -34,6 +34,7 @@ from intrafusion.lab.bench import Record, append_record
 from intrafusion.network.inputs import Inputs
 from intrafusion.restore import ClosedForm, LeastSquares, Noise
 from intrafusion.restore.steps import calibration_for
+from intrafusion.trace import trace
 
 RECORDS = Path(__file__).parent / "records" / "speed.jsonl"
 TRACED = ("timm:resnet50", "timm:densenet121", "timm:vit_tiny_patch16_224")
@@ -78,7 +79,7 @@ def trace_records(names: tuple[str, ...], repeats: int) -> list[Record]:
         with torch.no_grad():
             model(x)
             forward = min(seconds(lambda m=model, v=x: m(v)) for _ in range(3))
-        found = compare(lambda m=model, v=x: intrafusion.trace(m, v), lambda m=model, v=x: their_graph(m, v), repeats)
+        found = compare(lambda m=model, v=x: trace(m, v), lambda m=model, v=x: their_graph(m, v), repeats)
         records.append(
             Record(
                 "speed", {"what": "trace", "network": name, "pixels": 224}, {**found, "forward_s": round(forward, 4)}
@@ -124,7 +125,7 @@ def choice_records(networks: Mapping[str, int], repeats: int, keep: float = 0.5)
         setting = {"what": "choose: pivot, peer intrafusion", "network": name, "keep": keep, "pixels": pixels}
         records.append(Record("speed", setting, found))
         plan = intrafusion.decide(model, graph, Recipe.of(keep=keep, reducer="intrafusion", restore=None), x)
-        merged = iter([intrafusion.carry_out(model, plan, graph, x) for _ in range(repeats + 1)])
+        merged = iter([intrafusion.surgery.write(model, plan, x, graph=graph) for _ in range(repeats + 1)])
         found = compare(
             lambda m=model, g=graph, merged=merged: ClosedForm()(next(merged), m, g),
             lambda c=choose: c("intrafusion"),
@@ -143,7 +144,7 @@ def restore_records(repeats: int, count: int = 256) -> list[Record]:
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5, reducer="select"))
     records = []
     for name, restorer in (("least_squares", LeastSquares()), ("noise", Noise(images=count))):
-        small = intrafusion.carry_out(model, plan, graph, x)
+        small = intrafusion.surgery.write(model, plan, x, graph=graph)
         with torch.no_grad():
             found = compare(
                 lambda r=restorer, s=small: r(s, model, graph, images if r.needs_data else None),

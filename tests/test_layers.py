@@ -24,6 +24,7 @@ LAYERS = (
     {"compressed"},
     {"restore"},
     {"budget"},
+    {"planning"},
     {"pipeline"},
     {"checks", "fusion", "factorize", "iterate", "train"},
     {"", "lab"},  # "" is the package itself: its public names

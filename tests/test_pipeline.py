@@ -78,7 +78,7 @@ def test_relabelling_channels_changes_nothing(name: str, reducer: Any, order: st
     model, x = next(c for c in CASES if c.name == name).build()
     model, x = oracle.randomise_(model).double(), oracle.double(x)
     moved = copy.deepcopy(model)
-    for group in intrafusion.trace(model, x).reducible:
+    for group in intrafusion.trace.trace(model, x).reducible:
         oracle.permute_(moved, group.members, oracle.derangement(group.size, torch.Generator().manual_seed(5)))
     found, expected = (
         oracle.outputs_of(compress(net, x, 0.5, reducer=reducer, order=order).model, x) for net in (moved, model)
@@ -94,7 +94,7 @@ def test_twins_of_every_channel_fuse_without_a_trace(name: str) -> None:
     """n = 2m exact copies, means in and sums out: the function stays."""
     model, x = next(c for c in CASES if c.name == name).build()
     model, x = oracle.randomise_(model).double(), oracle.double(x)
-    groups = [g for g in intrafusion.trace(model, x).reducible if g.size % 2 == 0 and g.unmixable is None]
+    groups = [g for g in intrafusion.trace.trace(model, x).reducible if g.size % 2 == 0 and g.unmixable is None]
     assert groups
     for group in groups:
         for i in range(group.size // 2):

@@ -79,6 +79,9 @@ def test_saved_loaded_and_applied_gives_the_same_bytes(tmp_path: Path) -> None:
     found, expected = apply(model, loaded, X), compress(model, X, 0.5)
     assert same_state(found.model, expected.model)
     assert found.plan == expected.plan == plan
+    inspected = apply(model, loaded, X, graph=inspect(model, X))
+    assert same_state(inspected.model, expected.model)
+    assert inspected.plan == plan
     assert sorted(p.name for p in (tmp_path / "plan").iterdir()) == ["maps.safetensors", "plan.json", "recipe.yaml"]
 
 

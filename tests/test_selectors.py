@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion import BudgetError, inputs_of, outputs_of, trace
+from intrafusion import BudgetError, inputs_of, outputs_of
 from intrafusion.graph import ChannelGraph
 from intrafusion.selectors import Selector, as_selectors, find_left_alone
+from intrafusion.trace import trace
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,26 @@
 """intrafusion: make a trained neural network smaller without retraining it, and prove each step."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from intrafusion import trace
 from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError, FolderError, IntrafusionError, ModelError, PlanError
 from intrafusion.fusion import Alignment, Fused, fuse
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.io.folder import load
 from intrafusion.iterate import compress_in_steps
-from intrafusion.pipeline import apply, carry_out, compress, decide, follow, inspect
+from intrafusion.pipeline import apply, compress, inspect
 from intrafusion.plan import Decision, Plan
+from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import Fold, IntraFusion, Pivot, Select
 from intrafusion.selectors import inputs_of, outputs_of
-from intrafusion.trace import trace
+
+if TYPE_CHECKING:
+    from intrafusion import checks
 
 __version__ = "0.1.0"
 
@@ -36,11 +45,10 @@ __all__ = [
     "Role",
     "Select",
     "apply",
-    "carry_out",
+    "checks",
     "compress",
     "compress_in_steps",
     "decide",
-    "follow",
     "fuse",
     "inputs_of",
     "inspect",
@@ -48,3 +56,15 @@ __all__ = [
     "outputs_of",
     "trace",
 ]
+
+_LATER = ("checks",)  # modules that are named in full, and imported when they first are
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"intrafusion.{name}")
+    raise AttributeError(f"module 'intrafusion' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -113,7 +113,7 @@ def train_between_(model: nn.Module, train: Train) -> None:
 
 
 def shrunken_graph(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
-    """The graph of a network that was made from one with this graph; `carry_out` has proved that it shows it."""
+    """The graph of a network that was made from one with this graph; `apply` has proved that it shows it."""
     shapes = {n: tuple(t.shape) for n, t in named_tensors(small.model).items() if n in graph.shapes}
     return replace(shrink_graph(graph, small.plan.sizes), shapes=shapes)
 

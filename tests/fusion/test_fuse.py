@@ -193,11 +193,11 @@ def test_saved_and_loaded_it_is_the_same(tmp_path) -> None:
 
 def test_a_fused_network_compresses_further() -> None:
     (a, x), (b, _) = made("residual"), made("residual")
-    small = intrafusion.carry_out(
+    small = intrafusion.surgery.write(
         model := fuse([a, b], x).model,
         intrafusion.decide(model, graph := intrafusion.inspect(model, x), intrafusion.Recipe.of(keep=0.5)),
-        graph,
         x,
+        graph=graph,
     )
     assert small.model.conv1.out_channels == 3
 

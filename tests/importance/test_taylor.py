@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from intrafusion import inspect
 from intrafusion.importance import ObservationError, Taylor
 from intrafusion.observe.observe import observe_for
-from intrafusion.pipeline import folded_weights
+from intrafusion.planning import folded_weights
 
 X, LABELS = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 

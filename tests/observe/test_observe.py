@@ -28,7 +28,7 @@ from intrafusion.importance import (
 )
 from intrafusion.network.inputs import Inputs
 from intrafusion.observe.observe import MAPS, PLACES, observe, observe_for
-from intrafusion.pipeline import folded_weights
+from intrafusion.planning import folded_weights
 from intrafusion.trace import trace
 
 ALL = ("tensors", "gradients", "activations", "feature_maps", "contributions")

@@ -10,12 +10,13 @@ import torch
 from gallery import CASES, Case, Inputs
 from torch import Tensor, nn
 
-from intrafusion import ChannelGraph, ChannelGroup, PlanError, Role, trace
+from intrafusion import ChannelGraph, ChannelGroup, PlanError, Role
 from intrafusion.importance.features import linear_rows
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce import ReductionMap, selection_map
 from intrafusion.surgery.maps import hollow_, reduce_weights
 from intrafusion.surgery.write import Repair, find_repairs, write_weights_
+from intrafusion.trace import trace
 
 EXACT = 1e-9
 SAMPLE = """

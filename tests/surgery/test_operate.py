@@ -15,7 +15,7 @@ from gallery import CASES, Inputs
 from gallery.core import Wired, conv_bn
 from torch import Tensor, nn
 
-from intrafusion import ChannelGraph, ChannelGroup, Role, trace
+from intrafusion import ChannelGraph, ChannelGroup, Role
 from intrafusion.graph import families_of
 from intrafusion.network.inputs import Inputs as Call
 from intrafusion.reduce import ReductionMap, selection_map
@@ -24,6 +24,7 @@ from intrafusion.surgery.expect import find_siblings
 from intrafusion.surgery.operate import operate
 from intrafusion.surgery.permute import random_derangement, verify_groups
 from intrafusion.surgery.search import find_largest_passing
+from intrafusion.trace import trace
 
 
 def built(name: str) -> tuple[nn.Module, Inputs]:

@@ -17,7 +17,7 @@ from intrafusion.importance.observation import NEEDS, needs_of
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import ExampleInputs
 from intrafusion.observe.observe import observe_for
-from intrafusion.pipeline import folded_weights
+from intrafusion.planning import folded_weights
 
 
 def check_importance(

@@ -18,7 +18,8 @@ from intrafusion.network.batches import ImagesLike
 from intrafusion.network.double import output_difference, run_in_double
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.pipeline import carry_out, decide
+from intrafusion.pipeline import apply
+from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap
 
@@ -134,7 +135,7 @@ def check_lossless(checking: Checking, restorer: Any, case: Case) -> None:
 def prune_case(case: Case) -> Compressed:
     """Half of the channels of every group, taken as they are."""
     plan = decide(case.model, case.graph, Recipe.of(keep=0.5, reducer="select"))
-    return carry_out(case.model, plan, case.graph, case.inputs)
+    return apply(case.model, plan, case.inputs, graph=case.graph)
 
 
 def merge_pairs(case: Case) -> Compressed:
@@ -148,7 +149,7 @@ def merge_pairs(case: Case) -> Compressed:
         elif decision.reason is None:
             decision = replace(decision, m=decision.n)
         decisions.append(decision)
-    return carry_out(case.model, replace(plan, maps=maps, decisions=tuple(decisions)), case.graph, case.inputs)
+    return apply(case.model, replace(plan, maps=maps, decisions=tuple(decisions)), case.inputs, graph=case.graph)
 
 
 def pairs_map(n: int) -> ReductionMap:

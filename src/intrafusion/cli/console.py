@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from intrafusion.errors import FolderError, IntrafusionError
 from intrafusion.io.folder import is_ours
-from intrafusion.pipeline import Progress as Callback
+from intrafusion.progress import Progress as Callback
 
 BAD_INPUT, ROLLED_BACK = 2, 3
 EXIT_CODES = (

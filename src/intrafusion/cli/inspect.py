@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from intrafusion import pipeline
+from intrafusion import pipeline, planning
 from intrafusion.cli.console import progress_bar, working
 from intrafusion.cli.network import is_saved, read_network
 from intrafusion.cli.options import Arguments, AsJson, Base, InputShapes, Name, WeightFiles
@@ -98,5 +98,5 @@ def group_row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
     """One line for a group, or for twins such as the groups of one convolution."""
     first, last = twins[0], twins[-1]
     name, count = (first.name, "") if first is last else (f"{first.name} .. {last.name}", f"{len(twins)} x ")
-    fate = pipeline.decision(first, first.size, Recipe(), None)
+    fate = planning.decision(first, first.size, Recipe(), None)
     return name, f"{count}{first.size}", "kept" if fate.reason else fate.mixing, fate.reason or shown_layers(fate)

@@ -17,7 +17,7 @@ from intrafusion.factorize.svd import Spectrum, factorize_layer, spectrum
 from intrafusion.measure.size import size_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model
-from intrafusion.pipeline import carry_out, check_weights
+from intrafusion.pipeline import apply, check_weights
 from intrafusion.plan import Plan
 from intrafusion.recipe import Recipe
 from intrafusion.selectors import as_selectors
@@ -82,7 +82,7 @@ def factorize(
 def wrap_unreduced(model: nn.Module, inputs: Inputs) -> Compressed:
     """A copy of a network in which nothing is reduced."""
     graph = trace(model, inputs)
-    return carry_out(model, Plan(Recipe.of(keep=1.0), (), graph.shapes, {}, graph.warnings), graph, inputs)
+    return apply(model, Plan(Recipe.of(keep=1.0), (), graph.shapes, {}, graph.warnings), inputs, graph=graph)
 
 
 def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[Spectrum]:

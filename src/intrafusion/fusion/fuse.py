@@ -22,7 +22,8 @@ from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
-from intrafusion.pipeline import carry_out, decide, inspect
+from intrafusion.pipeline import apply, inspect
+from intrafusion.planning import decide
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
@@ -101,7 +102,7 @@ def fuse(
     plan = decide(models[anchor], graphs[anchor], wanted)
     for graph, name in zip(graphs, names, strict=True):
         pairs_of(graph, graphs[anchor], name)
-    base = carry_out(models[anchor], plan, graphs[anchor], inputs)
+    base = apply(models[anchor], plan, inputs, graph=graphs[anchor])
     narrowed = bool(base.plan.sizes)
     target = inspect(base.model, inputs) if narrowed else graphs[anchor]
     by_outputs = calibration if using == "activations" else None

@@ -20,7 +20,8 @@ from intrafusion.fusion import fuse
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.network.inputs import ExampleInputs
-from intrafusion.pipeline import carry_out, decide, inspect
+from intrafusion.pipeline import apply, inspect
+from intrafusion.planning import decide
 from intrafusion.progress import Progress
 from intrafusion.recipe import Recipe
 from intrafusion.train import History, Training, train_
@@ -265,7 +266,7 @@ class Runner:
         found = []
         for model in models:
             graph = inspect(model, self.example)
-            found.append(carry_out(model, decide(model, graph, recipe), graph, self.example))
+            found.append(apply(model, decide(model, graph, recipe), self.example, graph=graph))
         self.note(name, start, None, None, len(models), max(self.score(c.model) for c in found))
         return found
 

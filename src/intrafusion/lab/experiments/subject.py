@@ -22,7 +22,8 @@ from intrafusion.measure.size import Size, size_of
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.pipeline import carry_out, decide, inspect
+from intrafusion.pipeline import apply, inspect
+from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.restore import LEVELS, Calibration
 from intrafusion.restore.steps import calibration_for, restored
@@ -101,7 +102,7 @@ class Subject:
         images = self.labelled() if needs_images(recipe) else None
         calibration = self.calibration(recipe, images)
         plan = decide(self.model, self.graph, recipe, self.inputs, calibration=calibration, images=images)
-        small = carry_out(self.model, plan, self.graph, self.inputs)
+        small = apply(self.model, plan, self.inputs, graph=self.graph)
         return restored(small, self.model, self.graph, calibration, images)
 
     def calibration(self, recipe: Recipe, images: ImagesLike | None) -> Calibration | None:

@@ -1,0 +1,154 @@
+"""The choice: scores, sizes and maps. What a recipe asks of a network becomes a plan; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.budget import uniform_sizes
+from intrafusion.budget.sensitivity import error_curves
+from intrafusion.budget.target import sizes_for_target
+from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.importance.features import channel_biases, channel_features
+from intrafusion.network.batches import ImagesLike
+from intrafusion.network.inputs import ExampleInputs
+from intrafusion.network.tensors import named_tensors
+from intrafusion.observe.moments import measured
+from intrafusion.observe.observe import observe_for
+from intrafusion.plan import Decision, Plan, describe_members
+from intrafusion.progress import Progress, silent
+from intrafusion.recipe import Recipe
+from intrafusion.reduce import Moments, ReductionMap, ReductionProblem, Select
+from intrafusion.restore import Calibration
+from intrafusion.selectors import find_left_alone
+from intrafusion.surgery.maps import hollow_
+from intrafusion.surgery.norms import fold_norms
+
+_Scores = Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]
+"""How much each channel of a group matters in these weights, (n,) finite."""
+
+
+def decide(
+    model: nn.Module,
+    graph: ChannelGraph,
+    recipe: Recipe,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    calibration: Calibration | None = None,
+    images: ImagesLike | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Score the channels of every group, set its size, and choose its map. Nothing is written.
+
+    Args:
+        example_inputs: only needed for a target in MACs or latency.
+        calibration: what reducers that look at what is read of the channels, and targets, measure it on.
+        images: for criteria that need data.
+    Raises:
+        ModelError: no group can be reduced; gives the most frequent reasons.
+        BudgetError: sizes that are no sizes.
+    """
+    unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
+    units = [g for g in graph.groups if g.is_channel]
+    groups = [g for g in units if g.reducible and g.name not in unwanted]
+    if not groups:
+        raise ModelError(_nothing_to_reduce(units, unwanted))
+    moments = _moments_for(graph, recipe, calibration)
+    weights = folded_weights(model, graph, groups)
+    seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
+    scores = lambda g, w: _checked_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
+    if recipe.target is None:
+        wanted, missed = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to), ()
+    else:
+        curves = error_curves(graph, groups, {g.name: scores(g, weights) for g in groups}, moments, calibration)
+        wanted, missed = sizes_for_target(model, graph, groups, curves, recipe, example_inputs)
+    maps = _solve_all(groups, wanted, weights, scores, recipe, moments, progress)
+    decisions = tuple(decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name)) for g in units)
+    return Plan(recipe, decisions, graph.shapes, maps, (*graph.warnings, *missed))
+
+
+def _solve_all(
+    groups: Sequence[ChannelGroup],
+    wanted: Mapping[str, int],
+    weights: dict[str, Tensor],
+    scores: _Scores,
+    recipe: Recipe,
+    moments: Mapping[str, Moments],
+    progress: Progress,
+) -> dict[str, ReductionMap]:
+    """The map of every group that shrinks; with the order "backward", each leaves its mark in `weights`."""
+    maps: dict[str, ReductionMap] = {}
+    for index, group in enumerate(_in_order(groups, recipe)):
+        progress("reduce", index, len(groups))
+        if wanted.get(group.name, group.size) < group.size:
+            maps[group.name] = _solve(group, weights, scores(group, weights), wanted[group.name], recipe, moments)
+            if recipe.order == "backward":
+                hollow_(weights, group, maps[group.name])
+    progress("reduce", len(groups), len(groups))
+    return maps
+
+
+def _moments_for(graph: ChannelGraph, recipe: Recipe, calibration: Calibration | None) -> Mapping[str, Moments]:
+    """What consumers read of the channels, for recipes that look at it."""
+    if calibration is None or not (recipe.target or getattr(recipe.reducer, "needs_moments", False)):
+        return {}
+    if calibration.moments is not None:
+        return calibration.moments
+    return measured(calibration.reference, graph, calibration.images, seed=recipe.seed)
+
+
+def _in_order(groups: Sequence[ChannelGroup], recipe: Recipe) -> Sequence[ChannelGroup]:
+    return groups if recipe.order == "joint" else sorted(groups, key=lambda g: g.depth if g.depth is not None else -1)
+
+
+def _nothing_to_reduce(units: Iterable[ChannelGroup], unwanted: dict[str, str]) -> str:
+    reasons = [f"{g.name!r}: {g.reason or unwanted.get(g.name)}" for g in units]
+    shown = "; ".join(reasons[:5]) if reasons else "the network has no weights that follow one another"
+    return f"there is no channel group to reduce in this network. {shown}."
+
+
+def folded_weights(model: nn.Module, graph: ChannelGraph, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """The tensors of these groups in float64, batch norms folded."""
+    names = {m.tensor for g in groups for m in g.members}
+    norms = [n for n in graph.norms if n.mean in names or n.producer_weight in names]
+    names |= {t for n in norms for t in (n.producer_weight, n.producer_bias, n.weight, n.bias, n.mean, n.variance) if t}
+    tensors = named_tensors(model)
+    return fold_norms({name: tensors[name] for name in names}, norms)
+
+
+def _solve(
+    group: ChannelGroup,
+    weights: dict[str, Tensor],
+    scores: Tensor,
+    m: int,
+    recipe: Recipe,
+    moments: Mapping[str, Moments],
+) -> ReductionMap:
+    """The map of one group; channels that must not be mixed are selected."""
+    rows, added = channel_features(group, weights), channel_biases(group, weights)
+    problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name))
+    reducer = recipe.reducer
+    if group.unmixable and reducer.mixes:
+        reducer = getattr(reducer, "selecting", Select)()
+    return reducer(problem)
+
+
+def _checked_scores(scores: object, group: ChannelGroup) -> Tensor:
+    where = f"importance: group {group.name!r}: expected a tensor of {group.size} finite scores"
+    if not isinstance(scores, Tensor) or scores.shape != (group.size,):
+        raise ValueError(f"{where}, got {list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__}.")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError(f"{where}, got NaN or infinity.")
+    return scores.detach().double()
+
+
+def decision(group: ChannelGroup, m: int, recipe: Recipe, unwanted: str | None) -> Decision:
+    mixing = "mixed" if recipe.reducer.mixes else "selected"
+    if recipe.reducer.mixes and group.unmixable:
+        mixing = f"selected: {group.unmixable}"
+    reason = group.reason or unwanted
+    kept = group.size if reason else m
+    return Decision(group.name, group.size, kept, describe_members(group), mixing, reason, group.family, group.depth)

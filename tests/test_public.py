@@ -1,0 +1,46 @@
+"""Public names are what they say, and importing the library stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+
+import intrafusion
+
+MOVING = {"apply"}  # the file moves to surgery/; the public name is the function
+
+
+def printed(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_every_public_name_is_there() -> None:
+    assert len(set(intrafusion.__all__)) == len(intrafusion.__all__)
+    assert set(intrafusion.__all__) <= set(dir(intrafusion))
+    assert all(getattr(intrafusion, name) is not None for name in intrafusion.__all__)
+
+
+@pytest.mark.parametrize("name", sorted({*intrafusion.__all__} - MOVING))
+def test_no_public_name_hides_a_module(name: str) -> None:
+    if find_spec(f"intrafusion.{name}") is not None:
+        assert isinstance(getattr(intrafusion, name), ModuleType), f"intrafusion.{name} hides the module of this name"
+
+
+@pytest.mark.parametrize("name", ["trace", "checks"])
+def test_importing_a_module_gives_the_module(name: str) -> None:
+    code = f"import intrafusion; m = intrafusion.{name}; import intrafusion.{name} as n; print(n.__name__, m is n)"
+    assert printed(code) == f"intrafusion.{name} True"
+
+
+def test_the_checks_are_imported_only_when_they_are_named() -> None:
+    code = "import sys, intrafusion; print('intrafusion.checks' in sys.modules, 'checks' in dir(intrafusion))"
+    assert printed(code) == "False True"
+
+
+def test_an_unknown_name_is_an_ordinary_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'intrafusion' has no attribute 'carry_out'"):
+        intrafusion.carry_out  # type: ignore[attr-defined]  # noqa: B018
