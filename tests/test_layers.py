@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "intrafusion"
 
 # Lowest first. A part may import from its own layer and from those above it in this table, without a cycle.
 LAYERS = (
-    {"errors", "progress", "graph", "transport"},
+    {"errors", "registry", "asked", "progress", "graph", "transport"},
     {"network", "reduce", "selectors"},
     {"importance", "trace"},
     {"recipe", "surgery"},

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import BudgetError, IntraFusion, ModelError, Select
+from intrafusion.errors import RecipeError
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance import Random
 from intrafusion.reduce import REDUCERS
@@ -324,7 +325,7 @@ def test_everything_excluded() -> None:
         ({"reducer": "intrafusio"}, ValueError, "unknown reducer 'intrafusio'. Did you mean 'intrafusion'"),
         ({"importance": "randon"}, ValueError, "unknown importance 'randon'. Did you mean 'random'"),
         ({"order": "backwards"}, ValueError, "unknown order 'backwards'. Did you mean 'backward'"),
-        ({"reducer": IntraFusion}, TypeError, "expected a name or an object with `mixes`"),
+        ({"reducer": IntraFusion}, RecipeError, "expected a name, a mapping with a name or an object with `mixes`"),
         ({"keep": 1.2}, BudgetError, "keep: expected a fraction in"),
         ({"keep": {"a.O": 0.5}}, BudgetError, "unknown group 'a.O'. Did you mean 'a.0'"),
         ({"exclude": "steem"}, BudgetError, "unknown layer 'steem'. Did you mean 'stem'"),

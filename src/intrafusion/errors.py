@@ -18,6 +18,10 @@ class BudgetError(IntrafusionError, ValueError):
     """A keep, a pattern or a rounding that cannot be met."""
 
 
+class RecipeError(IntrafusionError, ValueError):
+    """An option, a method or a hyper-parameter that means nothing, or a recipe that cannot be read."""
+
+
 class PlanError(IntrafusionError):
     """A plan that does not fit the network it is applied to."""
 
@@ -28,7 +32,7 @@ class FolderError(IntrafusionError):
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """One sentence for an unknown name: the nearest valid one, then all of them."""
-    valid = sorted(valid)
+    valid = sorted(set(valid))
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     shown = ", ".join(valid[:30]) + (f", ... ({len(valid)} in all)" if len(valid) > 30 else "")

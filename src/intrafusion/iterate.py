@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from intrafusion.budget import uniform_sizes
 from intrafusion.compressed import Compressed
-from intrafusion.errors import BudgetError
+from intrafusion.errors import BudgetError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -59,11 +60,13 @@ def compress_in_steps(
         is saved and loaded like any other.
     Raises:
         BudgetError: steps < 1, a keep outside (0, 1], a name that nothing matches, a target.
+        RecipeError: an option that does not exist, or that means nothing.
         ModelError: as `compress`.
     Reference: Theus et al. 2024, Table 1 (iterative pruning).
     """
     if type(steps) is not int or steps < 1:
         raise BudgetError(f"steps: expected a whole number >= 1, got {steps!r}.")
+    _check_options(options)
     if options.get("target") is not None:
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
     recipe = Recipe.of(keep=keep, **options)
@@ -84,11 +87,19 @@ def compress_in_steps(
     return join_steps(done, recipe)
 
 
+def _check_options(options: Iterable[str]) -> None:
+    """Raise RecipeError for one that neither a recipe nor `compress_in_steps` has."""
+    for name in options:
+        if name not in Recipe.options():
+            valid = ({*Recipe.options()} | {*signature(compress_in_steps).parameters}) - {"options", "target"}
+            raise RecipeError(f"compress_in_steps: {unknown_name('option', name, valid)}")
+
+
 def final_sizes(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> dict[str, int]:
     """Size after the last step of every group that is to be reduced."""
     unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
     groups = [g for g in graph.reducible if g.is_channel and g.name not in unwanted]
-    return uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to)
+    return uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
 
 
 def schedule(graph: ChannelGraph, final: Mapping[str, int], steps: int) -> list[dict[str, float]]:

@@ -72,7 +72,7 @@ def compress(
         images: a few hundred unlabelled images as the network takes them: a tensor, or any iterable of tensors, tuples
             or dicts, such as a DataLoader.
         round_to: make every size a multiple of this (the nearest, never below it).
-        min_channels: with a target, no group becomes smaller than this.
+        min_channels: no group becomes smaller than this.
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
             or a list of such; "name:inputs" or `inputs_of(...)` means what the layers read, else what they produce.
         exclude: leave the channels of these layers alone; as `include`.
@@ -85,20 +85,10 @@ def compress(
     Raises:
         ModelError: the network does not run on the example inputs, holds NaN, or has no group to reduce.
         BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing.
+        RecipeError: a method, a hyper-parameter or another option that means nothing.
     """
-    recipe = Recipe.of(
-        keep=keep,
-        target=target,
-        reducer=reducer,
-        importance=importance,
-        restore=restore,
-        round_to=round_to,
-        min_channels=min_channels,
-        include=include,
-        exclude=exclude,
-        order=order,
-        seed=seed,
-    )
+    said = locals()
+    recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
     inputs = Inputs.of(example_inputs)
     graph = inspect(model, inputs, progress=progress)
     small = follow(recipe, model, graph, inputs, images, progress=progress)
@@ -120,6 +110,7 @@ def follow(
     Args:
         calibration: instead of the one that the recipe would make, for several recipes on one network.
     """
+    recipe.refuse_foreign()
     inputs, images = Inputs.of(example_inputs), make_reusable(images)
     calibration = calibration or calibration_for(model, graph, inputs, recipe, images, progress=progress)
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images, progress=progress)

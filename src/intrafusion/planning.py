@@ -21,7 +21,7 @@ from intrafusion.observe.observe import observe_for
 from intrafusion.plan import Decision, Plan, describe_members
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
-from intrafusion.reduce import Moments, ReductionMap, ReductionProblem, Select
+from intrafusion.reduce import Moments, ReductionMap, ReductionProblem, selecting_form
 from intrafusion.restore import Calibration
 from intrafusion.selectors import find_left_alone
 from intrafusion.surgery.maps import hollow_
@@ -61,7 +61,8 @@ def decide(
     seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
     scores = lambda g, w: _checked_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
     if recipe.target is None:
-        wanted, missed = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to), ()
+        wanted = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
+        missed = ()
     else:
         curves = error_curves(graph, groups, {g.name: scores(g, weights) for g in groups}, moments, calibration)
         wanted, missed = sizes_for_target(model, graph, groups, curves, recipe, example_inputs)
@@ -93,7 +94,7 @@ def _solve_all(
 
 def _moments_for(graph: ChannelGraph, recipe: Recipe, calibration: Calibration | None) -> Mapping[str, Moments]:
     """What consumers read of the channels, for recipes that look at it."""
-    if calibration is None or not (recipe.target or getattr(recipe.reducer, "needs_moments", False)):
+    if calibration is None or not recipe.needs_moments:
         return {}
     if calibration.moments is not None:
         return calibration.moments
@@ -130,9 +131,7 @@ def _solve(
     """The map of one group; channels that must not be mixed are selected."""
     rows, added = channel_features(group, weights), channel_biases(group, weights)
     problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name))
-    reducer = recipe.reducer
-    if group.unmixable and reducer.mixes:
-        reducer = getattr(reducer, "selecting", Select)()
+    reducer = selecting_form(recipe.reducer) if group.unmixable else recipe.reducer
     return reducer(problem)
 
 

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import yaml
 
 from intrafusion import importance as importances
 from intrafusion import reduce as reducers
-from intrafusion.errors import IntrafusionError, unknown_name
+from intrafusion.budget.asked import check_count, check_keep, check_target
+from intrafusion.errors import RecipeError, unknown_name
 from intrafusion.importance import Importance
-from intrafusion.reduce import Reducer
+from intrafusion.reduce import Reducer, ReducerTraits
+from intrafusion.registry import Foreign, plain, registry_of
 from intrafusion.selectors import Selector, as_selectors
 
 Keep = float | Mapping[str, float]
 ORDERS = ("joint", "backward")
-
-KINDS: tuple[tuple[str, Mapping[str, Any], Callable[[Any], Any], str], ...] = (
-    ("reducer", reducers.REDUCERS, reducers.get, "pivot"),
-    ("importance", importances.IMPORTANCES, importances.get, "l1"),
-)
-"""Kinds of methods that a recipe names: the registered ones, how one is got, the default."""
-
-
-class RecipeError(IntrafusionError, ValueError):
-    """A recipe that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -63,44 +55,59 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_count(self.min_channels, "min_channels")
+        if self.round_to is not None:
+            check_count(self.round_to, "round_to")
+        if self.target is not None:
+            check_target(self.target)
+        _check_levels(self.levels)
         if self.order not in ORDERS:
             raise RecipeError(unknown_name("order", str(self.order), ORDERS))
+        if type(self.seed) is not int:
+            raise RecipeError(f"seed: expected a whole number, got {self.seed!r}.")
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The steps of `restore` that say on what the layers are solved."""
+        return tuple(step for step in self.restore if isinstance(step, str))
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether sizes or channels are chosen by what is read of the channels."""
+        return self.target is not None or ReducerTraits.of(self.reducer).needs_moments
+
+    def refuse_foreign(self) -> None:
+        """Raise RecipeError if a method was only named where this was read back, see `Foreign`."""
+        for method in (self.reducer, self.importance, *self.restore):
+            if isinstance(method, Foreign):
+                method()
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The names of all options."""
+        return tuple(f.name for f in fields(cls))
 
     @classmethod
     def of(cls, **options: Any) -> Recipe:
-        """Names, and mappings of a name and hyper-parameters, become methods; single selectors become tuples."""
-        for kind, known, get, default in KINDS:
-            wanted = options.get(kind, default)
-            options[kind] = method_from_data(wanted, known, kind) if isinstance(wanted, Mapping) else get(wanted)
-        options["exclude"] = as_selectors(options.get("exclude")) or ()
-        options["include"] = as_selectors(options.get("include"))
-        keep = options.get("keep")
-        if keep is not None and options.get("target") is not None:
+        """The recipe of these options as `compress` takes them: names become methods, one selector a tuple of one.
+
+        Raises:
+            RecipeError: an unknown option, or a method, hyper-parameter or value that means nothing.
+            BudgetError: sizes that are no sizes, or selectors that are none.
+        """
+        for name in options:
+            if name not in cls.options():
+                raise RecipeError(unknown_name("option", name, cls.options()))
+        if options.get("keep") is not None and options.get("target") is not None:
             raise RecipeError("expected keep or target, got both; a target chooses the sizes itself, leave keep out.")
-        keep = 0.7 if keep is None else keep
-        restore = options.get("restore", "auto")
-        restore = () if restore is None else tuple(restore) if isinstance(restore, (list, tuple)) else (restore,)
-        options["restore"] = tuple(dict(r) if isinstance(r, Mapping) else r for r in restore)
-        if options.get("target") is not None:
-            options["target"] = {k: plain(v) for k, v in dict(options["target"]).items()}
-        options["keep"] = {k: plain(v) for k, v in keep.items()} if isinstance(keep, Mapping) else plain(keep)
-        return cls(**options)
+        return cls(**{name: _read(name, value) for name, value in options.items() if _is_said(name, value)})
 
     def to_yaml(self) -> str:
         """YAML that `from_yaml` reads back; of a method that is not ours only the name is, see `Foreign`."""
-        data = {
-            "keep": None if self.target else self.keep,
-            "reducer": method_to_data(self.reducer, reducers.REDUCERS),
-            "importance": method_to_data(self.importance, importances.IMPORTANCES),
-            "round_to": self.round_to,
-            "include": None if self.include is None else [str(s) for s in self.include],
-            "exclude": [str(s) for s in self.exclude],
-            "target": None if self.target is None else dict(self.target),
-            "min_channels": self.min_channels,
-            "restore": [step_to_data(step) for step in self.restore],
-            "order": self.order,
-            "seed": self.seed,
-        }
+        data = {name: _written(name, getattr(self, name)) for name in self.options()}
+        if self.target is not None:
+            data["keep"] = None
         return yaml.safe_dump(data, sort_keys=False)
 
     @classmethod
@@ -108,7 +115,8 @@ class Recipe:
         """Read a recipe.
 
         Raises:
-            RecipeError: not YAML, or an unknown key or method.
+            RecipeError: not YAML, or an unknown option or method.
+            BudgetError: sizes that are no sizes, or selectors that are none.
         """
         try:
             data = yaml.safe_load(text)
@@ -116,74 +124,77 @@ class Recipe:
             raise RecipeError(f"recipe: not YAML ({' '.join(str(error).split())}).") from error
         if not isinstance(data, dict):
             raise RecipeError(f"recipe: expected a mapping of options, got {type(data).__name__}.")
-        valid = {f.name for f in fields(cls)}
-        for key in data:
-            if key not in valid:
-                raise RecipeError(f"recipe: {unknown_name('option', str(key), valid)}")
-        for kind, known, _, default in KINDS:
-            data[kind] = method_from_data(data.get(kind, default), known, kind)
-        return cls.of(**data)
+        if isinstance(data.get("restore"), list):
+            data["restore"] = [_foreign_step(step) for step in data["restore"]]
+        try:
+            return cls.of(**{str(name): value for name, value in data.items()})
+        except RecipeError as error:
+            raise RecipeError(f"recipe: {error}") from error
 
 
-@dataclass(frozen=True)
-class Foreign:
-    """The name of a method that is not ours, where a recipe was read back: it says what was done, and cannot do it."""
-
-    foreign: str
-
-    mixes = True  # of the class, as of every reducer
-
-    def __call__(self, *_: Any) -> Any:
-        raise RecipeError(
-            f"recipe: it was made with {self.foreign}, which is not part of intrafusion; "
-            "set `reducer` or `importance` to that method again."
-        )
+# ---- what a caller says -> what a recipe holds -> what YAML holds ----------------------------------------------------
 
 
-def step_to_data(step: Any) -> Any:
-    """A step of `restore`: names and mappings as they are, a dataclass by its class and fields."""
-    if isinstance(step, str):
-        return step
-    if isinstance(step, Mapping):
-        return dict(step)
-    if is_dataclass(step) and not isinstance(step, type):
-        return {"name": type(step).__name__, **asdict(step)}
-    return {"name": getattr(step, "__qualname__", type(step).__qualname__)}
+def _is_said(name: str, value: Any) -> bool:
+    """Whether an option is more than its default; where None is no value of its own, it means the default."""
+    return value is not None or name not in ("keep", "exclude")
 
 
-def plain(value: Any) -> Any:
-    """A number of NumPy or PyTorch as one of Python."""
-    return value.item() if hasattr(value, "item") else value
+def _read(name: str, value: Any) -> Any:
+    """An option as a recipe holds it."""
+    return _READERS.get(name, plain)(value)
 
 
-def method_to_data(method: Any, registry: Mapping[str, Any]) -> str | dict[str, Any]:
-    """A registered method by name and hyper-parameters."""
-    for name, entry in registry.items():
-        default = entry() if isinstance(entry, type) else entry
-        if method == default:
-            return name
-    for name, entry in registry.items():
-        default = entry() if isinstance(entry, type) else entry
-        if type(method) is type(default) and is_dataclass(method) and not isinstance(method, type):
-            return {"name": name, **asdict(method)}
-    if isinstance(method, Foreign):
-        return asdict(method)
-    named = method if hasattr(method, "__qualname__") else type(method)
-    return {"foreign": repr(method) if is_dataclass(method) else f"{named.__module__}.{named.__qualname__}"}
+def _steps(restore: Any) -> tuple[Any, ...]:
+    """The steps against the loss: words such as "auto" as they are, the others as restorers."""
+    steps = list(restore) if isinstance(restore, (list, tuple)) else [restore]
+    if steps in ([None], ["none"]):
+        return ()
+    registry = registry_of("restorer")
+    found = tuple(registry.resolve(step, words=(*registry.words, "none")) for step in steps)
+    if "none" in found:
+        raise RecipeError(f"restore: 'none' stands alone, got {steps!r}; leave it or the other steps out.")
+    return found
 
 
-def method_from_data(data: Any, registry: Mapping[str, Any], kind: str) -> Any:
-    if not isinstance(data, (str, Mapping)):
-        raise RecipeError(f"recipe: {kind}: expected a name or a mapping with a name, got {type(data).__name__}.")
-    if isinstance(data, Mapping) and data.keys() == {"foreign"}:
-        return Foreign(str(data["foreign"]))
-    options = {"name": data} if isinstance(data, str) else dict(data)
-    name = str(options.pop("name", None))
-    if name not in registry:
-        raise RecipeError(f"recipe: {unknown_name(kind, name, registry)}")
-    entry = registry[name]
-    default = entry() if isinstance(entry, type) else entry
-    try:
-        return replace(default, **options) if options else default
-    except TypeError as error:
-        raise RecipeError(f"recipe: {kind} {name!r} does not take these options: {error}.") from error
+def _check_levels(levels: tuple[str, ...]) -> None:
+    words = registry_of("restorer").words
+    if len(levels) > 1:
+        raise RecipeError(f"restore: expected at most one of {', '.join(words)}, got {list(levels)}.")
+    for level in levels:
+        if level not in words:
+            raise RecipeError(f"restore: expected {', '.join(words)} or restorers, got {level!r}; use Recipe.of.")
+
+
+def _plain_values(value: Any) -> Any:
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, Mapping) else plain(value)
+
+
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "keep": _plain_values,
+    "target": _plain_values,
+    "reducer": reducers.get,
+    "importance": importances.get,
+    "restore": _steps,
+    "include": as_selectors,
+    "exclude": as_selectors,
+}
+"""Options that are more than a number or a name: what is made of what a caller says."""
+
+
+def _written(name: str, value: Any) -> Any:
+    """An option as YAML holds it."""
+    if name in ("reducer", "importance"):
+        return registry_of(name).to_data(value)
+    if name == "restore":
+        return [registry_of("restorer").to_data(step) for step in value]
+    if name in ("include", "exclude"):
+        return None if value is None else [str(selector) for selector in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _foreign_step(step: Any) -> Any:
+    """Version 0.1 wrote the restorer of a user like one of ours, by the name of its class."""
+    name = step.get("name") if isinstance(step, Mapping) else None
+    is_theirs = isinstance(name, str) and name[:1].isupper() and not registry_of("restorer").knows(name)
+    return {"foreign": name} if is_theirs else step

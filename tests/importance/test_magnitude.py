@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup, Member, Role
 from intrafusion.importance import IMPORTANCES, Magnitude, get
 from intrafusion.importance.aggregate import NORMALIZERS, aggregate
@@ -162,5 +162,5 @@ def test_errors():
         Magnitude()(ChannelGroup("empty", 3, ()), WEIGHTS)
     with pytest.raises(ValueError, match="unknown importance 'l3'. Did you mean 'l1'|'l2'"):
         get("l3")
-    with pytest.raises(TypeError, match="expected a name or a callable"):
+    with pytest.raises(RecipeError, match="expected a name, a mapping with a name or a callable"):
         get(Magnitude)  # type: ignore[arg-type]

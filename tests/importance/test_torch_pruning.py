@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intrafusion import ChannelGraph, Recipe, inspect
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance import TorchPruning, get
 from intrafusion.lab import zoo
@@ -173,7 +173,7 @@ def test_the_network_is_not_touched_by_a_criterion_that_writes() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(TypeError, match="GroupHessianImportance gathers data from the modules of a network by itself"):
+    with pytest.raises(RecipeError, match="GroupHessianImportance gathers data from the modules of a network by"):
         get(tp.importance.GroupHessianImportance())
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     graph = inspect(model, torch.randn(1, 3))

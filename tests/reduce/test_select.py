@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intrafusion.errors import BudgetError
+from intrafusion.errors import BudgetError, RecipeError
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer, ReductionProblem, Select, get, most_important
 
 
@@ -57,5 +57,5 @@ def test_registry():
     assert IntraFusion().mixes
     with pytest.raises(ValueError, match="unknown reducer 'intrafuse'. Did you mean 'intrafusion'"):
         get("intrafuse")
-    with pytest.raises(TypeError, match="expected a name or an object with `mixes`"):
+    with pytest.raises(RecipeError, match="expected a name, a mapping with a name or an object with `mixes`"):
         get(Select)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from torch import nn
 
 import intrafusion
 from intrafusion import ModelError, Recipe
+from intrafusion.errors import RecipeError
 from intrafusion.restore import RESTORERS, LeastSquares, Restorer, get
 
 
@@ -16,7 +17,7 @@ def test_registry() -> None:
     assert all(isinstance(make(), Restorer) for make in RESTORERS.values())
     with pytest.raises(ValueError, match="unknown restorer 'least_square'. Did you mean 'least_squares'"):
         get("least_square")
-    with pytest.raises(TypeError, match="expected a name or an object with `needs_data`"):
+    with pytest.raises(RecipeError, match="expected a name, a mapping with a name or an object with `needs_data`"):
         get(LeastSquares)  # type: ignore[arg-type]
 
 

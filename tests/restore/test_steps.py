@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import intrafusion
 import intrafusion.restore.calibration as calibration_module
-from intrafusion.errors import ModelError
-from intrafusion.restore import LeastSquares, Noise
+from intrafusion.errors import ModelError, RecipeError
+from intrafusion.restore import LeastSquares, Noise, Reestimate
 from intrafusion.restore import steps as steps_module
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -95,7 +95,7 @@ def test_tokens_are_restored_on_tokens() -> None:
 def test_restorers_run_in_order_and_each_says_what_it_gained() -> None:
     small = compress(network(), X, 0.5, restore=["reestimate", LeastSquares(rows=300)], images=IMAGES)
     assert [step.step for step in small.restored] == ["Reestimate", "LeastSquares"]
-    assert small.plan.recipe.restore[0] == "reestimate"
+    assert small.plan.recipe.restore == (Reestimate(), LeastSquares(rows=300))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,12 @@ def test_restorers_run_in_order_and_each_says_what_it_gained() -> None:
         ({"restore": "images"}, ModelError, 'restore="images": expected images=, got none'),
         ({"restore": "least_squares"}, ModelError, "LeastSquares needs images"),
         ({"restore": "least_square"}, ValueError, "unknown restorer 'least_square'. Did you mean 'least_squares'?"),
-        ({"restore": {"name": "least_squares", "row": 3}}, ValueError, "does not take these options"),
-        ({"restore": 3}, TypeError, "restorer: expected a name or an object"),
+        (
+            {"restore": {"name": "least_squares", "row": 3}},
+            RecipeError,
+            "unknown hyper-parameter 'row'. Did you mean 'row",
+        ),
+        ({"restore": 3}, RecipeError, "restorer: expected a name, a mapping with a name or an object"),
         ({"restore": ["auto", "noise"]}, ValueError, "expected at most one of auto"),
         ({"images": 3}, ModelError, "images: expected a tensor"),
     ],

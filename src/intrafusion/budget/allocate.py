@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from intrafusion.budget.asked import check_count, least_size
 from intrafusion.budget.cost import Cost
-from intrafusion.errors import BudgetError
 from intrafusion.graph import ChannelGroup, families_of
 
 STEPS = 32  # pieces that a group is cut in until the budget is met; then single channels
@@ -42,8 +42,7 @@ def allocate(
     Raises:
         BudgetError: min_channels < 1.
     """
-    if type(min_channels) is not int or min_channels < 1:
-        raise BudgetError(f"min_channels: expected a whole number >= 1, got {min_channels!r}.")
+    check_count(min_channels, "min_channels")
     units = [Unit(twins, curves, cost, round_to, min_channels) for twins in families_of(groups)]
     sizes = {g.name: g.size for unit in units for g in unit.groups}
     spent = cut_(units, sizes, cost(sizes), budget, coarse=True)
@@ -69,8 +68,7 @@ class Unit:
         self.size = groups[0].size
         self.curve = torch.stack([curves[name].double().cpu() for name in self.names]).sum(0)
         self.round_to = round_to or 1
-        least = -(-max(min_channels, self.round_to) // self.round_to) * self.round_to
-        self.least = min(self.size, least)
+        self.least = min(self.size, least_size(min_channels, round_to))
         self.version = 0
 
     def smaller(self, m: int, coarse: bool) -> int | None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.budget.allocate import allocate
+from intrafusion.budget.asked import check_target
 from intrafusion.budget.cost import Cost
-from intrafusion.errors import BudgetError, unknown_name
+from intrafusion.errors import BudgetError
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.measure.latency import latency_ms
 from intrafusion.measure.size import macs_by_weight, size_of
@@ -40,7 +41,7 @@ def sizes_for_target(
     Raises:
         BudgetError: not exactly one target, an unknown one, or one that is not positive.
     """
-    kind, wanted = parse_target(recipe.target)
+    kind, wanted = check_target(recipe.target)
     if example_inputs is None:
         raise BudgetError(f"target: {kind} is measured on example inputs; give decide(...) some.")
     inputs = Inputs.of(example_inputs)
@@ -78,17 +79,6 @@ def find_shrinkable(
     halved = {g.name: selection_map(torch.arange((g.size + 1) // 2), g.size) for g in groups if g.size > 1}
     refused = operate(model, graph, halved, inputs).rolled_back
     return [g for g in groups if g.name not in refused]
-
-
-def parse_target(target: Mapping[str, float] | None) -> tuple[str, float]:
-    if not target or len(target) != 1:
-        raise BudgetError(f'target: expected one of {", ".join(METERS)}, such as {{"params": 0.5}}, got {target!r}.')
-    kind, wanted = next(iter(target.items()))
-    if kind not in METERS:
-        raise BudgetError(f"target: {unknown_name('measure', str(kind), METERS)}")
-    if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not wanted > 0:
-        raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {wanted!r}.")
-    return kind, float(wanted)
 
 
 METERS: dict[str, Callable[[nn.Module, Inputs], float]] = {

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
+from intrafusion.budget.asked import check_count, check_keep, least_size
 from intrafusion.errors import BudgetError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 
@@ -16,6 +17,7 @@ def uniform_sizes(
     graph: ChannelGraph,
     *,
     round_to: int | None = None,
+    min_channels: int = 1,
 ) -> dict[str, int]:
     """Number of channels m that each of these groups keeps.
 
@@ -27,27 +29,24 @@ def uniform_sizes(
         keep: one fraction, or {pattern: fraction}; a pattern is matched against a group's name and against the names
             of all layers that produce it, and the first that matches counts.
         graph: for the names that a pattern may mean.
+        min_channels: smallest size of a group (of the whole group where it has fewer).
     Raises:
-        BudgetError: a fraction outside (0, 1], a pattern that matches no group, round_to < 1.
+        BudgetError: a fraction outside (0, 1], a pattern that matches no group, round_to or min_channels < 1.
     """
-    if round_to is not None and (type(round_to) is not int or round_to < 1):
-        raise BudgetError(f"round_to: expected a whole number >= 1, got {round_to!r}.")
+    if round_to is not None:
+        check_count(round_to, "round_to")
+    check_count(min_channels, "min_channels")
+    check_keep(keep)
     patterns = dict(keep) if isinstance(keep, Mapping) else {"*": keep}
-    for pattern, fraction in patterns.items():
-        check_fraction(fraction, "keep" if not isinstance(keep, Mapping) else f"keep[{pattern!r}]")
     if isinstance(keep, Mapping):
         check_patterns(patterns, graph)
     groups = list(groups)
-    wanted = {g.name: round_size(g.size, fraction_for(g, patterns), round_to) for g in groups}
+    least = least_size(min_channels, round_to)
+    wanted = {g.name: max(round_size(g.size, fraction_for(g, patterns), round_to), min(g.size, least)) for g in groups}
     largest: dict[int, int] = {}
     for group in groups:
         largest[group.family] = max(largest.get(group.family, 1), wanted[group.name])
     return {g.name: largest[g.family] for g in groups}
-
-
-def check_fraction(fraction: float, where: str) -> None:
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise BudgetError(f"{where}: expected a fraction in (0, 1], got {fraction!r}; 0.7 keeps 70 % of the channels.")
 
 
 def check_patterns(patterns: Mapping[str, float], graph: ChannelGraph) -> None:

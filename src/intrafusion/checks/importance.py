@@ -13,7 +13,7 @@ from intrafusion.checks.networks import Case, example_cases, user_case
 from intrafusion.checks.snapshot import copy_tensors, other_random_numbers, tensors_in
 from intrafusion.errors import IntrafusionError
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance.observation import NEEDS, needs_of
+from intrafusion.importance.observation import NEEDS, ImportanceTraits, needs_of
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import ExampleInputs
 from intrafusion.observe.observe import observe_for
@@ -79,7 +79,7 @@ def check_scores(
         checking.equal("inputs untouched", tensor, before[name], f"{where}, {name}")
     with other_random_numbers():
         checking.equal("deterministic", importance(group, weights, seen), scores, f"{where}, asked again")
-    if not getattr(importance, "random", False):
+    if not ImportanceTraits.of(importance).random:
         order = random_order(group.size, seed)
         relabelled = reorder_group(group, order)
         checking.close("relabelling", importance(relabelled, weights, watch(relabelled)), scores[order], where)

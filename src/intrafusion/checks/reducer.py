@@ -11,7 +11,7 @@ from torch import Tensor
 
 from intrafusion.checks.laws import Checking, describe_kind, random_order
 from intrafusion.checks.snapshot import copy_tensors, other_random_numbers, tensors_in
-from intrafusion.reduce import Moments, ReductionMap, ReductionProblem
+from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem
 
 
 def check_reducer(reducer: Any, *, seed: int = 0) -> tuple[str, ...]:
@@ -23,16 +23,14 @@ def check_reducer(reducer: Any, *, seed: int = 0) -> tuple[str, ...]:
         LawError: the first law that does not.
     """
     checking = Checking(reducer)
-    checking.law(
-        "shape", isinstance(getattr(reducer, "mixes", None), bool), "expected an attribute mixes, True or False"
-    )
+    checking.law("shape", ReducerTraits.are_told_by(reducer), "expected an attribute mixes, True or False")
     for n, m in ((8, 5), (12, 3), (7, 6), (6, 1), (1, 1), (9, 9)):
         check_map(checking, reducer, random_problem(n, m, seed), f"{n} random channels to {m}", seed)
     for where, problem in degenerate_problems(seed):
         check_shapes(checking, reducer, reducer(problem), problem, where)
     for n in (1, 2, 9):
         check_identity(checking, reducer(random_problem(n, n, seed)), n)
-    if getattr(reducer, "absorbs_duplicates", False):
+    if ReducerTraits.of(reducer).absorbs_duplicates:
         for times in ((2, 2, 2, 2), (1, 4, 2, 3)):
             check_duplicates(checking, reducer, times, seed)
     return checking.laws
@@ -80,7 +78,7 @@ def check_map(checking: Checking, reducer: Any, problem: ReductionProblem, where
         again = reducer(problem)
     checking.equal("deterministic", again.merge, found.merge, f"{where}, merge, asked again")
     checking.equal("deterministic", again.unmerge, found.unmerge, f"{where}, unmerge, asked again")
-    if not getattr(reducer, "random", False):
+    if not ReducerTraits.of(reducer).random:
         check_relabelled(checking, found, reducer, problem, random_order(len(problem.importance), seed), where)
 
 

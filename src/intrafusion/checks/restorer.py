@@ -22,6 +22,7 @@ from intrafusion.pipeline import apply
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap
+from intrafusion.restore import RestorerTraits
 
 
 def check_restorer(
@@ -46,8 +47,7 @@ def check_restorer(
         LawError: the first law that does not.
     """
     checking = Checking(restorer)
-    declared = isinstance(getattr(restorer, "needs_data", None), bool)
-    checking.law("needs", declared, "expected an attribute needs_data, True or False")
+    checking.law("needs", RestorerTraits.are_told_by(restorer), "expected an attribute needs_data, True or False")
     cases = example_cases(seed) if model is None else [user_case(model, example_inputs, images)]
     works = [check_on(checking, restorer, case) for case in cases]
     checking.law("works somewhere", any(works), "every network was refused")

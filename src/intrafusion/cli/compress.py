@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +57,7 @@ def compress_command(
             "cut is then chosen for the least predicted error.",
         ),
     ] = None,
-    min_channels: Annotated[int | None, typer.Option(help="With --target: no group becomes smaller.")] = None,
+    min_channels: Annotated[int | None, typer.Option(help="No group becomes smaller.")] = None,
     reducer: Annotated[
         str | None, choice_option(REDUCERS, "How channels become fewer; select is plain pruning")
     ] = None,
@@ -96,21 +96,9 @@ def compress_command(
 
     A group is rolled back if the smaller network does not run with it, or no longer shows it; the others stay reduced.
     """
+    said = locals()
     with working():
-        options = {
-            "keep": read_keep(keep) if keep else None,
-            "target": read_target(target) if target else None,
-            "min_channels": min_channels,
-            "restore": [step for step in restore if step != "none"] if restore else None,
-            "reducer": reducer,
-            "importance": importance,
-            "order": order,
-            "round_to": round_to,
-            "include": include or None,
-            "exclude": exclude or None,
-            "seed": seed,
-        }
-        wanted = read_recipe(recipe, options, normalization)
+        wanted = read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
         if output:
             check_output(output)
         network = read_network(model, base=base, weights=weights, arguments=arguments or (), inputs=inputs or ())
@@ -131,12 +119,11 @@ def read_recipe(file: Path | None, options: dict[str, Any], normalization: str |
     """The recipe in a file, or the default one, changed by the options that are not None.
 
     Raises:
-        RecipeError: the file holds no recipe, or the reducer has no normalization.
-        ValueError: an unknown name.
+        RecipeError: the file holds no recipe, an option means nothing, or the reducer has no normalization.
     """
     recipe = Recipe.from_yaml(file.read_text()) if file else Recipe()
-    stated = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    chosen = {key: value for key, value in options.items() if value is not None}
+    stated = {name: getattr(recipe, name) for name in Recipe.options()}
+    chosen = {name: _READERS.get(name, _same)(said) for name, said in options.items() if said not in (None, [])}
     if normalization and not file:
         chosen.setdefault("reducer", "intrafusion")
     if "target" in chosen or (recipe.target and "keep" not in chosen):
@@ -144,7 +131,9 @@ def read_recipe(file: Path | None, options: dict[str, Any], normalization: str |
     elif "keep" in chosen:
         stated["target"] = None
     recipe = Recipe.of(**stated | chosen)
-    return replace(recipe, reducer=with_normalization(recipe.reducer, normalization)) if normalization else recipe
+    recipe = replace(recipe, reducer=with_normalization(recipe.reducer, normalization)) if normalization else recipe
+    recipe.refuse_foreign()
+    return recipe
 
 
 def with_normalization(reducer: Reducer, normalization: str) -> Reducer:
@@ -185,6 +174,14 @@ def read_target(text: str) -> dict[str, float]:
         return {kind: float(number)}
     except ValueError as error:
         raise RecipeError(f"--target {text}: expected KIND=VALUE, such as params=0.5 or latency_ms=3.0.") from error
+
+
+def _same(said: Any) -> Any:
+    return said
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": read_target}
+"""Options that are written in another way than in a recipe."""
 
 
 def reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:

@@ -92,6 +92,7 @@ def fuse(
     Reference: Singh and Jaggi 2020, Algorithm 1 (fusion); a residual stream has one coupling (Theus et al. 2024).
     """
     shares = checked(models, using, images, weights, anchor)
+    restorer = None if restore is None else restorers.get(restore)
     inputs, calibration = Inputs.of(example_inputs), None if images is None else join_batches(read_batches(images))
     graphs = []
     for index, model in enumerate(models):
@@ -122,8 +123,8 @@ def fuse(
     found |= {"model": fused, "after": size_of(fused, inputs)}
     result = Fused(**found, alignments=tuple(alignments), weights=tuple(shares))
     progress("align", len(models), len(models))
-    if restore is not None:
-        restorers.get(restore)(result, models[anchor], graphs[anchor], images)
+    if restorer is not None:
+        restorer(result, models[anchor], graphs[anchor], images)
     return result
 
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from intrafusion.errors import unknown_name
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance.bn_scale import BNScale
 from intrafusion.importance.chip import CHIP
@@ -16,18 +15,26 @@ from intrafusion.importance.contribution import RelativeContribution
 from intrafusion.importance.fpgm import FPGM
 from intrafusion.importance.lamp import LAMP
 from intrafusion.importance.magnitude import Magnitude
-from intrafusion.importance.observation import NEEDS, Activations, Observation, ObservationError, needs_of
+from intrafusion.importance.observation import (
+    NEEDS,
+    Activations,
+    ImportanceTraits,
+    Observation,
+    ObservationError,
+    needs_of,
+)
 from intrafusion.importance.random import Random
 from intrafusion.importance.taylor import Taylor
 from intrafusion.importance.torch_pruning import TorchPruning, is_torch_pruning
+from intrafusion.registry import Registry, register
 
 
 @runtime_checkable
 class Importance(Protocol):
     """(group, weights, observations) -> (n,) finite scores; larger = more important.
 
-    `weights` are tensors by name with norms folded. A criterion that looks at more says so in an attribute `needs`, a
-    frozenset of names in `NEEDS`; `observations` is then the group's `Observation`, else None.
+    `weights` are tensors by name with norms folded. A criterion that looks at more says so in an attribute `needs`, see
+    `ImportanceTraits`; `observations` is then the group's `Observation`, else None.
     """
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor: ...
@@ -47,24 +54,23 @@ IMPORTANCES: dict[str, Importance] = {
 }
 
 
+def _adopted(importance: Any) -> Any:
+    return TorchPruning(importance) if is_torch_pruning(importance) else importance
+
+
+_EXPECTED = "a callable (group, weights, observations) -> (n,)"
+REGISTRY = register(Registry("importance", IMPORTANCES, _EXPECTED, ImportanceTraits, adopt=_adopted))
+
+
 def get(importance: Any) -> Importance:
-    """The criterion of this name; a criterion passes through, an object of Torch-Pruning is made one.
+    """The criterion of this name, or of {"name": ..., hyper-parameter: value}.
+
+    A criterion passes through, an object of Torch-Pruning is made one.
 
     Raises:
-        ValueError: unknown name.
-        TypeError: neither a name nor callable.
+        RecipeError: unknown name or hyper-parameter, or no criterion.
     """
-    if isinstance(importance, str):
-        if importance not in IMPORTANCES:
-            raise ValueError(unknown_name("importance", importance, IMPORTANCES))
-        return IMPORTANCES[importance]
-    if is_torch_pruning(importance):
-        return TorchPruning(importance)
-    if isinstance(importance, type) or not isinstance(importance, Importance):
-        raise TypeError(
-            f"importance: expected a name or a callable (group, weights, observations) -> (n,), got {importance!r}."
-        )
-    return importance
+    return REGISTRY.resolve(importance)
 
 
 __all__ = [
@@ -73,9 +79,11 @@ __all__ = [
     "IMPORTANCES",
     "LAMP",
     "NEEDS",
+    "REGISTRY",
     "Activations",
     "BNScale",
     "Importance",
+    "ImportanceTraits",
     "Magnitude",
     "Observation",
     "ObservationError",

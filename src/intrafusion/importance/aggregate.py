@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from intrafusion.errors import unknown_name
+from intrafusion.errors import RecipeError, unknown_name
 
 
 def aggregate(scores: Tensor, reduction: str, normalizer: str | None) -> Tensor:
@@ -28,11 +28,11 @@ def aggregate(scores: Tensor, reduction: str, normalizer: str | None) -> Tensor:
 
 
 def check_aggregation(reduction: str, normalizer: str | None) -> None:
-    """Raise ValueError for an unknown name."""
+    """Raise RecipeError for an unknown name."""
     if reduction not in MEMBER_REDUCTIONS:
-        raise ValueError(unknown_name("reduction", reduction, MEMBER_REDUCTIONS))
+        raise RecipeError(unknown_name("reduction", reduction, MEMBER_REDUCTIONS))
     if normalizer is not None and normalizer not in NORMALIZERS:
-        raise ValueError(unknown_name("normalizer", normalizer, NORMALIZERS))
+        raise RecipeError(unknown_name("normalizer", normalizer, NORMALIZERS))
 
 
 def _divide(scores: Tensor, by: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance.aggregate import check_aggregation
 from intrafusion.importance.magnitude import Magnitude
 
 
@@ -29,7 +28,11 @@ class LAMP:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        check_aggregation(self.reduction, "lamp")
+        _ = self.magnitude  # refuses what it does not take
+
+    @property
+    def magnitude(self) -> Magnitude:
+        return Magnitude(self.p, self.reduction, "lamp", self.bias)
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
-        return Magnitude(self.p, self.reduction, "lamp", self.bias)(group, weights)
+        return self.magnitude(group, weights)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance.aggregate import aggregate, check_aggregation
 from intrafusion.importance.features import channel_biases, linear_rows
@@ -37,7 +37,7 @@ class Magnitude:
 
     def __post_init__(self) -> None:
         if not self.p > 0:
-            raise ValueError(f"p: expected p > 0, got {self.p}.")
+            raise RecipeError(f"p: expected p > 0, got {self.p}.")
         check_aggregation(self.reduction, self.normalizer)
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:

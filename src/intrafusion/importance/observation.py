@@ -8,11 +8,25 @@ from typing import Any
 
 from torch import Tensor
 
-from intrafusion.errors import IntrafusionError, unknown_name
+from intrafusion.errors import IntrafusionError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGroup
+from intrafusion.registry import Traits
 
 NEEDS = {"tensors": False, "gradients": True, "activations": True, "feature_maps": True, "contributions": True}
 """What a criterion may ask for in `needs`, and whether that takes images."""
+
+
+@dataclass(frozen=True)
+class ImportanceTraits(Traits):
+    """What a criterion says of itself, in attributes of these names.
+
+    Attributes:
+        needs: names in `NEEDS`, of what it looks at beyond the folded weights.
+        random: whether its scores belong to the channels' numbers, not to what they are.
+    """
+
+    needs: frozenset[str] = frozenset()
+    random: bool = False
 
 
 class ObservationError(IntrafusionError, ValueError):
@@ -57,10 +71,10 @@ def needs_of(importance: object) -> frozenset[str]:
     Raises:
         ValueError: it asks for something that nobody observes.
     """
-    needs = frozenset(getattr(importance, "needs", frozenset()))
+    needs = frozenset(ImportanceTraits.of(importance).needs)
     for need in needs:
         if need not in NEEDS:
-            raise ValueError(
+            raise RecipeError(
                 f"importance {importance_label(importance)}: needs: {unknown_name('observation', need, NEEDS)}"
             )
     return needs

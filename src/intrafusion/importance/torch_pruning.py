@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup, Member, Role
 from intrafusion.importance.observation import get_observed
 
@@ -44,7 +44,7 @@ class TorchPruning:
 
     def __post_init__(self) -> None:
         if any(hasattr(self.importance, name) for name in ON_MODULES):
-            raise TypeError(
+            raise RecipeError(
                 f"importance: {type(self.importance).__qualname__} gathers data from the modules of a network by "
                 "itself, which cannot be done here; take a Taylor criterion, or write a callable "
                 "(group, weights, observations) -> (n,)."

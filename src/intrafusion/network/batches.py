@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.network.inputs import Inputs
 
 ImagesLike = Tensor | Mapping[str, Any] | Inputs | Iterable[Any]
@@ -126,7 +126,7 @@ def make_reusable(images: T) -> T | list[Any]:
 def check_batch(size: int) -> None:
     """For what takes a variance over a batch."""
     if size < 2:
-        raise ValueError(f"batch: expected at least 2 images, a variance of one is 0; got {size!r}.")
+        raise RecipeError(f"batch: expected at least 2 images, a variance of one is 0; got {size!r}.")
 
 
 def rebatch(images: ImagesLike, size: int) -> Iterator[tuple[Inputs, int]]:

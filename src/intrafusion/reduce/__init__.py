@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from intrafusion.errors import unknown_name
 from intrafusion.reduce.fold import Fold, cluster_map
 from intrafusion.reduce.fuse import IntraFusion, intrafusion_map
 from intrafusion.reduce.pivot import Pivot
-from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
+from intrafusion.reduce.problem import Moments, Reducer, ReducerTraits, ReductionMap, ReductionProblem, Selecting
 from intrafusion.reduce.select import Select, most_important, selection_map
+from intrafusion.registry import Registry, register
 
 REDUCERS: dict[str, Callable[[], Reducer]] = {
     "select": Select,
@@ -19,29 +20,34 @@ REDUCERS: dict[str, Callable[[], Reducer]] = {
 }
 
 
-def get(reducer: str | Reducer) -> Reducer:
-    """The reducer of this name with its default hyper-parameters; a reducer passes through.
+REGISTRY = register(Registry("reducer", REDUCERS, "an object with `mixes` and `__call__`", ReducerTraits))
+
+
+def get(reducer: str | Mapping[str, Any] | Reducer) -> Reducer:
+    """The reducer of this name, or of {"name": ..., hyper-parameter: value}; a reducer passes through.
 
     Raises:
-        ValueError: unknown name.
-        TypeError: neither a name nor a reducer.
+        RecipeError: unknown name or hyper-parameter, or no reducer.
     """
-    if isinstance(reducer, str):
-        if reducer not in REDUCERS:
-            raise ValueError(unknown_name("reducer", reducer, REDUCERS))
-        return REDUCERS[reducer]()
-    if isinstance(reducer, type) or not isinstance(reducer, Reducer):
-        raise TypeError(f"reducer: expected a name or an object with `mixes` and `__call__`, got {reducer!r}.")
-    return reducer
+    return REGISTRY.resolve(reducer)
+
+
+def selecting_form(reducer: Reducer) -> Reducer:
+    """What stands in for a reducer where channels must not be mixed: its own selecting form, or plain pruning."""
+    if not reducer.mixes:
+        return reducer
+    return reducer.selecting() if isinstance(reducer, Selecting) else Select()
 
 
 __all__ = [
     "REDUCERS",
+    "REGISTRY",
     "Fold",
     "IntraFusion",
     "Moments",
     "Pivot",
     "Reducer",
+    "ReducerTraits",
     "ReductionMap",
     "ReductionProblem",
     "Select",
@@ -49,5 +55,6 @@ __all__ = [
     "get",
     "intrafusion_map",
     "most_important",
+    "selecting_form",
     "selection_map",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intrafusion.errors import unknown_name
+from intrafusion.errors import RecipeError, unknown_name
 from intrafusion.reduce.problem import ReductionMap, ReductionProblem
 from intrafusion.reduce.targets import k_means
 from intrafusion.transport import unit_rows
@@ -40,9 +40,9 @@ class Fold:
 
     def __post_init__(self) -> None:
         if self.features not in FEATURES:
-            raise ValueError(unknown_name("features", self.features, FEATURES))
+            raise RecipeError(unknown_name("features", self.features, FEATURES))
         if self.n_init < 1:
-            raise ValueError(f"n_init: expected at least 1 start of k-means, got {self.n_init!r}.")
+            raise RecipeError(f"n_init: expected at least 1 start of k-means, got {self.n_init!r}.")
 
     def __call__(self, problem: ReductionProblem) -> ReductionMap:
         rows = problem.features.double()

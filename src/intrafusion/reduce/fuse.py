@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from intrafusion.errors import unknown_name
+from intrafusion.errors import RecipeError, unknown_name
 from intrafusion.reduce.problem import ReductionMap, ReductionProblem
 from intrafusion.reduce.select import most_important, selection_map
 from intrafusion.reduce.targets import gaussian_mixture, k_means
@@ -64,8 +64,12 @@ class IntraFusion:
         _check_name("target", self.target, TARGETS)
         _check_name("cost", self.cost, COSTS)
         _check_name("solver", self.solver, SOLVERS)
+        if not self.p >= 1:
+            raise RecipeError(f"p: expected 1 <= p <= inf, got {self.p!r}.")
+        if not self.epsilon > 0:
+            raise RecipeError(f"epsilon: expected a number > 0, got {self.epsilon!r}.")
         if self.n_init < 1:
-            raise ValueError(f"n_init: expected at least 1 start of the clustering, got {self.n_init!r}.")
+            raise RecipeError(f"n_init: expected at least 1 start of the clustering, got {self.n_init!r}.")
 
     def __call__(self, problem: ReductionProblem) -> ReductionMap:
         kept = most_important(problem.importance, problem.size)
@@ -194,7 +198,7 @@ def _mixture_means(rows: Tensor, problem: ReductionProblem, kept: Tensor, n_init
 
 def _check_name(kind: str, name: str, valid: Mapping[str, object]) -> None:
     if name not in valid:
-        raise ValueError(unknown_name(kind, name, valid))
+        raise RecipeError(unknown_name(kind, name, valid))
 
 
 NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], ReductionMap]] = {

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from intrafusion.errors import BudgetError
+from intrafusion.errors import BudgetError, RecipeError
 from intrafusion.reduce.fuse import IntraFusion
 from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import Select, selection_map
@@ -36,7 +36,7 @@ class Pivot:
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:
-            raise ValueError(f"strength: expected a number >= 0, got {self.strength!r}.")
+            raise RecipeError(f"strength: expected a number >= 0, got {self.strength!r}.")
 
     @property
     def mixes(self) -> bool:

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from intrafusion.registry import Traits
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -75,14 +77,37 @@ class ReductionMap:
 
 @runtime_checkable
 class Reducer(Protocol):
-    """A frozen dataclass whose fields are its hyper-parameters.
+    """A frozen dataclass whose fields are its hyper-parameters. What it may say beside `mixes`: see `ReducerTraits`.
 
-    `mixes`: whether a new channel may combine several old ones. A reducer that only selects also works on groups
-    whose channels must not be mixed. A reducer that mixes may have a method `selecting()` that gives its selecting form
-    for such groups (else they are selected by importance), and an attribute `needs_moments = True`.
+    A reducer that only selects also works on groups whose channels must not be mixed; one that mixes may have a method
+    `selecting()`, see `Selecting`.
     """
 
     @property
     def mixes(self) -> bool: ...
 
     def __call__(self, problem: ReductionProblem) -> ReductionMap: ...
+
+
+@runtime_checkable
+class Selecting(Protocol):
+    """A reducer with a form of its own for groups whose channels must not be mixed; others are selected there."""
+
+    def selecting(self) -> Reducer: ...
+
+
+@dataclass(frozen=True)
+class ReducerTraits(Traits):
+    """What a reducer says of itself, in attributes of these names.
+
+    Attributes:
+        mixes: whether a new channel may combine several old ones.
+        needs_moments: whether it looks at `ReductionProblem.moments`.
+        absorbs_duplicates: a promise: merging exact duplicates changes nothing.
+        random: whether its answer belongs to the channels' numbers, not to what they are.
+    """
+
+    mixes: bool
+    needs_moments: bool = False
+    absorbs_duplicates: bool = False
+    random: bool = False

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from intrafusion.errors import ModelError, unknown_name
+from intrafusion.errors import ModelError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.drift import output_error
 from intrafusion.measure.size import size_of
@@ -98,7 +98,7 @@ def calibrate(
         ValueError: unknown level.
     """
     if level not in ("auto", *LEVELS):
-        raise ValueError(unknown_name("restore", level, ("auto", *LEVELS)))
+        raise RecipeError(unknown_name("restore", level, ("auto", *LEVELS)))
     start, synthesis, why = time.perf_counter(), synthesis or Synthesis(seed=seed), None
     if level == "auto":
         level, why = chosen(model, inputs, images, synthesis)

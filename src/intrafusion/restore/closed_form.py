@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intrafusion.errors import RecipeError
 from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.tensors import named_tensors
@@ -54,9 +55,9 @@ class ClosedForm:
 
     def __post_init__(self) -> None:
         if not self.reach >= 0:
-            raise ValueError(f"reach: expected pixels >= 0, got {self.reach!r}.")
+            raise RecipeError(f"reach: expected pixels >= 0, got {self.reach!r}.")
         if not 0 < self.floor <= 1:
-            raise ValueError(f"floor: expected a fraction in (0, 1], got {self.floor!r}.")
+            raise RecipeError(f"floor: expected a fraction in (0, 1], got {self.floor!r}.")
 
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -58,7 +58,7 @@ class Noise(LeastSquares):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.images < 2:
-            raise ValueError(f"images: expected at least 2, got {self.images!r}.")
+            raise RecipeError(f"images: expected at least 2, got {self.images!r}.")
 
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import nn
@@ -11,6 +12,7 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import Inputs
 from intrafusion.plan import Plan
+from intrafusion.registry import Traits
 
 
 class Reduced(Protocol):
@@ -28,7 +30,7 @@ class Reduced(Protocol):
 class Restorer(Protocol):
     """A frozen dataclass whose fields are its hyper-parameters; it makes up for what a reduction lost.
 
-    `needs_data`: whether it works only with images.
+    It says whether it `needs_data`, see `RestorerTraits`.
 
     Args:
         compressed: the smaller network; weights of `compressed.model` are written in place, or, on an error, none.
@@ -42,6 +44,17 @@ class Restorer(Protocol):
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None, /
     ) -> None: ...
+
+
+@dataclass(frozen=True)
+class RestorerTraits(Traits):
+    """What a restorer says of itself, in attributes of these names.
+
+    Attributes:
+        needs_data: whether it works only with images.
+    """
+
+    needs_data: bool
 
 
 def needed(images: ImagesLike | None, restorer: Restorer) -> ImagesLike:

@@ -16,7 +16,7 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
-from intrafusion.restore import LEVELS, Calibration, Noise, calibrate, get
+from intrafusion.restore import Calibration, Noise, calibrate
 from intrafusion.surgery.write import write_weights_
 
 ENOUGH_TO_CHOOSE = 32  # noise images, where no layer is solved and no size is chosen on them
@@ -36,10 +36,8 @@ def calibration_for(
     Raises:
         ModelError: the recipe asks for a level that this network, or what is given, does not allow.
     """
-    levels = [step for step in recipe.restore if step in ("auto", *LEVELS)]
-    if len(levels) > 1:
-        raise ValueError(f"restore: expected at most one of auto, {', '.join(LEVELS)}, got {levels}.")
-    chosen = recipe.target is not None or getattr(recipe.reducer, "needs_moments", False)
+    levels = recipe.levels
+    chosen = recipe.needs_moments
     if not levels and not chosen:
         return None
     level = levels[0] if levels else "noise" if images is None else "images"
@@ -79,18 +77,17 @@ def restored(
     steps, done, notes = small.plan.recipe.restore, [], []
     for index, step in enumerate(steps):
         show("restore", index, len(steps))
-        leveled = step in ("auto", *LEVELS)
-        if leveled and calibration is None:
-            notes.append("not restored: no images were given, and none can be made for inputs like these")
-            continue
         start = time.perf_counter()
-        if leveled and calibration is not None:
+        if isinstance(step, str):
+            if calibration is None:
+                notes.append("not restored: no images were given, and none can be made for inputs like these")
+                continue
             restorer, note = calibration.restorer, calibration.why if step == "auto" else None
             before, after, undone = restored_or_undone(small, model, graph, calibration)
             seconds = calibration.seconds + time.perf_counter() - start
             note = "; ".join(filter(None, (note, "undone, as the outputs were worse" if undone else None))) or None
         else:
-            restorer, note = get(step), None
+            restorer, note = step, None
             before = error_on_images(small.model, calibration)
             restorer(small, model, graph, images)
             after = error_on_images(small.model, calibration)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from intrafusion.errors import FolderError, ModelError
+from intrafusion.errors import FolderError, ModelError, RecipeError
 from intrafusion.io.atomic import atomic_file
 from intrafusion.network.batches import channels_last
 from intrafusion.network.inputs import ExampleInputs, output_tensors
@@ -64,7 +64,7 @@ class Synthesis:
 
     def __post_init__(self) -> None:
         if self.images < 2 or self.steps < 1:
-            raise ValueError(f"expected at least 2 images and 1 step, got {self.images} and {self.steps}.")
+            raise RecipeError(f"expected at least 2 images and 1 step, got {self.images} and {self.steps}.")
 
     def __call__(self, model: nn.Module, example_inputs: ExampleInputs, *, progress: Progress = silent) -> Tensor:
         """The images (n, ...), on the device and in the precision of the example; the network is left as it was.

@@ -6,6 +6,7 @@ import pytest
 
 from intrafusion.lab.experiments.method import Method, parse_method
 from intrafusion.reduce import IntraFusion, Select
+from intrafusion.restore import LeastSquares, Reestimate
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,7 @@ from intrafusion.reduce import IntraFusion, Select
         ("select+noise", Method(Select(), ("noise",))),
         (
             "select+reestimate + least_squares:rows=5",
-            Method(Select(), ("reestimate", {"name": "least_squares", "rows": 5})),
+            Method(Select(), (Reestimate(), LeastSquares(rows=5))),
         ),
     ],
 )
@@ -29,7 +30,7 @@ def test_reducer_options_and_steps(text, method):
     [
         ("selct", "unknown reducer 'selct'. Did you mean 'select'"),
         ("intrafusion:p", "expected NAME:option=value"),
-        ("intrafusion:q=1", "does not take these options"),
+        ("intrafusion:q=1", "reducer 'intrafusion': unknown hyper-parameter 'q'"),
         ("intrafusion:normalization=sauce", "unknown normalization 'sauce'. Did you mean 'source'"),
         ("select+closd_form", "unknown restorer 'closd_form'"),
         ("select+noise:rows=3", "'noise' takes no options"),

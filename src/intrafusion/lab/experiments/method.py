@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from intrafusion import reduce, restore
-from intrafusion.recipe import RecipeError, method_from_data
+from intrafusion.errors import RecipeError
 from intrafusion.reduce import Reducer
+from intrafusion.registry import registry_of
 
 ORIGINAL = "original"
 
@@ -29,22 +29,20 @@ def parse_method(text: str) -> Method:
     'function'
 
     Raises:
-        RecipeError: an unknown reducer, or an option that it does not have.
-        ValueError: an unknown step, or a value that a method does not take.
+        RecipeError: an unknown reducer or step, or an option or value that it does not take.
     """
     first, *rest = text.split("+")
-    return Method(
-        method_from_data(method_data(first), reduce.REDUCERS, "reducer"), tuple(parse_step(part) for part in rest)
-    )
+    return Method(registry_of("reducer").resolve(method_data(first)), tuple(map(parse_step, rest)))
 
 
 def parse_step(text: str) -> Any:
-    found = method_data(text)
-    if found["name"] not in ("auto", *restore.LEVELS):
-        restore.get(found)
-    elif len(found) > 1:
-        raise ValueError(f"method: {found['name']!r} takes no options, got {text!r}.")
-    return found if len(found) > 1 else found["name"]
+    """A step against the loss, as a recipe takes it: a plain name stays a name."""
+    found, steps = method_data(text), registry_of("restorer")
+    if len(found) == 1:
+        found = found["name"]
+    elif found["name"] in steps.words:
+        raise RecipeError(f"method: {found['name']!r} takes no options, got {text!r}.")
+    return steps.resolve(found, words=steps.words)
 
 
 def method_data(text: str) -> dict[str, Any]:

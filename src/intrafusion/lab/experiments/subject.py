@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion import restore
 from intrafusion.compressed import Compressed
 from intrafusion.errors import unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
@@ -25,7 +24,7 @@ from intrafusion.network.tensors import named_tensors
 from intrafusion.pipeline import apply, inspect
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
-from intrafusion.restore import LEVELS, Calibration
+from intrafusion.restore import Calibration
 from intrafusion.restore.steps import calibration_for, restored
 
 WHOLE, INNER = "whole network", "block-inner channels"
@@ -107,8 +106,7 @@ class Subject:
 
     def calibration(self, recipe: Recipe, images: ImagesLike | None) -> Calibration | None:
         """Made once for all recipes that ask for the same."""
-        moments = bool(recipe.target or getattr(recipe.reducer, "needs_moments", False))
-        key = repr((recipe.restore, recipe.seed, moments, images is None))
+        key = repr((recipe.restore, recipe.seed, recipe.needs_moments, images is None))
         if key not in self.calibrations:
             self.calibrations[key] = calibration_for(self.model, self.graph, self.inputs, recipe, images)
         return self.calibrations[key]
@@ -130,9 +128,9 @@ class Subject:
 
 def needs_images(recipe: Recipe) -> bool:
     """Whether the criterion or a step against the loss cannot do without images."""
-    if needs_of(recipe.importance) - {"tensors"} or "images" in recipe.restore:
+    if needs_of(recipe.importance) - {"tensors"} or "images" in recipe.levels:
         return True
-    return any(restore.get(step).needs_data for step in recipe.restore if step not in ("auto", *LEVELS))
+    return any(step.needs_data for step in recipe.restore if not isinstance(step, str))
 
 
 def fingerprint(model: nn.Module) -> str:

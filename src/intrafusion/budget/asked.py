@@ -1,0 +1,56 @@
+"""What may be asked of a budget, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from intrafusion.errors import BudgetError, unknown_name
+
+MEASURES = ("params", "macs", "latency_ms")
+"""What a target may be stated in."""
+
+
+def check_fraction(fraction: Any, where: str) -> None:
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise BudgetError(f"{where}: expected a fraction in (0, 1], got {fraction!r}; 0.7 keeps 70 % of the channels.")
+
+
+def check_keep(keep: Any) -> None:
+    """Raise BudgetError unless it is a fraction, or fractions by pattern."""
+    if not isinstance(keep, Mapping):
+        check_fraction(keep, "keep")
+        return
+    for pattern, fraction in keep.items():
+        check_fraction(fraction, f"keep[{pattern!r}]")
+
+
+def check_count(count: Any, where: str) -> None:
+    if type(count) is not int or count < 1:
+        raise BudgetError(f"{where}: expected a whole number >= 1, got {count!r}.")
+
+
+def check_target(target: Any) -> tuple[str, float]:
+    """What is measured, and how much of it is wanted.
+
+    Raises:
+        BudgetError: not exactly one target, an unknown one, or one that is not positive.
+    """
+    if not isinstance(target, Mapping) or len(target) != 1:
+        raise BudgetError(f'target: expected one of {", ".join(MEASURES)}, such as {{"params": 0.5}}, got {target!r}.')
+    kind, wanted = next(iter(target.items()))
+    if kind not in MEASURES:
+        raise BudgetError(f"target: {unknown_name('measure', str(kind), MEASURES)}")
+    if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not wanted > 0:
+        raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {wanted!r}.")
+    return kind, float(wanted)
+
+
+def least_size(min_channels: int, round_to: int | None) -> int:
+    """The smallest size of a group: a multiple of `round_to` that is not below `min_channels`.
+
+    >>> least_size(6, 4), least_size(6, None)
+    (8, 6)
+    """
+    step = round_to or 1
+    return -(-max(min_channels, step) // step) * step
