@@ -41,7 +41,7 @@ REFUSED = [
     ({"reducer": {"name": "intrafusion", "epsilon": 0}}, "reducer 'intrafusion': epsilon: expected a number > 0"),
     ({"reducer": {"name": "intrafusion", "p": 0.5}}, "reducer 'intrafusion': p: expected 1 <= p"),
     ({"reducer": {"n_init": 3}}, "reducer: expected a mapping such as"),
-    ({"reducer": Fold(n_init=2.5)}, "reducer 'Fold': n_init: expected a whole number, got 2.5"),
+    ({"reducer": Fold(n_init=2.5)}, "reducer 'Fold': n_init: expected a whole number, got 2.5"),  # type: ignore[arg-type]
     ({"reducer": Select}, "reducer: expected a name, a mapping with a name or an object with `mixes`"),
     ({"reducer": None}, "reducer: expected .*, got None"),
     ({"importance": "tailor"}, "unknown importance 'tailor'. Did you mean 'taylor'"),

@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Callable
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import intrafusion
-from intrafusion.cli.compress import read_keep
+from intrafusion.cli.compress import compress_command, read_keep
 from intrafusion.cli.inputs import read_inputs
 from intrafusion.cli.models import resolve
 from intrafusion.recipe import Recipe
@@ -286,3 +287,9 @@ def test_keeps(texts: list[str], expected: Any) -> None:
     keep = read_keep(texts)
     assert keep == expected
     assert not isinstance(keep, dict) or list(keep) == list(expected)
+
+
+def test_every_option_of_the_recipe_is_an_option_of_the_command() -> None:
+    arguments = signature(compress_command).parameters
+    assert set(Recipe.options()) <= set(arguments)
+    assert all(arguments[name].default is None for name in Recipe.options())
