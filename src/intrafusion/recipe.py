@@ -10,7 +10,7 @@ import yaml
 
 from intrafusion import importance as importances
 from intrafusion import reduce as reducers
-from intrafusion.budget.asked import check_count, check_keep, check_target
+from intrafusion.asked import check_count, check_keep, check_target
 from intrafusion.errors import RecipeError, unknown_name
 from intrafusion.importance import Importance
 from intrafusion.reduce import Reducer, ReducerTraits

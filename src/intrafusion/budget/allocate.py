@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from intrafusion.budget.asked import check_count, least_size
+from intrafusion.asked import check_count, least_size
 from intrafusion.budget.cost import Cost
 from intrafusion.graph import ChannelGroup, families_of
 

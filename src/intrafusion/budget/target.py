@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from intrafusion.asked import check_target
 from intrafusion.budget.allocate import allocate
-from intrafusion.budget.asked import check_target
 from intrafusion.budget.cost import Cost
 from intrafusion.errors import BudgetError
 from intrafusion.graph import ChannelGraph, ChannelGroup

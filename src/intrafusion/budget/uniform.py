@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from intrafusion.budget.asked import check_count, check_keep, least_size
+from intrafusion.asked import check_count, check_keep, least_size
 from intrafusion.errors import BudgetError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 
