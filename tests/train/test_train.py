@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,68 @@ def test_the_rate_rises_over_a_tenth_and_falls_to_zero() -> None:
     assert rates == pytest.approx(rise + fall)
 
 
+@pytest.mark.parametrize("optimizer", ["nesterov", "adam"])
+def test_the_first_update_of_other_optimizers_is_the_one_by_hand(optimizer: str) -> None:
+    data, model = blobs(6), nn.Linear(4, 3, bias=False)
+    weight = model.weight.detach().clone()
+    gradient = ((data.images @ weight.T).softmax(1) - F.one_hot(data.labels, 3)).T @ data.images / 6
+    gradient = gradient if optimizer == "adam" else gradient + 0.5 * weight  # adam: the sign alone counts
+    how = Training(epochs=1, optimizer=optimizer, lr=0.01, weight_decay=0.0 if optimizer == "adam" else 0.5, warmup=0.0)
+    train_(model, data, how)
+    step = 1.9 * gradient if optimizer == "nesterov" else gradient.sign()
+    torch.testing.assert_close(model.weight.detach(), weight - 0.01 * step, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_from_before_do_not_count() -> None:
+    start, found = points(), []
+    for touched in (False, True):
+        model = copy.deepcopy(start)
+        if touched:
+            model(torch.randn(5, 4)).square().sum().backward()
+            model.load_state_dict(start.state_dict())  # the statistics of its batch norm
+        train_(model, blobs(), Training(epochs=1, batch_size=20, optimizer="sgd", lr=0.1))
+        assert all(p.grad is None for p in model.parameters())
+        found.append(state(model))
+    assert same(found[0], found[1])
+
+
+def test_the_rate_halves() -> None:
+    how = Training(epochs=5, batch_size=4, lr=0.1, warmup=0.0, decay="halving", halve_every=2)
+    history = train_(nn.Linear(4, 3), blobs(8), how)
+    assert [e.lr for e in history.epochs] == [0.1, 0.1, 0.05, 0.05, 0.025]
+
+
+def seen_in(how: Training, count: int) -> list[list[int]]:
+    """The numbers of the images in each batch."""
+    batches: list[list[int]] = []
+    images = torch.arange(count).float()[:, None].expand(count, 4)
+
+    def note(images: Tensor, generator: torch.Generator) -> Tensor:
+        batches.append(images[:, 0].int().tolist())
+        return images
+
+    train_(nn.Linear(4, 3), Images(images, torch.zeros(count, dtype=torch.long)), how, augment=note)
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("count", "drop_last", "sizes"),
+    [(8, True, [3, 3]), (8, False, [3, 3, 2]), (7, False, [3, 3]), (1, False, [1]), (2, True, [2])],
+)
+def test_what_does_not_fill_a_batch(count: int, drop_last: bool, sizes: list[int]) -> None:
+    how = Training(epochs=2, batch_size=3, lr=1e-3, drop_last=drop_last)
+    assert [len(batch) for batch in seen_in(how, count)] == 2 * sizes
+
+
+def test_orders_of_one_stream_and_of_a_seed_for_each_epoch() -> None:
+    draw = lambda generator: torch.randperm(6, generator=generator).tolist()  # noqa: E731
+    stream = torch.Generator().manual_seed(4)
+    how = Training(epochs=3, batch_size=6, lr=1e-3, seed=4, shuffle="stream")
+    assert seen_in(how, 6) == [draw(stream) for _ in range(3)]
+    apart = [torch.Generator().manual_seed(4 * 1_000_003 + epoch) for epoch in range(3)]
+    assert seen_in(replace(how, shuffle="epoch"), 6) == [draw(generator) for generator in apart]
+
+
 @pytest.mark.parametrize(("decay", "last"), [("cosine", 0.5 * (1 + np.cos(0.75 * np.pi))), ("constant", 1.0)])
 def test_other_decays(decay: str, last: float) -> None:
     history = train_(nn.Linear(4, 3), blobs(8), Training(epochs=4, batch_size=8, lr=1e-3, warmup=0, decay=decay))
@@ -154,9 +217,11 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("trainable", ["full", "norms+lora"])
-def test_a_killed_training_resumes_to_the_same_bytes(trainable: str, tmp_path: Path) -> None:
-    start, how = points(), Training(epochs=5, batch_size=10, trainable=trainable)
+@pytest.mark.parametrize(
+    "options", [{}, {"trainable": "norms+lora"}, {"shuffle": "stream", "drop_last": False, "decay": "halving"}]
+)
+def test_a_killed_training_resumes_to_the_same_bytes(options: dict, tmp_path: Path) -> None:
+    start, how = points(), Training(epochs=5, batch_size=10, **options)
     whole, killed = copy.deepcopy(start), copy.deepcopy(start)
     expected = train_(whole, blobs(), how, validation=blobs(12, seed=1))
 
@@ -192,6 +257,40 @@ def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"nothing")
     with pytest.raises(FolderError, match="damaged"):
         train_(points(), blobs(), Training(epochs=1), folder=tmp_path)
+
+
+def altered(folder: Path, **changes) -> None:
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**content, **changes}, folder / "checkpoint.pt")
+
+
+def test_a_checkpoint_without_later_options_means_their_defaults(tmp_path: Path) -> None:
+    how = Training(epochs=2)
+    train_(points(), blobs(), how, folder=tmp_path)
+    later = ("halve_every", "drop_last", "shuffle")
+    altered(tmp_path, how={name: value for name, value in asdict(how).items() if name not in later})
+    train_(points(), blobs(), how, folder=tmp_path, on_epoch=lambda i, e: pytest.fail("it was run again"))
+    with pytest.raises(FolderError, match="other data or options"):
+        train_(points(), blobs(), replace(how, drop_last=False), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"optimizer": {}}, "damaged"),
+        ({"epochs": 3}, "damaged"),
+        ({"how": {"epochs": -1}}, "damaged"),
+        ({"best_weights": {"0.weight": torch.zeros(1)}}, "another network"),
+    ],
+)
+def test_a_damaged_checkpoint_changes_nothing(changes: dict, match: str, tmp_path: Path) -> None:
+    train_(points(), blobs(), Training(epochs=1), folder=tmp_path)
+    altered(tmp_path, **changes)
+    model = points()
+    before = state(model)
+    with pytest.raises(FolderError, match=match):
+        train_(model, blobs(), Training(epochs=1), folder=tmp_path)
+    assert same(state(model), before)
 
 
 def test_it_stops_early_and_keeps_the_best_weights() -> None:
@@ -250,6 +349,16 @@ def test_only_what_was_asked_for_is_trained(kind: str) -> None:
         assert history.trained == sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
 
 
+def test_what_is_frozen_stays_and_what_is_not_is_trained() -> None:
+    model = image_network()
+    model.conv1.weight.requires_grad_(False)
+    before = state(model)
+    train_(model, pictures(), Training(epochs=1, batch_size=8, lr=0.01, trainable="unfrozen"))
+    changed = {name for name, value in model.named_parameters() if not torch.equal(before[name], value)}
+    assert changed == {name for name, _ in model.named_parameters()} - {"conv1.weight"}
+    assert not model.conv1.weight.requires_grad
+
+
 def test_a_low_rank_change_has_its_rank_and_counts() -> None:
     model = nn.Conv2d(5, 9, 3, bias=False)
     before = model.weight.detach().clone()
@@ -278,7 +387,7 @@ def layer_in(layer: nn.Module) -> nn.Module:
 
 
 def test_nothing_to_train_and_unknown_kinds_say_so() -> None:
-    with pytest.raises(ModelError, match="has no norms to train"):
+    with pytest.raises(ModelError, match="has no parameters of the kind norms to train"):
         train_(nn.Linear(4, 3), blobs(), Training(trainable="norms"))
     with pytest.raises(ValueError, match="unknown kind of parameters 'biasses'.*'biases'"):
         Training(trainable="biasses")
@@ -438,6 +547,8 @@ def test_smoothed_labels() -> None:
         ({"precision": "int8"}, "unknown precision"),
         ({"warmup": 1.0}, "warmup"),
         ({"patience": 0}, "patience: expected at least 1"),
+        ({"halve_every": 0}, "halve_every: expected at least 1, got 0"),
+        ({"shuffle": "streams"}, "unknown shuffle 'streams'"),
     ],
 )
 def test_bad_options_say_so(options, match) -> None:

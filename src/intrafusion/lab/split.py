@@ -24,8 +24,7 @@ from intrafusion.pipeline import apply, inspect
 from intrafusion.planning import decide
 from intrafusion.progress import Progress
 from intrafusion.recipe import Recipe
-from intrafusion.train import History, Training, train_
-from intrafusion.train.loop import Labelled
+from intrafusion.train import History, Labelled, Training, train_
 
 SCHEDULES = ("fap", "paf", "whole")
 PAPER = Training(epochs=10, optimizer="sgd", lr=0.01, warmup=0.0, decay="halving")  # batch 128, lr 0.01 * 0.5^(e // 30)

@@ -2,9 +2,10 @@
 
 from intrafusion.train.adapters import KINDS, adapted
 from intrafusion.train.blocks import merges_of, reconstruct_
-from intrafusion.train.loop import Epoch, History, Training, train_
+from intrafusion.train.loop import train_
 from intrafusion.train.masks import apply_masks_, load_masks, masks_of, save_masks
 from intrafusion.train.objectives import Block, Distillation, Labels, Objective
+from intrafusion.train.training import Epoch, History, Labelled, Training
 
 __all__ = [
     "KINDS",
@@ -12,6 +13,7 @@ __all__ = [
     "Distillation",
     "Epoch",
     "History",
+    "Labelled",
     "Labels",
     "Objective",
     "Training",

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from intrafusion.errors import ModelError, unknown_name
 
-KINDS = ("full", "biases", "norms", "head", "lora")
+KINDS = ("full", "unfrozen", "biases", "norms", "head", "lora")
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -86,8 +86,8 @@ def adapted(
     Parameters keep their identity and their requires_grad; shapes and the code of the network are unchanged.
 
     Args:
-        trainable: of "full", "biases", "norms", "head" (the last layer) and "lora" (a low-rank change of every
-            convolution and linear layer), one, or several joined by "+".
+        trainable: of "full", "unfrozen" (what requires a gradient already), "biases", "norms", "head" (the last layer)
+            and "lora" (a low-rank change of every convolution and linear layer), one, or several joined by "+".
         rank: of the low-rank changes, at most the rank of the layer.
         alpha: a change counts alpha / rank.
         masks: entries of weights that may be other than zero, by name; the others stay zero.
@@ -99,8 +99,8 @@ def adapted(
     kinds = kinds_of(trainable)
     check_masks(model, masks or {})
     flags = {p: p.requires_grad for p in model.parameters()}
-    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
-    chosen = {name for name in names if wanted(model, name, kinds, within)}
+    floating = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    chosen = {name for name, p in floating.items() if wanted(model, name, p, kinds, within)}
     parts: list[nn.Module] = []
     try:
         for name, parameter in model.named_parameters():
@@ -121,7 +121,7 @@ def adapted(
                 parts.append(layer)
         if not trained:
             where = repr(within) if within else "the network"
-            raise ModelError(f"train: {where} has no {' or '.join(kinds)} to train.")
+            raise ModelError(f"train: {where} has no parameters of the kind {' or '.join(kinds)} to train.")
         yield trained
     finally:
         for layer in parts:
@@ -130,12 +130,13 @@ def adapted(
             parameter.requires_grad_(flag)
 
 
-def wanted(model: nn.Module, name: str, kinds: Sequence[str], within: str) -> bool:
+def wanted(model: nn.Module, name: str, parameter: nn.Parameter, kinds: Sequence[str], within: str) -> bool:
     owner, _, own = name.rpartition(".")
     if within and owner != within and not owner.startswith(f"{within}."):
         return False
     return (
         "full" in kinds
+        or ("unfrozen" in kinds and parameter.requires_grad)
         or ("biases" in kinds and "bias" in own)
         or ("norms" in kinds and isinstance(model.get_submodule(owner), NORMS))
         or ("head" in kinds and owner == head_of(model))

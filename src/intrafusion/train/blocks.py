@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph
 from intrafusion.plan import Plan
-from intrafusion.train.loop import History, Training, train_
+from intrafusion.train.loop import train_
 from intrafusion.train.objectives import Block
+from intrafusion.train.training import History, Training
 
 
 @dataclass(frozen=True, eq=False)

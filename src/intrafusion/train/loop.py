@@ -1,146 +1,32 @@
-"""The training loop on Hugging Face Accelerate: seeded, resumable after any epoch, with early stopping."""
+"""The one training loop: seeded, resumable after any epoch, with early stopping.
+
+`train_` puts the network into the state to train in, `_Run` goes from epoch to epoch and from update to update.
+"""
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from intrafusion.errors import FolderError, IntrafusionError, unknown_name
-from intrafusion.io.atomic import atomic_file
+from intrafusion.errors import IntrafusionError
 from intrafusion.measure.accuracy import accuracy
-from intrafusion.train.adapters import adapted, kinds_of
+from intrafusion.train.accelerator import find_accelerator
+from intrafusion.train.adapters import adapted
+from intrafusion.train.checkpoint import Course, clone_tensors, put_tensors_, resume_, write_checkpoint
 from intrafusion.train.objectives import Labels, Objective
+from intrafusion.train.training import Epoch, History, Labelled, Training
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float, float], Optimizer]] = {
-    "adamw": lambda parameters, lr, decay: AdamW(parameters, lr, weight_decay=decay),
-    "sgd": lambda parameters, lr, decay: SGD(parameters, lr, momentum=0.9, weight_decay=decay),
-}
-DECAYS: dict[str, Callable[[float, float], float]] = {
-    "linear": lambda done, epoch: 1 - done,
-    "cosine": lambda done, epoch: (1 + math.cos(math.pi * done)) / 2,
-    "constant": lambda done, epoch: 1.0,
-    "halving": lambda done, epoch: 0.5 ** (epoch // 30),  # Theus et al. 2024, fine-tuning
-}
-CHECKPOINT = "checkpoint.pt"
-
-
-class Labelled(Protocol):
-    """Images (k, ...) and their class numbers (k,), such as `zoo.Images`."""
-
-    @property
-    def images(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a network is trained.
-
-    Attributes:
-        epochs: passes over the data.
-        steps: stop after this many updates, whatever is left of the epochs; None for all.
-        batch_size: images per update.
-        optimizer: "adamw", or "sgd" with momentum 0.9.
-        lr: largest learning rate.
-        weight_decay: of the optimizer.
-        warmup: fraction of all updates over which the rate rises from 0.
-        decay: of the rate after that: "linear" or "cosine" to 0, "constant", or "halving" every 30 epochs.
-        trainable: "full", "biases", "norms", "head", "lora", or several joined by "+".
-        rank: of the low-rank changes, and
-        alpha: their weight, alpha / rank.
-        accumulate: parts into which each batch is cut to save memory; the update is that of the whole batch.
-        precision: "no", "bf16" or "fp16": of the forward pass.
-        patience: stop when the validation accuracy has not risen for this many epochs; None for never.
-        clip: largest norm of the gradient; None for any.
-        seed: of the order of images, of dropout and of low-rank changes.
-    """
-
-    epochs: int = 10
-    steps: int | None = None
-    batch_size: int = 128
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.1
-    decay: str = "linear"
-    trainable: str = "full"
-    rank: int = 32
-    alpha: float = 16.0
-    accumulate: int = 1
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    patience: int | None = None
-    clip: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        kinds_of(self.trainable)
-        for kind, name, valid in (("optimizer", self.optimizer, OPTIMIZERS), ("decay", self.decay, DECAYS)):
-            if name not in valid:
-                raise ValueError(unknown_name(kind, name, valid))
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(unknown_name("precision", self.precision, ("no", "bf16", "fp16")))
-        least = {"epochs": self.epochs, "batch_size": self.batch_size, "accumulate": self.accumulate, "rank": self.rank}
-        least |= {} if self.patience is None else {"patience": self.patience}
-        least |= {} if self.steps is None else {"steps": self.steps}
-        for name, value in least.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value!r}.")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup: expected a fraction in [0, 1), got {self.warmup!r}.")
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass: mean loss, learning rate at its end, seconds it took, and validation accuracy in [0, 1] if measured."""
-
-    loss: float
-    lr: float
-    seconds: float
-    validation: float | None = None
-
-
-@dataclass(frozen=True)
-class History:
-    """What a training did.
-
-    Attributes:
-        epochs: in order, those before an interruption included.
-        trained: number of values that were trained, adapters included.
-        steps: updates made.
-        best: index of the epoch whose weights the network has now; the last one without validation.
-    """
-
-    epochs: tuple[Epoch, ...]
-    trained: int
-    steps: int
-    best: int
-
-    @property
-    def seconds(self) -> float:
-        return sum(epoch.seconds for epoch in self.epochs)
-
-
-@dataclass(eq=False)
-class State:
-    """Everything that a resumed training needs."""
-
-    epoch: int = 0
-    steps: int = 0
-    epochs: list[Epoch] = field(default_factory=list)
-    best: int = 0
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def train_(
@@ -177,202 +63,204 @@ def train_(
         ValueError: no images, or patience without validation images.
         ModelError: nothing to train, labels that are missing, or masks that do not fit.
         FolderError: a checkpoint of another training.
-        IntrafusionError: the loss is NaN.
+        IntrafusionError: the loss is NaN, or Accelerate is needed and not installed.
     """
-    how, objective = how or Training(), objective or Labels()
+    how = how or Training()
+    _check_data(data, how, validation)
+    options = {"rank": how.rank, "alpha": how.alpha, "masks": masks, "within": within, "seed": how.seed}
+    with _modes_kept(model), _random_state_kept(model), adapted(model, how.trainable, **options) as trained:
+        accelerator = find_accelerator(how.precision)
+        objective = objective or Labels()
+        run = _Run(model, data, how, objective, validation, penalty, augment, within, trained, accelerator)
+        return run.go(None if folder is None else Path(folder), on_epoch or (lambda index, epoch: None))
+
+
+def _check_data(data: Labelled, how: Training, validation: Labelled | None) -> None:
     if not len(data.images) or len(data.images) != len(data.labels):
         raise ValueError(f"expected one label per image, got {len(data.images)} images, {len(data.labels)} labels.")
     if how.patience is not None and validation is None:
         raise ValueError("patience: stopping early needs validation images; give some, out of the training set.")
-    accelerator = accelerator_for(how)
-    options = {"rank": how.rank, "alpha": how.alpha, "masks": masks, "within": within, "seed": how.seed}
-    with modes_kept(model), random_state_kept(model), adapted(model, how.trainable, **options) as trained:
-        run = Run(model, data, how, objective, validation, penalty, augment, within, trained, accelerator)
-        if folder is not None:
-            run.resume(Path(folder))
-        while not run.finished():
-            epoch = run.epoch()
-            if folder is not None and accelerator.is_main_process:
-                run.keep(Path(folder))
-            if on_epoch is not None:
-                on_epoch(len(run.state.epochs) - 1, epoch)
-        return run.history()
 
 
-class Run:
+@dataclass(eq=False)
+class _Run:
     """One training under way."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Labelled,
-        how: Training,
-        objective: Objective,
-        validation: Labelled | None,
-        penalty: Callable[[nn.Module], Tensor] | None,
-        augment: Augment | None,
-        within: str,
-        trained: list[nn.Parameter],
-        accelerator: Any,
-    ) -> None:
-        self.model, self.data, self.how, self.objective = model, data, how, objective
-        self.validation, self.penalty, self.augment, self.within = validation, penalty, augment, within
-        self.trained, self.accelerator, self.state = trained, accelerator, State()
-        self.per_epoch = max(1, len(data.images) // how.batch_size)
-        self.total = min(how.epochs * self.per_epoch, how.steps or math.inf)
-        if accelerator.num_processes > 1:
-            model.to(accelerator.device)
-        self.device = trained[0].device
-        self.optimizer = OPTIMIZERS[how.optimizer](trained, how.lr, how.weight_decay)
-        self.called = model
-        if accelerator.num_processes > 1:
-            self.called = accelerator.prepare(model)
-        self.stepper = accelerator.prepare_optimizer(self.optimizer)
+    model: nn.Module
+    data: Labelled
+    how: Training
+    objective: Objective
+    validation: Labelled | None
+    penalty: Callable[[nn.Module], Tensor] | None
+    augment: Augment | None
+    within: str
+    trained: list[nn.Parameter]
+    accelerator: Any
+    course: Course = field(default_factory=Course)
 
-    def finished(self) -> bool:
-        state, patience = self.state, self.how.patience
-        out_of_patience = patience is not None and state.epoch - 1 - state.best >= patience
-        return state.steps >= self.total or (state.epoch > 0 and out_of_patience)
+    def __post_init__(self) -> None:
+        several = self.accelerator.num_processes > 1
+        if several:
+            self.model.to(self.accelerator.device)
+        self.optimizer: Optimizer = self.how.build_optimizer(self.trained)
+        self.called = self.accelerator.prepare(self.model) if several else self.model
+        self.stepper = self.accelerator.prepare_optimizer(self.optimizer)
 
-    def epoch(self) -> Epoch:
-        """One pass over the data; everything random in it depends on the seed and its number alone."""
-        start, state = time.perf_counter(), self.state
-        torch.manual_seed(self.how.seed * 1_000_003 + state.epoch)
-        generator = torch.Generator().manual_seed(self.how.seed * 1_000_003 + state.epoch)
-        set_mode_(self.model, self.within)
-        order = torch.randperm(len(self.data.images), generator=generator)
-        losses = []
-        for chosen in order.split(self.how.batch_size)[: min(self.per_epoch, int(self.total - state.steps))]:
-            losses.append(self.update(chosen, generator))
-        state.epoch += 1
+    # ---- from epoch to epoch ----------------------------------------------------------------------------------------
+
+    def go(self, folder: Path | None, on_epoch: Callable[[int, Epoch], None]) -> History:
+        if folder is not None:
+            self.resume(folder)
+        while not self.is_finished():
+            epoch = self.run_epoch()
+            if folder is not None and self.accelerator.is_main_process:
+                write_checkpoint(folder, self.how, len(self.data.images), self.tensors, self.optimizer, self.course)
+            on_epoch(len(self.course.epochs) - 1, epoch)
+        return self.finish()
+
+    def resume(self, folder: Path) -> None:
+        found = resume_(folder, self.how, len(self.data.images), self.tensors, self.optimizer)
+        self.course = found or self.course
+
+    def is_finished(self) -> bool:
+        course, patience = self.course, self.how.patience
+        waited = len(course.epochs) - 1 - course.best
+        return course.steps >= self.total or (bool(course.epochs) and patience is not None and waited >= patience)
+
+    def run_epoch(self) -> Epoch:
+        start = time.perf_counter()
+        loss = self.pass_over_data()
         validation = None
         if self.validation is not None:
             validation = accuracy(self.model, self.validation.images, self.validation.labels)
-        rate = self.rate(max(0, state.steps - 1))
-        epoch = Epoch(sum(losses) / len(losses), rate, time.perf_counter() - start, validation)
-        state.epochs.append(epoch)
-        best = state.epochs[state.best].validation
-        if validation is not None and (len(state.epochs) == 1 or best is None or validation > best):
-            state.best, state.best_weights = state.epoch - 1, clone(self.tensors())
-        elif validation is None:
-            state.best = state.epoch - 1
+        epoch = Epoch(loss, self.find_rate(self.course.steps - 1), time.perf_counter() - start, validation)
+        self.note(epoch)
         return epoch
+
+    def note(self, epoch: Epoch) -> None:
+        """Add an epoch that is done; the best is the first of those with the highest validation, or else the last."""
+        course = self.course
+        course.epochs.append(epoch)
+        best = course.epochs[course.best].validation
+        if epoch.validation is None:
+            course.best = len(course.epochs) - 1
+        elif len(course.epochs) == 1 or best is None or epoch.validation > best:
+            course.best, course.best_weights = len(course.epochs) - 1, clone_tensors(self.tensors)
+
+    def finish(self) -> History:
+        """Take the best weights."""
+        course = self.course
+        if course.best_weights:
+            put_tensors_(self.tensors, course.best_weights)
+        return History(tuple(course.epochs), sum(p.numel() for p in self.trained), course.steps, course.best)
+
+    # ---- from update to update --------------------------------------------------------------------------------------
+
+    def pass_over_data(self) -> float:
+        """Mean loss; everything random in a pass depends on the seed and the number of the epoch alone."""
+        torch.manual_seed(_seed_of(self.how, len(self.course.epochs)))
+        _set_mode_(self.model, self.within)
+        order, generator = _draw_order(self.how, len(self.course.epochs), len(self.data.images))
+        chosen = _split_batches(order, self.how)[: self.total - self.course.steps]
+        losses = [self.update(batch, generator) for batch in chosen]
+        return sum(losses) / len(losses)
 
     def update(self, chosen: Tensor, generator: torch.Generator) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.state.steps)
-        images, labels = self.data.images[chosen], self.data.labels[chosen]
-        if self.augment is not None:
-            images = self.augment(images, generator)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        images, labels = images[rank::world], labels[rank::world]
-        total = 0.0
-        for part, own in zip(parts(images, self.how.accumulate), parts(labels, self.how.accumulate), strict=True):
-            share = len(own) / len(labels)
-            part = part.to(self.device, self.dtype if part.is_floating_point() else None)
-            with self.accelerator.autocast():
-                loss = self.objective(self.called, part, own.to(self.device)) * share
-                if self.penalty is not None:
-                    loss = loss + self.penalty(self.model).to(loss) * share
-            if not bool(torch.isfinite(loss)):
-                raise IntrafusionError(
-                    f"train: the loss is {loss.item()} after {self.state.steps} updates; lower lr (now {self.how.lr})."
-                )
-            self.accelerator.backward(loss)
-            total += float(loss.detach())
+            group["lr"] = self.find_rate(self.course.steps)
+        self.stepper.zero_grad()  # of what was there before the training too
+        loss = self.add_gradients(*self.take(chosen, generator))
         if self.how.clip is not None:
             self.accelerator.clip_grad_norm_(self.trained, self.how.clip)
         self.stepper.step()
         self.stepper.zero_grad()
-        self.state.steps += 1
+        self.course.steps += 1
+        return loss
+
+    def take(self, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The images of a batch, augmented, and their labels: this process's share."""
+        images, labels = self.data.images[chosen], self.data.labels[chosen]
+        if self.augment is not None:
+            images = self.augment(images, generator)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return images[rank::world], labels[rank::world]
+
+    def add_gradients(self, images: Tensor, labels: Tensor) -> float:
+        """Of the mean loss of a batch, part by part."""
+        total, count = 0.0, self.how.accumulate
+        for part, own in zip(_cut(images, count), _cut(labels, count), strict=True):
+            loss = self.find_loss(part, own, len(own) / len(labels))
+            self.accelerator.backward(loss)
+            total += float(loss.detach())
         return total
 
+    def find_loss(self, images: Tensor, labels: Tensor, share: float) -> Tensor:
+        first = self.trained[0]
+        images = images.to(first.device, first.dtype if images.is_floating_point() else None)
+        with self.accelerator.autocast():
+            loss = self.objective(self.called, images, labels.to(first.device)) * share
+            if self.penalty is not None:
+                loss = loss + self.penalty(self.model).to(loss) * share
+        if not bool(torch.isfinite(loss)):
+            raise IntrafusionError(
+                f"train: the loss is {loss.item()} after {self.course.steps} updates; lower lr (now {self.how.lr})."
+            )
+        return loss
+
+    # ---- what it knows ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def per_epoch(self) -> int:
+        return len(_split_batches(torch.arange(len(self.data.images)), self.how))
+
+    @cached_property
+    def total(self) -> int:
+        """Updates in all."""
+        updates = self.how.epochs * self.per_epoch
+        return updates if self.how.steps is None else min(updates, self.how.steps)
+
+    def find_rate(self, step: int) -> float:
+        return self.how.find_rate(step, self.total, self.per_epoch)
+
     @property
-    def dtype(self) -> torch.dtype:
-        return self.trained[0].dtype
-
-    def rate(self, step: int) -> float:
-        """Learning rate of an update: a linear rise, then the decay."""
-        rise = round(self.how.warmup * self.total)
-        if step < rise:
-            return self.how.lr * (step + 1) / rise
-        done = (step - rise) / max(1, self.total - rise)
-        return self.how.lr * DECAYS[self.how.decay](done, step / self.per_epoch)
-
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes: parameters, adapters and buffers."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
-    def keep(self, folder: Path) -> None:
-        """Write a checkpoint that needs no code to be read."""
-        state = self.state
-        content = {
-            "how": asdict(self.how),
-            "images": len(self.data.images),
-            "tensors": clone(self.tensors()),
-            "optimizer": self.optimizer.state_dict(),
-            "steps": state.steps,
-            "epochs": [asdict(epoch) for epoch in state.epochs],
-            "best": state.best,
-            "best_weights": state.best_weights,
-        }
-        with atomic_file(folder / CHECKPOINT) as path:
-            torch.save(content, path)
 
-    def resume(self, folder: Path) -> None:
-        path = folder / CHECKPOINT
-        if not path.is_file():
-            return
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            made_with, count = content["how"], content["images"]
-        except Exception as error:
-            raise FolderError(f"{path}: damaged, or no checkpoint of a training ({error}); remove it.") from error
-        if (made_with, count) != (asdict(self.how), len(self.data.images)):
-            raise FolderError(
-                f"{path}: is of a training with other data or options; remove it, or choose another folder."
-            )
-        put_(self.tensors(), content["tensors"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        epochs = [Epoch(**epoch) for epoch in content["epochs"]]
-        self.state = State(len(epochs), content["steps"], epochs, content["best"], content["best_weights"])
-
-    def history(self) -> History:
-        state = self.state
-        if state.best_weights:
-            put_(self.tensors(), state.best_weights, Path(CHECKPOINT))
-        trained = sum(p.numel() for p in self.trained)
-        return History(tuple(state.epochs), trained, state.steps, state.best)
+# ---- order of the images --------------------------------------------------------------------------------------------
 
 
-def accelerator_for(how: Training) -> Any:
-    """An Accelerator for this precision; Accelerate keeps the one of an earlier training in global state."""
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise IntrafusionError("training needs Accelerate: pip install 'intrafusion[train]'.") from error
-    AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=how.precision)
+def _seed_of(how: Training, epoch: int) -> int:
+    return how.seed * 1_000_003 + epoch
 
 
-def parts(x: Tensor, count: int) -> Sequence[Tensor]:
+def _draw_order(how: Training, epoch: int, count: int) -> tuple[Tensor, torch.Generator]:
+    """Order of `count` images (count,) in an epoch, and where the other random numbers of its batches come from."""
+    if how.shuffle == "epoch":
+        generator = torch.Generator().manual_seed(_seed_of(how, epoch))
+    else:
+        generator = torch.Generator().manual_seed(how.seed)
+        for _ in range(epoch):  # replayed, so that a resumed training goes on in the same stream
+            torch.randperm(count, generator=generator)
+    return torch.randperm(count, generator=generator), generator
+
+
+def _split_batches(order: Tensor, how: Training) -> Sequence[Tensor]:
+    batches = order.split(how.batch_size)
+    if how.drop_last:
+        return batches[: max(1, len(order) // how.batch_size)]
+    return [batch for batch in batches if len(batch) > 1] or batches
+
+
+def _cut(x: Tensor, count: int) -> Sequence[Tensor]:
     return x.tensor_split(min(count, len(x)))
 
 
-def clone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+# ---- how the network is found and left ------------------------------------------------------------------------------
 
 
-def put_(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
-    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in saved.items()}:
-        raise FolderError(f"{path}: is of another network; remove it, or choose another folder.")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
-
-
-def set_mode_(model: nn.Module, within: str) -> None:
+def _set_mode_(model: nn.Module, within: str) -> None:
     if within:
         model.eval()
         model.get_submodule(within).train()
@@ -381,7 +269,7 @@ def set_mode_(model: nn.Module, within: str) -> None:
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
+def _modes_kept(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -391,7 +279,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
         yield

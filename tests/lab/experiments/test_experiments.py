@@ -140,13 +140,14 @@ def test_fine_tune_reduces_in_steps_and_trains(digits, tmp_path):
 
 
 def test_training_is_plain_sgd_with_a_rate_that_halves(digits):
-    from intrafusion.lab.experiments.fine_tune import train_
+    from intrafusion.lab.experiments.fine_tune import choose_training
+    from intrafusion.train import train_
 
     data = zoo.load_data("digits_resnet", "train", limit=8)
     schedule = {"lr": 0.1, "halve_every": 2, "batch": 8}
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
     weight, bias = (p.detach().clone() for p in model.parameters())
-    losses = list(train_(model, data, 5, schedule, 0))
+    losses = [epoch.loss for epoch in train_(model, data, choose_training(schedule, 5, 0)).epochs]
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
     x, target = data.images.flatten(1), torch.nn.functional.one_hot(data.labels, 10).float()
     for epoch, loss in enumerate(losses):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from intrafusion.compressed import Compressed
@@ -17,7 +15,7 @@ from intrafusion.lab.experiments.method import ORIGINAL
 from intrafusion.lab.experiments.reduction import measure_reduction as measure_once
 from intrafusion.lab.experiments.reduction import recipe_of, reduction_settings
 from intrafusion.lab.experiments.subject import WHOLE, Subject, select_groups
-from intrafusion.lab.zoo import Images
+from intrafusion.train import Epoch, Training, train_
 
 SCHEDULE = ("steps", "step_epochs", "epochs", "lr", "halve_every", "batch")
 
@@ -41,8 +39,11 @@ def measure(subject: Subject, setting: dict[str, Any]) -> dict[str, Any]:
         note(stages, subject, model, f"step {step}: reduced", 0)
         last = step == setting["steps"]
         epochs = setting["epochs"] if last else setting["step_epochs"]
-        for _ in train_(model, subject.training(), epochs, setting, setting["seed"] + step):
-            note(stages, subject, model, "fine-tuned" if last else f"step {step}: trained", 1)
+        stage = "fine-tuned" if last else f"step {step}: trained"
+        if epochs:
+            noted = partial(_note_epoch, stages, subject, model, stage)
+            how = choose_training(setting, epochs, setting["seed"] + step)
+            train_(model, subject.training(), how, on_epoch=noted)
         current = replace(subject, model=model)
     assert small is not None
     reduced = next(s for s in reversed(stages) if s["stage"].endswith("reduced"))
@@ -62,6 +63,12 @@ def note(stages: list[dict[str, Any]], subject: Subject, model: nn.Module, stage
     stages.append({"stage": stage, "epoch": stages[-1]["epoch"] + epochs, "accuracy": subject.accuracy(model)})
 
 
+def _note_epoch(
+    stages: list[dict[str, Any]], subject: Subject, model: nn.Module, stage: str, index: int, epoch: Epoch
+) -> None:
+    note(stages, subject, model, stage, 1)
+
+
 def shrunk(first: Subject, current: Subject, setting: dict[str, Any], part: float) -> Compressed:
     """The current network with this part of all that is to go gone, measured on the first one's sizes."""
     recipe = recipe_of(first, {**setting, "keep": 1 - (1 - setting["keep"]) * part})
@@ -72,38 +79,24 @@ def shrunk(first: Subject, current: Subject, setting: dict[str, Any], part: floa
     return current.reduced(replace(recipe, keep={name: min(1.0, share) for name, share in wanted.items()}))
 
 
-def train_(model: nn.Module, data: Images, epochs: int, schedule: dict[str, Any], seed: int) -> Iterator[float]:
-    """Train in place, giving back the mean loss after each epoch: SGD with momentum 0.9, the rate halved in steps.
-
-    Each epoch takes the images in a new random order, without augmentation.
+def choose_training(setting: dict[str, Any], epochs: int, seed: int) -> Training:
+    """SGD with momentum 0.9, the rate halved in steps, without augmentation.
 
     Reference: Theus et al. 2024, section 5.2 (lr 0.01, halved every 30 epochs, batch 128).
     """
-    stepper = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=schedule["lr"], momentum=0.9)
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        for group in stepper.param_groups:
-            group["lr"] = schedule["lr"] * 0.5 ** (epoch // schedule["halve_every"])
-        yield epoch_(model, data, schedule["batch"], stepper, generator)
-
-
-def epoch_(
-    model: nn.Module, data: Images, size: int, stepper: torch.optim.Optimizer, generator: torch.Generator
-) -> float:
-    reference, total = next(model.parameters()), 0.0
-    modes = copy.copy({module: module.training for module in model.modules()})
-    model.train()
-    chosen = torch.randperm(len(data), generator=generator).split(size)
-    chosen = [part for part in chosen if len(part) > 1] or list(chosen)  # a batch norm cannot train on a single image
-    for part in chosen:
-        loss = F.cross_entropy(model(data.images[part].to(reference)), data.labels[part].to(reference.device))
-        stepper.zero_grad()
-        loss.backward()
-        stepper.step()
-        total += loss.item()
-    for module, training in modes.items():
-        module.training = training
-    return total / len(chosen)
+    return Training(
+        epochs=epochs,
+        batch_size=setting["batch"],
+        optimizer="sgd",
+        lr=setting["lr"],
+        warmup=0.0,
+        decay="halving",
+        halve_every=setting["halve_every"],
+        trainable="unfrozen",
+        drop_last=False,
+        shuffle="stream",
+        seed=seed,
+    )
 
 
 FINE_TUNE = Experiment(

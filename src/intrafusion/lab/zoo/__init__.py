@@ -1,4 +1,4 @@
-"""Networks, data sets and the training loop that benchmarks, examples and the demo run on."""
+"""Networks and data sets that benchmarks, examples and the demo run on."""
 
 from intrafusion.lab.zoo.cifar import fetch_cifar, load_cifar
 from intrafusion.lab.zoo.data import load_data
@@ -6,7 +6,7 @@ from intrafusion.lab.zoo.download import download
 from intrafusion.lab.zoo.folder import ImageFolder, open_folder
 from intrafusion.lab.zoo.images import Images, Normalisation
 from intrafusion.lab.zoo.registry import Entry, build, entry, example_input, names
-from intrafusion.lab.zoo.train import train_, trained_digits
+from intrafusion.lab.zoo.train import trained_digits
 
 __all__ = [
     "Entry",
@@ -22,6 +22,5 @@ __all__ = [
     "load_data",
     "names",
     "open_folder",
-    "train_",
     "trained_digits",
 ]

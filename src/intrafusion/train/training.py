@@ -1,0 +1,148 @@
+"""What a training is told and what it tells: its hyper-parameters, its data, the course of its epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from intrafusion.errors import unknown_name
+from intrafusion.train.adapters import kinds_of
+
+_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float, float], Optimizer]] = {
+    "adamw": lambda parameters, lr, decay: AdamW(parameters, lr, weight_decay=decay),
+    "adam": lambda parameters, lr, decay: Adam(parameters, lr, weight_decay=decay),
+    "sgd": lambda parameters, lr, decay: SGD(parameters, lr, momentum=0.9, weight_decay=decay),
+    "nesterov": lambda parameters, lr, decay: SGD(parameters, lr, momentum=0.9, nesterov=True, weight_decay=decay),
+}
+_DECAYS: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda done, halvings: 1 - done,
+    "cosine": lambda done, halvings: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done, halvings: 1.0,
+    "halving": lambda done, halvings: 0.5**halvings,
+}
+
+
+class Labelled(Protocol):
+    """Images (k, ...) and their class numbers (k,), such as `zoo.Images`."""
+
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained.
+
+    Attributes:
+        epochs: passes over the data.
+        steps: stop after this many updates, whatever is left of the epochs; None for all.
+        batch_size: images per update.
+        optimizer: "adamw", "adam", "sgd" with momentum 0.9, or "nesterov", the same with Nesterov's momentum.
+        lr: largest learning rate.
+        weight_decay: of the optimizer.
+        warmup: fraction of all updates over which the rate rises from 0.
+        decay: of the rate after that: "linear" or "cosine" to 0, "constant", or "halving".
+        trainable: "full", "unfrozen" (what requires a gradient), "biases", "norms", "head", "lora", or several joined
+            by "+".
+        rank: of the low-rank changes, and
+        alpha: their weight, alpha / rank.
+        accumulate: parts into which each batch is cut to save memory; the update is that of the whole batch.
+        precision: "no", "bf16" or "fp16": of the forward pass.
+        patience: stop when the validation accuracy has not risen for this many epochs; None for never.
+        clip: largest norm of the gradient; None for any.
+        seed: of the order of images, of dropout and of low-rank changes.
+        halve_every: epochs between two halvings of the rate; 30 as in Theus et al. 2024, fine-tuning.
+        drop_last: leave out what does not fill a batch; else it is a batch too, unless it is a single image, from which
+            a batch norm has nothing to learn.
+        shuffle: "epoch" draws the order of each epoch from a seed of its own, "stream" all orders from one stream.
+    """
+
+    epochs: int = 10
+    steps: int | None = None
+    batch_size: int = 128
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.1
+    decay: str = "linear"
+    trainable: str = "full"
+    rank: int = 32
+    alpha: float = 16.0
+    accumulate: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    patience: int | None = None
+    clip: float | None = None
+    seed: int = 0
+    halve_every: int = 30
+    drop_last: bool = True
+    shuffle: Literal["epoch", "stream"] = "epoch"
+
+    def __post_init__(self) -> None:
+        kinds_of(self.trainable)
+        self._check_names()
+        self._check_counts()
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: expected a fraction in [0, 1), got {self.warmup!r}.")
+
+    def _check_names(self) -> None:
+        valid = {"optimizer": _OPTIMIZERS, "decay": _DECAYS}
+        valid |= {"precision": ("no", "bf16", "fp16"), "shuffle": ("epoch", "stream")}
+        for field, names in valid.items():
+            if getattr(self, field) not in names:
+                raise ValueError(unknown_name(field, getattr(self, field), names))
+
+    def _check_counts(self) -> None:
+        fields = ["epochs", "batch_size", "accumulate", "rank", "halve_every"]
+        fields += [field for field in ("patience", "steps") if getattr(self, field) is not None]
+        for field in fields:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)!r}.")
+
+    def build_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        return _OPTIMIZERS[self.optimizer](parameters, self.lr, self.weight_decay)
+
+    def find_rate(self, step: int, total: int, per_epoch: int) -> float:
+        """Learning rate of update `step` out of `total`, counted from 0: a linear rise, then the decay."""
+        rise = round(self.warmup * total)
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        done = (step - rise) / max(1, total - rise)
+        return self.lr * _DECAYS[self.decay](done, step / per_epoch // self.halve_every)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass: mean loss, learning rate at its end, seconds it took, and validation accuracy in [0, 1] if measured."""
+
+    loss: float
+    lr: float
+    seconds: float
+    validation: float | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training did.
+
+    Attributes:
+        epochs: in order, those before an interruption included.
+        trained: number of values that were trained, adapters included.
+        steps: updates made.
+        best: index of the epoch whose weights the network has now; the last one without validation.
+    """
+
+    epochs: tuple[Epoch, ...]
+    trained: int
+    steps: int
+    best: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(epoch.seconds for epoch in self.epochs)
