@@ -20,8 +20,8 @@ from intrafusion.cli.show import print_json, print_table, say
 from intrafusion.errors import FolderError
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Cluster, Record, append_record
+from intrafusion.lab.experiments.split import PAPER, SCHEDULES, SplitResult, SplitTraining, records_of, split_train
 from intrafusion.lab.report.times import run_times_plot
-from intrafusion.lab.split import PAPER, SCHEDULES, SplitResult, SplitTraining, records_of, split_train
 from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 import intrafusion
 from intrafusion import IntrafusionError
 from intrafusion.lab import zoo
-from intrafusion.lab.split import DataPart, MemberTask, SplitTraining, records_of, split_train, subsets
+from intrafusion.lab.experiments.split import MemberTask, SplitTraining, records_of, split_train, subsets
+from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.train import Training
 
 SHORT = Training(epochs=2, batch_size=10, optimizer="sgd", lr=0.05, warmup=0.0, decay="constant")
 
 
-def points(count: int, seed: int = 0) -> DataPart:
+def points(count: int, seed: int = 0) -> Images:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
-    return DataPart(torch.randn(count, 4, generator=generator) + 3 * nn.functional.one_hot(labels, 4), labels)
+    return Images(torch.randn(count, 4, generator=generator) + 3 * nn.functional.one_hot(labels, 4), labels)
 
 
 def network(seed: int) -> nn.Module:
@@ -109,7 +110,7 @@ def test_members_see_their_own_half_only() -> None:
     data.labels[halves[1]] = (data.labels[halves[1]] + 1) % 3
     how = Training(epochs=10, batch_size=10, lr=0.01)
     for index, half in enumerate(halves):
-        validation = DataPart(checked.images, (checked.labels + index) % 3)
+        validation = Images(checked.images, (checked.labels + index) % 3)
         task = MemberTask([network(0), network(1)], data, validation, how, halves, None, 0)
         model = network(0)
         model.load_state_dict(task(index)[0])

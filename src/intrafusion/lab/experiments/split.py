@@ -18,6 +18,7 @@ from intrafusion.compressed import Compressed
 from intrafusion.errors import IntrafusionError, unknown_name
 from intrafusion.fusion import fuse
 from intrafusion.lab.bench.cluster import Cluster
+from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.network.inputs import ExampleInputs
 from intrafusion.pipeline import apply, inspect
@@ -112,14 +113,6 @@ class SplitResult:
     @property
     def longest_s(self) -> float:
         return sum(phase.longest_s for phase in self.phases)
-
-
-@dataclass(frozen=True, eq=False)
-class DataPart:
-    """Some of the images."""
-
-    images: Tensor
-    labels: Tensor
 
 
 def subsets(count: int, folds: int, seed: int = 0) -> list[Tensor]:
@@ -226,7 +219,7 @@ class Runner:
         """Train each network on its part of the data, or on all of it; where there are several, on the cluster."""
         start = time.perf_counter()
         folder = None if self.folder is None else self.folder / name.replace(" ", "-")
-        data = DataPart(self.data.images, self.data.labels), DataPart(self.validation.images, self.validation.labels)
+        data = Images(self.data.images, self.data.labels), Images(self.validation.images, self.validation.labels)
         task = MemberTask(models, data[0], data[1], how, parts, folder, self.how.seed)
         cluster = self.cluster if len(models) > 1 else None
         found: dict[int, tuple[dict[str, Tensor], History]] = {}
@@ -289,8 +282,8 @@ class MemberTask:
     """Trains one of several networks on its part of the data: a task that travels to a worker."""
 
     models: Sequence[nn.Module]
-    data: DataPart
-    validation: DataPart
+    data: Images
+    validation: Images
     how: Training
     parts: Sequence[Tensor] | None
     folder: Path | None
@@ -299,7 +292,7 @@ class MemberTask:
     def __call__(self, index: int) -> tuple[dict[str, Tensor], History]:
         model, data = copy.deepcopy(self.models[index]), self.data
         if self.parts is not None:
-            data = DataPart(data.images[self.parts[index]], data.labels[self.parts[index]])
+            data = Images(data.images[self.parts[index]], data.labels[self.parts[index]])
         if torch.cuda.is_available():
             model = model.to(f"cuda:{index % torch.cuda.device_count()}")
         how = replace(self.how, seed=self.seed + index)
