@@ -23,9 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from intrafusion.errors import IntrafusionError
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Cluster, read_records, sweep
+from intrafusion.lab.bench.records import INNER, WHOLE
 from intrafusion.lab.experiments import Options, Subject
 from intrafusion.lab.experiments.reduction import measure_reduction, original_setting, reduction_settings
-from intrafusion.lab.experiments.subject import INNER, WHOLE, Measurement
+from intrafusion.lab.experiments.subject import Measurement
 from intrafusion.lab.zoo import Images
 from intrafusion.network.inputs import Inputs
 

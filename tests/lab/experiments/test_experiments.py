@@ -10,9 +10,9 @@ import torch
 import intrafusion
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import read_records
-from intrafusion.lab.bench.records import Record
+from intrafusion.lab.bench.records import INNER, WHOLE, Record
 from intrafusion.lab.experiments import EXPERIMENTS, Subject, get_experiment, run_experiment
-from intrafusion.lab.experiments.subject import INNER, WHOLE, fingerprint
+from intrafusion.lab.experiments.subject import fingerprint
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.drift import drift
 from intrafusion.recipe import Recipe

@@ -12,6 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# Words of settings, which experiments write and the report reads.
+ORIGINAL = "original"  # the method of the network as it was
+WHOLE, INNER = "whole network", "block-inner channels"  # scopes of more than one group
+
 PACKAGES = ("intrafusion", "torch", "numpy", "POT", "torch-pruning", "timm")
 
 

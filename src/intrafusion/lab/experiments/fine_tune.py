@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from intrafusion.compressed import Compressed
+from intrafusion.lab.bench.records import ORIGINAL, WHOLE
 from intrafusion.lab.experiments.experiment import Experiment, Options
-from intrafusion.lab.experiments.method import ORIGINAL
 from intrafusion.lab.experiments.reduction import measure_reduction as measure_once
 from intrafusion.lab.experiments.reduction import recipe_of, reduction_settings
-from intrafusion.lab.experiments.subject import WHOLE, Subject, select_groups
+from intrafusion.lab.experiments.subject import Subject, select_groups
 from intrafusion.train import Epoch, Training, train_
 
 SCHEDULE = ("steps", "step_epochs", "epochs", "lr", "halve_every", "batch")

@@ -10,10 +10,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from intrafusion.lab.bench.records import ORIGINAL, WHOLE
 from intrafusion.lab.experiments.experiment import Experiment, Options
-from intrafusion.lab.experiments.method import ORIGINAL
 from intrafusion.lab.experiments.reduction import reduce_subject, reduction_settings
-from intrafusion.lab.experiments.subject import WHOLE, Subject, select_groups
+from intrafusion.lab.experiments.subject import Subject, select_groups
 from intrafusion.measure.drift import output_rows
 from intrafusion.measure.landscape import Plane, copy_with_tensors, embed_network, fold_tensors, match_places
 

@@ -11,8 +11,6 @@ from intrafusion.errors import RecipeError
 from intrafusion.reduce import Reducer
 from intrafusion.registry import registry_of
 
-ORIGINAL = "original"
-
 
 @dataclass(frozen=True)
 class Method:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from intrafusion.lab.bench.records import ORIGINAL, WHOLE
 from intrafusion.lab.experiments.experiment import Experiment, Options
-from intrafusion.lab.experiments.method import ORIGINAL
 from intrafusion.lab.experiments.reduction import reduce_subject, reduction_settings
-from intrafusion.lab.experiments.subject import WHOLE, Subject, select_groups
+from intrafusion.lab.experiments.subject import Subject, select_groups
 from intrafusion.measure.drift import drift, histogram, output_rows
 
 BINS = 120

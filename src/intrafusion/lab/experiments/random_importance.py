@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from intrafusion.lab.bench.records import WHOLE
 from intrafusion.lab.experiments.experiment import Experiment, Options
 from intrafusion.lab.experiments.reduction import measure_reduction, reduction_settings
-from intrafusion.lab.experiments.subject import WHOLE, Subject, select_groups
+from intrafusion.lab.experiments.subject import Subject, select_groups
 
 
 def settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:

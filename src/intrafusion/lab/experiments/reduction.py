@@ -9,8 +9,9 @@ from typing import Any
 
 from intrafusion import importance
 from intrafusion.compressed import Compressed
+from intrafusion.lab.bench.records import ORIGINAL
 from intrafusion.lab.experiments.experiment import Options
-from intrafusion.lab.experiments.method import ORIGINAL, parse_method
+from intrafusion.lab.experiments.method import parse_method
 from intrafusion.lab.experiments.subject import Subject
 from intrafusion.recipe import Recipe
 

@@ -15,6 +15,7 @@ from intrafusion.compressed import Compressed
 from intrafusion.errors import unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.importance.observation import needs_of
+from intrafusion.lab.bench.records import INNER, WHOLE
 from intrafusion.lab.zoo import Images as LabelledImages
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.size import Size, size_of
@@ -27,7 +28,6 @@ from intrafusion.recipe import Recipe
 from intrafusion.restore import Calibration
 from intrafusion.restore.steps import calibration_for, restored
 
-WHOLE, INNER = "whole network", "block-inner channels"
 CALIBRATION = 256  # training images that criteria and restorers may look at
 
 

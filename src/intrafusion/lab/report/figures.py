@@ -8,11 +8,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from intrafusion.lab.bench.records import ORIGINAL
 from intrafusion.lab.report.records import (
     FUSED,
-    ORIGINAL,
     PRUNED,
-    WHOLE,
+    SCOPES,
     Measured,
     accuracy_records,
     criterion_label,
@@ -97,7 +97,7 @@ def curves(records: Iterable[Measured]) -> Figure | None:
             for against in AGAINST:
                 variants[network, group, by, against] = curve(part, before.get(network), against)
     text = "Test accuracy as channels go. The dashed line is the original network."
-    ordered = dict(sorted(variants.items(), key=lambda item: item[0][1] not in WHOLE))
+    ordered = dict(sorted(variants.items(), key=lambda item: item[0][1] not in SCOPES))
     return figure("curves", "Accuracy against size", text, ("Network", "Reduced", "Criterion", "Against"), ordered)
 
 
@@ -147,7 +147,7 @@ def size_shown(record: Measured, against: str) -> float:
 
 def gain_figure(records: Iterable[Measured]) -> Figure | None:
     """Where fusing helps: the gain over pruning for each group and keep."""
-    found = [r for r in reduction_records(latest_records(records)) if r.setting["group"] not in WHOLE]
+    found = [r for r in reduction_records(latest_records(records)) if r.setting["group"] not in SCOPES]
     variants = {}
     for (network, by), part in group_by(found, lambda r: (r.setting["network"], criterion_label(r))).items():
         mean = {

@@ -13,12 +13,13 @@ from typing import Any
 
 from intrafusion.errors import IntrafusionError
 from intrafusion.io.atomic import atomic_file
+from intrafusion.lab.bench.records import WHOLE
 from intrafusion.lab.report import figures as figures_of
 from intrafusion.lab.report.figures import Figure, Variant
 from intrafusion.lab.report.records import (
     FUSED,
     PRUNED,
-    WHOLE,
+    SCOPES,
     Cell,
     Measured,
     Table,
@@ -282,7 +283,7 @@ def best_gain(records: Iterable[Measured]) -> tuple[Measured, Measured] | None:
     found = [
         r for r in reduction_records(accuracy_records(records) or records) if r.setting["method"] in (PRUNED, FUSED)
     ]
-    whole = [r for r in found if r.setting["group"] in WHOLE]
+    whole = [r for r in found if r.setting["group"] in SCOPES]
     key = lambda r: (r.experiment, *sorted((k, str(v)) for k, v in r.setting.items() if k != "method"))  # noqa: E731
     pairs = [{r.setting["method"]: r for r in part} for part in group_by(whole or found, key).values()]
     both = [(p[PRUNED], p[FUSED]) for p in pairs if len(p) == 2]
@@ -295,7 +296,7 @@ def lead_of(records: Sequence[Measured]) -> str:
         return f"{len(latest_records(records)):,} measurements."
     pruned, fused = pair
     setting, before = fused.setting, original_records(records).get(fused.setting["network"])
-    where = "the whole network" if setting["group"] == WHOLE[0] else setting["group"]
+    where = "the whole network" if setting["group"] == WHOLE else setting["group"]
     size = ""
     if "params_before" in fused.result:
         size = f" ({100 * fused.result['params'] / fused.result['params_before']:.0f} % of the parameters)"

@@ -7,10 +7,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from intrafusion.lab.bench.records import INNER, ORIGINAL, WHOLE
 from intrafusion.measure.significance import kruskal_wallis
 
-ORIGINAL, PRUNED, FUSED = "original", "select", "intrafusion"
-WHOLE = ("whole network", "block-inner channels")  # scopes of more than one group
+PRUNED, FUSED = "select", "intrafusion"
+SCOPES = (WHOLE, INNER)
 METHOD_NAMES = {"select": "pruned", "intrafusion": "fused", "fold": "folded"}
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
