@@ -12,7 +12,6 @@ import pytest
 import intrafusion
 
 
-
 def printed(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
