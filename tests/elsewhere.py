@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import intrafusion.restore.layers as layers
-from intrafusion.trace.tracer import is_composite
+from intrafusion.trace.dispatch import is_composite
 
 NAME = "elsewhere"
 POSSIBLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.state import preserve_state
-from intrafusion.trace.tracer import decomposed
+from intrafusion.trace.decomposition import decomposed
 
 
 @dataclass(frozen=True)

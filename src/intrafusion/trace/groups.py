@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role
-from intrafusion.trace.cells import Cells, split_by
+from intrafusion.trace.blocks import Cells, split_by
 from intrafusion.trace.channels import Channels, Use, describe, roles_from
-from intrafusion.trace.followers import settle_followers
 from intrafusion.trace.info import Origin
 from intrafusion.trace.relations import Cause, Relations
+from intrafusion.trace.shared import settle_shared
 
 SYMMETRIC = {Cause.SOFTMAX, Cause.STATISTICS, Cause.REDUCTION, Cause.PRODUCT}
 
@@ -24,7 +24,7 @@ def build_graph(
     relations: Relations, shapes: dict[str, tuple[int, ...]], origins: list[Origin], warnings: tuple[str, ...]
 ) -> ChannelGraph:
     """Every group of interchangeable channels, in execution order."""
-    block_params = settle_followers(relations)
+    block_params = settle_shared(relations)
     channels = describe(relations)
     cells = Cells(relations, channels)
     groups = [*channel_groups(relations, channels, cells), *cells.groups(channels, block_params)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from intrafusion.trace.labels import compact, varying
+from intrafusion.trace.labels import FIXED, compact, fill, find_varying
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class Origin:
     eps: float = 0.0
 
 
-class Plane(NamedTuple):
+class Axis(NamedTuple):
     """For each element of a tensor, its index along dimension `dim` of parameter `tensor` (-1: from elsewhere)."""
 
     tensor: str
@@ -33,10 +33,10 @@ class Plane(NamedTuple):
 
     @property
     def varies(self) -> set[int]:
-        return varying(self.coordinates)
+        return find_varying(self.coordinates)
 
 
-class Activation:
+class Labelled:
     """A tensor computed from the input; labels name the channel of each element.
 
     `indices_of`: the channels whose positions this tensor holds, as after an argmax; whoever reads it sees their order.
@@ -49,8 +49,13 @@ class Activation:
         self.origin = origin
         self.indices_of = indices_of
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> Activation:
-        return Activation(compact(move(self.labels)))
+    @classmethod
+    def fixed(cls, shape: tuple[int, ...]) -> Labelled:
+        """An input, or anything else whose channels must stay as they are."""
+        return cls(fill(FIXED, shape))
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Labelled:
+        return Labelled(compact(move(self.labels)))
 
 
 class Weight:
@@ -60,15 +65,15 @@ class Weight:
     derived where that was not by linear operations alone.
     """
 
-    __slots__ = ("nonlinear", "planes", "transposed")
+    __slots__ = ("axes", "nonlinear", "transposed")
 
-    def __init__(self, planes: list[Plane], *, transposed: bool = False, nonlinear: str | None = None) -> None:
-        self.planes = planes
+    def __init__(self, axes: list[Axis], *, transposed: bool = False, nonlinear: str | None = None) -> None:
+        self.axes = axes
         self.transposed = transposed
         self.nonlinear = nonlinear
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Weight:
-        moved = [Plane(p.tensor, p.dim, compact(move(p.coordinates))) for p in self.planes]
+        moved = [Axis(a.tensor, a.dim, compact(move(a.coordinates))) for a in self.axes]
         return Weight(moved, nonlinear=self.nonlinear)
 
     def broadcast_to(self, shape: tuple[int, ...]) -> Weight:
@@ -77,9 +82,9 @@ class Weight:
     @property
     def single(self) -> str | None:
         """Name of the parameter if this is one whole parameter, untouched or only transposed."""
-        names = {p.tensor for p in self.planes}
+        names = {a.tensor for a in self.axes}
         return next(iter(names)) if len(names) == 1 and self.nonlinear is None else None
 
 
-Info = Activation | Weight
-Result = Info | Sequence[Info | None] | None  # of a rule: about the one output, or about each
+Info = Labelled | Weight
+Outcome = Info | Sequence[Info | None] | None  # of a rule: about the one output, or about each

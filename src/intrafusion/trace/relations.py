@@ -66,7 +66,7 @@ class Relations:
         self.count = FIRST
         self.tables: dict[Key, np.ndarray] = {}
         self.uses: dict[Key, list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
-        self.followers: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
+        self.shared: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.calls = 0  # operations so far
         self.block_members: list[tuple[np.ndarray, int, int]] = []
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -185,7 +185,7 @@ class Relations:
         self.unite(table[positions], labels)
         self.uses[key].append((role, positions, labels))
 
-    def follow(self, tensor: str, dim: int, role: Role, positions: np.ndarray, labels: np.ndarray) -> None:
+    def share(self, tensor: str, dim: int, role: Role, positions: np.ndarray, labels: np.ndarray) -> None:
         """As `use`, for per-channel tensors of which one entry may serve several channels."""
         if len(positions):
-            self.followers[tensor, dim].append((role, positions, labels))
+            self.shared[tensor, dim].append((role, positions, labels))

@@ -1,59 +1,78 @@
 """What each operation does to channel labels.
 
 Data movement is executed on the labels by the very same operation; contractions, norms, reductions and element-wise
-operations have a rule of a few lines each; everything else blocks the channels it touches. A rule takes the tracer
+operations have a rule of a few lines each; everything else blocks the channels it touches. A rule takes the ledger
 and the call and returns what is known about each output (None: nothing, a constant).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
-from intrafusion.trace.info import Result
+from intrafusion.trace.call import Call
+from intrafusion.trace.info import Outcome
+from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.rules import contraction, convolution, elementwise, movement, norm, reduction
 from intrafusion.trace.rules.refusal import refuse
 
-if TYPE_CHECKING:
-    from intrafusion.trace.tracer import Call, Tracer
+__all__ = ["Rule", "find_rule", "refuse", "register_rule"]
 
-Rule = Callable[["Tracer", "Call"], Result]
+Rule = Callable[[Ledger, Call], Outcome]
 
-BY_NAME: dict[str, Rule] = {
-    **dict.fromkeys(movement.IDENTITIES, movement.identity),
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(movement.IDENTITIES, movement.pass_on),
     **dict.fromkeys(movement.MOVES, movement.move),
     **dict.fromkeys(("cat", "stack"), movement.concatenate),
-    **dict.fromkeys(movement.FACTORIES, movement.constant),
-    **dict.fromkeys(("fill", "zero"), movement.constant),
-    "copy": movement.copy,
+    **dict.fromkeys(movement.FACTORIES, movement.forget),
+    **dict.fromkeys(("fill", "zero"), movement.forget),
+    "copy": movement.overwrite,
     "view_as_real": movement.view_as_real,
     "view_as_complex": movement.view_as_complex,
-    "embedding": contraction.embedding,
-    "linear": contraction.linear_layer,
-    **dict.fromkeys(contraction.PRODUCTS, contraction.product),
-    "convolution": convolution.convolution,
-    **dict.fromkeys(norm.NORMS, norm.norm),
-    "_weight_norm_interface": norm.weight_norm,
-    **dict.fromkeys(reduction.REDUCTIONS, reduction.reduction),
-    **dict.fromkeys(reduction.SOFTMAXES, reduction.softmax),
-    **dict.fromkeys(reduction.ORDERED, reduction.ordered),
-    "glu": elementwise.glu,
-    **dict.fromkeys(("tril", "triu"), elementwise.triangle),
-    "rrelu_with_noise": elementwise.first_alone,
-    **dict.fromkeys(elementwise.EXTRA, elementwise.elementwise),
+    "embedding": contraction.embed,
+    "linear": contraction.apply_linear,
+    **dict.fromkeys(contraction.PRODUCTS, contraction.multiply),
+    "convolution": convolution.convolve,
+    **dict.fromkeys(norm.NORMALISATIONS, norm.normalise),
+    "_weight_norm_interface": norm.reparametrise,
+    **dict.fromkeys(reduction.AGGREGATIONS, reduction.aggregate),
+    **dict.fromkeys(reduction.SOFTMAXES, reduction.couple_by_softmax),
+    **dict.fromkeys(reduction.SCANS, reduction.scan),
+    "glu": elementwise.gate,
+    **dict.fromkeys(("tril", "triu"), elementwise.mask_triangle),
+    "rrelu_with_noise": elementwise.keep_first,
+    **dict.fromkeys(elementwise.UNTAGGED, elementwise.combine_elementwise),
 }
 
 
-def rule_for(call: Call) -> Rule:
+def register_rule(operation: str, rule: Rule, *, replace: bool = False) -> None:
+    """Say what an operation does to channels, for every trace from now on.
+
+    A rule that lies is found out where it matters: `inspect` and `compress` permute every group before they touch it.
+
+    Args:
+        operation: "mine::name" for an operation of one's own, without the overload; "name" for one of PyTorch's (aten),
+            without a trailing underscore.
+        rule: takes the ledger and the call, and returns what is known of the output; a list for several outputs.
+        replace: an existing rule may be replaced.
+    Raises:
+        ValueError: the operation has a rule already, and `replace` is not set.
+    """
+    operation = operation.removeprefix("aten::")
+    if operation in _RULES and not replace:
+        raise ValueError(f"register_rule: {operation!r} has a rule already; pass replace=True to replace it.")
+    _RULES[operation] = rule
+
+
+def find_rule(call: Call) -> Rule:
     """The rule of an operation; operations that torch tags as pointwise are element-wise, unknown ones are refused."""
     if "out" in call.kwargs or call.func._overloadname == "dtype":
         return refuse
-    if call.name in BY_NAME:
-        return BY_NAME[call.name]
+    if call.name in _RULES:
+        return _RULES[call.name]
     if torch.Tag.pointwise in call.func.tags:
-        return elementwise.elementwise
+        return elementwise.combine_elementwise
     if call.name.startswith(reduction.POOLS):
         return reduction.pool
     return refuse

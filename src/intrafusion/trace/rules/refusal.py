@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from intrafusion.trace.info import Info
+from intrafusion.trace.call import Call
+from intrafusion.trace.info import Info, Labelled
+from intrafusion.trace.ledger import Ledger
 
-if TYPE_CHECKING:
-    from intrafusion.trace.tracer import Call, Tracer
 
-
-def refuse(t: Tracer, call: Call, why: str = "operation without a rule") -> list[Info | None]:
+def refuse(ledger: Ledger, call: Call, why: str = "operation without a rule") -> list[Info | None]:
     for tensor in call.tensors:
-        t.forbid(t.info(tensor), f"{why}: {call.where}")
-    return [t.fixed(o.shape) if isinstance(o, Tensor) else None for o in call.outputs]
+        ledger.forbid(ledger.look_up(tensor), f"{why}: {call.where}")
+    return [Labelled.fixed(o.shape) if isinstance(o, Tensor) else None for o in call.outputs]

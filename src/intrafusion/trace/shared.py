@@ -14,13 +14,13 @@ BlockParam = tuple[str, int, int, Role]
 """Tensor, dimension, index and role of one value that serves a whole block, such as the scale of a head."""
 
 
-def settle_followers(relations: Relations) -> dict[int, list[BlockParam]]:
+def settle_shared(relations: Relations) -> dict[int, list[BlockParam]]:
     """Decide what a per-channel entry that serves several channels means: tie them, or set them apart.
 
     Returns parameters with one value per block (a scale per head), by block label.
     """
     block_params: dict[int, list[BlockParam]] = defaultdict(list)
-    for (tensor, dim), records in list(relations.followers.items()):
+    for (tensor, dim), records in list(relations.shared.items()):
         key: Key = (tensor, dim, None)
         positions = np.concatenate([p for _, p, _ in records])
         labels = relations.roots(np.concatenate([c for _, _, c in records]))

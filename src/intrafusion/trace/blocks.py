@@ -10,8 +10,8 @@ import numpy as np
 
 from intrafusion.graph import ChannelGroup, Member
 from intrafusion.trace.channels import Channels, roles_from, scrambled
-from intrafusion.trace.followers import BlockParam
 from intrafusion.trace.relations import Cause, Relations, UnionFind
+from intrafusion.trace.shared import BlockParam
 
 
 class Cells:

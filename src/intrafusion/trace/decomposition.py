@@ -1,0 +1,38 @@
+"""Switches that make PyTorch take layers apart, so that every step of them is seen."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def decomposed(model: nn.Module) -> Iterator[None]:
+    """Attention in its mathematical form and recurrent networks without fused kernels, so that every step is seen."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    fused = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            _no_fused_recurrence(fused),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def _no_fused_recurrence(active: bool) -> Iterator[None]:
+    """Recurrent layers step by step instead of in one kernel."""
+    if not active:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the flags' own getters warn on builds without the other backend
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield

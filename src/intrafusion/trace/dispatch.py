@@ -1,0 +1,84 @@
+"""The dispatch mode: every operation of a forward pass is looked up in the table of rules, which write the ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from intrafusion.trace.call import Call
+from intrafusion.trace.info import Outcome
+from intrafusion.trace.ledger import Ledger
+from intrafusion.trace.rules import find_rule, refuse
+
+
+class Tracer(TorchDispatchMode):
+    """Runs operations as they are, and has the rule of each say in the ledger what it did to the channels."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.modules: list[str] = []  # names of the modules that are running, the innermost last
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_composite(func):
+            with self:
+                return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+        out = func(*args, **kwargs)
+        call = Call(func, args, kwargs, out, self.modules[-1] if self.modules else "")
+        if any(map(self.ledger.knows, call.tensors)):
+            self._follow(call)
+        return out
+
+    def _follow(self, call: Call) -> None:
+        """Apply the rule of an operation and keep what it says of the outputs."""
+        for tensor in call.tensors:
+            self.ledger.note_read(self.ledger.look_up(tensor), call.where)
+        outcome = self._apply_rule(call)
+        results = outcome if isinstance(outcome, Sequence) else [outcome]
+        operands = [self.ledger.look_up(x) for x in call.tensors]
+        self.ledger.note_passage(operands, results if len(results) > 1 else [])
+        for output, info in zip(call.outputs, results, strict=len(results) > 1):
+            if isinstance(output, Tensor):
+                self.ledger.learn(output, info)
+
+    def _apply_rule(self, call: Call) -> Outcome:
+        try:
+            return find_rule(call)(self.ledger, call)
+        except Exception as error:  # a rule that cannot follow the operation must not pass for understanding it
+            return refuse(self.ledger, call, f"not followed ({type(error).__name__})")
+
+    @contextlib.contextmanager
+    def naming_modules(self, model: nn.Module) -> Iterator[None]:
+        """Know the name of the running module, for messages."""
+        names = {id(m): n for n, m in model.named_modules()}
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self.modules.append(names.get(id(module), type(module).__name__))
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.modules.pop()
+
+        handles = [
+            module_hooks.register_module_forward_pre_hook(enter),
+            module_hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@functools.cache
+def is_composite(func: Any) -> bool:
+    """Whether an operation is made of others; such arrive whole where tensors were made in inference mode."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), DispatchKey.CompositeImplicitAutograd)

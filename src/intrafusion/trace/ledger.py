@@ -1,0 +1,159 @@
+"""What is known about every live tensor, and what the rules may ask and say of it.
+
+The ledger knows no operation and no rule. A rule asks `look_up`, and says what an operation did: `record` (a weight
+produces or consumes channels), `lay` (a per-channel tensor lies along them), `pin` and `forbid` (not understood), or,
+through `relations`, that channels are united, form a block, or are told apart by a colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from intrafusion.graph import Role, Slice
+from intrafusion.trace.info import Axis, Info, Labelled, Origin, Weight
+from intrafusion.trace.labels import FIXED, UNIFORM, count_earlier, find_varying, lay_along, narrow, pair_up, widen
+from intrafusion.trace.relations import Relations
+
+
+class Ledger:
+    """Labels and coordinates of every tensor that is alive, and the relations that the rules found."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.relations = Relations()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.reached: set[str] = set()
+        self.origins: list[Origin] = []
+        # Weak: a tensor that the network drops is forgotten, and its memory is not held until the end of the pass.
+        self._known = WeakTensorKeyDictionary()
+        # By identity: the network holds its parameters for as long as the ledger lives, so no id is reused.
+        self._parameters: dict[int, str] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() and id(tensor) not in self._parameters:
+                self._parameters[id(tensor)] = name
+                self.shapes[name] = tuple(tensor.shape)
+
+    # ---- what is known about tensors --------------------------------------------------------------------------------
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor carries channels or comes from parameters."""
+        return tensor in self._known or id(tensor) in self._parameters
+
+    def look_up(self, tensor: Tensor | None) -> Info | None:
+        """What is known of a tensor; parameters and buffers get their coordinates when they are first read."""
+        if tensor is None:
+            return None
+        known = self._known.get(tensor)
+        if known is None and id(tensor) in self._parameters:
+            known = self._known[tensor] = self._start_coordinates(self._parameters[id(tensor)])
+        return known
+
+    def learn(self, tensor: Tensor, info: Info | None) -> None:
+        """From now on this is what is known of a tensor; None: it is a constant."""
+        if info is not None:
+            self._known[tensor] = info
+        elif tensor in self._known:
+            del self._known[tensor]
+
+    def _start_coordinates(self, name: str) -> Weight:
+        self.reached.add(name)
+        shape = self.shapes[name]
+        return Weight([Axis(name, d, lay_along(np.arange(size), d, shape)) for d, size in enumerate(shape)])
+
+    # ---- labels -----------------------------------------------------------------------------------------------------
+
+    def settle(self, labels: Tensor) -> Tensor:
+        """The same channels with one label along dimensions that turned out to carry none."""
+        united = widen(self.relations.roots(narrow(labels)), labels.shape)
+        same = find_varying(labels) - find_varying(united)
+        first = labels[tuple(slice(0, 1) if d in same else slice(None) for d in range(labels.dim()))]
+        return first.expand(labels.shape)
+
+    def tell_apart(self, labels: Tensor, dims: set[int]) -> Tensor:
+        """A channel that stands at several places along these dimensions gets a label for each."""
+        for dim in dims & find_varying(labels):
+            rank = count_earlier(narrow(labels), dim)
+            if rank.any():
+                labels = widen(self.relations.copy(narrow(labels), rank), labels.shape)
+        return labels
+
+    def activate(self, info: Info, dims: set[int]) -> Labelled:
+        """Use a weight-like tensor (class token, embedding row) as an activation with channels along dims."""
+        if isinstance(info, Labelled):
+            return info
+        axes = [a for a in info.axes if a.varies and a.varies <= dims]
+        if not axes:
+            return Labelled.fixed(info.axes[0].coordinates.shape if info.axes else torch.Size())
+        first = axes[0]
+        fresh = torch.from_numpy(self.relations.fresh(self.shapes[first.tensor][first.dim]))
+        coordinates = first.coordinates
+        small = torch.from_numpy(np.ascontiguousarray(narrow(coordinates)))
+        labels = torch.where(small < 0, UNIFORM, fresh[small.clamp(min=0)]).expand(coordinates.shape)
+        for axis in axes:
+            self.record(info, axis, Role.PRODUCES, labels)
+        return Labelled(labels)
+
+    # ---- what uses them ---------------------------------------------------------------------------------------------
+
+    def record(self, weight: Weight, axis: Axis, role: Role, labels: Tensor, *, within: Slice | None = None) -> None:
+        """A linear map's weight produces or consumes the labels along one of its dimensions."""
+        positions, channels = pair_up(axis.coordinates, labels.expand(axis.coordinates.shape), 0, FIXED)
+        key = (axis.tensor, axis.dim, within)
+        self.relations.use(key, self.shapes[axis.tensor][axis.dim], role, positions, channels)
+        if weight.nonlinear:
+            self.relations.reparametrised.setdefault(axis.tensor, weight.nonlinear)
+
+    def lay(self, weight: Weight, labels: Tensor, role: Role) -> Tensor:
+        """A per-channel tensor meets labels of its shape; returns the labels of the result."""
+        for axis in weight.axes:
+            if not axis.varies:
+                continue
+            if axis.varies & find_varying(labels):
+                labels = self.tell_apart(labels, axis.varies)
+                positions, channels = pair_up(axis.coordinates, labels, 0, FIXED)
+                self.relations.share(axis.tensor, axis.dim, role, positions, channels)
+            else:
+                self.relations.pin(axis.tensor, axis.dim, "laid along a dimension that is no channel dimension")
+            # A constant that meets different entries of a parameter is the same for all channels no longer.
+            if bool((narrow(labels) == UNIFORM).any()):
+                labels = torch.where((labels == UNIFORM) & (axis.coordinates >= 0), FIXED, labels)
+        return labels
+
+    def note_origin(self, origin: Origin) -> Origin:
+        """Remember a linear map whose weight and bias are whole parameters: a norm may be folded into it."""
+        self.origins.append(origin)
+        return origin
+
+    def note_read(self, info: Info | None, where: str) -> None:
+        """Something reads a tensor."""
+        if isinstance(info, Labelled):
+            if info.origin is not None:
+                info.origin.reads += 1
+            if info.indices_of is not None:
+                self.relations.forbid(info.indices_of, f"the position of a channel is read: {where}")
+
+    def note_passage(self, operands: Sequence[Info | None], results: Sequence[Info | None]) -> None:
+        """Channels that pass an operation are unlike those that do not, operand by operand, output by output."""
+        self.relations.calls += 1
+        for slot, info in enumerate((*operands, *results)):
+            if isinstance(info, Labelled):
+                self.relations.passed(narrow(info.labels), slot)
+
+    # ---- what is not understood -------------------------------------------------------------------------------------
+
+    def pin(self, info: Info | None, reason: str, dims: set[int] | None = None) -> None:
+        """Forbid channels along the dimensions of a weight that vary (along `dims`, if given)."""
+        if isinstance(info, Weight):
+            for axis in info.axes:
+                if dims is None or axis.varies & dims:
+                    self.relations.pin(axis.tensor, axis.dim, reason)
+
+    def forbid(self, info: Info | None, reason: str) -> None:
+        """Block whatever a tensor carries."""
+        if isinstance(info, Labelled):
+            self.relations.forbid(narrow(info.labels).ravel(), reason)
+        self.pin(info, reason)
