@@ -1,136 +1,143 @@
 """Relations -> ChannelGraph: channels with the same pattern of use are one group.
 
-Channels with equal fingerprints, colours, blocks and fate form a group; nothing is compared channel by channel.
+Channels with equal fingerprints, colours, blocks and reasons form a group; nothing is compared channel by channel.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role
-from intrafusion.trace.blocks import Cells, split_by
-from intrafusion.trace.channels import Channels, Use, describe, roles_from
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.trace.arrays import split_runs
+from intrafusion.trace.block_groups import find_block_groups
+from intrafusion.trace.blocks import Blocks
+from intrafusion.trace.channels import describe_channels
+from intrafusion.trace.foldable import find_foldable_norms
 from intrafusion.trace.info import Origin
 from intrafusion.trace.relations import Cause, Relations
 from intrafusion.trace.shared import settle_shared
+from intrafusion.trace.uses import Use, decode_roles
 
-SYMMETRIC = {Cause.SOFTMAX, Cause.STATISTICS, Cause.REDUCTION, Cause.PRODUCT}
+# Channels that these see together may change places, but two equal ones are more than one: a softmax, a norm or a
+# product counts them. A grouped convolution is not among these: its groups read their channels by a linear map.
+_COUNTS_CHANNELS = {Cause.SOFTMAX, Cause.STATISTICS, Cause.REDUCTION, Cause.PRODUCT}
 
 
 def build_graph(
     relations: Relations, shapes: dict[str, tuple[int, ...]], origins: list[Origin], warnings: tuple[str, ...]
 ) -> ChannelGraph:
     """Every group of interchangeable channels, in execution order."""
-    block_params = settle_shared(relations)
-    channels = describe(relations)
-    cells = Cells(relations, channels)
-    groups = [*channel_groups(relations, channels, cells), *cells.groups(channels, block_params)]
-    return ChannelGraph(numbered(named(groups), channels.uses), foldable_norms(relations, origins), shapes, warnings)
+    entries = settle_shared(relations)  # first: it unites channels, and everything below goes by representatives
+    table = describe_channels(relations)
+    blocks = Blocks(relations, table)
+    groups = _name([*_find_channel_groups(blocks), *find_block_groups(blocks, entries)])
+    return ChannelGraph(_count_depths(groups, table.uses), find_foldable_norms(relations, origins), shapes, warnings)
 
 
-def channel_groups(relations: Relations, channels: Channels, cells: Cells) -> list[ChannelGroup]:
-    labels = np.flatnonzero(channels.used & ~relations.is_block[: len(channels.used)])
+@dataclass(frozen=True, eq=False)
+class _Buckets:
+    """Labels sorted into groups-to-be, in order of first use within each."""
+
+    labels: np.ndarray  # all that are sorted, bucket by bucket
+    numbers: np.ndarray  # the bucket of each of them
+    home: np.ndarray  # the bucket of any label, -1: none
+    rank: np.ndarray  # the place of any label in its bucket
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each bucket with its labels."""
+        return iter(split_runs(self.numbers, self.labels))
+
+
+def _find_channel_groups(blocks: Blocks) -> list[ChannelGroup]:
+    table = blocks.table
+    labels = np.flatnonzero(table.used & ~blocks.relations.is_block[: len(table.used)])
     if not len(labels):
         return []
-    keys = np.concatenate(
-        [
-            channels.pattern[labels],
-            channels.colour[labels],
-            cells.key[labels],
-            channels.reason[labels, None].astype(np.uint64),
-        ],
-        axis=1,
-    )
+    buckets = _sort_into_buckets(blocks, labels)
+    members, notes = _collect_members(table.uses, buckets), _collect_notes(blocks.relations, buckets)
+    families: dict[object, int] = {}
+    found: list[tuple[int, ChannelGroup]] = []
+    for index, rows in buckets:
+        family = families.setdefault((table.family[rows[0]].tobytes(), len(rows)), len(families))
+        group = _make_group(blocks, rows, members[index], notes[index], family)
+        found.append((int(table.first[rows].min()), group))
+    return _share_reasons([group for _, group in sorted(found, key=lambda item: item[0])])
+
+
+def _sort_into_buckets(blocks: Blocks, labels: np.ndarray) -> _Buckets:
+    table, count = blocks.table, blocks.relations.count
+    reason = table.reasons.index[labels, None].astype(np.uint64)
+    keys = np.concatenate([table.pattern[labels], table.colour[labels], blocks.key[labels], reason], axis=1)
     _, bucket = np.unique(keys, axis=0, return_inverse=True)
     bucket = bucket.reshape(-1)
-    order = np.lexsort((channels.first[labels], bucket))
+    order = np.lexsort((table.first[labels], bucket))
     labels, bucket = labels[order], bucket[order]
-    home = np.full(relations.count, -1)
-    home[labels] = bucket
-    rank = np.zeros(relations.count, np.int64)
+    home, rank = np.full(count, -1), np.zeros(count, np.int64)
     starts = np.flatnonzero(np.diff(bucket, prepend=-1))
+    home[labels] = bucket
     rank[labels] = np.arange(len(labels)) - np.repeat(starts, np.diff(np.append(starts, len(labels))))
-    members = members_by_bucket(channels.uses, home, rank)
-    notes = notes_by_bucket(relations, home)
-    families: dict[object, int] = {}
-    found = []
-    for index, rows in split_by(bucket, labels):
-        twin = (channels.family[rows[0]].tobytes(), len(rows))
-        family = families.setdefault(twin, len(families))
-        found.append(
-            (
-                int(channels.first[rows].min()),
-                make_group(relations, channels, cells, rows, members[index], notes[index], family),
-            )
-        )
-    return with_fates([g for _, g in sorted(found, key=lambda item: item[0])])
+    return _Buckets(labels, bucket, home, rank)
 
 
-def members_by_bucket(uses: list[Use], home: np.ndarray, rank: np.ndarray) -> dict[int, list[Member]]:
+def _collect_members(uses: list[Use], buckets: _Buckets) -> dict[int, list[Member]]:
+    """The members of each bucket, in execution order."""
     members: dict[int, list[Member]] = defaultdict(list)
     for use in uses:
-        where = home[use.labels]
-        keep = where >= 0
-        where, labels, positions = where[keep], use.labels[keep], use.positions[keep]
-        order = np.lexsort((positions, rank[labels], where))
-        role_of = dict(zip(use.channels.tolist(), use.roles.tolist(), strict=True))
-        for (index, rows), (_, owners) in zip(
-            split_by(where[order], positions[order]), split_by(where[order], labels[order]), strict=True
-        ):
-            count = len(np.unique(owners))
-            roles = roles_from(role_of[int(owners[0])])
-            members[index].append(Member(*use.key[:2], rows.reshape(count, -1), roles, use.key[2]))
+        for index, member in _split_use(use, buckets):
+            members[index].append(member)
     return members
 
 
-def notes_by_bucket(relations: Relations, home: np.ndarray) -> dict[int, list[str]]:
+def _split_use(use: Use, buckets: _Buckets) -> Iterator[tuple[int, Member]]:
+    """One tensor dimension, as a member of each bucket that it holds channels of."""
+    keep = buckets.home[use.labels] >= 0
+    labels, positions = use.labels[keep], use.positions[keep]
+    home = buckets.home[labels]
+    order = np.lexsort((positions, buckets.rank[labels], home))
+    role_of = dict(zip(use.channels.tolist(), use.roles.tolist(), strict=True))
+    pairs = np.stack([positions[order], labels[order]], axis=1)
+    for index, rows in split_runs(home[order], pairs):
+        count = len(np.unique(rows[:, 1]))
+        roles = decode_roles(role_of[int(rows[0, 1])])  # equal patterns: what the first does, all do
+        yield index, Member(*use.key[:2], rows[:, 0].reshape(count, -1), roles, use.key[2])
+
+
+def _collect_notes(relations: Relations, buckets: _Buckets) -> dict[int, list[str]]:
     notes: dict[int, list[str]] = defaultdict(list)
     for labels, text in relations.notes:
-        for index in np.unique(home[relations.roots(labels)]).tolist():
+        for index in np.unique(buckets.home[relations.roots(labels)]).tolist():
             if index >= 0 and text not in notes[index]:
                 notes[index].append(text)
     return notes
 
 
-def make_group(
-    relations: Relations,
-    channels: Channels,
-    cells: Cells,
-    labels: np.ndarray,
-    members: list[Member],
-    notes: list[str],
-    family: int,
+def _make_group(
+    blocks: Blocks, labels: np.ndarray, members: list[Member], notes: list[str], family: int
 ) -> ChannelGroup:
-    notes = list(dict.fromkeys([*cells.notes(int(labels[0])), *notes]))
-    reason = channels.reasons[channels.reason[labels[0]]] or None
+    one = int(labels[0])  # the channels of a bucket have all in common, so one speaks for them
+    notes = list(dict.fromkeys([*blocks.list_notes(one), *notes]))
+    reason = blocks.table.reasons.text_of(one)
     if reason is None and len(labels) == 1:
         reason = "a single channel" + (f" ({notes[-1]})" if notes else "")
-    return ChannelGroup(
-        "",
-        len(labels),
-        tuple(members),
-        reason,
-        tuple(notes),
-        unmixable(relations, members, cells.causes(int(labels[0]))),
-        family,
-    )
+    unmixable = _explain_unmixable(blocks.relations, members, blocks.list_causes(one))
+    return ChannelGroup("", len(labels), tuple(members), reason, tuple(notes), unmixable, family)
 
 
-def unmixable(relations: Relations, members: list[Member], causes: list[tuple[Cause, str]]) -> str | None:
+def _explain_unmixable(relations: Relations, members: list[Member], causes: list[tuple[Cause, str]]) -> str | None:
     """Why merging two identical channels would change the output, if it would."""
     for member in members:
         if {Role.PRODUCES, Role.CONSUMES} <= member.roles:
             return f"{member.tensor} both produces and consumes them along one dimension (tied weights)"
         if member.roles & {Role.PRODUCES, Role.CONSUMES} and member.tensor in relations.reparametrised:
             return f"{member.tensor} is not used as it is but through {relations.reparametrised[member.tensor]}"
-    symmetric = next(((cause, where) for cause, where in causes if cause in SYMMETRIC), None)
-    return f"{symmetric[0]}: {symmetric[1]}" if symmetric else None
+    return next((f"{cause}: {where}" for cause, where in causes if cause in _COUNTS_CHANNELS), None)
 
 
-def with_fates(groups: list[ChannelGroup]) -> list[ChannelGroup]:
+def _share_reasons(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     """Twins that cannot all be reduced are not reduced; heads wait for the module's own head count to be reducible."""
     family_size = Counter(g.family for g in groups)
     blocked = {g.family: g.reason for g in groups if g.reason}
@@ -145,10 +152,10 @@ def with_fates(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     return result
 
 
-# ---- names and norms ------------------------------------------------------------------------------------------------
+# ---- names and depths -----------------------------------------------------------------------------------------------
 
 
-def named(groups: list[ChannelGroup]) -> list[ChannelGroup]:
+def _name(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     """Give every group the name of its first producer, with `#k` where one module has several groups."""
     base = [(g.producers or (g.members[0].module,))[0] or g.members[0].tensor for g in groups]
     total, seen, result = Counter(base), Counter[str](), []
@@ -158,27 +165,13 @@ def named(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     return result
 
 
-def numbered(groups: list[ChannelGroup], uses: list[Use]) -> tuple[ChannelGroup, ...]:
-    """Count the reducible groups from the output backwards, by the last layer that produces each."""
+def _count_depths(groups: list[ChannelGroup], uses: list[Use]) -> tuple[ChannelGroup, ...]:
+    """Number the reducible groups from the output backwards, by the last layer that produces each."""
     index = {use.key: i for i, use in enumerate(uses)}
-    last = lambda g: max((index.get(m.key(), -1) for m in g.with_role(Role.PRODUCES)), default=-1)  # noqa: E731
-    countable = sorted((g for g in groups if g.reducible and g.is_channel), key=last, reverse=True)
+
+    def find_last(group: ChannelGroup) -> int:
+        return max((index.get(m.key(), -1) for m in group.with_role(Role.PRODUCES)), default=-1)
+
+    countable = sorted((g for g in groups if g.reducible and g.is_channel), key=find_last, reverse=True)
     depth = {g.name: i for i, g in enumerate(countable)}
     return tuple(replace(g, depth=depth.get(g.name)) for g in groups)
-
-
-def foldable_norms(relations: Relations, origins: list[Origin]) -> tuple[FoldableNorm, ...]:
-    """Batch norms that always and alone read one linear map's output."""
-    by_weight: dict[str, list[Origin]] = defaultdict(list)
-    for origin in origins:
-        by_weight[origin.weight].append(origin)
-    norms = []
-    for weight, runs in by_weight.items():
-        first = runs[0]
-        if first.norm is None or any((o.norm, o.reads, o.bias) != (first.norm, 1, first.bias) for o in runs):
-            continue
-        gain, bias, mean, variance = first.norm
-        if mean is None or variance is None or relations.norm_calls[mean] != len(runs) or bias is None:
-            continue
-        norms.append(FoldableNorm(weight, first.dim, first.bias, gain, bias, mean, variance, first.eps))
-    return tuple(norms)

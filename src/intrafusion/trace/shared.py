@@ -1,64 +1,92 @@
-"""Entries of a parameter that serve several channels: what they mean is decided once all relations are known."""
+"""Per-channel parameters of which one entry serves several channels: what such an entry means is decided at the end.
+
+The scale of a norm over 4 heads of 8 has 8 entries that 4 channels share each, or 4 that 8 share: only once all blocks
+are known can one tell whether an entry belongs to a block, runs across blocks, or makes one channel of those it serves.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
 
 from intrafusion.graph import Role
-from intrafusion.trace.channels import increasing
-from intrafusion.trace.relations import Key, Relations
+from intrafusion.trace.arrays import is_increasing
+from intrafusion.trace.relations import Relations
 
-BlockParam = tuple[str, int, int, Role]
-"""Tensor, dimension, index and role of one value that serves a whole block, such as the scale of a head."""
+_Records = list[tuple[Role, np.ndarray, np.ndarray]]
 
 
-def settle_shared(relations: Relations) -> dict[int, list[BlockParam]]:
+class BlockEntry(NamedTuple):
+    """One value that serves a whole block, such as the scale of a head."""
+
+    tensor: str
+    dim: int
+    position: int
+    role: Role
+
+
+def settle_shared(relations: Relations) -> dict[int, list[BlockEntry]]:
     """Decide what a per-channel entry that serves several channels means: tie them, or set them apart.
 
     Returns parameters with one value per block (a scale per head), by block label.
     """
-    block_params: dict[int, list[BlockParam]] = defaultdict(list)
+    found: dict[int, list[BlockEntry]] = defaultdict(list)
     for (tensor, dim), records in list(relations.shared.items()):
-        key: Key = (tensor, dim, None)
-        positions = np.concatenate([p for _, p, _ in records])
-        labels = relations.roots(np.concatenate([c for _, _, c in records]))
-        if key not in relations.tables and any(serves_several(p, relations.roots(c)) for _, p, c in records):
-            membership = block_membership(relations)
-            shared = entries(positions, labels)
-            blocks = one_block_each(shared, membership)
-            if blocks is not None:
-                role = records[0][0]
-                for position, block in blocks.items():
-                    block_params[block].append((tensor, dim, position, role))
-                continue
-            if spread_over_blocks(relations, shared, membership):
-                relations.colour(labels, positions)
-                relations.note(labels, f"one entry of {tensor} serves several blocks")
-                continue
-        size = int(positions.max()) + 1
-        table = relations.tables.get(key)
-        for role, p, c in records:
-            relations.use(key, size if table is None else len(table), role, p, c)
-    return block_params
+        if not _settle_by_blocks(relations, tensor, dim, records, found):
+            _use_by_channels(relations, tensor, dim, records)
+    return found
 
 
-def serves_several(positions: np.ndarray, labels: np.ndarray) -> bool:
-    if increasing(positions):
+def _settle_by_blocks(
+    relations: Relations, tensor: str, dim: int, records: _Records, found: dict[int, list[BlockEntry]]
+) -> bool:
+    """Whether the entries belong to blocks, or run across them, and are settled with that."""
+    if (tensor, dim, None) in relations.tables:  # a linear map says which index is which channel
+        return False
+    if not any(_serves_several(p, relations.roots(c)) for _, p, c in records):
+        return False
+    positions = np.concatenate([p for _, p, _ in records])
+    labels = relations.roots(np.concatenate([c for _, _, c in records]))
+    served, membership = _list_served(positions, labels), _list_memberships(relations)
+    owners = _find_owners(served, membership)
+    if owners is not None:
+        for position, block in owners.items():
+            found[block].append(BlockEntry(tensor, dim, position, records[0][0]))
+        return True
+    if not _runs_across_blocks(relations, served, membership):
+        return False
+    # One entry for the k-th channel of every head: it cannot follow one channel, so it only sets channels apart.
+    relations.colour(labels, positions)
+    relations.note(labels, f"one entry of {tensor} serves several blocks")
+    return True
+
+
+def _use_by_channels(relations: Relations, tensor: str, dim: int, records: _Records) -> None:
+    """One entry is one channel: all that it serves move together."""
+    table = relations.tables.get((tensor, dim, None))
+    size = max(int(p.max()) for _, p, _ in records) + 1 if table is None else len(table)
+    for role, positions, labels in records:
+        relations.use((tensor, dim, None), size, role, positions, labels)
+
+
+def _serves_several(positions: np.ndarray, labels: np.ndarray) -> bool:
+    if is_increasing(positions):
         return False
     pairs = np.unique(np.stack([positions, labels]), axis=1)
     return len(np.unique(pairs[0])) < pairs.shape[1]
 
 
-def entries(positions: np.ndarray, labels: np.ndarray) -> dict[int, set[int]]:
-    shared: dict[int, set[int]] = defaultdict(set)
+def _list_served(positions: np.ndarray, labels: np.ndarray) -> dict[int, set[int]]:
+    """The channels that each entry serves."""
+    served: dict[int, set[int]] = defaultdict(set)
     for position, label in zip(positions.tolist(), labels.tolist(), strict=True):
-        shared[position].add(label)
-    return shared
+        served[position].add(label)
+    return served
 
 
-def block_membership(relations: Relations) -> dict[int, set[int]]:
+def _list_memberships(relations: Relations) -> dict[int, set[int]]:
     """Which blocks a channel is in, by representatives."""
     membership: dict[int, set[int]] = defaultdict(set)
     for labels, block, _ in (*relations.block_members, *relations.meetings):
@@ -68,16 +96,16 @@ def block_membership(relations: Relations) -> dict[int, set[int]]:
     return membership
 
 
-def one_block_each(shared: dict[int, set[int]], membership: dict[int, set[int]]) -> dict[int, int] | None:
+def _find_owners(served: dict[int, set[int]], membership: dict[int, set[int]]) -> dict[int, int] | None:
     """The block that each entry serves, if every entry serves exactly one of its own."""
-    common = {p: set.intersection(*(membership[x] for x in labels)) for p, labels in shared.items()}
-    blocks = {p: min(c) for p, c in common.items() if c}
-    several = len(shared) > 1 and len(blocks) == len(shared)
-    return blocks if several and len(set(blocks.values())) == len(blocks) else None
+    common = {p: set.intersection(*(membership[x] for x in labels)) for p, labels in served.items()}
+    owners = {p: min(c) for p, c in common.items() if c}
+    several = len(served) > 1 and len(owners) == len(served)
+    return owners if several and len(set(owners.values())) == len(owners) else None
 
 
-def spread_over_blocks(relations: Relations, shared: dict[int, set[int]], membership: dict[int, set[int]]) -> bool:
-    several = [labels for labels in shared.values() if len(labels) > 1]
-    return any(len({frozenset(membership[x]) for x in labels}) > 1 for labels in several) or any(
-        relations.is_block[x] for labels in several for x in labels
-    )
+def _runs_across_blocks(relations: Relations, served: dict[int, set[int]], membership: dict[int, set[int]]) -> bool:
+    """Whether an entry serves channels of different blocks, or blocks themselves."""
+    several = [labels for labels in served.values() if len(labels) > 1]
+    apart = any(len({frozenset(membership[x]) for x in labels}) > 1 for labels in several)
+    return apart or any(relations.is_block[x] for labels in several for x in labels)
