@@ -104,21 +104,26 @@ def pivot_order(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> 
         BudgetError: m is not in 1..n.
     Reference: pivoted Cholesky (Higham 1990), with the weights Q; its use for channels is OURS.
     """
+    # What a pick explains it takes out of C, as Gram and Schmidt do: C is then the covariance of what is left of every
+    # channel once the picked ones are known. Q weighs a channel by how strongly the consumers read it.
     n = len(reader)
     if not 1 <= m <= n:
         raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
     c = covariances.clone()
     r = c @ reader @ c
     variances, gains = (matrix.diagonal(dim1=1, dim2=2).clone() for matrix in (c, r))
+    # The diagonals alone decide a pick, O(p n) each; a channel whose variance is used up would divide noise by noise.
     known = (KNOWN * variances).clamp(min=torch.finfo(c.dtype).tiny)
     order, missing, taken = [], [1.0], torch.zeros_like(reader[0], dtype=torch.bool)
     us, vs = c.new_zeros(2, len(c), BLOCK, n)
     for index in range(m):
+        # tr(Q C) falls by R_jj / C_jj when j is known; rounding may leave a gain below zero, where there is none.
         gain = shares @ torch.where(variances > known, gains.clamp(min=0) / torch.maximum(variances, known), 0.0)
         best = int(gain.masked_fill_(taken, -1.0).argmax())
         taken[best] = True
         missing.append(max(0.0, missing[-1] - float(gain[best])))
         order.append(best)
+        # Column `best` of C and of R as they are now: the matrices of the last whole block, less this block's picks so far.
         at = index % BLOCK
         u, v, variance, least = us[:, :at], vs[:, :at], variances[:, best, None], known[:, best, None]
         scale = torch.where(variance > least, torch.maximum(variance, least).rsqrt(), 0.0)  # 0: nothing is learnt
@@ -126,9 +131,10 @@ def pivot_order(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> 
         column = scale * (c[:, best] - (u_best @ u)[:, 0])
         half = scale * (r[:, best] - (v_best @ u + u_best @ v)[:, 0]) - gains[:, best, None] / 2 * scale**2 * column
         us[:, at], vs[:, at] = column, half
+        # The rank-one terms of the docstring, on the diagonal: (u u^T)_ii = u_i^2, (u v^T + v u^T)_ii = 2 u_i v_i.
         variances -= column.square()
         gains -= 2 * column * half
-        if at + 1 == BLOCK:
+        if at + 1 == BLOCK:  # 32 rank-one updates as one matrix product: memory is passed over once instead of 32 times
             c.baddbmm_(us.mT, us, alpha=-1)
             r.baddbmm_(torch.cat([us, vs], dim=1).mT, torch.cat([vs, us], dim=1), alpha=-1)
     return Pivots(torch.tensor(order), torch.tensor(missing, dtype=torch.float64))

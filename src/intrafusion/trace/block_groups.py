@@ -16,7 +16,7 @@ from intrafusion.trace.shared import BlockEntry
 from intrafusion.trace.uses import Use, decode_roles
 
 
-class _Unit(NamedTuple):
+class _Twin(NamedTuple):
     """One block: its channels, in an order that corresponds to that of its twins, and the values that serve it all."""
 
     labels: np.ndarray
@@ -26,10 +26,10 @@ class _Unit(NamedTuple):
 def find_block_groups(blocks: Blocks, entries: dict[int, list[BlockEntry]]) -> list[ChannelGroup]:
     """Blocks that the network treats alike, channel by channel, are one group of interchangeable blocks."""
     by_unit = _entries_by_unit(blocks, entries)
-    twins: dict[object, list[_Unit]] = defaultdict(list)
+    twins: dict[object, list[_Twin]] = defaultdict(list)
     for unit, labels in _list_units(blocks):
         if unit not in blocks.barred and not blocks.table.reasons.index[labels].any():
-            found = _Unit(labels, sorted(by_unit.get(unit, [])))
+            found = _Twin(labels, sorted(by_unit.get(unit, [])))
             twins[_profile(blocks, unit, found)].append(found)
     groups = [_make_block_group(blocks, units) for units in twins.values() if len(units) > 1]
     return [group for group in groups if group.producers or not group.consumers]  # else its sources are unknown
@@ -46,7 +46,7 @@ def _list_units(blocks: Blocks) -> list[tuple[int, np.ndarray]]:
     return list(split_runs(home[order], members[order]))
 
 
-def _profile(blocks: Blocks, unit: int, found: _Unit) -> object:
+def _profile(blocks: Blocks, unit: int, found: _Twin) -> object:
     """Everything that twins have in common."""
     table = blocks.table
     labels, pairs = blocks.find_structure(unit, found.labels)
@@ -61,7 +61,7 @@ def _entries_by_unit(blocks: Blocks, entries: dict[int, list[BlockEntry]]) -> di
     return found
 
 
-def _make_block_group(blocks: Blocks, units: list[_Unit]) -> ChannelGroup:
+def _make_block_group(blocks: Blocks, units: list[_Twin]) -> ChannelGroup:
     members = [*_members_of_channels(blocks.table, units), *_members_of_entries(units)]
     # The blocks are numbered as they lie in the first member, like the channels of a layer.
     first = np.argsort(members[0].positions.min(1), kind="stable")
@@ -70,7 +70,7 @@ def _make_block_group(blocks: Blocks, units: list[_Unit]) -> ChannelGroup:
     return ChannelGroup("", len(units), tuple(members), None, notes, "its unit is a whole block", 0, "block")
 
 
-def _members_of_channels(table: ChannelTable, units: list[_Unit]) -> list[Member]:
+def _members_of_channels(table: ChannelTable, units: list[_Twin]) -> list[Member]:
     rank = np.full(len(table.used), -1)
     for row, (labels, _) in enumerate(units):
         rank[labels] = row * len(labels) + np.arange(len(labels))
@@ -87,11 +87,9 @@ def _member_of_use(use: Use, rank: np.ndarray, units: int) -> Member:
     return Member(*use.key[:2], use.positions[keep][order].reshape(units, -1), roles)
 
 
-def _members_of_entries(units: list[_Unit]) -> list[Member]:
+def _members_of_entries(units: list[_Twin]) -> list[Member]:
     """One value per block, such as a scale per head: the j-th entry of every unit is one member."""
     return [
-        Member(
-            entry.tensor, entry.dim, np.array([[unit.entries[j].position] for unit in units]), frozenset([entry.role])
-        )
-        for j, entry in enumerate(units[0].entries)
+        Member(e.tensor, e.dim, np.array([[block.entries[j].position] for block in units]), frozenset([e.role]))
+        for j, e in enumerate(units[0].entries)
     ]

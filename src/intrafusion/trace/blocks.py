@@ -17,7 +17,7 @@ class Blocks:
     reads what the convolution computes, the two share channels and are joined into one unit, which moves as a whole.
 
     Attributes:
-        key: fingerprint of the blocks that each label is in or meets; only channels of the same blocks may change places.
+        key: fingerprint of the blocks that each label is in or meets; only channels with the same may change places.
         inside: labels that are in some block, and block labels.
         joined: the unit that each of them is in, as disjoint sets.
         joins: for each unit the pairs (label, block label, what the label is there).

@@ -36,7 +36,7 @@ class Axis(NamedTuple):
         return find_varying(self.coordinates)
 
 
-class Labelled:
+class LabelledTensor:
     """A tensor computed from the input; labels name the channel of each element.
 
     `indices_of`: the channels whose positions this tensor holds, as after an argmax; whoever reads it sees their order.
@@ -50,12 +50,12 @@ class Labelled:
         self.indices_of = indices_of
 
     @classmethod
-    def fixed(cls, shape: tuple[int, ...]) -> Labelled:
+    def fixed(cls, shape: tuple[int, ...]) -> LabelledTensor:
         """An input, or anything else whose channels must stay as they are."""
         return cls(fill(FIXED, shape))
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> Labelled:
-        return Labelled(compact(move(self.labels)))
+    def map(self, move: Callable[[Tensor], Tensor]) -> LabelledTensor:
+        return LabelledTensor(compact(move(self.labels)))
 
 
 class Weight:
@@ -86,5 +86,5 @@ class Weight:
         return next(iter(names)) if len(names) == 1 and self.nonlinear is None else None
 
 
-Info = Labelled | Weight
+Info = LabelledTensor | Weight
 Outcome = Info | Sequence[Info | None] | None  # of a rule: about the one output, or about each

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.graph import Role, Slice
-from intrafusion.trace.info import Axis, Info, Labelled, Origin, Weight
+from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight
 from intrafusion.trace.labels import FIXED, UNIFORM, count_earlier, find_varying, lay_along, narrow, pair_up, widen
 from intrafusion.trace.relations import Relations
 
@@ -81,13 +81,13 @@ class Ledger:
                 labels = widen(self.relations.copy(narrow(labels), rank), labels.shape)
         return labels
 
-    def activate(self, info: Info, dims: set[int]) -> Labelled:
+    def activate(self, info: Info, dims: set[int]) -> LabelledTensor:
         """Use a weight-like tensor (class token, embedding row) as an activation with channels along dims."""
-        if isinstance(info, Labelled):
+        if isinstance(info, LabelledTensor):
             return info
         axes = [a for a in info.axes if a.varies and a.varies <= dims]
         if not axes:
-            return Labelled.fixed(info.axes[0].coordinates.shape if info.axes else torch.Size())
+            return LabelledTensor.fixed(info.axes[0].coordinates.shape if info.axes else torch.Size())
         first = axes[0]
         fresh = torch.from_numpy(self.relations.fresh(self.shapes[first.tensor][first.dim]))
         coordinates = first.coordinates
@@ -95,7 +95,7 @@ class Ledger:
         labels = torch.where(small < 0, UNIFORM, fresh[small.clamp(min=0)]).expand(coordinates.shape)
         for axis in axes:
             self.record(info, axis, Role.PRODUCES, labels)
-        return Labelled(labels)
+        return LabelledTensor(labels)
 
     # ---- what uses them ---------------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class Ledger:
 
     def note_read(self, info: Info | None, where: str) -> None:
         """Something reads a tensor."""
-        if isinstance(info, Labelled):
+        if isinstance(info, LabelledTensor):
             if info.origin is not None:
                 info.origin.reads += 1
             if info.indices_of is not None:
@@ -140,7 +140,7 @@ class Ledger:
         """Channels that pass an operation are unlike those that do not, operand by operand, output by output."""
         self.relations.calls += 1
         for slot, info in enumerate((*operands, *results)):
-            if isinstance(info, Labelled):
+            if isinstance(info, LabelledTensor):
                 self.relations.passed(narrow(info.labels), slot)
 
     # ---- what is not understood -------------------------------------------------------------------------------------
@@ -154,6 +154,6 @@ class Ledger:
 
     def forbid(self, info: Info | None, reason: str) -> None:
         """Block whatever a tensor carries."""
-        if isinstance(info, Labelled):
+        if isinstance(info, LabelledTensor):
             self.relations.forbid(narrow(info.labels).ravel(), reason)
         self.pin(info, reason)

@@ -34,7 +34,7 @@ class UnionFind:
             above = parent[root]
             if np.array_equal(above, root):
                 return root
-            parent[x] = above
+            parent[x] = above  # path compression: the next look-up is shorter
             root = above
 
     def unite(self, x: np.ndarray, y: np.ndarray) -> None:
@@ -102,6 +102,8 @@ class Relations:
         """
         if x is y or len(x) == 0 or np.array_equal(x, y):
             return
+        # A gate that one value per head computes meets the channels of the head: if it were united with one of them, it
+        # would be united with all, and they with each other.
         mixed = self.is_block[x] != self.is_block[y]
         if mixed.any():
             for a, b in zip(x[mixed], y[mixed], strict=True):
@@ -115,12 +117,14 @@ class Relations:
     def copy(self, labels: np.ndarray, places: np.ndarray | int) -> np.ndarray:
         """New labels of the same channels, apart for each place: what follows may treat the places differently."""
         named = labels >= FIRST
+        # One number per (label, place): the same channel twice at one place is the same copy.
         codes = labels[named] << 24 | np.broadcast_to(places, labels.shape)[named]
         distinct, which = np.unique(codes, return_inverse=True)
         origins, fresh = distinct >> 24, self.fresh(len(distinct))
         blocks = self.is_block[origins]
         self.is_block[fresh] = blocks
         self.ties.append((origins[blocks], fresh[blocks]))
+        # Copies are the same channel from birth; they only have names of their own, so that slots can be told apart.
         self.sets.parent[fresh[~blocks]] = self.roots(origins[~blocks])
         self.copies.append((fresh, origins, (distinct & 0xFFFFFF) + (self.calls << 24)))
         result = labels.copy()
@@ -134,6 +138,7 @@ class Relations:
         blocks = self.is_block[x] & self.is_block[y] & (x != y)
         both = (x > UNIFORM) & (y > UNIFORM) & ~blocks
         self.unite(x[both], y[both])
+        # What survives: a label over a constant, and a channel over a block that it meets.
         weaker = (x == UNIFORM) | (self.is_block[x] & (y > UNIFORM) & ~self.is_block[y])
         result = np.where(weaker, y, x)
         result[blocks] = self._of_two_blocks(x[blocks], y[blocks])
@@ -180,6 +185,7 @@ class Relations:
         table = self.tables.get(key)
         if table is None:
             table = self.tables[key] = np.zeros(size, np.int64)
+        # The first label to reach an index holds it, later ones are united with it: a layer used twice ties what it reads.
         empty = table[positions] == 0
         table[positions[empty]] = labels[empty]
         self.unite(table[positions], labels)

@@ -12,7 +12,7 @@ from intrafusion.network.state import preserve_state
 from intrafusion.trace.decomposition import decomposed
 from intrafusion.trace.dispatch import Tracer
 from intrafusion.trace.groups import build_graph
-from intrafusion.trace.info import Labelled
+from intrafusion.trace.info import LabelledTensor
 from intrafusion.trace.ledger import Ledger
 
 
@@ -46,7 +46,7 @@ def _run_once(model: nn.Module, inputs: Inputs) -> Ledger:
     ledger = Ledger(model)
     tracer = Tracer(ledger)
     for given in inputs.tensors():
-        ledger.learn(given, Labelled.fixed(given.shape))
+        ledger.learn(given, LabelledTensor.fixed(given.shape))
     with preserve_state(model), torch.no_grad(), decomposed(model), tracer.naming_modules(model):
         with tracer:
             outputs = inputs.call(model)

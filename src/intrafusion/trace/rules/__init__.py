@@ -21,7 +21,7 @@ __all__ = ["Rule", "find_rule", "refuse", "register_rule"]
 
 Rule = Callable[[Ledger, Call], Outcome]
 
-_RULES: dict[str, Rule] = {
+_BY_OPERATION: dict[str, Rule] = {
     **dict.fromkeys(movement.IDENTITIES, movement.pass_on),
     **dict.fromkeys(movement.MOVES, movement.move),
     **dict.fromkeys(("cat", "stack"), movement.concatenate),
@@ -36,7 +36,7 @@ _RULES: dict[str, Rule] = {
     "convolution": convolution.convolve,
     **dict.fromkeys(norm.NORMALISATIONS, norm.normalise),
     "_weight_norm_interface": norm.reparametrise,
-    **dict.fromkeys(reduction.AGGREGATIONS, reduction.aggregate),
+    **dict.fromkeys(reduction.AGGREGATIONS, reduction.summarise),
     **dict.fromkeys(reduction.SOFTMAXES, reduction.couple_by_softmax),
     **dict.fromkeys(reduction.SCANS, reduction.scan),
     "glu": elementwise.gate,
@@ -60,17 +60,17 @@ def register_rule(operation: str, rule: Rule, *, replace: bool = False) -> None:
         ValueError: the operation has a rule already, and `replace` is not set.
     """
     operation = operation.removeprefix("aten::")
-    if operation in _RULES and not replace:
+    if operation in _BY_OPERATION and not replace:
         raise ValueError(f"register_rule: {operation!r} has a rule already; pass replace=True to replace it.")
-    _RULES[operation] = rule
+    _BY_OPERATION[operation] = rule
 
 
 def find_rule(call: Call) -> Rule:
     """The rule of an operation; operations that torch tags as pointwise are element-wise, unknown ones are refused."""
     if "out" in call.kwargs or call.func._overloadname == "dtype":
         return refuse
-    if call.name in _RULES:
-        return _RULES[call.name]
+    if call.name in _BY_OPERATION:
+        return _BY_OPERATION[call.name]
     if torch.Tag.pointwise in call.func.tags:
         return elementwise.combine_elementwise
     if call.name.startswith(reduction.POOLS):

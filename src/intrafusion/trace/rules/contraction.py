@@ -8,7 +8,7 @@ from torch import Tensor
 
 from intrafusion.graph import Role
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Axis, Info, Labelled, Origin, Weight
+from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight
 from intrafusion.trace.labels import UNIFORM, fill, find_varying, lay_along, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
@@ -27,7 +27,7 @@ def embed(ledger: Ledger, call: Call) -> Info | None:
         ledger.pin(table, "rows are picked by data", {0})
         table = ledger.activate(table, {1})
     row = table.labels[:1].reshape([1] * indices.dim() + [-1])
-    return Labelled(row.expand(call.out.shape))
+    return LabelledTensor(row.expand(call.out.shape))
 
 
 def apply_linear(ledger: Ledger, call: Call) -> Info:
@@ -53,21 +53,21 @@ def multiply(ledger: Ledger, call: Call) -> Info | None:
     if a_info is not None or b_info is not None:
         result = _contract(ledger, call, a_info, b_info, left(a), right(b)).map(lambda c: c.reshape(call.out.shape))
         source = _note_matrix_origin(ledger, call, ledger.look_up(b), call.tensors[0] if added else None)
-        if isinstance(result, Labelled):
+        if isinstance(result, LabelledTensor):
             result.origin = source
     if not added:
         return result
-    kept = result.origin if isinstance(result, Labelled) else None
+    kept = result.origin if isinstance(result, LabelledTensor) else None
     result = _add_bias(ledger, call, result, call.tensors[0])
-    if isinstance(result, Labelled):
+    if isinstance(result, LabelledTensor):
         result.origin = kept
     return result
 
 
 def _add_bias(ledger: Ledger, call: Call, result: Info | None, bias: Tensor) -> Info:
     info = ledger.look_up(bias)
-    if isinstance(result, Labelled) and isinstance(info, Weight):
-        return Labelled(ledger.lay(info.broadcast_to(call.out.shape), result.labels, Role.SHIFTS))
+    if isinstance(result, LabelledTensor) and isinstance(info, Weight):
+        return LabelledTensor(ledger.lay(info.broadcast_to(call.out.shape), result.labels, Role.SHIFTS))
     return combine(ledger, call, [(result, call.out), bias], call.out.shape)
 
 
@@ -80,7 +80,7 @@ def _note_matrix_origin(ledger: Ledger, call: Call, weight: Info | None, bias: T
     bias_name = info.single if isinstance(info, Weight) else None
     if bias is not None and bias_name is None:
         return None
-    out_dims = [p.dim for p in weight.axes if p.varies == {1}]
+    out_dims = [axis.dim for axis in weight.axes if axis.varies == {1}]
     if len(out_dims) != 1 or ledger.shapes[name][out_dims[0]] != call.out.shape[1]:
         return None
     found = Origin(name, out_dims[0], bias_name)
@@ -112,10 +112,13 @@ def _flip(c: Tensor) -> Tensor:
 def _contract(ledger: Ledger, call: Call, a: Info | None, b: Info | None, x: Tensor, y: Tensor) -> Info:
     """What (batch, rows, inner) @ (batch, inner, columns) does, by what either side is."""
     shape = torch.Size((x.shape[0], x.shape[1], y.shape[2]))
+    # Two weights are one weight of lower rank (LoRA), unless the right one lies as in F.linear: then the left one is an
+    # input that is learned, such as a query.
     if isinstance(a, Weight) and isinstance(b, Weight):
         if not b.transposed:
             return _multiply_weights(ledger, a, b, x.shape[2], shape)
         a = ledger.activate(a, {2})
+    # An inner dimension of one sums nothing: an outer product, and so element-wise on the expanded sides.
     if x.shape[2] == 1 and not (isinstance(b, Weight) and b.transposed):
         outer = [(i and i.map(lambda c: c.expand(shape)), v.expand(shape)) for i, v in ((a, x), (b, y))]
         return combine(ledger, call, outer, shape)
@@ -126,34 +129,35 @@ def _contract(ledger: Ledger, call: Call, a: Info | None, b: Info | None, x: Ten
             ledger, call, b and b.map(_flip), a.map(_flip), torch.Size((shape[0], shape[2], shape[1]))
         )
         return turned.map(_flip)
-    if isinstance(a, Labelled) and isinstance(b, Labelled):
+    if isinstance(a, LabelledTensor) and isinstance(b, LabelledTensor):
         return _multiply_activations(ledger, call, (a, x), (b, y), shape)
     return _multiply_constant(ledger, call, a or b, 2 if a else 1, shape)
 
 
-def _map_linearly(ledger: Ledger, call: Call, a: Info | None, b: Weight, shape: torch.Size) -> Labelled:
+def _map_linearly(ledger: Ledger, call: Call, a: Info | None, b: Weight, shape: torch.Size) -> LabelledTensor:
     """An activation (batch, rows, inner) times a weight (batch, inner, columns)."""
     inner = None
-    if isinstance(a, Labelled):
+    if isinstance(a, LabelledTensor):
         inner = _gather_inputs(ledger, a.labels)
-    mixed = [p for p in b.axes if p.varies >= {1, 2}]
+    mixed = [axis for axis in b.axes if axis.varies >= {1, 2}]
     for axis in mixed:
         reason = f"weight layout mixes inputs and outputs: {call.where}"
         ledger.relations.pin(axis.tensor, axis.dim, reason)
         ledger.forbid(a, reason)
-    in_planes = [p for p in b.axes if 1 in p.varies and 2 not in p.varies]
-    out_planes = [p for p in b.axes if 2 in p.varies and 1 not in p.varies]
+    in_axes = [axis for axis in b.axes if 1 in axis.varies and 2 not in axis.varies]
+    out_axes = [axis for axis in b.axes if 2 in axis.varies and 1 not in axis.varies]
     if inner is not None:
-        for axis in in_planes:
+        for axis in in_axes:
             ledger.record(b, axis, Role.CONSUMES, inner)
-        if not in_planes and 1 in find_varying(inner):
+        if not in_axes and 1 in find_varying(inner):
             ledger.relations.forbid(narrow(inner).ravel(), f"contracted with a constant: {call.where}")
-    return Labelled(_make_outputs(ledger, b, out_planes, shape))
+    return LabelledTensor(_make_outputs(ledger, b, out_axes, shape))
 
 
 def _gather_inputs(ledger: Ledger, labels: Tensor) -> Tensor:
     """Labels (batch, rows, inner) as the weight's columns see them: (batch, inner, 1), rows united."""
     batch, _, inner = labels.shape
+    # One weight for the whole batch sees all its labels in one column; a batch of weights sees each its own.
     if 0 not in find_varying(labels):
         return lay_along(unite_per_index(ledger, labels, 2), 1, (batch, inner, 1))
     return torch.stack([lay_along(unite_per_index(ledger, m[None], 2), 0, (inner, 1)) for m in labels])
@@ -163,8 +167,9 @@ def _make_outputs(ledger: Ledger, b: Weight, axes: list[Axis], shape: torch.Size
     """New labels for the columns of a weight."""
     batch, _, columns = shape
     if not axes:
-        return fill(UNIFORM, shape) if columns == 1 else Labelled.fixed(shape).labels
-    count = batch if any(0 in p.varies for p in axes) else 1
+        return fill(UNIFORM, shape) if columns == 1 else LabelledTensor.fixed(shape).labels
+    # A weight of its own for each matrix of the batch (experts, bilinear forms) makes channels of its own.
+    count = batch if any(0 in axis.varies for axis in axes) else 1
     fresh = torch.from_numpy(ledger.relations.fresh(count * columns)).view(count, 1, columns)
     for axis in axes:
         ledger.record(
@@ -175,22 +180,30 @@ def _make_outputs(ledger: Ledger, b: Weight, axes: list[Axis], shape: torch.Size
 
 def _multiply_weights(ledger: Ledger, a: Weight, b: Weight, inner: int, shape: torch.Size) -> Weight:
     """Two weights multiplied before use (LoRA): the inner dimension is a group of its own."""
-    left = [p for p in a.axes if 2 in p.varies]
-    right = [p for p in b.axes if 1 in p.varies]
+    left = [axis for axis in a.axes if 2 in axis.varies]
+    right = [axis for axis in b.axes if 1 in axis.varies]
     if left and right:
         labels = ledger.relations.fresh(inner)
         for axis in left:
             ledger.record(a, axis, Role.CONSUMES, lay_along(labels, 2, axis.coordinates.shape))
         for axis in right:
             ledger.record(b, axis, Role.PRODUCES, lay_along(labels, 1, axis.coordinates.shape))
-    axes = [Axis(p.tensor, p.dim, p.coordinates.narrow(2, 0, 1).expand(shape)) for p in a.axes if 2 not in p.varies]
-    axes += [Axis(p.tensor, p.dim, p.coordinates.narrow(1, 0, 1).expand(shape)) for p in b.axes if 1 not in p.varies]
+    axes = [
+        Axis(axis.tensor, axis.dim, axis.coordinates.narrow(2, 0, 1).expand(shape))
+        for axis in a.axes
+        if 2 not in axis.varies
+    ]
+    axes += [
+        Axis(axis.tensor, axis.dim, axis.coordinates.narrow(1, 0, 1).expand(shape))
+        for axis in b.axes
+        if 1 not in axis.varies
+    ]
     return Weight(axes, nonlinear=a.nonlinear or b.nonlinear)
 
 
 def _multiply_activations(
-    ledger: Ledger, call: Call, a: tuple[Labelled, Tensor], b: tuple[Labelled, Tensor], shape: torch.Size
-) -> Labelled:
+    ledger: Ledger, call: Call, a: tuple[LabelledTensor, Tensor], b: tuple[LabelledTensor, Tensor], shape: torch.Size
+) -> LabelledTensor:
     """Attention and its like: what is contracted pairs up, what is kept meets."""
     met = keep_channels(
         ledger,
@@ -200,18 +213,19 @@ def _multiply_activations(
         ],
         call.where,
     )
+    # Over (batch, rows, inner, columns) the product is element-wise: labels meet there, then `inner` is summed away.
     labels = narrow(met[0])
     for other in met[1:]:
         labels = ledger.relations.merge(*np.broadcast_arrays(labels, narrow(other)))
     four = (shape[0], *labels.shape[1:])
     reduced = reduce_labels(ledger, widen(labels, four), {2}, Cause.PRODUCT, call.where).squeeze(2)
-    return Labelled(widen(narrow(reduced), shape))
+    return LabelledTensor(widen(narrow(reduced), shape))
 
 
-def _multiply_constant(ledger: Ledger, call: Call, info: Info | None, inner: int, shape: torch.Size) -> Labelled:
+def _multiply_constant(ledger: Ledger, call: Call, info: Info | None, inner: int, shape: torch.Size) -> LabelledTensor:
     """A constant mixing matrix: fine over tokens, refused over channels."""
-    assert isinstance(info, Labelled)
+    assert isinstance(info, LabelledTensor)
     labels = widen(ledger.relations.roots(narrow(info.labels)), info.labels.shape)
     if inner in find_varying(labels):
         ledger.relations.forbid(narrow(labels).ravel(), f"contracted with a constant: {call.where}")
-    return Labelled(reduce_labels(ledger, labels, {inner}, Cause.REDUCTION, call.where).expand(shape))
+    return LabelledTensor(reduce_labels(ledger, labels, {inner}, Cause.REDUCTION, call.where).expand(shape))

@@ -7,7 +7,7 @@ import torch
 
 from intrafusion.graph import Role, Slice
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Axis, Info, Labelled, Origin, Weight
+from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, lay_along, narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
@@ -24,7 +24,7 @@ def convolve(ledger: Ledger, call: Call) -> Info:
     depthwise = groups == x.shape[1] and groups > 1
     if not isinstance(weight, Weight):
         outputs = _convolve_unknown(ledger, call, inputs, weight, depthwise)
-        return Labelled(lay_along(outputs, 1, out.shape))
+        return LabelledTensor(lay_along(outputs, 1, out.shape))
     across = _Sides(ledger, call, weight, inputs)
     outputs = across.depthwise() if depthwise else across.plain() if groups == 1 else across.grouped()
     labels = lay_along(outputs, 1, out.shape)
@@ -32,7 +32,7 @@ def convolve(ledger: Ledger, call: Call) -> Info:
     if isinstance(bias, Weight):
         shape = [1, -1] + [1] * (out.dim() - 2)
         labels = ledger.lay(bias.map(lambda c: c.reshape(shape).broadcast_to(out.shape)), labels, Role.SHIFTS)
-    return Labelled(labels, _note_kernel_origin(ledger, call, weight, bias))
+    return LabelledTensor(labels, _note_kernel_origin(ledger, call, weight, bias))
 
 
 def _convolve_unknown(
@@ -76,8 +76,8 @@ class _Sides:
         self.transposed, self.groups = call["transposed"], call["groups"]
         self.out_channels = call.out.shape[1]
         out_dim, in_dim = (1, 0) if self.transposed else (0, 1)
-        self.out_planes = [p for p in weight.axes if p.varies == {out_dim}]
-        self.in_planes = [p for p in weight.axes if p.varies == {in_dim}]
+        self.out_axes = [axis for axis in weight.axes if axis.varies == {out_dim}]
+        self.in_axes = [axis for axis in weight.axes if axis.varies == {in_dim}]
         self.out_dim, self.in_dim = out_dim, in_dim
         for axis in weight.axes:
             if axis.varies >= {0, 1}:
@@ -97,21 +97,23 @@ class _Sides:
 
     def plain(self) -> np.ndarray:
         if self.out_channels == 1:  # one output channel is no channel dimension: it broadcasts
-            self.record(self.in_planes, self.in_dim, Role.CONSUMES, self.inputs)
+            self.record(self.in_axes, self.in_dim, Role.CONSUMES, self.inputs)
             return np.full(1, UNIFORM)
         outputs = self.fresh_outputs()
-        self.record(self.in_planes, self.in_dim, Role.CONSUMES, self.inputs)
-        self.record(self.out_planes, self.out_dim, Role.PRODUCES, outputs)
+        self.record(self.in_axes, self.in_dim, Role.CONSUMES, self.inputs)
+        self.record(self.out_axes, self.out_dim, Role.PRODUCES, outputs)
         return self.ledger.relations.roots(outputs)
 
     def depthwise(self) -> np.ndarray:
         """Each input channel has its own kernels: the weight follows."""
+        # A constant that its own kernel multiplies is the same for all channels no longer.
         known = np.where(self.inputs == UNIFORM, FIXED, self.inputs)
         several = self.out_channels // len(known)
+        # `several` outputs of one input are one channel in as many slots, which later layers may treat differently.
         outputs = np.repeat(known, several)
         if several > 1:
             outputs = self.ledger.relations.copy(outputs, np.arange(len(outputs)) % several)
-        axes, dim, labels = (self.in_planes, 0, self.inputs) if self.transposed else (self.out_planes, 0, outputs)
+        axes, dim, labels = (self.in_axes, 0, self.inputs) if self.transposed else (self.out_axes, 0, outputs)
         shape = self.call["weight"].shape
         for axis in axes:
             channels = np.broadcast_to(labels, (shape[dim],))
@@ -122,8 +124,10 @@ class _Sides:
 
     def grouped(self) -> np.ndarray:
         """Every group of a grouped convolution is a block; along the shorter dimension it sees its slice only."""
+        # The longer dimension of the weight runs through all groups. The shorter one counts from zero in each group, so
+        # one index is another channel in every group: the slice along the longer one says which.
         outputs, groups = self.fresh_outputs(), self.groups
-        whole, part = (self.in_planes, self.out_planes) if self.transposed else (self.out_planes, self.in_planes)
+        whole, part = (self.in_axes, self.out_axes) if self.transposed else (self.out_axes, self.in_axes)
         whole_labels, part_labels = (self.inputs, outputs) if self.transposed else (outputs, self.inputs)
         whole_role, part_role = (Role.CONSUMES, Role.PRODUCES) if self.transposed else (Role.PRODUCES, Role.CONSUMES)
         self.record(whole, 0, whole_role, whole_labels)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intrafusion.graph import Role
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Info, Labelled, Outcome, Weight
+from intrafusion.trace.info import Info, LabelledTensor, Outcome, Weight
 from intrafusion.trace.labels import FIRST, FIXED, compact, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
 
@@ -59,7 +59,7 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
     weights: list[Weight] = []
     constants: list[Tensor] = []
     for info, values in (_look_up(ledger, operand) for operand in operands):
-        if isinstance(info, Labelled):
+        if isinstance(info, LabelledTensor):
             labels = info.labels.broadcast_to(shape)
             activations.append((labels, set(range(len(shape))) if values is None else find_extent(values, len(shape))))
         elif isinstance(info, Weight):
@@ -76,7 +76,7 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
         labels = ledger.lay(weight, labels, _OPERATION_ROLES.get(call.name, Role.FOLLOWS))
     for values in constants:
         labels = colour_by_value(ledger, labels, values, call.where)
-    return Labelled(compact(labels) if weights else labels)
+    return LabelledTensor(compact(labels) if weights else labels)
 
 
 def _look_up(ledger: Ledger, operand: _Operand) -> tuple[Info | None, Tensor | None]:
@@ -96,6 +96,7 @@ def keep_channels(ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]], w
     An operand that names no channel (fixed data, a single map, one value per block) but varies along the channels of
     another tells them apart in a way that only its data know: those are blocked.
     """
+    # By representatives: labels that were united since then vary no longer.
     spread_out = [find_varying(widen(ledger.relations.roots(narrow(labels)), labels.shape)) for labels, _ in operands]
     kept = []
     for (labels, dims), own in zip(operands, spread_out, strict=True):
@@ -142,7 +143,7 @@ def _combine_weights(
     linear &= len(weights) > 1 or (isinstance(first, Tensor) and isinstance(ledger.look_up(first), Weight))
     if linear and len(weights) == 1:
         linear = call.name == "neg" or not constants
-    axes = [p for w in weights for p in w.axes]
+    axes = [axis for w in weights for axis in w.axes]
     for axis in axes:
         if any(find_varying(_compact_values(c, shape)) & axis.varies for c in constants):
             ledger.relations.pin(axis.tensor, axis.dim, f"meets a constant that varies along it: {call.where}")
@@ -163,6 +164,7 @@ def colour_by_value(ledger: Ledger, labels: Tensor, values: Tensor, where: str) 
     constant = _compact_values(values, labels.shape)
     if not channel_dims & find_varying(constant):
         return labels
+    # A channel that stands at several places may meet a different value at each.
     labels = ledger.tell_apart(labels, find_varying(constant))
     dims = sorted(channel_dims)
     order = dims + [d for d in range(labels.dim()) if d not in channel_dims]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Axis, Info, Labelled, Outcome, Weight
+from intrafusion.trace.info import Axis, Info, LabelledTensor, Outcome, Weight
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, compact, fill, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.rules.elementwise import combine
@@ -96,7 +96,7 @@ _ABSENT = -1  # coordinate of an element that comes from no index of the paramet
 
 def pass_on(ledger: Ledger, call: Call) -> Info | None:
     info = ledger.look_up(call.args[0])
-    return Labelled(info.labels) if isinstance(info, Labelled) else info
+    return LabelledTensor(info.labels) if isinstance(info, LabelledTensor) else info
 
 
 def forget(ledger: Ledger, call: Call) -> None:
@@ -106,27 +106,28 @@ def forget(ledger: Ledger, call: Call) -> None:
 def move(ledger: Ledger, call: Call) -> Outcome:
     source = call.args[0]
     info = ledger.look_up(source)
+    # An index that the data computed may pick another channel for every input; one from a buffer is the same always.
     for tensor in call.tensors[1:]:
         index = ledger.look_up(tensor)
-        if isinstance(index, Labelled) and (find_varying(index.labels) or _picks_channels(ledger, call, info)):
+        if isinstance(index, LabelledTensor) and (find_varying(index.labels) or _picks_channels(ledger, call, info)):
             return refuse(ledger, call, "data-dependent index")
     if info is None:
         depends = any(map(ledger.look_up, call.tensors))
         return refuse(ledger, call, "index that depends on channels") if depends else None
-    if isinstance(info, Labelled):
+    if isinstance(info, LabelledTensor):
         info = _tell_places_apart(ledger, call, info)
     if isinstance(call.out, (list, tuple)):
         return _split(info, call)
-    run = _make_mover(call, UNIFORM if isinstance(info, Labelled) else _ABSENT)
+    run = _make_mover(call, UNIFORM if isinstance(info, LabelledTensor) else _ABSENT)
     moved = info.map(run)
     if isinstance(moved, Weight):
         moved.transposed = call.name in ("t", "transpose")
     return moved
 
 
-def _tell_places_apart(ledger: Ledger, call: Call, info: Labelled) -> Labelled:
+def _tell_places_apart(ledger: Ledger, call: Call, info: LabelledTensor) -> LabelledTensor:
     """Before a part is taken along a dimension: a channel that stands there several times, told apart."""
-    return Labelled(ledger.tell_apart(info.labels, _find_picked_dims(call)))
+    return LabelledTensor(ledger.tell_apart(info.labels, _find_picked_dims(call)))
 
 
 def _find_picked_dims(call: Call) -> set[int]:
@@ -138,16 +139,16 @@ def _find_picked_dims(call: Call) -> set[int]:
 
 
 def _picks_channels(ledger: Ledger, call: Call, info: Info | None) -> bool:
-    return isinstance(info, Labelled) and bool(_find_picked_dims(call) & find_channel_dims(ledger, info))
+    return isinstance(info, LabelledTensor) and bool(_find_picked_dims(call) & find_channel_dims(ledger, info))
 
 
 def _split(info: Info, call: Call) -> list[Info | None]:
     run = _make_mover(call, UNIFORM)
-    if isinstance(info, Labelled):
-        return [Labelled(compact(part)) for part in run(info.labels)]
-    parts = [(p, run(p.coordinates)) for p in info.axes]
+    if isinstance(info, LabelledTensor):
+        return [LabelledTensor(compact(part)) for part in run(info.labels)]
+    parts = [(axis, run(axis.coordinates)) for axis in info.axes]
     return [
-        Weight([Axis(p.tensor, p.dim, compact(pieces[k])) for p, pieces in parts], nonlinear=info.nonlinear)
+        Weight([Axis(axis.tensor, axis.dim, compact(pieces[k])) for axis, pieces in parts], nonlinear=info.nonlinear)
         for k in range(len(call.outputs))
     ]
 
@@ -158,7 +159,7 @@ def _make_mover(call: Call, padding: int) -> Callable[[Tensor], Any]:
     if call.name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"):
         return lambda x: x.reshape(call.out.shape)
     if call.name == "constant_pad_nd":
-        rest[1:] = [padding]
+        rest[1:] = [padding]  # the value that is padded with is a constant for labels, and absent for coordinates
     if call.name == "as_strided":
         return lambda x: _stride_as(x, source, rest)
 
@@ -242,9 +243,9 @@ def concatenate(ledger: Ledger, call: Call) -> Info:
     tensors = [x for x in call["tensors"] if call.name == "stack" or x.dim() == call.out.dim()]
     infos = [ledger.look_up(x) for x in tensors]
     join = torch.stack if call.name == "stack" else torch.cat
-    if not any(isinstance(i, Labelled) for i in infos):
+    if not any(isinstance(i, LabelledTensor) for i in infos):
         return _join_weights(tensors, infos, lambda parts: join(parts, dim))
-    channels = set().union(*(find_varying(i.labels) for i in infos if isinstance(i, Labelled))) or {dim}
+    channels = set().union(*(find_varying(i.labels) for i in infos if isinstance(i, LabelledTensor))) or {dim}
     labels = [_label_part(ledger, x, i, channels) for x, i in zip(tensors, infos, strict=True)]
     if call.name == "cat" and all(dim not in find_varying(x) for x in labels):
         labels = _unite_parts(ledger, labels, dim)
@@ -252,7 +253,7 @@ def concatenate(ledger: Ledger, call: Call) -> Info:
     if call.name == "stack" or any(dim in find_varying(x) for x in labels):
         labels = _tell_parts_apart(ledger, labels)
     index = lambda x: tuple(slice(None) if d in kept else slice(0, 1) for d in range(x.dim()))  # noqa: E731
-    return Labelled(compact(join([x[index(x)] for x in labels], dim)).expand(call.out.shape))
+    return LabelledTensor(compact(join([x[index(x)] for x in labels], dim)).expand(call.out.shape))
 
 
 def _tell_parts_apart(ledger: Ledger, labels: list[Tensor]) -> list[Tensor]:
@@ -268,9 +269,11 @@ def _join_weights(tensors: list[Tensor], infos: list[Info | None], join: Callabl
     """Weights fused at run time: every parameter keeps its coordinates in its own part."""
     weights = [i if isinstance(i, Weight) else Weight([]) for i in infos]
     axes = []
-    for tensor, d in dict.fromkeys((p.tensor, p.dim) for w in weights for p in w.axes):
+    for tensor, d in dict.fromkeys((axis.tensor, axis.dim) for w in weights for axis in w.axes):
         parts = [
-            next((p.coordinates for p in w.axes if (p.tensor, p.dim) == (tensor, d)), fill(_ABSENT, x.shape))
+            next(
+                (axis.coordinates for axis in w.axes if (axis.tensor, axis.dim) == (tensor, d)), fill(_ABSENT, x.shape)
+            )
             for w, x in zip(weights, tensors, strict=True)
         ]
         axes.append(Axis(tensor, d, compact(join(parts))))

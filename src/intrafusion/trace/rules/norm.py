@@ -6,7 +6,7 @@ from torch import Tensor
 
 from intrafusion.graph import Role
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Info, Labelled, Weight
+from intrafusion.trace.info import Info, LabelledTensor, Weight
 from intrafusion.trace.labels import compact, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
@@ -43,15 +43,15 @@ def normalise(ledger: Ledger, call: Call) -> list[Info | None]:
             ledger.pin(ledger.look_up(tensor), f"normalises fixed data: {call.where}")
         return [None, *rest]
     last = "layer" in call.name or "rms" in call.name
-    if not isinstance(info, Labelled):
+    if not isinstance(info, LabelledTensor):
         return [_normalise_weight(ledger, call, info, tensors, last), *rest]
-    _couple_statistics(ledger, call, info, last)
+    _couple_statistics(ledger, call, info, last)  # a block for its own sake: the labels pass unchanged
     labels = info.labels
     for name, tensor in tensors.items():
         labels = _lay_own_tensor(ledger, labels, tensor, _OWN_ROLES[name], x, last)
     if "batch" in call.name:
         _note_norm(ledger, call, info, tensors)
-    return [Labelled(compact(labels)), *rest]
+    return [LabelledTensor(compact(labels)), *rest]
 
 
 def _lay_own_tensor(ledger: Ledger, labels: Tensor, tensor: Tensor, role: Role, x: Tensor, last: bool) -> Tensor:
@@ -67,7 +67,7 @@ def _lay_along_channels(weight: Weight, tensor: Tensor, x: Tensor, last: bool) -
     return weight.map(lambda c: c.reshape(shape).broadcast_to(x.shape))
 
 
-def _couple_statistics(ledger: Ledger, call: Call, info: Labelled, last: bool) -> None:
+def _couple_statistics(ledger: Ledger, call: Call, info: LabelledTensor, last: bool) -> None:
     """Layer, RMS and group norms see several channels at once; batch and instance norms do not."""
     x = call["input"]
     if last:
@@ -78,7 +78,7 @@ def _couple_statistics(ledger: Ledger, call: Call, info: Labelled, last: bool) -
         reduce_labels(ledger, widen(channels, channels.shape), {1}, Cause.STATISTICS, call.where)
 
 
-def _note_norm(ledger: Ledger, call: Call, info: Labelled, tensors: dict[str, Tensor]) -> None:
+def _note_norm(ledger: Ledger, call: Call, info: LabelledTensor, tensors: dict[str, Tensor]) -> None:
     """A batch norm that reads a linear map's output directly may be folded into it."""
     names = tuple(_find_owner(ledger, tensors.get(name)) for name in _OWN_ROLES)
     mean = names[2]

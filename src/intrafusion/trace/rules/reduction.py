@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Axis, Info, Labelled, Outcome, Weight
+from intrafusion.trace.info import Axis, Info, LabelledTensor, Outcome, Weight
 from intrafusion.trace.labels import FIRST, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
@@ -42,12 +42,14 @@ POOLS = ("avg_pool", "max_pool", "adaptive_", "_adaptive_", "upsample_", "_upsam
 def reduce_labels(ledger: Ledger, labels: Tensor, dims: set[int], cause: Cause, where: str) -> Tensor:
     """Labels after a symmetric reduction over dims (size 1 there): several channels together give a block label."""
     array = narrow(ledger.settle(labels))
+    # Where the labels do not vary, one channel is summed with itself (over space, over tokens): it stays that channel.
     over = [d for d in sorted(dims) if array.shape[d] > 1]
     shape = tuple(1 if d in dims else s for d, s in enumerate(labels.shape))
     if not over:
         return widen(array, shape)
     rest = [d for d in range(array.ndim) if d not in over]
     moved = array.transpose(rest + over)
+    # Symmetric: only which channels are in a row matters, so rows are sets, and equal sets get one block label.
     rows = np.sort(moved.reshape(int(np.prod([array.shape[d] for d in rest])), -1), axis=-1)
     distinct, which = np.unique(rows, axis=0, return_inverse=True)
     results = np.array([_name_together(ledger, np.unique(row), cause, where) for row in distinct])
@@ -59,7 +61,7 @@ def _name_together(ledger: Ledger, labels: np.ndarray, cause: Cause, where: str)
     channels = labels[labels >= FIRST]
     roots = np.unique(ledger.relations.roots(labels))
     if len(roots) == 1 or len(channels) == 0:
-        return int(labels.max())
+        return int(labels.max())  # one channel; or nothing but fixed data and constants, of which fixed wins
     named = roots[(roots >= FIRST) & ~ledger.relations.is_block[roots]]
     if len(named) == 1:  # beside it only blocks, such as the head it is in
         ledger.relations.unite(np.broadcast_to(named, len(channels)), channels)
@@ -76,13 +78,14 @@ def unite_per_index(ledger: Ledger, labels: Tensor, dim: int) -> np.ndarray:
     if array.shape[dim] == array.size:
         return np.broadcast_to(array.reshape(-1), (size,))
     rows = np.unique(np.moveaxis(array, dim, -1).reshape(-1, array.shape[dim]), axis=0)
+    # The k-th column multiplies whatever stands at index k, in every row and at every place: all that is one channel.
     united = rows[0]
     for row in rows[1:]:
         united = ledger.relations.merge(united, row)
     return np.broadcast_to(united, (size,))
 
 
-def aggregate(ledger: Ledger, call: Call) -> Outcome:
+def summarise(ledger: Ledger, call: Call) -> Outcome:
     x, out = call["self"], call.outputs[0]
     info = ledger.look_up(x)
     if info is None:
@@ -92,34 +95,36 @@ def aggregate(ledger: Ledger, call: Call) -> Outcome:
     keep = out.dim() == x.dim()
     squeeze = lambda c: c if keep else c.reshape([s for d, s in enumerate(c.shape) if d not in dims])  # noqa: E731
     result: Info
-    if isinstance(info, Labelled):
-        result = Labelled(squeeze(reduce_labels(ledger, info.labels, dims, Cause.REDUCTION, call.where)))
+    if isinstance(info, LabelledTensor):
+        result = LabelledTensor(squeeze(reduce_labels(ledger, info.labels, dims, Cause.REDUCTION, call.where)))
     else:
-        result = _aggregate_weight(info, dims, call.where).map(squeeze)
+        result = _summarise_weight(info, dims, call.where).map(squeeze)
     results = [result] * len(call.outputs)
-    if isinstance(info, Labelled) and call.name in _INDICES and dims & find_channel_dims(ledger, info):
-        results[-1] = Labelled(Labelled.fixed(call.outputs[-1].shape).labels, indices_of=narrow(info.labels).ravel())
+    if isinstance(info, LabelledTensor) and call.name in _INDICES and dims & find_channel_dims(ledger, info):
+        results[-1] = LabelledTensor(
+            LabelledTensor.fixed(call.outputs[-1].shape).labels, indices_of=narrow(info.labels).ravel()
+        )
     return results if len(results) > 1 else results[0]
 
 
-def find_channel_dims(ledger: Ledger, info: Labelled) -> set[int]:
+def find_channel_dims(ledger: Ledger, info: LabelledTensor) -> set[int]:
     """Dimensions along which an activation holds different channels."""
     return find_varying(widen(ledger.relations.roots(narrow(info.labels)), info.labels.shape))
 
 
-def _aggregate_weight(weight: Weight, dims: set[int], where: str) -> Weight:
+def _summarise_weight(weight: Weight, dims: set[int], where: str) -> Weight:
     """A weight summed, averaged or normed over some dimensions keeps its coordinates on the others."""
     first = lambda c: c[tuple(slice(0, 1) if d in dims else slice(None) for d in range(c.dim()))]  # noqa: E731
-    axes = [Axis(p.tensor, p.dim, first(p.coordinates)) for p in weight.axes if not p.varies & dims]
+    axes = [Axis(axis.tensor, axis.dim, first(axis.coordinates)) for axis in weight.axes if not axis.varies & dims]
     return Weight(axes, nonlinear=weight.nonlinear or where)
 
 
 def couple_by_softmax(ledger: Ledger, call: Call) -> Info | None:
     x = call.args[0]
     info = ledger.look_up(x)
-    if isinstance(info, Labelled):
+    if isinstance(info, LabelledTensor):
         reduce_labels(ledger, info.labels, {call["dim"] % x.dim()}, Cause.SOFTMAX, call.where)
-        return Labelled(info.labels)
+        return LabelledTensor(info.labels)
     return Weight(info.axes, nonlinear=call.where) if info else None
 
 
@@ -128,9 +133,9 @@ def scan(ledger: Ledger, call: Call) -> Outcome:
     x = call.args[0]
     info, out = ledger.look_up(x), call.outputs[0]
     dim = (call["dim"] if call["dim"] is not None else -1) % x.dim()
-    if not isinstance(info, Labelled) or dim in find_channel_dims(ledger, info):
+    if not isinstance(info, LabelledTensor) or dim in find_channel_dims(ledger, info):
         return refuse(ledger, call, "ordered operation along channels")
-    result = Labelled(info.labels.narrow(dim, 0, 1).expand(out.shape))
+    result = LabelledTensor(info.labels.narrow(dim, 0, 1).expand(out.shape))
     return [result] * len(call.outputs) if len(call.outputs) > 1 else result
 
 
@@ -147,4 +152,6 @@ def pool(ledger: Ledger, call: Call) -> Outcome:
     if any(out.shape[d] != 1 for d in crossed):
         return refuse(ledger, call, "pooling across channels")
     labels = reduce_labels(ledger, info.labels, dims, Cause.REDUCTION, call.where).expand(out.shape)
-    return [Labelled(labels), *[None] * (len(call.outputs) - 1)] if len(call.outputs) > 1 else Labelled(labels)
+    return (
+        [LabelledTensor(labels), *[None] * (len(call.outputs) - 1)] if len(call.outputs) > 1 else LabelledTensor(labels)
+    )

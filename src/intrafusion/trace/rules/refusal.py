@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Info, Labelled
+from intrafusion.trace.info import Info, LabelledTensor
 from intrafusion.trace.ledger import Ledger
 
 
 def refuse(ledger: Ledger, call: Call, why: str = "operation without a rule") -> list[Info | None]:
     for tensor in call.tensors:
         ledger.forbid(ledger.look_up(tensor), f"{why}: {call.where}")
-    return [Labelled.fixed(o.shape) if isinstance(o, Tensor) else None for o in call.outputs]
+    return [LabelledTensor.fixed(o.shape) if isinstance(o, Tensor) else None for o in call.outputs]
