@@ -309,6 +309,26 @@ def test_a_network_that_did_not_change_needs_no_repair() -> None:
     assert find_repairs(model, {}) == ()
 
 
+class Widths(nn.Module):
+    """A parameter under a name that elsewhere is a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.width = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.enter(x).relu() * self.width)
+
+
+def test_a_parameter_named_like_a_size_is_no_size() -> None:
+    model = Widths()
+    graph = trace(model, torch.randn(2, 3))
+    (group,) = graph.reducible
+    small = operated(model, graph, {group.name: selection([0, 2], group.size)})
+    assert torch.equal(small.get_parameter("width"), model.width[[0, 2]])
+
+
 @pytest.mark.parametrize("name", ["weight_norm_old", "pruned_by_torch"])
 def test_weights_that_a_hook_computes(name: str) -> None:
     model, inputs = case_named(name).build()

@@ -123,7 +123,7 @@ def pivot_order(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> 
         taken[best] = True
         missing.append(max(0.0, missing[-1] - float(gain[best])))
         order.append(best)
-        # Column `best` of C and of R as they are now: the matrices of the last whole block, less this block's picks so far.
+        # Column `best` of C and R as they are now: the matrices as of the last whole block, less the picks since then.
         at = index % BLOCK
         u, v, variance, least = us[:, :at], vs[:, :at], variances[:, best, None], known[:, best, None]
         scale = torch.where(variance > least, torch.maximum(variance, least).rsqrt(), 0.0)  # 0: nothing is learnt

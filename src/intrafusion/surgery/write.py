@@ -101,8 +101,11 @@ def expected_attributes(module: nn.Module, old: TensorShapes, new: TensorShapes)
     changes = {(o, n) for k in old for o, n in zip(old[k], new[k], strict=True) if o != n}
     still = {o for k in old for o, n in zip(old[k], new[k], strict=True) if o == n}
     for attribute in SIZE_ATTRIBUTES:
-        targets = {n for o, n in changes if o == getattr(module, attribute, None)}
-        if len(targets) == 1 and getattr(module, attribute) not in still:
+        stated = getattr(module, attribute, None)
+        if not isinstance(stated, int):  # a parameter, or a layer, may have such a name too
+            continue
+        targets = {n for o, n in changes if o == stated}
+        if len(targets) == 1 and stated not in still:
             found[attribute] = targets.pop()
     return found
 

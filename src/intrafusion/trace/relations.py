@@ -185,7 +185,7 @@ class Relations:
         table = self.tables.get(key)
         if table is None:
             table = self.tables[key] = np.zeros(size, np.int64)
-        # The first label to reach an index holds it, later ones are united with it: a layer used twice ties what it reads.
+        # The first label to reach an index holds it, later ones join it: a layer that runs twice ties what it reads.
         empty = table[positions] == 0
         table[positions[empty]] = labels[empty]
         self.unite(table[positions], labels)
