@@ -125,7 +125,7 @@ def choice_records(networks: Mapping[str, int], repeats: int, keep: float = 0.5)
         setting = {"what": "choose: pivot, peer intrafusion", "network": name, "keep": keep, "pixels": pixels}
         records.append(Record("speed", setting, found))
         plan = intrafusion.decide(model, graph, Recipe.of(keep=keep, reducer="intrafusion", restore=None), x)
-        merged = iter([intrafusion.surgery.write(model, plan, x, graph=graph) for _ in range(repeats + 1)])
+        merged = iter([intrafusion.apply(model, plan, x, graph=graph) for _ in range(repeats + 1)])
         found = compare(
             lambda m=model, g=graph, merged=merged: ClosedForm()(next(merged), m, g),
             lambda c=choose: c("intrafusion"),
@@ -144,7 +144,7 @@ def restore_records(repeats: int, count: int = 256) -> list[Record]:
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5, reducer="select"))
     records = []
     for name, restorer in (("least_squares", LeastSquares()), ("noise", Noise(images=count))):
-        small = intrafusion.surgery.write(model, plan, x, graph=graph)
+        small = intrafusion.apply(model, plan, x, graph=graph)
         with torch.no_grad():
             found = compare(
                 lambda r=restorer, s=small: r(s, model, graph, images if r.needs_data else None),

@@ -185,8 +185,8 @@ def test_a_plan_is_carried_out_on_another_device(place: Place, tmp_path: Path) -
     plan = compress(place.network(), X.to(place.device), 0.5, reducer="fold", restore=None).plan
     save_plan(plan, tmp_path / "plan")
     read = load_plan(tmp_path / "plan")
-    here = intrafusion.surgery.write(network(), plan, X)
-    check_same(place, here.model, intrafusion.surgery.write(place.network(), read, X.to(place.device)).model)
+    here = intrafusion.apply(network(), plan, X)
+    check_same(place, here.model, intrafusion.apply(place.network(), read, X.to(place.device)).model)
 
 
 def test_made_images_are_saved(place: Place, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_plan_of_all_steps_makes_the_same_network_from_the_original(normaliz
     model = made()
     small = compress_in_steps(model, EXAMPLE, 0.3, 3, reducer=IntraFusion(normalization), restore=None)
     assert all(len(m.merge) == small.plan.sizes[name] for name, m in small.plan.maps.items())
-    again = intrafusion.surgery.write(model, small.plan, EXAMPLE)
+    again = intrafusion.apply(model, small.plan, EXAMPLE)
     torch.testing.assert_close(again.model(EXAMPLE), small.model(EXAMPLE), rtol=1e-4, atol=1e-4)
     assert (small.model(EXAMPLE) - model(EXAMPLE)).norm().item() > 0.1  # and it is not the original
 

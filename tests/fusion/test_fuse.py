@@ -193,7 +193,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path) -> None:
 
 def test_a_fused_network_compresses_further() -> None:
     (a, x), (b, _) = made("residual"), made("residual")
-    small = intrafusion.surgery.write(
+    small = intrafusion.apply(
         model := fuse([a, b], x).model,
         intrafusion.decide(model, graph := intrafusion.inspect(model, x), intrafusion.Recipe.of(keep=0.5)),
         x,

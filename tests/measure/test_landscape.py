@@ -53,7 +53,7 @@ NETWORKS = {
 
 def reduced(model, graph, example, reducer):
     recipe = intrafusion.Recipe.of(keep=0.5, reducer=reducer, restore=None)
-    return intrafusion.surgery.write(model, intrafusion.decide(model, graph, recipe), example, graph=graph)
+    return intrafusion.apply(model, intrafusion.decide(model, graph, recipe), example, graph=graph)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

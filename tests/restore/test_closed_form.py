@@ -36,7 +36,7 @@ def shrunk(model: nn.Module, **options: object) -> tuple[Compressed, ChannelGrap
     example = torch.zeros(1, 4 if isinstance(model, Joined) else next(model.parameters()).shape[1], 9, 9)
     graph = intrafusion.inspect(model, example)
     plan = intrafusion.decide(model, graph, Recipe.of(**options))
-    return intrafusion.surgery.write(model, plan, example, graph=graph), graph
+    return intrafusion.apply(model, plan, example, graph=graph), graph
 
 
 def patches(reach: float, kernel: int, inputs: int, samples: int, seed: int = 0) -> Tensor:
@@ -103,7 +103,7 @@ def test_outputs_get_the_mean_and_variance_of_their_parts(normalization: str, af
         y = norm(u).flatten(1).double()
     graph = intrafusion.inspect(model, x[:1])
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.4, reducer=IntraFusion(normalization), include="0"))
-    small = intrafusion.surgery.write(model, plan, x[:1], graph=graph)
+    small = intrafusion.apply(model, plan, x[:1], graph=graph)
     ClosedForm()(small, model, graph)
     merge = small.plan.maps["0"].merge
     mean = merge / merge.sum(1, keepdim=True)
@@ -265,7 +265,7 @@ def test_function_with_closed_form_beats_source_inside_the_blocks_of_a_real_netw
     scores = {}
     for normalization in ("source", "function"):
         recipe = Recipe.of(keep=0.5, reducer=IntraFusion(normalization), include=inner)
-        small = intrafusion.surgery.write(model, intrafusion.decide(model, graph, recipe), example, graph=graph)
+        small = intrafusion.apply(model, intrafusion.decide(model, graph, recipe), example, graph=graph)
         scores[normalization] = accuracy(small.model, test.images, test.labels)
         ClosedForm()(small, model, graph)
         scores[normalization, "restored"] = accuracy(small.model, test.images, test.labels)

@@ -76,7 +76,7 @@ def images(n: int = 24, size: int = 10) -> Tensor:
 def shrunk(model: nn.Module, example: Tensor, **options: object) -> tuple[Compressed, intrafusion.ChannelGraph]:
     graph = intrafusion.inspect(model, example)
     plan = intrafusion.decide(model, graph, Recipe.of(**options))
-    return intrafusion.surgery.write(model, plan, example, graph=graph), graph
+    return intrafusion.apply(model, plan, example, graph=graph), graph
 
 
 def first_ones(group: intrafusion.ChannelGroup, weights: object, observations: object) -> Tensor:
@@ -456,7 +456,7 @@ def test_half_of_a_real_network(data_dir: Path) -> None:
     graph = intrafusion.inspect(model, example)
     inner = [g.producers[0] for g in graph.reducible if len(g.producers) == 1]
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5, reducer="select", include=inner))
-    small = intrafusion.surgery.write(model, plan, example, graph=graph)
+    small = intrafusion.apply(model, plan, example, graph=graph)
     assert accuracy(small.model, test.images, test.labels) < 0.4
     LeastSquares()(small, model, graph, calibration.images)
     assert accuracy(small.model, test.images, test.labels) >= 0.77

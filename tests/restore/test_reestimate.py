@@ -165,7 +165,7 @@ def test_a_pruned_real_network_profits(data_dir: Path) -> None:
     model, example, test = zoo.build(name, pretrained=True), zoo.example_input(name), zoo.load_data(name, "test", 500)
     graph = intrafusion.inspect(model, example)
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.8, reducer="select"))
-    small = intrafusion.surgery.write(model, plan, example, graph=graph)
+    small = intrafusion.apply(model, plan, example, graph=graph)
     before = accuracy(small.model, test.images, test.labels)
     Reestimate()(small, model, graph, zoo.load_data(name, "train", 128).images)
     assert accuracy(small.model, test.images, test.labels) > before + 0.25

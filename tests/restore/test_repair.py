@@ -38,7 +38,7 @@ def images(n: int = 60) -> Tensor:
 def shrunk(model: nn.Module, **options: object) -> tuple[Compressed, ChannelGraph]:
     graph = intrafusion.inspect(model, images(2))
     plan = intrafusion.decide(model, graph, Recipe.of(**options))
-    return intrafusion.surgery.write(model, plan, images(2), graph=graph), graph
+    return intrafusion.apply(model, plan, images(2), graph=graph), graph
 
 
 def outputs(model: nn.Module, x: Tensor, layers: list[int]) -> dict[int, Tensor]:
@@ -148,7 +148,7 @@ def test_a_real_network_without_batch_norms_profits(data_dir: Path) -> None:
     graph = intrafusion.inspect(model, example)
     assert not graph.norms
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.8, reducer="intrafusion"))
-    small = intrafusion.surgery.write(model, plan, example, graph=graph)
+    small = intrafusion.apply(model, plan, example, graph=graph)
     before = accuracy(small.model, test.images, test.labels)
     ActivationRepair()(small, model, graph, zoo.load_data(name, "train", 128).images)
     assert accuracy(small.model, test.images, test.labels) > before + 0.2

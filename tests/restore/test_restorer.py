@@ -27,7 +27,7 @@ def test_without_images_those_that_need_them_say_so_and_write_nothing(name: str)
     example = torch.zeros(1, 1, 8, 8)
     graph = intrafusion.inspect(model, example)
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5))
-    small = intrafusion.surgery.write(model, plan, example, graph=graph)
+    small = intrafusion.apply(model, plan, example, graph=graph)
     before = {n: t.clone() for n, t in small.model.state_dict().items()}
     with pytest.raises(ModelError, match=f"{type(get(name)).__name__} needs images: .* got none; give images="):
         get(name)(small, model, graph, None)

@@ -510,7 +510,7 @@ def test_a_block_with_fewer_channels_needs_the_merge() -> None:
     model, images = image_network().eval(), pictures().images
     graph = intrafusion.inspect(model, images)
     plan = intrafusion.decide(model, graph, intrafusion.Recipe.of(keep=0.5, reducer="select"))
-    small = intrafusion.surgery.write(model, plan, images, graph=graph)
+    small = intrafusion.apply(model, plan, images, graph=graph)
     with pytest.raises(ModelError, match="pass the merge"):
         Block(model, "layer1.0")(small.model, images, None)
     merges = merges_of(graph, small.plan, ["layer1.0", "layer2"])

@@ -210,7 +210,7 @@ def is_size(value: Any) -> bool:
 
 
 def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
-    """Write a plan with its maps, to be carried out later with `intrafusion.surgery.write`."""
+    """Write a plan with its maps, to be carried out later with `intrafusion.apply`."""
     tensors = {
         f"{kind}/{name}": getattr(m, kind).cpu().contiguous()
         for name, m in plan.maps.items()
