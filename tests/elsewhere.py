@@ -16,7 +16,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import intrafusion.restore.layers as layers
+import intrafusion.network.layers as layers
 from intrafusion.trace.dispatch import is_composite
 
 NAME = "elsewhere"

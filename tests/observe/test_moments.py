@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.covariance import oas
 
-from intrafusion.observe.moments import shrunk
+from intrafusion.observe.moments import shrink
 from intrafusion.reduce.pivot import pivot_order
 
 
@@ -22,7 +22,7 @@ def test_correlations_shrink_as_the_oracle_approximation_says(k: int) -> None:
     standard = (rows - rows.mean(0)) / rows.std(0, correction=0)
     _, intensity = oas(standard.numpy())
     sample = covariance_of(rows)
-    found = shrunk(sample, k)
+    found = shrink(sample, k)
     torch.testing.assert_close(found.diagonal(), sample.diagonal())
     off = ~torch.eye(100, dtype=torch.bool)
     assert 1 - float((found / sample)[off].mean()) == pytest.approx(intensity, rel=0.05)
@@ -33,17 +33,17 @@ def test_channels_that_do_not_vary_change_nothing() -> None:
     sample = covariance_of(rows)
     more = torch.zeros(10, 10, dtype=torch.float64)
     more[:8, :8] = sample
-    torch.testing.assert_close(shrunk(more, 40)[:8, :8], shrunk(sample, 40))
-    assert torch.equal(shrunk(torch.zeros(3, 3, dtype=torch.float64), 5), torch.zeros(3, 3, dtype=torch.float64))
+    torch.testing.assert_close(shrink(more, 40)[:8, :8], shrink(sample, 40))
+    assert torch.equal(shrink(torch.zeros(3, 3, dtype=torch.float64), 5), torch.zeros(3, 3, dtype=torch.float64))
     one = torch.ones(1, 1, dtype=torch.float64)
-    assert torch.equal(shrunk(one, 5), one)
+    assert torch.equal(shrink(one, 5), one)
 
 
 def test_few_rows_do_not_tell_independent_channels_from_one_another() -> None:
     sample = covariance_of(torch.randn(30, 60, dtype=torch.float64))
     identity, shares = torch.eye(60, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     lacks = [
-        float(pivot_order(c[None], identity, shares / c.trace(), 30).missing[-1]) for c in (sample, shrunk(sample, 30))
+        float(pivot_order(c[None], identity, shares / c.trace(), 30).missing[-1]) for c in (sample, shrink(sample, 30))
     ]
     assert lacks[0] < 1e-3
     assert lacks[1] > 0.4

@@ -16,10 +16,11 @@ import intrafusion
 from intrafusion import IntraFusion, ModelError, Recipe, Select
 from intrafusion.compressed import Compressed
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.layers import Layer, find_layers
 from intrafusion.network.tensors import named_tensors
 from intrafusion.restore import LeastSquares
-from intrafusion.restore.layers import Layer, output_map, solvable
-from intrafusion.restore.least_squares import recorded
+from intrafusion.restore.solver import record_targets
+from intrafusion.restore.statistics import find_output_merge
 
 EXACT = LeastSquares(strength=0.0, scarcity=0.0)
 
@@ -173,13 +174,13 @@ def test_steps_lead_to_what_the_activation_function_gives(reducer: str) -> None:
     assert missing[0] > 1.02 * missing[1] > 1.02 * missing[2]
 
 
-def test_output_map_is_the_merge_along_the_produced_channels() -> None:
+def test_output_merge_is_the_merge_along_the_produced_channels() -> None:
     model = made(Plain)
     small, graph = shrunk(model, images(1), keep=0.5, reducer=IntraFusion())
-    found = output_map(Layer("first", model.first, None), graph, small.plan.maps)
+    found = find_output_merge(Layer("first", model.first), graph, small.plan.maps)
     assert found is not None
     torch.testing.assert_close(found, small.plan.maps["first"].merge)
-    assert output_map(Layer("head", model.head, None), graph, small.plan.maps) is None
+    assert find_output_merge(Layer("head", model.head), graph, small.plan.maps) is None
 
 
 # ---- better ---------------------------------------------------------------------------------------------------------
@@ -201,10 +202,10 @@ def test_drift_of_the_other_branch_is_made_up_for(late: bool) -> None:
 
 def test_the_function_behind_a_sum_is_that_of_the_sum_only() -> None:
     model, x = made(Residual), Inputs.of(images())
-    layers = solvable(model, intrafusion.inspect(model, images(1)))
+    layers = find_layers(model, intrafusion.inspect(model, images(1)))
     last = {"a.2", "b.2"}
     for drift, expected in ((True, {"a.0", "b.0"} | last), (False, {"a.0", "b.0"})):
-        targets = recorded(model, layers, x, LeastSquares(drift=drift))
+        targets = record_targets(model, layers, x, LeastSquares(drift=drift).solver)
         assert set(targets.activations) == expected
         assert targets.summed == (last if drift else set())
 
@@ -220,8 +221,8 @@ class Returned(Plain):
 def test_what_the_network_returns_must_be_right_itself() -> None:
     for network, expected in ((Plain, {"first", "second"}), (Returned, {"first"})):
         model = made(network)
-        layers = solvable(model, intrafusion.inspect(model, images(1)))
-        assert set(recorded(model, layers, Inputs.of(images()), LeastSquares()).activations) == expected
+        layers = find_layers(model, intrafusion.inspect(model, images(1)))
+        assert set(record_targets(model, layers, Inputs.of(images()), LeastSquares().solver).activations) == expected
 
 
 def test_both_orders_of_a_sum_give_the_same() -> None:
@@ -233,29 +234,6 @@ def test_both_orders_of_a_sum_give_the_same() -> None:
         found.append(small.model.state_dict())
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
-        nn.Conv2d(3, 4, 3, padding="same", dilation=2, padding_mode="reflect"),
-        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
-        nn.Conv1d(3, 4, 5, stride=3, padding=2),
-        nn.Conv3d(3, 4, 2, padding=1),
-        nn.Linear(7, 4),
-    ],
-    ids=str,
-)
-def test_patches_times_the_weight_are_the_outputs(layer: nn.Conv2d) -> None:
-    sizes = {nn.Conv1d: (5, 3, 11), nn.Conv3d: (5, 3, 4, 5, 6), nn.Linear: (5, 6, 7)}
-    x, found = torch.randn(sizes.get(type(layer), (5, 3, 9, 8))), Layer("layer", layer, None)
-    with torch.no_grad():
-        y = layer(x)
-        places = found.places(y, 17, seed=0)
-        torch.testing.assert_close(found.linear(found.inputs(x, places)), found.outputs(y, places))
-    assert len(places) == 17
-    assert len(places.unique(dim=0)) == 17
 
 
 class Tokens(nn.Module):

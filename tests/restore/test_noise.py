@@ -15,7 +15,7 @@ import intrafusion
 from intrafusion.errors import ModelError
 from intrafusion.network.inputs import Inputs
 from intrafusion.restore import Noise
-from intrafusion.restore.noise import image_like, smooth, standardised
+from intrafusion.restore.noise import image_like, smooth, standardise
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -62,7 +62,7 @@ def test_there_are_fewer_images_where_they_are_large() -> None:
 def test_behind_every_norm_a_channel_has_the_mean_and_deviation_that_it_has_on_data() -> None:
     model = residual()
     before, noise = state(model), Noise(images=64).make(X)
-    copy = standardised(model, noise)
+    copy = standardise(model, noise)
     assert equal(state(model), before)
     norm = copy.stem[1]  # type: ignore[index]
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_behind_every_norm_a_channel_has_the_mean_and_deviation_that_it_has_on_d
 def test_it_gains_on_images_that_it_has_not_seen(norm: bool, reducer: str) -> None:
     """Smooth images of another slope; batch norms remember these."""
     images = smooth(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(5)), 1.0)
-    model = standardised(residual(norm), Inputs.of(images))
+    model = standardise(residual(norm), Inputs.of(images))
     errors = []
     for restore in (None, "noise"):
         small = compress(model, X, 0.6, reducer=reducer, restore=restore).model

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import intrafusion
 from intrafusion import Recipe
 from intrafusion.network.inputs import Inputs
-from intrafusion.observe.moments import measured, shrunk
+from intrafusion.observe.moments import measure_moments, shrink
 from intrafusion.restore import calibrate
 
 
@@ -53,10 +53,10 @@ def test_measured_moments_are_those_of_what_is_read() -> None:
     graph, _ = plan_for(model)
     with torch.no_grad():
         h = F.relu(model.norm(model.first(IMAGES))).movedim(1, -1).reshape(-1, 10).double()
-    found = measured(model, graph, IMAGES, rows=10**6)["first"]
+    found = measure_moments(model, graph, IMAGES, rows=10**6)["first"]
     mean, covariance = found.overall
     np.testing.assert_allclose(mean, h.mean(0), atol=1e-6)
-    np.testing.assert_allclose(covariance, shrunk(torch.cov(h.T, correction=0), len(h)), atol=1e-5)
+    np.testing.assert_allclose(covariance, shrink(torch.cov(h.T, correction=0), len(h)), atol=1e-5)
 
 
 @pytest.mark.parametrize(("norm", "bias"), [(True, False), (False, True), (True, True)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.restore import Synthesis, load_images, save_images
-from intrafusion.restore.synthesize import mismatches, moments, remembered, seen_on_noise, total_variation
+from intrafusion.restore.synthesize import collect_mismatches, read_norms, take_statistics, total_variation, watch_noise
 
 QUICK = Synthesis(images=8, mirrored=False, steps=25)
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -60,7 +60,7 @@ def test_every_image_comes_with_its_mirror_image() -> None:
 
 def test_the_collected_mismatch_is_the_one_by_hand() -> None:
     model, images = made().eval(), torch.randn(5, 3, 8, 8)
-    with mismatches(remembered(model)) as found, torch.no_grad():
+    with collect_mismatches(read_norms(model)) as found, torch.no_grad():
         model(images)
     assert float(found[0]) == pytest.approx(mismatch(model, images), rel=1e-4)
     assert not model[1]._forward_hooks
@@ -70,8 +70,8 @@ def test_without_batch_norms_layers_give_what_they_give_on_noise() -> None:
     """Labels are met by images on which every layer keeps the mean and the deviation that noise gives it."""
     layers = (nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(216, 4))
     model = randomise_(nn.Sequential(*layers)).eval()
-    wanted = seen_on_noise(model, EXAMPLE, seed=0)
-    assert [(type(w.module), w.read) for w in wanted] == [(nn.Conv2d, False), (nn.Linear, False)]
+    wanted = watch_noise(model, EXAMPLE, seed=0)
+    assert [(type(w.module), w.reads) for w in wanted] == [(nn.Conv2d, False), (nn.Linear, False)]
     images = replace(QUICK, images=32, steps=200)(model, EXAMPLE)
     with torch.no_grad():
         y = model[0](images).movedim(1, 0).flatten(1)
@@ -133,7 +133,7 @@ def test_moments_of_channels_and_their_gradients(shape: tuple[int, ...], dim: in
     x = 2 * torch.randn(shape, dtype=torch.float64) + 1
     x.requires_grad_()
     rows = x.movedim(dim, -1).flatten(0, -2)
-    found, expected = moments(x, dim), (rows.mean(0), rows.std(0, correction=0))
+    found, expected = take_statistics(x, dim), (rows.mean(0), rows.std(0, correction=0))
     torch.testing.assert_close(found, expected)
     weights = torch.randn(2, rows.shape[1], dtype=torch.float64)
     gradients = [torch.autograd.grad((weights * torch.stack(m)).sum(), x)[0] for m in (found, expected)]

@@ -15,7 +15,7 @@ from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, unknown_name
 from intrafusion.fusion.align import Alignment, Side, aligned, transported
 from intrafusion.fusion.match import Pair, pairs_of
-from intrafusion.fusion.outputs import channel_outputs
+from intrafusion.fusion.outputs import record_outputs
 from intrafusion.fusion.variance import lengths, strengthened
 from intrafusion.graph import ChannelGraph, Role
 from intrafusion.measure.size import size_of
@@ -129,7 +129,7 @@ def fuse(
 
 
 def side(model: nn.Module, graph: ChannelGraph, calibration: Inputs | None, seed: int) -> Side:
-    outputs = None if calibration is None else channel_outputs(model, graph, calibration, seed=seed)
+    outputs = None if calibration is None else record_outputs(model, graph, calibration, seed=seed)
     return Side.of(model, graph, outputs)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +10,11 @@ from torch import Tensor, nn
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.network.batches import cast_like
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.layers import watch_calls
 from intrafusion.network.state import preserve_state
 
 
-def channel_outputs(
+def record_outputs(
     model: nn.Module, graph: ChannelGraph, inputs: Inputs, *, places: int = 20_000, seed: int = 0
 ) -> dict[str, Tensor]:
     """What the layers that produce each group give before the activation function, norms that were folded included.
@@ -29,32 +27,31 @@ def channel_outputs(
         (n, d) float64 by name of the group: the outputs of all its layers side by side, in execution order. Groups
         that no convolution or linear module produces are missing.
     """
-    watched = {g.name: found for g in graph.reducible if (found := seen_at(model, graph, g))}
-    modules = {name for places_of in watched.values() for name, _, _ in places_of}
+    sources = {g.name: found for g in graph.reducible if (found := _find_sources(model, graph, g))}
+    dims = {name: dim for found in sources.values() for name, dim, _ in found}
     recorded: dict[str, list[Tensor]] = defaultdict(list)
 
-    def store(name: str, dim: int, output: Tensor) -> None:
-        flat = output.detach().movedim(dim, 0).flatten(1)
+    def store(name: str, x: Tensor, output: Tensor) -> None:
+        flat = output.detach().movedim(dims[name], 0).flatten(1)
         if flat.shape[1] > places:
             chosen = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed))[:places]
             flat = flat[:, chosen.to(flat.device)]
         recorded[name].append(flat.float())
 
-    dims = {name: dim for found in watched.values() for name, dim, _ in found}
-    with preserve_state(model), hooks(model, {n: dims[n] for n in modules}, store):
+    with preserve_state(model), watch_calls({name: model.get_submodule(name) for name in dims}, store):
         cast_like(inputs, model).call(model)
     return {
-        group: torch.cat([rows(values, m) for name, _, m in found for values in recorded[name]], dim=1)
-        for group, found in watched.items()
+        group: torch.cat([_pick(values, m) for name, _, m in found for values in recorded[name]], dim=1)
+        for group, found in sources.items()
         if any(recorded[name] for name, _, _ in found)
     }
 
 
-def rows(values: Tensor, member: Member) -> Tensor:
+def _pick(values: Tensor, member: Member) -> Tensor:
     return values[torch.from_numpy(member.positions).to(values.device)].flatten(1).double()
 
 
-def seen_at(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> list[tuple[str, int, Member]]:
+def _find_sources(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> list[tuple[str, int, Member]]:
     """(module whose output to read, its channel dimension, member of the weight that makes it) of each producer."""
     norms = {n.producer_weight: n.mean.rpartition(".")[0] for n in graph.norms}
     found = []
@@ -73,14 +70,3 @@ def channels_lie_in(module: nn.Module, member: Member) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return member.within is None and (member.dim == 1 if module.transposed else member.dim == 0)
     return isinstance(module, nn.Linear) and member.dim == 0
-
-
-@contextlib.contextmanager
-def hooks(model: nn.Module, dims: dict[str, int], store: Callable[[str, int, Tensor], None]) -> Iterator[None]:
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: store(name, dims[name], output)
-
-    with contextlib.ExitStack() as stack:
-        for name in dims:
-            stack.callback(model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
-        yield

@@ -1,1 +1,1 @@
-"""What everybody needs of a network: calls and their inputs, tensors, copies, preserved state, layers."""
+"""What everybody needs of a network."""

@@ -9,40 +9,40 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
+from intrafusion.network.layers import Layer, Port, find_layers, watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import Moments
-from intrafusion.restore.layers import Layer, hooked, solvable
 from intrafusion.restore.ridge import gram
 from intrafusion.surgery.norms import fold_norms
 
-DEAD = 1e-12  # a channel with less than this fraction of the largest variance does not vary
+_DEAD = 1e-12  # a channel with less than this fraction of the largest variance does not vary
 
 
-def points(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[tuple[Layer, Member]]:
-    """The layers that read a group along their second dimension."""
+def find_readers(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[Port]:
+    """Where dense layers read a group."""
     members = [m for m in group.with_role(Role.CONSUMES) if m.dim == 1 and m.within is None]
-    return [(layers[m.module], m) for m in members if m.tensor.endswith("weight") and m.module in layers]
+    return [Port.of(layers[m.module], m) for m in members if m.tensor.endswith("weight") and m.module in layers]
 
 
-def folded(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
+def _fold_all(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
     """Every floating tensor of a network in float64, foldable norms folded."""
     return fold_norms({n: t for n, t in named_tensors(model).items() if t.is_floating_point()}, graph.norms)
 
 
-def reader_of(readers: Iterable[tuple[Layer, Member]], weights: Mapping[str, Tensor]) -> Tensor:
+def _square_columns(readers: Iterable[Port], weights: Mapping[str, Tensor]) -> Tensor:
     """Sum of W_c W_c^T over consumers and kernel positions, (n, n)."""
     total = []
-    for _, member in readers:
-        columns = weights[member.tensor].movedim(1, 0)
-        columns = columns[torch.from_numpy(member.positions).to(columns.device)].flatten(1).float()
+    for port in readers:
+        columns = weights[port.weight].movedim(1, 0)
+        columns = columns[port.positions.to(columns.device)].flatten(1).float()
         total.append((columns @ columns.T).double())
     return torch.stack(total).sum(0)
 
 
-def measured(
+def measure_moments(
     model: nn.Module, graph: ChannelGraph, images: ImagesLike, *, rows: int = 20_000, seed: int = 0
 ) -> dict[str, Moments]:
     """Moments of every group that a dense layer reads, from one forward pass of the original network.
@@ -53,59 +53,62 @@ def measured(
     Raises:
         ModelError: no images, or images that the network does not run on.
     """
-    reading = Reading(model, graph, rows, seed)
-    with preserve_state(model), reading:
+    taker = MomentTaker(model, graph, rows, seed)
+    with preserve_state(model), taker:
         cast_like(join_batches(read_batches(images)), model).call(model)
-    return reading.moments()
+    return taker.moments()
 
 
-class Reading(contextlib.ExitStack):
+class MomentTaker(contextlib.ExitStack):
     """Takes the moments of what dense layers read in the forward pass that runs inside."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, rows: int = 20_000, seed: int = 0) -> None:
         super().__init__()
         self.model, self.graph, self.rows, self.seed = model, graph, rows, seed
-        self.layers = solvable(model, graph)
-        self.read = {g.name: points(g, self.layers) for g in graph.reducible if g.is_channel}
-        self.members: dict[str, list[tuple[str, Member]]] = defaultdict(list)
-        for group, readers in self.read.items():
-            for layer, member in readers:
-                self.members[layer.name].append((group, member))
+        layers = find_layers(model, graph)
+        self.readers = {g.name: find_readers(g, layers) for g in graph.reducible if g.kind == "channel"}
+        self.ports: dict[str, list[tuple[str, Port]]] = defaultdict(list)  # by layer, with the group
+        for group, readers in self.readers.items():
+            for port in readers:
+                self.ports[port.layer.name].append((group, port))
+        self.layers = {name: layers[name] for name in self.ports}
         self.found: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
 
-    def __enter__(self) -> Reading:
-        self.enter_context(hooked({name: self.layers[name] for name in self.members}, reached=self.reached))
+    def __enter__(self) -> MomentTaker:
+        modules = {name: layer.module for name, layer in self.layers.items()}
+        self.enter_context(watch_calls(modules, reached=self.reached))
         return self
 
     def reached(self, name: str, x: Tensor) -> None:
-        like = x if x.dim() < 2 else x.movedim(self.layers[name].channel_dim, -1)
-        places = self.layers[name].sampled(like.shape[:-1], self.rows, self.seed).to(x.device)
-        sampled = like[tuple(places.T)]
-        for group, member in self.members[name]:
-            self.found[group][name] = moments_of(sampled, member)
+        layer = self.layers[name]
+        rows = layer.take_rows(x, layer.sample_places(x, self.rows, self.seed))
+        for group, port in self.ports[name]:
+            self.found[group][name] = _take_moments(rows, port.positions)
 
     def moments(self) -> dict[str, Moments]:
         """By group; norms are folded as they are now."""
-        weights, moments = folded(self.model, self.graph), {}
-        for group, seen in self.found.items():
-            reader = reader_of([(layer, member) for layer, member in self.read[group] if layer.name in seen], weights)
-            means, covariances = (torch.stack(parts) for parts in zip(*seen.values(), strict=True))
+        weights, moments = _fold_all(self.model, self.graph), {}
+        for group, by_layer in self.found.items():
+            reader = _square_columns([p for p in self.readers[group] if p.layer.name in by_layer], weights)
+            means, covariances = (torch.stack(parts) for parts in zip(*by_layer.values(), strict=True))
             moments[group] = Moments(means, covariances, reader)
         return moments
 
 
-def moments_of(rows: Tensor, member: Member) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the channels, over rows and over the slots of each channel, float64; see `shrunk`."""
-    places = torch.from_numpy(member.positions).to(rows.device)
-    every = len(places) == rows.shape[1] and torch.equal(places.flatten(), torch.arange(len(places)).to(places))
-    channels = rows if every else rows[:, places].movedim(1, -1).flatten(0, -2)
+def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the channels at positions (n, slots) of rows, over rows and slots, float64."""
+    positions = positions.to(rows.device)
+    every = len(positions) == rows.shape[1] and torch.equal(
+        positions.flatten(), torch.arange(len(positions)).to(positions)
+    )
+    channels = rows if every else rows[:, positions].movedim(1, -1).flatten(0, -2)
     channels = channels if channels.dtype == torch.float64 else channels.float()
     mean = channels.mean(0)
     centred = channels - mean
-    return mean.double(), shrunk(gram(centred) / len(centred), len(centred))
+    return mean.double(), shrink(gram(centred) / len(centred), len(centred))
 
 
-def shrunk(covariance: Tensor, rows: int) -> Tensor:
+def shrink(covariance: Tensor, rows: int) -> Tensor:
     r"""A covariance (n, n) that rows as few as channels do not take for a close tie between channels.
 
     Correlations R become (1 - rho) R off the diagonal, variances stay;  with n channels that vary and k rows
@@ -116,7 +119,7 @@ def shrunk(covariance: Tensor, rows: int) -> Tensor:
         as in Schaefer and Strimmer 2005.
     """
     variances = covariance.diagonal().clone()
-    alive = variances > DEAD * variances.max()
+    alive = variances > _DEAD * variances.max()
     scale = torch.where(alive, variances, torch.inf).rsqrt()
     squares = float((scale[:, None] * covariance * scale).square().sum())
     n = max(int(alive.sum()), 2)

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intrafusion.errors import ModelError, unknown_name
-from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.importance.observation import NEEDS, Activations, Observation, check_images, importance_label, needs_of
 from intrafusion.measure.accuracy import class_scores
 from intrafusion.network.batches import ImagesLike, cast_like, read_labelled
 from intrafusion.network.inputs import Inputs, output_tensors
+from intrafusion.network.layers import Layer, Port, is_linear_map, watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 
@@ -66,17 +67,17 @@ def observe(
     check_images("observe", wanted, images)
     if not wanted:
         return {}
-    views = {g.name: View(g, points(model, g), wanted, seed) for g in groups}
-    slopes = Slopes(model, groups if "gradients" in wanted else [])
+    views = {g.name: _View(g, find_ports(model, g), wanted, seed) for g in groups}
+    gradients = _Gradients(model, groups if "gradients" in wanted else [])
     count = 0
     if images is not None and wanted - {"tensors"}:
-        with preserve_state(model), watched(views.values(), slopes):
+        with preserve_state(model), _watch(views.values(), gradients):
             torch.manual_seed(seed)
             for call, labels in read_labelled(images):
-                count += run(cast_like(call, model), labels, model, slopes)
-                check_seen(views.values())
+                count += _run(cast_like(call, model), labels, model, gradients)
+                _check_finite(views.values())
     tensors = named_tensors(model)
-    return {g.name: views[g.name].observation(tensors, slopes, count) for g in groups}
+    return {g.name: views[g.name].observation(tensors, gradients, count) for g in groups}
 
 
 def observe_for(
@@ -98,11 +99,11 @@ def observe_for(
     return observe(model, graph, groups, images, needs, seed=seed)
 
 
-def run(call: Inputs, labels: Tensor | None, model: nn.Module, slopes: Slopes) -> int:
+def _run(call: Inputs, labels: Tensor | None, model: nn.Module, gradients: _Gradients) -> int:
     """One batch through the network; returns its number of images."""
     count = next((len(t) for t in call.tensors() if t.dim()), 1)
-    if slopes.parameters:
-        slopes.add(call, labels, count)
+    if gradients.parameters:
+        gradients.add(call, labels, count)
     else:
         call.call(model)
     return count
@@ -111,7 +112,7 @@ def run(call: Inputs, labels: Tensor | None, model: nn.Module, slopes: Slopes) -
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
-class Slopes:
+class _Gradients:
     """Mean gradient of the loss with respect to the parameters of some groups."""
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
@@ -121,29 +122,29 @@ class Slopes:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, call: Inputs, labels: Tensor | None, count: int) -> None:
-        with torch.enable_grad(), requiring(self.parameters.values()):
+        with torch.enable_grad(), _require_gradients(self.parameters.values()):
             try:
-                found = self.slopes(call, labels, count)
+                found = self.differentiate(call, labels, count)
             except RuntimeError as error:
                 if "modified by an inplace operation" not in str(error):
                     raise
-                found = self.slopes_in_place(call, labels, count)
+                found = self.differentiate_in_place(call, labels, count)
         for name, gradient in zip(self.parameters, found, strict=True):
             gradient = torch.zeros_like(self.parameters[name]) if gradient is None else gradient.detach()
-            add_(self.sums, name, gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * count)
+            _add(self.sums, name, gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * count)
         self.images += count
 
-    def slopes(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
-        loss = loss_of(outputs_of(call, self.model), labels, count)
-        check_loss(loss, call)
+    def differentiate(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+        loss = _find_loss(_run_whole(call, self.model), labels, count)
+        _check_loss(loss, call)
         return torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
 
-    def slopes_in_place(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+    def differentiate_in_place(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
         """For networks that overwrite what gradients need: it is kept, which costs memory and a second forward pass."""
         self.again = True  # these images have been seen
         try:
             with torch.autograd.graph.allow_mutation_on_saved_tensors():
-                return self.slopes(call, labels, count)
+                return self.differentiate(call, labels, count)
         finally:
             self.again = False
 
@@ -152,7 +153,7 @@ class Slopes:
         return {name: (self.sums[name] / self.images).to(parameter.dtype) for name, parameter in own.items()}
 
 
-def outputs_of(call: Inputs, model: nn.Module) -> Any:
+def _run_whole(call: Inputs, model: nn.Module) -> Any:
     """What the network returns, whole."""
     found: list[Any] = []
     handle = model.register_forward_hook(lambda module, args, output: found.append(output))
@@ -164,7 +165,7 @@ def outputs_of(call: Inputs, model: nn.Module) -> Any:
 
 
 @contextlib.contextmanager
-def requiring(parameters: Iterable[Tensor]) -> Iterator[None]:
+def _require_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Gradients can be taken inside, also of frozen parameters."""
     frozen = [p for p in parameters if not p.requires_grad]
     try:
@@ -176,12 +177,12 @@ def requiring(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def loss_of(output: Any, labels: Tensor | None, count: int) -> Tensor:
+def _find_loss(output: Any, labels: Tensor | None, count: int) -> Tensor:
     """A scalar to differentiate, see `observe`."""
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(own, Tensor) and own.numel() == 1 and own.requires_grad:
         return own.reshape(())
-    outputs = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in floating(output)]
+    outputs = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in _find_floating(output)]
     if labels is None:
         return sum((t.square().sum() for t in outputs), start=outputs[0].new_zeros(())) / (2 * count)
     labels = labels.to(outputs[0].device)
@@ -190,14 +191,14 @@ def loss_of(output: Any, labels: Tensor | None, count: int) -> Tensor:
     return F.cross_entropy(class_scores(output, len(labels)).to(outputs[0].dtype), labels)
 
 
-def floating(output: Any) -> list[Tensor]:
+def _find_floating(output: Any) -> list[Tensor]:
     found = [t for t in output_tensors(output) if t.is_floating_point()]
     if not found:
         raise ModelError("gradients: expected a network that returns a floating-point tensor, got none.")
     return found
 
 
-def check_loss(loss: Tensor, call: Inputs) -> None:
+def _check_loss(loss: Tensor, call: Inputs) -> None:
     if not loss.requires_grad:
         raise ModelError("gradients: the network's output does not depend on its parameters; is its forward no_grad?")
     if not bool(torch.isfinite(loss)):
@@ -209,70 +210,21 @@ def check_loss(loss: Tensor, call: Inputs) -> None:
 # ---- channels -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Point:
-    """Where a layer reads, or gives, the channels of a group.
-
-    Attributes:
-        reads: whether they are the layer's input, else its output.
-        positions: (n, slots) along the channel dimension of that.
-    """
-
-    name: str
-    layer: nn.Module
-    reads: bool
-    positions: Tensor
-
-    def rows(self, x: Tensor) -> Tensor:
-        """(images, n, places) of what the layer reads or gives."""
-        x = x.movedim(channel_dim(self.layer), -1)
-        x = x[None] if x.dim() == spatial_dims(self.layer) + 1 else x
-        x = x.reshape(len(x), -1, x.shape[-1])
-        return x[..., self.positions.to(x.device)].permute(0, 2, 1, 3).flatten(2)
-
-
-def points(model: nn.Module, group: ChannelGroup) -> list[Point]:
-    """The linear layers and convolutions that read a group; if there are none, those that produce it."""
-    layers = {name: m for name, m in model.named_modules() if is_linear_map(m)}
+def find_ports(model: nn.Module, group: ChannelGroup) -> list[Port]:
+    """Where linear layers and convolutions read a group; if none does, where they produce it."""
+    layers = {name: Layer(name, m) for name, m in model.named_modules() if is_linear_map(m)}
     members = [m for m in group.members if m.module in layers and m.tensor.endswith("weight")]
-    readers = [m for m in members if Role.CONSUMES in m.roles and m.dim == input_dim(layers[m.module])]
-    makers = [m for m in members if Role.PRODUCES in m.roles and m.dim != input_dim(layers[m.module])]
-    found = [point(m, layers[m.module], reads=True) for m in readers]
-    return found or [point(m, layers[m.module], reads=False) for m in makers]
-
-
-def point(member: Member, layer: nn.Module, *, reads: bool) -> Point:
-    positions = torch.as_tensor(member.positions, dtype=torch.long)
-    if member.within is not None and isinstance(layer, nn.modules.conv._ConvNd):
-        size = layer.weight.shape[member.within.dim] // layer.groups  # positions count from the group's first channel
-        positions = positions + member.within.start // size * layer.weight.shape[member.dim]
-    return Point(member.module, layer, reads, positions)
-
-
-def is_linear_map(module: nn.Module) -> bool:
-    """Also the linear layer of older Transformers, which is no nn.Linear."""
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
-
-
-def input_dim(layer: nn.Module) -> int:
-    """The dimension of its weight that runs along what the layer reads; a tied weight may be read the other way too."""
-    return 1 if isinstance(layer, nn.Linear) or not getattr(layer, "transposed", True) else 0
-
-
-def spatial_dims(layer: nn.Module) -> int:
-    return len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 0
-
-
-def channel_dim(layer: nn.Module) -> int:
-    return -1 - spatial_dims(layer)
+    readers = [m for m in members if Role.CONSUMES in m.roles and m.dim == layers[m.module].input_dim]
+    makers = [m for m in members if Role.PRODUCES in m.roles and m.dim != layers[m.module].input_dim]
+    return [Port.of(layers[m.module], m) for m in readers or makers]
 
 
 @dataclass(eq=False)
-class View:
-    """Gathers what is wanted of one group while batches pass; sums over images, by index of the point."""
+class _View:
+    """Gathers what is wanted of one group while batches pass; sums over images, by index of the port."""
 
     group: ChannelGroup
-    points: list[Point]
+    ports: list[Port]
     wanted: frozenset[str]
     seed: int
     counts: Counter[int] = field(default_factory=Counter)
@@ -286,36 +238,36 @@ class View:
     def watches(self) -> bool:
         return bool(self.wanted & {"activations", "feature_maps", "contributions"})
 
-    def called(self, index: int, x: Tensor, output: Tensor) -> None:
+    def add(self, index: int, x: Tensor, output: Tensor) -> None:
         """A layer ran."""
-        point = self.points[index]
-        rows = point.rows((x if point.reads else output).detach())
-        if not bool(torch.isfinite(rows).all()):
-            self.broken = point.name
+        port = self.ports[index]
+        channels = port.take_channels((x if port.reads else output).detach())
+        if not bool(torch.isfinite(channels).all()):
+            self.broken = port.layer.name
             return
-        self.counts[index] += len(rows)
+        self.counts[index] += len(channels)
         if "activations" in self.wanted:
-            add_(self.means, index, rows.double().mean(2).sum(0))
-            add_(self.squares, index, rows.double().square().mean(2).sum(0))
-        if "contributions" in self.wanted and point.reads:
-            add_(self.shares, index, contributions(point, x.detach()))
+            _add(self.means, index, channels.double().mean(2).sum(0))
+            _add(self.squares, index, channels.double().square().mean(2).sum(0))
+        if "contributions" in self.wanted and port.reads:
+            _add(self.shares, index, _find_contributions(port, x.detach()))
         if "feature_maps" in self.wanted and index == next(iter(self.counts)):
-            self.keep(point.name, rows)
+            self.keep(port.layer.name, channels)
 
-    def keep(self, name: str, rows: Tensor) -> None:
+    def keep(self, name: str, channels: Tensor) -> None:
         """Keep the feature maps of the first images; of images of another size none."""
         left = MAPS - sum(map(len, self.maps))
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        places = torch.randperm(rows.shape[2], generator=generator)[:PLACES].sort().values
+        places = torch.randperm(channels.shape[2], generator=generator)[:PLACES].sort().values
         if left > 0 and (not self.maps or self.maps[0].shape[2] == len(places)):
-            self.maps.append(rows[:left][..., places.to(rows.device)].float())
+            self.maps.append(channels[:left][..., places.to(channels.device)].float())
 
-    def observation(self, tensors: Mapping[str, Tensor], slopes: Slopes, images: int) -> Observation:
+    def observation(self, tensors: Mapping[str, Tensor], gradients: _Gradients, images: int) -> Observation:
         average = lambda sums: torch.stack([s / self.counts[i] for i, s in sorted(sums.items())])  # noqa: E731
         statistics = Activations(average(self.means).mean(0), average(self.squares).mean(0)) if self.means else None
         return Observation(
             tensors={m.tensor: tensors[m.tensor].detach() for m in self.group.members},
-            gradients=slopes.of(self.group) if "gradients" in self.wanted else None,
+            gradients=gradients.of(self.group) if "gradients" in self.wanted else None,
             activations=statistics,
             feature_maps=torch.cat(self.maps) if self.maps else None,
             contributions=average(self.shares) if self.shares else None,
@@ -323,17 +275,17 @@ class View:
         )
 
 
-def check_seen(views: Iterable[View]) -> None:
+def _check_finite(views: Iterable[_View]) -> None:
     for view in views:
         if view.broken is not None:
             raise ModelError(f"{view.broken}: reads or gives NaN or infinity on these images; check their scale.")
 
 
-def add_(sums: dict[Any, Tensor], key: object, value: Tensor) -> None:
+def _add(sums: dict[Any, Tensor], key: object, value: Tensor) -> None:
     sums[key] = sums[key].add_(value) if key in sums else value
 
 
-def contributions(point: Point, x: Tensor) -> Tensor:
+def _find_contributions(port: Port, x: Tensor) -> Tensor:
     r"""Each channel's share of what a layer adds up, (n,) float64, summed over images.
 
     Share of input i in output k: |w_ki x_i| / sum_j |w_kj x_j|, 0 where all are 0; summed over the outputs k and over
@@ -342,8 +294,9 @@ def contributions(point: Point, x: Tensor) -> Tensor:
     With a = |x| and D = |W| a this is a * d(sum log D)/da: one forward and one backward pass of the layer.
     """
     precise = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))  # noqa: E731
-    twin = copy.copy(point.layer)
-    weight, bias = (point.layer._parameters.get(name) for name in ("weight", "bias"))
+    module = port.layer.module
+    twin = copy.copy(module)
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     assert weight is not None
     absolute = precise(weight.detach().abs())
     twin.__dict__["_parameters"] = {
@@ -354,25 +307,20 @@ def contributions(point: Point, x: Tensor) -> Tensor:
         a = precise(x.abs()).requires_grad_()
         totals = twin.forward(a)
         slope = torch.autograd.grad(totals.clamp(min=torch.finfo(totals.dtype).tiny).log().sum(), a)[0]
-    places = totals.movedim(channel_dim(point.layer), -1)[..., 0].numel()
-    rows = point.rows(a.detach() * slope).double()
-    return rows.sum((0, 2)) * len(rows) / places
+    places = totals.movedim(port.layer.channel_dim, -1)[..., 0].numel()
+    shares = port.take_channels(a.detach() * slope).double()
+    return shares.sum((0, 2)) * len(shares) / places
 
 
 @contextlib.contextmanager
-def watched(views: Iterable[View], slopes: Slopes) -> Iterator[None]:
+def _watch(views: Iterable[_View], gradients: _Gradients) -> Iterator[None]:
     """Show every view the layers it is interested in, once for each image."""
+    ports = {(view, index): port for view in views if view.watches for index, port in enumerate(view.ports)}
 
-    def hook_for(view: View, index: int) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def called(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not slopes.again:
-                view.called(index, args[0] if args else next(iter(kwargs.values())), output)
+    def called(key: tuple[_View, int], x: Tensor, output: Any) -> None:
+        view, index = key
+        if not gradients.again:
+            view.add(index, x, output)
 
-        return called
-
-    with contextlib.ExitStack() as stack:
-        for view in views:
-            for index, point in enumerate(view.points if view.watches else []):
-                handle = point.layer.register_forward_hook(hook_for(view, index), with_kwargs=True)
-                stack.callback(handle.remove)
+    with watch_calls({key: port.layer.module for key, port in ports.items()}, called):
         yield

@@ -17,11 +17,11 @@ from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, cast_like, channels_last, join_batches, read_batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import preserve_state
-from intrafusion.observe.moments import Reading, measured
+from intrafusion.observe.moments import MomentTaker, measure_moments
 from intrafusion.progress import Progress
 from intrafusion.reduce.problem import Moments
 from intrafusion.restore.least_squares import LeastSquares
-from intrafusion.restore.noise import Noise, batch_norms, image_like, standardised
+from intrafusion.restore.noise import Noise, batch_norms, image_like, standardise
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.synthesize import Synthesis
 
@@ -124,16 +124,16 @@ def seen(
 ) -> tuple[nn.Module, Mapping[str, Moments] | None]:
     """The original network as it is to be seen on images, and moments of the groups of a graph, in one forward pass."""
     if level != "noise" or not batch_norms(model):
-        return model, None if graph is None else measured(model, graph, images, seed=seed)
-    readings: list[Reading] = []
+        return model, None if graph is None else measure_moments(model, graph, images, seed=seed)
+    readings: list[MomentTaker] = []
 
     def watch(copy: nn.Module) -> contextlib.AbstractContextManager[object]:
         if graph is None:
             return contextlib.nullcontext()
-        readings.append(Reading(copy, graph, seed=seed))
+        readings.append(MomentTaker(copy, graph, seed=seed))
         return readings[0]
 
-    reference = standardised(model, images, watch)
+    reference = standardise(model, images, watch)
     return reference, readings[0].moments() if readings else None
 
 

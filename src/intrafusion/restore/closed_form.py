@@ -14,8 +14,8 @@ from intrafusion.network.batches import ImagesLike
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.restorer import Reduced
-from intrafusion.restore.statistics import averages, correlations, merge_along, merged_variance, products
-from intrafusion.surgery.maps import norm_tensors, reduce_weights
+from intrafusion.restore.statistics import correlations, find_merge, merged_variance, products
+from intrafusion.surgery.maps import mean_weights, norm_tensors, reduce_weights
 from intrafusion.surgery.norms import fold_norms, shift_of, statistics_of, with_statistics
 from intrafusion.surgery.write import write_weights_
 
@@ -69,7 +69,7 @@ class ClosedForm:
         kernels = {m.tensor for g in graph.groups for m in g.with_role(Role.SCALES)}
         new: dict[str, Tensor] = {}
         for norm in graph.norms:
-            merge = merge_along(norm.mean, len(original[norm.mean]), graph, compressed.plan.maps)
+            merge = find_merge(norm.mean, len(original[norm.mean]), graph, compressed.plan.maps)
             if merge is not None and mixes(merge) and untouched(norm, present, fresh):
                 new |= self.corrected(norm, merge, original, fresh, depthwise=norm.producer_weight in kernels)
         new |= self.elsewhere(graph, compressed.plan.maps, original, present, fresh)
@@ -85,7 +85,7 @@ class ClosedForm:
         new = {}
         for name in names:
             size = len(original[name])
-            merge = merge_along(name, size, graph, maps)
+            merge = find_merge(name, size, graph, maps)
             if merge is not None and mixes(merge) and close(present[name], fresh[name]):
                 alike = torch.eye(size, dtype=torch.float64)
                 for group in graph.groups:
@@ -101,7 +101,7 @@ class ClosedForm:
         """The norm's tensors by name, float64."""
         own = {name: original[name].double() for name in norm_tensors(norm)}
         gamma, beta, _, _ = statistics_of(own, norm)
-        mean = averages(merge).to(gamma)
+        mean = mean_weights(merge).to(gamma)
         rows = fold_norms(own, [norm])[norm.producer_weight].movedim(norm.producer_dim, 0)
         alike = correlations(rows, self.reach)
         merge = merge.to(gamma)

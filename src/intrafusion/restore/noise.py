@@ -15,12 +15,13 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.layers import Layer, find_layers
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
-from intrafusion.restore.layers import Layer, output_map, solvable
-from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.restorer import Reduced
+from intrafusion.restore.solver import LayerSolver
+from intrafusion.restore.statistics import find_output_merge
 from intrafusion.surgery.maps import mean_weights, reduce_weights
 from intrafusion.surgery.write import write_weights_
 
@@ -31,7 +32,7 @@ Watch = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
-class Noise(LeastSquares):
+class Noise:
     r"""Least squares without data, in seconds: the images are noise, and every batch norm standardises its input.
 
     Neighbouring pixels of natural images are alike: the noise is Gaussian with amplitude 1 / f^slope at the spatial
@@ -44,21 +45,31 @@ class Noise(LeastSquares):
     What earlier restorers wrote is replaced. OURS.
 
     Attributes:
-        scarcity: as in `LeastSquares`; ten times as much, for where rows are few they are not even of the data.
+        strength, steps, rows, drift, seed: as in `LeastSquares`; the seed is also that of the noise.
+        scarcity: likewise; ten times as much, for where rows are few they are not even of the data.
         images: how many, fewer where they are large (all pixels together 2^19, at least 32 images).
         slope: of the amplitude over the spatial frequency; 0 is white noise.
     """
 
+    strength: float = 1e-3
     scarcity: float = 2.0
+    steps: int = 3
+    rows: int = 20_000
+    drift: bool = True
+    seed: int = 0
     images: int = 512
     slope: float = 1.5
 
     needs_data = False  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.solver  # noqa: B018  # refuses hyper-parameters that mean nothing
         if self.images < 2:
             raise RecipeError(f"images: expected at least 2, got {self.images!r}.")
+
+    @property
+    def solver(self) -> LayerSolver:
+        return LayerSolver(self.strength, self.scarcity, self.steps, self.rows, self.drift, self.seed)
 
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
@@ -71,7 +82,7 @@ class Noise(LeastSquares):
             ModelError: the network does not take a single image tensor, or gives NaN on noise.
         """
         noise = self.make(compressed.inputs) if images is None else join_batches(read_batches(images))
-        self.restore(compressed, reference, graph, noise, standardised(reference, noise), lambda _: math.nan)
+        self.restore(compressed, reference, graph, noise, standardise(reference, noise), lambda _: math.nan)
 
     def restore(
         self,
@@ -85,7 +96,7 @@ class Noise(LeastSquares):
         """The same on noise in one call, measured.
 
         Args:
-            reference: what `standardised(original, images)` gave.
+            reference: what `standardise(original, images)` gave.
             error: of a network on the noise.
         Returns:
             the error of the smaller network with the statistics of the noise in its batch norms, before and after.
@@ -95,10 +106,10 @@ class Noise(LeastSquares):
         write_weights_(small, through(reference, graph, maps))
         write_weights_(result, through(original, graph, maps))
         before = error(small)
-        changes = self.solve_(small, maps, reference, graph, images)
-        small_seen, small_own, seen, own = (solvable(m, graph) for m in (small, result, reference, original))
+        changes = self.solver.solve_(small, maps, reference, graph, images)
+        small_seen, small_own, seen, own = (find_layers(m, graph) for m in (small, result, reference, original))
         for name, (change, shift) in changes.items():
-            merge = output_map(own[name], graph, maps)
+            merge = find_output_merge(own[name], graph, maps)
             rows = gains(small_seen[name], small_own[name], seen[name], own[name], merge)
             small_own[name].add_(rows[:, None] * change, rows * shift)
         write_weights_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
@@ -141,7 +152,7 @@ def smooth(white: Tensor, slope: float) -> Tensor:
     return field / field.std()
 
 
-def standardised(model: nn.Module, inputs: Inputs, watch: Watch = contextlib.nullcontext) -> nn.Module:
+def standardise(model: nn.Module, inputs: Inputs, watch: Watch = contextlib.nullcontext) -> nn.Module:
     """A copy, in evaluation mode, whose batch norms remember the statistics of these images instead of their own.
 
     Args:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like, check_batch, rebatch
+from intrafusion.network.layers import watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.restore.restorer import Reduced, needed
@@ -59,45 +59,42 @@ class Reestimate:
         }
         new: dict[str, Tensor] = {}
         with preserve_state(small):
-            with averaging(norms.values()) as seen:
+            with _average_batches(norms) as averages:
                 for chunk, count in chunks:
-                    seen.count = count
+                    averages.count = count
                     cast_like(chunk, small).call(small)
-            for name, norm in norms.items():
-                if norm in seen.images:
-                    for statistic in (norm.running_mean, norm.running_var):
-                        assert statistic is not None
-                        check(statistic, name)
-                        new[names[id(statistic)]] = statistic.clone()
+            for name in averages.images:
+                for statistic in (norms[name].running_mean, norms[name].running_var):
+                    assert statistic is not None
+                    _check_finite(statistic, name)
+                    new[names[id(statistic)]] = statistic.clone()
         write_weights_(compressed.model, new)
 
 
-def check(statistic: Tensor, name: str) -> None:
+def _check_finite(statistic: Tensor, name: str) -> None:
     if not bool(torch.isfinite(statistic).all()):
         raise ModelError(f"{name}: its inputs are NaN or infinite on these images; check their scale.")
 
 
-class Seen:
+class _Averages:
     """How many images each batch norm has averaged over, and how many the present batch has."""
 
     def __init__(self) -> None:
-        self.images: dict[nn.Module, int] = {}
+        self.images: dict[str, int] = {}
         self.count = 0
 
 
 @contextlib.contextmanager
-def averaging(norms: Iterable[_BatchNorm]) -> Iterator[Seen]:
+def _average_batches(norms: Mapping[str, _BatchNorm]) -> Iterator[_Averages]:
     """Inside, these batch norms normalise by their batch, and their statistics are the average over all batches."""
-    seen = Seen()
+    averages = _Averages()
 
-    def weigh(norm: nn.Module, args: Any) -> None:
-        assert isinstance(norm, _BatchNorm)
-        seen.images[norm] = seen.images.get(norm, 0) + seen.count
-        norm.momentum = seen.count / seen.images[norm]
+    def weigh(name: str, x: Tensor) -> None:
+        averages.images[name] = averages.images.get(name, 0) + averages.count
+        norms[name].momentum = averages.count / averages.images[name]
 
-    with contextlib.ExitStack() as stack:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.training = True
-            stack.callback(norm.register_forward_pre_hook(weigh).remove)
-        yield seen
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.training = True
+    with watch_calls(norms, reached=weigh):
+        yield averages

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like, check_batch, make_reusable, rebatch
+from intrafusion.network.layers import Layer, find_layers, is_convolution_or_linear, watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
-from intrafusion.restore.layers import Layer, hooked, is_convolution_or_linear, solvable
 from intrafusion.restore.restorer import Reduced, needed
-from intrafusion.restore.statistics import averages, merge_along
+from intrafusion.restore.statistics import find_output_merge
+from intrafusion.surgery.maps import mean_weights
 from intrafusion.surgery.write import write_weights_
 
 DEAD = 1e-4  # a channel that varies less than this fraction of what it should is not blown up
@@ -59,13 +60,13 @@ class ActivationRepair:
         """
         images = make_reusable(needed(images, self))  # they are read twice
         small = copy_model(compressed.model)
-        layers = solvable(small, graph, is_convolution_or_linear)
-        originals = solvable(reference, graph, is_convolution_or_linear)
+        layers = find_layers(small, graph, is_convolution_or_linear)
+        originals = find_layers(reference, graph, is_convolution_or_linear)
         found = measured(reference, {n: layer for n, layer in originals.items() if n in layers}, images, self.batch)
         maps = compressed.plan.maps
         targets = {name: averaged(found[name], originals[name], graph, maps) for name in found}
         repaired_(small, {name: layers[name] for name in found}, targets, images, self.batch)
-        changed = {id(t) for name in found for t in layers[name].tensors}
+        changed = {id(t) for name in found for t in layers[name].writable}
         write_weights_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in changed})
 
 
@@ -105,9 +106,9 @@ def measured(model: nn.Module, layers: Mapping[str, Layer], images: ImagesLike, 
 
     def called(name: str, x: Tensor, output: Tensor) -> None:
         calls[name] += 1
-        found[name].add(rows_of(layers[name], layers[name].normed(output)))
+        found[name].add(rows_of(layers[name], layers[name].apply_norm(output)))
 
-    with preserve_state(model), hooked(layers, called):
+    with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
         for call, _ in rebatch(images, batch):
             cast_like(call, model).call(model)
             passes += 1
@@ -122,10 +123,10 @@ def rows_of(layer: Layer, output: Tensor) -> Tensor:
 
 
 def averaged(found: Statistics, layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Target:
-    merge = merge_along(f"{layer.name}.weight".lstrip("."), len(layer.module.weight), graph, maps)
+    merge = find_output_merge(layer, graph, maps)
     if merge is None:
         return found.mean, found.deviation
-    mean = averages(merge).to(found.mean)
+    mean = mean_weights(merge).to(found.mean)
     return mean @ found.mean, mean @ found.deviation
 
 
@@ -137,14 +138,14 @@ def repaired_(
 
     def called(name: str, x: Tensor, output: Tensor) -> Tensor:
         layer, now = layers[name], Statistics()
-        rows = rows_of(layer, layer.normed(output))
+        rows = rows_of(layer, layer.apply_norm(output))
         for statistics in (now, found[name]):
             statistics.add(rows)
         factor, constant = correction(layer, now, targets[name])
         shape = [-1 if d == layer.channel_dim % output.dim() else 1 for d in range(output.dim())]
         return output * factor.to(output).reshape(shape) + constant.to(output).reshape(shape)
 
-    with preserve_state(model), hooked(layers, called):
+    with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
         for call, _ in rebatch(images, batch):
             cast_like(call, model).call(model)
     for name, layer in layers.items():
@@ -161,7 +162,7 @@ def correction(layer: Layer, now: Statistics, target: Target) -> tuple[Tensor, T
     mean, deviation = target
     alive = now.deviation > DEAD * deviation
     factor = torch.where(alive, deviation / torch.where(alive, now.deviation, 1.0), 1.0)
-    if not layer.shifts:
+    if not layer.takes_constant:
         return factor, torch.zeros_like(factor)
     constant = mean - factor * now.mean  # of what comes behind the norm
     if layer.norm is None:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from intrafusion.graph import ChannelGraph, Member
-from intrafusion.observe.moments import points
+from intrafusion.graph import ChannelGraph
+from intrafusion.network.layers import Port, find_layers
+from intrafusion.observe.moments import find_readers
 from intrafusion.reduce.problem import ReductionMap
-from intrafusion.restore.layers import Layer, output_map, solvable
+from intrafusion.restore.statistics import find_output_merge
 
 
 def add_shifts_(small: nn.Module, reference: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> None:
@@ -20,19 +21,19 @@ def add_shifts_(small: nn.Module, reference: nn.Module, graph: ChannelGraph, map
     images the constant is that of the inside.
     """
     owing = [(g, shift) for g in graph.groups if g.name in maps and (shift := maps[g.name].shift) is not None]
-    originals, layers = (solvable(m, graph) for m in (reference, small)) if owing else ({}, {})
+    originals, layers = (find_layers(m, graph) for m in (reference, small)) if owing else ({}, {})
     for group, shift in owing:
-        for original, member in points(group, originals):
-            if original.name in layers:
-                layer = layers[original.name]
-                owed = constant(original, member, shift)
-                merge = output_map(original, graph, maps)
-                owed = owed if merge is None else owed @ merge.T
+        for port in find_readers(group, originals):
+            if port.layer.name in layers:
+                layer = layers[port.layer.name]
+                owed = _find_constant(port, shift)
+                merge = find_output_merge(port.layer, graph, maps)
+                owed = owed if merge is None else owed @ merge.T.to(owed)
                 layer.add_(torch.zeros_like(layer.matrix), layer.before_norm(owed)[0])
 
 
-def constant(layer: Layer, member: Member, shift: Tensor) -> Tensor:
+def _find_constant(port: Port, shift: Tensor) -> Tensor:
     """What inputs that are `shift` everywhere change of a layer's output, after its norm, (1, c) float64."""
-    weight = layer.module.weight.detach().double()
-    columns = weight.reshape(*weight.shape[:2], -1).sum(2)[:, torch.from_numpy(member.positions).to(weight.device)]
-    return layer.after_norm((columns.sum(2) @ shift.to(weight.device))[None])
+    weight = port.layer.module.weight.detach().double()
+    columns = weight.reshape(*weight.shape[:2], -1).sum(2)[:, port.positions.to(weight.device)]
+    return port.layer.after_norm((columns.sum(2) @ shift.to(weight.device))[None])

@@ -8,37 +8,31 @@ import torch
 from torch import Tensor
 
 from intrafusion.graph import ChannelGraph, Role
+from intrafusion.network.layers import Layer
 from intrafusion.reduce.problem import ReductionMap
-from intrafusion.surgery.maps import as_row_member, mean_weights, mix_channels, shorten
+from intrafusion.surgery.write import compose_merges
 
-Maps = Mapping[str, ReductionMap]
-
-PER_CHANNEL = frozenset({Role.PRODUCES, Role.SCALES, Role.SHIFTS, Role.MEAN, Role.VARIANCE, Role.FOLLOWS})
+_PER_CHANNEL = frozenset({Role.PRODUCES, Role.SCALES, Role.SHIFTS, Role.MEAN, Role.VARIANCE, Role.FOLLOWS})
 
 
-def merge_along(tensor: str, size: int, graph: ChannelGraph, maps: Maps) -> Tensor | None:
-    """What the merges do along the first dimension of a tensor, as one (m, n) float64 matrix; None for nothing.
+def find_merge(tensor: str, size: int, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Tensor | None:
+    """What the merges do along the first dimension of a tensor, as one (m, n) float64 matrix on the CPU; None
+    for nothing.
 
     Args:
         tensor: name of a tensor that has one entry, or one row, per channel.
         size: n, the length of that dimension in the original network.
     """
     touching = [
-        (member, maps[group.name]) for group in graph.groups if group.name in maps for member in group.members
-        if member.tensor == tensor and member.dim == 0 and member.roles & PER_CHANNEL and member.within is None
+        (member, maps[group.name].merge) for group in graph.groups if group.name in maps for member in group.members
+        if member.tensor == tensor and member.dim == 0 and member.roles & _PER_CHANNEL and member.within is None
     ]  # fmt: skip
-    if not touching:
-        return None
-    matrix = torch.eye(size, dtype=torch.float64)
-    for member, reduction in touching:
-        cpu = ReductionMap(reduction.merge.cpu(), reduction.unmerge.cpu())
-        matrix = mix_channels(matrix, as_row_member(member), cpu)
-    return shorten(matrix, [(as_row_member(member), len(r.merge)) for member, r in touching], tensor)
+    return compose_merges(touching, size) if touching else None
 
 
-def averages(merge: Tensor) -> Tensor:
-    """The merge as weighted means: absolute values, each row summing to 1."""
-    return mean_weights(merge)
+def find_output_merge(layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Tensor | None:
+    """What the merges do to the outputs of a layer of the original network; as `find_merge`."""
+    return find_merge(layer.weight_name, len(layer.module.weight), graph, maps)
 
 
 def likeness(shape: Sequence[int], reach: float) -> Tensor:

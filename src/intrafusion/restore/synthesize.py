@@ -20,12 +20,12 @@ from intrafusion.errors import FolderError, ModelError, RecipeError
 from intrafusion.io.atomic import atomic_file
 from intrafusion.network.batches import channels_last
 from intrafusion.network.inputs import ExampleInputs, output_tensors
+from intrafusion.network.layers import is_convolution_or_linear, watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.progress import Progress, silent
-from intrafusion.restore.layers import is_convolution_or_linear
 from intrafusion.restore.noise import Noise, batch_norms, image_like
 
-TINY = 1e-12  # added to variances where batch norm divides by them
+_TINY = 1e-12  # added to variances where batch norm divides by them
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Synthesis:
             ModelError: the network does not take a single image tensor, or has no batch norm and no layer with weights.
         """
         like = image_like(example_inputs)
-        wanted = remembered(model) or seen_on_noise(model, example_inputs, self.seed)
+        wanted = read_norms(model) or watch_noise(model, example_inputs, self.seed)
         if not wanted:
             raise ModelError("images can be made only from batch norms, convolutions or linear layers; there are none.")
         generator = torch.Generator().manual_seed(self.seed)
@@ -85,7 +85,7 @@ class Synthesis:
         with preserve_state(model), torch.enable_grad():
             for step in range(self.steps):
                 progress("images", step, self.steps)
-                images = channels_last(self.rolled(pixels, generator))
+                images = channels_last(self.roll_pixels(pixels, generator))
                 (pixels.grad,) = torch.autograd.grad(self.loss(model, wanted, images), pixels)
                 optimizer.step()
                 if time.monotonic() > end:
@@ -98,8 +98,8 @@ class Synthesis:
         """Multiply-accumulates in all, for a network that needs `macs` for one image: forward, and twice that back."""
         return 3 * macs * self.images * self.steps
 
-    def loss(self, model: nn.Module, wanted: Sequence[Statistics], pixels: Tensor) -> Tensor:
-        with mismatches(wanted) as found:
+    def loss(self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor) -> Tensor:
+        with collect_mismatches(wanted) as found:
             outputs = output_tensors(model(pixels))
         total = self.statistics * torch.stack(found).sum() + self.smoothness * total_variation(pixels)
         if len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1:
@@ -107,7 +107,7 @@ class Synthesis:
             total = total + F.cross_entropy(outputs[0], labels)
         return total
 
-    def rolled(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def roll_pixels(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         dims = tuple(range(2, pixels.dim()))
         moves = torch.randint(-self.roll, self.roll + 1, (len(dims),), generator=generator).tolist()
         return torch.roll(pixels, moves, dims) if dims else pixels
@@ -120,29 +120,29 @@ def total_variation(pixels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class ChannelStatistics:
     """Mean and deviation (c,) of the channels, along a dimension, of what a module reads, or else gives."""
 
     module: nn.Module
     mean: Tensor
     deviation: Tensor
     dim: int = 1
-    read: bool = True
+    reads: bool = True
 
-    def mismatch(self, x: Tensor) -> Tensor:
-        mean, deviation = moments(x, self.dim)
+    def measure_mismatch(self, x: Tensor) -> Tensor:
+        mean, deviation = take_statistics(x, self.dim)
         off = (mean - self.mean) / self.deviation
         return off.square().mean() + (deviation / self.deviation - 1).square().mean()
 
 
-class ChannelMoments(torch.autograd.Function):
+class _MeanAndVariance(torch.autograd.Function):
     """Mean and variance (c,) of the channels of x (n, c, ...), in the one pass that batch norm takes for them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        _, mean, scale = torch.native_batch_norm(x, None, None, None, None, True, 0.0, TINY)
+        _, mean, scale = torch.native_batch_norm(x, None, None, None, None, True, 0.0, _TINY)
         ctx.save_for_backward(x, mean)
-        return mean, scale.pow(-2) - TINY
+        return mean, scale.pow(-2) - _TINY
 
     @staticmethod
     def backward(ctx: Any, mean_gradient: Tensor, variance_gradient: Tensor) -> Tensor:  # type: ignore[override]
@@ -152,49 +152,45 @@ class ChannelMoments(torch.autograd.Function):
         return x * slope.to(x).view(shape) + (mean_gradient / rows - slope * mean).to(x).view(shape)
 
 
-def moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def take_statistics(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the channels."""
-    mean, variance = ChannelMoments.apply(x if dim == 1 else x.movedim(dim, -1).flatten(0, -2))
+    mean, variance = _MeanAndVariance.apply(x if dim == 1 else x.movedim(dim, -1).flatten(0, -2))
     return mean, variance.clamp(min=1e-8).sqrt()
 
 
-def remembered(model: nn.Module) -> list[Statistics]:
+def read_norms(model: nn.Module) -> list[ChannelStatistics]:
     """What the batch norms of a network remember of their inputs."""
     found = []
     for norm in batch_norms(model):
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        found.append(Statistics(norm, norm.running_mean, (norm.running_var + norm.eps).sqrt()))
+        found.append(ChannelStatistics(norm, norm.running_mean, (norm.running_var + norm.eps).sqrt()))
     return found
 
 
-def seen_on_noise(model: nn.Module, example_inputs: ExampleInputs, seed: int) -> list[Statistics]:
+def watch_noise(model: nn.Module, example_inputs: ExampleInputs, seed: int) -> list[ChannelStatistics]:
     """What the convolutions and linear layers of a network give on smooth noise, the last time that they run."""
-    found: dict[nn.Module, Statistics] = {}
+    found: dict[nn.Module, ChannelStatistics] = {}
 
-    def seen(module: nn.Module, args: object, output: Tensor) -> None:
+    def called(module: nn.Module, x: Tensor, output: Tensor) -> None:
         dim = -1 if isinstance(module, nn.Linear) else 1
-        found[module] = Statistics(module, *moments(output, dim), dim, read=False)
+        found[module] = ChannelStatistics(module, *take_statistics(output, dim), dim, reads=False)
 
     inputs = Noise(seed=seed).make(example_inputs)
-    with contextlib.ExitStack() as stack, preserve_state(model):
-        for module in filter(is_convolution_or_linear, model.modules()):
-            stack.callback(module.register_forward_hook(seen).remove)
+    with preserve_state(model), watch_calls({m: m for m in filter(is_convolution_or_linear, model.modules())}, called):
         inputs.call(model)
     return list(found.values())
 
 
 @contextlib.contextmanager
-def mismatches(wanted: Sequence[Statistics]) -> Iterator[list[Tensor]]:
+def collect_mismatches(wanted: Sequence[ChannelStatistics]) -> Iterator[list[Tensor]]:
     """Collects, for each of these modules that runs inside, how far its statistics are from what is wanted."""
     found: list[Tensor] = []
-    with contextlib.ExitStack() as stack:
-        for one in wanted:
 
-            def seen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, one: Statistics = one) -> None:
-                found.append(one.mismatch(args[0] if one.read else output.clone()))  # it may be changed in place
+    def called(one: ChannelStatistics, x: Tensor, output: Tensor) -> None:
+        found.append(one.measure_mismatch(x if one.reads else output.clone()))  # it may be changed in place
 
-            stack.callback(one.module.register_forward_hook(seen).remove)
+    with watch_calls({one: one.module for one in wanted}, called):
         yield found
 
 

@@ -17,6 +17,7 @@ from intrafusion.errors import PlanError
 from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role, Slice
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.norms import fold_norms, unfold_norms
+from intrafusion.surgery.write import compose_merges
 
 
 def reduce_weights(
@@ -178,15 +179,5 @@ def averaging_matrix(
     mean: str, size: int, groups: list[ChannelGroup], maps: Mapping[str, ReductionMap], device: torch.device
 ) -> Tensor | None:
     """What the maps do to a norm's vectors, as one (m, n) matrix of weighted means."""
-    touching = [(g, m) for g in groups for m in g.members if m.tensor == mean]
-    if not touching:
-        return None
-    matrix = torch.eye(size, dtype=torch.float64, device=device)
-    for group, member in touching:
-        means = mean_weights(maps[group.name].merge)
-        matrix = mix_channels(matrix, as_row_member(member), ReductionMap(means, means.T))
-    return shorten(matrix, [(as_row_member(m), len(maps[g.name].merge)) for g, m in touching], mean)
-
-
-def as_row_member(member: Member) -> Member:
-    return Member(member.tensor, 0, member.positions, frozenset([Role.PRODUCES]))
+    touching = [(m, mean_weights(maps[g.name].merge)) for g in groups for m in g.members if m.tensor == mean]
+    return compose_merges(touching, size, device) if touching else None

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from intrafusion.graph import Member, Role
 from intrafusion.network.tensors import named_tensors
+from intrafusion.reduce.problem import ReductionMap
+from intrafusion.surgery.maps import mix_channels, shorten
+
+
+def compose_merges(touching: Sequence[tuple[Member, Tensor]], size: int, device: torch.device | None = None) -> Tensor:
+    """What several merges do to `size` rows that their members run through, as one (m, size) float64 matrix."""
+    matrix = torch.eye(size, dtype=torch.float64, device=device)
+    rows = [Member(m.tensor, 0, m.positions, frozenset([Role.PRODUCES])) for m, _ in touching]
+    for member, (_, merge) in zip(rows, touching, strict=True):
+        matrix = mix_channels(matrix, member, ReductionMap(merge, merge.T))
+    sizes = [(member, len(merge)) for member, (_, merge) in zip(rows, touching, strict=True)]
+    return shorten(matrix, sizes, rows[0].tensor)
 
 
 @dataclass(frozen=True)

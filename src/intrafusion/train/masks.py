@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from intrafusion.errors import ModelError, unknown_name
 from intrafusion.io.atomic import atomic_file
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
+from intrafusion.network.layers import find_layers, watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
-from intrafusion.restore.layers import hooked, solvable
 from intrafusion.trace import trace
 
 Masks = dict[str, Tensor]
@@ -57,19 +57,19 @@ def masks_of(
     if images is None:
         raise ModelError(f"masks: {criterion!r} looks at what layers read; pass unlabelled images.")
     inputs = join_batches(read_batches(images))
-    layers = solvable(model, trace(model, inputs))
+    layers = find_layers(model, trace(model, inputs))
     found: Masks = {}
 
     def called(name: str, x: Tensor, output: Tensor) -> None:
         layer = layers[name]
-        places = layer.places(output, rows, seed)
+        places = layer.sample_places(output, rows, seed)
         if not layer.is_plain(x, output, places):
             return
-        read = layer.inputs(x, places).double()
+        read = layer.take_inputs(x, places).double()
         scores = layer.as_weight(CRITERIA[criterion](layer.matrix.detach().double(), read))
         found[f"{name}.weight"] = strongest(scores.flatten(1), sparsity).reshape(scores.shape)
 
-    with preserve_state(model), hooked(layers, called):
+    with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
         cast_like(inputs, model).call(model)
     return found
 

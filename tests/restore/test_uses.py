@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intrafusion.network.layers import Layer, watch_calls
 from intrafusion.restore.activation import Activation
-from intrafusion.restore.layers import Layer, hooked
-from intrafusion.restore.readers import Readers
+from intrafusion.restore.uses import UseWatcher
 
 
 class One(nn.Module):
@@ -26,11 +26,11 @@ class One(nn.Module):
 
 
 def activations(model: nn.Module, x: Tensor) -> dict[str, Activation]:
-    layers = {"layer": Layer("layer", model.layer, None)}
-    readers = Readers(layers, after=lambda found, total: found[0][1])
-    with torch.no_grad(), hooked(layers, lambda name, x, y: readers.follow(y, name)), readers:
+    layers = {"layer": Layer("layer", model.layer)}
+    uses = UseWatcher(layers, after_sum=lambda found, total: found[0][1])
+    with torch.no_grad(), watch_calls({"layer": model.layer}, lambda name, x, y: uses.watch(y, name)), uses:
         model(x)
-    return readers.activations
+    return uses.activations
 
 
 def added_in_place(y: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,325 @@
+"""Layers of a network as they are observed and solved: what they read and give, where, and how they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.parametrize
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from intrafusion.graph import ChannelGraph, FoldableNorm, Member
+from intrafusion.network.tensors import named_tensors
+
+_ALIKE = 0.05  # of the outputs of a layer; half precision is off by less
+
+LinearMap = nn.Linear | nn.modules.conv._ConvNd
+K = TypeVar("K", bound=Hashable)
+
+
+# ---- which modules --------------------------------------------------------------------------------------------------
+
+
+def is_linear_map(module: nn.Module) -> TypeGuard[LinearMap]:
+    """Also the linear layer of older Transformers, which is no nn.Linear but has a weight and a bias as one has."""
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
+
+
+def is_convolution_or_linear(module: nn.Module) -> TypeGuard[LinearMap]:
+    """Also grouped ones, not transposed ones."""
+    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not (
+        nn.utils.parametrize.is_parametrized(module)
+    )
+
+
+def is_dense(module: nn.Module) -> TypeGuard[LinearMap]:
+    """A linear layer, or a convolution in which every output reads every input channel."""
+    return is_convolution_or_linear(module) and getattr(module, "groups", 1) == 1
+
+
+def find_layers(
+    model: nn.Module, graph: ChannelGraph, suits: Callable[[nn.Module], TypeGuard[LinearMap]] = is_dense
+) -> dict[str, Layer]:
+    """Layers with a weight of their own and the norms behind them, by name.
+
+    Args:
+        suits: which modules to take; by default those whose weight a regression can solve for.
+    """
+    tensors = named_tensors(model)
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    norms = {norm.producer_weight: norm for norm in graph.norms}
+    found = {}
+    for name, module in model.named_modules():
+        weight = f"{name}.weight" if name else "weight"
+        if suits(module) and weight in tensors and owners[id(tensors[weight])] == 1:
+            norm = norms.get(weight)
+            found[name] = Layer(name, module, None if norm is None else Norm.of(norm, tensors))
+    return found
+
+
+# ---- a layer --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A batch norm in evaluation mode that follows a layer and nothing else reads in between."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: FoldableNorm, tensors: Mapping[str, Tensor]) -> Norm:
+        get = lambda name: None if name is None else tensors[name]  # noqa: E731
+        return cls(get(norm.weight), get(norm.bias), tensors[norm.mean], tensors[norm.variance], norm.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise along dimension 1."""
+        own = (self.mean, self.variance, self.weight, self.bias)
+        mean, variance, weight, bias = (None if t is None else t.to(x.dtype) for t in own)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+
+    @property
+    def slope(self) -> Tensor:
+        """Change of the output per change of the input, (c,) float64."""
+        scale = (self.variance.double() + self.eps).rsqrt()
+        return scale if self.weight is None else scale * self.weight.double()
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A convolution or linear layer of a network, and the norm behind it.
+
+    All linear maps can be watched; what reads patches (`take_inputs`) or the weight as a `matrix` takes those that are
+    `is_convolution_or_linear`, and is meant for those that are `is_dense`.
+    """
+
+    name: str
+    module: LinearMap
+    norm: Norm | None = None
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight" if self.name else "weight"
+
+    @property
+    def spatial_dims(self) -> int:
+        return len(self.module.kernel_size) if isinstance(self.module, nn.modules.conv._ConvNd) else 0
+
+    @property
+    def channel_dim(self) -> int:
+        """Of what it reads and gives, from the end."""
+        return -1 - self.spatial_dims
+
+    @property
+    def input_dim(self) -> int:
+        """The dimension of its weight that runs along what it reads; a tied weight may be read the other way too."""
+        return 1 if isinstance(self.module, nn.Linear) or not getattr(self.module, "transposed", True) else 0
+
+    @property
+    def fan_in(self) -> int:
+        return self.module.weight[0].numel()
+
+    @property
+    def takes_constant(self) -> bool:
+        return self.module.bias is not None or self.norm is not None
+
+    @property
+    def writable(self) -> list[Tensor]:
+        """What `add_` may write."""
+        own = (self.module.weight, self.module.bias, None if self.norm is None else self.norm.mean)
+        return [t for t in own if t is not None]
+
+    def apply_norm(self, output: Tensor) -> Tensor:
+        return output if self.norm is None else self.norm(output)
+
+    def before_norm(self, change: Tensor) -> Tensor:
+        """The change (k, c) of the layer's own output that changes the norm's by this much; 0 where none does."""
+        if self.norm is None:
+            return change
+        slope = self.norm.slope
+        return change * torch.where(slope != 0, 1 / slope, 0.0).to(change)
+
+    def after_norm(self, change: Tensor) -> Tensor:
+        """The change (k, c) of the norm's output if the layer's own output changes by this much."""
+        return change if self.norm is None else change * self.norm.slope.to(change)
+
+    def sample_places(self, x: Tensor, limit: int, seed: int) -> Tensor:
+        """Places of what it reads or gives: one index per dimension that is not the channel's; (k, dims), in order.
+
+        The same for all networks: they depend on the name, the seed and the shape without channels.
+        """
+        shape = x.shape[:-1] if x.dim() < 2 else x.movedim(self.channel_dim, -1).shape[:-1]
+        return _sample_places(self.name, tuple(shape), limit, seed).to(x.device)
+
+    def take_rows(self, x: Tensor, places: Tensor) -> Tensor:
+        """The channels (k, c) of what the layer reads or gives at these places, in their own precision."""
+        return (x if x.dim() < 2 else x.movedim(self.channel_dim, -1))[tuple(places.T)]
+
+    def take_outputs(self, output: Tensor, places: Tensor) -> Tensor:
+        """Rows (k, c) of what the layer, or its norm, or a sum gave at these places."""
+        return self.take_rows(output, places).float()
+
+    def take_inputs(self, x: Tensor, places: Tensor) -> Tensor:
+        """Rows (k, d) of what the layer read for the outputs at these places, columns as in `matrix`."""
+        return x[tuple(places.T)] if isinstance(self.module, nn.Linear) else self._patches(self._padded(x), places)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (c, d): the input channels of one place of the kernel, then those of the next."""
+        return self.module.weight.movedim(1, -1).flatten(1)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix of that form in the shape of the weight."""
+        weight = self.module.weight
+        return matrix.reshape(weight.movedim(1, -1).shape).movedim(-1, 1)
+
+    def compute(self, rows: Tensor) -> Tensor:
+        """What the layer makes of such rows, (k, c)."""
+        bias = self.module.bias
+        return F.linear(rows.float(), self.matrix.float(), None if bias is None else bias.float())
+
+    def is_plain(self, x: Tensor, output: Tensor, places: Tensor) -> bool:
+        """Whether it gives weight times patches; a subclass may pad, or scale its weight, in a forward of its own."""
+        few = places[: min(len(places), 16)]
+        if not isinstance(self.module, nn.Linear):
+            x = x[: int(few[:, 0].max()) + 1]
+            kernel = zip(self.module.kernel_size, self.module.dilation, self.module.stride, strict=True)
+            sizes = zip(self._padded(x).shape[1:-1], kernel, strict=True)
+            if tuple((size - d * (k - 1) - 1) // s + 1 for size, (k, d, s) in sizes) != tuple(output.shape[2:]):
+                return False
+        given = self.take_outputs(output, few)
+        return float((self.compute(self.take_inputs(x, few)) - given).norm()) <= _ALIKE * float(given.norm()) + 1e-12
+
+    def _padded(self, x: Tensor) -> Tensor:
+        module = self.module
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(x, module._reversed_padding_repeated_twice, mode).movedim(1, -1)
+
+    def _patches(self, x: Tensor, places: Tensor) -> Tensor:
+        module, *sizes = self.module, *x.shape[:-1]
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        strides = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]  # from a place to the next, in flat x
+        corner = places * places.new_tensor([s * step for s, step in zip((1, *module.stride), strides, strict=True)])
+        offsets = itertools.product(
+            *(range(0, k * d, d) for k, d in zip(module.kernel_size, module.dilation, strict=True))
+        )
+        kernel = [sum(o * step for o, step in zip(offset, strides[1:], strict=True)) for offset in offsets]
+        flat = corner.sum(1, keepdim=True) + places.new_tensor(kernel)
+        return x.reshape(-1, x.shape[-1]).index_select(0, flat.flatten()).reshape(len(places), -1)
+
+    def add_(self, change: Tensor, constant: Tensor) -> None:
+        """Add in place: to the weight, in the form of `matrix`; a constant to the bias or, without one, to the norm."""
+        weight = self.module.weight
+        weight.data.copy_(weight.double() + self.as_weight(change))
+        if self.module.bias is not None:
+            self.module.bias.data.copy_(self.module.bias.double() + constant)
+        elif self.norm is not None:
+            self.norm.mean.data.copy_(self.norm.mean.double() - constant)
+
+
+@lru_cache(maxsize=64)
+def _sample_places(name: str, shape: tuple[int, ...], limit: int, seed: int) -> Tensor:
+    """Up to `limit` different places in a shape, in order, (k, dims); kept, as each layer is asked several times."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    size = math.prod(shape)
+    if size > 8 * limit:  # far more places than rows: draw, and draw again what came twice
+        chosen = torch.randint(size, (limit + limit // 4,), generator=generator).unique()
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:limit]]
+    else:
+        chosen = torch.randperm(size, generator=generator)[:limit]
+    return torch.stack(torch.unravel_index(chosen.sort().values, shape), dim=1)
+
+
+# ---- the channels of a group at a layer -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Port:
+    """Where a layer reads, or gives, the channels of a group.
+
+    Attributes:
+        weight: name of the layer's weight, in which the group has a member.
+        reads: whether they are the layer's input, else its output.
+        positions: (n, slots) along the channel dimension of that.
+    """
+
+    layer: Layer
+    weight: str
+    reads: bool
+    positions: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, member: Member) -> Port:
+        """Where a layer has the channels that run along a dimension of its weight."""
+        positions = torch.as_tensor(member.positions, dtype=torch.long)
+        if member.within is not None and isinstance(layer.module, nn.modules.conv._ConvNd):
+            weight = layer.module.weight
+            size = weight.shape[member.within.dim] // layer.module.groups  # positions count from the slice's first one
+            positions = positions + member.within.start // size * weight.shape[member.dim]
+        return cls(layer, member.tensor, member.dim == layer.input_dim, positions)
+
+    def take_channels(self, x: Tensor) -> Tensor:
+        """(images, n, places) of what the layer reads or gives, every place and slot."""
+        x = x.movedim(self.layer.channel_dim, -1)
+        x = x[None] if x.dim() == self.layer.spatial_dims + 1 else x
+        x = x.reshape(len(x), -1, x.shape[-1])
+        return x[..., self.positions.to(x.device)].permute(0, 2, 1, 3).flatten(2)
+
+
+# ---- watching -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def watch_calls(
+    modules: Mapping[K, nn.Module],
+    called: Callable[[K, Tensor, Any], Tensor | None] | None = None,
+    *,
+    reached: Callable[[K, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Call `reached(key, input)` before and `called(key, input, output)` after each of these modules, inside.
+
+    Modes that watch the network do not see what these do. What `called` returns, if it does, replaces the output.
+    """
+
+    def before(key: K) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> None:
+            assert reached is not None
+            with _disable_current_modes():
+                reached(key, _first(args, kwargs))
+
+        return hook
+
+    def after(key: K) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor], output: Any) -> Tensor | None:
+            assert called is not None
+            with _disable_current_modes():
+                return called(key, _first(args, kwargs), output)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for key, module in modules.items():
+            if reached is not None:
+                stack.callback(module.register_forward_pre_hook(before(key), with_kwargs=True).remove)
+            if called is not None:
+                stack.callback(module.register_forward_hook(after(key), with_kwargs=True).remove)
+        yield
+
+
+def _first(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a module is called on."""
+    return args[0] if args else next(iter(kwargs.values()))

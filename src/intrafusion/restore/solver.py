@@ -1,0 +1,208 @@
+"""The solver of layers: two forward passes, in which each layer becomes what gives the original's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGraph
+from intrafusion.network.batches import cast_like, channels_last
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.layers import Layer, find_layers, watch_calls
+from intrafusion.network.state import preserve_state
+from intrafusion.reduce.problem import ReductionMap
+from intrafusion.restore.activation import Activation
+from intrafusion.restore.ridge import Lacking, Ridge
+from intrafusion.restore.statistics import find_output_merge
+from intrafusion.restore.uses import Unread, UseWatcher
+
+Change = tuple[Tensor, Tensor]
+"""What was added to a layer's weight, (c, d), and as a constant to its output before the norm, (c,); float64."""
+
+_RIGHT = 1e-5  # a layer whose outputs are off by less than this fraction of their size is left alone
+
+
+@dataclass(frozen=True)
+class LayerSolver:
+    """Solves layers for the outputs of another network; the hyper-parameters are those of `LeastSquares`."""
+
+    strength: float
+    scarcity: float
+    steps: int
+    rows: int
+    drift: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "scarcity"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
+        if self.steps < 0:
+            raise ValueError(f"steps: expected a number >= 0, got {self.steps!r}.")
+        if self.rows < 2:
+            raise ValueError(f"rows: expected at least 2 sampled rows per layer, got {self.rows!r}.")
+
+    def solve_(
+        self,
+        small: nn.Module,
+        maps: Mapping[str, ReductionMap],
+        reference: nn.Module,
+        graph: ChannelGraph,
+        inputs: Inputs,
+    ) -> dict[str, Change]:
+        """Solve the layers of a network in evaluation mode, in place; what was added to each, by name.
+
+        Args:
+            maps: that made it of the network that the graph is of.
+            reference: gives the outputs that are wanted; left as it was.
+            inputs: all images as one call.
+        Raises:
+            ModelError: one of the networks gives NaN on the images.
+        """
+        inputs = inputs.map(channels_last)
+        layers, originals = find_layers(small, graph), find_layers(reference, graph)
+        common = {name: layer for name, layer in originals.items() if name in layers}
+        targets = record_targets(reference, common, cast_like(inputs, reference), self)
+        merges = {name: find_output_merge(originals[name], graph, maps) for name in targets.rows}
+        solving = _SolvingPass({n: layers[n] for n in targets.rows}, targets, merges, self)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            solving.run(small, cast_like(inputs, small))
+        return solving.changes
+
+
+@dataclass(eq=False)
+class Targets:
+    """What the original network gave.
+
+    places: sampled places of each layer's output (k, dims); see `Layer.sample_places`.
+    rows: what its norm gave there (k, c); what the sum was for layers in `summed`.
+    activations: the function that alone reads that, where there is one.
+    """
+
+    places: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    summed: set[str] = field(default_factory=set)
+    activations: dict[str, Activation] = field(default_factory=dict)
+
+
+def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, solver: LayerSolver) -> Targets:
+    """One forward pass of the original network."""
+    targets, skipped = Targets(), set[str]()  # layers that run more than once, or are not what they look like
+
+    def store(name: str, rows: Tensor) -> None:
+        if not bool(torch.isfinite(rows).all()):
+            raise ModelError(f"{name}: the original network gives NaN or infinity on these images; check their scale.")
+        targets.rows[name] = rows
+
+    def called(name: str, x: Tensor, output: Tensor) -> None:
+        layer, places = layers[name], layers[name].sample_places(output, solver.rows, solver.seed)
+        again = name in targets.rows
+        targets.places[name] = places
+        store(name, layer.apply_norm(layer.take_outputs(output, places)))
+        if again or not layer.is_plain(x, output, places):
+            skipped.add(name)
+        else:
+            uses.watch(output, name)
+
+    def entered(found: Unread, total: Tensor) -> str:
+        """Of two layers that enter the sum, the one with the larger filters makes up for the other."""
+        name = max((name for _, name in found), key=lambda n: layers[n].fan_in)
+        targets.summed.add(name)
+        store(name, layers[name].take_outputs(total, targets.places[name]))
+        return name
+
+    uses = UseWatcher(layers, after_sum=entered if solver.drift else None)
+    modules = {name: layer.module for name, layer in layers.items()}
+    with preserve_state(reference), watch_calls(modules, called), uses:
+        outputs = inputs.call(reference)
+    uses.mark_read(outputs)
+    rows = {name: found for name, found in targets.rows.items() if name not in skipped}
+    return Targets(targets.places, rows, targets.summed & rows.keys(), uses.activations)
+
+
+class _SolvingPass:
+    """One forward pass of the smaller network, in which each layer is solved when it is reached.
+
+    A layer that enters a sum is solved when the sum is computed: by then the other branch is known.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        targets: Targets,
+        merges: Mapping[str, Tensor | None],
+        solver: LayerSolver,
+    ) -> None:
+        self.layers, self.targets, self.merges, self.solver = layers, targets, merges, solver
+        self.uses = UseWatcher(layers, before_sum=self.entered)
+        self.waiting: dict[str, Tensor] = {}
+        self.changes: dict[str, Change] = {}
+
+    def run(self, model: nn.Module, inputs: Inputs) -> None:
+        modules = {name: layer.module for name, layer in self.layers.items()}
+        with watch_calls(modules, self.called, reached=self.reached), self.uses:
+            inputs.call(model)
+
+    def reached(self, name: str, x: Tensor) -> None:
+        if name in self.targets.summed:
+            self.waiting[name] = x
+        else:
+            layer = self.layers[name]
+            inputs = layer.take_inputs(x, self.targets.places[name])
+            self.solve_layer_(layer, inputs, layer.apply_norm(layer.compute(inputs)))
+
+    def called(self, name: str, x: Tensor, output: Tensor) -> None:
+        if name in self.waiting:
+            self.uses.watch(output, name)
+
+    def entered(self, found: Unread, a: Tensor, b: Tensor) -> None:
+        for output, name in found:
+            if name in self.waiting:
+                layer, x, places = self.layers[name], self.waiting.pop(name), self.targets.places[name]
+                given = layer.take_outputs(a, places) + layer.take_outputs(b, places)
+                if self.solve_layer_(layer, layer.take_inputs(x, places), given):
+                    output.copy_(layer.apply_norm(layer.module.forward(x)))
+
+    def solve_layer_(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
+        """Solve one layer, which gives `given` of these inputs, and write it; False if that is right already."""
+        rows, activation = self.targets.rows[layer.name], self.targets.activations.get(layer.name)
+        target, solver = self.merge(layer.name, rows), self.solver
+        if float((target - given).norm()) <= _RIGHT * float(target.norm()):
+            return False
+        ridge = Ridge(inputs, solver.strength, scarcity=solver.scarcity, intercept=layer.takes_constant)
+        if activation is None or not solver.steps:
+            change = ridge.solve(lambda _: layer.before_norm(target - given))
+        else:
+            wanted = self.merge(layer.name, activation(rows))
+            change = ridge.solve(_make_lacking(layer, given, target, activation, wanted), solver.steps)
+        if not all(bool(torch.isfinite(t).all()) for t in change):
+            raise ModelError(
+                f"{layer.name}: restoring gives NaN or infinity, as the smaller network does on these images; "
+                f"check the scale of the images, and the sizes asked for."
+            )
+        layer.add_(*change)
+        self.changes[layer.name] = change
+        return True
+
+    def merge(self, name: str, rows: Tensor) -> Tensor:
+        merge = self.merges[name]
+        return rows if merge is None else rows @ merge.T.to(rows)
+
+
+def _make_lacking(layer: Layer, given: Tensor, target: Tensor, activation: Activation, wanted: Tensor) -> Lacking:
+    """What a layer that gives `given` lacks, before its norm, until its activation function gives what is wanted.
+
+    Args:
+        target: what is wanted of the layer itself, to begin with.
+    """
+
+    def lacking(change: Tensor | None) -> Tensor:
+        if change is None:
+            return layer.before_norm(target - given)
+        return layer.before_norm((wanted - activation(given + layer.after_norm(change))) / activation.slope)
+
+    return lacking
