@@ -33,7 +33,7 @@ from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record
 from intrafusion.network.inputs import Inputs
 from intrafusion.restore import ClosedForm, LeastSquares, Noise
-from intrafusion.restore.steps import calibration_for
+from intrafusion.restore.steps import calibrate_for
 from intrafusion.trace import trace
 
 RECORDS = Path(__file__).parent / "records" / "speed.jsonl"
@@ -119,7 +119,7 @@ def choice_records(networks: Mapping[str, int], repeats: int, keep: float = 0.5)
 
         def choose(reducer: str, model: nn.Module = model, graph: Any = graph, x: Inputs = x) -> None:
             recipe = Recipe.of(keep=keep, reducer=reducer, restore=None)
-            intrafusion.decide(model, graph, recipe, x, calibration=calibration_for(model, graph, x, recipe))
+            intrafusion.decide(model, graph, recipe, x, calibration=calibrate_for(model, graph, x, recipe))
 
         found = compare(lambda c=choose: c("pivot"), lambda c=choose: c("intrafusion"), repeats)
         setting = {"what": "choose: pivot, peer intrafusion", "network": name, "keep": keep, "pixels": pixels}

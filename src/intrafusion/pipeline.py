@@ -22,7 +22,7 @@ from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer
 from intrafusion.restore import Calibration, add_shifts_
-from intrafusion.restore.steps import calibration_for, restored
+from intrafusion.restore.steps import calibrate_for, run_restorers
 from intrafusion.surgery.operate import operate
 from intrafusion.surgery.permute import verify_groups
 from intrafusion.surgery.write import write_weights_
@@ -112,10 +112,10 @@ def follow(
     """
     recipe.refuse_foreign()
     inputs, images = Inputs.of(example_inputs), make_reusable(images)
-    calibration = calibration or calibration_for(model, graph, inputs, recipe, images, progress=progress)
+    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images, progress=progress)
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images, progress=progress)
     small = apply(model, plan, inputs, graph=graph, progress=progress)
-    return restored(small, model, graph, calibration, images, progress=progress)
+    return run_restorers(small, model, graph, calibration, images, progress=progress)
 
 
 def moved_into(model: nn.Module, small: Compressed) -> Compressed:

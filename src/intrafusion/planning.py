@@ -16,7 +16,6 @@ from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import ExampleInputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.observe.moments import measured
 from intrafusion.observe.observe import observe_for
 from intrafusion.plan import Decision, Plan, describe_members
 from intrafusion.progress import Progress, silent
@@ -56,7 +55,7 @@ def decide(
     groups = [g for g in units if g.reducible and g.name not in unwanted]
     if not groups:
         raise ModelError(_nothing_to_reduce(units, unwanted))
-    moments = _moments_for(graph, recipe, calibration)
+    moments = calibration.moments_of(graph) if calibration is not None and recipe.needs_moments else {}
     weights = folded_weights(model, graph, groups)
     seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
     scores = lambda g, w: _checked_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
@@ -90,15 +89,6 @@ def _solve_all(
                 hollow_(weights, group, maps[group.name])
     progress("reduce", len(groups), len(groups))
     return maps
-
-
-def _moments_for(graph: ChannelGraph, recipe: Recipe, calibration: Calibration | None) -> Mapping[str, Moments]:
-    """What consumers read of the channels, for recipes that look at it."""
-    if calibration is None or not recipe.needs_moments:
-        return {}
-    if calibration.moments is not None:
-        return calibration.moments
-    return measured(calibration.reference, graph, calibration.images, seed=recipe.seed)
 
 
 def _in_order(groups: Sequence[ChannelGroup], recipe: Recipe) -> Sequence[ChannelGroup]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -31,38 +30,74 @@ AFFORDABLE = 1e13  # multiply-accumulates that "auto" spends on making images: m
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Images, and the original network as it is to be seen on them.
+    """Images, and what is to be known of the original network on them, found when it is first asked for.
 
     Attributes:
         level: "noise", "synthetic" or "images".
         images: all of them, as one call of the network.
-        reference: the original network; on noise, a copy whose batch norms have the statistics of the noise.
+        original: the original network.
         restorer: the one that goes with the level.
-        seconds: what making them took.
+        seconds: what making the images took.
         why: why not a better level, where "auto" chose.
-        moments: what is read of the channels of every group, where that was asked for.
+        seed: for the sampling of rows.
     """
 
     level: str
     images: Inputs
-    reference: nn.Module
-    restorer: LeastSquares
+    original: nn.Module
+    restorer: LeastSquares | Noise
     seconds: float = 0.0
     why: str | None = None
-    moments: Mapping[str, Moments] | None = None
+    seed: int = 0
+    _moments: dict[ChannelGraph, Mapping[str, Moments]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def reference(self) -> nn.Module:
+        """The original network as it is to be seen on these images.
+
+        On noise, that is a copy whose batch norms have the statistics of the noise.
+        """
+        return standardise(self.original, self.images) if self._is_standardised else self.original
+
+    def moments_of(self, graph: ChannelGraph) -> Mapping[str, Moments]:
+        """What dense layers read of the channels of every group of the original network's graph, by group.
+
+        Raises:
+            ModelError: the network does not run on these images.
+        """
+        if graph not in self._moments:
+            self._moments[graph] = self._measure_moments(graph)
+        return self._moments[graph]
+
+    @property
+    def _is_standardised(self) -> bool:
+        return self.level == "noise" and bool(batch_norms(self.original))
+
+    def _measure_moments(self, graph: ChannelGraph) -> Mapping[str, Moments]:
+        if not self._is_standardised:
+            return measure_moments(self.original, graph, self.images, seed=self.seed)
+        takers: list[MomentTaker] = []
+
+        def watch(copy: nn.Module) -> MomentTaker:
+            takers.append(MomentTaker(copy, graph, seed=self.seed))
+            return takers[0]
+
+        reference = standardise(self.original, self.images, watch)
+        self.__dict__.setdefault("reference", reference)  # of the same forward pass: need not be made again
+        return takers[0].moments()
 
     @cached_property
     def expected(self) -> list[Tensor]:
         """What the original network gives on these images."""
-        return self.outputs(self.reference)
+        return self.run(self.reference)
 
-    def outputs(self, model: nn.Module) -> list[Tensor]:
+    def run(self, model: nn.Module) -> list[Tensor]:
         with preserve_state(model):
             return cast_like(self.images, model).call(model)
 
     def error(self, model: nn.Module) -> float:
         """Mean squared difference of the outputs to the original's, as a fraction of the variance of the original's."""
-        return output_error(self.outputs(model), self.expected)
+        return output_error(self.run(model), self.expected)
 
     def restore(self, small: Reduced, original: nn.Module, graph: ChannelGraph) -> tuple[float, float]:
         """Solve the layers of a smaller network, in place; the error of its outputs before and after."""
@@ -82,17 +117,15 @@ def calibrate(
     *,
     synthesis: Synthesis | None = None,
     noise: Noise | None = None,
-    moments_of: ChannelGraph | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Images of a level; "auto" takes those given, else makes the best that it can afford.
+    """Take or make images of a level; "auto" takes those given, else makes the best that it can afford.
 
     Args:
         inputs: one call of the network; the shape of an image.
         synthesis: how images are made from the network.
         noise: which noise.
-        moments_of: also measure what is read of the channels of this graph's groups.
     Raises:
         ModelError: level "images" without images; a network that no image can be made for.
         ValueError: unknown level.
@@ -101,8 +134,8 @@ def calibrate(
         raise RecipeError(unknown_name("restore", level, ("auto", *LEVELS)))
     start, synthesis, why = time.perf_counter(), synthesis or Synthesis(seed=seed), None
     if level == "auto":
-        level, why = chosen(model, inputs, images, synthesis)
-    restorer: LeastSquares = LeastSquares(seed=seed)
+        level, why = _choose_level(model, inputs, images, synthesis)
+    restorer: LeastSquares | Noise = LeastSquares(seed=seed)
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
@@ -114,30 +147,12 @@ def calibrate(
     else:
         restorer = noise or Noise(seed=seed)
         call = restorer.make(inputs)
-    call = call.map(channels_last)
-    reference, moments = seen(model, call, level, moments_of, seed)
-    return Calibration(level, call, reference, restorer, time.perf_counter() - start, why, moments)
+    return Calibration(level, call.map(channels_last), model, restorer, time.perf_counter() - start, why, seed)
 
 
-def seen(
-    model: nn.Module, images: Inputs, level: str, graph: ChannelGraph | None, seed: int
-) -> tuple[nn.Module, Mapping[str, Moments] | None]:
-    """The original network as it is to be seen on images, and moments of the groups of a graph, in one forward pass."""
-    if level != "noise" or not batch_norms(model):
-        return model, None if graph is None else measure_moments(model, graph, images, seed=seed)
-    readings: list[MomentTaker] = []
-
-    def watch(copy: nn.Module) -> contextlib.AbstractContextManager[object]:
-        if graph is None:
-            return contextlib.nullcontext()
-        readings.append(MomentTaker(copy, graph, seed=seed))
-        return readings[0]
-
-    reference = standardise(model, images, watch)
-    return reference, readings[0].moments() if readings else None
-
-
-def chosen(model: nn.Module, inputs: Inputs, images: ImagesLike | None, synthesis: Synthesis) -> tuple[str, str | None]:
+def _choose_level(
+    model: nn.Module, inputs: Inputs, images: ImagesLike | None, synthesis: Synthesis
+) -> tuple[str, str | None]:
     """The best level for what there is, and why not a better one."""
     if images is not None:
         return "images", None

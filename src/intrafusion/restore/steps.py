@@ -22,7 +22,7 @@ from intrafusion.surgery.write import write_weights_
 ENOUGH_TO_CHOOSE = 32  # noise images, where no layer is solved and no size is chosen on them
 
 
-def calibration_for(
+def calibrate_for(
     model: nn.Module,
     graph: ChannelGraph,
     inputs: Inputs,
@@ -43,21 +43,19 @@ def calibration_for(
     level = levels[0] if levels else "noise" if images is None else "images"
     only_chosen = not levels and recipe.target is None
     noise = Noise(seed=recipe.seed, images=ENOUGH_TO_CHOOSE) if only_chosen else Noise(seed=recipe.seed)
+    may_give_up = images is None and (not levels or levels[0] == "auto")
     try:
-        return calibrate(
-            *(model, inputs, level, images),
-            noise=noise,
-            moments_of=graph if chosen else None,
-            seed=recipe.seed,
-            progress=progress,
-        )
+        found = calibrate(model, inputs, level, images, noise=noise, seed=recipe.seed, progress=progress)
+        if may_give_up:  # find out now whether the network runs on what was made
+            _ = found.moments_of(graph) if chosen else found.reference
     except ModelError:
-        if images is not None or (levels and levels[0] != "auto"):
+        if not may_give_up:
             raise
         return None  # no image can be made for such inputs
+    return found
 
 
-def restored(
+def run_restorers(
     small: Compressed,
     model: nn.Module,
     graph: ChannelGraph,
@@ -83,14 +81,14 @@ def restored(
                 notes.append("not restored: no images were given, and none can be made for inputs like these")
                 continue
             restorer, note = calibration.restorer, calibration.why if step == "auto" else None
-            before, after, undone = restored_or_undone(small, model, graph, calibration)
+            before, after, undone = _restore_or_undo(small, model, graph, calibration)
             seconds = calibration.seconds + time.perf_counter() - start
             note = "; ".join(filter(None, (note, "undone, as the outputs were worse" if undone else None))) or None
         else:
             restorer, note = step, None
-            before = error_on_images(small.model, calibration)
+            before = _measure_error(small.model, calibration)
             restorer(small, model, graph, images)
-            after = error_on_images(small.model, calibration)
+            after = _measure_error(small.model, calibration)
             seconds = time.perf_counter() - start
         on = str(calibration) if before is not None else None
         done.append(Restoration(type(restorer).__name__, on, seconds, before, after, note))
@@ -99,7 +97,7 @@ def restored(
     return replace(small, restored=tuple(done), images=seen, notes=(*small.notes, *notes))
 
 
-def restored_or_undone(
+def _restore_or_undo(
     small: Compressed, model: nn.Module, graph: ChannelGraph, calibration: Calibration
 ) -> tuple[float, float, bool]:
     """The error of the outputs before and after, and whether the weights were put back, as it grew."""
@@ -111,6 +109,6 @@ def restored_or_undone(
     return before, after, True
 
 
-def error_on_images(small: nn.Module, calibration: Calibration | None) -> float | None:
+def _measure_error(small: nn.Module, calibration: Calibration | None) -> float | None:
     """Noise is no measure of what a network does with its own statistics."""
     return None if calibration is None or calibration.level == "noise" else calibration.error(small)

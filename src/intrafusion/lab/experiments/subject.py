@@ -26,7 +26,7 @@ from intrafusion.pipeline import apply, inspect
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.restore import Calibration
-from intrafusion.restore.steps import calibration_for, restored
+from intrafusion.restore.steps import calibrate_for, run_restorers
 
 CALIBRATION = 256  # training images that criteria and restorers may look at
 
@@ -102,13 +102,13 @@ class Subject:
         calibration = self.calibration(recipe, images)
         plan = decide(self.model, self.graph, recipe, self.inputs, calibration=calibration, images=images)
         small = apply(self.model, plan, self.inputs, graph=self.graph)
-        return restored(small, self.model, self.graph, calibration, images)
+        return run_restorers(small, self.model, self.graph, calibration, images)
 
     def calibration(self, recipe: Recipe, images: ImagesLike | None) -> Calibration | None:
         """Made once for all recipes that ask for the same."""
         key = repr((recipe.restore, recipe.seed, recipe.needs_moments, images is None))
         if key not in self.calibrations:
-            self.calibrations[key] = calibration_for(self.model, self.graph, self.inputs, recipe, images)
+            self.calibrations[key] = calibrate_for(self.model, self.graph, self.inputs, recipe, images)
         return self.calibrations[key]
 
     @cached_property

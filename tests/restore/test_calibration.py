@@ -1,0 +1,114 @@
+"""What a calibration knows of the original network is found when it is first asked for, and once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import intrafusion
+import intrafusion.restore.calibration as calibration_module
+from intrafusion import ChannelGraph, ModelError, Recipe
+from intrafusion.network.inputs import Inputs
+from intrafusion.observe.moments import measure_moments
+from intrafusion.restore import Noise, calibrate
+from intrafusion.restore.steps import calibrate_for
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+NOISE = Noise(images=16)
+
+
+def network(*, norm: bool = True) -> tuple[nn.Sequential, ChannelGraph]:
+    torch.manual_seed(0)
+    middle = [nn.BatchNorm2d(8)] if norm else []
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *middle, nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 3))
+    return model.eval(), intrafusion.inspect(model.eval(), X)
+
+
+def count_passes(model: nn.Module) -> list[int]:
+    """Grows with every call of the network or of a copy of it."""
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_moments_are_measured_once_and_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = network()
+    asked: list[ChannelGraph] = []
+
+    def measure(model: nn.Module, graph: ChannelGraph, *args: object, **options: int) -> object:
+        asked.append(graph)
+        return measure_moments(model, graph, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibration_module, "measure_moments", measure)
+    found = calibrate(model, Inputs.of(X), "images", IMAGES)
+    assert found.reference is model
+    assert asked == []
+    first = found.moments_of(graph)
+    assert found.moments_of(graph) is first
+    assert asked == [graph]
+    other = intrafusion.inspect(model, X)
+    assert found.moments_of(other) is not first
+    assert asked == [graph, other]
+
+
+def test_moments_on_images_are_those_of_the_images() -> None:
+    model, graph = network()
+    found = calibrate(model, Inputs.of(X), "images", IMAGES).moments_of(graph)
+    with torch.no_grad():
+        read = model[2](model[1](model[0](IMAGES))).movedim(1, -1).flatten(0, 2).double()
+    torch.testing.assert_close(found["0"].means[0], read.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_on_noise_one_pass_gives_moments_and_reference_in_either_order() -> None:
+    model, graph = network()
+    calls = count_passes(model)
+    found = calibrate(model, Inputs.of(X), "noise", noise=NOISE)
+    assert calls == []
+    moments, reference = found.moments_of(graph), found.reference
+    assert len(calls) == 1
+    assert reference is not model
+    norm = reference.get_submodule("1")
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        given = model[0](found.images.tensors()[0])
+    torch.testing.assert_close(norm.running_mean, given.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
+
+    again = calibrate(model, Inputs.of(X), "noise", noise=NOISE)
+    kept = again.reference
+    for name, one in again.moments_of(graph).items():
+        assert torch.equal(one.covariances, moments[name].covariances)
+    assert again.reference is kept
+
+
+class OneAtATime(nn.Module):
+    """Takes a single image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu().mean((2, 3)).reshape(1, 6))
+
+
+def test_a_network_that_runs_on_no_noise_is_given_up_unless_noise_was_asked_for() -> None:
+    model = OneAtATime().eval()
+    graph, inputs = intrafusion.inspect(model, X), Inputs.of(X)
+    assert calibrate_for(model, graph, inputs, Recipe.of(keep=0.5, restore="auto")) is None
+    assert calibrate_for(model, graph, inputs, Recipe.of(keep=0.5, restore=None)) is None
+    with pytest.raises(ModelError):
+        intrafusion.compress(model, X, 0.5, restore="noise")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"keep": 0.5, "reducer": "pivot"}, True),
+        ({"keep": 0.5, "reducer": "select"}, False),
+        ({"target": {"params": 0.5}, "reducer": "select"}, True),
+    ],
+)
+def test_which_recipes_look_at_moments(options: dict, expected: bool) -> None:
+    assert Recipe.of(**options).needs_moments is expected
