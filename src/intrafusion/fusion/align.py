@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.errors import unknown_name
-from intrafusion.fusion.carry import Track, carried
-from intrafusion.fusion.match import Pair
+from intrafusion.fusion.match import GroupPair
+from intrafusion.fusion.move import Move, move_channels
 from intrafusion.graph import ChannelGraph, Member, Role
 from intrafusion.importance.features import channel_rows, weighs
 from intrafusion.network.tensors import named_tensors
@@ -20,7 +20,9 @@ from intrafusion.surgery.maps import find_norm_biases, matrix_for, norm_tensors
 from intrafusion.surgery.norms import fold_norms
 from intrafusion.transport import direction_cost, optimal_coupling
 
-Maps = Mapping[str, ReductionMap]
+GroupMaps = Mapping[str, ReductionMap]
+Passages = Mapping[str, list[tuple[GroupPair, Member, Member]]]
+"""By tensor, the groups that run through it, and their members of it in both networks."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Alignment:
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class FoldedNetwork:
     """One network: its folded tensors, and what its channels gave on images, if they are compared by that.
 
     betas: biases of the folded norms as they were, which are the means of what the norms give.
@@ -67,14 +69,16 @@ class Side:
     betas: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, graph: ChannelGraph, outputs: Mapping[str, Tensor] | None = None) -> Side:
+    def of(cls, model: nn.Module, graph: ChannelGraph, outputs: Mapping[str, Tensor] | None = None) -> FoldedNetwork:
         tensors = named_tensors(model)
         names = {*graph.shapes, *(t for n in graph.norms for t in norm_tensors(n))}
         betas = {n.bias: tensors[n.bias].detach().double() for n in graph.norms if n.bias is not None}
         return cls(fold_norms({name: tensors[name] for name in names}, graph.norms), graph, outputs or {}, betas)
 
 
-def aligned(own: Side, anchor: Side, pairs: Sequence[Pair], how: Alignment) -> dict[str, ReductionMap]:
+def align_groups(
+    own: FoldedNetwork, anchor: FoldedNetwork, pairs: Sequence[GroupPair], how: Alignment
+) -> dict[str, ReductionMap]:
     r"""A map onto the anchor's channels for every group, by the anchor's name of it.
 
     T = argmin <T, C>  subject to  T 1 = 1/n,  T^T 1 = 1/m, group after group, with C the distance between the rows that
@@ -85,33 +89,32 @@ def aligned(own: Side, anchor: Side, pairs: Sequence[Pair], how: Alignment) -> d
     maps: dict[str, ReductionMap] = {}
     by_outputs = [p for p in pairs if p.name in anchor.outputs and p.own.name in own.outputs]
     for pair in by_outputs:
-        maps[pair.name] = coupled(own.outputs[pair.own.name], anchor.outputs[pair.name], how)
+        maps[pair.name] = _couple(own.outputs[pair.own.name], anchor.outputs[pair.name], how)
     rest = [p for p in pairs if p.name not in maps]
-    through = crossings(pairs)
+    passages = find_passages(pairs)
     for _ in range(how.rounds):
         before = dict(maps)
         for pair in rest:
-            maps[pair.name] = coupled(*rows(pair, own, anchor, through, maps, how), how)
+            maps[pair.name] = _couple(*_describe_channels(pair, own, anchor, passages, maps, how), how)
         if all(n in before and torch.equal(before[n].merge, maps[n].merge) for n in maps):
             break
     return maps
 
 
-def coupled(x: Tensor, y: Tensor, how: Alignment) -> ReductionMap:
+def _couple(x: Tensor, y: Tensor, how: Alignment) -> ReductionMap:
     a, b = (torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device=rows.device) for rows in (x, y))
     return NORMALIZATIONS[how.normalization](optimal_coupling(COSTS[how.cost](x, y), a, b), a, b)
 
 
-def rows(
-    pair: Pair, own: Side, anchor: Side, through: Mapping[str, list[tuple[Pair, Member, Member]]], maps: Maps,
-    how: Alignment,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _describe_channels(
+    pair: GroupPair, own: FoldedNetwork, anchor: FoldedNetwork, passages: Passages, maps: GroupMaps, how: Alignment
+) -> tuple[Tensor, Tensor]:
     """The vectors that describe the channels of a group in both networks, of equal length."""
     columns: list[tuple[Tensor, Tensor]] = []
     for mine, theirs in pair.members:
-        if describes(mine, own.weights, how) and (tracks := crossing(pair, mine, through, maps)) is not None:
+        if _is_described_by(mine, own.weights, how) and (moves := find_moves(pair, mine, passages, maps)) is not None:
             shape = anchor.graph.shapes[theirs.tensor]
-            moved = {**own.weights, mine.tensor: carried(own.weights[mine.tensor], tracks, shape)}
+            moved = {**own.weights, mine.tensor: move_channels(own.weights[mine.tensor], moves, shape)}
             there = replace(mine, within=theirs.within)  # the slice lies along a dimension that was carried
             columns.append((channel_rows(moved, there), channel_rows(anchor.weights, theirs)))
     if not columns:
@@ -121,56 +124,54 @@ def rows(
     return torch.cat(mine, dim=1), torch.cat(theirs, dim=1)
 
 
-def describes(member: Member, weights: Mapping[str, Tensor], how: Alignment) -> bool:
+def _is_described_by(member: Member, weights: Mapping[str, Tensor], how: Alignment) -> bool:
     if Role.CONSUMES in member.roles and Role.PRODUCES not in member.roles:
         return how.sides == "both"
     return weighs(member, weights) or Role.SHIFTS in member.roles
 
 
-def crossings(pairs: Sequence[Pair]) -> dict[str, list[tuple[Pair, Member, Member]]]:
+def find_passages(pairs: Sequence[GroupPair]) -> Passages:
     """What runs through each tensor."""
-    found: dict[str, list[tuple[Pair, Member, Member]]] = {}
+    found: dict[str, list[tuple[GroupPair, Member, Member]]] = {}
     for pair in pairs:
         for mine, theirs in pair.members:
             found.setdefault(mine.tensor, []).append((pair, mine, theirs))
     return found
 
 
-def crossing(
-    pair: Pair, member: Member, through: Mapping[str, list[tuple[Pair, Member, Member]]], maps: Maps
-) -> list[Track] | None:
+def find_moves(pair: GroupPair, member: Member, passages: Passages, maps: GroupMaps) -> list[Move] | None:
     """How the other dimensions of a member's tensor are carried; None while a map for them is not known yet."""
-    tracks = []
-    for other, mine, theirs in through[member.tensor]:
+    moves = []
+    for other, mine, theirs in passages[member.tensor]:
         if mine.dim == member.dim:
             continue
         if other.name not in maps:
             return None
-        tracks.append(track(mine, theirs, maps[other.name]))
-    return tracks
+        moves.append(_make_move(mine, theirs, maps[other.name]))
+    return moves
 
 
-def track(mine: Member, theirs: Member, reduction: ReductionMap, *, average: bool = False) -> Track:
-    return Track(mine, theirs, matrix_for(mine, reduction, average=average))
+def _make_move(mine: Member, theirs: Member, reduction: ReductionMap, *, average: bool = False) -> Move:
+    return Move(mine, theirs, matrix_for(mine, reduction, average=average))
 
 
-def transported(
-    tensors: Mapping[str, Tensor], own: ChannelGraph, anchor: ChannelGraph, pairs: Sequence[Pair], maps: Maps
+def move_tensors(
+    tensors: Mapping[str, Tensor], own: ChannelGraph, anchor: ChannelGraph, pairs: Sequence[GroupPair], maps: GroupMaps
 ) -> dict[str, Tensor]:
     """Tensors of a network, norms folded, in the anchor's coordinates and shape."""
-    through = crossings(pairs)
+    passages = find_passages(pairs)
     centred = {m.tensor for p in pairs for m in find_norm_biases(p.own)} - {n.bias for n in own.norms}
 
-    def tracks(name: str) -> Iterator[Track]:
-        for pair, mine, theirs in through.get(name, []):
-            yield track(mine, theirs, maps[pair.name], average=name in centred)
+    def moves(name: str) -> Iterator[Move]:
+        for pair, mine, theirs in passages.get(name, []):
+            yield _make_move(mine, theirs, maps[pair.name], average=name in centred)
 
-    return {n: carried(t, list(tracks(n)), anchor.shapes.get(n, tuple(t.shape))) for n, t in tensors.items()}
+    return {n: move_channels(t, list(moves(n)), anchor.shapes.get(n, tuple(t.shape))) for n, t in tensors.items()}
 
 
-def distance(x: Tensor, y: Tensor) -> Tensor:
+def _find_distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"distance": distance, "direction": direction_cost}
+COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"distance": _find_distances, "direction": direction_cost}
 SIDES = ("inputs", "both")

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from intrafusion import restore as restorers
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, unknown_name
-from intrafusion.fusion.align import Alignment, Side, aligned, transported
-from intrafusion.fusion.match import Pair, pairs_of
+from intrafusion.fusion.align import Alignment, FoldedNetwork, align_groups, move_tensors
+from intrafusion.fusion.match import GroupPair, match_groups
 from intrafusion.fusion.outputs import record_outputs
-from intrafusion.fusion.variance import lengths, strengthened
+from intrafusion.fusion.variance import find_lengths, strengthen
 from intrafusion.graph import ChannelGraph, Role
 from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
@@ -79,7 +79,7 @@ def fuse(
         keep: below 1, the result is narrower than the anchor: all networks, the anchor too, are moved onto the
             channels that it keeps.
         alignment: costs, sides and passes; `Alignment()` by default.
-        rescale: give the averaged channels the strength of those that they were averaged from; see `strengthened`.
+        rescale: give the averaged channels the strength of those that they were averaged from; see `strengthen`.
         restore: a restorer, or its name, that then makes the fused network give what the anchor gives.
         seed: for whatever draws random numbers.
         recipe: how the anchor is narrowed where keep < 1, by the names of `Recipe`; plain pruning by default.
@@ -91,7 +91,7 @@ def fuse(
 
     Reference: Singh and Jaggi 2020, Algorithm 1 (fusion); a residual stream has one coupling (Theus et al. 2024).
     """
-    shares = checked(models, using, images, weights, anchor)
+    shares = _find_shares(models, using, images, weights, anchor)
     restorer = None if restore is None else restorers.get(restore)
     inputs, calibration = Inputs.of(example_inputs), None if images is None else join_batches(read_batches(images))
     graphs = []
@@ -102,23 +102,23 @@ def fuse(
     wanted = Recipe.of(keep=keep, seed=seed, **{"reducer": "select", **recipe})
     plan = decide(models[anchor], graphs[anchor], wanted)
     for graph, name in zip(graphs, names, strict=True):
-        pairs_of(graph, graphs[anchor], name)
+        match_groups(graph, graphs[anchor], name)
     base = apply(models[anchor], plan, inputs, graph=graphs[anchor])
     narrowed = bool(base.plan.sizes)
     target = inspect(base.model, inputs) if narrowed else graphs[anchor]
     by_outputs = calibration if using == "activations" else None
-    onto = side(base.model, target, by_outputs, seed)
-    mean = Mean(onto, base.model)
+    onto = _fold_network(base.model, target, by_outputs, seed)
+    mean = _WeightedMean(onto, base.model)
     alignments: list[Mapping[str, ReductionMap]] = []
     for index, (model, graph) in enumerate(zip(models, graphs, strict=True)):
         progress("align", index, len(models))
-        own = onto if index == anchor and not narrowed else side(model, graph, by_outputs, seed)
-        pairs = pairs_of(graph, target, names[index])
-        maps = identities(pairs) if own is onto else aligned(own, onto, pairs, alignment or Alignment())
+        own = onto if index == anchor and not narrowed else _fold_network(model, graph, by_outputs, seed)
+        pairs = match_groups(graph, target, names[index])
+        maps = _make_identities(pairs) if own is onto else align_groups(own, onto, pairs, alignment or Alignment())
         alignments.append(maps)
         mean.add(own, pairs, maps, shares[index])
     fused = copy_model(base.model)
-    write_weights_(fused, mean.written(rescale=rescale))
+    write_weights_(fused, mean.finish(rescale=rescale))
     found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
     found |= {"model": fused, "after": size_of(fused, inputs)}
     result = Fused(**found, alignments=tuple(alignments), weights=tuple(shares))
@@ -128,50 +128,52 @@ def fuse(
     return result
 
 
-def side(model: nn.Module, graph: ChannelGraph, calibration: Inputs | None, seed: int) -> Side:
+def _fold_network(model: nn.Module, graph: ChannelGraph, calibration: Inputs | None, seed: int) -> FoldedNetwork:
     outputs = None if calibration is None else record_outputs(model, graph, calibration, seed=seed)
-    return Side.of(model, graph, outputs)
+    return FoldedNetwork.of(model, graph, outputs)
 
 
-def identities(pairs: Sequence[Pair]) -> dict[str, ReductionMap]:
+def _make_identities(pairs: Sequence[GroupPair]) -> dict[str, ReductionMap]:
     eyes = {p.name: torch.eye(p.own.size, dtype=torch.float64) for p in pairs}
     return {name: ReductionMap(eye, eye) for name, eye in eyes.items()}
 
 
-class Mean:
+class _WeightedMean:
     """The weighted mean of tensors that were carried into the anchor's coordinates, norms folded."""
 
-    def __init__(self, anchor: Side, model: nn.Module) -> None:
+    def __init__(self, anchor: FoldedNetwork, model: nn.Module) -> None:
         self.anchor, self.model = anchor, model
         self.tensors: dict[str, Tensor] = {}
         self.betas: dict[str, Tensor] = {}
         self.lengths: dict[str, Tensor] = {}
         self.dims: dict[str, int] = {}
 
-    def add(self, own: Side, pairs: Sequence[Pair], maps: Mapping[str, ReductionMap], share: float) -> None:
+    def add(
+        self, own: FoldedNetwork, pairs: Sequence[GroupPair], maps: Mapping[str, ReductionMap], share: float
+    ) -> None:
         target = self.anchor.graph
         floating = {n: t for n, t in own.weights.items() if t.is_floating_point()}
-        accumulate_(self.tensors, transported(floating, own.graph, target, pairs, maps), share)
-        accumulate_(self.betas, transported(own.betas, own.graph, target, pairs, maps), share)
-        accumulate_(self.lengths, lengths(own, target, self.model, pairs, maps), share)
+        _accumulate_(self.tensors, move_tensors(floating, own.graph, target, pairs, maps), share)
+        _accumulate_(self.betas, move_tensors(own.betas, own.graph, target, pairs, maps), share)
+        _accumulate_(self.lengths, find_lengths(own, target, self.model, pairs, maps), share)
         self.dims.update({m.tensor: m.dim for p in pairs for _, m in p.members if Role.PRODUCES in m.roles})
 
-    def written(self, *, rescale: bool) -> dict[str, Tensor]:
+    def finish(self, *, rescale: bool) -> dict[str, Tensor]:
         """The tensors to write, norms with the anchor's own scale and shift, in the anchor's dtype."""
         norms, tensors = self.anchor.graph.norms, self.tensors
         if rescale:
-            tensors = strengthened(tensors, self.lengths, self.betas, norms, self.dims)
+            tensors = strengthen(tensors, self.lengths, self.betas, norms, self.dims)
         present = {name: t.detach() for name, t in named_tensors(self.model).items()}
         final = unfold_norms({**self.anchor.weights, **tensors}, present, norms, {})
         return {name: t.to(present[name].dtype) for name, t in final.items()}
 
 
-def accumulate_(total: dict[str, Tensor], part: Mapping[str, Tensor], share: float) -> None:
+def _accumulate_(total: dict[str, Tensor], part: Mapping[str, Tensor], share: float) -> None:
     for name, tensor in part.items():
         total[name] = total[name] + share * tensor.to(total[name]) if name in total else share * tensor
 
 
-def checked(
+def _find_shares(
     models: Sequence[nn.Module], using: str, images: ImagesLike | None, weights: Sequence[float] | None, anchor: int
 ) -> list[float]:
     """The share of each network in the average."""

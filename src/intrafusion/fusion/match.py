@@ -11,7 +11,7 @@ from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Slice
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class GroupPair:
     """A group of a network, the same group of the anchor, and their members one by one."""
 
     own: ChannelGroup
@@ -23,7 +23,7 @@ class Pair:
         return self.anchor.name
 
 
-def pairs_of(own: ChannelGraph, anchor: ChannelGraph, name: str) -> tuple[Pair, ...]:
+def match_groups(own: ChannelGraph, anchor: ChannelGraph, name: str) -> tuple[GroupPair, ...]:
     """The groups whose channels may be moved, in execution order.
 
     Widths may differ; names and ranks of tensors, the groups and all other sizes may not. A group that cannot be
@@ -34,14 +34,14 @@ def pairs_of(own: ChannelGraph, anchor: ChannelGraph, name: str) -> tuple[Pair, 
     Raises:
         ModelError: the first difference in depth, in structure, or in a size that must be the same.
     """
-    check_tensors(own, anchor, name)
-    found = [pair_of(a, b, name) for a, b in aligned_groups(own, anchor, name)]
+    _check_tensors(own, anchor, name)
+    found = [_make_pair(a, b, name) for a, b in _zip_groups(own, anchor, name)]
     pairs = tuple(p for p in found if p.own.reducible and p.anchor.reducible)
-    check_sizes(own, anchor, pairs, name)
+    _check_sizes(own, anchor, pairs, name)
     return pairs
 
 
-def check_tensors(own: ChannelGraph, anchor: ChannelGraph, name: str) -> None:
+def _check_tensors(own: ChannelGraph, anchor: ChannelGraph, name: str) -> None:
     for tensor in [*anchor.shapes, *own.shapes]:
         if (tensor in own.shapes) != (tensor in anchor.shapes):
             lacking = "the anchor" if tensor in own.shapes else name
@@ -53,8 +53,8 @@ def check_tensors(own: ChannelGraph, anchor: ChannelGraph, name: str) -> None:
             raise ModelError(f"fuse: {tensor!r} is {list(a)} in {name} and {list(b)} in the anchor.")
 
 
-def aligned_groups(own: ChannelGraph, anchor: ChannelGraph, name: str) -> Iterator[tuple[ChannelGroup, ChannelGroup]]:
-    mine, theirs = (units(graph) for graph in (own, anchor))
+def _zip_groups(own: ChannelGraph, anchor: ChannelGraph, name: str) -> Iterator[tuple[ChannelGroup, ChannelGroup]]:
+    mine, theirs = (_group_by_members(graph) for graph in (own, anchor))
     for key in [*theirs, *mine]:
         if key not in mine or key not in theirs:
             group = (theirs.get(key) or mine.get(key) or [])[0]
@@ -72,37 +72,40 @@ def aligned_groups(own: ChannelGraph, anchor: ChannelGraph, name: str) -> Iterat
         yield from zip(mine[key], theirs[key], strict=True)
 
 
-def units(graph: ChannelGraph) -> dict[tuple[object, ...], list[ChannelGroup]]:
+def _group_by_members(graph: ChannelGraph) -> dict[tuple[object, ...], list[ChannelGroup]]:
     """Groups by what they run through; several where twins cannot be told apart by that, in order."""
     found: dict[tuple[object, ...], list[ChannelGroup]] = defaultdict(list)
     for group in graph.groups:
         if group.is_channel:
-            found[tuple(signature(m) for m in ordered(group))].append(group)
+            found[tuple(_describe_member(m) for m in _sort_members(group))].append(group)
     return dict(found)
 
 
-def ordered(group: ChannelGroup) -> list[Member]:
+def _sort_members(group: ChannelGroup) -> list[Member]:
     return sorted(group.members, key=lambda m: (m.tensor, m.dim, -1 if m.within is None else m.within.start))
 
 
-def signature(member: Member) -> tuple[object, ...]:
+def _describe_member(member: Member) -> tuple[object, ...]:
     """What does not depend on widths."""
     return member.tensor, member.dim, member.within is None, member.positions.shape[1], tuple(sorted(member.roles))
 
 
-def pair_of(own: ChannelGroup, anchor: ChannelGroup, name: str) -> Pair:
+def _make_pair(own: ChannelGroup, anchor: ChannelGroup, name: str) -> GroupPair:
     reason = own.reason or anchor.reason or (None if own.size == anchor.size else own.unmixable or anchor.unmixable)
     if reason is not None and own.size != anchor.size:
         raise ModelError(
             f"fuse: {anchor.name!r} has {own.size} channels in {name} and {anchor.size} in the anchor, "
             f"and they must stay as they are ({reason})."
         )
-    return Pair(own, anchor, tuple(zip(ordered(own), ordered(anchor), strict=True)))
+    return GroupPair(own, anchor, tuple(zip(_sort_members(own), _sort_members(anchor), strict=True)))
 
 
-def check_sizes(own: ChannelGraph, anchor: ChannelGraph, pairs: Sequence[Pair], name: str) -> None:
+def _check_sizes(own: ChannelGraph, anchor: ChannelGraph, pairs: Sequence[GroupPair], name: str) -> None:
     """What belongs to no group that may be moved must have the same size."""
-    moved = covered(m for p in pairs for m, _ in p.members), covered(m for p in pairs for _, m in p.members)
+    moved = (
+        _count_indices(m for p in pairs for m, _ in p.members),
+        _count_indices(m for p in pairs for _, m in p.members),
+    )
     for tensor, shape in anchor.shapes.items():
         for dim, size in enumerate(shape):
             mine, theirs = own.shapes[tensor][dim] - moved[0][tensor, dim], size - moved[1][tensor, dim]
@@ -113,7 +116,7 @@ def check_sizes(own: ChannelGraph, anchor: ChannelGraph, pairs: Sequence[Pair], 
                 )
 
 
-def covered(members: Iterable[Member]) -> Counter[tuple[str, int]]:
+def _count_indices(members: Iterable[Member]) -> Counter[tuple[str, int]]:
     """How many indices of each dimension these members hold; slices of a grouped convolution count once."""
     parts: Counter[tuple[str, int, Slice | None]] = Counter()
     for member in members:

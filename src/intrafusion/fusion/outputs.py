@@ -60,12 +60,12 @@ def _find_sources(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) ->
         module = model.get_submodule(name)
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             name, module = member.module, model.get_submodule(member.module)
-        if member.tensor.endswith("weight") and channels_lie_in(model.get_submodule(member.module), member):
+        if member.tensor.endswith("weight") and is_along_outputs(model.get_submodule(member.module), member):
             found.append((name, -1 if isinstance(module, nn.Linear) else 1, member))
     return found
 
 
-def channels_lie_in(module: nn.Module, member: Member) -> bool:
+def is_along_outputs(module: nn.Module, member: Member) -> bool:
     """Whether position p along the weight's dimension is output channel p."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return member.within is None and (member.dim == 1 if module.transposed else member.dim == 0)

@@ -6,18 +6,16 @@ the other places are deleted, so whatever order the network's views and slices r
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from intrafusion.errors import PlanError
 from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role, Slice
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.norms import fold_norms, unfold_norms
-from intrafusion.surgery.write import compose_merges
+from intrafusion.surgery.write import compose_merges, map_rows, rewrite_along
 
 
 def reduce_weights(
@@ -79,15 +77,14 @@ def mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, ave
     matrix = matrix_for(member, reduction, average=average).to(tensor.device)
     part = tensor if member.within is None else narrow_to(tensor, member.within)
     positions = torch.from_numpy(member.positions).to(tensor.device)
-    places, variance = positions[: len(matrix)].flatten(), Role.VARIANCE in member.roles
+    places = positions[: len(matrix)].flatten()
     chosen = find_picks(matrix)
     if chosen is not None:
         part.index_copy_(member.dim, places, part.index_select(member.dim, positions[chosen].flatten()))
         return tensor
     rows = part.index_select(member.dim, positions.flatten()).movedim(member.dim, 0)
-    new = combine_rows(matrix, (rows.sqrt() if variance else rows).reshape(len(positions), -1))
-    new = new.reshape(len(places), *rows.shape[1:])
-    part.index_copy_(member.dim, places, (new.square() if variance else new).movedim(0, member.dim))
+    new = map_rows(matrix, rows.reshape(len(positions), -1), member).reshape(len(places), *rows.shape[1:])
+    part.index_copy_(member.dim, places, new.movedim(0, member.dim))
     return tensor
 
 
@@ -96,12 +93,6 @@ def find_picks(matrix: Tensor) -> Tensor | None:
     entries = matrix != 0
     picks = bool((entries.sum(1) == 1).all()) and bool((matrix[entries] == 1).all())
     return entries.long().argmax(1) if picks else None
-
-
-def combine_rows(matrix: Tensor, rows: Tensor) -> Tensor:
-    """matrix @ rows; most maps are nearly empty (a transport plan has n + m - 1 entries)."""
-    filled = int(matrix.count_nonzero())
-    return torch.sparse.mm(matrix.to_sparse(), rows) if 4 * filled < matrix.numel() else matrix @ rows
 
 
 def hollow_(weights: Mapping[str, Tensor], group: ChannelGroup, reduction: ReductionMap) -> None:
@@ -138,41 +129,16 @@ def narrow_to(tensor: Tensor, within: Slice) -> Tensor:
 
 
 def shorten(tensor: Tensor, members: list[tuple[Member, int]], name: str) -> Tensor:
-    """Delete the places that the groups gave up, slices of grouped convolutions first."""
-    whole: dict[int, list[np.ndarray]] = defaultdict(list)
-    sliced: dict[int, dict[Slice, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-    for member, m in members:
-        dropped = member.positions[m:].ravel()
-        if member.within is None:
-            whole[member.dim].append(dropped)
-        else:
-            sliced[member.dim][member.within].append(dropped)
-    for dim, parts in sliced.items():
-        tensor = shorten_slices(tensor, dim, parts, name)
-    for dim, dropped in whole.items():
-        tensor = drop_places(tensor, dim, dropped)
-    return tensor.contiguous()
+    """Delete the places that the groups gave up."""
+    return rewrite_along(
+        tensor, [(m, m.positions[kept:].ravel()) for m, kept in members], drop_places, name
+    ).contiguous()
 
 
-def drop_places(tensor: Tensor, dim: int, dropped: list[np.ndarray]) -> Tensor:
+def drop_places(tensor: Tensor, dim: int, dropped: Sequence[np.ndarray]) -> Tensor:
     keep = np.ones(tensor.shape[dim], bool)
     keep[np.concatenate(dropped)] = False
     return tensor if keep.all() else tensor.index_select(dim, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device))
-
-
-def shorten_slices(tensor: Tensor, dim: int, parts: dict[Slice, list[np.ndarray]], name: str) -> Tensor:
-    pieces, end = [], 0
-    for within in sorted(parts, key=lambda s: s.start):
-        pieces += [tensor.narrow(within.dim, end, within.start - end)] if within.start > end else []
-        pieces.append(drop_places(narrow_to(tensor, within), dim, parts[within]))
-        end = within.stop
-    across = next(iter(parts)).dim
-    if end < tensor.shape[across]:
-        pieces.append(tensor.narrow(across, end, tensor.shape[across] - end))
-    if len({p.shape[dim] for p in pieces}) > 1:
-        sizes = sorted({p.shape[dim] for p in pieces})
-        raise PlanError(f"{name}: its groups would get different sizes {sizes}; give them the same keep.")
-    return torch.cat(pieces, across)
 
 
 def averaging_matrix(
