@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.budget import uniform_sizes
-from intrafusion.budget.sensitivity import error_curves
+from intrafusion.budget.sensitivity import measure_error_curves
 from intrafusion.budget.target import sizes_for_target
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup
@@ -63,7 +63,7 @@ def decide(
         wanted = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
         missed = ()
     else:
-        curves = error_curves(graph, groups, {g.name: scores(g, weights) for g in groups}, moments, calibration)
+        curves = measure_error_curves(graph, groups, {g.name: scores(g, weights) for g in groups}, moments, calibration)
         wanted, missed = sizes_for_target(model, graph, groups, curves, recipe, example_inputs)
     maps = _solve_all(groups, wanted, weights, scores, recipe, moments, progress)
     decisions = tuple(decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name)) for g in units)

@@ -177,9 +177,7 @@ def test_tied_and_reparametrised_layers_stay_as_they_are() -> None:
 
 def reduced(model: nn.Module, x: Tensor) -> intrafusion.Compressed:
     graph = intrafusion.inspect(model, x)
-    return intrafusion.apply(
-        model, intrafusion.decide(model, graph, intrafusion.Recipe.of(keep=0.75)), x, graph=graph
-    )
+    return intrafusion.apply(model, intrafusion.decide(model, graph, intrafusion.Recipe.of(keep=0.75)), x, graph=graph)
 
 
 def case(order: str, model: nn.Module, x: Tensor) -> intrafusion.Compressed:

@@ -68,9 +68,7 @@ def test_constant_channels_are_replaced_by_shifts(norm: bool, bias: bool) -> Non
     bare = replace(plan, maps={name: replace(m, shift=None) for name, m in plan.maps.items()})
     with torch.no_grad():
         expected = model(IMAGES)
-        missing, found = (
-            intrafusion.apply(model, p, IMAGES[:1], graph=graph).model(IMAGES) for p in (bare, plan)
-        )
+        missing, found = (intrafusion.apply(model, p, IMAGES[:1], graph=graph).model(IMAGES) for p in (bare, plan))
     assert float((missing - expected).norm()) > 0.01 * float(expected.norm())
     assert float((found - expected).norm()) < 0.005 * float(expected.norm())
 
@@ -80,7 +78,5 @@ def test_a_consumer_with_no_place_for_a_constant_gets_none() -> None:
     graph, plan = plan_for(model, keep=0.5, include="first")
     bare = replace(plan, maps={name: replace(m, shift=None) for name, m in plan.maps.items()})
     assert plan.maps["first"].shift is not None
-    found, expected = (
-        intrafusion.apply(model, p, IMAGES[:1], graph=graph).model.state_dict() for p in (plan, bare)
-    )
+    found, expected = (intrafusion.apply(model, p, IMAGES[:1], graph=graph).model.state_dict() for p in (plan, bare))
     assert all(torch.equal(t, found[n]) for n, t in expected.items())

@@ -20,10 +20,10 @@ from intrafusion.restore.calibration import Calibration
 from intrafusion.restore.shifts import add_shifts_
 from intrafusion.surgery.operate import copy_reduced
 
-FEW = 64  # images
+_FEW = 64  # images
 
 
-def error_curves(
+def measure_error_curves(
     graph: ChannelGraph,
     groups: Sequence[ChannelGroup],
     scores: Mapping[str, Tensor],
@@ -37,22 +37,22 @@ def error_curves(
     alone, its consumers make up for the rest as well as they can, and the output is compared on a few images. Twins
     are halved together. Without a calibration the heights are 1. OURS.
     """
-    shapes = {g.name: curve_shape(scores[g.name], moments.get(g.name)) for g in groups}
+    shapes = {g.name: _find_shape(scores[g.name], moments.get(g.name)) for g in groups}
     if calibration is None:
         return shapes
-    images = take_images(calibration.images, 0, FEW)
-    expected = float_outputs(calibration.reference, images)
+    images = take_images(calibration.images, 0, _FEW)
+    expected = _run(calibration.reference, images)
     curves = {}
     for twins in families_of(groups):
-        maps = {g.name: halving_map(scores[g.name], moments.get(g.name)) for g in twins if g.size > 1}
-        height = cut_error(calibration.reference, graph, maps, images, expected) / len(twins)
+        maps = {g.name: _halve(scores[g.name], moments.get(g.name)) for g in twins if g.size > 1}
+        height = _measure_error(calibration.reference, graph, maps, images, expected) / len(twins)
         for g in twins:
             at_half = float(shapes[g.name][(g.size + 1) // 2])
             curves[g.name] = shapes[g.name] * (height / max(at_half, 1e-3))
     return curves
 
 
-def curve_shape(scores: Tensor, moments: Moments | None) -> Tensor:
+def _find_shape(scores: Tensor, moments: Moments | None) -> Tensor:
     """Falls from 1 for no channel to 0 for all, (n + 1,)."""
     if moments is not None:
         return pick_channels(moments).missing
@@ -60,26 +60,26 @@ def curve_shape(scores: Tensor, moments: Moments | None) -> Tensor:
     return 1 - torch.cat([ranked.new_zeros(1), ranked.cumsum(0)]) / ranked.sum().clamp(min=1e-300)
 
 
-def halving_map(scores: Tensor, moments: Moments | None) -> ReductionMap:
+def _halve(scores: Tensor, moments: Moments | None) -> ReductionMap:
     m = (len(scores) + 1) // 2
     if moments is None:
         return selection_map(most_important(scores, m), len(scores))
     return least_squares_map(*moments.overall, pick_channels(moments).order[:m].sort().values)
 
 
-def cut_error(
+def _measure_error(
     model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap], images: Inputs, expected: list[Tensor]
 ) -> float:
     """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
     small = copy_reduced(model, graph, maps)
     add_shifts_(small, model, graph, maps)
     try:
-        found = float_outputs(small, images)
+        found = _run(small, images)
     except ModelError:
         return 1.0
     return output_error(found, expected)
 
 
-def float_outputs(model: nn.Module, images: Inputs) -> list[Tensor]:
+def _run(model: nn.Module, images: Inputs) -> list[Tensor]:
     with preserve_state(model):
         return [t for t in cast_like(images, model).call(model) if t.is_floating_point()]

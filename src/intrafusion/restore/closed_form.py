@@ -70,32 +70,32 @@ class ClosedForm:
         new: dict[str, Tensor] = {}
         for norm in graph.norms:
             merge = find_merge(norm.mean, len(original[norm.mean]), graph, compressed.plan.maps)
-            if merge is not None and mixes(merge) and untouched(norm, present, fresh):
-                new |= self.corrected(norm, merge, original, fresh, depthwise=norm.producer_weight in kernels)
-        new |= self.elsewhere(graph, compressed.plan.maps, original, present, fresh)
+            if merge is not None and _mixes(merge) and _is_untouched(norm, present, fresh):
+                new |= self.correct_norm(norm, merge, original, fresh, depthwise=norm.producer_weight in kernels)
+        new |= self.correct_variances(graph, compressed.plan.maps, original, present, fresh)
         write_weights_(compressed.model, {name: tensor.to(present[name]) for name, tensor in new.items()})
 
-    def elsewhere(
+    def correct_variances(
         self, graph: ChannelGraph, maps: Mapping[str, ReductionMap], original: Tensors, present: Tensors, fresh: Tensors
     ) -> dict[str, Tensor]:
         """Variances of the norms that do not directly follow one layer: they read sums or concatenations of outputs."""
         known = {norm.variance for norm in graph.norms}
         names = {m.tensor for g in graph.groups if g.name in maps for m in g.with_role(Role.VARIANCE)} - known
-        folded = fold_norms(all_floating(original), graph.norms) if names else {}
+        folded = fold_norms(_select_floating(original), graph.norms) if names else {}
         new = {}
         for name in names:
             size = len(original[name])
             merge = find_merge(name, size, graph, maps)
-            if merge is not None and mixes(merge) and close(present[name], fresh[name]):
+            if merge is not None and _mixes(merge) and _is_close(present[name], fresh[name]):
                 alike = torch.eye(size, dtype=torch.float64)
                 for group in graph.groups:
-                    fill_(alike, group, name, folded, self.reach)
+                    _fill_(alike, group, name, folded, self.reach)
                 spread = original[name].double().cpu().sqrt()
                 variance = merged_variance(merge, spread, alike, self.floor)
-                new[name] = torch.where(mixes_rows(merge), variance, fresh[name].double().cpu())
+                new[name] = torch.where(_find_mixed_rows(merge), variance, fresh[name].double().cpu())
         return new
 
-    def corrected(
+    def correct_norm(
         self, norm: FoldableNorm, merge: Tensor, original: Tensors, fresh: Tensors, *, depthwise: bool
     ) -> dict[str, Tensor]:
         """The norm's tensors by name, float64."""
@@ -115,7 +115,7 @@ class ClosedForm:
         now_gamma, now_beta, now_mean, now_sigma = statistics_of(left, norm)
         per_unit = now_sigma / now_gamma
         wanted = (mean @ gamma.square()).sqrt() * now_gamma.sign()
-        live = mixes_rows(merge) & (spread > 0)
+        live = _find_mixed_rows(merge) & (spread > 0)
         pick = lambda new, old: torch.where(live, new, old)  # noqa: E731
         return with_statistics(
             left,
@@ -127,29 +127,29 @@ class ClosedForm:
         )
 
 
-def mixes_rows(merge: Tensor) -> Tensor:
+def _find_mixed_rows(merge: Tensor) -> Tensor:
     """(m,): which new channels are more than one old channel, or one at another size."""
     return ((merge != 0).sum(1) > 1) | (merge.sum(1) != 1)
 
 
-def mixes(merge: Tensor) -> bool:
-    return bool(mixes_rows(merge).any())
+def _mixes(merge: Tensor) -> bool:
+    return bool(_find_mixed_rows(merge).any())
 
 
-def untouched(norm: FoldableNorm, present: Tensors, fresh: Tensors) -> bool:
+def _is_untouched(norm: FoldableNorm, present: Tensors, fresh: Tensors) -> bool:
     """Whether a norm and its layer are as the reduction left them."""
-    return all(close(present[name], fresh[name]) for name in norm_tensors(norm))
+    return all(_is_close(present[name], fresh[name]) for name in norm_tensors(norm))
 
 
-def close(present: Tensor, fresh: Tensor) -> bool:
+def _is_close(present: Tensor, fresh: Tensor) -> bool:
     return torch.allclose(present.double(), fresh.to(present).double(), rtol=1e-5, atol=1e-8)
 
 
-def all_floating(tensors: Tensors) -> dict[str, Tensor]:
+def _select_floating(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def fill_(alike: Tensor, group: ChannelGroup, variance: str, folded: Tensors, reach: float) -> None:
+def _fill_(alike: Tensor, group: ChannelGroup, variance: str, folded: Tensors, reach: float) -> None:
     """Correlations of one group's channels into those of all that a norm reads: of the sum of what its layers give.
 
     The layers read inputs of one scale that have nothing to do with each other.
@@ -160,7 +160,7 @@ def fill_(alike: Tensor, group: ChannelGroup, variance: str, folded: Tensors, re
         return
     total = torch.zeros(group.size, group.size, dtype=torch.float64)
     for member in made:
-        total += products(channels_first(folded[member.tensor], member), reach).cpu()
+        total += products(_put_channels_first(folded[member.tensor], member), reach).cpu()
     size = total.diagonal().clamp(min=1e-30).sqrt()
     found = (total / torch.outer(size, size)).clamp(-1, 1).fill_diagonal_(1.0)
     for member in read:
@@ -168,7 +168,7 @@ def fill_(alike: Tensor, group: ChannelGroup, variance: str, folded: Tensors, re
             alike[slot[:, None], slot] = found
 
 
-def channels_first(weight: Tensor, member: Member) -> Tensor:
+def _put_channels_first(weight: Tensor, member: Member) -> Tensor:
     """(n, inputs, *kernel) of what produces a group; several slots of a channel count as inputs."""
     rows = weight.movedim(member.dim, 0)[torch.from_numpy(member.positions).to(weight.device)]
     return rows.flatten(1, 2) if rows.dim() > 2 else rows

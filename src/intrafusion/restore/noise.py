@@ -25,8 +25,8 @@ from intrafusion.restore.statistics import find_output_merge
 from intrafusion.surgery.maps import mean_weights, reduce_weights
 from intrafusion.surgery.write import write_weights_
 
-PIXELS = 2**19  # of all noise images together, unless that would leave fewer than FEWEST
-FEWEST = 32
+_PIXELS = 2**19  # of all noise images together, unless that would leave fewer than _FEWEST
+_FEWEST = 32
 
 Watch = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 
@@ -103,14 +103,14 @@ class Noise:
         """
         maps = compressed.plan.maps
         small, result = copy_model(compressed.model).eval(), copy_model(compressed.model)
-        write_weights_(small, through(reference, graph, maps))
-        write_weights_(result, through(original, graph, maps))
+        write_weights_(small, _reduce_tensors(reference, graph, maps))
+        write_weights_(result, _reduce_tensors(original, graph, maps))
         before = error(small)
         changes = self.solver.solve_(small, maps, reference, graph, images)
         small_seen, small_own, seen, own = (find_layers(m, graph) for m in (small, result, reference, original))
         for name, (change, shift) in changes.items():
             merge = find_output_merge(own[name], graph, maps)
-            rows = gains(small_seen[name], small_own[name], seen[name], own[name], merge)
+            rows = _find_gains(small_seen[name], small_own[name], seen[name], own[name], merge)
             small_own[name].add_(rows[:, None] * change, rows * shift)
         write_weights_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
         return before, error(small)
@@ -119,7 +119,7 @@ class Noise:
         """Noise in the shape, on the device and in the precision of the one image tensor of a call."""
         like = image_like(example_inputs)
         pixels = math.prod(like.shape[2:])
-        count = min(self.images, max(FEWEST, PIXELS // max(1, pixels)))
+        count = min(self.images, max(_FEWEST, _PIXELS // max(1, pixels)))
         generator = torch.Generator().manual_seed(self.seed)
         white = torch.randn(count, *like.shape[1:], generator=generator)
         noise = smooth(white, self.slope).to(like)
@@ -178,13 +178,13 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
-def through(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> dict[str, Tensor]:
+def _reduce_tensors(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> dict[str, Tensor]:
     """Every tensor of a network after the maps."""
     tensors = {name: t.detach() for name, t in named_tensors(model).items()}
     return {name: t.clone() for name, t in (tensors | reduce_weights(tensors, graph, maps)).items()}
 
 
-def gains(small_seen: Layer, small_own: Layer, seen: Layer, own: Layer, merge: Tensor | None) -> Tensor:
+def _find_gains(small_seen: Layer, small_own: Layer, seen: Layer, own: Layer, merge: Tensor | None) -> Tensor:
     """What a change on noise is worth in the network with its own statistics, per output channel of a layer.
 
     The norm behind the layer gives slope * output. With its slopes in the smaller network, seen on noise and with its
@@ -193,11 +193,11 @@ def gains(small_seen: Layer, small_own: Layer, seen: Layer, own: Layer, merge: T
     rows = torch.ones(len(small_own.module.weight), dtype=torch.float64, device=small_own.module.weight.device)
     if small_seen.norm is None or small_own.norm is None or seen.norm is None or own.norm is None:
         return rows
-    ratio = safe(own.norm.slope, seen.norm.slope)
+    ratio = _divide(own.norm.slope, seen.norm.slope)
     ratio = ratio if merge is None else mean_weights(merge.to(ratio)) @ ratio
-    return ratio * safe(small_seen.norm.slope, small_own.norm.slope)
+    return ratio * _divide(small_seen.norm.slope, small_own.norm.slope)
 
 
-def safe(a: Tensor, b: Tensor) -> Tensor:
+def _divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 1 where that means nothing."""
     return torch.where(b != 0, a / torch.where(b != 0, b, 1.0), 1.0)

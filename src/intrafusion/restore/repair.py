@@ -21,7 +21,7 @@ from intrafusion.restore.statistics import find_output_merge
 from intrafusion.surgery.maps import mean_weights
 from intrafusion.surgery.write import write_weights_
 
-DEAD = 1e-4  # a channel that varies less than this fraction of what it should is not blown up
+_DEAD = 1e-4  # a channel that varies less than this fraction of what it should is not blown up
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class ActivationRepair:
         small = copy_model(compressed.model)
         layers = find_layers(small, graph, is_convolution_or_linear)
         originals = find_layers(reference, graph, is_convolution_or_linear)
-        found = measured(reference, {n: layer for n, layer in originals.items() if n in layers}, images, self.batch)
+        found = _measure(reference, {n: layer for n, layer in originals.items() if n in layers}, images, self.batch)
         maps = compressed.plan.maps
-        targets = {name: averaged(found[name], originals[name], graph, maps) for name in found}
-        repaired_(small, {name: layers[name] for name in found}, targets, images, self.batch)
+        targets = {name: _average(found[name], originals[name], graph, maps) for name in found}
+        _repair_(small, {name: layers[name] for name in found}, targets, images, self.batch)
         changed = {id(t) for name in found for t in layers[name].writable}
         write_weights_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in changed})
 
 
 @dataclass(eq=False)
-class Statistics:
+class _Sums:
     """Mean and standard deviation (c,) per channel of all rows that were added, float64."""
 
     rows: int = 0
@@ -94,19 +94,19 @@ class Statistics:
         return (torch.as_tensor(self.squares) / self.rows - self.mean.square()).clamp(min=0).sqrt()
 
 
-Target = tuple[Tensor, Tensor]
+_Target = tuple[Tensor, Tensor]
 """Mean and standard deviation (c,) that the channels of a layer should have."""
 
 
-def measured(model: nn.Module, layers: Mapping[str, Layer], images: ImagesLike, batch: int) -> dict[str, Statistics]:
+def _measure(model: nn.Module, layers: Mapping[str, Layer], images: ImagesLike, batch: int) -> dict[str, _Sums]:
     """Statistics of the outputs of each layer, behind its norm; of layers that run once in a forward pass."""
-    found: dict[str, Statistics] = {name: Statistics() for name in layers}
+    found: dict[str, _Sums] = {name: _Sums() for name in layers}
     calls: Counter[str] = Counter()
     passes = 0
 
     def called(name: str, x: Tensor, output: Tensor) -> None:
         calls[name] += 1
-        found[name].add(rows_of(layers[name], layers[name].apply_norm(output)))
+        found[name].add(_flatten_places(layers[name], layers[name].apply_norm(output)))
 
     with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
         for call, _ in rebatch(images, batch):
@@ -118,11 +118,11 @@ def measured(model: nn.Module, layers: Mapping[str, Layer], images: ImagesLike, 
     return {name: statistics for name, statistics in found.items() if calls[name] == passes}
 
 
-def rows_of(layer: Layer, output: Tensor) -> Tensor:
+def _flatten_places(layer: Layer, output: Tensor) -> Tensor:
     return output.movedim(layer.channel_dim, -1).flatten(0, -2)
 
 
-def averaged(found: Statistics, layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Target:
+def _average(found: _Sums, layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> _Target:
     merge = find_output_merge(layer, graph, maps)
     if merge is None:
         return found.mean, found.deviation
@@ -130,18 +130,18 @@ def averaged(found: Statistics, layer: Layer, graph: ChannelGraph, maps: Mapping
     return mean @ found.mean, mean @ found.deviation
 
 
-def repaired_(
-    model: nn.Module, layers: Mapping[str, Layer], targets: Mapping[str, Target], images: ImagesLike, batch: int
+def _repair_(
+    model: nn.Module, layers: Mapping[str, Layer], targets: Mapping[str, _Target], images: ImagesLike, batch: int
 ) -> None:
     """One pass in which every layer's outputs are set to their targets batch by batch, then written (in place)."""
-    found: dict[str, Statistics] = {name: Statistics() for name in layers}
+    found: dict[str, _Sums] = {name: _Sums() for name in layers}
 
     def called(name: str, x: Tensor, output: Tensor) -> Tensor:
-        layer, now = layers[name], Statistics()
-        rows = rows_of(layer, layer.apply_norm(output))
+        layer, now = layers[name], _Sums()
+        rows = _flatten_places(layer, layer.apply_norm(output))
         for statistics in (now, found[name]):
             statistics.add(rows)
-        factor, constant = correction(layer, now, targets[name])
+        factor, constant = _find_correction(layer, now, targets[name])
         shape = [-1 if d == layer.channel_dim % output.dim() else 1 for d in range(output.dim())]
         return output * factor.to(output).reshape(shape) + constant.to(output).reshape(shape)
 
@@ -151,16 +151,16 @@ def repaired_(
     for name, layer in layers.items():
         if not bool(torch.isfinite(found[name].mean).all()):
             raise ModelError(f"{name}: the smaller network gives NaN or infinity on these images.")
-        factor, constant = correction(layer, found[name], targets[name])
+        factor, constant = _find_correction(layer, found[name], targets[name])
         more = (factor - 1)[:, None] * layer.matrix.detach().double()
         bias = 0.0 if layer.module.bias is None else layer.module.bias.detach().double()
         layer.add_(more, constant + (factor - 1) * bias)
 
 
-def correction(layer: Layer, now: Statistics, target: Target) -> tuple[Tensor, Tensor]:
+def _find_correction(layer: Layer, now: _Sums, target: _Target) -> tuple[Tensor, Tensor]:
     """Factor and constant (c,) for the layer's own output that give what comes behind its norm these statistics."""
     mean, deviation = target
-    alive = now.deviation > DEAD * deviation
+    alive = now.deviation > _DEAD * deviation
     factor = torch.where(alive, deviation / torch.where(alive, now.deviation, 1.0), 1.0)
     if not layer.takes_constant:
         return factor, torch.zeros_like(factor)
