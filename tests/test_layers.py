@@ -31,9 +31,6 @@ LAYERS = (
     {"cli"},
 )
 
-# What measures, shows and tries out the library; only the command line imports it.
-LABORATORY = {"bench", "experiments", "report", "zoo"}
-
 # Third-party packages and the only places that may import them.
 CONFINED = {
     "accelerate": "train/accelerator.py",
@@ -97,11 +94,6 @@ def test_imports_point_to_the_same_or_a_lower_layer() -> None:
         if rank(to) > rank(own)
     ]
     assert upward == []
-
-
-def test_the_library_never_imports_its_laboratory() -> None:
-    users = {own for _, own, to in edges() if to in LABORATORY}
-    assert users - LABORATORY == {"cli"}
 
 
 def test_parts_form_no_cycle() -> None:

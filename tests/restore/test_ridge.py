@@ -32,7 +32,7 @@ def ridge(x: torch.Tensor, r: torch.Tensor, strength: float, **options: object) 
 @pytest.mark.parametrize("k", [50, 7, 6, 4])  # more and fewer rows than unknowns
 @pytest.mark.parametrize("chunk", [2**20, 18])
 def test_with_intercept_it_is_the_ridge_on_centred_rows(k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("intrafusion.restore.ridge.CHUNK", chunk)
+    monkeypatch.setattr("intrafusion.network.gram.CHUNK", chunk)
     x, r = rows(k)
     change, shift = ridge(x, r, 0.1, scarcity=0.5)
     xn, rn = x.numpy(), r.numpy()

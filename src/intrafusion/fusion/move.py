@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.graph import Member
-from intrafusion.surgery.write import map_rows, rewrite_along
+from intrafusion.surgery.maps import map_rows, rewrite_along
 
 
 @dataclass(frozen=True, eq=False)

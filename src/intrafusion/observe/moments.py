@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
+from intrafusion.network.gram import square_rows
 from intrafusion.network.layers import Layer, Port, find_layers, watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import Moments
-from intrafusion.restore.ridge import gram
 from intrafusion.surgery.norms import fold_norms
 
 _DEAD = 1e-12  # a channel with less than this fraction of the largest variance does not vary
@@ -105,7 +105,7 @@ def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     channels = channels if channels.dtype == torch.float64 else channels.float()
     mean = channels.mean(0)
     centred = channels - mean
-    return mean.double(), shrink(gram(centred) / len(centred), len(centred))
+    return mean.double(), shrink(square_rows(centred) / len(centred), len(centred))
 
 
 def shrink(covariance: Tensor, rows: int) -> Tensor:

@@ -14,7 +14,7 @@ from intrafusion.network.batches import ImagesLike
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.restorer import Reduced
-from intrafusion.restore.statistics import correlations, find_merge, merged_variance, products
+from intrafusion.restore.statistics import correlations, find_merge, merged_variance, patch_products
 from intrafusion.surgery.maps import mean_weights, norm_tensors, reduce_weights
 from intrafusion.surgery.norms import fold_norms, shift_of, statistics_of, with_statistics
 from intrafusion.surgery.write import write_weights_
@@ -160,7 +160,7 @@ def _fill_(alike: Tensor, group: ChannelGroup, variance: str, folded: Tensors, r
         return
     total = torch.zeros(group.size, group.size, dtype=torch.float64)
     for member in made:
-        total += products(_put_channels_first(folded[member.tensor], member), reach).cpu()
+        total += patch_products(_put_channels_first(folded[member.tensor], member), reach).cpu()
     size = total.diagonal().clamp(min=1e-30).sqrt()
     found = (total / torch.outer(size, size)).clamp(-1, 1).fill_diagonal_(1.0)
     for member in read:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CHUNK = 2**20  # entries of the inputs that are multiplied at a time
+from intrafusion.network.gram import multiply_rows, square_rows
 
 Lacking = Callable[[Tensor | None], Tensor]
 """What is lacking (k, c) if the change already gives this much (k, c); None for no change."""
@@ -36,7 +36,7 @@ class Ridge:
         x = x if x.dtype == torch.float64 else x.float()
         mean = x.mean(0) if intercept else x.new_zeros(d)
         self.x, self.mean = x - mean, mean.double()
-        self.inner = gram(self.x.T) if self.few else gram(self.x) / k
+        self.inner = square_rows(self.x.T) if self.few else square_rows(self.x) / k
         size = self.inner.diagonal().mean() * (k / d if self.few else 1)
         self.damped = self.inner.clone()
         self.damped.diagonal().add_(((strength + scarcity * d / k) * size).clamp(min=1e-30))
@@ -69,26 +69,10 @@ class Ridge:
         wanted = (residual - mean).to(self.x) + given
         if self.few:
             return self.solved(wanted.double()).T @ self.x.double(), mean.double()
-        return self.solved(products(self.x, wanted) / len(self.x)).T, mean.double()
+        return self.solved(multiply_rows(self.x, wanted) / len(self.x)).T, mean.double()
 
     def solved(self, right: Tensor) -> Tensor:
         """(inner + lam I)^-1 right; the least solution where there are many."""
         if self.failed:
             return torch.linalg.pinv(self.damped, hermitian=True) @ right
         return torch.cholesky_solve(right, self.factor)
-
-
-def products(x: Tensor, y: Tensor) -> Tensor:
-    """x^T y for rows of both, multiplied in their precision chunk by chunk, summed in float64."""
-    size = max(1, CHUNK // max(1, x.shape[1]))
-    total = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
-    for left, right in zip(x.split(size), y.split(size), strict=True):
-        total += left.T @ right
-    return total
-
-
-def gram(x: Tensor) -> Tensor:
-    """x^T x likewise; of what is the same on both sides of the diagonal, half is multiplied once."""
-    half = x.shape[1] // 2
-    upper, lower = products(x[:, :half], x), products(x[:, half:], x[:, half:])
-    return torch.cat([upper, torch.cat([upper[:, half:].T, lower], dim=1)])

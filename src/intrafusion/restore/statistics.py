@@ -10,7 +10,7 @@ from torch import Tensor
 from intrafusion.graph import ChannelGraph, Role
 from intrafusion.network.layers import Layer
 from intrafusion.reduce.problem import ReductionMap
-from intrafusion.surgery.write import compose_merges
+from intrafusion.surgery.maps import compose_merges
 
 _PER_CHANNEL = frozenset({Role.PRODUCES, Role.SCALES, Role.SHIFTS, Role.MEAN, Role.VARIANCE, Role.FOLLOWS})
 
@@ -53,12 +53,12 @@ def correlations(rows: Tensor, reach: float) -> Tensor:
     Returns:
         (n, n) float64.
     """
-    found = products(rows, reach)
+    found = patch_products(rows, reach)
     size = found.diagonal().clamp(min=1e-60).sqrt()
     return (found / torch.outer(size, size)).clamp(-1, 1).fill_diagonal_(1.0)
 
 
-def products(rows: Tensor, reach: float) -> Tensor:
+def patch_products(rows: Tensor, reach: float) -> Tensor:
     """Covariance of <w_i, x> and <w_j, x> over the patches of `correlations`, (n, n) float64."""
     rows = rows.double()
     taps = rows.reshape(len(rows), rows.shape[1] if rows.dim() > 1 else 1, -1)

@@ -2,86 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from intrafusion.errors import PlanError
-from intrafusion.graph import Member, Role, Slice
 from intrafusion.network.tensors import named_tensors
-from intrafusion.reduce.problem import ReductionMap
-from intrafusion.surgery.maps import mix_channels, narrow_to, shorten
-
-T = TypeVar("T")
-
-
-def map_rows(matrix: Tensor, rows: Tensor, member: Member) -> Tensor:
-    """matrix @ rows, of variances by way of deviations; most maps are nearly empty (a plan has n + m - 1 entries)."""
-    variance, filled = Role.VARIANCE in member.roles, int(matrix.count_nonzero())
-    rows = rows.sqrt() if variance else rows
-    new = torch.sparse.mm(matrix.to_sparse(), rows) if 4 * filled < matrix.numel() else matrix @ rows
-    return new.square() if variance else new
-
-
-def rewrite_along(
-    tensor: Tensor, parts: Iterable[tuple[Member, T]], rewrite: Callable[[Tensor, int, Sequence[T]], Tensor], name: str
-) -> Tensor:
-    """A tensor rewritten along every dimension that members run through, in slices of grouped convolutions first.
-
-    While slices are rewritten, each on its own, they still lie where they lay along the other dimension.
-
-    Args:
-        parts: members, and what `rewrite` is to know of each.
-        rewrite: (tensor or slice, dim, what is to be known of all members there) -> one of another size along dim.
-        name: what messages call the tensor.
-    Raises:
-        PlanError: the slices would get different sizes.
-    """
-    whole: dict[int, list[T]] = defaultdict(list)
-    sliced: dict[int, dict[Slice, list[T]]] = defaultdict(lambda: defaultdict(list))
-    for member, part in parts:
-        (whole[member.dim] if member.within is None else sliced[member.dim][member.within]).append(part)
-    for dim, by_slice in sliced.items():
-        tensor = _rewrite_slices(tensor, dim, by_slice, rewrite, name)
-    for dim, own in whole.items():
-        tensor = rewrite(tensor, dim, own)
-    return tensor
-
-
-def _rewrite_slices(
-    tensor: Tensor,
-    dim: int,
-    by_slice: Mapping[Slice, Sequence[T]],
-    rewrite: Callable[[Tensor, int, Sequence[T]], Tensor],
-    name: str,
-) -> Tensor:
-    across = next(iter(by_slice)).dim
-    pieces, end = [], 0
-    for within in sorted(by_slice, key=lambda s: s.start):
-        pieces += [tensor.narrow(across, end, within.start - end)] if within.start > end else []
-        pieces.append(rewrite(narrow_to(tensor, within), dim, by_slice[within]))
-        end = within.stop
-    if end < tensor.shape[across]:
-        pieces.append(tensor.narrow(across, end, tensor.shape[across] - end))
-    sizes = sorted({p.shape[dim] for p in pieces})
-    if len(sizes) > 1:
-        raise PlanError(f"{name}: its groups would get different sizes {sizes}; give them the same keep.")
-    return torch.cat(pieces, across)
-
-
-def compose_merges(touching: Sequence[tuple[Member, Tensor]], size: int, device: torch.device | None = None) -> Tensor:
-    """What several merges do to `size` rows that their members run through, as one (m, size) float64 matrix."""
-    matrix = torch.eye(size, dtype=torch.float64, device=device)
-    rows = [Member(m.tensor, 0, m.positions, frozenset([Role.PRODUCES])) for m, _ in touching]
-    for member, (_, merge) in zip(rows, touching, strict=True):
-        matrix = mix_channels(matrix, member, ReductionMap(merge, merge.T))
-    sizes = [(member, len(merge)) for member, (_, merge) in zip(rows, touching, strict=True)]
-    return shorten(matrix, sizes, rows[0].tensor)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,24 @@
+"""Products of many rows with themselves: float32 in, sums in float64, half multiplied once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**20  # entries of the inputs that are multiplied at a time
+
+
+def multiply_rows(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y for rows of both, multiplied in their precision chunk by chunk, summed in float64."""
+    size = max(1, CHUNK // max(1, x.shape[1]))
+    total = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
+    for left, right in zip(x.split(size), y.split(size), strict=True):
+        total += left.T @ right
+    return total
+
+
+def square_rows(x: Tensor) -> Tensor:
+    """x^T x likewise; of what is the same on both sides of the diagonal, half is multiplied once."""
+    half = x.shape[1] // 2
+    upper, lower = multiply_rows(x[:, :half], x), multiply_rows(x[:, half:], x[:, half:])
+    return torch.cat([upper, torch.cat([upper[:, half:].T, lower], dim=1)])
