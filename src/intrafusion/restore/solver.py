@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import cast_like, channels_last
 from intrafusion.network.inputs import Inputs
@@ -40,11 +40,11 @@ class LayerSolver:
     def __post_init__(self) -> None:
         for name in ("strength", "scarcity"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
+                raise RecipeError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
         if self.steps < 0:
-            raise ValueError(f"steps: expected a number >= 0, got {self.steps!r}.")
+            raise RecipeError(f"steps: expected a number >= 0, got {self.steps!r}.")
         if self.rows < 2:
-            raise ValueError(f"rows: expected at least 2 sampled rows per layer, got {self.rows!r}.")
+            raise RecipeError(f"rows: expected at least 2 sampled rows per layer, got {self.rows!r}.")
 
     def solve_(
         self,
