@@ -46,7 +46,7 @@ class Pair:
     def __init__(self, name: str, images: int) -> None:
         self.name = "digits_resnet" if name == "digits" else "mnist_mlp_a"
         if name == "digits":
-            self.models: list[nn.Module] = [zoo.trained_digits(seed=seed) for seed in (0, 1)]
+            self.models: list[nn.Module] = [zoo.train_digits(seed=seed) for seed in (0, 1)]
         else:
             self.models = [zoo.build(f"mnist_mlp_{k}", pretrained=True) for k in "ab"]
         self.test = zoo.load_data(self.name, "test", limit=images)

@@ -47,7 +47,7 @@ def sheets(path: Path, shown: int = 16, zoom: int = 6, steps: int = 250) -> None
     """Noise, images made from the digits network, and digits that it never saw, side by side."""
     example = zoo.example_input("digits_resnet")
     noise = Noise(images=shown).make(example).tensors()[0]
-    made = Synthesis(images=shown, mirrored=False, steps=steps)(zoo.trained_digits(), example)
+    made = Synthesis(images=shown, mirrored=False, steps=steps)(zoo.train_digits(), example)
     real = zoo.load_data("digits_resnet", "test", limit=shown).images
     parts = [contact_sheet(images) for images in (noise, made, real)]
     gap = torch.full((len(parts[0]), 4, 3), 255, dtype=torch.uint8)

@@ -92,7 +92,7 @@ def compress(
     inputs = Inputs.of(example_inputs)
     graph = inspect(model, inputs, progress=progress)
     small = follow(recipe, model, graph, inputs, images, progress=progress)
-    return moved_into(model, small) if inplace else small
+    return move_into(model, small) if inplace else small
 
 
 def follow(
@@ -118,7 +118,7 @@ def follow(
     return run_restorers(small, model, graph, calibration, images, progress=progress)
 
 
-def moved_into(model: nn.Module, small: Compressed) -> Compressed:
+def move_into(model: nn.Module, small: Compressed) -> Compressed:
     """The smaller weights in the original's own parameters."""
     write_weights_(model, {name: tensor.data for name, tensor in named_tensors(small.model).items()})
     return replace(small, model=model)
@@ -181,4 +181,4 @@ def apply(
     after = size_of(surgery.model, inputs)
     small = Compressed(surgery.model, plan, before, after, inputs, surgery.repairs, rolled_back=surgery.rolled_back)
     progress("prove", 1, 1)
-    return moved_into(model, small) if inplace else small
+    return move_into(model, small) if inplace else small

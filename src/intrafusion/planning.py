@@ -56,9 +56,9 @@ def decide(
     if not groups:
         raise ModelError(_nothing_to_reduce(units, unwanted))
     moments = calibration.moments_of(graph) if calibration is not None and recipe.needs_moments else {}
-    weights = folded_weights(model, graph, groups)
+    weights = fold_weights(model, graph, groups)
     seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
-    scores = lambda g, w: _checked_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
+    scores = lambda g, w: _check_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
     if recipe.target is None:
         wanted = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
         missed = ()
@@ -101,7 +101,7 @@ def _nothing_to_reduce(units: Iterable[ChannelGroup], unwanted: dict[str, str]) 
     return f"there is no channel group to reduce in this network. {shown}."
 
 
-def folded_weights(model: nn.Module, graph: ChannelGraph, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+def fold_weights(model: nn.Module, graph: ChannelGraph, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
     """The tensors of these groups in float64, batch norms folded."""
     names = {m.tensor for g in groups for m in g.members}
     norms = [n for n in graph.norms if n.mean in names or n.producer_weight in names]
@@ -125,7 +125,7 @@ def _solve(
     return reducer(problem)
 
 
-def _checked_scores(scores: object, group: ChannelGroup) -> Tensor:
+def _check_scores(scores: object, group: ChannelGroup) -> Tensor:
     where = f"importance: group {group.name!r}: expected a tensor of {group.size} finite scores"
     if not isinstance(scores, Tensor) or scores.shape != (group.size,):
         raise ValueError(f"{where}, got {list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__}.")

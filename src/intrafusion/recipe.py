@@ -43,8 +43,8 @@ class Recipe:
     """
 
     keep: Keep = 0.7
-    reducer: Reducer = field(default_factory=lambda: reducers.get("pivot"))
-    importance: Importance = field(default_factory=lambda: importances.get("l1"))
+    reducer: Reducer = field(default_factory=lambda: reducers.get_reducer("pivot"))
+    importance: Importance = field(default_factory=lambda: importances.get_importance("l1"))
     round_to: int | None = None
     include: tuple[Selector, ...] | None = None
     exclude: tuple[Selector, ...] = ()
@@ -105,7 +105,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """YAML that `from_yaml` reads back; of a method that is not ours only the name is, see `Foreign`."""
-        data = {name: _written(name, getattr(self, name)) for name in self.options()}
+        data = {name: _to_text(name, getattr(self, name)) for name in self.options()}
         if self.target is not None:
             data["keep"] = None
         return yaml.safe_dump(data, sort_keys=False)
@@ -173,8 +173,8 @@ def _plain_values(value: Any) -> Any:
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "keep": _plain_values,
     "target": _plain_values,
-    "reducer": reducers.get,
-    "importance": importances.get,
+    "reducer": reducers.get_reducer,
+    "importance": importances.get_importance,
     "restore": _steps,
     "include": as_selectors,
     "exclude": as_selectors,
@@ -182,7 +182,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
 """Options that are more than a number or a name: what is made of what a caller says."""
 
 
-def _written(name: str, value: Any) -> Any:
+def _to_text(name: str, value: Any) -> Any:
     """An option as YAML holds it."""
     if name in ("reducer", "importance"):
         return registry_of(name).to_data(value)

@@ -24,7 +24,7 @@ KEEPS = (0.9, 0.5)
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    return zoo.trained_digits()
+    return zoo.train_digits()
 
 
 def test_the_rows_are_what_the_library_gives(network: nn.Module, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_running_again_replaces_its_own_files_only(network: nn.Module, tmp_path:
 def test_the_command(
     program: Callable[[str], Result], network: nn.Module, monkeypatch: pytest.MonkeyPatch, user_folder: Path
 ) -> None:
-    monkeypatch.setattr(zoo, "trained_digits", lambda: network)
+    monkeypatch.setattr(zoo, "train_digits", lambda: network)
     result = program("demo -o out")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
@@ -100,7 +100,7 @@ def test_the_command(
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     program: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch, folder: str, message: str
 ) -> None:
-    monkeypatch.setattr(zoo, "trained_digits", lambda: pytest.fail("trained before the folder was checked"))
+    monkeypatch.setattr(zoo, "train_digits", lambda: pytest.fail("trained before the folder was checked"))
     Path("taken/restored-50").mkdir(parents=True)
     Path("taken/restored-50/thesis.txt").write_text("mine")
     result = program(f"demo -o {folder}")
@@ -135,7 +135,7 @@ def test_torch_runs_on_one_thread_in_the_demo(
     threads: list[int] = []
     monkeypatch.setattr(demo, "run", lambda *_: threads.append(torch.get_num_threads()) or [])
     monkeypatch.setattr(demo, "show", lambda *_: None)
-    monkeypatch.setattr(zoo, "trained_digits", lambda: None)
+    monkeypatch.setattr(zoo, "train_digits", lambda: None)
     torch.set_num_threads(2)
     assert program("demo").exit_code == 0
     assert threads == [1]

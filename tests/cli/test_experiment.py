@@ -109,7 +109,7 @@ def test_by_default_digits_networks_are_trained(program: Program, monkeypatch: p
         seeds.append(seed)
         return zoo.build("digits_resnet", seed=seed)
 
-    monkeypatch.setattr(zoo, "trained_digits", trained)
+    monkeypatch.setattr(zoo, "train_digits", trained)
     result = program("experiment whole-model --keep 0.5 --images 20 -o r.jsonl --networks 2")
     assert result.exit_code == 0, result.stderr
     assert seeds == [0, 1]

@@ -9,7 +9,7 @@ import torch
 
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup, Member, Role
-from intrafusion.importance import IMPORTANCES, Magnitude, get
+from intrafusion.importance import IMPORTANCES, Magnitude, get_importance
 from intrafusion.importance.aggregate import NORMALIZERS, aggregate
 
 
@@ -71,7 +71,7 @@ def test_asking_for_the_bias_of_a_group_without_any_changes_nothing(p):
 
 def test_default_is_the_mean_divided_by_its_mean():
     raw = np.array([5.0, 10.0, 5.0]) / 2
-    np.testing.assert_allclose(get("l1")(GROUP, WEIGHTS).numpy(), raw / raw.mean(), rtol=1e-15)
+    np.testing.assert_allclose(get_importance("l1")(GROUP, WEIGHTS).numpy(), raw / raw.mean(), rtol=1e-15)
 
 
 @pytest.mark.parametrize(("name", "p"), [("l1", 1.0), ("l2", 2.0), ("linf", math.inf)])
@@ -144,7 +144,7 @@ def test_constant_scores_stay_finite_and_equal(name, value):
 
 def test_relabelling_permutes_the_scores():
     flipped = {name: w.flip(1 if name == "fc2.weight" else 0) for name, w in WEIGHTS.items()}
-    assert torch.equal(get("l2")(GROUP, flipped), get("l2")(GROUP, WEIGHTS).flip(0))
+    assert torch.equal(get_importance("l2")(GROUP, flipped), get_importance("l2")(GROUP, WEIGHTS).flip(0))
 
 
 def test_errors():
@@ -161,6 +161,6 @@ def test_errors():
     with pytest.raises(ModelError, match="group 'empty': no weight to measure"):
         Magnitude()(ChannelGroup("empty", 3, ()), WEIGHTS)
     with pytest.raises(ValueError, match="unknown importance 'l3'. Did you mean 'l1'|'l2'"):
-        get("l3")
+        get_importance("l3")
     with pytest.raises(RecipeError, match="expected a name, a mapping with a name or a callable"):
-        get(Magnitude)  # type: ignore[arg-type]
+        get_importance(Magnitude)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance import IMPORTANCES, NEEDS, Observation, ObservationError, get, needs_of
+from intrafusion.importance import IMPORTANCES, NEEDS, Observation, ObservationError, get_importance, needs_of
 from intrafusion.importance.observation import get_observed
 
 
@@ -40,4 +40,4 @@ def test_what_could_not_be_seen() -> None:
 
 
 def test_any_callable_passes_through() -> None:
-    assert get(plain) is plain
+    assert get_importance(plain) is plain

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance import Random, get
+from intrafusion.importance import Random, get_importance
 
 
 def scores(seed: int, name: str, size: int = 50) -> list[float]:
@@ -27,4 +27,4 @@ def test_scores_are_uniform_and_leave_the_global_generators_alone():
     assert values.min() >= 0
     assert values.max() < 1
     assert abs(values.mean().item() - 0.5) < 0.02
-    assert get("random") == Random(0)
+    assert get_importance("random") == Random(0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from intrafusion import inspect
 from intrafusion.importance import ObservationError, Taylor
 from intrafusion.observe.observe import observe_for
-from intrafusion.planning import folded_weights
+from intrafusion.planning import fold_weights
 
 X, LABELS = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 
@@ -54,7 +54,7 @@ def test_the_default_sums_absolute_changes_over_the_members() -> None:
 
 def test_folding_norms_changes_nothing() -> None:
     """w dL/dw of the producer is the same for the network whose norm is folded away."""
-    weights = folded_weights(MODEL, GRAPH, GRAPH.reducible)
+    weights = fold_weights(MODEL, GRAPH, GRAPH.reducible)
     plain = nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Softplus(), nn.Linear(5, 2)).eval()
     state = {k: weights[k].float() for k in ("0.weight", "3.weight")}
     plain.load_state_dict({**state, "0.bias": weights["1.bias"].float(), "3.bias": MODEL[3].bias.detach()})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from intrafusion import ChannelGraph, Recipe, inspect
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup
-from intrafusion.importance import TorchPruning, get
+from intrafusion.importance import TorchPruning, get_importance
 from intrafusion.lab import zoo
 from intrafusion.observe.observe import observe_for
 
@@ -66,7 +66,7 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, ChannelGraph, Tenso
 @pytest.mark.parametrize("name", CRITERIA)
 def test_scores_are_torch_prunings_own(name: str, case: Any) -> None:
     model, graph, x, theirs, _ = case
-    ours = get(CRITERIA[name])
+    ours = get_importance(CRITERIA[name])
     assert isinstance(ours, TorchPruning)
     seen = observe_for(ours, model, graph, graph.reducible, [(x, torch.arange(4))])
     for group, their in zip(graph.reducible, theirs, strict=True):
@@ -88,15 +88,15 @@ def test_depthwise_and_flattened_layers() -> None:
     model, x = Net().eval(), torch.randn(1, 2, 7, 7)
     graph = inspect(model, x)
     for criterion in ("magnitude", "l1 sum of layers", "lamp"):
-        seen = observe_for(get(CRITERIA[criterion]), model, graph, graph.reducible, None)["stem"]
+        seen = observe_for(get_importance(CRITERIA[criterion]), model, graph, graph.reducible, None)["stem"]
         expected = CRITERIA[criterion](their_group(model, graph["stem"], x)).double()
-        torch.testing.assert_close(get(CRITERIA[criterion])(graph["stem"], {}, seen), expected)
+        torch.testing.assert_close(get_importance(CRITERIA[criterion])(graph["stem"], {}, seen), expected)
 
 
 def test_transposed_convolutions() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(2, 4, 2), nn.ReLU(), nn.ConvTranspose2d(4, 3, 2)).eval()
     graph = inspect(model, torch.randn(1, 2, 5, 5))
-    ours = get(tp.importance.MagnitudeImportance(normalizer=None, group_reduction="sum"))
+    ours = get_importance(tp.importance.MagnitudeImportance(normalizer=None, group_reduction="sum"))
     seen = observe_for(ours, model, graph, graph.reducible, None)["0"]
     expected = model[0].weight.square().sum((0, 2, 3)) + model[2].weight.square().sum((1, 2, 3))
     torch.testing.assert_close(ours(graph["0"], {}, seen), expected.detach().double())
@@ -106,7 +106,7 @@ def test_it_works_as_a_recipes_importance() -> None:
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     graph = inspect(model, torch.randn(1, 3))
     recipe = Recipe.of(importance=tp.importance.RandomImportance())
-    assert recipe.importance == get(recipe.importance)
+    assert recipe.importance == get_importance(recipe.importance)
     assert repr(recipe.importance) == "TorchPruning(RandomImportance())"
     assert "0x" not in recipe.to_yaml()
     seen = observe_for(recipe.importance, model, graph, graph.reducible, None)["0"]
@@ -114,7 +114,7 @@ def test_it_works_as_a_recipes_importance() -> None:
 
 
 def test_labels_have_no_addresses() -> None:
-    label = repr(get(tp.importance.MagnitudeImportance(p=1, target_types=[nn.Conv2d, nn.Linear])))
+    label = repr(get_importance(tp.importance.MagnitudeImportance(p=1, target_types=[nn.Conv2d, nn.Linear])))
     assert label == (
         "TorchPruning(MagnitudeImportance(bias=False, group_reduction='mean', normalizer='mean', p=1, "
         "target_types=[Conv2d, Linear]))"
@@ -134,7 +134,7 @@ def test_channels_in_another_order() -> None:
     order = [3, 0, 5, 1, 4, 2]
     other = replace(graph["0"], members=tuple(replace(m, positions=m.positions[order]) for m in graph["0"].members))
     for criterion in (tp.importance.TaylorImportance(), tp.importance.MagnitudeImportance(), FirstLayer()):
-        ours = get(criterion)
+        ours = get_importance(criterion)
         seen = observe_for(ours, model, graph, graph.reducible, torch.randn(5, 3))["0"]
         torch.testing.assert_close(ours(other, {}, seen), ours(graph["0"], {}, seen)[order])
 
@@ -174,9 +174,9 @@ def test_the_network_is_not_touched_by_a_criterion_that_writes() -> None:
 
 def test_errors() -> None:
     with pytest.raises(RecipeError, match="GroupHessianImportance gathers data from the modules of a network by"):
-        get(tp.importance.GroupHessianImportance())
+        get_importance(tp.importance.GroupHessianImportance())
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     graph = inspect(model, torch.randn(1, 3))
-    ours = get(tp.importance.BNScaleImportance())
+    ours = get_importance(tp.importance.BNScaleImportance())
     with pytest.raises(ModelError, match="group '0': .*BNScaleImportance.* finds no layer to score it by"):
         ours(graph["0"], {}, observe_for(ours, model, graph, graph.reducible, None)["0"])

@@ -28,7 +28,7 @@ from intrafusion.importance import (
 )
 from intrafusion.network.inputs import Inputs
 from intrafusion.observe.observe import MAPS, PLACES, observe, observe_for
-from intrafusion.planning import folded_weights
+from intrafusion.planning import fold_weights
 from intrafusion.trace import trace
 
 ALL = ("tensors", "gradients", "activations", "feature_maps", "contributions")
@@ -418,7 +418,7 @@ def test_every_group_of_the_gallery_is_scored_or_refused_by_name(case: Case) -> 
     call = Inputs.of(inputs)
     graph = trace(model, call)
     groups = [g for g in graph.reducible if g.is_channel]
-    weights = folded_weights(model, graph, groups)
+    weights = fold_weights(model, graph, groups)
     found = observe(model, graph, groups, [call], ALL) if groups else {}
     for group in groups:
         for criterion in IMPORTANCES.values():

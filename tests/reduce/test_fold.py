@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from intrafusion.reduce import Fold, ReductionProblem, cluster_map, get
+from intrafusion.reduce import Fold, ReductionProblem, cluster_map, get_reducer
 from intrafusion.reduce.targets import k_means
 
 
@@ -75,7 +75,7 @@ def test_keeping_every_channel_is_the_identity() -> None:
 
 
 def test_registry_and_hyper_parameters() -> None:
-    assert get("fold") == Fold() == Fold(**asdict(Fold()))
+    assert get_reducer("fold") == Fold() == Fold(**asdict(Fold()))
     assert Fold.mixes
     assert Fold.absorbs_duplicates
     with pytest.raises(ValueError, match="unknown features 'row'. Did you mean 'rows'"):

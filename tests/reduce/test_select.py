@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from intrafusion.errors import BudgetError, RecipeError
-from intrafusion.reduce import REDUCERS, IntraFusion, Reducer, ReductionProblem, Select, get, most_important
+from intrafusion.reduce import REDUCERS, IntraFusion, Reducer, ReductionProblem, Select, get_reducer, most_important
 
 
 def problem(importance: list[float], size: int) -> ReductionProblem:
@@ -48,14 +48,14 @@ def test_scores_must_be_finite():
 
 
 def test_registry():
-    assert get("select") == Select()
-    assert get("intrafusion") == IntraFusion()
+    assert get_reducer("select") == Select()
+    assert get_reducer("intrafusion") == IntraFusion()
     mine = IntraFusion(p=2.0)
-    assert get(mine) is mine
+    assert get_reducer(mine) is mine
     assert all(isinstance(make(), Reducer) for make in REDUCERS.values())
     assert not Select().mixes
     assert IntraFusion().mixes
     with pytest.raises(ValueError, match="unknown reducer 'intrafuse'. Did you mean 'intrafusion'"):
-        get("intrafuse")
+        get_reducer("intrafuse")
     with pytest.raises(RecipeError, match="expected a name, a mapping with a name or an object with `mixes`"):
-        get(Select)  # type: ignore[arg-type]
+        get_reducer(Select)  # type: ignore[arg-type]

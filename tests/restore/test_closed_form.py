@@ -19,7 +19,7 @@ from intrafusion.compressed import Compressed
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.tensors import named_tensors
 from intrafusion.restore import ClosedForm
-from intrafusion.restore.statistics import correlations, likeness, merged_variance
+from intrafusion.restore.statistics import correlations, likeness, merge_variances
 
 D = torch.float64
 
@@ -58,7 +58,7 @@ def test_correlations_and_variances_are_those_of_samples(reach: float) -> None:
     y = torch.einsum("scij,ncij->sn", patches(reach, 3, 2, 100_000), rows)
     found = correlations(rows, reach)
     torch.testing.assert_close(found, torch.corrcoef(y.T), atol=0.02, rtol=0)
-    predicted = merged_variance(merge, y.std(0), found, 1e-3)
+    predicted = merge_variances(merge, y.std(0), found, 1e-3)
     torch.testing.assert_close(predicted, (y @ merge.T).var(0), atol=0, rtol=0.04)
 
 
@@ -68,7 +68,7 @@ def test_for_cluster_means_it_is_the_formula_of_the_paper() -> None:
     cosine = F.cosine_similarity(rows[:, None], rows[None], dim=2)
     e, n, gamma = float((cosine.sum() - 4) / 12), 4, 1.7
     mean = torch.full((1, 4), 1 / 4, dtype=D)
-    variance = merged_variance(mean, torch.full((4,), gamma, dtype=D), correlations(rows[..., None, None], 0.0), 1e-3)
+    variance = merge_variances(mean, torch.full((4,), gamma, dtype=D), correlations(rows[..., None, None], 0.0), 1e-3)
     assert float(gamma / variance.sqrt()) == pytest.approx(n / (n + (n**2 - n) * e) ** 0.5)
 
 
@@ -77,7 +77,7 @@ def test_opposite_channels_meet_the_floor_and_zero_rows_do_not_give_nan() -> Non
     alike = correlations(rows, 1.0)
     assert alike.tolist() == [[1, -1, 0], [-1, 1, 0], [0, 0, 1]]
     mean = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=D)
-    assert merged_variance(mean, torch.ones(3, dtype=D), alike, 1e-3).tolist() == [0.0005, 1.0]
+    assert merge_variances(mean, torch.ones(3, dtype=D), alike, 1e-3).tolist() == [0.0005, 1.0]
 
 
 def test_likeness_of_a_kernel() -> None:

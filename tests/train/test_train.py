@@ -24,7 +24,7 @@ from intrafusion.train import (
     Distillation,
     Labels,
     Training,
-    adapted,
+    adapt,
     apply_masks_,
     load_masks,
     masks_of,
@@ -375,7 +375,7 @@ def test_a_low_rank_change_has_its_rank_and_counts() -> None:
 def test_the_low_rank_change_is_alpha_over_rank_times_the_product() -> None:
     layer = nn.Linear(4, 3, bias=False)
     weight = layer.weight.detach().clone()
-    with adapted(layer_in(layer), "lora", rank=2, alpha=6.0) as (a, b):
+    with adapt(layer_in(layer), "lora", rank=2, alpha=6.0) as (a, b):
         with torch.no_grad():
             b.copy_(torch.randn(3, 2))
         expected = weight + 3.0 * b.detach() @ a.detach()

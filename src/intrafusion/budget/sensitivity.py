@@ -41,11 +41,11 @@ def measure_error_curves(
     if calibration is None:
         return shapes
     images = take_images(calibration.images, 0, _FEW)
-    expected = _run(calibration.reference, images)
+    expected = _run_floats(calibration.reference, images)
     curves = {}
     for twins in families_of(groups):
         maps = {g.name: _halve(scores[g.name], moments.get(g.name)) for g in twins if g.size > 1}
-        height = _measure_error(calibration.reference, graph, maps, images, expected) / len(twins)
+        height = _measure_cut_error(calibration.reference, graph, maps, images, expected) / len(twins)
         for g in twins:
             at_half = float(shapes[g.name][(g.size + 1) // 2])
             curves[g.name] = shapes[g.name] * (height / max(at_half, 1e-3))
@@ -67,19 +67,19 @@ def _halve(scores: Tensor, moments: Moments | None) -> ReductionMap:
     return least_squares_map(*moments.overall, pick_channels(moments).order[:m].sort().values)
 
 
-def _measure_error(
+def _measure_cut_error(
     model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap], images: Inputs, expected: list[Tensor]
 ) -> float:
     """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
     small = copy_reduced(model, graph, maps)
     add_shifts_(small, model, graph, maps)
     try:
-        found = _run(small, images)
+        found = _run_floats(small, images)
     except ModelError:
         return 1.0
     return output_error(found, expected)
 
 
-def _run(model: nn.Module, images: Inputs) -> list[Tensor]:
+def _run_floats(model: nn.Module, images: Inputs) -> list[Tensor]:
     with preserve_state(model):
         return [t for t in cast_like(images, model).call(model) if t.is_floating_point()]

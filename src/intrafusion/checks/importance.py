@@ -17,7 +17,7 @@ from intrafusion.importance.observation import NEEDS, ImportanceTraits, needs_of
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import ExampleInputs
 from intrafusion.observe.observe import observe_for
-from intrafusion.planning import folded_weights
+from intrafusion.planning import fold_weights
 
 
 def check_importance(
@@ -62,7 +62,7 @@ def check_scores(
 ) -> bool:
     """One group; False if the criterion refuses it."""
     where = f"{case.name}, group {group.name!r}"
-    weights = folded_weights(case.model, case.graph, case.groups)
+    weights = fold_weights(case.model, case.graph, case.groups)
     check_asks_for_images(checking, importance, needs, group, weights, where)
     watch = lambda g: observe_for(importance, case.model, case.graph, [g], case.images, seed=seed).get(g.name)  # noqa: E731
     seen = watch(group)

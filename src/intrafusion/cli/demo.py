@@ -64,7 +64,7 @@ def demo(
         check_folder(output)
         torch.set_num_threads(1)  # for 8 x 8 images, more threads only wait for one another
         messages.print("training a small residual network on 1,197 digits ...", highlight=False)
-        rows = run(zoo.trained_digits(), output)
+        rows = run(zoo.train_digits(), output)
     show(rows, output)
 
 

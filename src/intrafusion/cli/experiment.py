@@ -29,7 +29,7 @@ from intrafusion.lab.zoo import Images
 from intrafusion.lab.zoo.data import DATA_SETS
 from intrafusion.network.inputs import Inputs
 
-DIGITS = "digits_resnet"
+_DIGITS_NAME = "digits_resnet"
 TRAIN_SPLITS = {"cifar10": "train", "cifar100": "calibration", "mnist": "train", "digits": "train"}
 TEST_SPLITS = {"imagenet": "sample"}  # "test" for the others
 
@@ -156,7 +156,7 @@ def read_subjects(names: Sequence[str], *, networks: int, **options: Any) -> lis
     """The networks with their images; digits networks are trained on the spot."""
     subjects: list[Subject] = []
     for name in names:
-        if name in ("digits", f"zoo:{DIGITS}") and options["weights"] is None:
+        if name in ("digits", f"zoo:{_DIGITS_NAME}") and options["weights"] is None:
             torch.set_num_threads(1)  # for 8 x 8 images, more threads only wait for one another
             messages.print(f"training {networks} small network(s) on digits ...", highlight=False)
             subjects += [digits(seed, options) for seed in range(networks)]
@@ -166,9 +166,9 @@ def read_subjects(names: Sequence[str], *, networks: int, **options: Any) -> lis
 
 
 def digits(seed: int, options: dict[str, Any]) -> Subject:
-    test, train = read_data_images("digits", DIGITS, options["images"], options["training_images"])
-    name = DIGITS if seed == 0 else f"{DIGITS} (seed {seed})"
-    return Subject(name, zoo.trained_digits(seed=seed), Inputs.of(zoo.example_input(DIGITS)), test, train)
+    test, train = read_data_images("digits", _DIGITS_NAME, options["images"], options["training_images"])
+    name = _DIGITS_NAME if seed == 0 else f"{_DIGITS_NAME} (seed {seed})"
+    return Subject(name, zoo.train_digits(seed=seed), Inputs.of(zoo.example_input(_DIGITS_NAME)), test, train)
 
 
 def read_subject(

@@ -15,8 +15,8 @@ from intrafusion.cli.show import plan_data, print_json, print_plan, say
 from intrafusion.errors import ModelError
 from intrafusion.fusion import Alignment, Fused
 from intrafusion.fusion import fuse as fuse_networks
-from intrafusion.fusion.align import COSTS, SIDES
-from intrafusion.fusion.fuse import USING
+from intrafusion.fusion.align import _COST_FUNCTIONS, _MEMBER_SIDES
+from intrafusion.fusion.networks import USING
 from intrafusion.lab import zoo
 
 
@@ -38,8 +38,8 @@ def fuse_command(
     images: Annotated[int, typer.Option(help="How many of its training images to take; labels are not read.")] = 200,
     restore: Annotated[str | None, typer.Option(help="Restorer to apply at the end, on the same images.")] = None,
     share: Annotated[list[float] | None, typer.Option(help="What each network counts (once per network).")] = None,
-    cost: Annotated[str, typer.Option(help=f"Distance between channels: {', '.join(COSTS)}.")] = "distance",
-    sides: Annotated[str, typer.Option(help=f"Weights that describe a channel: {', '.join(SIDES)}.")] = "both",
+    cost: Annotated[str, typer.Option(help=f"Distance between channels: {', '.join(_COST_FUNCTIONS)}.")] = "distance",
+    sides: Annotated[str, typer.Option(help=f"Weights that describe a channel: {', '.join(_MEMBER_SIDES)}.")] = "both",
     rescale: Annotated[bool, typer.Option(help="Make up for what averaging takes from the channels.")] = True,
     keep: Annotated[float, typer.Option(help="Make the result narrower: fraction of the anchor's channels.")] = 1.0,
     as_json: AsJson = False,

@@ -1,6 +1,6 @@
 """Smooth compression: layers of lower rank along their singular values."""
 
-from intrafusion.factorize.factorize import Factorized, factorize, spectra
+from intrafusion.factorize.layers import Factorized, factorize, spectra
 from intrafusion.factorize.penalties import Smooth
 from intrafusion.factorize.ranks import RULES, Energy, Global, RankRule, Share
 from intrafusion.factorize.svd import Spectrum, spectrum

@@ -46,8 +46,8 @@ class Alignment:
 
     def __post_init__(self) -> None:
         for kind, name, valid in (
-            ("cost", self.cost, COSTS),
-            ("sides", self.sides, SIDES),
+            ("cost", self.cost, _COST_FUNCTIONS),
+            ("sides", self.sides, _MEMBER_SIDES),
             ("normalization", self.normalization, NORMALIZATIONS),
         ):
             if name not in valid:
@@ -103,7 +103,7 @@ def align_groups(
 
 def _couple(x: Tensor, y: Tensor, how: Alignment) -> ReductionMap:
     a, b = (torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device=rows.device) for rows in (x, y))
-    return NORMALIZATIONS[how.normalization](optimal_coupling(COSTS[how.cost](x, y), a, b), a, b)
+    return NORMALIZATIONS[how.normalization](optimal_coupling(_COST_FUNCTIONS[how.cost](x, y), a, b), a, b)
 
 
 def _describe_channels(
@@ -173,5 +173,8 @@ def _find_distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"distance": _find_distances, "direction": direction_cost}
-SIDES = ("inputs", "both")
+_COST_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "distance": _find_distances,
+    "direction": direction_cost,
+}
+_MEMBER_SIDES = ("inputs", "both")

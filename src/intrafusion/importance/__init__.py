@@ -62,7 +62,7 @@ _EXPECTED = "a callable (group, weights, observations) -> (n,)"
 REGISTRY = register(Registry("importance", IMPORTANCES, _EXPECTED, ImportanceTraits, adopt=_adopted))
 
 
-def get(importance: Any) -> Importance:
+def get_importance(importance: Any) -> Importance:
     """The criterion of this name, or of {"name": ..., hyper-parameter: value}.
 
     A criterion passes through, an object of Torch-Pruning is made one.
@@ -91,6 +91,6 @@ __all__ = [
     "RelativeContribution",
     "Taylor",
     "TorchPruning",
-    "get",
+    "get_importance",
     "needs_of",
 ]

@@ -83,11 +83,11 @@ def flat_indices(name: str, shape: torch.Size, groups: list[ChannelGroup], where
     index = torch.arange(shape.numel()).reshape(shape)
     touching = [(g, m) for g in groups for m in g.members if m.tensor == name]
     for group, member in touching:
-        move_channels(index, member, where[group.name])
+        move_back(index, member, where[group.name])
     return shorten(index, [(m, len(where[g.name])) for g, m in touching], name) if touching else index
 
 
-def move_channels(index: Tensor, member: Member, old: np.ndarray) -> None:
+def move_back(index: Tensor, member: Member, old: np.ndarray) -> None:
     """Bring the entries of these old channels to the first places of the group, where `apply` left them (in place)."""
     part = (index if member.within is None else narrow_to(index, member.within)).movedim(member.dim, 0)
     positions = torch.from_numpy(member.positions)

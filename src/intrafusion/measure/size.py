@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.state import preserve_state
-from intrafusion.trace.decomposition import decomposed
+from intrafusion.trace.decomposition import decompose
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
     >>> size_of(nn.Linear(4, 3), torch.zeros(2, 4))
     Size(params=15, macs=24)
     """
-    with preserve_state(model), torch.no_grad(), decomposed(model), MacCounter() as counter:
+    with preserve_state(model), torch.no_grad(), decompose(model), MacCounter() as counter:
         Inputs.of(example_inputs).call(model)
     return Size(sum(p.numel() for p in model.parameters()), counter.flops // 2)
 
@@ -56,7 +56,7 @@ def macs_by_weight(model: nn.Module, example_inputs: ExampleInputs) -> dict[str,
     """Multiply-accumulates of each module that owns a weight, by the name of the weight; nested modules count apart."""
     spent: dict[str, float] = {}
     stack: list[float] = []
-    with preserve_state(model), torch.no_grad(), decomposed(model), MacCounter() as counter, ExitStack() as hooks:
+    with preserve_state(model), torch.no_grad(), decompose(model), MacCounter() as counter, ExitStack() as hooks:
 
         def entered(module: nn.Module, args: Any) -> None:
             stack.append(counter.flops)

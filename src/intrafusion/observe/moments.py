@@ -18,7 +18,7 @@ from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import Moments
 from intrafusion.surgery.norms import fold_norms
 
-_DEAD = 1e-12  # a channel with less than this fraction of the largest variance does not vary
+_NO_VARIANCE = 1e-12  # a channel with less than this fraction of the largest variance does not vary
 
 
 def find_readers(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[Port]:
@@ -119,7 +119,7 @@ def shrink(covariance: Tensor, rows: int) -> Tensor:
         as in Schaefer and Strimmer 2005.
     """
     variances = covariance.diagonal().clone()
-    alive = variances > _DEAD * variances.max()
+    alive = variances > _NO_VARIANCE * variances.max()
     scale = torch.where(alive, variances, torch.inf).rsqrt()
     squares = float((scale[:, None] * covariance * scale).square().sum())
     n = max(int(alive.sum()), 2)

@@ -23,7 +23,7 @@ REDUCERS: dict[str, Callable[[], Reducer]] = {
 REGISTRY = register(Registry("reducer", REDUCERS, "an object with `mixes` and `__call__`", ReducerTraits))
 
 
-def get(reducer: str | Mapping[str, Any] | Reducer) -> Reducer:
+def get_reducer(reducer: str | Mapping[str, Any] | Reducer) -> Reducer:
     """The reducer of this name, or of {"name": ..., hyper-parameter: value}; a reducer passes through.
 
     Raises:
@@ -52,7 +52,7 @@ __all__ = [
     "ReductionProblem",
     "Select",
     "cluster_map",
-    "get",
+    "get_reducer",
     "intrafusion_map",
     "most_important",
     "selecting_form",

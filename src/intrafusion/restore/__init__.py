@@ -33,7 +33,7 @@ REGISTRY = register(
 )
 
 
-def get(restorer: str | Mapping[str, Any] | Restorer) -> Restorer:
+def get_restorer(restorer: str | Mapping[str, Any] | Restorer) -> Restorer:
     """The restorer of this name, or of {"name": ..., hyper-parameter: value}; a restorer passes through.
 
     Raises:
@@ -58,7 +58,7 @@ __all__ = [
     "Synthesis",
     "add_shifts_",
     "calibrate",
-    "get",
+    "get_restorer",
     "load_images",
     "read_batches",
     "save_images",

@@ -14,7 +14,7 @@ from intrafusion.network.batches import ImagesLike
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.restorer import Reduced
-from intrafusion.restore.statistics import correlations, find_merge, merged_variance, patch_products
+from intrafusion.restore.statistics import correlations, find_merge, merge_variances, patch_products
 from intrafusion.surgery.maps import mean_weights, norm_tensors, reduce_weights
 from intrafusion.surgery.norms import fold_norms, shift_of, statistics_of, with_statistics
 from intrafusion.surgery.write import write_weights_
@@ -91,7 +91,7 @@ class ClosedForm:
                 for group in graph.groups:
                     _fill_(alike, group, name, folded, self.reach)
                 spread = original[name].double().cpu().sqrt()
-                variance = merged_variance(merge, spread, alike, self.floor)
+                variance = merge_variances(merge, spread, alike, self.floor)
                 new[name] = torch.where(_find_mixed_rows(merge), variance, fresh[name].double().cpu())
         return new
 
@@ -108,9 +108,9 @@ class ClosedForm:
         if depthwise:  # kernels were averaged, shifts merged, and what they read has the mean it should have
             shift = shift_of(own, norm)
             expected = mean @ (beta - shift) + merge @ shift
-            spread = merged_variance(mean, gamma.abs(), alike, self.floor).sqrt()
+            spread = merge_variances(mean, gamma.abs(), alike, self.floor).sqrt()
         else:
-            expected, spread = merge @ beta, merged_variance(merge, gamma.abs(), alike, self.floor).sqrt()
+            expected, spread = merge @ beta, merge_variances(merge, gamma.abs(), alike, self.floor).sqrt()
         left = {name: fresh[name].double() for name in norm_tensors(norm)}
         now_gamma, now_beta, now_mean, now_sigma = statistics_of(left, norm)
         per_unit = now_sigma / now_gamma

@@ -12,7 +12,7 @@ from intrafusion.network.batches import ImagesLike, join_batches, read_batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import find_layers
 from intrafusion.network.tensors import copy_model, named_tensors
-from intrafusion.restore.restorer import Reduced, needed
+from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.restore.solver import LayerSolver
 from intrafusion.surgery.write import write_weights_
 
@@ -79,7 +79,7 @@ class LeastSquares:
         Raises:
             ModelError: no images, images of different shapes, or a network that gives NaN on them.
         """
-        inputs = join_batches(read_batches(needed(images, self)))
+        inputs = join_batches(read_batches(require_images(images, self)))
         small = copy_model(compressed.model).eval()
         solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)
         layers = find_layers(small, graph)

@@ -16,7 +16,7 @@ from intrafusion.network.batches import ImagesLike, cast_like, check_batch, reba
 from intrafusion.network.layers import watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model, named_tensors
-from intrafusion.restore.restorer import Reduced, needed
+from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.surgery.write import write_weights_
 
 
@@ -49,7 +49,7 @@ class Reestimate:
         Raises:
             ModelError: no images, or the network gives NaN on them.
         """
-        chunks = rebatch(needed(images, self), self.batch)
+        chunks = rebatch(require_images(images, self), self.batch)
         small = copy_model(compressed.model)
         names = {id(tensor): name for name, tensor in named_tensors(small).items()}
         norms = {

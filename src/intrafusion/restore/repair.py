@@ -16,7 +16,7 @@ from intrafusion.network.layers import Layer, find_layers, is_convolution_or_lin
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
-from intrafusion.restore.restorer import Reduced, needed
+from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.restore.statistics import find_output_merge
 from intrafusion.surgery.maps import mean_weights
 from intrafusion.surgery.write import write_weights_
@@ -58,7 +58,7 @@ class ActivationRepair:
         Raises:
             ModelError: no images, or one of the networks gives NaN on them.
         """
-        images = make_reusable(needed(images, self))  # they are read twice
+        images = make_reusable(require_images(images, self))  # they are read twice
         small = copy_model(compressed.model)
         layers = find_layers(small, graph, is_convolution_or_linear)
         originals = find_layers(reference, graph, is_convolution_or_linear)

@@ -57,7 +57,7 @@ class RestorerTraits(Traits):
     needs_data: bool
 
 
-def needed(images: ImagesLike | None, restorer: Restorer) -> ImagesLike:
+def require_images(images: ImagesLike | None, restorer: Restorer) -> ImagesLike:
     """The images, for a restorer that cannot do without.
 
     Raises:

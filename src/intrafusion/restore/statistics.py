@@ -67,7 +67,7 @@ def patch_products(rows: Tensor, reach: float) -> Tensor:
     return seen @ seen.T
 
 
-def merged_variance(merge: Tensor, deviations: Tensor, alike: Tensor, floor: float) -> Tensor:
+def merge_variances(merge: Tensor, deviations: Tensor, alike: Tensor, floor: float) -> Tensor:
     r"""Variance of M y for channels y of standard deviations d and correlations R:  diag(M D R D M^T).
 
     Never below `floor` times what it would be for uncorrelated channels. Where M is the mean of N channels of equal d

@@ -54,7 +54,7 @@ def find_repairs(model: nn.Module, old_shapes: Mapping[int, tuple[int, ...]]) ->
         old = {k: old_shapes.get(id(t), tuple(t.shape)) for k, t in own.items()}
         if not any(id(t) in old_shapes for t in own.values()):
             continue
-        for attribute, value in expected_attributes(module, old, {k: tuple(t.shape) for k, t in own.items()}).items():
+        for attribute, value in find_attributes(module, old, {k: tuple(t.shape) for k, t in own.items()}).items():
             present = getattr(module, attribute)
             if present != value:
                 repairs.append(Repair(name, attribute, present, value))
@@ -84,11 +84,11 @@ SIZE_ATTRIBUTES = (
 KERNELS = ("weight", "weight_orig", "weight_v")  # plain; behind a pruning mask or spectral norm; behind weight norm
 
 
-def expected_attributes(module: nn.Module, old: TensorShapes, new: TensorShapes) -> dict[str, int | tuple[int, ...]]:
+def find_attributes(module: nn.Module, old: TensorShapes, new: TensorShapes) -> dict[str, int | tuple[int, ...]]:
     """What the size attributes of a module must be, from the shapes of its tensors."""
     kernel = next((k for k in KERNELS if k in new), "weight")
     if isinstance(module, nn.modules.conv._ConvNd):
-        return convolution_attributes(module, old[kernel], new[kernel])
+        return find_convolution_attributes(module, old[kernel], new[kernel])
     if isinstance(module, nn.Linear):
         return {"in_features": new[kernel][1], "out_features": new[kernel][0]}
     if isinstance(module, nn.RNNBase):
@@ -110,7 +110,7 @@ def expected_attributes(module: nn.Module, old: TensorShapes, new: TensorShapes)
     return found
 
 
-def convolution_attributes(
+def find_convolution_attributes(
     module: nn.modules.conv._ConvNd, old: tuple[int, ...], new: tuple[int, ...]
 ) -> dict[str, int | tuple[int, ...]]:
     whole, part = new[0], new[1]

@@ -11,7 +11,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def decomposed(model: nn.Module) -> Iterator[None]:
+def decompose(model: nn.Module) -> Iterator[None]:
     """Attention in its mathematical form and recurrent networks without fused kernels, so that every step is seen."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     fused = any(isinstance(m, nn.RNNBase) for m in model.modules())
@@ -19,7 +19,7 @@ def decomposed(model: nn.Module) -> Iterator[None]:
     try:
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-            _no_fused_recurrence(fused),
+            _unfuse_recurrence(fused),
         ):
             yield
     finally:
@@ -27,7 +27,7 @@ def decomposed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_fused_recurrence(active: bool) -> Iterator[None]:
+def _unfuse_recurrence(active: bool) -> Iterator[None]:
     """Recurrent layers step by step instead of in one kernel."""
     if not active:
         yield

@@ -9,7 +9,7 @@ from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.state import preserve_state
-from intrafusion.trace.decomposition import decomposed
+from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.dispatch import Tracer
 from intrafusion.trace.groups import build_graph
 from intrafusion.trace.info import LabelledTensor
@@ -47,7 +47,7 @@ def _run_once(model: nn.Module, inputs: Inputs) -> Ledger:
     tracer = Tracer(ledger)
     for given in inputs.tensors():
         ledger.learn(given, LabelledTensor.fixed(given.shape))
-    with preserve_state(model), torch.no_grad(), decomposed(model), tracer.naming_modules(model):
+    with preserve_state(model), torch.no_grad(), decompose(model), tracer.naming_modules(model):
         with tracer:
             outputs = inputs.call(model)
         for output in outputs:

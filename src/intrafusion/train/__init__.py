@@ -1,6 +1,6 @@
 """Training: one loop, what of a network is trained, what for, and under which masks."""
 
-from intrafusion.train.adapters import KINDS, adapted
+from intrafusion.train.adapters import KINDS, adapt
 from intrafusion.train.blocks import merges_of, reconstruct_
 from intrafusion.train.loop import train_
 from intrafusion.train.masks import apply_masks_, load_masks, masks_of, save_masks
@@ -17,7 +17,7 @@ __all__ = [
     "Labels",
     "Objective",
     "Training",
-    "adapted",
+    "adapt",
     "apply_masks_",
     "load_masks",
     "masks_of",

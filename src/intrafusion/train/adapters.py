@@ -71,7 +71,7 @@ class Masked(nn.Module):
 
 
 @contextmanager
-def adapted(
+def adapt(
     model: nn.Module,
     trainable: str | Sequence[str] = "full",
     *,
@@ -100,7 +100,7 @@ def adapted(
     check_masks(model, masks or {})
     flags = {p: p.requires_grad for p in model.parameters()}
     floating = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    chosen = {name for name, p in floating.items() if wanted(model, name, p, kinds, within)}
+    chosen = {name for name, p in floating.items() if is_wanted(model, name, p, kinds, within)}
     parts: list[nn.Module] = []
     try:
         for name, parameter in model.named_parameters():
@@ -130,7 +130,7 @@ def adapted(
             parameter.requires_grad_(flag)
 
 
-def wanted(model: nn.Module, name: str, parameter: nn.Parameter, kinds: Sequence[str], within: str) -> bool:
+def is_wanted(model: nn.Module, name: str, parameter: nn.Parameter, kinds: Sequence[str], within: str) -> bool:
     owner, _, own = name.rpartition(".")
     if within and owner != within and not owner.startswith(f"{within}."):
         return False

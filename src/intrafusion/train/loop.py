@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from intrafusion.errors import IntrafusionError
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.train.accelerator import find_accelerator
-from intrafusion.train.adapters import adapted
+from intrafusion.train.adapters import adapt
 from intrafusion.train.checkpoint import Course, clone_tensors, put_tensors_, resume_, write_checkpoint
 from intrafusion.train.objectives import Labels, Objective
 from intrafusion.train.training import Epoch, History, Labelled, Training
@@ -68,7 +68,7 @@ def train_(
     how = how or Training()
     _check_data(data, how, validation)
     options = {"rank": how.rank, "alpha": how.alpha, "masks": masks, "within": within, "seed": how.seed}
-    with _modes_kept(model), _random_state_kept(model), adapted(model, how.trainable, **options) as trained:
+    with _keep_modes(model), _keep_random_state(model), adapt(model, how.trainable, **options) as trained:
         accelerator = find_accelerator(how.precision)
         objective = objective or Labels()
         run = _Run(model, data, how, objective, validation, penalty, augment, within, trained, accelerator)
@@ -269,7 +269,7 @@ def _set_mode_(model: nn.Module, within: str) -> None:
 
 
 @contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
+def _keep_modes(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -279,7 +279,7 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
+def _keep_random_state(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
         yield

@@ -13,4 +13,4 @@ from intrafusion.network.inputs import Inputs
 def digits() -> Subject:
     inputs = Inputs.of(zoo.example_input("digits_resnet"))
     test, train = (zoo.load_data("digits_resnet", split, limit=100) for split in ("test", "train"))
-    return Subject("digits", zoo.trained_digits(), inputs, test, train)
+    return Subject("digits", zoo.train_digits(), inputs, test, train)

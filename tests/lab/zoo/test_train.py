@@ -11,11 +11,11 @@ from intrafusion.measure.accuracy import accuracy
 def test_the_digits_network_learns_the_digits_whatever_the_number_of_threads() -> None:
     data = zoo.load_data("digits", "test")
     assert accuracy(zoo.build("digits_resnet"), data.images, data.labels) < 0.3
-    model = zoo.trained_digits()
+    model = zoo.train_digits()
     assert accuracy(model, data.images, data.labels) > 0.97
     try:
         torch.set_num_threads(2)
-        again = zoo.trained_digits()
+        again = zoo.train_digits()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

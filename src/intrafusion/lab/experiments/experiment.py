@@ -9,7 +9,7 @@ from typing import Any
 
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.bench.records import Record
-from intrafusion.lab.bench.sweep import Setting, sweep
+from intrafusion.lab.bench.sweeping import Setting, sweep
 from intrafusion.lab.experiments import method as methods
 from intrafusion.lab.experiments.subject import Measure, Measurement, Subject, index_by_name
 from intrafusion.progress import Progress, silent

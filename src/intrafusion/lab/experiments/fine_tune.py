@@ -34,7 +34,7 @@ def measure(subject: Subject, setting: dict[str, Any]) -> dict[str, Any]:
     stages: list[dict[str, Any]] = [{"stage": ORIGINAL, "epoch": 0, "accuracy": subject.accuracy(subject.model)}]
     current, small = subject, None
     for step in range(1, setting["steps"] + 1):
-        small = shrunk(subject, current, setting, step / setting["steps"])
+        small = shrink_further(subject, current, setting, step / setting["steps"])
         model = small.model
         note(stages, subject, model, f"step {step}: reduced", 0)
         last = step == setting["steps"]
@@ -69,7 +69,7 @@ def _note_epoch(
     note(stages, subject, model, stage, 1)
 
 
-def shrunk(first: Subject, current: Subject, setting: dict[str, Any], part: float) -> Compressed:
+def shrink_further(first: Subject, current: Subject, setting: dict[str, Any], part: float) -> Compressed:
     """The current network with this part of all that is to go gone, measured on the first one's sizes."""
     recipe = recipe_of(first, {**setting, "keep": 1 - (1 - setting["keep"]) * part})
     before = {g.name: g.size for g in first.graph.reducible}

@@ -55,7 +55,7 @@ def recipe_of(subject: Subject, setting: dict[str, Any]) -> Recipe:
 
 def make_criterion(name: str, seed: int) -> Any:
     """The criterion of this name; one that draws random numbers draws those of this seed."""
-    found: Any = importance.get(name)
+    found: Any = importance.get_importance(name)
     if is_dataclass(found) and not isinstance(found, type) and "seed" in {f.name for f in fields(found)}:
         return replace(found, seed=seed)
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from intrafusion.io.atomic import atomic_file
 
 COLOURS = ("#c2571a", "#1f5f99", "#4b7f3a", "#7a4f9e")
-GREY = "#666666"
+_LINE_GREY = "#666666"
 
 
 def accuracy_plot(
@@ -24,7 +24,7 @@ def accuracy_plot(
 
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    axes.axhline(100 * original, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)))
+    axes.axhline(100 * original, color=_LINE_GREY, linewidth=1.2, linestyle=(0, (5, 3)))
     for (name, points), colour in zip(curves.items(), COLOURS, strict=False):
         x, y = ([100 * value for value in values] for values in zip(*points, strict=True))
         axes.plot(x, y, color=colour, linewidth=2, marker="o", markersize=5, label=name)
@@ -39,7 +39,7 @@ def accuracy_plot(
         textcoords="offset points",
         ha="right",
         va="top",
-        color=GREY,
+        color=_LINE_GREY,
     )
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -2,11 +2,11 @@
 
 from intrafusion.lab.zoo.cifar import fetch_cifar, load_cifar
 from intrafusion.lab.zoo.data import load_data
-from intrafusion.lab.zoo.download import download
+from intrafusion.lab.zoo.downloading import download
 from intrafusion.lab.zoo.folder import ImageFolder, open_folder
 from intrafusion.lab.zoo.images import Images, Normalisation
 from intrafusion.lab.zoo.registry import Entry, build, entry, example_input, names
-from intrafusion.lab.zoo.train import trained_digits
+from intrafusion.lab.zoo.train import train_digits
 
 __all__ = [
     "Entry",
@@ -22,5 +22,5 @@ __all__ = [
     "load_data",
     "names",
     "open_folder",
-    "trained_digits",
+    "train_digits",
 ]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from intrafusion.errors import FolderError, unknown_name
-from intrafusion.lab.zoo.download import DownloadProgress, download
+from intrafusion.lab.zoo.downloading import DownloadProgress, download
 from intrafusion.lab.zoo.images import Images, Normalisation, window
 
 

@@ -25,7 +25,7 @@ _DIGITS = Training(
 )
 
 
-def trained_digits(*, seed: int = 0) -> nn.Module:
+def train_digits(*, seed: int = 0) -> nn.Module:
     """The zoo's `digits_resnet`, trained on the digits for a few seconds on one processor core; needs no file."""
     model = build("digits_resnet", seed=seed)
     with _one_thread():  # faster for 8 x 8 images, and the same weights whatever the number of cores

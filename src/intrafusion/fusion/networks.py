@@ -92,7 +92,7 @@ def fuse(
     Reference: Singh and Jaggi 2020, Algorithm 1 (fusion); a residual stream has one coupling (Theus et al. 2024).
     """
     shares = _find_shares(models, using, images, weights, anchor)
-    restorer = None if restore is None else restorers.get(restore)
+    restorer = None if restore is None else restorers.get_restorer(restore)
     inputs, calibration = Inputs.of(example_inputs), None if images is None else join_batches(read_batches(images))
     graphs = []
     for index, model in enumerate(models):

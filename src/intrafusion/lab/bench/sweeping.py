@@ -14,10 +14,10 @@ from intrafusion.progress import Progress, silent
 Setting = Mapping[str, Any]
 """What was varied, of values that JSON has: it identifies a measurement."""
 
-Outcome = Mapping[str, Any]
+SweepOutcome = Mapping[str, Any]
 """What was measured, of values that JSON has."""
 
-RunSetting = Callable[[Setting], Outcome]
+RunSetting = Callable[[Setting], SweepOutcome]
 
 
 def sweep(
@@ -73,7 +73,7 @@ def index_by_key(experiment: str, settings: Iterable[Setting]) -> dict[str, Sett
 
 def outcomes(
     run: RunSetting, settings: Sequence[Setting], cluster: Cluster | None
-) -> Iterator[tuple[Setting, Outcome | Exception, Mapping[str, Any]]]:
+) -> Iterator[tuple[Setting, SweepOutcome | Exception, Mapping[str, Any]]]:
     """(setting, result or error, environment it was measured in), in the order in which they are finished."""
     if cluster is not None and settings:
         yield from cluster.outcomes(run, settings)
@@ -82,7 +82,7 @@ def outcomes(
         yield setting, attempt(run, setting), environment()
 
 
-def attempt(run: RunSetting, setting: Setting) -> Outcome | Exception:
+def attempt(run: RunSetting, setting: Setting) -> SweepOutcome | Exception:
     try:
         return run(setting)
     except Exception as error:

@@ -286,7 +286,7 @@ def plain_average(a: nn.Module, b: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def digit_networks() -> list[nn.Module]:
-    return [zoo.trained_digits(seed=seed) for seed in (0, 1)]
+    return [zoo.train_digits(seed=seed) for seed in (0, 1)]
 
 
 def test_two_residual_networks_trained_apart_fuse_far_above_their_average(digit_networks: list[nn.Module]) -> None:
