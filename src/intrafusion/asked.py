@@ -7,11 +7,11 @@ from typing import Any
 
 from intrafusion.errors import BudgetError, unknown_name
 
-MEASURES = ("params", "macs", "latency_ms")
+_MEASURES = ("params", "macs", "latency_ms")
 """What a target may be stated in."""
 
 
-def check_fraction(fraction: Any, where: str) -> None:
+def _check_fraction(fraction: Any, where: str) -> None:
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise BudgetError(f"{where}: expected a fraction in (0, 1], got {fraction!r}; 0.7 keeps 70 % of the channels.")
 
@@ -19,10 +19,10 @@ def check_fraction(fraction: Any, where: str) -> None:
 def check_keep(keep: Any) -> None:
     """Raise BudgetError unless it is a fraction, or fractions by pattern."""
     if not isinstance(keep, Mapping):
-        check_fraction(keep, "keep")
+        _check_fraction(keep, "keep")
         return
     for pattern, fraction in keep.items():
-        check_fraction(fraction, f"keep[{pattern!r}]")
+        _check_fraction(fraction, f"keep[{pattern!r}]")
 
 
 def check_count(count: Any, where: str) -> None:
@@ -37,10 +37,10 @@ def check_target(target: Any) -> tuple[str, float]:
         BudgetError: not exactly one target, an unknown one, or one that is not positive.
     """
     if not isinstance(target, Mapping) or len(target) != 1:
-        raise BudgetError(f'target: expected one of {", ".join(MEASURES)}, such as {{"params": 0.5}}, got {target!r}.')
+        raise BudgetError(f'target: expected one of {", ".join(_MEASURES)}, such as {{"params": 0.5}}, got {target!r}.')
     kind, wanted = next(iter(target.items()))
-    if kind not in MEASURES:
-        raise BudgetError(f"target: {unknown_name('measure', str(kind), MEASURES)}")
+    if kind not in _MEASURES:
+        raise BudgetError(f"target: {unknown_name('measure', str(kind), _MEASURES)}")
     if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not wanted > 0:
         raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {wanted!r}.")
     return kind, float(wanted)

@@ -72,7 +72,7 @@ def compress_in_steps(
     recipe = Recipe.of(keep=keep, **options)
     inputs, images = Inputs.of(example_inputs), make_reusable(images)
     graph = inspect(model, inputs, progress=progress)
-    fractions = schedule(graph, final_sizes(model, graph, recipe), steps)
+    fractions = _schedule(graph, _final_sizes(model, graph, recipe), steps)
     done: list[Compressed] = []
     present = model
     for index, fraction in enumerate(fractions):
@@ -80,11 +80,11 @@ def compress_in_steps(
         step = replace(recipe, keep=fraction, round_to=None)
         small = follow(step, present, graph, inputs, images, progress=progress)
         if train is not None and index + 1 < steps:
-            train_between_(small.model, train)
-        graph, present = shrunken_graph(small, graph), small.model
+            _train_between_(small.model, train)
+        graph, present = _shrunken_graph(small, graph), small.model
         done.append(small)
     progress("step", steps, steps)
-    return join_steps(done, recipe)
+    return _join_steps(done, recipe)
 
 
 def _check_options(options: Iterable[str]) -> None:
@@ -95,14 +95,14 @@ def _check_options(options: Iterable[str]) -> None:
             raise RecipeError(f"compress_in_steps: {unknown_name('option', name, valid)}")
 
 
-def final_sizes(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> dict[str, int]:
+def _final_sizes(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> dict[str, int]:
     """Size after the last step of every group that is to be reduced."""
     unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
     groups = [g for g in graph.reducible if g.is_channel and g.name not in unwanted]
     return uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
 
 
-def schedule(graph: ChannelGraph, final: Mapping[str, int], steps: int) -> list[dict[str, float]]:
+def _schedule(graph: ChannelGraph, final: Mapping[str, int], steps: int) -> list[dict[str, float]]:
     """Fractions to keep of what is left, by group, for each step; their products give the final sizes exactly."""
     widths = [{name: width_at(graph[name].size, m, k / steps) for name, m in final.items()} for k in range(steps + 1)]
     return [{name: after[name] / before[name] for name in final} for before, after in itertools.pairwise(widths)]
@@ -113,7 +113,7 @@ def width_at(n: int, m: int, share: float) -> int:
     return max(m, round(n * (m / n) ** share))
 
 
-def train_between_(model: nn.Module, train: Train) -> None:
+def _train_between_(model: nn.Module, train: Train) -> None:
     """Trained in place; modes are left as they were, and no gradients remain."""
     flags = [(module, module.training) for module in model.modules()]
     train(model)
@@ -123,7 +123,7 @@ def train_between_(model: nn.Module, train: Train) -> None:
         parameter.grad = None
 
 
-def shrunken_graph(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
+def _shrunken_graph(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
     """The graph of a network that was made from one with this graph; `apply` has proved that it shows it."""
     shapes = {n: tuple(t.shape) for n, t in named_tensors(small.model).items() if n in graph.shapes}
     return replace(shrink_graph(graph, small.plan.sizes), shapes=shapes)
@@ -132,20 +132,20 @@ def shrunken_graph(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
 # ---- several steps as one -------------------------------------------------------------------------------------------
 
 
-def join_steps(steps: Sequence[Compressed], recipe: Recipe) -> Compressed:
+def _join_steps(steps: Sequence[Compressed], recipe: Recipe) -> Compressed:
     """The last step's network, and one plan that leads to it from the first one's."""
     first, last = steps[0], steps[-1]
     maps: dict[str, ReductionMap] = {}
     for step in steps:
         for name, reduction in step.plan.maps.items():
             maps[name] = compose_maps(maps[name], reduction) if name in maps else reduction
-    decisions = tuple(final_decision(d, maps, steps) for d in first.plan.decisions)
+    decisions = tuple(_final_decision(d, maps, steps) for d in first.plan.decisions)
     warnings = tuple(dict.fromkeys(w for step in steps for w in step.plan.warnings))
     return replace(
         last,
         plan=Plan(recipe, decisions, first.plan.shapes, maps, warnings),
         before=first.before,
-        repairs=join_repairs(steps),
+        repairs=_join_repairs(steps),
         restored=tuple(r for step in steps for r in step.restored),
         notes=tuple(dict.fromkeys(note for step in steps for note in step.notes)),
     )
@@ -160,7 +160,7 @@ def compose_maps(first: ReductionMap, second: ReductionMap) -> ReductionMap:
     return ReductionMap(second.merge @ first.merge, first.unmerge @ second.unmerge, shift)
 
 
-def final_decision(decision: Decision, maps: Mapping[str, ReductionMap], steps: Sequence[Compressed]) -> Decision:
+def _final_decision(decision: Decision, maps: Mapping[str, ReductionMap], steps: Sequence[Compressed]) -> Decision:
     """What became of a group in all: its last size, or the reason why it never shrank."""
     if decision.group in maps:
         return replace(decision, m=len(maps[decision.group].merge), reason=None)
@@ -168,7 +168,7 @@ def final_decision(decision: Decision, maps: Mapping[str, ReductionMap], steps: 
     return replace(decision, m=decision.n, reason=reasons[0] if reasons else None)
 
 
-def join_repairs(steps: Sequence[Compressed]) -> tuple[Repair, ...]:
+def _join_repairs(steps: Sequence[Compressed]) -> tuple[Repair, ...]:
     """Attributes of modules from the first network's values to the last one's."""
     found: dict[tuple[str, str], Repair] = {}
     for step in steps:

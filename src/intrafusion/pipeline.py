@@ -28,7 +28,7 @@ from intrafusion.surgery.permute import verify_groups
 from intrafusion.surgery.write import write_weights_
 from intrafusion.trace import trace
 
-UNFIT = {
+_UNFIT = {
     "meta": "it holds no values there; load its weights first",
     "mps": "that has no float64, in which maps are solved and proved; use model.cpu(), and move the result back",
 }
@@ -92,7 +92,7 @@ def compress(
     inputs = Inputs.of(example_inputs)
     graph = inspect(model, inputs, progress=progress)
     small = follow(recipe, model, graph, inputs, images, progress=progress)
-    return move_into(model, small) if inplace else small
+    return _move_into(model, small) if inplace else small
 
 
 def follow(
@@ -118,7 +118,7 @@ def follow(
     return run_restorers(small, model, graph, calibration, images, progress=progress)
 
 
-def move_into(model: nn.Module, small: Compressed) -> Compressed:
+def _move_into(model: nn.Module, small: Compressed) -> Compressed:
     """The smaller weights in the original's own parameters."""
     write_weights_(model, {name: tensor.data for name, tensor in named_tensors(small.model).items()})
     return replace(small, model=model)
@@ -138,9 +138,9 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progre
 
 def check_weights(model: nn.Module) -> None:
     for name, tensor in named_tensors(model).items():
-        if tensor.device.type in UNFIT:
+        if tensor.device.type in _UNFIT:
             raise ModelError(
-                f"{name}: expected weights on the CPU or a GPU, got {tensor.device}: {UNFIT[tensor.device.type]}."
+                f"{name}: expected weights on the CPU or a GPU, got {tensor.device}: {_UNFIT[tensor.device.type]}."
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(
@@ -181,4 +181,4 @@ def apply(
     after = size_of(surgery.model, inputs)
     small = Compressed(surgery.model, plan, before, after, inputs, surgery.repairs, rolled_back=surgery.rolled_back)
     progress("prove", 1, 1)
-    return move_into(model, small) if inplace else small
+    return _move_into(model, small) if inplace else small

@@ -14,7 +14,7 @@ from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap
 
-FORMAT = 1
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
         return (
             same
             and self.maps.keys() == other.maps.keys()
-            and all(is_same_map(self.maps[k], other.maps[k]) for k in self.maps)
+            and all(_is_same_map(self.maps[k], other.maps[k]) for k in self.maps)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -115,7 +115,7 @@ class Plan:
     def to_json(self) -> str:
         """All but the maps."""
         data = {
-            "format": FORMAT,
+            "format": _FORMAT,
             "recipe": self.recipe.to_yaml(),
             "decisions": [asdict(d) for d in self.decisions],
             "shapes": {k: list(v) for k, v in self.shapes.items()},
@@ -132,9 +132,9 @@ class Plan:
         """
         try:
             data: dict[str, Any] = json.loads(text)
-            if data["format"] > FORMAT:
+            if data["format"] > _FORMAT:
                 raise PlanError(
-                    f"the plan has format {data['format']}, this version reads up to {FORMAT}; upgrade intrafusion."
+                    f"the plan has format {data['format']}, this version reads up to {_FORMAT}; upgrade intrafusion."
                 )
             decisions = tuple(Decision(**{**d, "members": tuple(d["members"])}) for d in data["decisions"])
             shapes = {k: tuple(v) for k, v in data["shapes"].items()}
@@ -144,7 +144,7 @@ class Plan:
             raise PlanError(f"this is not a plan of intrafusion ({type(error).__name__}: {error}).") from error
 
 
-def is_same_map(a: ReductionMap, b: ReductionMap) -> bool:
+def _is_same_map(a: ReductionMap, b: ReductionMap) -> bool:
     pairs = ((a.merge, b.merge), (a.unmerge, b.unmerge), (a.shift, b.shift))
     return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 

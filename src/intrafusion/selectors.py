@@ -13,8 +13,8 @@ from intrafusion.errors import BudgetError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 
 Match = str | type | Callable[[str, nn.Module], bool]
-SIDES = ("outputs", "inputs")
-TYPE = "type:"  # before the name of a class, where the class itself cannot be given, as in a YAML recipe
+_SIDES = ("outputs", "inputs")
+_TYPE = "type:"  # before the name of a class, where the class itself cannot be given, as in a YAML recipe
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Selector:
         if isinstance(self.match, str):
             return f"{self.match}:{self.side}"
         name = getattr(self.match, "__qualname__", repr(self.match))
-        return f"{TYPE if isinstance(self.match, type) else ''}{name}:{self.side}"
+        return f"{_TYPE if isinstance(self.match, type) else ''}{name}:{self.side}"
 
     def layers(self, model: nn.Module) -> set[str]:
         """Names of the modules that match.
@@ -45,8 +45,8 @@ class Selector:
         return found
 
     def _matches(self, name: str, module: nn.Module) -> bool:
-        if isinstance(self.match, str) and self.match.startswith(TYPE):
-            return self.match.removeprefix(TYPE) in {c.__qualname__ for c in type(module).__mro__}
+        if isinstance(self.match, str) and self.match.startswith(_TYPE):
+            return self.match.removeprefix(_TYPE) in {c.__qualname__ for c in type(module).__mro__}
         if isinstance(self.match, str):
             return fnmatchcase(name, self.match)
         return isinstance(module, self.match) if isinstance(self.match, type) else bool(self.match(name, module))
@@ -71,15 +71,15 @@ def as_selectors(what: Any) -> tuple[Selector, ...] | None:
         return None
     if isinstance(what, (str, type, Selector)) or not isinstance(what, Iterable):
         what = (what,)
-    return tuple(as_selector(item) for item in what)
+    return tuple(_as_selector(item) for item in what)
 
 
-def as_selector(item: Any) -> Selector:
+def _as_selector(item: Any) -> Selector:
     if isinstance(item, Selector):
         return item
     if isinstance(item, str):
         name, _, side = item.rpartition(":")
-        return Selector(name, side) if name and side in SIDES else Selector(item)
+        return Selector(name, side) if name and side in _SIDES else Selector(item)
     if isinstance(item, type):
         return Selector(item)
     if callable(item):
@@ -89,7 +89,7 @@ def as_selector(item: Any) -> Selector:
     )
 
 
-def is_meant(group: ChannelGroup, selector: Selector, layers: set[str]) -> bool:
+def _is_meant(group: ChannelGroup, selector: Selector, layers: set[str]) -> bool:
     """Whether a group is produced (or read) by one of these layers, or by a layer inside one of them."""
     own = group.producers if selector.side == "outputs" else group.consumers
     return any(layer in layers or any(layer.startswith(f"{parent}.") for parent in layers if parent) for layer in own)
@@ -103,9 +103,9 @@ def find_left_alone(
     included = None if include is None else [(s, s.layers(model)) for s in include]
     reasons: dict[str, str] = {}
     for group in graph.groups:
-        if included is not None and not any(is_meant(group, s, layers) for s, layers in included):
+        if included is not None and not any(_is_meant(group, s, layers) for s, layers in included):
             reasons[group.name] = "not included"
         for selector, layers in excluded:
-            if is_meant(group, selector, layers):
+            if _is_meant(group, selector, layers):
                 reasons[group.name] = f"excluded ({selector})"
     return reasons

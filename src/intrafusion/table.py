@@ -8,7 +8,7 @@ from intrafusion.measure.size import Size
 from intrafusion.plan import Decision, Plan
 
 HEADER = ("group", "channels", "how", "members or reason")
-WIDTH = 64
+_WIDTH = 64
 
 
 def table_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
@@ -16,10 +16,10 @@ def table_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     families: dict[tuple[int, bool, str | None], list[Decision]] = {}
     for decision in plan.decisions:
         families.setdefault((decision.family, decision.reduced, decision.reason), []).append(decision)
-    return [table_row(twins) for twins in families.values()]
+    return [_table_row(twins) for twins in families.values()]
 
 
-def table_row(twins: Sequence[Decision]) -> tuple[str, str, str, str]:
+def _table_row(twins: Sequence[Decision]) -> tuple[str, str, str, str]:
     first = twins[0]
     count = f"{len(twins)} x " if len(twins) > 1 else ""
     name = first.group if len(twins) == 1 else f"{first.group} .. {twins[-1].group}"
@@ -42,7 +42,7 @@ def size_change(label: str, before: int, after: int) -> str:
 
 def plan_text(plan: Plan, before: Size | None = None, after: Size | None = None) -> str:
     """The whole table, with parameters and MACs if they are given."""
-    lines = align_columns([HEADER, *table_rows(plan)])
+    lines = _align_columns([HEADER, *table_rows(plan)])
     if before and after:
         lines += [
             "",
@@ -52,9 +52,9 @@ def plan_text(plan: Plan, before: Size | None = None, after: Size | None = None)
     return "\n".join(lines)
 
 
-def align_columns(table: Iterable[Sequence[str]]) -> list[str]:
+def _align_columns(table: Iterable[Sequence[str]]) -> list[str]:
     """Left-aligned columns, the last one cut to a readable width."""
-    table = [[*r[:-1], r[-1] if len(r[-1]) <= WIDTH else r[-1][: WIDTH - 3] + "..."] for r in table]
+    table = [[*r[:-1], r[-1] if len(r[-1]) <= _WIDTH else r[-1][: _WIDTH - 3] + "..."] for r in table]
     widths = [max(len(r[c]) for r in table) for c in range(len(table[0]) - 1)]
     lines = ["  ".join([*(v.ljust(w) for v, w in zip(r, widths, strict=False)), r[-1]]).rstrip() for r in table]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

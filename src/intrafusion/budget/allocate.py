@@ -12,7 +12,7 @@ from intrafusion.asked import check_count, least_size
 from intrafusion.budget.cost import Cost
 from intrafusion.graph import ChannelGroup, families_of
 
-STEPS = 32  # pieces that a group is cut in until the budget is met; then single channels
+_STEPS = 32  # pieces that a group is cut in until the budget is met; then single channels
 
 
 def allocate(
@@ -43,15 +43,15 @@ def allocate(
         BudgetError: min_channels < 1.
     """
     check_count(min_channels, "min_channels")
-    units = [Unit(twins, curves, cost, round_to, min_channels) for twins in families_of(groups)]
+    units = [_Unit(twins, curves, cost, round_to, min_channels) for twins in families_of(groups)]
     sizes = {g.name: g.size for unit in units for g in unit.groups}
-    spent = cut_(units, sizes, cost(sizes), budget, coarse=True)
+    spent = _cut_(units, sizes, cost(sizes), budget, coarse=True)
     if spent > budget:
-        cut_(units, sizes, spent, budget, coarse=False)
+        _cut_(units, sizes, spent, budget, coarse=False)
     return sizes
 
 
-class Unit:
+class _Unit:
     """Groups that are cut together."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Unit:
 
     def smaller(self, m: int, coarse: bool) -> int | None:
         """The next size below m; None at the smallest."""
-        step = max(1, self.size // STEPS) if coarse else 1
+        step = max(1, self.size // _STEPS) if coarse else 1
         step = -(-step // self.round_to) * self.round_to
         following = (m - 1) // self.round_to * self.round_to if m % self.round_to else m - step
         following = max(following, self.least)
@@ -91,7 +91,7 @@ class Unit:
         return (max(added, 0.0) + 1e-12) / max(saved, 1e-12), saved, following
 
 
-def cut_(units: list[Unit], sizes: dict[str, int], spent: float, budget: float, *, coarse: bool) -> float:
+def _cut_(units: list[_Unit], sizes: dict[str, int], spent: float, budget: float, *, coarse: bool) -> float:
     """Cut until the budget is met; with `coarse`, stop before the piece that would meet it (in place)."""
     heap: list[tuple[float, int, int, float, int]] = []
 
@@ -101,7 +101,7 @@ def cut_(units: list[Unit], sizes: dict[str, int], spent: float, budget: float, 
         if piece is not None:
             heapq.heappush(heap, (piece[0], index, units[index].version, piece[1], piece[2]))
 
-    sharing = neighbours(units)
+    sharing = _neighbours(units)
     for index in range(len(units)):
         push(index)
     while spent > budget and heap:
@@ -117,7 +117,7 @@ def cut_(units: list[Unit], sizes: dict[str, int], spent: float, budget: float, 
     return spent
 
 
-def neighbours(units: Sequence[Unit]) -> list[set[int]]:
+def _neighbours(units: Sequence[_Unit]) -> list[set[int]]:
     """For each unit those, itself included, whose savings depend on its size."""
     users: dict[int, set[int]] = {}
     for index, unit in enumerate(units):

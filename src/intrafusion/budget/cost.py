@@ -39,7 +39,7 @@ class Cost:
                 slices.append((group.name, member.positions.shape[1]))
         parts = []
         for name, (shape, share) in tensors.items():
-            dims = tuple(one_slice(along[name][d]) for d in range(len(shape)))
+            dims = tuple(_one_slice(along[name][d]) for d in range(len(shape)))
             if share and math.prod(shape) and any(dims):
                 parts.append((share / math.prod(shape), shape, dims))
         own = sum(weight * math.prod(shape) for weight, shape, _ in parts)
@@ -62,7 +62,7 @@ class Cost:
         return [i for i, (_, _, dims) in enumerate(self.parts) if any(g in wanted for d in dims for g, _ in d)]
 
 
-def one_slice(slices: Mapping[object, list[tuple[str, int]]]) -> Along:
+def _one_slice(slices: Mapping[object, list[tuple[str, int]]]) -> Along:
     """What runs along a dimension; of the slices of a grouped convolution, which are equally long, the first."""
     whole = slices.get(None, [])
     parts = [groups for within, groups in slices.items() if within is not None]

@@ -20,9 +20,9 @@ from intrafusion.recipe import Recipe
 from intrafusion.reduce.select import selection_map
 from intrafusion.surgery.operate import copy_reduced, operate
 
-CLOSE_ENOUGH = 0.01  # trying stops this close to the target
-MISSED = 0.02  # further off than this is said
-TRIALS = 8
+_CLOSE_ENOUGH = 0.01  # trying stops this close to the target
+_MISSED = 0.02  # further off than this is said
+_TRIALS = 8
 
 
 def sizes_for_target(
@@ -45,8 +45,8 @@ def sizes_for_target(
     if example_inputs is None:
         raise BudgetError(f"target: {kind} is measured on example inputs; give decide(...) some.")
     inputs = Inputs.of(example_inputs)
-    groups = find_shrinkable(model, graph, groups, inputs)
-    measure = METERS[kind]
+    groups = _find_shrinkable(model, graph, groups, inputs)
+    measure = _METERS[kind]
     whole = measure(model, inputs)
     goal = wanted * whole if kind != "latency_ms" and wanted <= 1 else wanted
     cost = cost_of(model, graph, inputs, "params" if kind == "params" else "macs")
@@ -56,23 +56,23 @@ def sizes_for_target(
     )
     low, high = cost(fit(0.0)), total  # of the cost model; the measured cost grows with it
     budget, best = goal / whole * total, None
-    for _ in range(TRIALS):
+    for _ in range(_TRIALS):
         found = fit(min(max(budget, low), high))
         reached = measure(build_with_sizes(model, graph, found), inputs)
         if best is None or abs(reached - goal) < abs(best[0] - goal):
             best = reached, found
-        if abs(reached - goal) <= CLOSE_ENOUGH * goal or high - low <= 1e-3 * total:
+        if abs(reached - goal) <= _CLOSE_ENOUGH * goal or high - low <= 1e-3 * total:
             break
         low, high = (low, cost(found)) if reached > goal else (cost(found), high)
         budget = min(max(cost(found) * goal / reached, low + 0.05 * (high - low)), high - 0.05 * (high - low))
     assert best is not None
     reached, sizes = best
-    missed = abs(reached - goal) > MISSED * goal
+    missed = abs(reached - goal) > _MISSED * goal
     note = f"target: {kind} {goal:,.4g} was asked for; the closest reachable here is {reached:,.4g}."
     return sizes, (note,) if missed else ()
 
 
-def find_shrinkable(
+def _find_shrinkable(
     model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs
 ) -> list[ChannelGroup]:
     """The groups that would not be rolled back if all were halved."""
@@ -81,7 +81,7 @@ def find_shrinkable(
     return [g for g in groups if g.name not in refused]
 
 
-METERS: dict[str, Callable[[nn.Module, Inputs], float]] = {
+_METERS: dict[str, Callable[[nn.Module, Inputs], float]] = {
     "params": lambda model, inputs: float(sum(p.numel() for p in model.parameters())),
     "macs": lambda model, inputs: float(size_of(model, inputs).macs),
     "latency_ms": latency_ms,
@@ -94,10 +94,10 @@ def cost_of(model: nn.Module, graph: ChannelGraph, inputs: Inputs, kind: str) ->
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     if kind == "params":
         shares = {name: (shapes[name], float(p.numel())) for name, p in model.named_parameters()}
-        return Cost.of(graph, METERS["params"](model, inputs), shares)
+        return Cost.of(graph, _METERS["params"](model, inputs), shares)
     spent = macs_by_weight(model, inputs)
     shares = {name: (shapes[name], macs) for name, macs in spent.items() if name in shapes}
-    return Cost.of(graph, METERS["macs"](model, inputs), shares)
+    return Cost.of(graph, _METERS["macs"](model, inputs), shares)
 
 
 def build_with_sizes(model: nn.Module, graph: ChannelGraph, sizes: Mapping[str, int]) -> nn.Module:

@@ -39,35 +39,37 @@ def uniform_sizes(
     check_keep(keep)
     patterns = dict(keep) if isinstance(keep, Mapping) else {"*": keep}
     if isinstance(keep, Mapping):
-        check_patterns(patterns, graph)
+        _check_patterns(patterns, graph)
     groups = list(groups)
     least = least_size(min_channels, round_to)
-    wanted = {g.name: max(round_size(g.size, fraction_for(g, patterns), round_to), min(g.size, least)) for g in groups}
+    wanted = {
+        g.name: max(_round_size(g.size, _fraction_for(g, patterns), round_to), min(g.size, least)) for g in groups
+    }
     largest: dict[int, int] = {}
     for group in groups:
         largest[group.family] = max(largest.get(group.family, 1), wanted[group.name])
     return {g.name: largest[g.family] for g in groups}
 
 
-def check_patterns(patterns: Mapping[str, float], graph: ChannelGraph) -> None:
-    names = sorted({name for g in graph.groups for name in layer_names(g)})
+def _check_patterns(patterns: Mapping[str, float], graph: ChannelGraph) -> None:
+    names = sorted({name for g in graph.groups for name in _layer_names(g)})
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise BudgetError(f"keep: {unknown_name('group', pattern, names)}")
 
 
-def layer_names(group: ChannelGroup) -> tuple[str, ...]:
+def _layer_names(group: ChannelGroup) -> tuple[str, ...]:
     return (group.name, *group.producers)
 
 
-def fraction_for(group: ChannelGroup, patterns: Mapping[str, float]) -> float:
+def _fraction_for(group: ChannelGroup, patterns: Mapping[str, float]) -> float:
     for pattern, fraction in patterns.items():
-        if any(fnmatchcase(name, pattern) for name in layer_names(group)):
+        if any(fnmatchcase(name, pattern) for name in _layer_names(group)):
             return float(fraction)
     return 1.0
 
 
-def round_size(n: int, keep: float, round_to: int | None) -> int:
+def _round_size(n: int, keep: float, round_to: int | None) -> int:
     if keep == 1:
         return n
     if round_to is None:

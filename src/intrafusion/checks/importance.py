@@ -48,7 +48,7 @@ def check_importance(
         raise
     cases = example_cases(seed) if model is None else [user_case(model, example_inputs, images)]
     scored = [
-        check_scores(checking, importance, needs, case, group, seed=seed)
+        _check_scores(checking, importance, needs, case, group, seed=seed)
         for healthy in cases
         for case in (healthy, healthy.half_dead(), healthy.dead())
         for group in case.groups
@@ -57,13 +57,13 @@ def check_importance(
     return checking.laws
 
 
-def check_scores(
+def _check_scores(
     checking: Checking, importance: Any, needs: frozenset[str], case: Case, group: ChannelGroup, *, seed: int
 ) -> bool:
     """One group; False if the criterion refuses it."""
     where = f"{case.name}, group {group.name!r}"
     weights = fold_weights(case.model, case.graph, case.groups)
-    check_asks_for_images(checking, importance, needs, group, weights, where)
+    _check_asks_for_images(checking, importance, needs, group, weights, where)
     watch = lambda g: observe_for(importance, case.model, case.graph, [g], case.images, seed=seed).get(g.name)  # noqa: E731
     seen = watch(group)
     before = copy_tensors({"weights": weights, "observations": seen})
@@ -81,12 +81,12 @@ def check_scores(
         checking.equal("deterministic", importance(group, weights, seen), scores, f"{where}, asked again")
     if not ImportanceTraits.of(importance).random:
         order = random_order(group.size, seed)
-        relabelled = reorder_group(group, order)
+        relabelled = _reorder_group(group, order)
         checking.close("relabelling", importance(relabelled, weights, watch(relabelled)), scores[order], where)
     return True
 
 
-def check_asks_for_images(
+def _check_asks_for_images(
     checking: Checking, importance: Any, needs: frozenset[str], group: ChannelGroup, weights: Any, where: str
 ) -> None:
     if any(NEEDS[need] for need in needs):
@@ -99,7 +99,7 @@ def check_asks_for_images(
         checking.law("needs", "images=" in got, detail)
 
 
-def reorder_group(group: ChannelGroup, order: Tensor) -> ChannelGroup:
+def _reorder_group(group: ChannelGroup, order: Tensor) -> ChannelGroup:
     """The same channels under other numbers."""
     members = tuple(replace(m, positions=m.positions[order.numpy()]) for m in group.members)
     return replace(group, members=members)

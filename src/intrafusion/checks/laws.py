@@ -50,23 +50,23 @@ class Checking:
         self.held[name] = None
 
     def equal(self, name: str, found: Tensor, expected: Tensor, where: str) -> None:
-        self.law(name, agree(found, expected), lambda: f"{where}: {first_difference(found, expected)}")
+        self.law(name, _agree(found, expected), lambda: f"{where}: {_first_difference(found, expected)}")
 
     def close(self, name: str, found: Tensor, expected: Tensor, where: str) -> None:
         size = max(1e-300, float(expected.abs().max())) if expected.numel() else 1.0
         holds = found.shape == expected.shape and bool(((found - expected).abs() <= ROUNDING * size).all())
-        self.law(name, holds, lambda: f"{where}: {first_difference(found, expected, ROUNDING * size)}")
+        self.law(name, holds, lambda: f"{where}: {_first_difference(found, expected, ROUNDING * size)}")
 
     @property
     def laws(self) -> tuple[str, ...]:
         return tuple(self.held)
 
 
-def agree(a: Tensor, b: Tensor) -> bool:
+def _agree(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def first_difference(found: Tensor, expected: Tensor, least: float = 0.0) -> str:
+def _first_difference(found: Tensor, expected: Tensor, least: float = 0.0) -> str:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return f"expected {describe_kind(expected)}, got {describe_kind(found)}"
     apart = ~((found - expected).abs() <= least) if found.is_floating_point() else found != expected

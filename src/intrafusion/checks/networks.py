@@ -17,7 +17,7 @@ from intrafusion.pipeline import inspect
 from intrafusion.surgery.maps import narrow_to
 
 
-class Example(nn.Module):
+class _Example(nn.Module):
     """A stream that two layers give and two read, an inner group, a linear head; with batch norms or with biases."""
 
     def __init__(self, norms: bool) -> None:
@@ -65,18 +65,18 @@ class Case:
 
     def half_dead(self) -> Case:
         """Every other channel of every group is zero."""
-        return self.with_model("half of the channels dead", lambda model: dead_(model, self.mixable, 2))
+        return self.with_model("half of the channels dead", lambda model: _dead_(model, self.mixable, 2))
 
     def dead(self) -> Case:
-        return self.with_model("all channels dead", lambda model: dead_(model, self.mixable, 1))
+        return self.with_model("all channels dead", lambda model: _dead_(model, self.mixable, 1))
 
     def duplicated(self) -> Case:
         """Channel c + n // 2 of every group is channel c; batch norms know the images; all in float64."""
         images = Inputs.of(self.unlabelled).double()
 
         def change_(model: nn.Module) -> None:
-            duplicate_(model.double(), self.mixable)
-            set_statistics_(model, images)
+            _duplicate_(model.double(), self.mixable)
+            _set_statistics_(model, images)
 
         return replace(self.with_model("channels duplicated", change_), inputs=self.inputs.double(), images=images)
 
@@ -87,11 +87,11 @@ def example_cases(seed: int) -> list[Case]:
     for name, norms in (("a network with batch norms", True), ("a network without norms", False)):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(seed)
-            model, images = Example(norms), torch.randn(24, 3, 6, 6)
+            model, images = _Example(norms), torch.randn(24, 3, 6, 6)
             for tensor_name, tensor in model.named_parameters():
                 if tensor.dim() == 1:
                     tensor.uniform_(0.3, 1.5) if tensor_name.startswith("norm") else tensor.uniform_(-0.5, 0.5)
-            set_statistics_(model, Inputs.of(images))
+            _set_statistics_(model, Inputs.of(images))
         labels = torch.arange(24) % 5
         inputs = Inputs.of(images[:2])
         cases.append(Case(name, model.eval(), inspect(model, inputs), inputs, [(images, labels)]))
@@ -105,7 +105,7 @@ def user_case(model: nn.Module, example_inputs: ExampleInputs | None, images: An
     return Case(type(model).__name__, model, inspect(model, inputs), inputs, inputs if images is None else images)
 
 
-def incoming_rows(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def _incoming_rows(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """(tensor with the channel dimension first, positions (n, slots)) of all that makes a group's channels."""
     tensors = named_tensors(model)
     for member in group.members:
@@ -115,20 +115,20 @@ def incoming_rows(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Tenso
             yield part.movedim(member.dim, 0), torch.from_numpy(member.positions)
 
 
-def dead_(model: nn.Module, groups: Iterable[ChannelGroup], step: int) -> None:
+def _dead_(model: nn.Module, groups: Iterable[ChannelGroup], step: int) -> None:
     for group in groups:
-        for tensor, positions in incoming_rows(group, model):
+        for tensor, positions in _incoming_rows(group, model):
             tensor[positions[::step].flatten()] = 0
 
 
-def duplicate_(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
+def _duplicate_(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
     for group in groups:
         half = group.size // 2
-        for tensor, positions in incoming_rows(group, model):
+        for tensor, positions in _incoming_rows(group, model):
             tensor[positions[half : 2 * half]] = tensor[positions[:half]]
 
 
-def set_statistics_(model: nn.Module, inputs: Inputs) -> None:
+def _set_statistics_(model: nn.Module, inputs: Inputs) -> None:
     """Set the statistics of batch norms to those of these images in one batch."""
     flags = [(m, m.training) for m in model.modules()]
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]

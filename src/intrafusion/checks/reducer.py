@@ -25,34 +25,34 @@ def check_reducer(reducer: Any, *, seed: int = 0) -> tuple[str, ...]:
     checking = Checking(reducer)
     checking.law("shape", ReducerTraits.are_told_by(reducer), "expected an attribute mixes, True or False")
     for n, m in ((8, 5), (12, 3), (7, 6), (6, 1), (1, 1), (9, 9)):
-        check_map(checking, reducer, random_problem(n, m, seed), f"{n} random channels to {m}", seed)
-    for where, problem in degenerate_problems(seed):
-        check_shapes(checking, reducer, reducer(problem), problem, where)
+        _check_map(checking, reducer, _random_problem(n, m, seed), f"{n} random channels to {m}", seed)
+    for where, problem in _degenerate_problems(seed):
+        _check_shapes(checking, reducer, reducer(problem), problem, where)
     for n in (1, 2, 9):
-        check_identity(checking, reducer(random_problem(n, n, seed)), n)
+        _check_identity(checking, reducer(_random_problem(n, n, seed)), n)
     if ReducerTraits.of(reducer).absorbs_duplicates:
         for times in ((2, 2, 2, 2), (1, 4, 2, 3)):
-            check_duplicates(checking, reducer, times, seed)
+            _check_duplicates(checking, reducer, times, seed)
     return checking.laws
 
 
-def random_problem(n: int, m: int, seed: int, d: int = 9) -> ReductionProblem:
+def _random_problem(n: int, m: int, seed: int, d: int = 9) -> ReductionProblem:
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randn(n, d, generator=draw, dtype=torch.float64)
     importance = (torch.randperm(n, generator=draw) + 1).double() / n
     biases = torch.randn(n, 2, generator=draw, dtype=torch.float64)
-    return ReductionProblem(rows, importance, m, seed, biases, moments_like(rows))
+    return ReductionProblem(rows, importance, m, seed, biases, _moments_like(rows))
 
 
-def moments_like(rows: Tensor) -> Moments:
+def _moments_like(rows: Tensor) -> Moments:
     """Statistics that channels with these rows might have, at two points."""
     means = torch.stack([rows.mean(1), rows.mean(1).abs()])
     covariances = torch.stack([rows @ rows.T, (rows @ rows.T).square()])
     return Moments(means, covariances, rows @ rows.T + torch.eye(len(rows), dtype=rows.dtype))
 
 
-def degenerate_problems(seed: int) -> Iterator[tuple[str, ReductionProblem]]:
-    ordinary = random_problem(8, 3, seed)
+def _degenerate_problems(seed: int) -> Iterator[tuple[str, ReductionProblem]]:
+    ordinary = _random_problem(8, 3, seed)
     rows = ordinary.features
     some = rows.clone()
     some[::2] = 0
@@ -62,16 +62,16 @@ def degenerate_problems(seed: int) -> Iterator[tuple[str, ReductionProblem]]:
         ("all channels are equal", rows[:1].expand(8, -1).clone()),
         ("all channels point the same way", rows[:1] * torch.arange(1.0, 9.0, dtype=rows.dtype)[:, None]),
     ):
-        yield where, replace(ordinary, features=features, moments=moments_like(features))
+        yield where, replace(ordinary, features=features, moments=_moments_like(features))
     yield "all scores are 0", replace(ordinary, importance=torch.zeros(8, dtype=torch.float64))
     yield "no biases and no moments", replace(ordinary, biases=None, moments=None)
     yield "biases of no layer", replace(ordinary, biases=torch.zeros(8, 0, dtype=torch.float64))
 
 
-def check_map(checking: Checking, reducer: Any, problem: ReductionProblem, where: str, seed: int) -> None:
+def _check_map(checking: Checking, reducer: Any, problem: ReductionProblem, where: str, seed: int) -> None:
     before = copy_tensors(problem)
     found = reducer(problem)
-    check_shapes(checking, reducer, found, problem, where)
+    _check_shapes(checking, reducer, found, problem, where)
     for name, tensor in tensors_in(problem):
         checking.equal("inputs untouched", tensor, before[name], f"{where}, {name}")
     with other_random_numbers():
@@ -79,10 +79,10 @@ def check_map(checking: Checking, reducer: Any, problem: ReductionProblem, where
     checking.equal("deterministic", again.merge, found.merge, f"{where}, merge, asked again")
     checking.equal("deterministic", again.unmerge, found.unmerge, f"{where}, unmerge, asked again")
     if not ReducerTraits.of(reducer).random:
-        check_relabelled(checking, found, reducer, problem, random_order(len(problem.importance), seed), where)
+        _check_relabelled(checking, found, reducer, problem, random_order(len(problem.importance), seed), where)
 
 
-def check_shapes(checking: Checking, reducer: Any, found: Any, problem: ReductionProblem, where: str) -> None:
+def _check_shapes(checking: Checking, reducer: Any, found: Any, problem: ReductionProblem, where: str) -> None:
     n, m = len(problem.importance), problem.size
     checking.law(
         "shape", isinstance(found, ReductionMap), f"{where}: expected a ReductionMap, got {describe_kind(found)}"
@@ -105,11 +105,11 @@ def count_holes(tensor: Any) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-def check_relabelled(
+def _check_relabelled(
     checking: Checking, found: ReductionMap, reducer: Any, problem: ReductionProblem, order: Tensor, where: str
 ) -> None:
     """The new channels may come in any order: each is looked for among those of the first answer."""
-    other = reducer(reorder_problem(problem, order))
+    other = reducer(_reorder_problem(problem, order))
     expected = found.merge[:, order]
     match = torch.cdist(other.merge, expected).argmin(1)
     where = f"{where}, in the order {order.tolist()}"
@@ -119,7 +119,7 @@ def check_relabelled(
     checking.close("relabelling", other.unmerge, found.unmerge[order][:, match], f"{where}, unmerge")
 
 
-def reorder_problem(problem: ReductionProblem, order: Tensor) -> ReductionProblem:
+def _reorder_problem(problem: ReductionProblem, order: Tensor) -> ReductionProblem:
     moments = problem.moments
     if moments is not None:
         covariances, reader = moments.covariances[:, order][:, :, order], moments.reader[order][:, order]
@@ -129,7 +129,7 @@ def reorder_problem(problem: ReductionProblem, order: Tensor) -> ReductionProble
     return replace(problem, features=features, importance=importance, biases=biases, moments=moments)
 
 
-def check_identity(checking: Checking, found: ReductionMap, n: int) -> None:
+def _check_identity(checking: Checking, found: ReductionMap, n: int) -> None:
     where = f"keeping {n} of {n} channels"
     order = found.merge.argmax(1)
     permutation = torch.eye(n, dtype=torch.float64)[order]
@@ -142,7 +142,7 @@ def check_identity(checking: Checking, found: ReductionMap, n: int) -> None:
         checking.close("identity", 1 + shift, torch.ones_like(shift), f"{where}, 1 + shift")
 
 
-def check_duplicates(checking: Checking, reducer: Any, times: tuple[int, ...], seed: int) -> None:
+def _check_duplicates(checking: Checking, reducer: Any, times: tuple[int, ...], seed: int) -> None:
     """Different channels, each several times, of which one is more important: consumers must get the same sum."""
     m, n, d = len(times), sum(times), 6
     draw = torch.Generator().manual_seed(seed)
@@ -152,7 +152,7 @@ def check_duplicates(checking: Checking, reducer: Any, times: tuple[int, ...], s
     order = torch.randperm(n, generator=draw)
     owner, importance = owner[order], importance[order]
     features = torch.cat([rows[owner], rows[owner].flip(1)], dim=1)
-    found = reducer(ReductionProblem(features, importance, m, seed, rows[owner, :1], moments_like(features)))
+    found = reducer(ReductionProblem(features, importance, m, seed, rows[owner, :1], _moments_like(features)))
     signals = torch.randn(5, d, generator=draw, dtype=torch.float64)
     weights = torch.randn(3, n, generator=draw, dtype=torch.float64)
     expected = (signals @ rows[owner].T).relu() @ weights.T

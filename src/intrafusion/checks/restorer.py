@@ -49,27 +49,27 @@ def check_restorer(
     checking = Checking(restorer)
     checking.law("needs", RestorerTraits.are_told_by(restorer), "expected an attribute needs_data, True or False")
     cases = example_cases(seed) if model is None else [user_case(model, example_inputs, images)]
-    works = [check_on(checking, restorer, case) for case in cases]
+    works = [_check_on(checking, restorer, case) for case in cases]
     checking.law("works somewhere", any(works), "every network was refused")
     return checking.laws
 
 
-def check_on(checking: Checking, restorer: Any, case: Case) -> bool:
+def _check_on(checking: Checking, restorer: Any, case: Case) -> bool:
     """One network; False if the restorer refuses it."""
-    images, original, plan = case.unlabelled, take_snapshot(case.model), prune_case(case).plan
+    images, original, plan = case.unlabelled, take_snapshot(case.model), _prune_case(case).plan
     shown = copy_tensors(images)
-    check_refusals(checking, restorer, case)
-    small, again = prune_case(case), prune_case(case)
+    _check_refusals(checking, restorer, case)
+    small, again = _prune_case(case), _prune_case(case)
     for other in (small, again):
         odd_modes_(other.model)
     before = take_snapshot(small.model)
     try:
         restorer(small, case.model, case.graph, images)
     except IntrafusionError:
-        check_unwritten(checking, small.model, before, f"{case.name}, refused")
+        _check_unwritten(checking, small.model, before, f"{case.name}, refused")
         return False
-    check_network(checking, small.model, before, case.name)
-    check_unwritten(checking, case.model, original, f"{case.name}, the original", "reference untouched")
+    _check_network(checking, small.model, before, case.name)
+    _check_unwritten(checking, case.model, original, f"{case.name}, the original", "reference untouched")
     checking.law("reference untouched", small.plan == plan, f"{case.name}: the plan has changed")
     for name, tensor in tensors_in(images):
         checking.equal("inputs untouched", tensor, shown[name], f"{case.name}, images {name}")
@@ -77,28 +77,28 @@ def check_on(checking: Checking, restorer: Any, case: Case) -> bool:
         restorer(again, case.model, case.graph, images)
     for name, tensor in named_tensors(small.model).items():
         checking.equal("deterministic", named_tensors(again.model)[name], tensor, f"{case.name}, {name}, done again")
-    check_lossless(checking, restorer, case.duplicated())
+    _check_lossless(checking, restorer, case.duplicated())
     return True
 
 
-def check_refusals(checking: Checking, restorer: Any, case: Case) -> None:
+def _check_refusals(checking: Checking, restorer: Any, case: Case) -> None:
     """Without images, and with images that the network does not run on."""
     shapeless = Inputs.of(case.unlabelled).map(lambda t: t.flatten(1)[:, :1])
     for images, where in ((None, "without images"), (shapeless, "on images of a wrong shape")):
-        small = prune_case(case)
+        small = _prune_case(case)
         before, got = take_snapshot(small.model), None
         try:
             restorer(small, case.model, case.graph, images)
         except Exception as error:
             got = str(error)
-            check_unwritten(checking, small.model, before, f"{case.name}, {where}, after {got!r}")
+            _check_unwritten(checking, small.model, before, f"{case.name}, {where}, after {got!r}")
         if images is None and restorer.needs_data:
             asked = got is not None and "images" in got
             detail = f"{case.name}, {where}: expected an error that asks for images, got {got!r}"
             checking.law("needs", asked, detail)
 
 
-def check_network(checking: Checking, model: nn.Module, before: Snapshot, where: str) -> None:
+def _check_network(checking: Checking, model: nn.Module, before: Snapshot, where: str) -> None:
     after = take_snapshot(model)
     for name, detail in after.described.items():
         was = before.described.get(name, "nothing")
@@ -111,7 +111,7 @@ def check_network(checking: Checking, model: nn.Module, before: Snapshot, where:
             checking.law("finite", not count, f"{where}: {name} holds {count} NaN or infinite entries")
 
 
-def check_unwritten(
+def _check_unwritten(
     checking: Checking, model: nn.Module, before: Snapshot, where: str, law: str = "all or nothing"
 ) -> None:
     after = take_snapshot(model)
@@ -120,8 +120,8 @@ def check_unwritten(
         checking.equal(law, tensor, before.values[name], f"{where}, {name}")
 
 
-def check_lossless(checking: Checking, restorer: Any, case: Case) -> None:
-    small = merge_pairs(case)
+def _check_lossless(checking: Checking, restorer: Any, case: Case) -> None:
+    small = _merge_pairs(case)
     inputs = Inputs.of(case.unlabelled)
     expected = run_in_double(case.model, inputs)
     error = lambda: output_difference(run_in_double(small.model, inputs), expected)  # noqa: E731
@@ -132,19 +132,19 @@ def check_lossless(checking: Checking, restorer: Any, case: Case) -> None:
     checking.law("lossless", after <= max(before, ROUNDING), detail)
 
 
-def prune_case(case: Case) -> Compressed:
+def _prune_case(case: Case) -> Compressed:
     """Half of the channels of every group, taken as they are."""
     plan = decide(case.model, case.graph, Recipe.of(keep=0.5, reducer="select"))
     return apply(case.model, plan, case.inputs, graph=case.graph)
 
 
-def merge_pairs(case: Case) -> Compressed:
+def _merge_pairs(case: Case) -> Compressed:
     """Channels c and c + n // 2 of every group become one: their mean in, their sum out."""
     plan = decide(case.model, case.graph, Recipe.of(keep=0.5, reducer="select"))
     maps, decisions = {}, []
     for decision in plan.decisions:
         if decision.group in {g.name for g in case.mixable}:
-            maps[decision.group] = pairs_map(decision.n)
+            maps[decision.group] = _pairs_map(decision.n)
             decision = replace(decision, m=len(maps[decision.group].merge))
         elif decision.reason is None:
             decision = replace(decision, m=decision.n)
@@ -152,7 +152,7 @@ def merge_pairs(case: Case) -> Compressed:
     return apply(case.model, replace(plan, maps=maps, decisions=tuple(decisions)), case.inputs, graph=case.graph)
 
 
-def pairs_map(n: int) -> ReductionMap:
+def _pairs_map(n: int) -> ReductionMap:
     owner = torch.arange(n)
     owner[n // 2 : 2 * (n // 2)] = torch.arange(n // 2)
     owner[2 * (n // 2) :] = n // 2

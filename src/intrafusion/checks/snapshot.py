@@ -24,7 +24,7 @@ class Snapshot:
 def take_snapshot(model: nn.Module) -> Snapshot:
     tensors = named_tensors(model)
     described = {
-        f"tensor {n}": f"{describe_kind(t)} on {t.device}, object {id(t)}, {flags_of(t)}" for n, t in tensors.items()
+        f"tensor {n}": f"{describe_kind(t)} on {t.device}, object {id(t)}, {_flags_of(t)}" for n, t in tensors.items()
     }
     for name, module in model.named_modules():
         hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
@@ -32,7 +32,7 @@ def take_snapshot(model: nn.Module) -> Snapshot:
     return Snapshot(described, {n: t.detach().clone() for n, t in tensors.items()})
 
 
-def flags_of(tensor: Tensor) -> str:
+def _flags_of(tensor: Tensor) -> str:
     return f"requires_grad {tensor.requires_grad}, grad {None if tensor.grad is None else describe_kind(tensor.grad)}"
 
 

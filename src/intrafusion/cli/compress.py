@@ -24,12 +24,12 @@ from intrafusion.reduce.fuse import NORMALIZATIONS
 from intrafusion.restore import LEVELS, RESTORERS, save_images
 
 
-def choice_option(names: Iterable[str], about: str) -> Any:
+def _choice_option(names: Iterable[str], about: str) -> Any:
     """An option whose value is one of these names."""
     return typer.Option(metavar="NAME", help=f"{about}: {', '.join(names)}.")
 
 
-def layer_option(about: str) -> Any:
+def _layer_option(about: str) -> Any:
     """An option that selects layers."""
     return typer.Option(metavar="LAYER", help=f"{about}: name or pattern, NAME:inputs for what it reads (repeatable).")
 
@@ -59,15 +59,15 @@ def compress_command(
     ] = None,
     min_channels: Annotated[int | None, typer.Option(help="No group becomes smaller.")] = None,
     reducer: Annotated[
-        str | None, choice_option(REDUCERS, "How channels become fewer; select is plain pruning")
+        str | None, _choice_option(REDUCERS, "How channels become fewer; select is plain pruning")
     ] = None,
-    normalization: Annotated[str | None, choice_option(NORMALIZATIONS, "Of the reducer intrafusion")] = None,
-    importance: Annotated[str | None, choice_option(IMPORTANCES, "How much a channel matters")] = None,
-    order: Annotated[str | None, choice_option(ORDERS, "Order of the groups")] = None,
+    normalization: Annotated[str | None, _choice_option(NORMALIZATIONS, "Of the reducer intrafusion")] = None,
+    importance: Annotated[str | None, _choice_option(IMPORTANCES, "How much a channel matters")] = None,
+    order: Annotated[str | None, _choice_option(ORDERS, "Order of the groups")] = None,
     round_to: Annotated[int | None, typer.Option(help="Make every size a multiple of this.")] = None,
     restore: Annotated[
         list[str] | None,
-        choice_option(
+        _choice_option(
             ("auto", *LEVELS, "none", *RESTORERS),
             "What is done against the loss (repeatable, in order); auto takes the strongest that the images allow",
         ),
@@ -82,8 +82,8 @@ def compress_command(
         Path | None,
         typer.Option(help="Write the images that the layers were solved on, for --images and report (.safetensors)."),
     ] = None,
-    include: Annotated[list[str] | None, layer_option("Reduce only the channels of this layer")] = None,
-    exclude: Annotated[list[str] | None, layer_option("Leave the channels of this layer alone")] = None,
+    include: Annotated[list[str] | None, _layer_option("Reduce only the channels of this layer")] = None,
+    exclude: Annotated[list[str] | None, _layer_option("Leave the channels of this layer alone")] = None,
     seed: Annotated[int | None, typer.Option(help="For whatever draws random numbers.")] = None,
     recipe: Annotated[
         Path | None,
@@ -98,24 +98,24 @@ def compress_command(
     """
     said = locals()
     with working():
-        wanted = read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
+        wanted = _read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
         if output:
             check_output(output)
         network = read_network(model, base=base, weights=weights, arguments=arguments or (), inputs=inputs or ())
-        small, rolled_back = reduce_network(network, wanted, read_images(images) if images else None)
+        small, rolled_back = _reduce_network(network, wanted, read_images(images) if images else None)
         if output:
             small.save(output)
         if keep_images and small.images:
             save_images(small.images.tensors()[0], keep_images)
     if as_json:
-        print_json(summary(network, small, output, rolled_back))
+        print_json(_summary(network, small, output, rolled_back))
     else:
-        show(network, small, output, rolled_back)
+        _show(network, small, output, rolled_back)
     if strict and rolled_back:
         raise typer.Exit(ROLLED_BACK)
 
 
-def read_recipe(file: Path | None, options: dict[str, Any], normalization: str | None) -> Recipe:
+def _read_recipe(file: Path | None, options: dict[str, Any], normalization: str | None) -> Recipe:
     """The recipe in a file, or the default one, changed by the options that are not None.
 
     Raises:
@@ -131,12 +131,12 @@ def read_recipe(file: Path | None, options: dict[str, Any], normalization: str |
     elif "keep" in chosen:
         stated["target"] = None
     recipe = Recipe.of(**stated | chosen)
-    recipe = replace(recipe, reducer=with_normalization(recipe.reducer, normalization)) if normalization else recipe
+    recipe = replace(recipe, reducer=_with_normalization(recipe.reducer, normalization)) if normalization else recipe
     recipe.refuse_foreign()
     return recipe
 
 
-def with_normalization(reducer: Reducer, normalization: str) -> Reducer:
+def _with_normalization(reducer: Reducer, normalization: str) -> Reducer:
     if not isinstance(reducer, IntraFusion):
         raise RecipeError(f"--normalization goes with the reducer intrafusion, got {reducer}; leave it out.")
     return replace(reducer, normalization=normalization)
@@ -164,7 +164,7 @@ def read_keep(texts: Iterable[str]) -> Keep:
     return keep["*"] if keep.keys() == {"*"} else keep
 
 
-def read_target(text: str) -> dict[str, float]:
+def _read_target(text: str) -> dict[str, float]:
     """
     >>> read_target("macs=0.5")
     {'macs': 0.5}
@@ -180,11 +180,11 @@ def _same(said: Any) -> Any:
     return said
 
 
-_READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": read_target}
+_READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": _read_target}
 """Options that are written in another way than in a recipe."""
 
 
-def reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:
+def _reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
         graph = pipeline.inspect(network.model, network.inputs, progress=progress)
@@ -192,7 +192,7 @@ def reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> t
     return small, list(small.rolled_back)
 
 
-def summary(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> dict[str, Any]:
+def _summary(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> dict[str, Any]:
     return {
         "model": network.name,
         "output": str(folder) if folder else None,
@@ -204,7 +204,7 @@ def summary(network: Network, small: Compressed, folder: Path | None, rolled_bac
     }
 
 
-def show(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> None:
+def _show(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> None:
     print_plan(small.plan, small.before, small.after)
     for line in (*map(str, small.restored), *(f"note: {note}" for note in small.notes)):
         say(line)

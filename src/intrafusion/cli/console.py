@@ -15,7 +15,7 @@ from intrafusion.errors import FolderError, IntrafusionError
 from intrafusion.io.folder import is_ours
 from intrafusion.progress import Progress as Callback
 
-BAD_INPUT, ROLLED_BACK = 2, 3
+_BAD_INPUT, ROLLED_BACK = 2, 3
 EXIT_CODES = (
     "Exit codes: 0 done; 1 an error of the program; 2 bad usage or input, nothing was written; "
     "3 done, but a group had to be rolled back (compress --strict)."
@@ -32,7 +32,7 @@ def working() -> Iterator[None]:
     except (IntrafusionError, ValueError, OSError) as error:
         messages.print("error:", style="bold red", end=" ")
         messages.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from error
+        raise typer.Exit(_BAD_INPUT) from error
 
 
 @contextmanager

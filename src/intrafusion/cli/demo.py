@@ -28,15 +28,15 @@ from intrafusion.measure.size import size_of
 from intrafusion.network.inputs import Inputs
 from intrafusion.recipe import Recipe
 
-NETWORK = "digits_resnet"
-KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-METHODS: Mapping[str, Mapping[str, Any]] = {
+_NETWORK = "digits_resnet"
+_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+_METHODS: Mapping[str, Mapping[str, Any]] = {
     "pruned": {"reducer": "select", "restore": None},
     "fused": {"reducer": "intrafusion", "restore": None},
     "restored": {"reducer": "pivot", "restore": "noise"},
 }
-SAVED = ("restored", 0.5)
-TABLE, PLOT, SMALL = "accuracy.csv", "accuracy.png", "restored-50"
+_SAVED = ("restored", 0.5)
+_TABLE, _PLOT, _SMALL = "accuracy.csv", "accuracy.png", "restored-50"
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ def demo(
     the files it wrote, and no others.
     """
     with working():
-        check_folder(output)
+        _check_folder(output)
         torch.set_num_threads(1)  # for 8 x 8 images, more threads only wait for one another
         messages.print("training a small residual network on 1,197 digits ...", highlight=False)
         rows = run(zoo.train_digits(), output)
     show(rows, output)
 
 
-def check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """Refuse, before the work, a folder that cannot be written to.
 
     Raises:
@@ -76,36 +76,36 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"{folder}: expected a folder, but this is a file; choose another name with -o.")
-    check_output(folder / SMALL)
+    check_output(folder / _SMALL)
 
 
-def run(model: nn.Module, folder: Path, keeps: Sequence[float] = KEEPS) -> list[Row]:
+def run(model: nn.Module, folder: Path, keeps: Sequence[float] = _KEEPS) -> list[Row]:
     """Measure the original and both methods at every keep; write the table, the plot and one network to the folder."""
-    test = zoo.load_data(NETWORK, "test")
-    inputs = Inputs.of(zoo.example_input(NETWORK))
+    test = zoo.load_data(_NETWORK, "test")
+    inputs = Inputs.of(zoo.example_input(_NETWORK))
     size = size_of(model, inputs)
     rows = [Row("original", 1.0, size.params, size.macs, accuracy(model, test.images, test.labels))]
     with progress_bar("demo") as progress:
         graph = pipeline.inspect(model, inputs, progress=progress)  # traced and proven once
         for index, keep in enumerate(keeps):
             progress(f"keep {keep:.0%}", index, len(keeps))
-            recipes = {name: Recipe.of(keep=keep, **options) for name, options in METHODS.items()}
+            recipes = {name: Recipe.of(keep=keep, **options) for name, options in _METHODS.items()}
             smaller = {name: pipeline.follow(recipe, model, graph, inputs) for name, recipe in recipes.items()}
-            rows += [measure_row(name, keep, small, test) for name, small in smaller.items()]
-            if keep == SAVED[1]:
-                smaller[SAVED[0]].save(folder / SMALL)
-    write_table(folder / TABLE, rows)
-    curves = {method: [(r.keep, r.accuracy) for r in rows if r.method == method] for method in METHODS}
+            rows += [_measure_row(name, keep, small, test) for name, small in smaller.items()]
+            if keep == _SAVED[1]:
+                smaller[_SAVED[0]].save(folder / _SMALL)
+    _write_table(folder / _TABLE, rows)
+    curves = {method: [(r.keep, r.accuracy) for r in rows if r.method == method] for method in _METHODS}
     title = f"Digits, a residual network of {size.params:,} parameters:\nno data, no retraining"
-    accuracy_plot(folder / PLOT, curves, original=rows[0].accuracy, title=title)
+    accuracy_plot(folder / _PLOT, curves, original=rows[0].accuracy, title=title)
     return rows
 
 
-def measure_row(method: str, keep: float, small: Compressed, test: Images) -> Row:
+def _measure_row(method: str, keep: float, small: Compressed, test: Images) -> Row:
     return Row(method, keep, small.after.params, small.after.macs, accuracy(small.model, test.images, test.labels))
 
 
-def write_table(path: Path, rows: Iterable[Row]) -> None:
+def _write_table(path: Path, rows: Iterable[Row]) -> None:
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([f.name for f in fields(Row)])
@@ -116,13 +116,13 @@ def show(rows: Sequence[Row], folder: Path) -> None:
     original, rest = rows[0], rows[1:]
     keeps = sorted({row.keep for row in rest}, reverse=True)
     say(f"test accuracy on 360 digits; the original has {original.accuracy:.1%} and {original.params:,} parameters\n")
-    print_table(("keep", "parameters", *METHODS), [line(keep, rest) for keep in keeps], numbers=True)
-    say(f"\nwritten to {folder}: {TABLE}, {PLOT} and the network {SMALL}; back in one line:")
-    say(loading_line(folder / SMALL, *resolve(f"zoo:{NETWORK}").python()))
+    print_table(("keep", "parameters", *_METHODS), [_line(keep, rest) for keep in keeps], numbers=True)
+    say(f"\nwritten to {folder}: {_TABLE}, {_PLOT} and the network {_SMALL}; back in one line:")
+    say(loading_line(folder / _SMALL, *resolve(f"zoo:{_NETWORK}").python()))
 
 
-def line(keep: float, rows: Iterable[Row]) -> tuple[str, ...]:
+def _line(keep: float, rows: Iterable[Row]) -> tuple[str, ...]:
     """One keep: what is left of the parameters, and the accuracy of each method."""
     found = {row.method: row for row in rows if row.keep == keep}
     params = next(iter(found.values())).params
-    return f"{keep:.0%}", f"{params:,}", *(f"{found[method].accuracy:.1%}" for method in METHODS)
+    return f"{keep:.0%}", f"{params:,}", *(f"{found[method].accuracy:.1%}" for method in _METHODS)

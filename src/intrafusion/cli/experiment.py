@@ -30,22 +30,22 @@ from intrafusion.lab.zoo.data import DATA_SETS
 from intrafusion.network.inputs import Inputs
 
 _DIGITS_NAME = "digits_resnet"
-TRAIN_SPLITS = {"cifar10": "train", "cifar100": "calibration", "mnist": "train", "digits": "train"}
-TEST_SPLITS = {"imagenet": "sample"}  # "test" for the others
+_TRAIN_SPLITS = {"cifar10": "train", "cifar100": "calibration", "mnist": "train", "digits": "train"}
+_TEST_SPLITS = {"imagenet": "sample"}  # "test" for the others
 
 Names = Annotated[
     str, typer.Argument(metavar="NAME", help="; ".join(f"{n}: {e.title}" for n, e in experiments.EXPERIMENTS.items()))
 ]
 
 
-def several(metavar: str, about: str) -> Any:
+def _several(metavar: str, about: str) -> Any:
     return typer.Option(metavar=metavar, help=f"{about} (repeatable).")
 
 
 def experiment(
     name: Names,
     network: Annotated[
-        list[str] | None, several("MODEL", f"{FORMS}; by default a small one trained on digits on the spot")
+        list[str] | None, _several("MODEL", f"{FORMS}; by default a small one trained on digits on the spot")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Records; NAME.jsonl by default.")] = None,
     data: Annotated[
@@ -61,17 +61,17 @@ def experiment(
     weights: WeightFiles = None,
     arguments: Arguments = None,
     inputs: InputShapes = None,
-    keep: Annotated[list[float] | None, several("FRACTION", "Fraction of the channels to keep")] = None,
-    criterion: Annotated[list[str] | None, several("NAME", "Importance criterion")] = None,
+    keep: Annotated[list[float] | None, _several("FRACTION", "Fraction of the channels to keep")] = None,
+    criterion: Annotated[list[str] | None, _several("NAME", "Importance criterion")] = None,
     method: Annotated[
         list[str] | None,
-        several(
+        _several(
             "METHOD",
             "REDUCER[:option=value,...][+STEP...], such as select, intrafusion:normalization=function+closed_form",
         ),
     ] = None,
     group: Annotated[
-        list[str] | None, several("GROUP", "Name of a group, or 'whole network', or 'block-inner channels'")
+        list[str] | None, _several("GROUP", "Name of a group, or 'whole network', or 'block-inner channels'")
     ] = None,
     order: Annotated[str | None, typer.Option(help="Of the groups: joint or backward.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Random draws.")] = None,
@@ -109,11 +109,11 @@ def experiment(
     }
     with working():
         chosen = experiments.get_experiment(name)
-        options = read_options(name, chosen, given)
+        options = _read_options(name, chosen, given)
         path = output or Path(f"{name}.jsonl")
         if path.is_dir():
             raise FolderError(f"{path}: expected a file for the records, but this is a folder; choose another with -o.")
-        subjects = read_subjects(
+        subjects = _read_subjects(
             network or ["digits"],
             data=data,
             images=images,
@@ -123,7 +123,7 @@ def experiment(
             inputs=inputs or (),
             networks=networks or chosen.networks,
         )
-        cluster = Cluster(ray, by_value=tuple(modules_of_files())) if ray else None
+        cluster = Cluster(ray, by_value=tuple(_modules_of_files())) if ray else None
         with progress_bar(name) as progress:
             records = experiments.run_experiment(
                 name,
@@ -135,10 +135,10 @@ def experiment(
                 provenance={"command": shlex.join(["intrafusion", *sys.argv[1:]])},
                 progress=lambda _, done, total: progress(f"{done}/{total}", done, total),
             )
-    show(records, path, as_json)
+    _show(records, path, as_json)
 
 
-def read_options(name: str, chosen: Experiment, given: dict[str, Any]) -> Options:
+def _read_options(name: str, chosen: Experiment, given: dict[str, Any]) -> Options:
     """The experiment's defaults, changed by what was given.
 
     Raises:
@@ -152,26 +152,26 @@ def read_options(name: str, chosen: Experiment, given: dict[str, Any]) -> Option
     return replace(chosen.defaults, **stated)
 
 
-def read_subjects(names: Sequence[str], *, networks: int, **options: Any) -> list[Subject]:
+def _read_subjects(names: Sequence[str], *, networks: int, **options: Any) -> list[Subject]:
     """The networks with their images; digits networks are trained on the spot."""
     subjects: list[Subject] = []
     for name in names:
         if name in ("digits", f"zoo:{_DIGITS_NAME}") and options["weights"] is None:
             torch.set_num_threads(1)  # for 8 x 8 images, more threads only wait for one another
             messages.print(f"training {networks} small network(s) on digits ...", highlight=False)
-            subjects += [digits(seed, options) for seed in range(networks)]
+            subjects += [_digits(seed, options) for seed in range(networks)]
         else:
-            subjects.append(read_subject(name, **options))
+            subjects.append(_read_subject(name, **options))
     return subjects
 
 
-def digits(seed: int, options: dict[str, Any]) -> Subject:
+def _digits(seed: int, options: dict[str, Any]) -> Subject:
     test, train = read_data_images("digits", _DIGITS_NAME, options["images"], options["training_images"])
     name = _DIGITS_NAME if seed == 0 else f"{_DIGITS_NAME} (seed {seed})"
     return Subject(name, zoo.train_digits(seed=seed), Inputs.of(zoo.example_input(_DIGITS_NAME)), test, train)
 
 
-def read_subject(
+def _read_subject(
     name: str,
     *,
     data: str | None,
@@ -200,14 +200,14 @@ def read_data_images(
 ) -> tuple[Images, Images | None]:
     """Test and training images, normalised for a network of the zoo if it is one for these data."""
     if data not in DATA_SETS:
-        return read_file(Path(data), images, training_images)
+        return _read_file(Path(data), images, training_images)
     normalised = network if network and zoo.entry(network).data == data else data
-    test = zoo.load_data(normalised, TEST_SPLITS.get(data, "test"), limit=images)
-    split = TRAIN_SPLITS.get(data)
+    test = zoo.load_data(normalised, _TEST_SPLITS.get(data, "test"), limit=images)
+    split = _TRAIN_SPLITS.get(data)
     return test, zoo.load_data(normalised, split, limit=training_images) if split else None
 
 
-def read_file(path: Path, images: int | None, training_images: int | None) -> tuple[Images, Images | None]:
+def _read_file(path: Path, images: int | None, training_images: int | None) -> tuple[Images, Images | None]:
     """Raises FolderError if the file is missing, damaged or lacks the test images."""
     if not path.is_file():
         raise FolderError(f"--data {path}: expected {', '.join(DATA_SETS)}, or a .safetensors file; there is none.")
@@ -222,12 +222,12 @@ def read_file(path: Path, images: int | None, training_images: int | None) -> tu
     return test, Images(found["train_images"][:training_images], found["train_labels"][:training_images].long())
 
 
-def modules_of_files() -> Iterator[ModuleType]:
+def _modules_of_files() -> Iterator[ModuleType]:
     """Modules that were run from a path.py:factory, which workers cannot import."""
     yield from (module for name, module in sys.modules.items() if name.startswith("_intrafusion_model_"))
 
 
-def show(records: Sequence[Record], path: Path, as_json: bool) -> None:
+def _show(records: Sequence[Record], path: Path, as_json: bool) -> None:
     if as_json:
         print_json([{"setting": dict(r.setting), "result": dict(r.result)} for r in records])
         return

@@ -51,9 +51,9 @@ def fuse_command(
     with working():
         if output is not None:
             check_output(output)
-        networks = read_networks(models, weights or [], arguments or [], inputs or [])
+        networks = _read_networks(models, weights or [], arguments or [], inputs or [])
         found = (
-            None if data is None else zoo.load_data(data_name(models[0], data), data_split(data), limit=images).images
+            None if data is None else zoo.load_data(_data_name(models[0], data), _data_split(data), limit=images).images
         )
         with progress_bar("fuse") as progress:
             fused = fuse_networks(
@@ -70,10 +70,10 @@ def fuse_command(
             )
         if output is not None:
             fused.save(output)
-    show(fused, networks[0], output, as_json=as_json)
+    _show(fused, networks[0], output, as_json=as_json)
 
 
-def read_networks(models: list[str], weights: list[Path], arguments: list[str], inputs: list[str]) -> list[Network]:
+def _read_networks(models: list[str], weights: list[Path], arguments: list[str], inputs: list[str]) -> list[Network]:
     """The anchor and the others.
 
     Raises:
@@ -87,18 +87,18 @@ def read_networks(models: list[str], weights: list[Path], arguments: list[str], 
     return [read_network(name, weights=path, arguments=arguments, inputs=inputs) for name, path in wanted]
 
 
-def data_name(model: str, data: str) -> str:
+def _data_name(model: str, data: str) -> str:
     """The network of the zoo if it is one, for its normalisation; else the data set."""
     name = model.removeprefix("zoo:")
     return name if name in zoo.names() and zoo.entry(name).data == data else data
 
 
-def data_split(data: str) -> str:
+def _data_split(data: str) -> str:
     return {"cifar100": "calibration", "imagenet": "sample"}.get(data, "train")
 
 
-def show(fused: Fused, anchor: Network, output: Path | None, *, as_json: bool) -> None:
-    moved = {name: moved_share(fused, name) for name in fused.alignments[-1]}
+def _show(fused: Fused, anchor: Network, output: Path | None, *, as_json: bool) -> None:
+    moved = {name: _moved_share(fused, name) for name in fused.alignments[-1]}
     if as_json:
         print_json({**plan_data(fused.plan, fused.before, fused.after), "moved": moved})
         return
@@ -109,7 +109,7 @@ def show(fused: Fused, anchor: Network, output: Path | None, *, as_json: bool) -
         say(f"saved to {output}; back in one line:\n{loading_line(output, anchor.imports, anchor.original)}")
 
 
-def moved_share(fused: Fused, group: str) -> float:
+def _moved_share(fused: Fused, group: str) -> float:
     """Fraction of the channels that are not where they were, over all networks but the anchor."""
     maps = [own[group].merge for own in fused.alignments[1:]]
     stay = [float(torch.diagonal(m).sum() / len(m)) for m in maps]

@@ -27,9 +27,9 @@ def read_inputs(texts: Iterable[str]) -> Inputs:
         if name in kwargs:
             raise ModelError(f"--input {text!r}: {name!r} is given twice.")
         if name:
-            kwargs[name] = read_input(text, shape)
+            kwargs[name] = _read_input(text, shape)
         else:
-            args.append(read_input(text, shape))
+            args.append(_read_input(text, shape))
     return Inputs(tuple(args), kwargs)
 
 
@@ -52,7 +52,7 @@ def read_images(path: Path) -> Tensor:
         ) from error
 
 
-def read_input(text: str, shape: str) -> Tensor:
+def _read_input(text: str, shape: str) -> Tensor:
     """Noise; whole numbers are 1 0 1 0 ..., which is valid for token numbers and for masks alike."""
     sizes, _, dtype_name = shape.partition(":")
     dtype = getattr(torch, dtype_name or "float32", None)

@@ -20,7 +20,7 @@ from intrafusion.plan import Plan, describe_members
 from intrafusion.recipe import Recipe
 from intrafusion.table import shown_layers
 
-HEADER = ("group", "channels", "can be", "layers or reason")
+_HEADER = ("group", "channels", "can be", "layers or reason")
 
 
 def inspect_command(
@@ -40,11 +40,11 @@ def inspect_command(
         if saved:
             plan, before, after = read_saved(Path(model))
         else:
-            graph, size = read_graph(model, base, weights, arguments or (), inputs or ())
+            graph, size = _read_graph(model, base, weights, arguments or (), inputs or ())
     if saved:
         print_json({"model": model, **plan_data(plan, before, after)}) if as_json else print_plan(plan, before, after)
     else:
-        print_json({"model": model, **graph_data(graph, size)}) if as_json else print_graph(graph, size)
+        print_json({"model": model, **_graph_data(graph, size)}) if as_json else _print_graph(graph, size)
 
 
 def read_saved(folder: Path) -> tuple[Plan, Size | None, Size | None]:
@@ -54,7 +54,7 @@ def read_saved(folder: Path) -> tuple[Plan, Size | None, Size | None]:
     return Plan.from_json(json.dumps(data)), before, after
 
 
-def read_graph(
+def _read_graph(
     name: str, base: str | None, weights: Path | None, arguments: Sequence[str], inputs: Sequence[str]
 ) -> tuple[ChannelGraph, Size]:
     network = read_network(name, base=base, weights=weights, arguments=arguments, inputs=inputs, trained=False)
@@ -63,11 +63,11 @@ def read_graph(
     return graph, size_of(network.model, network.inputs)
 
 
-def graph_data(graph: ChannelGraph, size: Size) -> dict[str, Any]:
-    return {"size": asdict(size), "groups": [group_data(g) for g in graph.groups], "warnings": list(graph.warnings)}
+def _graph_data(graph: ChannelGraph, size: Size) -> dict[str, Any]:
+    return {"size": asdict(size), "groups": [_group_data(g) for g in graph.groups], "warnings": list(graph.warnings)}
 
 
-def group_data(group: ChannelGroup) -> dict[str, Any]:
+def _group_data(group: ChannelGroup) -> dict[str, Any]:
     return {
         "group": group.name,
         "n": group.size,
@@ -81,11 +81,11 @@ def group_data(group: ChannelGroup) -> dict[str, Any]:
     }
 
 
-def print_graph(graph: ChannelGraph, size: Size) -> None:
+def _print_graph(graph: ChannelGraph, size: Size) -> None:
     families: dict[tuple[int, str | None], list[ChannelGroup]] = {}
     for group in graph.groups:
         families.setdefault((group.family, group.reason), []).append(group)
-    print_table(HEADER, map(group_row, families.values()))
+    print_table(_HEADER, map(_group_row, families.values()))
     say(
         f"\n{len(graph.reducible)} of {len(graph.groups)} groups can be reduced; "
         f"parameters {size.params:,}; MACs {size.macs:,}"
@@ -94,7 +94,7 @@ def print_graph(graph: ChannelGraph, size: Size) -> None:
         say(f"note: {warning}")
 
 
-def group_row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
+def _group_row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
     """One line for a group, or for twins such as the groups of one convolution."""
     first, last = twins[0], twins[-1]
     name, count = (first.name, "") if first is last else (f"{first.name} .. {last.name}", f"{len(twins)} x ")

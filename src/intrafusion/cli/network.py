@@ -81,7 +81,7 @@ def read_network(
     """
     saved = is_saved(name)
     if saved != (base is not None) or (saved and weights):
-        raise ModelError(misfit(name, saved=saved, weights=weights))
+        raise ModelError(_misfit(name, saved=saved, weights=weights))
     spec = resolve(base or name, arguments, trained=trained and not (saved or weights))
     example = read_inputs(inputs) if inputs else spec.example_input()
     if example is None:
@@ -95,7 +95,7 @@ def read_network(
     return Network(name, model, Inputs.of(example), imports, original)
 
 
-def misfit(name: str, *, saved: bool, weights: Path | None) -> str:
+def _misfit(name: str, *, saved: bool, weights: Path | None) -> str:
     """Why a name and the options beside it do not go together."""
     if not saved:
         return f"{name}: --base goes with a saved folder, and there is no such folder; check the path, or leave it out."

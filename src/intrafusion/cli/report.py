@@ -36,11 +36,11 @@ def report(
     """
     with working():
         sheet = data_address(contact_sheet(load_images(images))) if images else None
-        html.write(page_of(sources, sheet), output)
+        html.write(_page_of(sources, sheet), output)
     say(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
 
 
-def page_of(sources: list[Path], sheet: str | None) -> html.Page:
+def _page_of(sources: list[Path], sheet: str | None) -> html.Page:
     """Raises FolderError for what holds no records and is no saved folder."""
     if len(sources) == 1 and sources[0].is_dir():
         folder = sources[0]
@@ -51,12 +51,12 @@ def page_of(sources: list[Path], sheet: str | None) -> html.Page:
         return html.plan_page(
             plan, before, after, folder=str(folder), sheet=sheet, version=intrafusion.__version__, restored=restored
         )
-    records = [record for source in sources for record in read_record_file(source)]
+    records = [record for source in sources for record in _read_record_file(source)]
     names = [source.name for source in sources]
     return html.records_page(records, sources=names, sheet=sheet, version=intrafusion.__version__)
 
 
-def read_record_file(path: Path) -> list[Record]:
+def _read_record_file(path: Path) -> list[Record]:
     """Raises FolderError for a file that is missing or holds no record."""
     if not path.is_file():
         kind = "this is a folder; give it alone" if path.is_dir() else "there is none"

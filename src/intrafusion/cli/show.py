@@ -19,17 +19,17 @@ from intrafusion.measure.size import Size
 from intrafusion.plan import Plan
 from intrafusion.table import HEADER, size_change, table_rows
 
-PIPED_WIDTH = 160  # columns where there is no terminal to ask
+_PIPED_WIDTH = 160  # columns where there is no terminal to ask
 
 
-def console() -> Console:
+def _console() -> Console:
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if known else PIPED_WIDTH)
+    return Console(width=None if known else _PIPED_WIDTH)
 
 
 def say(text: str) -> None:
     """One line of plain text, not wrapped."""
-    console().print(text, markup=False, highlight=False, soft_wrap=True)
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
@@ -39,7 +39,7 @@ def print_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, number
         table.add_column(name, overflow="fold", justify="right" if numbers else "left")
     for line in lines:
         table.add_row(*map(Text, line))
-    console().print(table)
+    _console().print(table)
 
 
 def print_json(data: Any) -> None:

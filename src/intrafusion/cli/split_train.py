@@ -25,7 +25,7 @@ from intrafusion.lab.report.times import run_times_plot
 from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 
-RECORDS, FIGURE, SMALL, EXPERIMENT = "records.jsonl", "times.png", "network", "split_train"
+_RECORDS, _FIGURE, _SMALL, _EXPERIMENT = "records.jsonl", "times.png", "network", "split_train"
 
 
 def split_train_command(
@@ -62,7 +62,7 @@ def split_train_command(
         if output.is_file():
             raise FolderError(f"{output}: expected a folder, but this is a file; choose another name with -o.")
         torch.set_num_threads(1)
-        data, validation, test = read_data(network, limit)
+        data, validation, test = _read_data(network, limit)
         train = replace(PAPER, epochs=epochs, lr=lr, batch_size=batch_size)
         tune = replace(PAPER, epochs=tune_epochs, lr=tune_lr, batch_size=batch_size)
         cluster = Cluster(ray, cores=cores) if ray else None
@@ -70,28 +70,28 @@ def split_train_command(
         with progress_bar("split-train") as progress:
             for name in schedule or SCHEDULES:
                 how = SplitTraining(name, folds, keep, train, tune, using=using, seed=seed)
-                folder = output.resolve() / folder_label(how)
+                folder = output.resolve() / _folder_label(how)
                 found = split_train(
-                    partial(build_network, network), zoo.example_input(network), data, validation, how,
+                    partial(_build_network, network), zoo.example_input(network), data, validation, how,
                     folder=folder / "checkpoints", cluster=cluster, progress=progress,
                 )  # fmt: skip
-                found.compressed.save(folder / SMALL)
-                rows.append(note_result(found, how, network, test, output / RECORDS))
-        run_times_plot(output / FIGURE, {row["name"]: times(row) for row in rows})
-    show(rows, output, network, as_json=as_json)
+                found.compressed.save(folder / _SMALL)
+                rows.append(_note_result(found, how, network, test, output / _RECORDS))
+        run_times_plot(output / _FIGURE, {row["name"]: _times(row) for row in rows})
+    _show(rows, output, network, as_json=as_json)
 
 
-def build_network(network: str, seed: int) -> torch.nn.Module:
+def _build_network(network: str, seed: int) -> torch.nn.Module:
     return zoo.build(network, seed=seed)
 
 
-def folder_label(how: SplitTraining) -> str:
+def _folder_label(how: SplitTraining) -> str:
     """Of a folder: another training gets another one."""
     folds = "" if how.schedule == "whole" else f"-{how.folds}"
     return f"{how.schedule}{folds}-keep{how.keep:g}-{how.train.epochs}+{how.tune.epochs}-seed{how.seed}"
 
 
-def read_data(network: str, limit: int | None) -> tuple[Images, Images, Images]:
+def _read_data(network: str, limit: int | None) -> tuple[Images, Images, Images]:
     """Images to train on, to choose on, and to report on. Where there is no validation split it is the last tenth.
 
     Raises:
@@ -108,22 +108,28 @@ def read_data(network: str, limit: int | None) -> tuple[Images, Images, Images]:
     return train, validation, zoo.load_data(network, "test")
 
 
-def note_result(found: SplitResult, how: SplitTraining, network: str, test: Images, path: Path) -> dict[str, Any]:
+def _note_result(found: SplitResult, how: SplitTraining, network: str, test: Images, path: Path) -> dict[str, Any]:
     """Measure the result on the test images, once, and append the record."""
     setting, result = records_of(found, how)
     right: Callable[[Any], float] = lambda model: accuracy(model, test.images, test.labels)  # noqa: E731
     tested = {"accuracy": right(found.compressed.model)}
     if found.whole is not None:
         tested["accuracy_before_compression"] = right(found.whole)
-    append_record(path, Record(EXPERIMENT, {"network": network, **setting}, {**result, **tested}))
-    return {"name": folder_label(how).partition("-keep")[0], "folder": folder_label(how), **setting, **result, **tested}
+    append_record(path, Record(_EXPERIMENT, {"network": network, **setting}, {**result, **tested}))
+    return {
+        "name": _folder_label(how).partition("-keep")[0],
+        "folder": _folder_label(how),
+        **setting,
+        **result,
+        **tested,
+    }
 
 
-def times(row: dict[str, Any]) -> list[tuple[str, float, float]]:
+def _times(row: dict[str, Any]) -> list[tuple[str, float, float]]:
     return [(p["name"], p["longest_s"], p["work_s"]) for p in row["phases"]]
 
 
-def show(rows: Sequence[dict[str, Any]], output: Path, network: str, *, as_json: bool) -> None:
+def _show(rows: Sequence[dict[str, Any]], output: Path, network: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"output": str(output), "runs": list(rows)})
         return
@@ -135,6 +141,6 @@ def show(rows: Sequence[dict[str, Any]], output: Path, network: str, *, as_json:
     print_table(
         ("schedule", "test accuracy before", "compressed", "s, a machine each", "s of work"), lines, numbers=True
     )
-    say(f"\nwritten to {output}: {RECORDS}, {FIGURE}, checkpoints and networks; the first one back in one line:")
+    say(f"\nwritten to {output}: {_RECORDS}, {_FIGURE}, checkpoints and networks; the first one back in one line:")
     imports, original = resolve(f"zoo:{network}", ["pretrained=false"], trained=False).python()
-    say(loading_line(Path(os.path.join(output, rows[0]["folder"], SMALL)), imports, original))
+    say(loading_line(Path(os.path.join(output, rows[0]["folder"], _SMALL)), imports, original))

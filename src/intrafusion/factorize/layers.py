@@ -64,12 +64,12 @@ def factorize(
         BudgetError: a budget that rank 1 everywhere exceeds, or a name that nothing matches.
     """
     inputs = Inputs.of(example_inputs)
-    base = model if isinstance(model, Compressed) else wrap_unreduced(model, inputs)
+    base = model if isinstance(model, Compressed) else _wrap_unreduced(model, inputs)
     check_weights(base.model)
     layers = spectra(base.model, include, exclude)
     small = copy_model(base.model)
     wanted = dict(ranks) if isinstance(ranks, Mapping) else get_rule(ranks)(layers)
-    check_layer_names(wanted, layers)
+    _check_layer_names(wanted, layers)
     chosen = {x.name: wanted[x.name] for x in layers if 1 <= wanted.get(x.name, 0) <= x.largest}
     for name, rank in chosen.items():
         replace_module_(small, name, factorize_layer(small.get_submodule(name), rank))
@@ -79,7 +79,7 @@ def factorize(
     return Factorized(**{**found, "model": small, "after": after}, ranks={n: (r, full[n]) for n, r in chosen.items()})
 
 
-def wrap_unreduced(model: nn.Module, inputs: Inputs) -> Compressed:
+def _wrap_unreduced(model: nn.Module, inputs: Inputs) -> Compressed:
     """A copy of a network in which nothing is reduced."""
     graph = trace(model, inputs)
     return apply(model, Plan(Recipe.of(keep=1.0), (), graph.shapes, {}, graph.warnings), inputs, graph=graph)
@@ -100,7 +100,7 @@ def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[
         inside = lambda names, own=name: any(own == n or own.startswith(f"{n}.") for n in names)  # noqa: E731
         asked = bool(name) and (chosen is None or inside(chosen)) and not inside(left)
         plain = is_splittable(module) and not parametrize.is_parametrized(module)
-        if asked and plain and not is_weight_read_outside(model, name):
+        if asked and plain and not _is_weight_read_outside(model, name):
             assert isinstance(module.weight, nn.Parameter)
             if owners[id(module.weight)] == 1:
                 found.append(spectrum(name, module))
@@ -109,13 +109,13 @@ def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[
     return found
 
 
-def is_weight_read_outside(model: nn.Module, name: str) -> bool:
+def _is_weight_read_outside(model: nn.Module, name: str) -> bool:
     """Whether the module around a layer reads its weight itself."""
     parent = model.get_submodule(name.rpartition(".")[0])
     return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
-def check_layer_names(wanted: Mapping[str, int], layers: list[Spectrum]) -> None:
+def _check_layer_names(wanted: Mapping[str, int], layers: list[Spectrum]) -> None:
     unknown = sorted(set(wanted) - {x.name for x in layers})
     if unknown:
         raise ModelError(f"factorize: {unknown[0]!r} is no layer that can be split; see `spectra(model)` for those.")

@@ -36,12 +36,12 @@ class Smooth:
         if self.nuclear:
             total = total + self.nuclear * torch.linalg.matrix_norm(rows, "nuc")
         if self.first:
-            total = total + self.first * row_lengths(rows.diff(dim=0))
+            total = total + self.first * _row_lengths(rows.diff(dim=0))
         if self.second:
-            total = total + self.second * row_lengths(rows.diff(n=2, dim=0))
+            total = total + self.second * _row_lengths(rows.diff(n=2, dim=0))
         return total
 
 
-def row_lengths(rows: Tensor) -> Tensor:
+def _row_lengths(rows: Tensor) -> Tensor:
     """Sum of the Euclidean lengths of rows, with gradient 0 where a row is 0."""
     return torch.where((rows == 0).all(1), 0.0, (rows.square().sum(1) + 1e-24).sqrt()).sum()

@@ -24,7 +24,7 @@ class Share:
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        check_share("fraction", self.fraction)
+        _check_share("fraction", self.fraction)
 
     def __call__(self, layers: Sequence[Spectrum]) -> dict[str, int]:
         return {x.name: max(1, min(x.full, int(self.fraction * x.dense / x.step))) for x in layers}
@@ -41,7 +41,7 @@ class Global:
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        check_share("fraction", self.fraction)
+        _check_share("fraction", self.fraction)
 
     def __call__(self, layers: Sequence[Spectrum]) -> dict[str, int]:
         """Ranks with as many parameters as the budget allows.
@@ -74,19 +74,19 @@ class Energy:
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        check_share("threshold", self.threshold)
+        _check_share("threshold", self.threshold)
 
     def __call__(self, layers: Sequence[Spectrum]) -> dict[str, int]:
-        return {x.name: least_rank(x, self.threshold) for x in layers}
+        return {x.name: _least_rank(x, self.threshold) for x in layers}
 
 
-def least_rank(layer: Spectrum, threshold: float) -> int:
+def _least_rank(layer: Spectrum, threshold: float) -> int:
     held = layer.energy.cumsum(0)
     enough = held >= threshold * held[-1] * (1 - 1e-12)  # all of it is reached in spite of rounding
     return 1 + int(enough.double().argmax())
 
 
-def check_share(name: str, value: float) -> None:
+def _check_share(name: str, value: float) -> None:
     if not 0 < value <= 1:
         raise BudgetError(f"{name}: expected a number in (0, 1], got {value!r}.")
 

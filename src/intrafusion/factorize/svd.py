@@ -58,7 +58,7 @@ class Spectrum:
         return rank * self.step if rank <= self.largest else self.dense
 
 
-def matrices(layer: nn.Module) -> Tensor:
+def _matrices(layer: nn.Module) -> Tensor:
     """(groups, c_out / groups, d) float64: the flattened weight of each group of a layer."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -67,7 +67,7 @@ def matrices(layer: nn.Module) -> Tensor:
 
 
 def spectrum(name: str, layer: nn.Module) -> Spectrum:
-    flat = matrices(layer)
+    flat = _matrices(layer)
     return Spectrum(name, torch.linalg.svdvals(flat), flat.shape[1], flat.shape[2])
 
 
@@ -77,11 +77,11 @@ def factorize_layer(layer: nn.Module, rank: int) -> LowRank:
     reduce = S^(1/2) V^T and expand = U S^(1/2), group by group; of all pairs of this rank the one with the least
     squared error of the weight (Eckart and Young 1936).
     """
-    u, s, vh = torch.linalg.svd(matrices(layer), full_matrices=False)
+    u, s, vh = torch.linalg.svd(_matrices(layer), full_matrices=False)
     root = s[:, :rank].sqrt()
     split = make_low_rank(layer, rank)
-    write_values_(split.reduce, vh[:, :rank] * root[:, :, None])
-    write_values_(split.expand, u[:, :, :rank] * root[:, None, :])
+    _write_values_(split.reduce, vh[:, :rank] * root[:, :, None])
+    _write_values_(split.expand, u[:, :, :rank] * root[:, None, :])
     bias = layer.bias
     if isinstance(bias, Tensor):
         assert isinstance(split.expand.bias, Tensor)
@@ -89,7 +89,7 @@ def factorize_layer(layer: nn.Module, rank: int) -> LowRank:
     return split
 
 
-def write_values_(layer: nn.Module, values: Tensor) -> None:
+def _write_values_(layer: nn.Module, values: Tensor) -> None:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     weight.data.copy_(values.reshape(weight.shape))

@@ -23,14 +23,14 @@ def aggregate(scores: Tensor, reduction: str, normalizer: str | None) -> Tensor:
         ValueError: unknown name.
     """
     check_aggregation(reduction, normalizer)
-    reduced = MEMBER_REDUCTIONS[reduction](scores.double())
+    reduced = _MEMBER_REDUCTIONS[reduction](scores.double())
     return reduced if normalizer is None else NORMALIZERS[normalizer](reduced)
 
 
 def check_aggregation(reduction: str, normalizer: str | None) -> None:
     """Raise RecipeError for an unknown name."""
-    if reduction not in MEMBER_REDUCTIONS:
-        raise RecipeError(unknown_name("reduction", reduction, MEMBER_REDUCTIONS))
+    if reduction not in _MEMBER_REDUCTIONS:
+        raise RecipeError(unknown_name("reduction", reduction, _MEMBER_REDUCTIONS))
     if normalizer is not None and normalizer not in NORMALIZERS:
         raise RecipeError(unknown_name("normalizer", normalizer, NORMALIZERS))
 
@@ -54,7 +54,7 @@ def _lamp(scores: Tensor) -> Tensor:
     return torch.empty_like(scores).index_copy(0, order, _divide(ranked, ranked.cumsum(0)))
 
 
-MEMBER_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_MEMBER_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda scores: scores.mean(dim=0),
     "sum": lambda scores: scores.sum(dim=0),
     "max": lambda scores: scores.amax(dim=0),

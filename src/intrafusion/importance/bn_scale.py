@@ -39,13 +39,13 @@ class BNScale:
 
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         tensors = get_observed(observations, "tensors", self, group)
-        rows = [channel_rows(tensors, member) for member in norm_scales(group, tensors)]
+        rows = [channel_rows(tensors, member) for member in _norm_scales(group, tensors)]
         if not rows:
             raise ModelError(f"group {group.name!r}: no norm scales its channels; exclude it or use another criterion.")
         return aggregate(torch.stack([r.abs().sum(dim=1) for r in rows]), self.reduction, self.normalizer)
 
 
-def norm_scales(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> list[Member]:
+def _norm_scales(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> list[Member]:
     """The scales of the group's batch norms; of its other norms if it has none."""
     scales = [m for m in group.with_role(Role.SCALES) if tensors[m.tensor].dim() == 1]
     batch_norms = {m.module for m in group.with_role(Role.MEAN, Role.VARIANCE)}

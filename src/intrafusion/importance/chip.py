@@ -42,24 +42,24 @@ class CHIP:
 
 def channel_independence(maps: Tensor) -> Tensor:
     """Nuclear norm that each channel adds to those of all others; (k, n, places) -> (n,) float64, mean over the k."""
-    return torch.stack([lost_nuclear_norm(image.double()) for image in maps]).mean(dim=0)
+    return torch.stack([_lost_nuclear_norm(image.double()) for image in maps]).mean(dim=0)
 
 
-def lost_nuclear_norm(matrix: Tensor) -> Tensor:
+def _lost_nuclear_norm(matrix: Tensor) -> Tensor:
     """||A||_* - ||A without row i||_* for each row i of A (n, p), never negative."""
     n, p = matrix.shape
-    whole = nuclear_norm(matrix @ matrix.T if n <= p else matrix.T @ matrix)
+    whole = _nuclear_norm(matrix @ matrix.T if n <= p else matrix.T @ matrix)
     size = max(1, CHUNK // min(n, p) ** 2)
-    without = [nuclear_norm(leave_out_grams(matrix, rows)) for rows in torch.arange(n).split(size)]
+    without = [_nuclear_norm(_leave_out_grams(matrix, rows)) for rows in torch.arange(n).split(size)]
     return (whole - torch.cat(without)).clamp(min=0.0)
 
 
-def nuclear_norm(gram: Tensor) -> Tensor:
+def _nuclear_norm(gram: Tensor) -> Tensor:
     """Sum of singular values of A from A A^T or A^T A, the last two dimensions."""
     return torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt().sum(dim=-1)
 
 
-def leave_out_grams(matrix: Tensor, rows: Tensor) -> Tensor:
+def _leave_out_grams(matrix: Tensor, rows: Tensor) -> Tensor:
     """The smaller of A A^T and A^T A with one row of A set to zero, for each of `rows`."""
     n, p = matrix.shape
     rows = rows.to(matrix.device)

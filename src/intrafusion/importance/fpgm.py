@@ -42,9 +42,9 @@ class FPGM:
         rows = linear_rows(group, weights)
         if not rows:
             raise ModelError(f"group {group.name!r}: no weight to compare its channels by; exclude the group.")
-        return aggregate(torch.stack([sum_distances(r, self.p) for r in rows]), self.reduction, self.normalizer)
+        return aggregate(torch.stack([_sum_distances(r, self.p) for r in rows]), self.reduction, self.normalizer)
 
 
-def sum_distances(rows: Tensor, p: float = 2.0) -> Tensor:
+def _sum_distances(rows: Tensor, p: float = 2.0) -> Tensor:
     """Sum over j of ||x_i - x_j||_p for each row (n, d) -> (n,)."""
     return torch.cdist(rows, rows, p=p, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)

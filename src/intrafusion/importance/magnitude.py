@@ -47,9 +47,9 @@ class Magnitude:
             rows.append(added)
         if not rows:
             raise ModelError(f"group {group.name!r}: no weight to measure the magnitude of; exclude the group.")
-        return aggregate(torch.stack([magnitude(r, self.p) for r in rows]), self.reduction, self.normalizer)
+        return aggregate(torch.stack([_magnitude(r, self.p) for r in rows]), self.reduction, self.normalizer)
 
 
-def magnitude(rows: Tensor, p: float) -> Tensor:
+def _magnitude(rows: Tensor, p: float) -> Tensor:
     """sum_j |x_ij|^p of each row, or max_j |x_ij| for p = inf."""
     return rows.abs().amax(dim=1) if math.isinf(p) else rows.abs().pow(p).sum(dim=1)

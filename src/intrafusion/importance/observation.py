@@ -114,8 +114,8 @@ def get_observed(observation: Any, field: str, importance: object, group: Channe
 
 def importance_label(importance: object) -> str:
     """How messages call a criterion."""
-    return repr(importance) if hasattr(importance, "__dataclass_fields__") else importance_name(importance)
+    return repr(importance) if hasattr(importance, "__dataclass_fields__") else _importance_name(importance)
 
 
-def importance_name(importance: object) -> str:
+def _importance_name(importance: object) -> str:
     return str(getattr(importance, "__qualname__", type(importance).__qualname__))

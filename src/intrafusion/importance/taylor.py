@@ -47,7 +47,7 @@ class Taylor:
         tensors = get_observed(observations, "tensors", self, group)
         gradients = get_observed(observations, "gradients", self, group)
         scores = [
-            first_order(channel_rows(tensors, m), channel_rows(gradients, m), self.multivariable)
+            _first_order(channel_rows(tensors, m), channel_rows(gradients, m), self.multivariable)
             for m in group.members
             if m.tensor in gradients and (weighs(m, tensors) or (self.bias and Role.SHIFTS in m.roles))
         ]
@@ -56,7 +56,7 @@ class Taylor:
         return aggregate(torch.stack(scores), self.reduction, self.normalizer)
 
 
-def first_order(rows: Tensor, gradients: Tensor, multivariable: bool = False) -> Tensor:
+def _first_order(rows: Tensor, gradients: Tensor, multivariable: bool = False) -> Tensor:
     """sum_j |x_ij g_ij| of each row, or |sum_j x_ij g_ij|; products that are not finite count as 0."""
     products = rows * gradients
     products = torch.where(products.isfinite(), products, 0.0)

@@ -15,7 +15,7 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup, Member, Role
 from intrafusion.importance.observation import get_observed
 
-ON_MODULES = ("accumulate_grad", "MatGradHandler", "compute_importance")  # of criteria that keep what they saw
+_ON_MODULES = ("accumulate_grad", "MatGradHandler", "compute_importance")  # of criteria that keep what they saw
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,7 +43,7 @@ class TorchPruning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if any(hasattr(self.importance, name) for name in ON_MODULES):
+        if any(hasattr(self.importance, name) for name in _ON_MODULES):
             raise RecipeError(
                 f"importance: {type(self.importance).__qualname__} gathers data from the modules of a network by "
                 "itself, which cannot be done here; take a Taylor criterion, or write a callable "
@@ -51,16 +51,16 @@ class TorchPruning:
             )
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value_label(v)}" for name, v in sorted(vars(self.importance).items()))
+        settings = ", ".join(f"{name}={_value_label(v)}" for name, v in sorted(vars(self.importance).items()))
         return f"TorchPruning({type(self.importance).__qualname__}({settings}))"
 
     @property
     def reads_gradients(self) -> bool:
-        return "Taylor" in " ".join(lineage(self.importance)) if self.gradients is None else self.gradients
+        return "Taylor" in " ".join(_lineage(self.importance)) if self.gradients is None else self.gradients
 
     @property
     def random(self) -> bool:
-        return "torch_pruning.pruner.importance.RandomImportance" in lineage(self.importance)
+        return "torch_pruning.pruner.importance.RandomImportance" in _lineage(self.importance)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -69,8 +69,8 @@ class TorchPruning:
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         tensors = get_observed(observations, "tensors", self, group)
         gradients = get_observed(observations, "gradients", self, group) if self.reads_gradients else None
-        rank = channel_ranks(group)
-        theirs = as_their_group(group, tensors, gradients, rank)
+        rank = _channel_ranks(group)
+        theirs = _as_their_group(group, tensors, gradients, rank)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
             scores = self.importance(theirs)
@@ -81,27 +81,27 @@ class TorchPruning:
 
 def is_torch_pruning(importance: object) -> bool:
     """Whether an object is of a class of Torch-Pruning or of one derived from it; imports nothing."""
-    return not isinstance(importance, type) and any(n.startswith("torch_pruning.") for n in lineage(importance))
+    return not isinstance(importance, type) and any(n.startswith("torch_pruning.") for n in _lineage(importance))
 
 
-def lineage(importance: object) -> list[str]:
+def _lineage(importance: object) -> list[str]:
     return [f"{c.__module__}.{c.__qualname__}" for c in type(importance).__mro__]
 
 
-def value_label(value: Any) -> str:
+def _value_label(value: Any) -> str:
     """Without addresses: the same criterion has the same label in every run."""
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(value_label, value))}]"
+        return f"[{', '.join(map(_value_label, value))}]"
     return value.__qualname__ if hasattr(value, "__qualname__") else repr(value)
 
 
-def channel_ranks(group: ChannelGroup) -> np.ndarray:
+def _channel_ranks(group: ChannelGroup) -> np.ndarray:
     """(n,): which of their channels each of ours is. Theirs are in the order of the first layer's indices."""
     first = group.members[0].positions.min(axis=1) if group.members else np.arange(group.size)
     return np.argsort(np.argsort(first, kind="stable"), kind="stable")
 
 
-def as_their_group(
+def _as_their_group(
     group: ChannelGroup, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None, rank: np.ndarray
 ) -> Any:
     """A `torch_pruning.Group` with one item per layer and role, in execution order.
@@ -111,7 +111,7 @@ def as_their_group(
     from torch_pruning.dependency import Dependency, Group, Node
 
     found, previous = Group(), None
-    for member, layer, handler in stand_ins(group, tensors, gradients):
+    for member, layer, handler in _stand_ins(group, tensors, gradients):
         node = Node(layer, None, member.module)
         places = member.positions.ravel()
         order = np.argsort(places, kind="stable")
@@ -121,7 +121,7 @@ def as_their_group(
     return found
 
 
-def stand_ins(
+def _stand_ins(
     group: ChannelGroup, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[Member, nn.Module, Any]]:
     """A layer for every member that Torch-Pruning knows, and its function for what would be pruned of the layer."""
@@ -130,17 +130,17 @@ def stand_ins(
     biases = {m.module: m for m in group.with_role(Role.SHIFTS) if tensors[m.tensor].dim() == 1}
     batch_norms = {m.module for m in group.with_role(Role.MEAN, Role.VARIANCE)}
     for member in group.members:
-        kind = pruning_kind(member, tensors[member.tensor].dim(), batch_norms)
+        kind = _pruning_kind(member, tensors[member.tensor].dim(), batch_norms)
         if kind is not None:
             bias = biases.get(member.module) if kind.endswith("_out") else None
-            layer = empty_layer(kind, lay_out(member, kind, tensors[member.tensor]).shape, bias is not None)
-            put_tensor_(layer, "weight", member, kind, tensors, gradients)
+            layer = _empty_layer(kind, _lay_out(member, kind, tensors[member.tensor]).shape, bias is not None)
+            _put_tensor_(layer, "weight", member, kind, tensors, gradients)
             if bias is not None:
-                put_tensor_(layer, "bias", bias, kind, tensors, gradients)
+                _put_tensor_(layer, "bias", bias, kind, tensors, gradients)
             yield member, layer, getattr(function, f"prune_{kind}_channels")
 
 
-def pruning_kind(member: Member, dims: int, batch_norms: set[str]) -> str | None:
+def _pruning_kind(member: Member, dims: int, batch_norms: set[str]) -> str | None:
     """The middle of the name of Torch-Pruning's function for a member; None for biases, statistics and the like."""
     if member.roles & {Role.PRODUCES, Role.CONSUMES} and dims > 1:
         return ("conv" if dims > 2 else "linear") + ("_out" if Role.PRODUCES in member.roles else "_in")
@@ -151,7 +151,7 @@ def pruning_kind(member: Member, dims: int, batch_norms: set[str]) -> str | None
     return None
 
 
-def lay_out(member: Member, kind: str, tensor: Tensor) -> Tensor:
+def _lay_out(member: Member, kind: str, tensor: Tensor) -> Tensor:
     """The part of a tensor that the group runs through, outputs first and inputs second."""
     if member.within is not None and member.within.dim != member.dim:
         tensor = tensor.narrow(member.within.dim, member.within.start, member.within.stop - member.within.start)
@@ -159,7 +159,7 @@ def lay_out(member: Member, kind: str, tensor: Tensor) -> Tensor:
     return tensor.flatten(4) if tensor.dim() > 5 else tensor
 
 
-def empty_layer(kind: str, shape: torch.Size, bias: bool) -> nn.Module:
+def _empty_layer(kind: str, shape: torch.Size, bias: bool) -> nn.Module:
     """A layer whose weight has this shape; without memory, and without drawing random numbers."""
     if kind.startswith("batchnorm"):
         return nn.BatchNorm2d(shape[0], device="meta")
@@ -172,7 +172,7 @@ def empty_layer(kind: str, shape: torch.Size, bias: bool) -> nn.Module:
     return convolution(shape[1] * groups, shape[0], tuple(shape[2:]), groups=groups, bias=bias, device="meta")
 
 
-def put_tensor_(
+def _put_tensor_(
     layer: nn.Module,
     name: str,
     member: Member,
@@ -181,7 +181,7 @@ def put_tensor_(
     gradients: Mapping[str, Tensor] | None,
 ) -> None:
     """Give a layer a copy of a tensor, and of its gradient, 0 for what is no parameter (in place)."""
-    precise = lambda t: lay_out(member, kind, t).detach().to(torch.promote_types(t.dtype, torch.float32), copy=True)  # noqa: E731
+    precise = lambda t: _lay_out(member, kind, t).detach().to(torch.promote_types(t.dtype, torch.float32), copy=True)  # noqa: E731
     parameter = nn.Parameter(precise(tensors[member.tensor]), requires_grad=False)
     if gradients is not None:
         gradient = gradients.get(member.tensor)

@@ -22,14 +22,14 @@ from intrafusion.reduce import ReductionMap
 from intrafusion.surgery.lowrank import ranks_of, split_layers_
 from intrafusion.surgery.write import Repair, make_repairs_
 
-WEIGHTS, PLAN, RECIPE, MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
-KIND = "intrafusion"
+_WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
+_KIND = "intrafusion"
 
 
 def is_ours(folder: Path) -> bool:
     """Whether a folder was written by `save` or `save_plan`."""
     try:
-        return json.loads((folder / PLAN).read_text()).get("kind") == KIND
+        return json.loads((folder / _PLAN).read_text()).get("kind") == _KIND
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -53,29 +53,29 @@ def save(
     """
     state = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(model).items()}
     extra = {
-        "weights": WEIGHTS,
+        "weights": _WEIGHTS,
         "repairs": [asdict(r) for r in repairs],
         "before": asdict(before),
         "after": asdict(after),
-        "split_before": (split := ranks_before(model, plan)),
+        "split_before": (split := _ranks_before(model, plan)),
         "split_after": {name: rank for name, rank in ranks_of(model).items() if name not in split},
         **(told or {}),
     }
     with atomic_folder(folder, ours=is_ours) as target:
-        save_file(state, target / WEIGHTS)
-        (target / PLAN).write_text(build_document(plan, extra))
-        (target / RECIPE).write_text(plan.recipe.to_yaml())
+        save_file(state, target / _WEIGHTS)
+        (target / _PLAN).write_text(_build_document(plan, extra))
+        (target / _RECIPE).write_text(plan.recipe.to_yaml())
 
 
-def ranks_before(model: nn.Module, plan: Plan) -> dict[str, int]:
+def _ranks_before(model: nn.Module, plan: Plan) -> dict[str, int]:
     """Rank before the plan of every layer that was of low rank already then, by name."""
     groups = {name: int(getattr(model.get_submodule(f"{name}.reduce"), "groups", 1)) for name in ranks_of(model)}
     shapes = {name: plan.shapes.get(f"{name}.reduce.weight") for name in groups}
     return {name: shape[0] // groups[name] for name, shape in shapes.items() if shape is not None}
 
 
-def build_document(plan: Plan, extra: dict[str, Any]) -> str:
-    return json.dumps({"kind": KIND, **json.loads(plan.to_json()), **extra}, indent=1)
+def _build_document(plan: Plan, extra: dict[str, Any]) -> str:
+    return json.dumps({"kind": _KIND, **json.loads(plan.to_json()), **extra}, indent=1)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -94,43 +94,43 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
     folder = Path(folder)
     data = read_document(folder)
     plan = Plan.from_json(json.dumps(data))
-    network = model if isinstance(model, nn.Module) else build_from(model)
-    state = read_tensors(weights_path(folder, data))
-    if read_splits(data, "split_before") or read_splits(data, "split_after"):
-        prepare_(copy_model(network), folder, data, plan, state)  # so that an error leaves the network as it is
-    tensors = prepare_(network, folder, data, plan, state)
+    network = model if isinstance(model, nn.Module) else _build_from(model)
+    state = _read_tensors(_weights_path(folder, data))
+    if _read_splits(data, "split_before") or _read_splits(data, "split_after"):
+        _prepare_(copy_model(network), folder, data, plan, state)  # so that an error leaves the network as it is
+    tensors = _prepare_(network, folder, data, plan, state)
     for name, tensor in tensors.items():
         tensor.data = state[name].to(tensor.device)
         tensor.grad = None
     return network
 
 
-def prepare_(
+def _prepare_(
     network: nn.Module, folder: Path, data: dict[str, Any], plan: Plan, state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give a network the layers and sizes that were saved (in place), and return the tensors to write to."""
-    split_layers_(network, read_splits(data, "split_before"))
+    split_layers_(network, _read_splits(data, "split_before"))
     tensors = named_tensors(network)
     plan.check_fits({n: tuple(t.shape) for n, t in tensors.items() if t.is_floating_point()})
-    repairs, after = read_repairs(data, network), read_splits(data, "split_after")
+    repairs, after = _read_repairs(data, network), _read_splits(data, "split_after")
     if not after:
-        check_tensor_names(folder, tensors, state)
+        _check_tensor_names(folder, tensors, state)
     make_repairs_(network, repairs)
     split_layers_(network, after)
     tensors = named_tensors(network)
-    check_tensor_names(folder, tensors, state)
+    _check_tensor_names(folder, tensors, state)
     return tensors
 
 
-def read_splits(data: dict[str, Any], key: str) -> dict[str, int]:
+def _read_splits(data: dict[str, Any], key: str) -> dict[str, int]:
     """Layers of low rank that a folder names; none in folders of before there were any."""
     found = data.get(key, {})
     if not isinstance(found, dict):
-        raise PlanError(f"{PLAN}: damaged, {key} is no table of ranks.")
+        raise PlanError(f"{_PLAN}: damaged, {key} is no table of ranks.")
     return found
 
 
-def build_from(factory: Callable[[], nn.Module]) -> nn.Module:
+def _build_from(factory: Callable[[], nn.Module]) -> nn.Module:
     network = factory()
     if not isinstance(network, nn.Module):
         raise PlanError(f"load: expected a network or a factory of one, got a factory of {type(network).__name__}.")
@@ -138,32 +138,32 @@ def build_from(factory: Callable[[], nn.Module]) -> nn.Module:
 
 
 def read_document(folder: Path) -> dict[str, Any]:
-    path = folder / PLAN
+    path = folder / _PLAN
     if not path.is_file():
-        raise FolderError(f"{folder}: expected a folder saved by intrafusion, but it has no {PLAN}.")
+        raise FolderError(f"{folder}: expected a folder saved by intrafusion, but it has no {_PLAN}.")
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
         raise FolderError(f"{path}: damaged, not JSON ({error}).") from error
-    if not isinstance(data, dict) or data.get("kind") != KIND:
+    if not isinstance(data, dict) or data.get("kind") != _KIND:
         raise FolderError(f"{path}: this is not a plan of intrafusion; expected a folder that Compressed.save wrote.")
     return data
 
 
-def weights_path(folder: Path, data: dict[str, Any]) -> Path:
+def _weights_path(folder: Path, data: dict[str, Any]) -> Path:
     """The weight file, which must lie in the folder itself."""
     name = data.get("weights")
     if not isinstance(name, str):
-        raise FolderError(f"{folder / PLAN}: names no weight file; this is a plan alone, load it with Plan.")
+        raise FolderError(f"{folder / _PLAN}: names no weight file; this is a plan alone, load it with Plan.")
     if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
-        raise FolderError(f"{folder / PLAN}: its weight file {name!r} points outside the folder; refused.")
+        raise FolderError(f"{folder / _PLAN}: its weight file {name!r} points outside the folder; refused.")
     path = folder / name
     if path.is_symlink() and path.resolve().parent != folder.resolve():
         raise FolderError(f"{path}: is a link out of the folder; refused.")
     return path
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FolderError(f"{path.parent}: has no {path.name}; it was not saved completely, or something was removed.")
     try:
@@ -174,7 +174,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def check_tensor_names(folder: Path, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def _check_tensor_names(folder: Path, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     missing, extra = sorted(set(tensors) - set(state)), sorted(set(state) - set(tensors))
     if missing or extra:
         raise PlanError(
@@ -183,29 +183,29 @@ def check_tensor_names(folder: Path, tensors: dict[str, Tensor], state: dict[str
         )
 
 
-def read_repairs(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...]:
+def _read_repairs(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...]:
     """Attributes to set, checked: only sizes, and only where the module has the size that was recorded before."""
     modules, repairs = dict(network.named_modules()), []
     for entry in data.get("repairs", []):
         try:
-            repair = Repair(entry["module"], entry["attribute"], as_size(entry["old"]), as_size(entry["new"]))
+            repair = Repair(entry["module"], entry["attribute"], _as_size(entry["old"]), _as_size(entry["new"]))
             present = getattr(modules[repair.module], repair.attribute, None)
         except (KeyError, TypeError) as error:
-            raise PlanError(f"{PLAN}: damaged, {entry!r} is no repair of this network.") from error
-        if not is_size(present) or not is_size(repair.new) or present != repair.old:
+            raise PlanError(f"{_PLAN}: damaged, {entry!r} is no repair of this network.") from error
+        if not _is_size(present) or not _is_size(repair.new) or present != repair.old:
             raise PlanError(
-                f"{PLAN}: {repair.module}.{repair.attribute} is no size of this network, or not {repair.old}; "
+                f"{_PLAN}: {repair.module}.{repair.attribute} is no size of this network, or not {repair.old}; "
                 "it was made from another network."
             )
         repairs.append(repair)
     return tuple(repairs)
 
 
-def as_size(value: Any) -> Any:
+def _as_size(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def is_size(value: Any) -> bool:
+def _is_size(value: Any) -> bool:
     return type(value) is int or (isinstance(value, tuple) and all(type(v) is int for v in value))
 
 
@@ -218,9 +218,9 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         if getattr(m, kind) is not None
     }
     with atomic_folder(folder, ours=is_ours) as target:
-        save_file(tensors, target / MAPS_FILE)
-        (target / PLAN).write_text(build_document(plan, {}))
-        (target / RECIPE).write_text(plan.recipe.to_yaml())
+        save_file(tensors, target / _MAPS_FILE)
+        (target / _PLAN).write_text(_build_document(plan, {}))
+        (target / _RECIPE).write_text(plan.recipe.to_yaml())
 
 
 def load_plan(folder: str | os.PathLike[str]) -> Plan:
@@ -231,9 +231,9 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
     """
     folder = Path(folder)
     data = read_document(folder)
-    if not (folder / MAPS_FILE).is_file():
-        raise FolderError(f"{folder}: has no {MAPS_FILE}; it holds a network (intrafusion.load), not a plan to apply.")
-    tensors = read_tensors(folder / MAPS_FILE)
+    if not (folder / _MAPS_FILE).is_file():
+        raise FolderError(f"{folder}: has no {_MAPS_FILE}; it holds a network (intrafusion.load), not a plan to apply.")
+    tensors = _read_tensors(folder / _MAPS_FILE)
     names = [k.removeprefix("merge/") for k in tensors if k.startswith("merge/")]
     maps = {
         name: ReductionMap(tensors[f"merge/{name}"], tensors[f"unmerge/{name}"], tensors.get(f"shift/{name}"))

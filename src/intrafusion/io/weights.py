@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from intrafusion.errors import FolderError
 
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.")
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
 
 _REMEDY = (
     "Open it once where you trust it, and save the weights alone: "
@@ -45,12 +45,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         state = _read_safetensors(path)
-    elif suffix in TORCH_SUFFIXES:
+    elif suffix in _TORCH_SUFFIXES:
         state = _read_torch(path)
     else:
         raise FolderError(
             f"{path}: cannot tell from the suffix {path.suffix!r} what the file holds; "
-            f"expected .safetensors, {', '.join(TORCH_SUFFIXES)}."
+            f"expected .safetensors, {', '.join(_TORCH_SUFFIXES)}."
         )
     return _without_prefix(_tensors(path, state))
 
@@ -112,11 +112,11 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return {str(name): tensor for name, tensor in content.items()}
-        for key in WRAPPERS:
+        for key in _WRAPPERS:
             if isinstance(content.get(key), Mapping):
                 return _tensors(path, content[key])
     raise FolderError(
-        f"{path}: expected named tensors, or such under {', '.join(map(repr, WRAPPERS))}; "
+        f"{path}: expected named tensors, or such under {', '.join(map(repr, _WRAPPERS))}; "
         f"got {_describe(content)}. Save model.state_dict() alone."
     )
 
@@ -131,7 +131,7 @@ def _describe(content: Any) -> str:
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
+    for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             return _without_prefix({name.removeprefix(prefix): tensor for name, tensor in state.items()})
     return state

@@ -26,11 +26,11 @@ def output_rows(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) 
         raise ValueError("outputs: expected at least one image, got none.")
     with preserve_state(model):
         return torch.cat(
-            [as_rows(model(as_parameters(model, batch)), len(batch)) for batch in images.split(batch_size)]
+            [_as_rows(model(as_parameters(model, batch)), len(batch)) for batch in images.split(batch_size)]
         )
 
 
-def as_rows(output: object, count: int) -> Tensor:
+def _as_rows(output: object, count: int) -> Tensor:
     parts = [t.detach().double().cpu().reshape(count, -1) for t in output_tensors(output) if t.is_floating_point()]
     return torch.cat(parts, 1)
 

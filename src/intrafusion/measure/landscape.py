@@ -23,7 +23,7 @@ from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import narrow_to, shorten
 from intrafusion.surgery.norms import fold_norms
 
-EMBEDDING_TOLERANCE = 1e-6
+_EMBEDDING_TOLERANCE = 1e-6
 
 WeightPoint = dict[str, Tensor]
 
@@ -54,7 +54,7 @@ def match_places(
     return found
 
 
-def embed_tensors(
+def _embed_tensors(
     small: Mapping[str, Tensor], full: Mapping[str, Tensor], graph: ChannelGraph, where: Mapping[str, np.ndarray]
 ) -> WeightPoint:
     """The tensors of a smaller network at the shapes of the original; channels that are gone are zero.
@@ -71,23 +71,23 @@ def embed_tensors(
     scales |= {m.tensor for g in groups for m in g.members if Role.VARIANCE in m.roles}
     wide: WeightPoint = {}
     for name, tensor in full.items():
-        index = flat_indices(name, tensor.shape, groups, where)
+        index = _flat_indices(name, tensor.shape, groups, where)
         flat = tensor.clone().flatten() if name in scales else torch.zeros_like(tensor).flatten()
         flat[index.flatten()] = small[name].flatten().to(flat)
         wide[name] = flat.reshape(tensor.shape)
     return wide
 
 
-def flat_indices(name: str, shape: torch.Size, groups: list[ChannelGroup], where: Mapping[str, np.ndarray]) -> Tensor:
+def _flat_indices(name: str, shape: torch.Size, groups: list[ChannelGroup], where: Mapping[str, np.ndarray]) -> Tensor:
     """Flat index in the full tensor of every entry of the smaller one, in the smaller one's shape."""
     index = torch.arange(shape.numel()).reshape(shape)
     touching = [(g, m) for g in groups for m in g.members if m.tensor == name]
     for group, member in touching:
-        move_back(index, member, where[group.name])
+        _move_back(index, member, where[group.name])
     return shorten(index, [(m, len(where[g.name])) for g, m in touching], name) if touching else index
 
 
-def move_back(index: Tensor, member: Member, old: np.ndarray) -> None:
+def _move_back(index: Tensor, member: Member, old: np.ndarray) -> None:
     """Bring the entries of these old channels to the first places of the group, where `apply` left them (in place)."""
     part = (index if member.within is None else narrow_to(index, member.within)).movedim(member.dim, 0)
     positions = torch.from_numpy(member.positions)
@@ -115,10 +115,10 @@ def embed_network(
         ModelError: it does not, as behind a layer norm, which averages over channels that are gone.
     """
     inputs = Inputs.of(example_inputs)
-    wide = embed_tensors(fold_tensors(small, graph), fold_tensors(model, graph), graph, where)
+    wide = _embed_tensors(fold_tensors(small, graph), fold_tensors(model, graph), graph, where)
     found = run_in_double(copy_with_tensors(copy_model(model).double(), wide), inputs)
     error = output_difference(found, run_in_double(copy_model(small).double(), inputs))
-    if error > EMBEDDING_TOLERANCE:
+    if error > _EMBEDDING_TOLERANCE:
         raise ModelError(
             f"landscape: put back at full width with zeros, the smaller network computes something else "
             f"({error:.1e} relative); this is so where channels are normalised together, as by a layer norm."
@@ -144,13 +144,13 @@ class Plane:
     def through(cls, origin: WeightPoint, first: WeightPoint, second: WeightPoint) -> Plane:
         """Raises ValueError if the three points lie on one line."""
         a, b = ({n: w[n] - origin[n] for n in origin} for w in (first, second))
-        length = vector_length(a)
+        length = _vector_length(a)
         if length == 0:
             raise ValueError("a plane needs three points that do not lie on one line, got two that are the same.")
         right = {n: t / length for n, t in a.items()}
-        along = dot_product(b, right)
+        along = _dot_product(b, right)
         rest = {n: b[n] - along * right[n] for n in b}
-        height = vector_length(rest)
+        height = _vector_length(rest)
         if height <= 1e-12 * max(length, abs(along)):
             raise ValueError("a plane needs three points that do not lie on one line, got three that do.")
         up = {n: t / height for n, t in rest.items()}
@@ -168,9 +168,9 @@ class Plane:
         return found[0], found[1]
 
 
-def dot_product(a: WeightPoint, b: WeightPoint) -> float:
+def _dot_product(a: WeightPoint, b: WeightPoint) -> float:
     return sum(float((a[n].double() * b[n].double()).sum()) for n in a)
 
 
-def vector_length(a: WeightPoint) -> float:
-    return dot_product(a, a) ** 0.5
+def _vector_length(a: WeightPoint) -> float:
+    return _dot_product(a, a) ** 0.5

@@ -24,7 +24,7 @@ class Size:
     macs: int
 
 
-class MacCounter(TorchDispatchMode):
+class _MacCounter(TorchDispatchMode):
     """Adds up the work of every operation that PyTorch's flop counter has a formula for."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
     >>> size_of(nn.Linear(4, 3), torch.zeros(2, 4))
     Size(params=15, macs=24)
     """
-    with preserve_state(model), torch.no_grad(), decompose(model), MacCounter() as counter:
+    with preserve_state(model), torch.no_grad(), decompose(model), _MacCounter() as counter:
         Inputs.of(example_inputs).call(model)
     return Size(sum(p.numel() for p in model.parameters()), counter.flops // 2)
 
@@ -56,7 +56,7 @@ def macs_by_weight(model: nn.Module, example_inputs: ExampleInputs) -> dict[str,
     """Multiply-accumulates of each module that owns a weight, by the name of the weight; nested modules count apart."""
     spent: dict[str, float] = {}
     stack: list[float] = []
-    with preserve_state(model), torch.no_grad(), decompose(model), MacCounter() as counter, ExitStack() as hooks:
+    with preserve_state(model), torch.no_grad(), decompose(model), _MacCounter() as counter, ExitStack() as hooks:
 
         def entered(module: nn.Module, args: Any) -> None:
             stack.append(counter.flops)

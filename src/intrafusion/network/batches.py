@@ -42,18 +42,18 @@ def read_labelled(images: ImagesLike) -> Iterator[tuple[Inputs, Tensor | None]]:
         ModelError: no batch, or something else among them.
     """
     if isinstance(images, (Tensor, Mapping, Inputs)):
-        yield as_call(images), labels_of(images)
+        yield _as_call(images), _labels_of(images)
         return
     if not isinstance(images, Iterable):
         raise ModelError(f"images: expected a tensor, a dict or an iterable of batches, got {type(images).__name__}.")
     batch = None
     for batch in images:
-        yield as_call(batch), labels_of(batch)
+        yield _as_call(batch), _labels_of(batch)
     if batch is None:
         raise ModelError("images: expected at least one batch, got none; a generator can be read only once.")
 
 
-def labels_of(batch: Any) -> Tensor | None:
+def _labels_of(batch: Any) -> Tensor | None:
     labels = None
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         labels = batch[1]
@@ -62,7 +62,7 @@ def labels_of(batch: Any) -> Tensor | None:
     return labels if isinstance(labels, Tensor) else None
 
 
-def as_call(batch: Any) -> Inputs:
+def _as_call(batch: Any) -> Inputs:
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
         batch = batch[0]
     if isinstance(batch, (Tensor, Mapping, Inputs)):
@@ -84,11 +84,11 @@ def join_batches(calls: list[Inputs]) -> Inputs:
     if any(other != form for _, other in flat[1:]):
         raise ModelError("images: expected the same arguments in every batch, got different ones.")
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    args, kwargs = tree_unflatten([concatenate_column(column) for column in columns], form)
+    args, kwargs = tree_unflatten([_concatenate_column(column) for column in columns], form)
     return Inputs(args, kwargs)
 
 
-def concatenate_column(column: tuple[Any, ...]) -> Any:
+def _concatenate_column(column: tuple[Any, ...]) -> Any:
     if not isinstance(column[0], Tensor) or column[0].dim() == 0 or len(column) == 1:
         return column[0]
     shapes = sorted({tuple(t.shape[1:]) for t in column})
@@ -137,21 +137,21 @@ def rebatch(images: ImagesLike, size: int) -> Iterator[tuple[Inputs, int]]:
     left: Inputs | None = None
     for call, _ in read_labelled(images):
         left = call if left is None else join_batches([left, call])
-        while count_images(left) > size + 1:
+        while _count_images(left) > size + 1:
             yield take_images(left, 0, size), size
-            left = take_images(left, size, count_images(left))
+            left = take_images(left, size, _count_images(left))
     if left is not None:
-        yield left, count_images(left)
+        yield left, _count_images(left)
 
 
-def count_images(call: Inputs) -> int:
+def _count_images(call: Inputs) -> int:
     """Images in a batch: the length of the first dimension of its first tensor."""
     tensors = [t for t in call.tensors() if t.dim()]
     return len(tensors[0]) if tensors else 1
 
 
 def take_images(call: Inputs, start: int, stop: int) -> Inputs:
-    total = count_images(call)
+    total = _count_images(call)
 
     def cut(value: Any) -> Any:
         batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == total

@@ -16,7 +16,7 @@ from intrafusion.network.state import preserve_state
 TOLERANCE = 1e-8
 
 
-class DoublePrecision(TorchDispatchMode):
+class _DoublePrecision(TorchDispatchMode):
     """Everything in float64, also where a network casts to less or makes constants in less."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -24,16 +24,16 @@ class DoublePrecision(TorchDispatchMode):
         if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
             kwargs["dtype"] = torch.float64
         if not func._schema.is_mutable:
-            args, kwargs = tree_map(as_double, args), tree_map(as_double, kwargs)
+            args, kwargs = tree_map(_as_double, args), tree_map(_as_double, kwargs)
         return func(*args, **kwargs)
 
 
-def as_double(x: Any) -> Any:
+def _as_double(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def run_in_double(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), DoublePrecision():
+    with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _DoublePrecision():
         return inputs.double().call(model)
 
 

@@ -42,13 +42,13 @@ def is_convolution_or_linear(module: nn.Module) -> TypeGuard[LinearMap]:
     )
 
 
-def is_dense(module: nn.Module) -> TypeGuard[LinearMap]:
+def _is_dense(module: nn.Module) -> TypeGuard[LinearMap]:
     """A linear layer, or a convolution in which every output reads every input channel."""
     return is_convolution_or_linear(module) and getattr(module, "groups", 1) == 1
 
 
 def find_layers(
-    model: nn.Module, graph: ChannelGraph, suits: Callable[[nn.Module], TypeGuard[LinearMap]] = is_dense
+    model: nn.Module, graph: ChannelGraph, suits: Callable[[nn.Module], TypeGuard[LinearMap]] = _is_dense
 ) -> dict[str, Layer]:
     """Layers with a weight of their own and the norms behind them, by name.
 
@@ -103,7 +103,7 @@ class Layer:
     """A convolution or linear layer of a network, and the norm behind it.
 
     All linear maps can be watched; what reads patches (`take_inputs`) or the weight as a `matrix` takes those that are
-    `is_convolution_or_linear`, and is meant for those that are `is_dense`.
+    `is_convolution_or_linear`, and is meant for those that are `_is_dense`.
     """
 
     name: str

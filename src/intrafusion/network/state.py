@@ -28,11 +28,11 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
                     del module._buffers[name]
                 for name, buffer in found.items():
                     module._buffers[name] = buffer
-                    if buffer is not None and not same_bits(buffer, values[name]):
-                        put_back_(buffer, values[name])
+                    if buffer is not None and not _same_bits(buffer, values[name]):
+                        _put_back_(buffer, values[name])
 
 
-def put_back_(buffer: torch.Tensor, value: torch.Tensor) -> None:
+def _put_back_(buffer: torch.Tensor, value: torch.Tensor) -> None:
     """In the same memory where it still has the shape."""
     if buffer.shape == value.shape:
         buffer.data.copy_(value)
@@ -40,5 +40,5 @@ def put_back_(buffer: torch.Tensor, value: torch.Tensor) -> None:
         buffer.data = value
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

@@ -67,7 +67,7 @@ def observe(
     check_images("observe", wanted, images)
     if not wanted:
         return {}
-    views = {g.name: _View(g, find_ports(model, g), wanted, seed) for g in groups}
+    views = {g.name: _View(g, _find_ports(model, g), wanted, seed) for g in groups}
     gradients = _Gradients(model, groups if "gradients" in wanted else [])
     count = 0
     if images is not None and wanted - {"tensors"}:
@@ -210,7 +210,7 @@ def _check_loss(loss: Tensor, call: Inputs) -> None:
 # ---- channels -------------------------------------------------------------------------------------------------------
 
 
-def find_ports(model: nn.Module, group: ChannelGroup) -> list[Port]:
+def _find_ports(model: nn.Module, group: ChannelGroup) -> list[Port]:
     """Where linear layers and convolutions read a group; if none does, where they produce it."""
     layers = {name: Layer(name, m) for name, m in model.named_modules() if is_linear_map(m)}
     members = [m for m in group.members if m.module in layers and m.tensor.endswith("weight")]

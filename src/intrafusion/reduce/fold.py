@@ -12,7 +12,7 @@ from intrafusion.reduce.problem import ReductionMap, ReductionProblem
 from intrafusion.reduce.targets import k_means
 from intrafusion.transport import unit_rows
 
-FEATURES = ("rows", "directions")
+_FEATURES = ("rows", "directions")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Fold:
     absorbs_duplicates = True
 
     def __post_init__(self) -> None:
-        if self.features not in FEATURES:
-            raise RecipeError(unknown_name("features", self.features, FEATURES))
+        if self.features not in _FEATURES:
+            raise RecipeError(unknown_name("features", self.features, _FEATURES))
         if self.n_init < 1:
             raise RecipeError(f"n_init: expected at least 1 start of k-means, got {self.n_init!r}.")
 

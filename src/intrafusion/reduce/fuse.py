@@ -61,9 +61,9 @@ class IntraFusion:
         _check_name("normalization", self.normalization, NORMALIZATIONS)
         _check_name("source_marginal", self.source_marginal, MARGINALS)
         _check_name("target_marginal", self.target_marginal, MARGINALS)
-        _check_name("target", self.target, TARGETS)
-        _check_name("cost", self.cost, COSTS)
-        _check_name("solver", self.solver, SOLVERS)
+        _check_name("target", self.target, _TARGETS)
+        _check_name("cost", self.cost, _COSTS)
+        _check_name("solver", self.solver, _SOLVERS)
         if not self.p >= 1:
             raise RecipeError(f"p: expected 1 <= p <= inf, got {self.p!r}.")
         if not self.epsilon > 0:
@@ -78,7 +78,7 @@ class IntraFusion:
         rows = problem.features
         if self.bias and problem.biases is not None:
             rows = torch.cat([rows, problem.biases.to(rows)], dim=1)
-        points, scores = TARGETS[self.target](rows, problem, kept, self.n_init)
+        points, scores = _TARGETS[self.target](rows, problem, kept, self.n_init)
         a = marginal(self.source_marginal, problem.importance, kept)
         b = marginal(self.target_marginal, scores, torch.arange(problem.size, device=kept.device))
         return intrafusion_map(
@@ -135,20 +135,20 @@ def intrafusion_map(
     Reference: Theus et al. 2024, Algorithm 2.
     """
     _check_name("normalization", normalization, NORMALIZATIONS)
-    _check_name("cost", cost, COSTS)
-    _check_name("solver", solver, SOLVERS)
+    _check_name("cost", cost, _COSTS)
+    _check_name("solver", solver, _SOLVERS)
     coupling = torch.zeros(len(a), len(b), dtype=torch.float64, device=features.device)
     a_left, b_left = a, b
     if own is not None and cost == "lp" and solver == "exact":
-        coupling, a_left, b_left = keep_mass_in_place(a, b, own)
+        coupling, a_left, b_left = _keep_mass_in_place(a, b, own)
     rows, columns = (left.nonzero().squeeze(1) for left in (a_left, b_left))
     if len(rows) and len(columns):
-        costs = COSTS[cost](features[rows], targets[columns], p)
-        coupling[rows[:, None], columns] += SOLVERS[solver](costs, a_left[rows], b_left[columns], epsilon)
+        costs = _COSTS[cost](features[rows], targets[columns], p)
+        coupling[rows[:, None], columns] += _SOLVERS[solver](costs, a_left[rows], b_left[columns], epsilon)
     return NORMALIZATIONS[normalization](coupling, a, b)
 
 
-def keep_mass_in_place(a: Tensor, b: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _keep_mass_in_place(a: Tensor, b: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mass that a channel and the target that it is have in common stays in place: the cost is a metric.
 
     Returns:
@@ -208,20 +208,20 @@ NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], ReductionMap]] = {
 }
 
 # (rows (n, d), problem, kept (m,), starts) -> the targets' rows (m, d) and their importance (m,)
-TARGETS: dict[str, Callable[[Tensor, ReductionProblem, Tensor, int], tuple[Tensor, Tensor]]] = {
+_TARGETS: dict[str, Callable[[Tensor, ReductionProblem, Tensor, int], tuple[Tensor, Tensor]]] = {
     "most_important": _kept_channels,
     "kmeans": _k_means_centres,
     "gaussian_mixture": _mixture_means,
 }
 
 # (rows (n, d), targets (m, d), p) -> (n, m)
-COSTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+_COSTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "lp": lambda x, y, p: direction_cost(x, y, p=p),
     "cosine": lambda x, y, p: cosine_cost(x, y),
 }
 
 # (cost (n, m), a (n,), b (m,), epsilon) -> coupling (n, m)
-SOLVERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+_SOLVERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "exact": lambda cost, a, b, epsilon: optimal_coupling(cost, a, b),
     "entropic": lambda cost, a, b, epsilon: entropic_coupling(cost, a, b, epsilon=epsilon),
 }

@@ -14,7 +14,7 @@ from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import Select, selection_map
 
 BLOCK = 32  # picks after which the matrices are brought up to date
-KNOWN = 1e-5  # a channel with less than this fraction of its variance left is known already; float32 is off by less
+_KNOWN = 1e-5  # a channel with less than this fraction of its variance left is known already; float32 is off by less
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def pivot_order(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> 
     r = c @ reader @ c
     variances, gains = (matrix.diagonal(dim1=1, dim2=2).clone() for matrix in (c, r))
     # The diagonals alone decide a pick, O(p n) each; a channel whose variance is used up would divide noise by noise.
-    known = (KNOWN * variances).clamp(min=torch.finfo(c.dtype).tiny)
+    known = (_KNOWN * variances).clamp(min=torch.finfo(c.dtype).tiny)
     order, missing, taken = [], [1.0], torch.zeros_like(reader[0], dtype=torch.bool)
     us, vs = c.new_zeros(2, len(c), BLOCK, n)
     for index in range(m):

@@ -27,7 +27,7 @@ def k_means(points: Tensor, m: int, *, seed: int = 0, n_init: int = 4) -> Tensor
         BudgetError: m is not in 1..n.
     Reference: Lloyd 1982; Arthur and Vassilvitskii 2007 (k-means++); scikit-learn's KMeans.
     """
-    check_cluster_count(points, m)
+    _check_cluster_count(points, m)
     distinct, owner, times = torch.unique(points.double(), dim=0, return_inverse=True, return_counts=True)
     if len(distinct) > m:
         from sklearn.cluster import KMeans
@@ -35,7 +35,7 @@ def k_means(points: Tensor, m: int, *, seed: int = 0, n_init: int = 4) -> Tensor
         method = KMeans(n_clusters=m, n_init=n_init, random_state=seed)  # pyright: ignore[reportArgumentType]
         found = method.fit(coordinates(distinct).cpu().numpy(), sample_weight=times.cpu().numpy())
         owner = torch.as_tensor(found.labels_, dtype=torch.long, device=points.device)[owner]
-    return number_clusters(fill_empty(points.double(), owner, m))
+    return _number_clusters(_fill_empty(points.double(), owner, m))
 
 
 def gaussian_mixture(points: Tensor, m: int, *, seed: int = 0, n_init: int = 1) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def gaussian_mixture(points: Tensor, m: int, *, seed: int = 0, n_init: int = 1) 
         BudgetError: m is not in 1..n.
     Reference: scikit-learn's GaussianMixture; Theus et al. 2024, Algorithm 2 (cluster centroids).
     """
-    check_cluster_count(points, m)
+    _check_cluster_count(points, m)
     points = points.double()
     distinct, owner = torch.unique(points, dim=0, return_inverse=True)
     shares = None
@@ -70,17 +70,17 @@ def gaussian_mixture(points: Tensor, m: int, *, seed: int = 0, n_init: int = 1) 
         shares = torch.empty_like(sorted_shares)
         shares[order] = sorted_shares
         owner = shares.argmax(1)
-    labels = fill_empty(points, owner, m)
+    labels = _fill_empty(points, owner, m)
     own = torch.nn.functional.one_hot(labels, m).double()
     if shares is not None:  # a component that no point was likeliest from is the mean of what it was filled with
         present = torch.bincount(owner, minlength=m) > 0
         own = torch.where(present, shares, own)
     means = own.T @ points / own.sum(0)[:, None]
-    order = first_appearance(labels)
-    return number_clusters(labels), means[order]
+    order = _first_appearance(labels)
+    return _number_clusters(labels), means[order]
 
 
-def check_cluster_count(points: Tensor, m: int) -> None:
+def _check_cluster_count(points: Tensor, m: int) -> None:
     if not 1 <= m <= len(points):
         raise BudgetError(f"cannot make {m} clusters of {len(points)} channels; expected 1 <= m <= {len(points)}.")
 
@@ -94,7 +94,7 @@ def coordinates(points: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def fill_empty(points: Tensor, labels: Tensor, m: int) -> Tensor:
+def _fill_empty(points: Tensor, labels: Tensor, m: int) -> Tensor:
     """Every empty cluster gets the point that lies farthest from the centre of its own, of those that are not alone."""
     labels = labels.clone()
     sizes = torch.bincount(labels, minlength=m)
@@ -107,10 +107,10 @@ def fill_empty(points: Tensor, labels: Tensor, m: int) -> Tensor:
     return labels
 
 
-def first_appearance(labels: Tensor) -> Tensor:
+def _first_appearance(labels: Tensor) -> Tensor:
     """Numbers of the clusters in the order in which they first appear."""
     return torch.tensor(list(dict.fromkeys(labels.tolist())), dtype=torch.long, device=labels.device)
 
 
-def number_clusters(labels: Tensor) -> Tensor:
-    return torch.argsort(first_appearance(labels))[labels]
+def _number_clusters(labels: Tensor) -> Tensor:
+    return torch.argsort(_first_appearance(labels))[labels]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = frozenset(
+_NAMES = frozenset(
     (
         *("celu", "clamp", "clamp_max", "clamp_min", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh"),
         *("leaky_relu", "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "tanh", "threshold"),
@@ -19,7 +19,7 @@ NAMES = frozenset(
 )
 """Functions of one tensor, entry by entry, that grow with it but for a dip at most; as `aten` calls them."""
 
-GRID = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+_GRID = torch.linspace(-8, 8, 4001, dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Activation:
     def of(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Activation | None:
         """The activation function that this call of an operation is, or None."""
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if name not in NAMES or any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):
+        if name not in _NAMES or any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):
             return None
         rest, options = tuple(args[1:]), dict(kwargs)
         return cls(lambda x: func(x.clone(), *rest, **options))
@@ -43,4 +43,4 @@ class Activation:
     @cached_property
     def slope(self) -> float:
         """The largest, where inputs usually lie; infinite if it is flat there."""
-        return float((self(GRID).diff() / GRID.diff()).max()) or math.inf
+        return float((self(_GRID).diff() / _GRID.diff()).max()) or math.inf

@@ -12,7 +12,7 @@ from intrafusion.graph import ChannelGraph, ChannelGroup, Slice
 
 def shrink_graph(graph: ChannelGraph, sizes: dict[str, int]) -> ChannelGraph:
     """The graph that the smaller network must show: the same groups, n turned into m, positions moved up."""
-    renumber = Renumbering(graph, sizes)
+    renumber = _Renumbering(graph, sizes)
     groups = []
     for group in graph.groups:
         if group.is_channel:
@@ -22,7 +22,7 @@ def shrink_graph(graph: ChannelGraph, sizes: dict[str, int]) -> ChannelGraph:
     return replace(graph, groups=tuple(groups))
 
 
-class Renumbering:
+class _Renumbering:
     """Old index -> new index along every dimension that loses places."""
 
     def __init__(self, graph: ChannelGraph, sizes: dict[str, int]) -> None:
@@ -49,16 +49,16 @@ class Renumbering:
 
 def find_disagreement(expected: ChannelGraph, found: ChannelGraph) -> str | None:
     """A group that the network no longer shows; groups of one channel leave no trace and are not compared."""
-    wanted = {group_signature(g): g for g in expected.groups if g.size > 1 and g.is_channel}
-    present = {group_signature(g) for g in found.groups if g.size > 1 and g.is_channel}
+    wanted = {_group_signature(g): g for g in expected.groups if g.size > 1 and g.is_channel}
+    present = {_group_signature(g) for g in found.groups if g.size > 1 and g.is_channel}
     missing = [g.name for s, g in wanted.items() if s not in present]
     if not missing:
         return None
-    size = expected_size(expected, missing[0])
+    size = _expected_size(expected, missing[0])
     return f"the smaller network no longer shows {missing[0]!r} as a group of {size} channels"
 
 
-def expected_size(graph: ChannelGraph, name: str) -> int:
+def _expected_size(graph: ChannelGraph, name: str) -> int:
     return graph[name].size
 
 
@@ -82,16 +82,16 @@ def find_confusion(expected: ChannelGraph, found: ChannelGraph, alike: list[set[
 def find_siblings(graph: ChannelGraph) -> list[set[str]]:
     """Names of the channel groups that lie in the same interchangeable blocks."""
     blocks, channels = ([g for g in graph.groups if g.is_channel is wanted] for wanted in (False, True))
-    return [{g.name for g in channels if is_inside(g, block)} for block in blocks]
+    return [{g.name for g in channels if _is_inside(g, block)} for block in blocks]
 
 
-def is_inside(group: ChannelGroup, block: ChannelGroup) -> bool:
+def _is_inside(group: ChannelGroup, block: ChannelGroup) -> bool:
     places = {(m.tensor, m.dim): m.positions for m in block.members}
     own = [m for m in group.members if m.within is None and (m.tensor, m.dim) in places]
     return any(np.isin(m.positions, places[m.tensor, m.dim]).all() for m in own)
 
 
-def group_signature(group: ChannelGroup) -> bytes:
+def _group_signature(group: ChannelGroup) -> bytes:
     """Which index of which tensor is which channel, in an order of its own."""
     members = sorted(group.members, key=lambda m: (m.tensor, m.dim, str(m.within)))
     order = np.argsort(members[0].positions.min(1), kind="stable")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import PlanError
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class LowRank(nn.Sequential):
@@ -36,7 +36,7 @@ class LowRank(nn.Sequential):
 
 def is_splittable(module: nn.Module) -> bool:
     """Whether a layer is of a type that can be split: exactly a linear layer or a convolution, no subclass of one."""
-    return type(module) in (nn.Linear, *CONVOLUTIONS)
+    return type(module) in (nn.Linear, *_CONVOLUTIONS)
 
 
 def make_low_rank(layer: nn.Module, rank: int) -> LowRank:
@@ -56,7 +56,7 @@ def make_low_rank(layer: nn.Module, rank: int) -> LowRank:
     if isinstance(layer, nn.Linear):
         pair = nn.Linear(layer.in_features, rank, False, **place), nn.Linear(rank, layer.out_features, bias, **place)
     else:
-        assert isinstance(layer, CONVOLUTIONS)
+        assert isinstance(layer, _CONVOLUTIONS)
         kind: Any = type(layer)
         same = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
         options = {name: getattr(layer, name) for name in same}

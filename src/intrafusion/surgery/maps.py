@@ -42,9 +42,9 @@ def reduce_weights(
     original = {name: weights[name] for name in names}
     centred = {m.tensor for g in groups for m in find_norm_biases(g)} - {n.bias for n in norms}
     folded = fold_norms(original, norms)
-    reduced = {name: remap(name, folded[name], groups, maps, centred) for name in names}
+    reduced = {name: _remap(name, folded[name], groups, maps, centred) for name in names}
     averages = {
-        n.mean: averaging_matrix(n.mean, len(folded[n.mean]), groups, maps, folded[n.mean].device) for n in norms
+        n.mean: _averaging_matrix(n.mean, len(folded[n.mean]), groups, maps, folded[n.mean].device) for n in norms
     }
     final = unfold_norms(reduced, original, norms, averages, folded)
     return {name: tensor.to(original[name].dtype) for name, tensor in final.items()}
@@ -63,7 +63,7 @@ def find_norm_biases(group: ChannelGroup) -> list[Member]:
     return [m for m in group.with_role(Role.SHIFTS) if m.module in norms - kernels]
 
 
-def remap(
+def _remap(
     name: str, tensor: Tensor, groups: list[ChannelGroup], maps: Mapping[str, ReductionMap], centred: set[str]
 ) -> Tensor:
     """One tensor after all maps that run through it."""
@@ -72,17 +72,17 @@ def remap(
         return tensor
     tensor = tensor.clone()
     for group, member in touching:
-        tensor = mix_channels(tensor, member, maps[group.name], average=name in centred)
+        tensor = _mix_channels(tensor, member, maps[group.name], average=name in centred)
     return shorten(tensor, [(m, len(maps[g.name].merge)) for g, m in touching], name)
 
 
-def mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, average: bool = False) -> Tensor:
+def _mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, average: bool = False) -> Tensor:
     """Write the m new channels over the group's first m places (in place)."""
     matrix = matrix_for(member, reduction, average=average).to(tensor.device)
     part = tensor if member.within is None else narrow_to(tensor, member.within)
     positions = torch.from_numpy(member.positions).to(tensor.device)
     places = positions[: len(matrix)].flatten()
-    chosen = find_picks(matrix)
+    chosen = _find_picks(matrix)
     if chosen is not None:
         part.index_copy_(member.dim, places, part.index_select(member.dim, positions[chosen].flatten()))
         return tensor
@@ -92,7 +92,7 @@ def mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, ave
     return tensor
 
 
-def find_picks(matrix: Tensor) -> Tensor | None:
+def _find_picks(matrix: Tensor) -> Tensor | None:
     """Which row each row of matrix @ rows is, for a matrix that only picks rows."""
     entries = matrix != 0
     picks = bool((entries.sum(1) == 1).all()) and bool((matrix[entries] == 1).all())
@@ -105,7 +105,7 @@ def hollow_(weights: Mapping[str, Tensor], group: ChannelGroup, reduction: Reduc
     Scores and distances of other groups then see what they would see in the smaller network.
     """
     for member in group.members:
-        tensor = mix_channels(weights[member.tensor], member, reduction)
+        tensor = _mix_channels(weights[member.tensor], member, reduction)
         part = tensor if member.within is None else narrow_to(tensor, member.within)
         part.movedim(member.dim, 0)[torch.from_numpy(member.positions[len(reduction.merge) :])] = 0
 
@@ -135,17 +135,17 @@ def narrow_to(tensor: Tensor, within: Slice) -> Tensor:
 def shorten(tensor: Tensor, members: list[tuple[Member, int]], name: str) -> Tensor:
     """Delete the places that the groups gave up."""
     return rewrite_along(
-        tensor, [(m, m.positions[kept:].ravel()) for m, kept in members], drop_places, name
+        tensor, [(m, m.positions[kept:].ravel()) for m, kept in members], _drop_places, name
     ).contiguous()
 
 
-def drop_places(tensor: Tensor, dim: int, dropped: Sequence[np.ndarray]) -> Tensor:
+def _drop_places(tensor: Tensor, dim: int, dropped: Sequence[np.ndarray]) -> Tensor:
     keep = np.ones(tensor.shape[dim], bool)
     keep[np.concatenate(dropped)] = False
     return tensor if keep.all() else tensor.index_select(dim, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device))
 
 
-def averaging_matrix(
+def _averaging_matrix(
     mean: str, size: int, groups: list[ChannelGroup], maps: Mapping[str, ReductionMap], device: torch.device
 ) -> Tensor | None:
     """What the maps do to a norm's vectors, as one (m, n) matrix of weighted means."""
@@ -212,6 +212,6 @@ def compose_merges(touching: Sequence[tuple[Member, Tensor]], size: int, device:
     matrix = torch.eye(size, dtype=torch.float64, device=device)
     rows = [Member(m.tensor, 0, m.positions, frozenset([Role.PRODUCES])) for m, _ in touching]
     for member, (_, merge) in zip(rows, touching, strict=True):
-        matrix = mix_channels(matrix, member, ReductionMap(merge, merge.T))
+        matrix = _mix_channels(matrix, member, ReductionMap(merge, merge.T))
     sizes = [(member, len(merge)) for member, (_, merge) in zip(rows, touching, strict=True)]
     return shorten(matrix, sizes, rows[0].tensor)

@@ -54,7 +54,7 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs) -
         try:
             found = trace(attempt(groups), inputs)
         except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
-            return f"the smaller network does not run ({shorten_error(error)})"
+            return f"the smaller network does not run ({_shorten_error(error)})"
         expected = shrink_graph(graph, {g.name: len(maps[g.name].merge) for g in groups})
         return find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(graph))
 
@@ -67,7 +67,7 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs) -
     return Surgery(small, repairs, {g.name: why for g, why in failed})
 
 
-def shorten_error(error: Exception) -> str:
+def _shorten_error(error: Exception) -> str:
     cause = error.__cause__
     text = f"{type(cause).__name__}: {cause}" if cause else str(error)
     return " ".join(text.split())[:200]

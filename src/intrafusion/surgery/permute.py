@@ -29,7 +29,7 @@ def random_derangement(group: ChannelGroup, generator: np.random.Generator) -> R
 
 
 @dataclass(eq=False)
-class PermutationCheck:
+class _PermutationCheck:
     """Compares the permuted network with the original one on two inputs."""
 
     model: nn.Module
@@ -61,12 +61,12 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     groups = [g for g in graph.reducible if g.is_channel]
     if not groups:
         return graph
-    check = PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))
+    check = _PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))
     _, failed = find_largest_passing(families_of(groups), lambda gs: None if (e := check.error(gs)) <= TOLERANCE else e)
     reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative)" for g, e in failed}
-    return add_reasons(graph, reasons)
+    return _add_reasons(graph, reasons)
 
 
-def add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
+def _add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
     groups = tuple(replace(g, reason=reasons.get(g.name, g.reason)) for g in graph.groups)
     return replace(graph, groups=groups)

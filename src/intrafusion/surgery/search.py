@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from intrafusion.graph import ChannelGroup
 
-ENOUGH = 2  # failures of one kind after which the others are not tried one by one
+_ENOUGH = 2  # failures of one kind after which the others are not tried one by one
 
 
-FamilyKind = tuple[tuple[str, int], ...]
+_FamilyKind = tuple[tuple[str, int], ...]
 
 
 F = TypeVar("F")
@@ -28,32 +28,32 @@ def find_largest_passing(
     Args:
         failure: of some groups together; None if they pass.
         likewise: the failure of a group that is like another (`kind_of`) with that failure. With it, families of a kind
-            that failed `ENOUGH` times and never passed are not tried one by one any more, but once all together.
+            that failed `_ENOUGH` times and never passed are not tried one by one any more, but once all together.
     """
     passed: list[ChannelGroup] = []
     failed: list[tuple[ChannelGroup, F]] = []
-    good: set[FamilyKind] = set()
-    bad: dict[FamilyKind, list[tuple[ChannelGroup, F]]] = defaultdict(
+    good: set[_FamilyKind] = set()
+    bad: dict[_FamilyKind, list[tuple[ChannelGroup, F]]] = defaultdict(
         list
     )  # one group of each family that failed alone
-    put_off: dict[FamilyKind, list[ChannelGroup]] = defaultdict(list)
+    put_off: dict[_FamilyKind, list[ChannelGroup]] = defaultdict(list)
 
     def hopeless(family: list[ChannelGroup]) -> bool:
-        kind = family_kind(family)
-        return likewise is not None and kind not in good and len(bad[kind]) >= ENOUGH
+        kind = _family_kind(family)
+        return likewise is not None and kind not in good and len(bad[kind]) >= _ENOUGH
 
     def add(part: list[list[ChannelGroup]]) -> None:
         for family in filter(hopeless, part):
-            put_off[family_kind(family)] += family
+            put_off[_family_kind(family)] += family
         part = [family for family in part if not hopeless(family)]
         groups = [g for family in part for g in family]
         why = failure(passed + groups) if groups else None
         if why is None:
             passed.extend(groups)
-            good.update(family_kind(family) for family in part)
+            good.update(_family_kind(family) for family in part)
         elif len(part) == 1:
             failed.extend((g, why) for g in groups)
-            bad[family_kind(part[0])].append((groups[0], why))
+            bad[_family_kind(part[0])].append((groups[0], why))
         else:
             add(part[: len(part) // 2])
             add(part[len(part) // 2 :])
@@ -69,6 +69,6 @@ def find_largest_passing(
     return passed, failed
 
 
-def family_kind(family: list[ChannelGroup]) -> FamilyKind:
+def _family_kind(family: list[ChannelGroup]) -> _FamilyKind:
     """Names but for their numbers, and sizes: the same for what repeats from block to block."""
     return tuple((re.sub(r"\d+", "#", g.name), g.size) for g in family)

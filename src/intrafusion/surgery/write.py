@@ -50,18 +50,18 @@ def find_repairs(model: nn.Module, old_shapes: Mapping[int, tuple[int, ...]]) ->
     """Attributes that disagree with the new shapes of their own module's tensors."""
     repairs = []
     for name, module in model.named_modules():
-        own = own_tensors(module)
+        own = _own_tensors(module)
         old = {k: old_shapes.get(id(t), tuple(t.shape)) for k, t in own.items()}
         if not any(id(t) in old_shapes for t in own.values()):
             continue
-        for attribute, value in find_attributes(module, old, {k: tuple(t.shape) for k, t in own.items()}).items():
+        for attribute, value in _find_attributes(module, old, {k: tuple(t.shape) for k, t in own.items()}).items():
             present = getattr(module, attribute)
             if present != value:
                 repairs.append(Repair(name, attribute, present, value))
     return tuple(repairs)
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of the module itself, and those that a parametrization computes them from."""
     own = {k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     if parametrize.is_parametrized(module):
@@ -71,24 +71,24 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return own
 
 
-TensorShapes = Mapping[str, tuple[int, ...]]
+_TensorShapes = Mapping[str, tuple[int, ...]]
 
 
-SIZE_ATTRIBUTES = (
+_SIZE_ATTRIBUTES = (
     *("in_channels", "out_channels", "in_features", "out_features", "num_features", "num_channels", "num_parameters"),
     *("embedding_dim", "num_embeddings", "embed_dim", "input_size", "hidden_size", "hidden_dim"),
     *("nf", "nx", "channels", "dim", "width"),
 )
 
 
-KERNELS = ("weight", "weight_orig", "weight_v")  # plain; behind a pruning mask or spectral norm; behind weight norm
+_KERNELS = ("weight", "weight_orig", "weight_v")  # plain; behind a pruning mask or spectral norm; behind weight norm
 
 
-def find_attributes(module: nn.Module, old: TensorShapes, new: TensorShapes) -> dict[str, int | tuple[int, ...]]:
+def _find_attributes(module: nn.Module, old: _TensorShapes, new: _TensorShapes) -> dict[str, int | tuple[int, ...]]:
     """What the size attributes of a module must be, from the shapes of its tensors."""
-    kernel = next((k for k in KERNELS if k in new), "weight")
+    kernel = next((k for k in _KERNELS if k in new), "weight")
     if isinstance(module, nn.modules.conv._ConvNd):
-        return find_convolution_attributes(module, old[kernel], new[kernel])
+        return _find_convolution_attributes(module, old[kernel], new[kernel])
     if isinstance(module, nn.Linear):
         return {"in_features": new[kernel][1], "out_features": new[kernel][0]}
     if isinstance(module, nn.RNNBase):
@@ -100,7 +100,7 @@ def find_attributes(module: nn.Module, old: TensorShapes, new: TensorShapes) -> 
         found["normalized_shape"] = new["weight"]
     changes = {(o, n) for k in old for o, n in zip(old[k], new[k], strict=True) if o != n}
     still = {o for k in old for o, n in zip(old[k], new[k], strict=True) if o == n}
-    for attribute in SIZE_ATTRIBUTES:
+    for attribute in _SIZE_ATTRIBUTES:
         stated = getattr(module, attribute, None)
         if not isinstance(stated, int):  # a parameter, or a layer, may have such a name too
             continue
@@ -110,7 +110,7 @@ def find_attributes(module: nn.Module, old: TensorShapes, new: TensorShapes) -> 
     return found
 
 
-def find_convolution_attributes(
+def _find_convolution_attributes(
     module: nn.modules.conv._ConvNd, old: tuple[int, ...], new: tuple[int, ...]
 ) -> dict[str, int | tuple[int, ...]]:
     whole, part = new[0], new[1]

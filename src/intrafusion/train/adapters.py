@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from intrafusion.errors import ModelError, unknown_name
 
 KINDS = ("full", "unfrozen", "biases", "norms", "head", "lora")
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def kinds_of(trainable: str | Sequence[str]) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def kinds_of(trainable: str | Sequence[str]) -> tuple[str, ...]:
     return kinds
 
 
-class LowRankChange(nn.Module):
+class _LowRankChange(nn.Module):
     r"""W + s (B A * mask), s = alpha / rank; B starts at zero, so that nothing changes at first.
 
     Reference: Hu et al. 2022 (LoRA); with the mask Zimmer et al. 2023 (MaskLoRA).
@@ -57,7 +57,7 @@ class LowRankChange(nn.Module):
         return weight + (change if self.mask is None else change * self.mask)
 
 
-class Masked(nn.Module):
+class _Masked(nn.Module):
     """W * mask: what is masked stays zero while the rest is trained."""
 
     mask: Tensor
@@ -97,27 +97,27 @@ def adapt(
         ModelError: nothing would be trained, or a mask that fits no weight.
     """
     kinds = kinds_of(trainable)
-    check_masks(model, masks or {})
+    _check_masks(model, masks or {})
     flags = {p: p.requires_grad for p in model.parameters()}
     floating = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    chosen = {name for name, p in floating.items() if is_wanted(model, name, p, kinds, within)}
+    chosen = {name for name, p in floating.items() if _is_wanted(model, name, p, kinds, within)}
     parts: list[nn.Module] = []
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
         trained = [p for n, p in model.named_parameters() if n in chosen]
         generator = torch.Generator().manual_seed(seed)
-        for name, layer in layers_of(model):
+        for name, layer in _layers_of(model):
             inside = not within or name == within or name.startswith(f"{within}.")
             mask = (masks or {}).get(f"{name}.weight")
             if "lora" in kinds and inside:
                 assert isinstance(layer.weight, Tensor)
-                change = LowRankChange(layer.weight, rank, alpha, mask, generator)
+                change = _LowRankChange(layer.weight, rank, alpha, mask, generator)
                 parametrize.register_parametrization(layer, "weight", change)
                 trained += [change.a, change.b]
                 parts.append(layer)
             elif mask is not None and f"{name}.weight" in chosen:
-                parametrize.register_parametrization(layer, "weight", Masked(mask.to(next(layer.parameters()).device)))
+                parametrize.register_parametrization(layer, "weight", _Masked(mask.to(next(layer.parameters()).device)))
                 parts.append(layer)
         if not trained:
             where = repr(within) if within else "the network"
@@ -130,7 +130,7 @@ def adapt(
             parameter.requires_grad_(flag)
 
 
-def is_wanted(model: nn.Module, name: str, parameter: nn.Parameter, kinds: Sequence[str], within: str) -> bool:
+def _is_wanted(model: nn.Module, name: str, parameter: nn.Parameter, kinds: Sequence[str], within: str) -> bool:
     owner, _, own = name.rpartition(".")
     if within and owner != within and not owner.startswith(f"{within}."):
         return False
@@ -138,28 +138,28 @@ def is_wanted(model: nn.Module, name: str, parameter: nn.Parameter, kinds: Seque
         "full" in kinds
         or ("unfrozen" in kinds and parameter.requires_grad)
         or ("biases" in kinds and "bias" in own)
-        or ("norms" in kinds and isinstance(model.get_submodule(owner), NORMS))
-        or ("head" in kinds and owner == head_of(model))
+        or ("norms" in kinds and isinstance(model.get_submodule(owner), _NORMS))
+        or ("head" in kinds and owner == _head_of(model))
     )
 
 
-def head_of(model: nn.Module) -> str:
+def _head_of(model: nn.Module) -> str:
     """Name of the last linear layer or convolution."""
-    names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    names = [name for name, module in model.named_modules() if isinstance(module, _LAYERS)]
     if not names:
         raise ModelError("train: the network has no linear layer or convolution that could be its head.")
     return names[-1]
 
 
-def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Linear layers and convolutions with a plain weight."""
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, LAYERS) and not parametrize.is_parametrized(m)]
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, _LAYERS) and not parametrize.is_parametrized(m)]
     parent = lambda name: model.get_submodule(name.rpartition(".")[0])  # noqa: E731
     return [(n, m) for n, m in found if not isinstance(parent(n), nn.MultiheadAttention)]
 
 
-def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    weights = {f"{name}.weight": layer.weight for name, layer in layers_of(model)}
+def _check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    weights = {f"{name}.weight": layer.weight for name, layer in _layers_of(model)}
     for name, mask in masks.items():
         weight = weights.get(name)
         if not isinstance(weight, Tensor) or weight.shape != mask.shape:

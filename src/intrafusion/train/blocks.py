@@ -16,7 +16,7 @@ from intrafusion.train.training import History, Training
 
 
 @dataclass(frozen=True, eq=False)
-class Unlabelled:
+class _Unlabelled:
     """Images with labels that nothing reads."""
 
     images: Tensor
@@ -47,7 +47,7 @@ def reconstruct_(
     """
     merges = merges or {}
     return {
-        name: train_(model, Unlabelled(images), how, objective=Block(reference, name, merges.get(name)), within=name)
+        name: train_(model, _Unlabelled(images), how, objective=Block(reference, name, merges.get(name)), within=name)
         for name in blocks
     }
 

@@ -46,14 +46,14 @@ def masks_of(
         ValueError: an unknown criterion, or a sparsity outside [0, 1).
         ModelError: no images where they are needed.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(unknown_name("criterion", criterion, CRITERIA))
+    if criterion not in _CRITERIA:
+        raise ValueError(unknown_name("criterion", criterion, _CRITERIA))
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected a fraction in [0, 1), got {sparsity!r}.")
     if criterion == "magnitude":
         weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
         flat = {n: w.detach().abs().reshape(1, -1) for n, w in weights.items() if isinstance(w, Tensor)}
-        return {f"{n}.weight": strongest(s, sparsity).reshape(weights[n].shape) for n, s in flat.items()}
+        return {f"{n}.weight": _strongest(s, sparsity).reshape(weights[n].shape) for n, s in flat.items()}
     if images is None:
         raise ModelError(f"masks: {criterion!r} looks at what layers read; pass unlabelled images.")
     inputs = join_batches(read_batches(images))
@@ -66,15 +66,15 @@ def masks_of(
         if not layer.is_plain(x, output, places):
             return
         read = layer.take_inputs(x, places).double()
-        scores = layer.as_weight(CRITERIA[criterion](layer.matrix.detach().double(), read))
-        found[f"{name}.weight"] = strongest(scores.flatten(1), sparsity).reshape(scores.shape)
+        scores = layer.as_weight(_CRITERIA[criterion](layer.matrix.detach().double(), read))
+        found[f"{name}.weight"] = _strongest(scores.flatten(1), sparsity).reshape(scores.shape)
 
     with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
         cast_like(inputs, model).call(model)
     return found
 
 
-def strongest(scores: Tensor, sparsity: float) -> Tensor:
+def _strongest(scores: Tensor, sparsity: float) -> Tensor:
     """True for all but the fraction of lowest scores in each row; of equal scores the first ones stay."""
     dropped = int(sparsity * scores.shape[1])
     order = scores.argsort(dim=1, descending=True, stable=True)
@@ -122,7 +122,7 @@ def load_masks(path: str | os.PathLike[str]) -> Masks:
     return load_file(path)
 
 
-CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "magnitude": lambda weight, read: weight.abs(),
     "wanda": wanda,
     "contribution": contribution,

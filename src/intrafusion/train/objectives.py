@@ -69,11 +69,11 @@ class Block:
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         with preserve_state(self.reference):
-            wanted = output_of(self.reference, self.name, images)
+            wanted = _output_of(self.reference, self.name, images)
         if self.merge is not None:
             dim = 1 if wanted.dim() > 3 else -1
             wanted = (wanted.movedim(dim, -1) @ self.merge.to(wanted).T).movedim(-1, dim)
-        found = output_of(model, self.name, images)
+        found = _output_of(model, self.name, images)
         if found.shape != wanted.shape:
             raise ModelError(
                 f"{self.name}: gives {list(found.shape)}, {list(wanted.shape)} in the reference; pass the merge of the "
@@ -82,7 +82,7 @@ class Block:
         return F.mse_loss(found, wanted)
 
 
-class Reached(Exception):
+class _Reached(Exception):
     """The output of a module is there; the rest of the forward pass is not needed."""
 
     def __init__(self, output: Tensor) -> None:
@@ -90,16 +90,16 @@ class Reached(Exception):
         self.output = output
 
 
-def output_of(model: nn.Module, name: str, images: Tensor) -> Tensor:
+def _output_of(model: nn.Module, name: str, images: Tensor) -> Tensor:
     """What a module gives, without running what comes after it."""
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
-        raise Reached(output)
+        raise _Reached(output)
 
     handle = model.get_submodule(name).register_forward_hook(stop)
     try:
         model(images)
-    except Reached as reached:
+    except _Reached as reached:
         return reached.output
     finally:
         handle.remove()

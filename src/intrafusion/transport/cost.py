@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 128
+_BLOCK = 128
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def direction_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> Tensor:
     _check_lengths(x, y)
     x, y = unit_rows(x), unit_rows(y)
     if p == 1:  # additive over columns: blocks that stay in the cache are twice as fast
-        blocks = zip(x.split(BLOCK, 1), y.split(BLOCK, 1), strict=True)
+        blocks = zip(x.split(_BLOCK, 1), y.split(_BLOCK, 1), strict=True)
         return sum((_distance(a, b, p) for a, b in blocks), x.new_zeros(len(x), len(y)))
     return _distance(x, y, p)
 

@@ -30,35 +30,35 @@ def marginal(name: str, importance: Tensor, kept: Tensor) -> Tensor:
     return mass / mass.sum()
 
 
-def uniform(importance: Tensor, kept: Tensor) -> Tensor:
+def _uniform(importance: Tensor, kept: Tensor) -> Tensor:
     return torch.full_like(importance, 1 / len(importance))
 
 
-def proportional(importance: Tensor, kept: Tensor) -> Tensor:
+def _proportional(importance: Tensor, kept: Tensor) -> Tensor:
     if bool((importance < 0).any()):
         raise ValueError(
             f"marginal 'importance': expected scores >= 0, got {importance.min().item():.4g}; use 'softmax'."
         )
     largest = importance.max()
     if largest == 0:
-        return uniform(importance, kept)
+        return _uniform(importance, kept)
     mass = importance / largest
     return mass / mass.sum()
 
 
-def softmax(importance: Tensor, kept: Tensor) -> Tensor:
+def _softmax(importance: Tensor, kept: Tensor) -> Tensor:
     return torch.softmax(importance, dim=0)
 
 
-def radical(importance: Tensor, kept: Tensor) -> Tensor:
+def _radical(importance: Tensor, kept: Tensor) -> Tensor:
     mass = torch.ones_like(importance)
     mass[kept] = len(importance) / len(kept)
     return mass / mass.sum()
 
 
 MARGINALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "uniform": uniform,
-    "importance": proportional,
-    "softmax": softmax,
-    "radical": radical,
+    "uniform": _uniform,
+    "importance": _proportional,
+    "softmax": _softmax,
+    "radical": _radical,
 }

@@ -97,11 +97,11 @@ def entropic_coupling(
             f"raise epsilon (now {epsilon:g}) or max_iterations, or take the exact solver."
         )
     coupling = torch.zeros_like(cost)
-    coupling[rows.nonzero(), columns.nonzero().T] = round_coupling(found * total, a[rows], b[columns])
+    coupling[rows.nonzero(), columns.nonzero().T] = _round_coupling(found * total, a[rows], b[columns])
     return coupling
 
 
-def round_coupling(coupling: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _round_coupling(coupling: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The nearest plan, up to a factor of 2, whose sums are a and b; Altschuler et al. 2017, Algorithm 2."""
     coupling = coupling * (a / coupling.sum(1).clamp(min=1e-300)).clamp(max=1)[:, None]
     coupling = coupling * (b / coupling.sum(0).clamp(min=1e-300)).clamp(max=1)

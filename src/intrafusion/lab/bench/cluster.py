@@ -12,7 +12,7 @@ from typing import Any
 
 from intrafusion.errors import IntrafusionError
 
-LOCAL = "local"
+_LOCAL = "local"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Cluster:
         by_value: modules to send along because the workers cannot import them.
     """
 
-    address: str = LOCAL
+    address: str = _LOCAL
     cores: int | None = None
     retries: int = 3
     by_value: tuple[ModuleType, ...] = ()
@@ -41,9 +41,9 @@ class Cluster:
             IntrafusionError: Ray is not installed, or the cluster cannot be reached.
         """
         with connect(self) as ray:
-            packed = pack_with(ray.cloudpickle, run, self.by_value)
+            packed = _pack_with(ray.cloudpickle, run, self.by_value)
             shared = ray.put(packed)
-            task = ray.remote(num_cpus=1, max_retries=self.retries)(run_remotely)
+            task = ray.remote(num_cpus=1, max_retries=self.retries)(_run_remotely)
             waiting = {task.remote([shared], shared.hex(), setting): setting for setting in settings}
             while waiting:
                 for finished in ray.wait(list(waiting), num_returns=1)[0]:
@@ -58,11 +58,11 @@ class Cluster:
 @contextlib.contextmanager
 def connect(cluster: Cluster) -> Iterator[Any]:
     """Ray, started or joined here and left again at the end; one that the program has started already is used as is."""
-    ray = import_ray()
+    ray = _import_ray()
     if ray.is_initialized():
         yield ray
         return
-    local = {"num_cpus": cluster.cores, "include_dashboard": False} if cluster.address == LOCAL else {}
+    local = {"num_cpus": cluster.cores, "include_dashboard": False} if cluster.address == _LOCAL else {}
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", **local)
     except Exception as error:  # Ray promises no narrower class
@@ -75,7 +75,7 @@ def connect(cluster: Cluster) -> Iterator[Any]:
         ray.shutdown()
 
 
-def import_ray() -> Any:
+def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tell nobody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # tasks without a GPU see what the program sees
     try:
@@ -89,7 +89,7 @@ def import_ray() -> Any:
     return ray
 
 
-def pack_with(cloudpickle: Any, run: Callable[[Any], Any], by_value: Sequence[ModuleType]) -> bytes:
+def _pack_with(cloudpickle: Any, run: Callable[[Any], Any], by_value: Sequence[ModuleType]) -> bytes:
     for module in by_value:
         cloudpickle.register_pickle_by_value(module)
     try:
@@ -104,7 +104,7 @@ def pack_with(cloudpickle: Any, run: Callable[[Any], Any], by_value: Sequence[Mo
 _UNPACKED: dict[str, Callable[[Any], Any]] = {}  # the last function of this worker, by the name of its object
 
 
-def run_remotely(shared: Sequence[Any], name: str, setting: Any) -> tuple[Any, Mapping[str, Any]]:
+def _run_remotely(shared: Sequence[Any], name: str, setting: Any) -> tuple[Any, Mapping[str, Any]]:
     """Run one setting on one thread; an error of the run is a result, so that it is not mistaken for a lost worker."""
     import torch
 
@@ -112,21 +112,21 @@ def run_remotely(shared: Sequence[Any], name: str, setting: Any) -> tuple[Any, M
 
     torch.set_num_threads(1)
     try:
-        outcome = unpack(shared, name)(setting)
+        outcome = _unpack(shared, name)(setting)
     except Exception as error:
-        outcome = make_sendable(error)
+        outcome = _make_sendable(error)
     return outcome, environment()
 
 
-def unpack(shared: Sequence[Any], name: str) -> Callable[[Any], Any]:
+def _unpack(shared: Sequence[Any], name: str) -> Callable[[Any], Any]:
     if name not in _UNPACKED:
-        packed = import_ray().get(shared[0])
+        packed = _import_ray().get(shared[0])
         _UNPACKED.clear()
         _UNPACKED[name] = pickle.loads(packed)
     return _UNPACKED[name]
 
 
-def make_sendable(error: Exception) -> Exception:
+def _make_sendable(error: Exception) -> Exception:
     """The error, or its text where it cannot travel."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -16,7 +16,7 @@ from typing import Any
 ORIGINAL = "original"  # the method of the network as it was
 WHOLE, INNER = "whole network", "block-inner channels"  # scopes of more than one group
 
-PACKAGES = ("intrafusion", "torch", "numpy", "POT", "torch-pruning", "timm")
+_PACKAGES = ("intrafusion", "torch", "numpy", "POT", "torch-pruning", "timm")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     versions = {}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -70,14 +70,14 @@ def append_record(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(asdict(record)) + "\n"
     with path.open("ab") as file:
-        if file.tell() and not ends_with_newline(path):
+        if file.tell() and not _ends_with_newline(path):
             line = "\n" + line
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def ends_with_newline(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"

@@ -44,24 +44,24 @@ def sweep(
         IntrafusionError: settings failed; names the first ones, with their errors.
         ValueError: a setting stands twice, or has values that JSON does not have.
     """
-    wanted = index_by_key(experiment, settings)
+    wanted = _index_by_key(experiment, settings)
     finished = {record.key for record in read_records(path)}
     todo = {key: setting for key, setting in wanted.items() if key not in finished}
     failed: list[tuple[Setting, Exception]] = []
     progress(experiment, 0, len(todo))
-    for count, (setting, outcome, where) in enumerate(outcomes(run, list(todo.values()), cluster), 1):
+    for count, (setting, outcome, where) in enumerate(_outcomes(run, list(todo.values()), cluster), 1):
         if isinstance(outcome, Exception):
             failed.append((setting, outcome))
         else:
             append_record(path, Record(experiment, setting, outcome, {**where, **(provenance or {})}))
         progress(experiment, count, len(todo))
     if failed:
-        raise IntrafusionError(describe_failure(failed, len(wanted), path)) from failed[0][1]
+        raise IntrafusionError(_describe_failure(failed, len(wanted), path)) from failed[0][1]
     measured = {record.key: record for record in read_records(path)}
     return [measured[key] for key in wanted]
 
 
-def index_by_key(experiment: str, settings: Iterable[Setting]) -> dict[str, Setting]:
+def _index_by_key(experiment: str, settings: Iterable[Setting]) -> dict[str, Setting]:
     wanted: dict[str, Setting] = {}
     for setting in settings:
         key = key_of(experiment, setting)
@@ -71,7 +71,7 @@ def index_by_key(experiment: str, settings: Iterable[Setting]) -> dict[str, Sett
     return wanted
 
 
-def outcomes(
+def _outcomes(
     run: RunSetting, settings: Sequence[Setting], cluster: Cluster | None
 ) -> Iterator[tuple[Setting, SweepOutcome | Exception, Mapping[str, Any]]]:
     """(setting, result or error, environment it was measured in), in the order in which they are finished."""
@@ -79,17 +79,17 @@ def outcomes(
         yield from cluster.outcomes(run, settings)
         return
     for setting in settings:
-        yield setting, attempt(run, setting), environment()
+        yield setting, _attempt(run, setting), environment()
 
 
-def attempt(run: RunSetting, setting: Setting) -> SweepOutcome | Exception:
+def _attempt(run: RunSetting, setting: Setting) -> SweepOutcome | Exception:
     try:
         return run(setting)
     except Exception as error:
         return error
 
 
-def describe_failure(failed: Sequence[tuple[Setting, Exception]], total: int, path: Path, shown: int = 3) -> str:
+def _describe_failure(failed: Sequence[tuple[Setting, Exception]], total: int, path: Path, shown: int = 3) -> str:
     first = "; ".join(f"{dict(setting)}: {type(error).__name__}: {error}" for setting, error in failed[:shown])
     more = f"; and {len(failed) - shown} more" if len(failed) > shown else ""
     return f"{len(failed)} of {total} settings failed, the others are in {path}. {first}{more}"

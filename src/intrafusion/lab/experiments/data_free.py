@@ -10,13 +10,13 @@ from intrafusion.lab.experiments.reduction import measure_reduction, reduction_s
 from intrafusion.lab.experiments.subject import Subject, select_groups
 
 
-def settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
+def _settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
     return reduction_settings(subject, options, select_groups(subject, options.group))
 
 
 DATA_FREE = Experiment(
     title="each group alone, pruned and fused without data",
-    settings=settings,
+    settings=_settings,
     measure=measure_reduction,
     defaults=Options(keep=(0.9, 0.7, 0.5, 0.3), criterion=("l1", "l2")),
     uses=frozenset({"keep", "criterion", "method", "group", "order"}),

@@ -17,26 +17,26 @@ from intrafusion.lab.experiments.reduction import recipe_of, reduction_settings
 from intrafusion.lab.experiments.subject import Subject, select_groups
 from intrafusion.train import Epoch, Training, train_
 
-SCHEDULE = ("steps", "step_epochs", "epochs", "lr", "halve_every", "batch")
+_SCHEDULE = ("steps", "step_epochs", "epochs", "lr", "halve_every", "batch")
 
 
-def settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
-    schedule = {name: getattr(options, name) for name in SCHEDULE}
+def _settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
+    schedule = {name: getattr(options, name) for name in _SCHEDULE}
     training = {**schedule, "training_images": len(subject.training())}
     for setting in reduction_settings(subject, options, select_groups(subject, options.group)):
         yield setting if setting["method"] == ORIGINAL else {**setting, **training}
 
 
-def measure(subject: Subject, setting: dict[str, Any]) -> dict[str, Any]:
+def _measure(subject: Subject, setting: dict[str, Any]) -> dict[str, Any]:
     """Accuracy after every step and epoch: `stages` of {stage, epoch, accuracy}, the epoch counted from the start."""
     if setting["method"] == ORIGINAL:
         return measure_once(subject, setting)
     stages: list[dict[str, Any]] = [{"stage": ORIGINAL, "epoch": 0, "accuracy": subject.accuracy(subject.model)}]
     current, small = subject, None
     for step in range(1, setting["steps"] + 1):
-        small = shrink_further(subject, current, setting, step / setting["steps"])
+        small = _shrink_further(subject, current, setting, step / setting["steps"])
         model = small.model
-        note(stages, subject, model, f"step {step}: reduced", 0)
+        _note(stages, subject, model, f"step {step}: reduced", 0)
         last = step == setting["steps"]
         epochs = setting["epochs"] if last else setting["step_epochs"]
         stage = "fine-tuned" if last else f"step {step}: trained"
@@ -59,17 +59,17 @@ def measure(subject: Subject, setting: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def note(stages: list[dict[str, Any]], subject: Subject, model: nn.Module, stage: str, epochs: int) -> None:
+def _note(stages: list[dict[str, Any]], subject: Subject, model: nn.Module, stage: str, epochs: int) -> None:
     stages.append({"stage": stage, "epoch": stages[-1]["epoch"] + epochs, "accuracy": subject.accuracy(model)})
 
 
 def _note_epoch(
     stages: list[dict[str, Any]], subject: Subject, model: nn.Module, stage: str, index: int, epoch: Epoch
 ) -> None:
-    note(stages, subject, model, stage, 1)
+    _note(stages, subject, model, stage, 1)
 
 
-def shrink_further(first: Subject, current: Subject, setting: dict[str, Any], part: float) -> Compressed:
+def _shrink_further(first: Subject, current: Subject, setting: dict[str, Any], part: float) -> Compressed:
     """The current network with this part of all that is to go gone, measured on the first one's sizes."""
     recipe = recipe_of(first, {**setting, "keep": 1 - (1 - setting["keep"]) * part})
     before = {g.name: g.size for g in first.graph.reducible}
@@ -101,8 +101,8 @@ def choose_training(setting: dict[str, Any], epochs: int, seed: int) -> Training
 
 FINE_TUNE = Experiment(
     title="compressed in steps, then fine-tuned",
-    settings=settings,
-    measure=measure,
+    settings=_settings,
+    measure=_measure,
     defaults=Options(keep=(0.5,), group=(WHOLE,), steps=2, step_epochs=1, epochs=5),
-    uses=frozenset({"keep", "criterion", "method", "group", "order", "seeds", *SCHEDULE}),
+    uses=frozenset({"keep", "criterion", "method", "group", "order", "seeds", *_SCHEDULE}),
 )

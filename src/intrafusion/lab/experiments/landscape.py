@@ -18,7 +18,7 @@ from intrafusion.measure.drift import output_rows
 from intrafusion.measure.landscape import Plane, copy_with_tensors, embed_network, fold_tensors, match_places
 
 
-def settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
+def _settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
     """One for each row of the grid, so that a kill loses a row at most.
 
     Raises:
@@ -36,7 +36,7 @@ def settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
             yield from ({**plane, "row": row} for row in range(options.points))
 
 
-def measure(subject: Subject, setting: dict[str, Any]) -> dict[str, Any]:
+def _measure(subject: Subject, setting: dict[str, Any]) -> dict[str, Any]:
     """Accuracy and mean cross-entropy along one row; x and y are distances in weight space, batch norms folded."""
     plane, recipes = plane_of(subject, **{k: v for k, v in setting.items() if k not in ("row", *subject.setting)})
     xs, ys = plane.axes(setting["points"])
@@ -76,8 +76,8 @@ def quality(subject: Subject, model: nn.Module) -> tuple[float, float]:
 
 LANDSCAPE = Experiment(
     title="accuracy over the plane through original, pruned and fused weights",
-    settings=settings,
-    measure=measure,
+    settings=_settings,
+    measure=_measure,
     defaults=Options(keep=(0.7,), group=(WHOLE,), points=15),
     uses=frozenset({"keep", "criterion", "method", "group", "order", "points"}),
 )

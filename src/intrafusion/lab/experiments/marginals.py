@@ -10,19 +10,19 @@ from intrafusion.lab.experiments.reduction import measure_reduction, reduction_s
 from intrafusion.lab.experiments.subject import Subject, select_groups
 from intrafusion.transport import MARGINALS
 
-SOURCE_MARGINALS = tuple(f"intrafusion:source_marginal={name}" for name in MARGINALS)
-TARGET_MARGINALS = tuple(f"intrafusion:target_marginal={name}" for name in ("importance", "softmax"))
+_SOURCE_MARGINALS = tuple(f"intrafusion:source_marginal={name}" for name in MARGINALS)
+_TARGET_MARGINALS = tuple(f"intrafusion:target_marginal={name}" for name in ("importance", "softmax"))
 
 
-def settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
+def _settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
     return reduction_settings(subject, options, select_groups(subject, options.group))
 
 
 MARGINALS_EXPERIMENT = Experiment(
     title="masses of the channels, over several networks",
-    settings=settings,
+    settings=_settings,
     measure=measure_reduction,
-    defaults=Options(keep=(0.7,), method=(*SOURCE_MARGINALS, *TARGET_MARGINALS)),
+    defaults=Options(keep=(0.7,), method=(*_SOURCE_MARGINALS, *_TARGET_MARGINALS)),
     uses=frozenset({"keep", "criterion", "method", "group", "order"}),
     networks=5,
 )

@@ -30,12 +30,12 @@ def parse_method(text: str) -> Method:
         RecipeError: an unknown reducer or step, or an option or value that it does not take.
     """
     first, *rest = text.split("+")
-    return Method(registry_of("reducer").resolve(method_data(first)), tuple(map(parse_step, rest)))
+    return Method(registry_of("reducer").resolve(_method_data(first)), tuple(map(_parse_step, rest)))
 
 
-def parse_step(text: str) -> Any:
+def _parse_step(text: str) -> Any:
     """A step against the loss, as a recipe takes it: a plain name stays a name."""
-    found, steps = method_data(text), registry_of("restorer")
+    found, steps = _method_data(text), registry_of("restorer")
     if len(found) == 1:
         found = found["name"]
     elif found["name"] in steps.words:
@@ -43,7 +43,7 @@ def parse_step(text: str) -> Any:
     return steps.resolve(found, words=steps.words)
 
 
-def method_data(text: str) -> dict[str, Any]:
+def _method_data(text: str) -> dict[str, Any]:
     name, _, options = text.strip().partition(":")
     found: dict[str, Any] = {"name": name}
     for option in filter(None, options.split(",")):

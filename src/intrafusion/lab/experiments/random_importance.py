@@ -11,14 +11,14 @@ from intrafusion.lab.experiments.reduction import measure_reduction, reduction_s
 from intrafusion.lab.experiments.subject import Subject, select_groups
 
 
-def settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
+def _settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
     groups = select_groups(subject, options.group)
     return reduction_settings(subject, options, groups if options.group else [WHOLE, *groups])
 
 
 RANDOM_IMPORTANCE = Experiment(
     title="channels to keep drawn at random",
-    settings=settings,
+    settings=_settings,
     measure=measure_reduction,
     defaults=Options(keep=(0.9, 0.7), criterion=("random",), seeds=5),
     uses=frozenset({"keep", "method", "group", "order", "seeds"}),

@@ -46,14 +46,14 @@ def recipe_of(subject: Subject, setting: dict[str, Any]) -> Recipe:
         keep=setting["keep"],
         reducer=method.reducer,
         restore=method.restore,
-        importance=make_criterion(setting["criterion"], setting["seed"]),
+        importance=_make_criterion(setting["criterion"], setting["seed"]),
         order=setting["order"],
         seed=setting["seed"],
         **subject.scope(setting["group"]),
     )
 
 
-def make_criterion(name: str, seed: int) -> Any:
+def _make_criterion(name: str, seed: int) -> Any:
     """The criterion of this name; one that draws random numbers draws those of this seed."""
     found: Any = importance.get_importance(name)
     if is_dataclass(found) and not isinstance(found, type) and "seed" in {f.name for f in fields(found)}:

@@ -157,12 +157,12 @@ def split_train(
         IntrafusionError: a member failed; gives its error.
     """
     how = how or SplitTraining()
-    run = Runner(factory, example_inputs, data, validation, how, folder, cluster, progress)
+    run = _Runner(factory, example_inputs, data, validation, how, folder, cluster, progress)
     return {"fap": run.fap, "paf": run.paf, "whole": run.whole}[how.schedule]()
 
 
 @dataclass(eq=False)
-class Runner:
+class _Runner:
     """The steps that schedules are made of; notes the time of each."""
 
     factory: Callable[[int], nn.Module]

@@ -28,7 +28,7 @@ from intrafusion.recipe import Recipe
 from intrafusion.restore import Calibration
 from intrafusion.restore.steps import calibrate_for, run_restorers
 
-CALIBRATION = 256  # training images that criteria and restorers may look at
+_CALIBRATION = 256  # training images that criteria and restorers may look at
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Subject:
         name: in records and reports.
         inputs: of one forward call.
         test: to measure accuracy on.
-        train: to fine-tune on; its first `CALIBRATION` are for criteria and restorers that look at images.
+        train: to fine-tune on; its first `_CALIBRATION` are for criteria and restorers that look at images.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Subject:
         Raises:
             ValueError: images are needed and there are no training images.
         """
-        images = self.labelled() if needs_images(recipe) else None
+        images = self.labelled() if _needs_images(recipe) else None
         calibration = self.calibration(recipe, images)
         plan = decide(self.model, self.graph, recipe, self.inputs, calibration=calibration, images=images)
         small = apply(self.model, plan, self.inputs, graph=self.graph)
@@ -117,7 +117,7 @@ class Subject:
 
     def labelled(self) -> list[tuple[Tensor, Tensor]]:
         """The first training images and their labels, in batches."""
-        first = LabelledImages(self.training().images[:CALIBRATION], self.training().labels[:CALIBRATION])
+        first = LabelledImages(self.training().images[:_CALIBRATION], self.training().labels[:_CALIBRATION])
         return [(batch.images, batch.labels) for batch in first.batches(128)]
 
     def training(self) -> LabelledImages:
@@ -126,7 +126,7 @@ class Subject:
         return self.train
 
 
-def needs_images(recipe: Recipe) -> bool:
+def _needs_images(recipe: Recipe) -> bool:
     """Whether the criterion or a step against the loss cannot do without images."""
     if needs_of(recipe.importance) - {"tensors"} or "images" in recipe.levels:
         return True

@@ -59,10 +59,10 @@ class Figure:
     variants: Mapping[tuple[int, ...], Variant]
 
 
-AGAINST = ("channels kept", "parameters", "MACs")
+_AGAINST = ("channels kept", "parameters", "MACs")
 
 
-def menus(
+def _menus(
     names: Sequence[str], keys: Iterable[tuple[str, ...]]
 ) -> tuple[tuple[Choice, ...], dict[tuple[str, ...], tuple[int, ...]]]:
     """The menus for these keys, and the position of each key in them."""
@@ -76,15 +76,15 @@ def figure(
 ) -> Figure | None:
     if not variants:
         return None
-    choices, positions = menus(names, variants)
+    choices, positions = _menus(names, variants)
     return Figure(name, title, text, choices, {positions[key]: variant for key, variant in variants.items()})
 
 
-def format_share(keep: float) -> str:
+def _format_share(keep: float) -> str:
     return f"{100 * keep:g} %"
 
 
-def curves(records: Iterable[Measured]) -> Figure | None:
+def _curves(records: Iterable[Measured]) -> Figure | None:
     """Accuracy against size, one line per method; the mean over seeds, with the range."""
     records = latest_records(records)
     before = original_records(records)
@@ -94,7 +94,7 @@ def curves(records: Iterable[Measured]) -> Figure | None:
         found, lambda r: (r.setting["network"], r.setting["group"], criterion_label(r))
     ).items():
         if len({r.setting["keep"] for r in part}) > 1:
-            for against in AGAINST:
+            for against in _AGAINST:
                 variants[network, group, by, against] = curve(part, before.get(network), against)
     text = "Test accuracy as channels go. The dashed line is the original network."
     ordered = dict(sorted(variants.items(), key=lambda item: item[0][1] not in SCOPES))
@@ -105,7 +105,7 @@ def curve(records: Sequence[Measured], before: Measured | None, against: str) ->
     traces: list[Trace] = []
     for method, part in group_by(records, lambda r: r.setting["method"]).items():
         lines = sorted(group_by(part, lambda r: r.setting["keep"]).items())
-        x = [size_shown(own[0], against) for _, own in lines]
+        x = [_size_shown(own[0], against) for _, own in lines]
         values = [[100 * r.result["accuracy"] for r in own] for _, own in lines]
         y = [statistics.fmean(v) for v in values]
         trace: Trace = {"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "name": method_label(method)}
@@ -113,7 +113,7 @@ def curve(records: Sequence[Measured], before: Measured | None, against: str) ->
             above = [max(v) - m for v, m in zip(values, y, strict=True)]
             below = [m - min(v) for v, m in zip(values, y, strict=True)]
             trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
-        trace["hovertemplate"] = "%{y:.1f} % at %{x:,}" + (" %" if against == AGAINST[0] else "")
+        trace["hovertemplate"] = "%{y:.1f} % at %{x:,}" + (" %" if against == _AGAINST[0] else "")
         traces.append({**trace, "meta": {"method": method}})
     if before is not None:
         ends = [min(min(t["x"]) for t in traces), max(max(t["x"]) for t in traces)]
@@ -129,7 +129,7 @@ def curve(records: Sequence[Measured], before: Measured | None, against: str) ->
                 "meta": {"role": "reference"},
             }
         )
-    unit = " (%)" if against == AGAINST[0] else ""
+    unit = " (%)" if against == _AGAINST[0] else ""
     return Variant(
         tuple(traces),
         {
@@ -139,13 +139,13 @@ def curve(records: Sequence[Measured], before: Measured | None, against: str) ->
     )
 
 
-def size_shown(record: Measured, against: str) -> float:
-    if against == AGAINST[0]:
+def _size_shown(record: Measured, against: str) -> float:
+    if against == _AGAINST[0]:
         return round(100 * record.setting["keep"], 6)
-    return record.result["params" if against == AGAINST[1] else "macs"]
+    return record.result["params" if against == _AGAINST[1] else "macs"]
 
 
-def gain_figure(records: Iterable[Measured]) -> Figure | None:
+def _gain_figure(records: Iterable[Measured]) -> Figure | None:
     """Where fusing helps: the gain over pruning for each group and keep."""
     found = [r for r in reduction_records(latest_records(records)) if r.setting["group"] not in SCOPES]
     variants = {}
@@ -163,14 +163,14 @@ def gain_figure(records: Iterable[Measured]) -> Figure | None:
                 [100 * (mean[g, k, FUSED] - mean[g, k, PRUNED]) if (g, k) in pairs else None for k in columns]
                 for g in rows
             ]
-            variants[network, by] = heatmap(rows, [format_share(k) for k in columns], z)
+            variants[network, by] = _heatmap(rows, [_format_share(k) for k in columns], z)
     text = (
         "Points of accuracy that fusing gains over pruning, each group reduced alone, the one nearest the output first."
     )
     return figure("gains", "Where fusing helps", text, ("Network", "Criterion"), variants)
 
 
-def heatmap(rows: list[str], columns: list[str], z: list[list[float | None]]) -> Variant:
+def _heatmap(rows: list[str], columns: list[str], z: list[list[float | None]]) -> Variant:
     reach = max(1.0, *(abs(v) for line in z for v in line if v is not None))
     trace: Trace = {
         "type": "heatmap",
@@ -195,27 +195,27 @@ def heatmap(rows: list[str], columns: list[str], z: list[list[float | None]]) ->
     return Variant((trace,), layout)
 
 
-def sizes_of_records(records: Iterable[Measured]) -> Figure | None:
+def _sizes_of_records(records: Iterable[Measured]) -> Figure | None:
     """Sizes of the groups before and after, of reductions of several groups."""
     variants = {}
     for r in latest_records(records):
         sizes = r.result.get("sizes")
         if isinstance(sizes, Mapping) and len(sizes) > 1:
             variants.setdefault(
-                (r.setting["network"], r.setting["group"], format_share(r.setting["keep"])), bars(sizes)
+                (r.setting["network"], r.setting["group"], _format_share(r.setting["keep"])), _bars(sizes)
             )
-    return figure("sizes", "Size of the groups", GROUP_SIZES, ("Network", "Reduced", "Keep"), variants)
+    return figure("sizes", "Size of the groups", _GROUP_SIZES, ("Network", "Reduced", "Keep"), variants)
 
 
-GROUP_SIZES = "Channels of each group, before and after; a group is named by the first layer that produces it."
+_GROUP_SIZES = "Channels of each group, before and after; a group is named by the first layer that produces it."
 
 
 def sizes_of_plan(decisions: Iterable[Decision]) -> Figure | None:
     sizes = {d.group: (d.n, d.m) for d in decisions}
-    return figure("sizes", "Size of the groups", GROUP_SIZES, (), {(): bars(sizes)} if sizes else {})
+    return figure("sizes", "Size of the groups", _GROUP_SIZES, (), {(): _bars(sizes)} if sizes else {})
 
 
-def bars(sizes: Mapping[str, Sequence[int]]) -> Variant:
+def _bars(sizes: Mapping[str, Sequence[int]]) -> Variant:
     names = list(sizes)
     before, after = [sizes[n][0] for n in names], [sizes[n][1] for n in names]
     common = {"type": "bar", "orientation": "h", "y": names, "hovertemplate": "%{y}: %{x}"}
@@ -232,11 +232,11 @@ def bars(sizes: Mapping[str, Sequence[int]]) -> Variant:
     return Variant(data, layout)
 
 
-def drift_figure(records: Iterable[Measured]) -> Figure | None:
+def _drift_figure(records: Iterable[Measured]) -> Figure | None:
     """Histograms of the distance of the outputs to the original's."""
     found = [r for r in latest_records(records) if "counts" in r.result]
     variants = {
-        (network, group, format_share(keep)): drift_histogram(part)
+        (network, group, _format_share(keep)): _drift_histogram(part)
         for (network, group, keep), part in group_by(
             found, lambda r: (r.setting["network"], r.setting["group"], r.setting["keep"])
         ).items()
@@ -245,7 +245,7 @@ def drift_figure(records: Iterable[Measured]) -> Figure | None:
     return figure("drift", "How far the outputs move", text, ("Network", "Reduced", "Keep"), variants)
 
 
-def drift_histogram(records: Sequence[Measured]) -> Variant:
+def _drift_histogram(records: Sequence[Measured]) -> Variant:
     traces: list[Trace] = []
     furthest = 0.0
     for r in records:
@@ -277,7 +277,7 @@ def drift_histogram(records: Sequence[Measured]) -> Variant:
     return Variant(tuple(traces), layout)
 
 
-def landscape(records: Iterable[Measured]) -> Figure | None:
+def _landscape(records: Iterable[Measured]) -> Figure | None:
     """Accuracy, and cross-entropy, over the plane through three networks; planes with all their rows only."""
     found = [r for r in latest_records(records) if "corners" in r.result]
     key: Callable[[Measured], Hashable] = lambda r: (  # noqa: E731
@@ -293,9 +293,9 @@ def landscape(records: Iterable[Measured]) -> Figure | None:
         rows = sorted(part, key=lambda r: r.setting["row"])
         first = rows[0].setting
         if len(rows) == first["points"]:
-            where = first["network"], f"{first['group']}, {criterion_label(rows[0])}", format_share(first["keep"])
-            variants[(*where, "accuracy")] = contour(rows, "accuracy", 100.0)
-            variants[(*where, "loss")] = contour(rows, "loss", 1.0)
+            where = first["network"], f"{first['group']}, {criterion_label(rows[0])}", _format_share(first["keep"])
+            variants[(*where, "accuracy")] = _contour(rows, "accuracy", 100.0)
+            variants[(*where, "loss")] = _contour(rows, "loss", 1.0)
     text = (
         "The plane through the weights of the original network and of the two smaller ones, which are put back at full "
         "width with zeros; distances are Euclidean, batch norms folded."
@@ -303,7 +303,7 @@ def landscape(records: Iterable[Measured]) -> Figure | None:
     return figure("landscape", "The way between the networks", text, ("Network", "Reduced", "Keep", "Shown"), variants)
 
 
-def contour(rows: Sequence[Measured], what: str, scale: float) -> Variant:
+def _contour(rows: Sequence[Measured], what: str, scale: float) -> Variant:
     first = rows[0].result
     z = [[scale * v for v in r.result[what]] for r in rows]
     unit = " %" if what == "accuracy" else " nats"
@@ -346,7 +346,7 @@ def contour(rows: Sequence[Measured], what: str, scale: float) -> Variant:
     return Variant((surface, corners), layout)
 
 
-def fine_tuning(records: Iterable[Measured]) -> Figure | None:
+def _fine_tuning(records: Iterable[Measured]) -> Figure | None:
     """Accuracy over the epochs of iterative compression and fine-tuning."""
     found = [r for r in latest_records(records) if "stages" in r.result]
     variants = {}
@@ -371,12 +371,12 @@ def fine_tuning(records: Iterable[Measured]) -> Figure | None:
             "xaxis": {"title": {"text": "epochs of training"}, "rangemode": "tozero"},
             "yaxis": {"title": {"text": "test accuracy (%)"}, "range": [0, 102]},
         }
-        variants[network, group, format_share(keep)] = Variant(tuple(traces), layout)
+        variants[network, group, _format_share(keep)] = Variant(tuple(traces), layout)
     text = "Accuracy falls where channels are taken away, and comes back with training."
     return figure("training", "Reduced in steps, then fine-tuned", text, ("Network", "Reduced", "Keep"), variants)
 
 
-def marginals(records: Iterable[Measured]) -> Figure | None:
+def _marginals(records: Iterable[Measured]) -> Figure | None:
     """Accuracy of every network for each choice of marginals."""
     found = [
         r
@@ -400,7 +400,7 @@ def marginals(records: Iterable[Measured]) -> Figure | None:
             }
             for method, own in group_by(part, lambda r: r.setting["method"]).items()
         ]
-        variants[group, format_share(keep)] = Variant(
+        variants[group, _format_share(keep)] = Variant(
             tuple(traces), {"yaxis": {"title": {"text": "test accuracy (%)"}}}
         )
     text = "Each point is one trained network; does it matter how much mass a channel has?"
@@ -411,13 +411,13 @@ def figures(records: Sequence[Measured]) -> dict[str, Figure]:
     """Every figure that these records allow, by name."""
     once = accuracy_records(records)
     found = (
-        curves(once),
-        gain_figure(once),
-        sizes_of_records(once),
-        marginals(records),
-        fine_tuning(records),
-        drift_figure(records),
-        landscape(records),
+        _curves(once),
+        _gain_figure(once),
+        _sizes_of_records(once),
+        _marginals(records),
+        _fine_tuning(records),
+        _drift_figure(records),
+        _landscape(records),
     )
     return {f.name: f for f in found if f is not None}
 

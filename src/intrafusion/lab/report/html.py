@@ -39,9 +39,9 @@ from intrafusion.measure.size import Size
 from intrafusion.plan import Decision, Plan
 from intrafusion.table import shown_layers
 
-HERE = Path(__file__).parent
-MARKUP = {"name", "text", "x", "y"}  # strings in which Plotly looks for markup
-LONG = 20  # rows after which a table scrolls
+_HERE = Path(__file__).parent
+_MARKUP = {"name", "text", "x", "y"}  # strings in which Plotly looks for markup
+_LONG = 20  # rows after which a table scrolls
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,24 @@ def write(page: Page, path: Path) -> None:
 
 def render(page: Page) -> str:
     drawn = [s.figure for s in page.sections if s.figure is not None]
-    data = {"methods": list(page.methods), "figures": [figure_data(f) for f in drawn]}
-    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
+    data = {"methods": list(page.methods), "figures": [_figure_data(f) for f in drawn]}
+    return Template((_HERE / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(page.title),
-        about=f" · {e(page.about)}" if page.about else "",
+        about=f" · {_e(page.about)}" if page.about else "",
         lead=html.escape(page.lead),
-        tiles="\n".join(f'<div class="tile"><b>{e(b)}</b><span>{e(a)}</span></div>' for b, a in page.tiles),
-        links="\n".join(f'<a href="#{e(s.name)}">{e(s.title)}</a>' for s in page.sections),
-        toggles=toggles(page.methods) if drawn else "",
-        sections="\n".join(map(section, page.sections)),
+        tiles="\n".join(f'<div class="tile"><b>{_e(b)}</b><span>{_e(a)}</span></div>' for b, a in page.tiles),
+        links="\n".join(f'<a href="#{_e(s.name)}">{_e(s.title)}</a>' for s in page.sections),
+        toggles=_toggles(page.methods) if drawn else "",
+        sections="\n".join(map(_section, page.sections)),
         figures=script_json(data),
         plotly=f"<script>{plotly_js()}</script>" if drawn else "",
         footer=html.escape(page.footer),
-        css=(HERE / "page.css").read_text(encoding="utf-8"),
-        js=(HERE / "page.js").read_text(encoding="utf-8"),
+        css=(_HERE / "page.css").read_text(encoding="utf-8"),
+        js=(_HERE / "page.js").read_text(encoding="utf-8"),
     )
 
 
-def e(text: object) -> str:
+def _e(text: object) -> str:
     return html.escape(str(text))
 
 
@@ -124,92 +124,92 @@ def plotly_js() -> str:
 
 def script_json(data: Any) -> str:
     """JSON that no HTML parser reads as anything else; what is not a number becomes null."""
-    text = json.dumps(finite(data), ensure_ascii=True, allow_nan=False)
+    text = json.dumps(_finite(data), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def finite(data: Any) -> Any:
+def _finite(data: Any) -> Any:
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):
-        return {k: finite(v) for k, v in data.items()}
-    return [finite(v) for v in data] if isinstance(data, (list, tuple)) else data
+        return {k: _finite(v) for k, v in data.items()}
+    return [_finite(v) for v in data] if isinstance(data, (list, tuple)) else data
 
 
-def figure_data(figure: Figure) -> dict[str, Any]:
-    variants = {",".join(map(str, key)): variant_data(v) for key, v in figure.variants.items()}
+def _figure_data(figure: Figure) -> dict[str, Any]:
+    variants = {",".join(map(str, key)): _variant_data(v) for key, v in figure.variants.items()}
     return {"name": figure.name, "variants": variants}
 
 
-def variant_data(variant: Variant) -> dict[str, Any]:
-    return {"data": [strip_markup(trace) for trace in variant.data], "layout": variant.layout}
+def _variant_data(variant: Variant) -> dict[str, Any]:
+    return {"data": [_strip_markup(trace) for trace in variant.data], "layout": variant.layout}
 
 
-def strip_markup(trace: Mapping[str, Any]) -> dict[str, Any]:
+def _strip_markup(trace: Mapping[str, Any]) -> dict[str, Any]:
     """A trace whose names are shown as they are, not read as markup."""
-    return {key: escape_markup(value) if key in MARKUP else value for key, value in trace.items()}
+    return {key: _escape_markup(value) if key in _MARKUP else value for key, value in trace.items()}
 
 
-def escape_markup(value: Any) -> Any:
+def _escape_markup(value: Any) -> Any:
     if isinstance(value, str):
         return html.escape(value, quote=False)
-    return [escape_markup(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return [_escape_markup(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def toggles(methods: Sequence[str]) -> str:
+def _toggles(methods: Sequence[str]) -> str:
     if len(methods) < 2:
         return ""
     buttons = "".join(
-        f'<button type="button" class="toggle" aria-pressed="true" data-method="{e(m)}">'
-        f"<i></i>{e(method_label(m))}</button>"
+        f'<button type="button" class="toggle" aria-pressed="true" data-method="{_e(m)}">'
+        f"<i></i>{_e(method_label(m))}</button>"
         for m in methods
     )
     group = f'<div role="group" aria-label="Methods"><span class="name">Methods</span>{buttons}</div>'
     return f'<div class="toggles">{group}</div>'
 
 
-def section(s: Section) -> str:
-    parts = [f'<section id="{e(s.name)}">', f"<h2>{e(s.title)}</h2>"]
-    parts += [f"<p>{e(s.text)}</p>"] if s.text else []
-    parts += [figure_html(s.figure)] if s.figure else []
-    parts += [table_html(s.table)] if s.table else []
+def _section(s: Section) -> str:
+    parts = [f'<section id="{_e(s.name)}">', f"<h2>{_e(s.title)}</h2>"]
+    parts += [f"<p>{_e(s.text)}</p>"] if s.text else []
+    parts += [_figure_html(s.figure)] if s.figure else []
+    parts += [_table_html(s.table)] if s.table else []
     return "\n".join([*parts, s.body, "</section>"])
 
 
-def figure_html(figure: Figure) -> str:
+def _figure_html(figure: Figure) -> str:
     menus = "".join(
-        f"<label{'' if len(choice.values) > 1 else ' hidden'}>{e(choice.name)} <select>"
-        + "".join(f'<option value="{i}">{e(value)}</option>' for i, value in enumerate(choice.values))
+        f"<label{'' if len(choice.values) > 1 else ' hidden'}>{_e(choice.name)} <select>"
+        + "".join(f'<option value="{i}">{_e(value)}</option>' for i, value in enumerate(choice.values))
         + "</select></label>"
         for choice in figure.choices
     )
-    plot = f'<div class="plot" id="plot-{e(figure.name)}" role="img" aria-label="{e(figure.title)}"></div>'
-    return f'<div class="figure" data-figure="{e(figure.name)}"><div class="menus">{menus}</div>{plot}</div>'
+    plot = f'<div class="plot" id="plot-{_e(figure.name)}" role="img" aria-label="{_e(figure.title)}"></div>'
+    return f'<div class="figure" data-figure="{_e(figure.name)}"><div class="menus">{menus}</div>{plot}</div>'
 
 
-def table_html(table: Table) -> str:
+def _table_html(table: Table) -> str:
     number = lambda i: "number" if i in table.numeric else ""  # noqa: E731
     head = "".join(
-        f'<th class="{number(i)}"><button type="button">{e(name)}</button></th>' for i, name in enumerate(table.header)
+        f'<th class="{number(i)}"><button type="button">{_e(name)}</button></th>' for i, name in enumerate(table.header)
     )
     rows = "".join(
-        f"<tr>{''.join(cell_html(cell, i, table) for i, cell in enumerate(row))}</tr>\n" for row in table.rows
+        f"<tr>{''.join(_cell_html(cell, i, table) for i, cell in enumerate(row))}</tr>\n" for row in table.rows
     )
-    kind = "scroll long" if len(table.rows) > LONG else "scroll"
+    kind = "scroll long" if len(table.rows) > _LONG else "scroll"
     return (
-        f'<div class="{kind}" tabindex="0"><table class="sortable" aria-label="{e(table.title)}">'
+        f'<div class="{kind}" tabindex="0"><table class="sortable" aria-label="{_e(table.title)}">'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
     )
 
 
-def cell_html(cell: Cell, column: int, table: Table) -> str:
+def _cell_html(cell: Cell, column: int, table: Table) -> str:
     classes = ["number"] if column in table.numeric else []
     if table.header[column] == "gain" and cell.value:
         classes.append("up" if cell.value > 0 else "down")
     if column == len(table.header) - 1 and len(cell.text) > 30:
         classes.append("wide")
     value = f' data-value="{cell.value!r}"' if cell.value is not None and math.isfinite(cell.value) else ""
-    return f'<td class="{" ".join(classes)}"{value}>{e(cell.text)}</td>'
+    return f'<td class="{" ".join(classes)}"{value}>{_e(cell.text)}</td>'
 
 
 # ---- out of records -------------------------------------------------------------------------------------------------
@@ -231,34 +231,34 @@ def records_page(
     drawn = figures_of.figures(records)
     table = comparison(accuracy_records(records))
     sections = [
-        from_figure(drawn.get("curves")),
-        Section("accuracy", "Every reduction", ACCURACY + (GAIN if "gain" in table.header else ""), table=table)
+        _from_figure(drawn.get("curves")),
+        Section("accuracy", "Every reduction", _ACCURACY + (_GAIN if "gain" in table.header else ""), table=table)
         if table
         else None,
-        from_figure(drawn.get("gains")),
-        from_figure(drawn.get("sizes")),
-        from_figure(drawn.get("marginals"), significance(records)),
-        from_figure(drawn.get("training"), stages(records)),
-        from_figure(drawn.get("drift"), drifts(records)),
-        from_figure(drawn.get("landscape")),
-        sheet_section(sheet) if sheet else None,
-        reproduce(records, sources),
+        _from_figure(drawn.get("gains")),
+        _from_figure(drawn.get("sizes")),
+        _from_figure(drawn.get("marginals"), significance(records)),
+        _from_figure(drawn.get("training"), stages(records)),
+        _from_figure(drawn.get("drift"), drifts(records)),
+        _from_figure(drawn.get("landscape")),
+        _sheet_section(sheet) if sheet else None,
+        _reproduce(records, sources),
     ]
     networks = list(dict.fromkeys(r.setting["network"] for r in records if "network" in r.setting))
     names = ", ".join(dict.fromkeys(r.experiment for r in records))
     title = f"{networks[0]} and {len(networks) - 1} more" if len(networks) > 3 else ", ".join(networks) or names
     tiles = (*tiles_of(records), (f"{len(latest_records(records)):,}", "measurements"))
     found = tuple(s for s in sections if s is not None)
-    switchable = tuple(figures_of.methods_of(records)) if any(f.name in SWITCHABLE for f in drawn.values()) else ()
-    return Page(title, names, lead_of(records), tiles, found, switchable, footer_of(records, version))
+    switchable = tuple(figures_of.methods_of(records)) if any(f.name in _SWITCHABLE for f in drawn.values()) else ()
+    return Page(title, names, _lead_of(records), tiles, found, switchable, _footer_of(records, version))
 
 
-ACCURACY = "Accuracy on the test images; a click on a heading sorts."
-GAIN = " Gain is fused minus pruned, in points."
-SWITCHABLE = {"curves", "drift", "training", "marginals"}
+_ACCURACY = "Accuracy on the test images; a click on a heading sorts."
+_GAIN = " Gain is fused minus pruned, in points."
+_SWITCHABLE = {"curves", "drift", "training", "marginals"}
 
 
-def from_figure(figure: Figure | None, table: Table | None = None) -> Section | None:
+def _from_figure(figure: Figure | None, table: Table | None = None) -> Section | None:
     if figure is None and table is None:
         return None
     if figure is None:
@@ -267,17 +267,17 @@ def from_figure(figure: Figure | None, table: Table | None = None) -> Section | 
     return Section(figure.name, figure.title, figure.text, figure, table)
 
 
-def sheet_section(sheet: str) -> Section:
-    image = f'<img class="sheet" alt="A grid of small images" src="{e(sheet)}">'
-    return Section("images", "Images", IMAGES, body=image)
+def _sheet_section(sheet: str) -> Section:
+    image = f'<img class="sheet" alt="A grid of small images" src="{_e(sheet)}">'
+    return Section("images", "Images", _IMAGES, body=image)
 
 
-IMAGES = (
+_IMAGES = (
     "Those given with this report, such as images made from the network alone; each at its full range of brightness."
 )
 
 
-def best_gain(records: Iterable[Measured]) -> tuple[Measured, Measured] | None:
+def _best_gain(records: Iterable[Measured]) -> tuple[Measured, Measured] | None:
     """The pruned and the fused record of the largest gain, of whole networks if there are any."""
     records = latest_records(records)
     found = [
@@ -290,8 +290,8 @@ def best_gain(records: Iterable[Measured]) -> tuple[Measured, Measured] | None:
     return max(both, key=lambda p: p[1].result["accuracy"] - p[0].result["accuracy"], default=None)
 
 
-def lead_of(records: Sequence[Measured]) -> str:
-    pair = best_gain(records)
+def _lead_of(records: Sequence[Measured]) -> str:
+    pair = _best_gain(records)
     if pair is None:
         return f"{len(latest_records(records)):,} measurements."
     pruned, fused = pair
@@ -316,7 +316,7 @@ def tiles_of(records: Sequence[Measured]) -> list[tuple[str, str]]:
     for network, record in list(before.items())[:4]:
         about = "original accuracy" if len(before) == 1 else f"original {network}"
         tiles.append((format_percent(record.result["accuracy"]).text, about))
-    pair = best_gain(records)
+    pair = _best_gain(records)
     if pair is not None:
         gain = 100 * (pair[1].result["accuracy"] - pair[0].result["accuracy"])
         where = f"{pair[1].setting['group']}, keep {100 * pair[1].setting['keep']:g} %"
@@ -328,36 +328,36 @@ def tiles_of(records: Sequence[Measured]) -> list[tuple[str, str]]:
     return tiles
 
 
-def reproduce(records: Sequence[Measured], sources: Sequence[str]) -> Section:
+def _reproduce(records: Sequence[Measured], sources: Sequence[str]) -> Section:
     """Commands, recipes, versions and machines."""
     commands = list(dict.fromkeys(r.environment["command"] for r in records if "command" in r.environment))
     parts = []
     if commands:
-        parts.append("<h3>Commands</h3>" + "".join(f"<pre>{e(c)}</pre>" for c in commands))
-    parts.append("<h3>Environment</h3>" + definitions(environment_of(records, sources)))
+        parts.append("<h3>Commands</h3>" + "".join(f"<pre>{_e(c)}</pre>" for c in commands))
+    parts.append("<h3>Environment</h3>" + _definitions(_environment_of(records, sources)))
     recipes = {}
     for r in records:
         if "recipe" in r.result:
             recipes.setdefault((r.experiment, r.setting["method"]), r)
     if recipes:
         parts.append("<h3>Recipes</h3>")
-        parts += [recipe_html(key, r) for key, r in recipes.items()]
-    return Section("reproduce", "How to reproduce", REPRODUCE, body="\n".join(parts))
+        parts += [_recipe_html(key, r) for key, r in recipes.items()]
+    return Section("reproduce", "How to reproduce", _REPRODUCE, body="\n".join(parts))
 
 
-REPRODUCE = "Each record holds its setting, its recipe, its seed and the versions that it was measured with."
+_REPRODUCE = "Each record holds its setting, its recipe, its seed and the versions that it was measured with."
 
 
-def recipe_html(key: tuple[str, str], record: Measured) -> str:
+def _recipe_html(key: tuple[str, str], record: Measured) -> str:
     where = {k: v for k, v in record.setting.items() if k != "method"}
     what = ", ".join(f"{k} {v}" for k, v in where.items())
     return (
-        f"<details><summary>{e(key[0])}: {e(method_label(key[1]))}</summary>"
-        f"<p>The first of its records: {e(what)}</p><pre>{e(record.result['recipe'].strip())}</pre></details>"
+        f"<details><summary>{_e(key[0])}: {_e(method_label(key[1]))}</summary>"
+        f"<p>The first of its records: {_e(what)}</p><pre>{_e(record.result['recipe'].strip())}</pre></details>"
     )
 
 
-def environment_of(records: Sequence[Measured], sources: Sequence[str]) -> dict[str, str]:
+def _environment_of(records: Sequence[Measured], sources: Sequence[str]) -> dict[str, str]:
     seen = [r.environment for r in records]
     times = sorted(str(s["time"]) for s in seen if "time" in s)
     versions = [", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in seen if "versions" in s]
@@ -371,20 +371,20 @@ def environment_of(records: Sequence[Measured], sources: Sequence[str]) -> dict[
         "Versions": "; ".join(dict.fromkeys(versions)),
         "Machine": "; ".join(dict.fromkeys(machines)),
         "Seeds": ", ".join(map(str, sorted({r.setting["seed"] for r in records if "seed" in r.setting}))),
-        "Weights": ", ".join(dict.fromkeys(weights(r) for r in records if "weights" in r.setting)),
+        "Weights": ", ".join(dict.fromkeys(_weights(r) for r in records if "weights" in r.setting)),
     }
     return {name: text for name, text in found.items() if text}
 
 
-def weights(record: Measured) -> str:
+def _weights(record: Measured) -> str:
     return f"{record.setting['network']} {record.setting['weights']}"
 
 
-def definitions(pairs: Mapping[str, str]) -> str:
-    return "<dl>" + "".join(f"<dt>{e(name)}</dt><dd>{e(text)}</dd>" for name, text in pairs.items()) + "</dl>"
+def _definitions(pairs: Mapping[str, str]) -> str:
+    return "<dl>" + "".join(f"<dt>{_e(name)}</dt><dd>{_e(text)}</dd>" for name, text in pairs.items()) + "</dl>"
 
 
-def footer_of(records: Sequence[Measured], version: str) -> str:
+def _footer_of(records: Sequence[Measured], version: str) -> str:
     times = sorted(str(r.environment["time"]) for r in records if "time" in r.environment)
     last = f", last measured {times[-1]}" if times else ""
     return f"intrafusion {version}{last}. This page is complete in itself and opens without a network."
@@ -424,15 +424,15 @@ def plan_page(
     bars = figures_of.sizes_of_plan(plan.decisions)
     load = f"model = intrafusion.load({folder!r}, OriginalNetwork)  # the original class, a factory, or an instance"
     body = (
-        f"<h3>Recipe</h3><pre>{e(plan.recipe.to_yaml().strip())}</pre>"
-        f"<h3>Load it</h3><pre>import intrafusion\n{e(load)}</pre>"
-        f"<h3>Make it again</h3><pre>intrafusion compress NETWORK --recipe {e(folder)}/recipe.yaml -o FOLDER</pre>"
+        f"<h3>Recipe</h3><pre>{_e(plan.recipe.to_yaml().strip())}</pre>"
+        f"<h3>Load it</h3><pre>import intrafusion\n{_e(load)}</pre>"
+        f"<h3>Make it again</h3><pre>intrafusion compress NETWORK --recipe {_e(folder)}/recipe.yaml -o FOLDER</pre>"
     )
     sections = [
-        replace(bars_section, table=plan_table(plan.decisions)) if (bars_section := from_figure(bars)) else None,
-        Section("restored", "Restored without training", body=notes(restored)) if restored else None,
-        sheet_section(sheet) if sheet else None,
-        Section("notes", "Notes", body=notes(plan.warnings)) if plan.warnings else None,
+        replace(bars_section, table=_plan_table(plan.decisions)) if (bars_section := _from_figure(bars)) else None,
+        Section("restored", "Restored without training", body=_notes(restored)) if restored else None,
+        _sheet_section(sheet) if sheet else None,
+        Section("notes", "Notes", body=_notes(plan.warnings)) if plan.warnings else None,
         Section("reproduce", "How to reproduce", body=body),
     ]
     found = tuple(s for s in sections if s is not None)
@@ -440,7 +440,7 @@ def plan_page(
     return Page(Path(folder).name, "a smaller network", lead, tuple(tiles), found, (), footer)
 
 
-def plan_table(decisions: Sequence[Decision]) -> Table:
+def _plan_table(decisions: Sequence[Decision]) -> Table:
     """One row per group, as it stands in the plan."""
     rows = tuple(
         (
@@ -458,5 +458,5 @@ def plan_table(decisions: Sequence[Decision]) -> Table:
     return Table("Groups", header, rows, frozenset({1, 2, 3, 4}))
 
 
-def notes(warnings: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{e(w)}</li>' for w in warnings)}</ul>"
+def _notes(warnings: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{_e(w)}</li>' for w in warnings)}</ul>"

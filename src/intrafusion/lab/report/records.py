@@ -12,7 +12,7 @@ from intrafusion.measure.significance import kruskal_wallis
 
 PRUNED, FUSED = "select", "intrafusion"
 SCOPES = (WHOLE, INNER)
-METHOD_NAMES = {"select": "pruned", "intrafusion": "fused", "fold": "folded"}
+_METHOD_NAMES = {"select": "pruned", "intrafusion": "fused", "fold": "folded"}
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
@@ -55,7 +55,7 @@ def method_label(method: str) -> str:
     """How a method is called in tables: "fused (bias=false) + closed_form"."""
     first, *steps = method.split("+")
     name, _, options = first.partition(":")
-    shown = METHOD_NAMES.get(name, name) + (f" ({options.replace(',', ', ')})" if options else "")
+    shown = _METHOD_NAMES.get(name, name) + (f" ({options.replace(',', ', ')})" if options else "")
     return " + ".join([shown, *steps])
 
 
@@ -109,7 +109,7 @@ def format_percent(value: float) -> Cell:
     return Cell(f"{100 * value:.1f} %", 100 * value)
 
 
-def format_spread(values: Sequence[float]) -> Cell:
+def _format_spread(values: Sequence[float]) -> Cell:
     """A mean in percent, with the standard deviation of several."""
     mean = statistics.fmean(values)
     if len(values) == 1:
@@ -117,7 +117,7 @@ def format_spread(values: Sequence[float]) -> Cell:
     return Cell(f"{100 * mean:.1f} ± {100 * statistics.stdev(values):.1f} %", 100 * mean)
 
 
-def format_points(value: float) -> Cell:
+def _format_points(value: float) -> Cell:
     return Cell(f"{100 * value:+.1f}", 100 * value)
 
 
@@ -140,10 +140,10 @@ def comparison(records: Iterable[Measured]) -> Table | None:
         row = [Cell(network)] if len(names) > 1 else []
         row += [Cell(group), width if len(sizes) == 1 else Cell(f"{len(sizes)} groups" if sizes else "", width.value)]
         row += [Cell(f"{100 * keep:g} %", 100 * keep), Cell(by)]
-        row += [format_spread(values[m]) if m in values else Cell("") for m in columns]
+        row += [_format_spread(values[m]) if m in values else Cell("") for m in columns]
         if gain:
             both = values.get(FUSED), values.get(PRUNED)
-            row.append(format_points(statistics.fmean(both[0]) - statistics.fmean(both[1])) if all(both) else Cell(""))  # type: ignore[arg-type]
+            row.append(_format_points(statistics.fmean(both[0]) - statistics.fmean(both[1])) if all(both) else Cell(""))  # type: ignore[arg-type]
         rows.append(tuple(row))
     start = (["network"] if len(names) > 1 else []) + ["group", "channels", "keep", "criterion"]
     header = (*start, *map(method_label, columns), *(["gain"] if gain else []))
@@ -207,7 +207,7 @@ def significance(records: Iterable[Measured]) -> Table | None:
         samples = group_by(part, lambda r: r.setting["method"])
         values = {m: [r.result["accuracy"] for r in own] for m, own in samples.items()}
         row = [Cell(group), Cell(f"{100 * keep:g} %", 100 * keep)]
-        row += [format_spread(values[m]) if m in values else Cell("") for m in columns]
+        row += [_format_spread(values[m]) if m in values else Cell("") for m in columns]
         h, p = kruskal_wallis(list(values.values())) if len(values) > 1 else (float("nan"), float("nan"))
         rows.append((*row, Cell(f"{h:.2f}", h), Cell(f"{p:.3f}", p)))
     header = ("group", "keep", *map(marginal_label, columns), "H", "p")

@@ -9,10 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-SHOWN = 64
+_SHOWN = 64
 
 
-def contact_sheet(images: Tensor, *, shown: int = SHOWN, gap: int = 1) -> Tensor:
+def contact_sheet(images: Tensor, *, shown: int = _SHOWN, gap: int = 1) -> Tensor:
     """A grid of images, each stretched to the full range of brightness; (height, width, 3) uint8.
 
     Args:

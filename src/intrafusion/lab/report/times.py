@@ -8,7 +8,7 @@ from pathlib import Path
 from intrafusion.io.atomic import atomic_file
 from intrafusion.lab.report.plot import COLOURS
 
-MORE = (*COLOURS, "#b08a1e", "#2f8f8a", "#9a3b3b", "#555555")
+_MORE = (*COLOURS, "#b08a1e", "#2f8f8a", "#9a3b3b", "#555555")
 
 
 def run_times_plot(
@@ -22,7 +22,7 @@ def run_times_plot(
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(phase for phases in runs.values() for phase, _, _ in phases))
-    colours = dict(zip(names, MORE * (1 + len(names) // len(MORE)), strict=False))
+    colours = dict(zip(names, _MORE * (1 + len(names) // len(_MORE)), strict=False))
     figure = Figure(figsize=(8.0, 1.6 + 0.9 * len(runs)), dpi=150, layout="constrained")
     axes = figure.subplots()
     ticks: list[tuple[float, str]] = []

@@ -20,7 +20,7 @@ from intrafusion.lab.zoo.images import Images, Normalisation, window
 
 
 @dataclass(frozen=True)
-class Archive:
+class _Archive:
     """One published archive.
 
     Attributes:
@@ -36,15 +36,15 @@ class Archive:
     label_key: bytes
 
 
-ARCHIVES: dict[str, Archive] = {
-    "cifar10": Archive(
+ARCHIVES: dict[str, _Archive] = {
+    "cifar10": _Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         folder="cifar-10-batches-py",
         splits={"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
         label_key=b"labels",
     ),
-    "cifar100": Archive(
+    "cifar100": _Archive(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
         sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         folder="cifar-100-python",
@@ -94,20 +94,20 @@ def load_cifar(
     return Images(normalisation(pixels[part]), torch.tensor(labels[part], dtype=torch.int64))
 
 
-def _archive(name: str) -> Archive:
+def _archive(name: str) -> _Archive:
     if name not in ARCHIVES:
         raise ValueError(unknown_name("CIFAR data set", name, ARCHIVES))
     return ARCHIVES[name]
 
 
-def _read_folder(path: Path, archive: Archive, files: Sequence[str]) -> list[tuple[str, bytes]]:
+def _read_folder(path: Path, archive: _Archive, files: Sequence[str]) -> list[tuple[str, bytes]]:
     missing = [file for file in files if not (path / file).is_file()]
     if missing:
         raise FolderError(f"{path}: expected the batches of {archive.folder}, {', '.join(missing)} missing.")
     return [(str(path / file), (path / file).read_bytes()) for file in files]
 
 
-def _read_tar(path: Path, archive: Archive, files: Sequence[str]) -> list[tuple[str, bytes]]:
+def _read_tar(path: Path, archive: _Archive, files: Sequence[str]) -> list[tuple[str, bytes]]:
     wanted = [f"{archive.folder}/{file}" for file in files]
     try:
         with tarfile.open(path) as tar:

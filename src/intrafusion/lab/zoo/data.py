@@ -14,7 +14,7 @@ from intrafusion.lab.zoo.npz import load_mnist, load_packed
 from intrafusion.lab.zoo.root import data_file
 
 
-class Reader(Protocol):
+class _Reader(Protocol):
     """Reads part of a split."""
 
     def __call__(
@@ -23,14 +23,14 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class DataSet:
+class _DataSet:
     """A data set of the zoo, and its usual normalisation."""
 
-    read: Reader
+    read: _Reader
     normalisation: Normalisation
 
 
-def _below_root(load: Callable[..., Images], file: str) -> Reader:
+def _below_root(load: Callable[..., Images], file: str) -> _Reader:
     """A reader of one file of `$INTRAFUSION_DATA`."""
 
     def read(split: str, normalisation: Normalisation, *, start: int = 0, limit: int | None = None) -> Images:
@@ -39,12 +39,12 @@ def _below_root(load: Callable[..., Images], file: str) -> Reader:
     return read
 
 
-DATA_SETS: dict[str, DataSet] = {
-    "cifar10": DataSet(_below_root(load_packed, "cifar10.npz"), registry.CIFAR10),
-    "cifar100": DataSet(_below_root(load_packed, "cifar100_test.npz"), registry.CIFAR100),
-    "imagenet": DataSet(_below_root(load_packed, "imagenet_1000.npz"), registry.IMAGENET),
-    "mnist": DataSet(_below_root(load_mnist, "mnist.npz"), registry.MNIST),
-    "digits": DataSet(load_digits, registry.DIGITS),
+DATA_SETS: dict[str, _DataSet] = {
+    "cifar10": _DataSet(_below_root(load_packed, "cifar10.npz"), registry.CIFAR10),
+    "cifar100": _DataSet(_below_root(load_packed, "cifar100_test.npz"), registry.CIFAR100),
+    "imagenet": _DataSet(_below_root(load_packed, "imagenet_1000.npz"), registry.IMAGENET),
+    "mnist": _DataSet(_below_root(load_mnist, "mnist.npz"), registry.MNIST),
+    "digits": _DataSet(load_digits, registry.DIGITS),
 }
 
 

@@ -9,7 +9,7 @@ from intrafusion.errors import unknown_name
 from intrafusion.lab.zoo.images import Images, Normalisation, window
 
 # positions in one fixed random order
-SPLITS = {"train": slice(0, 1197), "validation": slice(1197, 1437), "test": slice(1437, 1797)}
+_SPLITS = {"train": slice(0, 1197), "validation": slice(1197, 1437), "test": slice(1437, 1797)}
 
 
 def load_digits(split: str, normalisation: Normalisation, *, start: int = 0, limit: int | None = None) -> Images:
@@ -20,9 +20,9 @@ def load_digits(split: str, normalisation: Normalisation, *, start: int = 0, lim
     """
     from sklearn.datasets import load_digits as read_digits
 
-    if split not in SPLITS:
-        raise ValueError(f"digits: {unknown_name('split', split, SPLITS)}")
+    if split not in _SPLITS:
+        raise ValueError(f"digits: {unknown_name('split', split, _SPLITS)}")
     pixels, labels = read_digits(return_X_y=True)
-    order = np.random.RandomState(0).permutation(len(labels))[SPLITS[split]]
+    order = np.random.RandomState(0).permutation(len(labels))[_SPLITS[split]]
     order = order[window(len(order), start, limit)]
     return Images(normalisation(pixels[order].reshape(-1, 8, 8)), torch.tensor(labels[order], dtype=torch.int64))

@@ -16,7 +16,7 @@ from intrafusion.io.atomic import atomic_file
 DownloadProgress = Callable[[int, int | None], None]
 """Called with the bytes received so far and the bytes expected (None if the server does not say)."""
 
-CHUNK = 1 << 18
+_CHUNK = 1 << 18
 
 
 def download(
@@ -61,7 +61,7 @@ def _fetch(url: str, part: Path, progress: DownloadProgress | None, timeout_s: f
 
 def _copy(response: BinaryIO, file: BinaryIO, total: int | None, progress: DownloadProgress | None) -> int:
     received = 0
-    while chunk := response.read(CHUNK):
+    while chunk := response.read(_CHUNK):
         file.write(chunk)
         received += len(chunk)
         if progress is not None:

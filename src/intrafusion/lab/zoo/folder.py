@@ -12,7 +12,7 @@ import torch
 from intrafusion.errors import FolderError
 from intrafusion.lab.zoo.images import Images, Normalisation, read_rgb
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def open_folder(root: Path, normalisation: Normalisation, *, resize: int = 256, 
         (path, label)
         for label, folder in enumerate(folders)
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in _SUFFIXES
     )
     if not files:
-        raise FolderError(f"{root}: expected one subfolder per class with {', '.join(SUFFIXES)} images, found none.")
+        raise FolderError(f"{root}: expected one subfolder per class with {', '.join(_SUFFIXES)} images, found none.")
     return ImageFolder(tuple(folder.name for folder in folders), files, normalisation, resize, crop)
 
 

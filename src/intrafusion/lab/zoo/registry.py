@@ -52,40 +52,40 @@ class Entry:
 
 
 CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-CIFAR10_EXACT_STD = Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR10_EXACT_STD = Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = Normalisation((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-SYMMETRIC = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_SYMMETRIC = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 MNIST = Normalisation((0.1307,), (0.3081,))
 DIGITS = Normalisation((0.3058,), (0.3756,), white=16.0)
 
-SMALL, LARGE, GREY, DIGIT = (3, 32, 32), (3, 224, 224), (1, 28, 28), (1, 8, 8)
+_SMALL, _LARGE, _GREY, _DIGIT = (3, 32, 32), (3, 224, 224), (1, 28, 28), (1, 8, 8)
 
-VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
-VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+_VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+_VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 NETWORKS: dict[str, Entry] = {
-    "cifar10_resnet20": Entry(partial(cifar_resnet, 20), "cifar10", CIFAR10, SMALL, weights="cifar10_resnet20"),
-    "cifar10_resnet32": Entry(partial(cifar_resnet, 32), "cifar10", CIFAR10, SMALL, weights="cifar10_resnet32"),
+    "cifar10_resnet20": Entry(partial(cifar_resnet, 20), "cifar10", CIFAR10, _SMALL, weights="cifar10_resnet20"),
+    "cifar10_resnet32": Entry(partial(cifar_resnet, 32), "cifar10", CIFAR10, _SMALL, weights="cifar10_resnet32"),
     "cifar10_resnet20_pad": Entry(
-        partial(PaddedResNet, 20), "cifar10", IMAGENET, SMALL, weights="cifar10_resnet20_pad"
+        partial(PaddedResNet, 20), "cifar10", IMAGENET, _SMALL, weights="cifar10_resnet20_pad"
     ),
-    "cifar10_vgg11_bn": Entry(partial(VGG, VGG11), "cifar10", IMAGENET, SMALL, weights="cifar10_vgg11_bn"),
-    "cifar10_densenet100": Entry(DenseNet, "cifar10", CIFAR10, SMALL, weights="cifar10_densenet100"),
-    "cifar10_vit": Entry(ViT, "cifar10", CIFAR10_EXACT_STD, SMALL, weights="cifar10_vit"),
+    "cifar10_vgg11_bn": Entry(partial(VGG, _VGG11), "cifar10", IMAGENET, _SMALL, weights="cifar10_vgg11_bn"),
+    "cifar10_densenet100": Entry(DenseNet, "cifar10", CIFAR10, _SMALL, weights="cifar10_densenet100"),
+    "cifar10_vit": Entry(ViT, "cifar10", _CIFAR10_EXACT_STD, _SMALL, weights="cifar10_vit"),
     "cifar100_resnet20": Entry(
-        partial(cifar_resnet, 20), "cifar100", CIFAR100, SMALL, num_classes=100, weights="cifar100_resnet20"
+        partial(cifar_resnet, 20), "cifar100", CIFAR100, _SMALL, num_classes=100, weights="cifar100_resnet20"
     ),
     "imagenet_mobilenetv1_025": Entry(
-        partial(MobileNetV1, 0.25), "imagenet", SYMMETRIC, LARGE, num_classes=1000, weights="imagenet_mobilenetv1_025"
+        partial(MobileNetV1, 0.25), "imagenet", _SYMMETRIC, _LARGE, num_classes=1000, weights="imagenet_mobilenetv1_025"
     ),
-    "mnist_mlp_a": Entry(MLP, "mnist", MNIST, GREY, weights="mnist_mlp_a"),
-    "mnist_mlp_b": Entry(MLP, "mnist", MNIST, GREY, weights="mnist_mlp_b"),
-    "digits_resnet": Entry(digits_resnet, "digits", DIGITS, DIGIT),
-    "resnet18": Entry(resnet18, "cifar10", CIFAR10, SMALL),
-    "resnet50": Entry(resnet50, "imagenet", IMAGENET, LARGE, num_classes=1000),
-    "vgg11_bn": Entry(partial(VGG, VGG11), "cifar10", CIFAR10, SMALL),
-    "vgg16_bn": Entry(partial(VGG, VGG16), "cifar10", CIFAR10, SMALL),
+    "mnist_mlp_a": Entry(MLP, "mnist", MNIST, _GREY, weights="mnist_mlp_a"),
+    "mnist_mlp_b": Entry(MLP, "mnist", MNIST, _GREY, weights="mnist_mlp_b"),
+    "digits_resnet": Entry(digits_resnet, "digits", DIGITS, _DIGIT),
+    "resnet18": Entry(resnet18, "cifar10", CIFAR10, _SMALL),
+    "resnet50": Entry(resnet50, "imagenet", IMAGENET, _LARGE, num_classes=1000),
+    "vgg11_bn": Entry(partial(VGG, _VGG11), "cifar10", CIFAR10, _SMALL),
+    "vgg16_bn": Entry(partial(VGG, _VGG16), "cifar10", CIFAR10, _SMALL),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from intrafusion.errors import FolderError
 
-VARIABLE = "INTRAFUSION_DATA"
+_VARIABLE = "INTRAFUSION_DATA"
 
 
 def data_file(*parts: str) -> Path:
@@ -17,10 +17,10 @@ def data_file(*parts: str) -> Path:
         FolderError: the variable is unset, or the file is missing.
     """
     wanted = Path(*parts)
-    root = os.environ.get(VARIABLE)
+    root = os.environ.get(_VARIABLE)
     if not root:
-        raise FolderError(f"{wanted} is needed, but {VARIABLE} is not set; set it to the folder that holds {wanted}.")
+        raise FolderError(f"{wanted} is needed, but {_VARIABLE} is not set; set it to the folder that holds {wanted}.")
     path = Path(root) / wanted
     if not path.is_file():
-        raise FolderError(f"{VARIABLE}={root}: expected the file {wanted} there, found none; put it there.")
+        raise FolderError(f"{_VARIABLE}={root}: expected the file {wanted} there, found none; put it there.")
     return path

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class DenseLayer(nn.Module):
+class _DenseLayer(nn.Module):
     """Norm, ReLU, 1x1 bottleneck, norm, ReLU, 3x3; appends `growth` maps to its input."""
 
     def __init__(self, inputs: int, growth: int) -> None:
@@ -25,18 +25,18 @@ class DenseLayer(nn.Module):
         return torch.cat([x, out], dim=1)
 
 
-class DenseBlock(nn.Module):
+class _DenseBlock(nn.Module):
     """`depth` dense layers, one after the other."""
 
     def __init__(self, inputs: int, depth: int, growth: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(DenseLayer(inputs + k * growth, growth) for k in range(depth)))
+        self.layers = nn.Sequential(*(_DenseLayer(inputs + k * growth, growth) for k in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
 
-class Transition(nn.Module):
+class _Transition(nn.Module):
     """Norm, ReLU, 1x1 convolution to half the width, 2x2 average pool."""
 
     def __init__(self, inputs: int) -> None:
@@ -61,10 +61,10 @@ class DenseNet(nn.Module):
         width = 2 * growth
         self.features = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         for k, depth in enumerate(depths, start=1):
-            self.features.add_module(f"denseblock{k}", DenseBlock(width, depth, growth))
+            self.features.add_module(f"denseblock{k}", _DenseBlock(width, depth, growth))
             width += depth * growth
             if k < len(depths):
-                self.features.add_module(f"transition{k}", Transition(width))
+                self.features.add_module(f"transition{k}", _Transition(width))
                 width //= 2
         self.features.add_module("norm5", nn.BatchNorm2d(width))
         self.classifier = nn.Linear(width, num_classes)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # output width at alpha = 1, and stride, of the 13 depthwise-pointwise pairs
-PAIRS = (
+_PAIRS = (
     (64, 1),
     (128, 2),
     (128, 1),
@@ -45,7 +45,7 @@ class MobileNetV1(nn.Module):
         width = int(32 * alpha)
         self.layers = ["conv1"]
         self._add("conv1", SamePadConv2d(3, width, stride=2))
-        for k, (full_width, stride) in enumerate(PAIRS, start=1):
+        for k, (full_width, stride) in enumerate(_PAIRS, start=1):
             outputs = int(full_width * alpha)
             self.layers += [f"conv_dw_{k}", f"conv_pw_{k}"]
             self._add(f"conv_dw_{k}", SamePadConv2d(width, width, stride, groups=width))

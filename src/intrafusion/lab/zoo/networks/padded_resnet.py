@@ -19,7 +19,7 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
 
 
-class PadBlock(nn.Module):
+class _PadBlock(nn.Module):
     """Two 3x3 convolutions around an identity or padded shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
@@ -60,4 +60,4 @@ class PaddedResNet(nn.Module):
 
 
 def _stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(PadBlock(inputs, width, stride), *(PadBlock(width, width, 1) for _ in range(blocks - 1)))
+    return nn.Sequential(_PadBlock(inputs, width, stride), *(_PadBlock(width, width, 1) for _ in range(blocks - 1)))

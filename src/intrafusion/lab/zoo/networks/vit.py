@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class PatchEmbedding(nn.Module):
+class _PatchEmbedding(nn.Module):
     """One token per patch: (batch, 3, H, W) to (batch, HW / patch^2, width)."""
 
     def __init__(self, patch: int, width: int) -> None:
@@ -18,12 +18,12 @@ class PatchEmbedding(nn.Module):
         return self.conv(x).flatten(2).transpose(1, 2)
 
 
-class Embedding(nn.Module):
+class _Embedding(nn.Module):
     """Class token and patches, with their positions added."""
 
     def __init__(self, image: int, patch: int, width: int) -> None:
         super().__init__()
-        self.patch_embeddings = PatchEmbedding(patch, width)
+        self.patch_embeddings = _PatchEmbedding(patch, width)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.pos_embeddings = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, width) * 0.02)
 
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class FeedForward(nn.Module):
+class _FeedForward(nn.Module):
     """Two linear layers with a GELU between."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class EncoderLayer(nn.Module):
+class _EncoderLayer(nn.Module):
     """Attention and feed-forward, each on normalised inputs and around an identity."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -73,19 +73,19 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.ffn = FeedForward(width, hidden)
+        self.ffn = _FeedForward(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.ffn(self.norm2(x))
 
 
-class Encoder(nn.Module):
+class _Encoder(nn.Module):
     """`depth` encoder layers, one after the other."""
 
     def __init__(self, depth: int, width: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(EncoderLayer(width, heads, hidden) for _ in range(depth)))
+        self.layers = nn.Sequential(*(_EncoderLayer(width, heads, hidden) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -113,8 +113,8 @@ class ViT(nn.Module):
         num_classes: int = 10,
     ) -> None:
         super().__init__()
-        self.embedding = Embedding(image, patch, width)
-        self.encoder = Encoder(depth, width, heads, hidden)
+        self.embedding = _Embedding(image, patch, width)
+        self.encoder = _Encoder(depth, width, heads, hidden)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.mlp_head = nn.Linear(width, num_classes)
 
