@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "intrafusion"
+CONTRIBUTING = PACKAGE.parents[1] / "CONTRIBUTING.md"
 
 # Lowest first. A part may import from its own layer and from those above it in this table, without a cycle.
 LAYERS = (
@@ -85,6 +86,13 @@ def test_every_part_has_a_layer() -> None:
     parts = {own_part(path) for path in files()}
     assert len(parts) > 5, "the package was not found"
     assert {name for name in parts if rank(name) < 0} == set(), "give these a layer in the table of this test"
+
+
+def test_the_layout_in_the_documents_is_this_one() -> None:
+    rows = [line.split("|")[1] for line in CONTRIBUTING.read_text().splitlines() if line.startswith("| `")]
+    documented = [name.strip("`/ ") for row in rows for name in row.split(",")]
+    assert sorted(documented, key=rank) == documented
+    assert set(documented) == set().union(*LAYERS) - {""}
 
 
 def test_imports_point_to_the_same_or_a_lower_layer() -> None:

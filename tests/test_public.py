@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -26,6 +28,16 @@ def test_every_public_name_is_there() -> None:
 def test_no_public_name_hides_a_module(name: str) -> None:
     if find_spec(f"intrafusion.{name}") is not None:
         assert isinstance(getattr(intrafusion, name), ModuleType), f"intrafusion.{name} hides the module of this name"
+
+
+@pytest.mark.parametrize(
+    "package", [m.name for m in pkgutil.walk_packages(intrafusion.__path__, "intrafusion.") if m.ispkg]
+)
+def test_no_function_hides_the_file_of_its_name(package: str) -> None:
+    room = importlib.import_module(package)
+    for file in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(f"{package}.{file.name}")
+        assert isinstance(getattr(room, file.name), ModuleType), f"{package}.{file.name} hides the file of this name"
 
 
 @pytest.mark.parametrize("name", ["trace", "checks"])

@@ -138,7 +138,7 @@ def test_a_loaded_network_can_be_compressed_and_saved_again(saved: Path, tmp_pat
 
 
 @pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("step", ["save_file", "document"])
+@pytest.mark.parametrize("step", ["save_file", "_build_document"])
 def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
     small: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, exists: bool
 ) -> None:
