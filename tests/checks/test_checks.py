@@ -309,7 +309,7 @@ BROKEN_RESTORERS = {
     "mode": (
         Restore(lambda c, r, i: c.model.eval()),
         "network untouched",
-        "expected Example, training True.*got .*False",
+        "expected _Example, training True.*got .*False",
     ),
     "flags": (Restore(lambda c, r, i: c.model.requires_grad_(True)), "network untouched", "requires_grad False.*got"),
     "precision": (Restore(lambda c, r, i: c.model.double()), "network untouched", r"expected float32\[4, 3, 3, 3\]"),

@@ -179,6 +179,7 @@ def test_accumulated_parts_make_the_same_update() -> None:
 
 
 def test_half_precision_computes_in_it_and_keeps_the_weights_in_float32() -> None:
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'intrafusion[train]'")
     model, seen = points(), []
     model[0].register_forward_hook(lambda m, a, output: seen.append(output.dtype))
     train_(model, blobs(), Training(epochs=1, batch_size=20, precision="bf16"))

@@ -166,7 +166,7 @@ def read_keep(texts: Iterable[str]) -> Keep:
 
 def _read_target(text: str) -> dict[str, float]:
     """
-    >>> read_target("macs=0.5")
+    >>> _read_target("macs=0.5")
     {'macs': 0.5}
     """
     kind, _, number = text.partition("=")
