@@ -73,6 +73,8 @@ class ChannelGroup:
         family: groups of one family are twins (the groups of one grouped convolution, the heads of one attention)
             and must keep the same number of channels.
         kind: "channel", or "block" where the unit is a whole head or convolution group.
+        together: what looks at all channels together so that a channel of zeros is not the same as no channel (the
+            statistics of a norm, a softmax, a maximum), in words; None where it is.
         depth: index counted from the output of the network by the last layer that produces the group, 0 = nearest,
             as in Theus et al. 2024; None for groups that cannot be reduced.
     """
@@ -86,6 +88,7 @@ class ChannelGroup:
     family: int = 0
     kind: str = "channel"
     depth: int | None = None
+    together: str | None = None
 
     @property
     def is_channel(self) -> bool:
@@ -129,6 +132,27 @@ class FoldableNorm:
     eps: float
 
 
+@dataclass(frozen=True)
+class WeightNorm:
+    """A weight whose direction and length are tensors of their own: w = length * direction / ||direction||.
+
+    The norm is taken over all dimensions but `dim`, the one along which `length` runs.
+    """
+
+    direction: str
+    length: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A number that met channels of groups in an operation, such as the 4.0 of q @ k / 4.0."""
+
+    operation: str
+    where: str
+    value: float
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """Every channel group of a network, in execution order, the irreducible ones with their reason.
@@ -138,12 +162,18 @@ class ChannelGraph:
         norms: batch norms that can be folded into the layer before them.
         shapes: shape of every parameter and floating buffer that was traced.
         warnings: what a user should know about the trace, such as parameters that the example input never reached.
+        weight_norms: weights that are stored as a direction and a length.
+        derived: tensors that layers do not use as they are, and through what they go first.
+        factors: numbers that met channels, in execution order; a smaller network must show the same.
     """
 
     groups: tuple[ChannelGroup, ...]
     norms: tuple[FoldableNorm, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    weight_norms: tuple[WeightNorm, ...] = ()
+    derived: dict[str, str] = field(default_factory=dict)
+    factors: tuple[Factor, ...] = ()
 
     @property
     def reducible(self) -> tuple[ChannelGroup, ...]:

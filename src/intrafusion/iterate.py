@@ -8,6 +8,7 @@ from dataclasses import replace
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import nn
 
 from intrafusion.budget import uniform_sizes
@@ -24,6 +25,7 @@ from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
 from intrafusion.selectors import find_left_alone
 from intrafusion.surgery.expect import shrink_graph
+from intrafusion.surgery.proof import FUNCTION
 from intrafusion.surgery.write import Repair
 
 Train = Callable[[nn.Module], Any]
@@ -153,19 +155,25 @@ def _join_steps(steps: Sequence[Compressed], recipe: Recipe) -> Compressed:
 
 def compose_maps(first: ReductionMap, second: ReductionMap) -> ReductionMap:
     """One map for two in turn: x = U_1 x_1 + s_1 and x_1 = U_2 x_2 + s_2 give x = U_1 U_2 x_2 + s_1 + U_1 s_2."""
-    shift = first.shift
+    shift, scales = first.shift, [m.scale for m in (first, second) if m.scale is not None]
     if second.shift is not None:
         moved = first.unmerge @ second.shift
         shift = moved if shift is None else shift + moved
-    return ReductionMap(second.merge @ first.merge, first.unmerge @ second.unmerge, shift)
+    scale = torch.stack(scales).prod(0) if scales else None
+    return ReductionMap(second.merge @ first.merge, first.unmerge @ second.unmerge, shift, scale)
 
 
 def _final_decision(decision: Decision, maps: Mapping[str, ReductionMap], steps: Sequence[Compressed]) -> Decision:
     """What became of a group in all: its last size, or the reason why it never shrank."""
     if decision.group in maps:
-        return replace(decision, m=len(maps[decision.group].merge), reason=None)
+        proofs = [d.proof for step in steps for d in step.plan.decisions if d.group == decision.group and d.proof]
+        return replace(decision, m=len(maps[decision.group].merge), reason=None, proof=weakest(proofs))
     reasons = [d.reason for step in steps for d in step.plan.decisions if d.group == decision.group and d.reason]
     return replace(decision, m=decision.n, reason=reasons[0] if reasons else None)
+
+
+def weakest(proofs: Sequence[str]) -> str | None:
+    return next((p for p in proofs if p != FUNCTION), proofs[0] if proofs else None)
 
 
 def _join_repairs(steps: Sequence[Compressed]) -> tuple[Repair, ...]:

@@ -25,6 +25,7 @@ from intrafusion.restore import Calibration, add_shifts_
 from intrafusion.restore.steps import calibrate_for, run_restorers
 from intrafusion.surgery.operate import operate
 from intrafusion.surgery.permute import verify_groups
+from intrafusion.surgery.proof import FunctionCheck
 from intrafusion.surgery.write import write_weights_
 from intrafusion.trace import trace
 
@@ -175,8 +176,9 @@ def apply(
     plan.check_fits(graph.shapes, graph)
     progress("prove", 0, 1)
     before = size_of(model, inputs)
-    surgery = operate(model, graph, dict(plan.maps), inputs)
-    plan = plan.rolled_back(surgery.rolled_back)
+    check = FunctionCheck(model, graph, inputs)
+    surgery = operate(model, graph, dict(plan.maps), inputs, check)
+    plan = plan.rolled_back(surgery.rolled_back).proved(surgery.maps, check.proved)
     add_shifts_(surgery.model, model, graph, plan.maps)
     after = size_of(surgery.model, inputs)
     small = Compressed(surgery.model, plan, before, after, inputs, surgery.repairs, rolled_back=surgery.rolled_back)

@@ -26,6 +26,8 @@ class Decision:
         mixing: "mixed" (new channels may combine old ones), "selected", or "selected: " and why they must not be mixed.
         family: twins share this number and their size.
         depth: index counted from the output, None where the group cannot be reduced.
+        proof: once it is carried out, "function" where the smaller network gave what the original gives without the
+            removed channels, "symmetry" where there is no such original, as where a norm sees the channels together.
     """
 
     group: str
@@ -36,6 +38,7 @@ class Decision:
     reason: str | None = None
     family: int = 0
     depth: int | None = None
+    proof: str | None = field(default=None, compare=False)  # no part of what was decided
 
     @property
     def reduced(self) -> bool:
@@ -87,6 +90,11 @@ class Plan:
             replace(d, m=d.n, reason=reasons[d.group]) if d.group in reasons else d for d in self.decisions
         )
         return replace(self, decisions=decisions, maps={k: v for k, v in self.maps.items() if k not in reasons})
+
+    def proved(self, maps: Mapping[str, ReductionMap], proofs: Mapping[str, str]) -> Plan:
+        """The same plan with the maps as they were carried out, and how each group was proved."""
+        decisions = tuple(replace(d, proof=proofs.get(d.group)) for d in self.decisions)
+        return replace(self, decisions=decisions, maps=dict(maps))
 
     def check_fits(self, shapes: Mapping[str, tuple[int, ...]], graph: ChannelGraph | None = None) -> None:
         """Raise PlanError, with the first difference, unless the plan was made for such a network."""
@@ -145,7 +153,7 @@ class Plan:
 
 
 def _is_same_map(a: ReductionMap, b: ReductionMap) -> bool:
-    pairs = ((a.merge, b.merge), (a.unmerge, b.unmerge), (a.shift, b.shift))
+    pairs = ((a.merge, b.merge), (a.unmerge, b.unmerge), (a.shift, b.shift), (a.scale, b.scale))
     return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 

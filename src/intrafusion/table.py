@@ -48,8 +48,17 @@ def plan_text(plan: Plan, before: Size | None = None, after: Size | None = None)
             "",
             f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}",
         ]
-    lines += [f"note: {w}" for w in plan.warnings]
+    lines += [f"note: {w}" for w in (*plan.warnings, *proofs(plan))]
     return "\n".join(lines)
+
+
+def proofs(plan: Plan) -> list[str]:
+    """What is not proved of the function of reduced groups."""
+    names = [d.group for d in plan.decisions if d.reduced and d.proof == "symmetry"]
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [f"{len(names)} groups are proved by symmetry only, as something looks at all their channels: {shown}"]
 
 
 def _align_columns(table: Iterable[Sequence[str]]) -> list[str]:

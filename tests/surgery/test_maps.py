@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from functools import partial
+from typing import Any
 
 import oracle
 import pytest
@@ -30,6 +33,8 @@ SAMPLE = """
     lstm_of_two_layers gru lstm_bidirectional weight_norm tied_autoencoder lora cat_of_shifted_images flipped_channels
 """.split()  # noqa: SIM905
 sample = pytest.mark.parametrize("case", [c for c in CASES if c.name in SAMPLE], ids=str)
+as_they_are = pytest.mark.parametrize("case", [c for c in CASES if c.name in {*SAMPLE} - {"weight_norm"}], ids=str)
+"""Networks that use their weights as they are."""
 
 
 def test_the_sample_is_in_the_gallery() -> None:
@@ -70,7 +75,7 @@ def operated(model: nn.Module, graph: ChannelGraph, maps: dict[str, ReductionMap
 # ---- selecting ------------------------------------------------------------------------------------------------------
 
 
-@sample
+@as_they_are
 def test_selecting_equals_zeroing_what_reads_the_others(case: Case) -> None:
     model, inputs, graph = prepared(case)
     groups = channels(graph)
@@ -84,6 +89,48 @@ def test_selecting_equals_zeroing_what_reads_the_others(case: Case) -> None:
     small = operated(model, graph, {g.name: selection(every_other(g), g.size) for g in groups})
     assert oracle.relative_difference(oracle.outputs_of(small, inputs), oracle.outputs_of(full, inputs)) <= EXACT
     assert oracle.relative_difference(oracle.outputs_of(small, inputs), oracle.outputs_of(model, inputs)) > 1e-3
+
+
+def with_old_weight_norm(layer: nn.Module, **options: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(layer, **options)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, with_old_weight_norm], ids=["new", "old"])
+@pytest.mark.parametrize(("dim", "convolution"), [(0, False), (1, False), (0, True)])
+def test_readers_and_producers_with_weight_norm_keep_what_is_left_of_their_weights(
+    norm: Any, dim: int, convolution: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = partial(nn.Conv2d, kernel_size=3, padding=1) if convolution else nn.Linear
+    plain = nn.Sequential(layer(3, 8), nn.Sigmoid(), layer(8, 6), nn.Tanh(), layer(6, 2)).double()
+    normed = copy.deepcopy(plain)
+    for index in (0, 2, 4):
+        normed[index] = norm(normed[index], dim=dim)
+    x = torch.randn(4, 3, 5, 5).double() if convolution else torch.randn(4, 3).double()
+    with torch.no_grad():
+        normed(x)
+    graph = trace(normed, x)
+    assert [g.size for g in graph.reducible] == [8, 6]
+    kept = [every_other(g) for g in graph.reducible]
+    maps = {g.name: selection(k, g.size) for g, k in zip(graph.reducible, kept, strict=True)}
+    small = operated(normed.requires_grad_(False), graph, maps)
+    for index, chosen in zip((2, 4), kept, strict=True):
+        dropped = sorted({*range(plain[index].weight.shape[1])} - {*chosen.tolist()})
+        plain[index].weight.data[:, dropped] = 0
+    assert oracle.relative_difference([small(x)], [plain(x).detach()]) <= EXACT
+
+
+def test_a_row_of_which_weight_norm_has_nothing_left_is_zero() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2, bias=False)).double()
+    net = nn.Sequential(nn.Linear(3, 4).double(), nn.ReLU(), layer)
+    net[2].parametrizations.weight.original1.data[0] = torch.tensor([0.0, 0.0, 1.0, 2.0])
+    x = torch.randn(5, 3).double()
+    graph = trace(net, x)
+    small = operated(net, graph, {"0": selection(torch.tensor([0, 1]), 4)})
+    assert bool((small(x)[:, 0] == 0).all())
+    assert bool((small(x)[:, 1] != 0).all())
 
 
 @pytest.mark.parametrize("name", ["conv_bn_chain", "residual_identity_and_projection", "mlp", "batch_norm_of_features"])

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from intrafusion import ChannelGraph, ChannelGroup, Role
 from intrafusion.graph import families_of
+from intrafusion.network.double import TOLERANCE
 from intrafusion.network.inputs import Inputs as Call
 from intrafusion.reduce import ReductionMap, selection_map
 from intrafusion.surgery import permute
 from intrafusion.surgery.expect import find_siblings
 from intrafusion.surgery.operate import operate
-from intrafusion.surgery.permute import random_derangement, verify_groups
+from intrafusion.surgery.permute import _PermutationCheck, random_derangement, verify_groups
 from intrafusion.surgery.search import find_largest_passing
 from intrafusion.trace import trace
 
@@ -178,6 +179,27 @@ def test_others_of_a_kind_that_failed_twice_pass_all_the_same(bad: tuple[int, ..
     passed, failed = find_largest_passing(families_of(blocks(40)), failure, lambda g, why: f"like {g.name}: {why}")
     assert {g.name for g, _ in failed} == names
     assert len(passed) == 80 - len(names)
+
+
+def amplifying() -> nn.Module:
+    """Reads large multiples of channels that are nearly equal: what is left holds much of their rounding."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 2)).double().eval()
+    for tensor in net[0].parameters():
+        tensor.data[16:] = tensor.data[:16] + 1e-9 * torch.randn_like(tensor[16:])
+    net[2].weight.data *= 1e9
+    net[2].weight.data[:, 16:] = -net[2].weight.data[:, :16]
+    return net
+
+
+def test_a_network_that_amplifies_rounding_is_held_to_what_rounding_does() -> None:
+    model, x = amplifying(), torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).double()
+    graph = trace(model, x)
+    check = _PermutationCheck(model, graph, [Call.of(x)])
+    assert check.error(graph.reducible) > TOLERANCE, "a case that the fixed tolerance refuses is needed"
+    assert set(reasons(verify_groups(model, graph, Call.of(x)))) == {"2"}
+    false = without_member(graph, "0", "0.bias")
+    assert set(reasons(verify_groups(model, false, Call.of(x)))) == {"0", "2"}
 
 
 # ---- after surgery --------------------------------------------------------------------------------------------------

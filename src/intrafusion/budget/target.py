@@ -19,6 +19,7 @@ from intrafusion.network.tensors import named_tensors
 from intrafusion.recipe import Recipe
 from intrafusion.reduce.select import selection_map
 from intrafusion.surgery.operate import copy_reduced, operate
+from intrafusion.surgery.proof import FunctionCheck
 
 _CLOSE_ENOUGH = 0.01  # trying stops this close to the target
 _MISSED = 0.02  # further off than this is said
@@ -77,7 +78,7 @@ def _find_shrinkable(
 ) -> list[ChannelGroup]:
     """The groups that would not be rolled back if all were halved."""
     halved = {g.name: selection_map(torch.arange((g.size + 1) // 2), g.size) for g in groups if g.size > 1}
-    refused = operate(model, graph, halved, inputs).rolled_back
+    refused = operate(model, graph, halved, inputs, FunctionCheck(model, graph, inputs)).rolled_back
     return [g for g in groups if g.name not in refused]
 
 

@@ -214,7 +214,7 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
     tensors = {
         f"{kind}/{name}": getattr(m, kind).cpu().contiguous()
         for name, m in plan.maps.items()
-        for kind in ("merge", "unmerge", "shift")
+        for kind in ("merge", "unmerge", "shift", "scale")
         if getattr(m, kind) is not None
     }
     with atomic_folder(folder, ours=is_ours) as target:
@@ -236,7 +236,12 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
     tensors = _read_tensors(folder / _MAPS_FILE)
     names = [k.removeprefix("merge/") for k in tensors if k.startswith("merge/")]
     maps = {
-        name: ReductionMap(tensors[f"merge/{name}"], tensors[f"unmerge/{name}"], tensors.get(f"shift/{name}"))
+        name: ReductionMap(
+            tensors[f"merge/{name}"],
+            tensors[f"unmerge/{name}"],
+            tensors.get(f"shift/{name}"),
+            tensors.get(f"scale/{name}"),
+        )
         for name in names
     }
     return Plan.from_json(json.dumps(data), maps)

@@ -16,7 +16,7 @@ from intrafusion.network.state import preserve_state
 TOLERANCE = 1e-8
 
 
-class _DoublePrecision(TorchDispatchMode):
+class DoublePrecision(TorchDispatchMode):
     """Everything in float64, also where a network casts to less or makes constants in less."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -33,7 +33,7 @@ def _as_double(x: Any) -> Any:
 
 
 def run_in_double(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _DoublePrecision():
+    with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), DoublePrecision():
         return inputs.double().call(model)
 
 

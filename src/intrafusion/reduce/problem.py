@@ -67,12 +67,14 @@ class ReductionMap:
     """Two small matrices that reduce a group, float64.
 
     merge (m, n): producers W <- merge W; unmerge (n, m): consumers W <- W unmerge; shift (n,): what each old channel is
-    on top of unmerge times the new ones, so consumers b <- b + W shift.
+    on top of unmerge times the new ones, so consumers b <- b + W shift; scale (2,): numbers that merge and unmerge are
+    multiplied by on top, against a factor that the forward derives from the number of channels.
     """
 
     merge: Tensor
     unmerge: Tensor
     shift: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @runtime_checkable

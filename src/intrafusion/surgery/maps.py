@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import PlanError
-from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role, Slice
+from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role, Slice, WeightNorm
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.norms import fold_norms, unfold_norms
 
@@ -39,10 +39,14 @@ def reduce_weights(
     names = {m.tensor for g in groups for m in g.members}
     norms = [n for n in graph.norms if names & set(norm_tensors(n))]
     names |= {t for n in norms for t in norm_tensors(n)}
+    lengths = [w for w in graph.weight_norms if w.direction in names]
+    names |= {w.length for w in lengths}
     original = {name: weights[name] for name in names}
-    centred = {m.tensor for g in groups for m in find_norm_biases(g)} - {n.bias for n in norms}
+    centred = find_averaged_biases(groups, norms)
     folded = fold_norms(original, norms)
     reduced = {name: _remap(name, folded[name], groups, maps, centred) for name in names}
+    for pair in lengths:
+        reduced |= set_length(pair, folded, reduced, groups, maps)
     averages = {
         n.mean: _averaging_matrix(n.mean, len(folded[n.mean]), groups, maps, folded[n.mean].device) for n in norms
     }
@@ -72,17 +76,17 @@ def _remap(
         return tensor
     tensor = tensor.clone()
     for group, member in touching:
-        tensor = _mix_channels(tensor, member, maps[group.name], average=name in centred)
+        tensor = mix_channels(tensor, member, maps[group.name], average=name in centred)
     return shorten(tensor, [(m, len(maps[g.name].merge)) for g, m in touching], name)
 
 
-def _mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, average: bool = False) -> Tensor:
+def mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, average: bool = False) -> Tensor:
     """Write the m new channels over the group's first m places (in place)."""
     matrix = matrix_for(member, reduction, average=average).to(tensor.device)
     part = tensor if member.within is None else narrow_to(tensor, member.within)
     positions = torch.from_numpy(member.positions).to(tensor.device)
     places = positions[: len(matrix)].flatten()
-    chosen = _find_picks(matrix)
+    chosen = find_picks(matrix)
     if chosen is not None:
         part.index_copy_(member.dim, places, part.index_select(member.dim, positions[chosen].flatten()))
         return tensor
@@ -92,7 +96,7 @@ def _mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, av
     return tensor
 
 
-def _find_picks(matrix: Tensor) -> Tensor | None:
+def find_picks(matrix: Tensor) -> Tensor | None:
     """Which row each row of matrix @ rows is, for a matrix that only picks rows."""
     entries = matrix != 0
     picks = bool((entries.sum(1) == 1).all()) and bool((matrix[entries] == 1).all())
@@ -105,19 +109,20 @@ def hollow_(weights: Mapping[str, Tensor], group: ChannelGroup, reduction: Reduc
     Scores and distances of other groups then see what they would see in the smaller network.
     """
     for member in group.members:
-        tensor = _mix_channels(weights[member.tensor], member, reduction)
+        tensor = mix_channels(weights[member.tensor], member, reduction)
         part = tensor if member.within is None else narrow_to(tensor, member.within)
         part.movedim(member.dim, 0)[torch.from_numpy(member.positions[len(reduction.merge) :])] = 0
 
 
 def matrix_for(member: Member, reduction: ReductionMap, *, average: bool) -> Tensor:
     """(m, n): merge for what comes in, unmerge transposed for what goes out, weighted means for what multiplies."""
+    into, out_of = (1.0, 1.0) if reduction.scale is None else reduction.scale.tolist()
     if Role.PRODUCES in member.roles:
-        return reduction.merge
+        return reduction.merge * into
     if Role.CONSUMES in member.roles:
-        return reduction.unmerge.T
+        return reduction.unmerge.T * out_of
     if member.roles & {Role.SHIFTS, Role.MEAN} and not average:
-        return reduction.merge
+        return reduction.merge * into
     return reduction.merge if Role.VARIANCE in member.roles else mean_weights(reduction.merge)
 
 
@@ -212,6 +217,35 @@ def compose_merges(touching: Sequence[tuple[Member, Tensor]], size: int, device:
     matrix = torch.eye(size, dtype=torch.float64, device=device)
     rows = [Member(m.tensor, 0, m.positions, frozenset([Role.PRODUCES])) for m, _ in touching]
     for member, (_, merge) in zip(rows, touching, strict=True):
-        matrix = _mix_channels(matrix, member, ReductionMap(merge, merge.T))
+        matrix = mix_channels(matrix, member, ReductionMap(merge, merge.T))
     sizes = [(member, len(merge)) for member, (_, merge) in zip(rows, touching, strict=True)]
     return shorten(matrix, sizes, rows[0].tensor)
+
+
+def set_length(
+    pair: WeightNorm,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    groups: list[ChannelGroup],
+    maps: Mapping[str, ReductionMap],
+) -> dict[str, Tensor]:
+    r"""Direction v and length g that leave w = g v / ||v|| as it was where v has lost some of its entries.
+
+    g <- g ||v'|| / ||v||, with v the rows that were kept, whole, and v' what is left of them; where nothing is left,
+    w is zero: g <- 0, and v' <- 1, as 0 / 0 is no direction.
+    """
+    dims = [d for d in range(before[pair.direction].dim()) if d != pair.dim]
+    length = lambda v: torch.linalg.vector_norm(v, dim=dims, keepdim=True)  # noqa: E731
+    whole = length(before[pair.direction]).reshape(before[pair.length].shape)
+    whole = _remap(pair.length, whole, groups, maps, set())
+    left = length(after[pair.direction])
+    direction = torch.where(left > 0, after[pair.direction], 1.0)
+    return {
+        pair.direction: direction,
+        pair.length: after[pair.length] * left.reshape(whole.shape) / whole.clamp(min=1e-300),
+    }
+
+
+def find_averaged_biases(groups: list[ChannelGroup], norms: list[FoldableNorm]) -> set[str]:
+    """Biases of norms that are not folded."""
+    return {m.tensor for g in groups for m in find_norm_biases(g)} - {n.bias for n in norms if n.bias is not None}

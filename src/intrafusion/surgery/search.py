@@ -12,7 +12,7 @@ from intrafusion.graph import ChannelGroup
 _ENOUGH = 2  # failures of one kind after which the others are not tried one by one
 
 
-_FamilyKind = tuple[tuple[str, int], ...]
+FamilyKind = tuple[tuple[str, int], ...]
 
 
 F = TypeVar("F")
@@ -32,28 +32,28 @@ def find_largest_passing(
     """
     passed: list[ChannelGroup] = []
     failed: list[tuple[ChannelGroup, F]] = []
-    good: set[_FamilyKind] = set()
-    bad: dict[_FamilyKind, list[tuple[ChannelGroup, F]]] = defaultdict(
+    good: set[FamilyKind] = set()
+    bad: dict[FamilyKind, list[tuple[ChannelGroup, F]]] = defaultdict(
         list
     )  # one group of each family that failed alone
-    put_off: dict[_FamilyKind, list[ChannelGroup]] = defaultdict(list)
+    put_off: dict[FamilyKind, list[ChannelGroup]] = defaultdict(list)
 
     def hopeless(family: list[ChannelGroup]) -> bool:
-        kind = _family_kind(family)
+        kind = family_kind(family)
         return likewise is not None and kind not in good and len(bad[kind]) >= _ENOUGH
 
     def add(part: list[list[ChannelGroup]]) -> None:
         for family in filter(hopeless, part):
-            put_off[_family_kind(family)] += family
+            put_off[family_kind(family)] += family
         part = [family for family in part if not hopeless(family)]
         groups = [g for family in part for g in family]
         why = failure(passed + groups) if groups else None
         if why is None:
             passed.extend(groups)
-            good.update(_family_kind(family) for family in part)
+            good.update(family_kind(family) for family in part)
         elif len(part) == 1:
             failed.extend((g, why) for g in groups)
-            bad[_family_kind(part[0])].append((groups[0], why))
+            bad[family_kind(part[0])].append((groups[0], why))
         else:
             add(part[: len(part) // 2])
             add(part[len(part) // 2 :])
@@ -69,6 +69,6 @@ def find_largest_passing(
     return passed, failed
 
 
-def _family_kind(family: list[ChannelGroup]) -> _FamilyKind:
+def family_kind(family: list[ChannelGroup]) -> FamilyKind:
     """Names but for their numbers, and sizes: the same for what repeats from block to block."""
     return tuple((re.sub(r"\d+", "#", g.name), g.size) for g in family)

@@ -9,6 +9,20 @@ from intrafusion.trace.channels import ChannelTable
 from intrafusion.trace.fingerprints import mix, sum_facts
 from intrafusion.trace.relations import Cause, Relations, UnionFind
 
+_WHOLE = {Cause.STATISTICS, Cause.SOFTMAX}
+
+
+def _is_average(where: str) -> bool:
+    """Whether an operation (as in `Call.where`) divides by the number of what it sees."""
+    name = where.partition(" ")[0]
+    return "avg_pool" in name or "mean" in name or "var" in name or "std" in name
+
+
+def _is_extreme(where: str) -> bool:
+    """Whether an operation may give another result where zeros are added to what it sees; sums and lengths do not."""
+    name = where.partition(" ")[0]
+    return "max" in name or "min" in name or name in ("prod", "logsumexp", "median")
+
 
 class Blocks:
     """Blocks of channels that were seen together, joined where they share channels.
@@ -34,6 +48,8 @@ class Blocks:
         # A block of nothing but blocks does not join them: heads that are averaged are still heads.
         above = self._is_of_blocks_only()
         joins = np.concatenate([self._content[~above], self._met, _list_ties(relations)])
+        self._tied = UnionFind(relations.count)
+        self._tied.unite(*_list_ties(relations)[:, :2].T)
         self.inside = np.unique(joins[:, :2])
         self.joined = UnionFind(relations.count)
         self.joined.unite(joins[:, 0], joins[:, 1])
@@ -79,6 +95,20 @@ class Blocks:
         """What saw this channel, or computed what it met, in words."""
         found = [*self._list_causes(self._content, channel), *self._list_causes(self._met, channel)]
         return list(dict.fromkeys(f"{cause}: {where}" for cause, where in sorted(found)))
+
+    def explain_together(self, channel: int) -> str | None:
+        """What sees this channel with others so that one that is zero counts, in words; None if nothing does.
+
+        An average counts as the statistics of a norm where what it gives meets the channels again.
+        """
+        blocks = self._content[self._content[:, 0] == channel, 1].tolist()
+        met = set(self._tied.find(self._met[self._met[:, 0] == channel, 1]).tolist())
+        for block in sorted(set(blocks) & self.relations.causes.keys()):
+            cause, where = self.relations.causes[block]
+            again = _is_average(where) and int(self._tied.find(np.array([block]))[0]) in met
+            if cause in _WHOLE or (cause is Cause.REDUCTION and (_is_extreme(where) or again)):
+                return f"{cause}: {where}"
+        return None
 
     def _list_causes(self, pairs: np.ndarray, channel: int) -> list[tuple[Cause, str]]:
         blocks = pairs[pairs[:, 0] == channel, 1].tolist()

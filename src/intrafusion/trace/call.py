@@ -15,7 +15,7 @@ class Call:
 
     def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, module: str) -> None:
         self.func, self.args, self.kwargs, self.out, self.module = func, args, kwargs, out, module
-        self.name = _name_operation(func)
+        self.name = name_operation(func)
 
     def __getitem__(self, name: str) -> Any:
         names, defaults = _list_arguments(self.func)
@@ -57,7 +57,7 @@ def _list_arguments(func: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 @functools.cache
-def _name_operation(func: Any) -> str:
+def name_operation(func: Any) -> str:
     """'add' for aten::add, aten::add_ and every overload; 'mine::add' stays: it may mean something else."""
     namespace, _, name = func._schema.name.partition("::")
     if namespace != "aten":

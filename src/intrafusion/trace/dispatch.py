@@ -13,10 +13,14 @@ from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from intrafusion.graph import Factor
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Outcome
+from intrafusion.trace.info import Info, LabelledTensor, Outcome
+from intrafusion.trace.labels import FIRST, narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.rules import find_rule, refuse
+
+_ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow", "addmm", "baddbmm", "addcmul", "addcdiv")
 
 
 class Tracer(TorchDispatchMode):
@@ -32,17 +36,22 @@ class Tracer(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-        out = func(*args, **kwargs)
+        out = self.execute(func, args, kwargs)
         call = Call(func, args, kwargs, out, self.modules[-1] if self.modules else "")
         if any(map(self.ledger.knows, call.tensors)):
             self._follow(call)
         return out
+
+    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute what an operation gives."""
+        return func(*args, **kwargs)
 
     def _follow(self, call: Call) -> None:
         """Apply the rule of an operation and keep what it says of the outputs."""
         for tensor in call.tensors:
             self.ledger.note_read(self.ledger.look_up(tensor), call.where)
         outcome = self._apply_rule(call)
+        self._note_factors(call)
         results = outcome if isinstance(outcome, Sequence) else [outcome]
         operands = [self.ledger.look_up(x) for x in call.tensors]
         self.ledger.note_passage(operands, results if len(results) > 1 else [])
@@ -55,6 +64,16 @@ class Tracer(TorchDispatchMode):
             return find_rule(call)(self.ledger, call)
         except Exception as error:  # a rule that cannot follow the operation must not pass for understanding it
             return refuse(self.ledger, call, f"not followed ({type(error).__name__})")
+
+    def _note_factors(self, call: Call) -> None:
+        """Remember the numbers that channels meet: the forward may derive them from how many channels there are."""
+        if call.name not in _ARITHMETIC or not any(_names_channels(self.ledger.look_up(x)) for x in call.tensors):
+            return
+        for value in (*call.args, *call.kwargs.values()):
+            if isinstance(value, Tensor) and value.numel() == 1 and self.ledger.look_up(value) is None:
+                value = value.item()
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self.ledger.relations.factors.append(Factor(call.name, call.where, float(value)))
 
     @contextlib.contextmanager
     def naming_modules(self, model: nn.Module) -> Iterator[None]:
@@ -76,6 +95,10 @@ class Tracer(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _names_channels(info: Info | None) -> bool:
+    return isinstance(info, LabelledTensor) and bool((narrow(info.labels) >= FIRST).any())
 
 
 @functools.cache

@@ -35,7 +35,15 @@ def build_graph(
     table = describe_channels(relations)
     blocks = Blocks(relations, table)
     groups = _name([*_find_channel_groups(blocks), *find_block_groups(blocks, entries)])
-    return ChannelGraph(_count_depths(groups, table.uses), find_foldable_norms(relations, origins), shapes, warnings)
+    return ChannelGraph(
+        _count_depths(groups, table.uses),
+        find_foldable_norms(relations, origins),
+        shapes,
+        warnings,
+        tuple(relations.weight_norms.values()),
+        dict(relations.reparametrised),
+        tuple(relations.factors),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +132,8 @@ def _make_group(
     if reason is None and len(labels) == 1:
         reason = "a single channel" + (f" ({notes[-1]})" if notes else "")
     unmixable = _explain_unmixable(blocks.relations, members, blocks.list_causes(one))
-    return ChannelGroup("", len(labels), tuple(members), reason, tuple(notes), unmixable, family)
+    seen = blocks.explain_together(one)
+    return ChannelGroup("", len(labels), tuple(members), reason, tuple(notes), unmixable, family, together=seen)
 
 
 def _explain_unmixable(relations: Relations, members: list[Member], causes: list[tuple[Cause, str]]) -> str | None:

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from intrafusion.graph import Role, Slice
+from intrafusion.graph import Factor, Role, Slice, WeightNorm
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM
 
 Key = tuple[str, int, Slice | None]
@@ -81,6 +81,8 @@ class Relations:
         self.notes: list[tuple[np.ndarray, str]] = []
         self.reparametrised: dict[str, str] = {}
         self.norm_calls: Counter[str] = Counter()
+        self.weight_norms: dict[str, WeightNorm] = {}
+        self.factors: list[Factor] = []
 
     def fresh(self, count: int, *, block: bool = False) -> np.ndarray:
         """New labels, one per channel."""

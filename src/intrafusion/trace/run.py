@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -41,13 +44,20 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
     return build_graph(ledger.relations, ledger.shapes, ledger.origins, _warn_of_unreached(model, ledger))
 
 
+@contextlib.contextmanager
+def follow_run(tracer: Tracer, model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Where a forward pass under this tracer shows every step; the network is left as it was found."""
+    for given in inputs.tensors():
+        tracer.ledger.learn(given, LabelledTensor.fixed(given.shape))
+    with preserve_state(model), torch.no_grad(), decompose(model), tracer.naming_modules(model):
+        yield
+
+
 def _run_once(model: nn.Module, inputs: Inputs) -> Ledger:
     """One traced forward pass; input and output channels may not move."""
     ledger = Ledger(model)
     tracer = Tracer(ledger)
-    for given in inputs.tensors():
-        ledger.learn(given, LabelledTensor.fixed(given.shape))
-    with preserve_state(model), torch.no_grad(), decompose(model), tracer.naming_modules(model):
+    with follow_run(tracer, model, inputs):
         with tracer:
             outputs = inputs.call(model)
         for output in outputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from intrafusion.graph import Role
+from intrafusion.graph import Role, WeightNorm
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor, Weight
 from intrafusion.trace.labels import compact, widen
@@ -105,4 +105,7 @@ def _normalise_weight(ledger: Ledger, call: Call, weight: Weight, tensors: dict[
 
 def reparametrise(ledger: Ledger, call: Call) -> list[Info | None]:
     v, g = call["v"], call["g"]
+    direction, length = _find_owner(ledger, v), _find_owner(ledger, g)
+    if direction is not None and length is not None and ledger.shapes[direction] == tuple(v.shape):
+        ledger.relations.weight_norms[direction] = WeightNorm(direction, length, call["dim"] % v.dim())
     return [combine(ledger, call, [v, g], call.outputs[0].shape), None]

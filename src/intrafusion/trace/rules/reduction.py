@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import Tensor
 
+from intrafusion.graph import Factor
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Axis, Info, LabelledTensor, Outcome, Weight
 from intrafusion.trace.labels import FIRST, find_varying, narrow, widen
@@ -96,6 +99,8 @@ def summarise(ledger: Ledger, call: Call) -> Outcome:
     squeeze = lambda c: c if keep else c.reshape([s for d, s in enumerate(c.shape) if d not in dims])  # noqa: E731
     result: Info
     if isinstance(info, LabelledTensor):
+        if call.name == "mean" and (over := dims & find_channel_dims(ledger, info)):
+            ledger.relations.factors.append(Factor("mean", call.where, 1 / math.prod(x.shape[d] for d in over)))
         result = LabelledTensor(squeeze(reduce_labels(ledger, info.labels, dims, Cause.REDUCTION, call.where)))
     else:
         result = _summarise_weight(info, dims, call.where).map(squeeze)

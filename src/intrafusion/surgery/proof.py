@@ -1,0 +1,295 @@
+"""Proof of function: the smaller network gives what the original gives without the removed channels, in float64.
+
+A permutation cannot see what a forward derives from the number of channels, such as the 1 / sqrt(d) of attention. Here
+the smaller network is compared with the original one at its full width, in which nothing is removed but every reader
+finds zeros where a removed channel comes in. A number that the forward took from the width is undone where one number
+on the maps does so exactly; else the group is left alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from intrafusion.graph import ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
+from intrafusion.network.double import TOLERANCE, DoublePrecision, output_difference, run_in_double
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.reduce.problem import ReductionMap
+from intrafusion.surgery.maps import (
+    find_averaged_biases,
+    find_picks,
+    mix_channels,
+    narrow_to,
+    norm_tensors,
+    reduce_weights,
+)
+from intrafusion.surgery.norms import fold_norms
+from intrafusion.surgery.operate import Maps, tolerance_of
+from intrafusion.surgery.search import FamilyKind, family_kind
+from intrafusion.surgery.write import write_weights_
+from intrafusion.trace.call import name_operation
+from intrafusion.trace.dispatch import Tracer
+from intrafusion.trace.info import Weight
+from intrafusion.trace.ledger import Ledger
+from intrafusion.trace.relations import Cause
+from intrafusion.trace.rules.contraction import PRODUCTS
+from intrafusion.trace.run import follow_run
+
+FUNCTION = "function"
+SYMMETRY = "symmetry"
+_SUMMED = (str(Cause.REDUCTION), str(Cause.PRODUCT))
+_INPUTS = frozenset([Role.CONSUMES])
+_OUTPUTS = frozenset([Role.PRODUCES, Role.SHIFTS, Role.MEAN])
+_MULTIPLIES = ("mul", "mean", "addmm", "baddbmm")
+_Scale = tuple[float, float]
+_Place = tuple[str, int, Slice | None]
+
+
+@dataclass(eq=False)
+class FunctionCheck:
+    """Compares smaller networks with the original one without the channels that they lack.
+
+    Groups of which something looks at all channels together (`ChannelGroup.together`) have no such original: for them
+    it is only checked that no number that meets their channels differs between the two networks.
+
+    Attributes:
+        scales: what the maps of a group must be multiplied by, (merge, unmerge), found so far; by group name.
+        proved: groups that passed together, and how: "function" or "symmetry".
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    inputs: Inputs
+    scales: dict[str, _Scale] = field(default_factory=dict)
+    proved: dict[str, str] = field(default_factory=dict)
+    explained: set[int] = field(default_factory=set)  # factors that differ and do no harm, by place
+    alike: dict[tuple[FamilyKind, int], _Scale] = field(default_factory=dict)  # tried first on groups like those
+
+    @cached_property
+    def double(self) -> nn.Module:
+        return copy_model(self.model).double()
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        return {n: t.detach() for n, t in named_tensors(self.double).items()}
+
+    @cached_property
+    def probe(self) -> Inputs:
+        return self.inputs.varied(seed=1)
+
+    @cached_property
+    def groups(self) -> dict[str, ChannelGroup]:
+        return {g.name: g for g in self.graph.groups}
+
+    @cached_property
+    def tolerance(self) -> float:
+        return tolerance_of(self.double, self.probe, run_in_double(self.double, self.probe))
+
+    def settled(self, maps: Maps) -> Maps:
+        """The maps with the scales that were found for their groups."""
+        found = {n: self.scales.get(n, self.alike.get(self._kind(n, m))) for n, m in maps.items()}
+        return {n: m if found[n] is None else _scale_map(m, found[n]) for n, m in maps.items()}
+
+    def _kind(self, name: str, reduction: ReductionMap) -> tuple[FamilyKind, int]:
+        return family_kind([self.groups[name]]), len(reduction.merge)
+
+    def __call__(self, maps: Maps, found: ChannelGraph) -> str | None:
+        """Why the smaller network does something else, in words; None if it does not."""
+        changed = _find_changed_factors(self.graph.factors, found.factors)
+        fresh = {i: pair for i, pair in changed.items() if i not in self.explained}
+        exact = {n: m for n, m in maps.items() if self.groups[n].together is None}
+        error = self.error(exact)
+        if not self.passes(error) and not self.compensate(maps, exact, fresh):
+            return _explain(error, fresh, self._derived(maps))
+        odd = {i: pair for i, pair in fresh.items() if pair[0].operation != "mean"}  # a norm's own mean may change
+        if odd and maps.keys() - exact.keys() - self.proved.keys():
+            return _explain(None, odd, [])
+        self.explained |= fresh.keys()
+        self.proved = {n: FUNCTION if n in exact else SYMMETRY for n in maps}
+        return None
+
+    def _derived(self, maps: Maps) -> list[str]:
+        """What the new groups are read through, in words."""
+        members = [m for n in maps if n not in self.proved for m in self.groups[n].with_role(Role.CONSUMES)]
+        derived = self.graph.derived
+        return [f"{m.tensor} is used through {derived[m.tensor]}" for m in members if m.tensor in derived]
+
+    def passes(self, error: float) -> bool:
+        return error <= TOLERANCE or error <= self.tolerance
+
+    def error(self, maps: Maps) -> float:
+        """Largest difference of the outputs, relative to the largest output."""
+        if not maps:
+            return 0.0
+        small = copy_model(self.double)
+        write_weights_(small, reduce_weights(self.weights, self.graph, maps))
+        found = run_in_double(small, self.probe)
+        return output_difference(found, self.expected({name: _scale_map(m, None) for name, m in maps.items()}))
+
+    def is_same_without(self, maps: Maps) -> bool:
+        """Whether the original network gives the same where nothing comes in from the channels that maps remove."""
+        return self.passes(output_difference(self.expected(maps), run_in_double(self.double, self.probe)))
+
+    def expected(self, maps: Maps) -> list[Tensor]:
+        """What the original network gives where nothing comes in from the channels that these maps remove."""
+        weights, masks = _zero_removed(self.weights, self.graph, maps)
+        write_weights_(self.double, weights)
+        try:
+            if not masks:
+                return run_in_double(self.double, self.probe)
+            tracer, inputs = _Masking(self.double, masks), self.probe.double()
+            with follow_run(tracer, self.double, inputs), DoublePrecision(), tracer:
+                return inputs.call(self.double)
+        finally:
+            write_weights_(self.double, {name: self.weights[name] for name in weights})
+
+    # ---- numbers that the forward takes from the width ---------------------------------------------------------------
+
+    def compensate(self, maps: Maps, exact: Maps, changed: Mapping[int, tuple[Factor, Factor]]) -> bool:
+        """Find what the maps of the one family that is new must be scaled by to undo these changes."""
+        names = [n for n in maps if n not in self.proved]
+        if not names or len({self.groups[n].family for n in names}) > 1 or not set(names) <= exact.keys():
+            return False
+        for scale in _list_candidates(changed):
+            if self.passes(self.error({n: _scale_map(m, scale) if n in names else m for n, m in exact.items()})):
+                self.scales |= dict.fromkeys(names, scale)
+                self.alike |= {self._kind(n, maps[n]): scale for n in names}
+                return True
+        return False
+
+
+def _list_candidates(changed: Mapping[int, tuple[Factor, Factor]]) -> Iterator[_Scale]:
+    """Scales of (merge, unmerge) that may undo changed factors: behind a product, before a reader, or at a producer."""
+    ratios = [_find_ratio(*pair) for pair in changed.values()]
+    known = [r for r in ratios if r is not None and math.isfinite(r) and r > 0]
+    yield (1.0, 1.0)
+    for total in dict.fromkeys([math.prod(known), *known] if known else []):
+        yield from ((math.sqrt(total), 1.0), (1.0, total), (total, 1.0))
+
+
+def _find_ratio(old: Factor, new: Factor) -> float | None:
+    """What the result of an operation must be multiplied by to be what it was; None where no number does that."""
+    if 0.0 in (old.value, new.value):
+        return None
+    if old.operation in _MULTIPLIES:
+        return old.value / new.value
+    return new.value / old.value if old.operation == "div" else None
+
+
+def _find_changed_factors(old: Sequence[Factor], new: Sequence[Factor]) -> dict[int, tuple[Factor, Factor]]:
+    """Numbers that differ between two traces of one forward, by their place; none where the traces are not alike."""
+    if [(f.operation, f.where) for f in old] != [(f.operation, f.where) for f in new]:
+        return {}
+    pairs = zip(old, new, strict=True)
+    return {i: (a, b) for i, (a, b) in enumerate(pairs) if not math.isclose(a.value, b.value, rel_tol=1e-6)}
+
+
+def _explain(error: float | None, changed: Mapping[int, tuple[Factor, Factor]], derived: Sequence[str]) -> str:
+    """Why a group is left alone, in words."""
+    off = "" if error is None else f"; the output is off by {error:.1e} (relative)"
+    if changed:
+        words = dict.fromkeys(f"{a.value:.4g} in {a.where} becomes {b.value:.4g}" for a, b in changed.values())
+        return f"the forward derives a factor from the width: {', '.join(itertools.islice(words, 3))}{off}"
+    why = f": {derived[0]}" if derived else ""
+    return f"the smaller network is not the original without these channels{why}{off}"
+
+
+# ---- the original without the removed channels ----------------------------------------------------------------------
+
+
+def _zero_removed(
+    weights: Mapping[str, Tensor], graph: ChannelGraph, maps: Maps
+) -> tuple[dict[str, Tensor], dict[_Place, np.ndarray]]:
+    """Weights of the original's shapes in which nothing comes in from removed channels.
+
+    Where a map mixes, its new channels stand at the first m places of the group. Where channels are summed or
+    multiplied with others, nothing goes into the removed ones either.
+
+    Args:
+        weights: the network's tensors, float64.
+    Returns:
+        the tensors that change, batch norms folded; and the places of derived weights, which are zero only after what
+        they are derived by.
+    """
+    groups = [g for g in graph.groups if g.name in maps]
+    names = {m.tensor for g in groups for m in g.members}
+    norms = [n for n in graph.norms if names & set(norm_tensors(n))]
+    names |= {name for norm in norms for name in norm_tensors(norm)}
+    new = fold_norms({name: weights[name] for name in names}, norms)
+    centred = find_averaged_biases(groups, norms)
+    identity = {name for norm in norms for name in (norm.weight, norm.variance)}  # what folding left of the norms
+    masks: dict[_Place, np.ndarray] = {}
+    for group in groups:
+        members = [m for m in group.members if m.tensor not in identity]
+        removed = _remove_(new, replace(group, members=tuple(members)), maps[group.name], centred)
+        zeroed = _INPUTS | (_OUTPUTS if any(note.startswith(_SUMMED) for note in group.notes) else frozenset())
+        for member in members:
+            if not member.roles & zeroed:
+                continue
+            places = member.positions[removed].ravel()
+            if member.tensor in graph.derived:
+                masks[member.key()] = np.union1d(masks.get(member.key(), places), places)
+            else:
+                _zero_(new[member.tensor], member, places)
+    return new, masks
+
+
+def _remove_(weights: dict[str, Tensor], group: ChannelGroup, reduction: ReductionMap, centred: set[str]) -> np.ndarray:
+    """Carry out a map at the full width (in place); the channels that are left over, by number."""
+    picked, read = find_picks(reduction.merge), find_picks(reduction.unmerge.T)
+    if picked is not None and read is not None and torch.equal(picked, read):
+        return np.setdiff1d(np.arange(group.size), picked.cpu().numpy())
+    for member in group.members:
+        weights[member.tensor] = mix_channels(
+            weights[member.tensor], member, reduction, average=member.tensor in centred
+        )
+    return np.arange(len(reduction.merge), group.size)
+
+
+def _zero_(tensor: Tensor, member: Member, places: np.ndarray) -> None:
+    part = tensor if member.within is None else narrow_to(tensor, member.within)
+    part.index_fill_(member.dim, torch.from_numpy(places).to(tensor.device), 0.0)
+
+
+def _scale_map(reduction: ReductionMap, scale: _Scale | None) -> ReductionMap:
+    found = None if scale in (None, (1.0, 1.0)) else torch.tensor(scale, dtype=torch.float64)
+    return replace(reduction, scale=found)
+
+
+class _Masking(Tracer):
+    """Follows where weights come from and makes zero, in what layers use, the entries of removed channels."""
+
+    def __init__(self, model: nn.Module, masks: Mapping[_Place, np.ndarray]) -> None:
+        super().__init__(Ledger(model))
+        self.masks: dict[tuple[str, int], list[tuple[Slice | None, Tensor]]] = defaultdict(list)
+        for (tensor, dim, within), places in masks.items():
+            self.masks[tensor, dim].append((within, torch.from_numpy(places)))
+
+    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name_operation(func) in (*PRODUCTS, "linear", "convolution"):
+            args, kwargs = tree_map(self.masked, args), tree_map(self.masked, kwargs)
+        return func(*args, **kwargs)
+
+    def masked(self, value: Any) -> Any:
+        info = self.ledger.look_up(value) if isinstance(value, Tensor) else None
+        if not isinstance(info, Weight) or info.nonlinear is None:
+            return value
+        for axis in info.axes:
+            for within, places in self.masks.get((axis.tensor, axis.dim), ()):
+                hit = torch.isin(axis.coordinates, places)
+                if within is not None:
+                    across = next(p.coordinates for p in info.axes if (p.tensor, p.dim) == (axis.tensor, within.dim))
+                    hit = hit & (across >= within.start) & (across < within.stop)
+                value = value.masked_fill(hit.to(value.device), 0.0)
+        return value
