@@ -14,7 +14,7 @@ from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
-from intrafusion.network.inputs import ExampleInputs
+from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.observe.observe import observe_for
 from intrafusion.plan import Decision, Plan, describe_members
@@ -25,6 +25,7 @@ from intrafusion.restore import Calibration
 from intrafusion.selectors import find_left_alone
 from intrafusion.surgery.maps import hollow_
 from intrafusion.surgery.norms import fold_norms
+from intrafusion.surgery.spare import find_classes, find_dead, reduce_distinct
 
 _Scores = Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]
 """How much each channel of a group matters in these weights, (n,) finite."""
@@ -65,7 +66,9 @@ def decide(
     else:
         curves = measure_error_curves(graph, groups, {g.name: scores(g, weights) for g in groups}, moments, calibration)
         wanted, missed = sizes_for_target(model, graph, groups, curves, recipe, example_inputs)
-    maps = _solve_all(groups, wanted, weights, scores, recipe, moments, progress)
+    smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
+    dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
+    maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments, progress)
     decisions = tuple(decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name)) for g in units)
     return Plan(recipe, decisions, graph.shapes, maps, (*graph.warnings, *missed))
 
@@ -75,6 +78,7 @@ def _solve_all(
     wanted: Mapping[str, int],
     weights: dict[str, Tensor],
     scores: _Scores,
+    dead: Mapping[str, Tensor],
     recipe: Recipe,
     moments: Mapping[str, Moments],
     progress: Progress,
@@ -83,10 +87,10 @@ def _solve_all(
     maps: dict[str, ReductionMap] = {}
     for index, group in enumerate(_in_order(groups, recipe)):
         progress("reduce", index, len(groups))
-        if wanted.get(group.name, group.size) < group.size:
-            maps[group.name] = _solve(group, weights, scores(group, weights), wanted[group.name], recipe, moments)
-            if recipe.order == "backward":
-                hollow_(weights, group, maps[group.name])
+        asked = scores(group, weights), wanted[group.name], dead.get(group.name)
+        maps[group.name] = _solve(group, weights, *asked, recipe, moments)
+        if recipe.order == "backward":
+            hollow_(weights, group, maps[group.name])
     progress("reduce", len(groups), len(groups))
     return maps
 
@@ -115,14 +119,16 @@ def _solve(
     weights: dict[str, Tensor],
     scores: Tensor,
     m: int,
+    dead: Tensor | None,
     recipe: Recipe,
     moments: Mapping[str, Moments],
 ) -> ReductionMap:
-    """The map of one group; channels that must not be mixed are selected."""
+    """The map of one group; channels that must not be mixed are selected, dead ones and exact copies go first."""
     rows, added = channel_features(group, weights), channel_biases(group, weights)
     problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name))
     reducer = selecting_form(recipe.reducer) if group.unmixable else recipe.reducer
-    return reducer(problem)
+    classes = find_classes(group, weights, dead, copies=reducer.mixes)
+    return reduce_distinct(reducer, group, weights, problem, classes)
 
 
 def _check_scores(scores: object, group: ChannelGroup) -> Tensor:
