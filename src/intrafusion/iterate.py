@@ -27,6 +27,7 @@ from intrafusion.selectors import find_left_alone
 from intrafusion.surgery.expect import shrink_graph
 from intrafusion.surgery.proof import FUNCTION
 from intrafusion.surgery.write import Repair
+from intrafusion.trace import trace
 
 Train = Callable[[nn.Module], Any]
 """Trains a network in place."""
@@ -128,7 +129,8 @@ def _train_between_(model: nn.Module, train: Train) -> None:
 def _shrunken_graph(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
     """The graph of a network that was made from one with this graph; `apply` has proved that it shows it."""
     shapes = {n: tuple(t.shape) for n, t in named_tensors(small.model).items() if n in graph.shapes}
-    return replace(shrink_graph(graph, small.plan.sizes), shapes=shapes)
+    factors = trace(small.model, small.inputs).factors if graph.factors else ()
+    return replace(shrink_graph(graph, small.plan.sizes), shapes=shapes, factors=factors)
 
 
 # ---- several steps as one -------------------------------------------------------------------------------------------

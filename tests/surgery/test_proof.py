@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from gallery.core import Wired
 from torch import Tensor, nn
 
-from intrafusion import apply, compress, inspect
+from intrafusion import apply, compress, compress_in_steps, inspect
 from intrafusion.compressed import Compressed
 from intrafusion.io.folder import load_plan, save_plan
 from intrafusion.trace import trace
@@ -154,6 +154,30 @@ def test_a_plan_with_scales_is_carried_out_again(tmp_path: Path) -> None:
     assert off(again, net, x) <= EXACT
 
 
+def test_channels_that_attend_to_themselves_are_undone_on_both_sides() -> None:
+    torch.manual_seed(0)
+    net = Wired(
+        lambda n, x: n.o(F.scaled_dot_product_attention(a := n.a(x).relu(), a, a)),
+        a=nn.Linear(8, 16), o=nn.Linear(16, 3),
+    ).double()  # fmt: skip
+    dead_(net.a, 8)
+    small = halved(net, tokens())
+    scale = small.plan.maps["a"].scale
+    assert scale is not None
+    assert scale.tolist() == pytest.approx([0.5**0.25, 2**0.25])
+    assert off(small, net, tokens()) <= EXACT
+
+
+def test_steps_undo_what_each_of_them_changes() -> None:
+    net, x = attention(FROM_THE_WIDTH["divided"]), tokens()
+    small = compress_in_steps(net, x, 0.5, 2, reducer="select", restore=None)
+    assert small.plan.sizes == {"q": 8, "v": 8}
+    assert off(small, net, x) <= EXACT
+    scale = small.plan.maps["q"].scale
+    assert scale is not None
+    assert scale.tolist() == pytest.approx([0.5**0.25, 1.0])
+
+
 # ---- between layers -------------------------------------------------------------------------------------------------
 
 
@@ -267,9 +291,21 @@ def test_a_layer_norm_by_hand_is_cut_as_one_of_torch(norm: Callable[[Any, Tensor
     assert "1 groups are proved by symmetry only" in str(small)
 
 
-def test_a_norm_that_counts_its_channels_is_left_alone() -> None:
+def test_a_root_mean_square_that_counts_its_channels_is_undone_before_and_behind_it() -> None:
     net = normed(lambda n, a: a / (a.square().sum(-1, keepdim=True) / a.shape[-1] + 1e-5).sqrt())
-    small = halved(net, torch.randn(6, 8).double())
+    dead_(net.a, 8)
+    x = torch.randn(6, 8).double()
+    small = halved(net, x)
+    assert small.plan.sizes == {"a": 8}
+    assert off(small, net, x) <= EXACT
+
+
+def test_a_layer_norm_that_counts_its_channels_is_left_alone() -> None:
+    def norm(n: Any, a: Tensor) -> Tensor:
+        a = a - a.sum(-1, keepdim=True) / a.shape[-1]
+        return a / (a.square().sum(-1, keepdim=True) / a.shape[-1] + 1e-5).sqrt()
+
+    small = halved(normed(norm), torch.randn(6, 8).double())
     assert small.rolled_back["a"].startswith("the forward derives a factor from the width: 16 in div")
 
 

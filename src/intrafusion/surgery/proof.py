@@ -170,12 +170,17 @@ class FunctionCheck:
 
 
 def _list_candidates(changed: Mapping[int, tuple[Factor, Factor]]) -> Iterator[_Scale]:
-    """Scales of (merge, unmerge) that may undo changed factors: behind a product, before a reader, or at a producer."""
+    """Scales of (merge, unmerge) that may undo changed factors.
+
+    Behind a product of the channels with each other or before a reader, or at a producer, which readers before the
+    factor make up for.
+    """
     ratios = [_find_ratio(*pair) for pair in changed.values()]
     known = [r for r in ratios if r is not None and math.isfinite(r) and r > 0]
     yield (1.0, 1.0)
     for total in dict.fromkeys([math.prod(known), *known] if known else []):
-        yield from ((math.sqrt(total), 1.0), (1.0, total), (total, 1.0))
+        root = math.sqrt(total)
+        yield from ((root, 1.0), (1.0, total), (total, 1.0), (root, 1 / root), (total, 1 / total))
 
 
 def _find_ratio(old: Factor, new: Factor) -> float | None:

@@ -22,6 +22,7 @@ from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, Reduction
 from intrafusion.reduce.select import selection_map
 from intrafusion.surgery.proof import FunctionCheck
 
+DEAD = -1
 _MAKES = (Role.PRODUCES, Role.SHIFTS, Role.MEAN)
 
 
@@ -29,16 +30,22 @@ _MAKES = (Role.PRODUCES, Role.SHIFTS, Role.MEAN)
 class Classes:
     """The different channels of a group: n channels in k classes of copies, dead ones in none.
 
-    first: (k,) the first channel of each class, ascending; member: (n, k) float64, 1 where a channel is in a class.
+    first: (k,) the first channel of each class, ascending; owner: (n,) the first channel of the class that each channel
+    is in, `DEAD` for a dead one.
     """
 
     first: Tensor
-    member: Tensor
+    owner: Tensor
 
     @property
     def spare(self) -> bool:
         """Whether there are fewer classes than channels."""
-        return self.member.shape[1] < self.member.shape[0]
+        return len(self.first) < len(self.owner)
+
+    @property
+    def member(self) -> Tensor:
+        """(n, k) float64, 1 where a channel is in a class."""
+        return (self.owner[:, None] == self.first).double()
 
 
 def find_classes(
@@ -53,9 +60,7 @@ def find_classes(
     """
     owner = _find_first_equal(group, weights) if copies else torch.arange(group.size)
     alive = torch.ones(group.size, dtype=torch.bool) if dead is None else ~dead
-    first = owner[alive].unique()
-    member = (owner[:, None] == first).double()
-    return Classes(first, member)
+    return Classes(owner[alive].unique(), torch.where(alive, owner, DEAD))
 
 
 def _find_first_equal(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
