@@ -115,6 +115,21 @@ def test_several_layers_of_a_kind_are_all_undone_and_others_reduced() -> None:
     assert off(small, net, x) <= EXACT
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 0, 1), (0, 1, 0)])
+def test_layers_that_look_alike_are_told_apart(order: tuple[int, ...]) -> None:
+    """Some scale by the width, others by a number; their groups have the same names and sizes."""
+    weigh = (FROM_THE_WIDTH["sdpa"], NOT_FROM_THE_WIDTH["sdpa_with_a_scale"])
+    layers = [attention(weigh[which]) for which in order]
+    for layer in layers:
+        layer.o = nn.Linear(16, 8).double()
+        layer.o.weight.data *= 6  # else its tokens are nearly alike, and the next one's scale hardly counts
+    net = nn.Sequential(*layers, nn.Linear(8, 2).double()).eval()
+    small = halved(net, tokens(), exclude=["*.o"])
+    assert small.plan.sizes == {f"{i}.{name}": 8 for i in range(len(order)) for name in "qv"}
+    assert off(small, net, tokens()) <= EXACT
+    assert [small.plan.maps[f"{i}.q"].scale is None for i in range(len(order))] == [bool(which) for which in order]
+
+
 def test_heads_by_hand_with_a_scale_from_the_shape() -> None:
     """Two heads; whatever is reduced, dead channels leave no trace."""
 

@@ -32,8 +32,8 @@ CEILING = 1e-3  # a larger difference is none of rounding
 Maps = dict[str, ReductionMap]
 
 
-def tolerance_of(double: nn.Module, inputs: Inputs, expected: list[Tensor]) -> float:
-    """How far two float64 computations of one output may differ: `TOLERANCE`, or more.
+def tolerance_of(double: nn.Module, inputs: Inputs, expected: list[Tensor], least: float = TOLERANCE) -> float:
+    """How far two float64 computations of one output may differ: `least`, or more.
 
     A network that amplifies rounding shows it in what a change of every weight by about one rounding does; sums are
     rounded many times.
@@ -44,7 +44,7 @@ def tolerance_of(double: nn.Module, inputs: Inputs, expected: list[Tensor]) -> f
     write_weights_(double, {n: w * (1 + ROUNDING * noise(w)) for n, w in weights.items()})
     changed = output_difference(run_in_double(double, inputs), expected)
     write_weights_(double, weights)
-    return min(max(TOLERANCE, ROUNDINGS * changed), CEILING)
+    return min(max(least, ROUNDINGS * changed), CEILING)
 
 
 def copy_reduced(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> nn.Module:
@@ -70,13 +70,13 @@ class Surgery:
 class Prove(Protocol):
     """A further check of the smaller network, on which groups may be left alone too; see `proof.FunctionCheck`.
 
-    scales: numbers that it found the maps of a group must be scaled by, by group name.
+    revision: how often it has found that the maps of a group must be scaled.
     """
 
-    scales: dict[str, tuple[float, float]]
+    revision: int
 
     def settled(self, maps: Maps) -> Maps:
-        """The same maps with those scales."""
+        """The same maps, scaled as was found so far."""
         ...
 
     def __call__(self, maps: Maps, found: ChannelGraph) -> str | None:
@@ -114,9 +114,9 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
         expected = shrink_graph(graph, {g.name: len(maps[g.name].merge) for g in groups})
         why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(graph))
         if why is None and prove is not None:
-            known = len(prove.scales)
+            revision = prove.revision
             why = prove(settled(groups), found)
-            if len(prove.scales) > known:
+            if prove.revision > revision:
                 attempts.clear()  # they were written without the scale that was found
         return why
 

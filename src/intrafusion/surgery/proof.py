@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
-from intrafusion.network.double import TOLERANCE, DoublePrecision, output_difference, run_in_double
+from intrafusion.network.double import DoublePrecision, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
@@ -48,6 +48,7 @@ from intrafusion.trace.run import follow_run
 
 FUNCTION = "function"
 SYMMETRY = "symmetry"
+_CLOSE = 1e-10  # a factor of attention may change little, on the example
 _SUMMED = (str(Cause.REDUCTION), str(Cause.PRODUCT))
 _INPUTS = frozenset([Role.CONSUMES])
 _OUTPUTS = frozenset([Role.PRODUCES, Role.SHIFTS, Role.MEAN])
@@ -74,6 +75,7 @@ class FunctionCheck:
     scales: dict[str, _Scale] = field(default_factory=dict)
     proved: dict[str, str] = field(default_factory=dict)
     explained: set[int] = field(default_factory=set)  # factors that differ and do no harm, by place
+    revision: int = 0
     alike: dict[tuple[FamilyKind, int], _Scale] = field(default_factory=dict)  # tried first on groups like those
 
     @cached_property
@@ -94,12 +96,14 @@ class FunctionCheck:
 
     @cached_property
     def tolerance(self) -> float:
-        return tolerance_of(self.double, self.probe, run_in_double(self.double, self.probe))
+        return tolerance_of(self.double, self.probe, run_in_double(self.double, self.probe), _CLOSE)
 
     def settled(self, maps: Maps) -> Maps:
         """The maps with the scales that were found for their groups."""
         found = {n: self.scales.get(n, self.alike.get(self._kind(n, m))) for n, m in maps.items()}
-        return {n: m if found[n] is None else _scale_map(m, found[n]) for n, m in maps.items()}
+        return {
+            n: m if found[n] is None else _scale_map(m, found[n]) for n, m in maps.items()
+        }  # a plan's own scale stays
 
     def _kind(self, name: str, reduction: ReductionMap) -> tuple[FamilyKind, int]:
         return family_kind([self.groups[name]]), len(reduction.merge)
@@ -117,6 +121,8 @@ class FunctionCheck:
             return _explain(None, odd, [])
         self.explained |= fresh.keys()
         self.proved = {n: FUNCTION if n in exact else SYMMETRY for n in maps}
+        for name, reduction in maps.items():  # what passed stays as it is, whatever is found for others like it
+            self.scales.setdefault(name, (1.0, 1.0) if reduction.scale is None else tuple(reduction.scale.tolist()))
         return None
 
     def _derived(self, maps: Maps) -> list[str]:
@@ -126,7 +132,7 @@ class FunctionCheck:
         return [f"{m.tensor} is used through {derived[m.tensor]}" for m in members if m.tensor in derived]
 
     def passes(self, error: float) -> bool:
-        return error <= TOLERANCE or error <= self.tolerance
+        return error <= _CLOSE or error <= self.tolerance
 
     def error(self, maps: Maps) -> float:
         """Largest difference of the outputs, relative to the largest output."""
@@ -165,6 +171,7 @@ class FunctionCheck:
             if self.passes(self.error({n: _scale_map(m, scale) if n in names else m for n, m in exact.items()})):
                 self.scales |= dict.fromkeys(names, scale)
                 self.alike |= {self._kind(n, maps[n]): scale for n in names}
+                self.revision += 1
                 return True
         return False
 
