@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from intrafusion.documents import parse_json
 from intrafusion.errors import PlanError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap
 
 _FORMAT = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -139,17 +141,63 @@ class Plan:
             PlanError: not a plan, or one of a later format.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
-            if data["format"] > _FORMAT:
-                raise PlanError(
-                    f"the plan has format {data['format']}, this version reads up to {_FORMAT}; upgrade intrafusion."
-                )
-            decisions = tuple(Decision(**{**d, "members": tuple(d["members"])}) for d in data["decisions"])
-            shapes = {k: tuple(v) for k, v in data["shapes"].items()}
-            recipe = Recipe.from_yaml(data["recipe"])
-            return cls(recipe, decisions, shapes, dict(maps or {}), tuple(data["warnings"]))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            data: dict[str, Any] = parse_json(text)
+            _check_format(data["format"])
+            decisions = tuple(_read_decision(entry) for entry in data["decisions"])
+            shapes = {_as(str, k): tuple(_count(n) for n in v) for k, v in data["shapes"].items()}
+            recipe = Recipe.from_yaml(_as(str, data["recipe"]))
+            warnings = tuple(_as(str, warning) for warning in data["warnings"])
+            return cls(recipe, decisions, shapes, dict(maps or {}), warnings)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"this is not a plan of intrafusion ({type(error).__name__}: {error}).") from error
+
+
+def check_maps(plan: Plan) -> None:
+    """Raise PlanError unless every reduced group has a map of its size, and no other has one."""
+    reduced = {d.group: d for d in plan.decisions if d.reduced}
+    if reduced.keys() != plan.maps.keys():
+        group = min(reduced.keys() ^ plan.maps.keys())
+        raise PlanError(f"the plan and its maps differ: {group!r} is in one of them only; fetch or save them again.")
+    for name, reduction in plan.maps.items():
+        n, m = reduced[name].n, reduced[name].m
+        for kind, shape in (("merge", (m, n)), ("unmerge", (n, m)), ("shift", (n,))):
+            tensor = getattr(reduction, kind)
+            if tensor is not None and not _is_map(tensor, shape):
+                raise PlanError(
+                    f"{name}: expected a {kind} of finite float64 {list(shape)}, got {tensor.dtype} "
+                    f"{list(tensor.shape)}; the maps are damaged, fetch or save them again."
+                )
+
+
+def _is_map(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    return tensor.dtype == torch.float64 and tuple(tensor.shape) == shape and bool(torch.isfinite(tensor).all())
+
+
+def _check_format(number: Any) -> None:
+    if _count(number) > _FORMAT:
+        raise PlanError(f"the plan has format {number}, this version reads up to {_FORMAT}; upgrade intrafusion.")
+
+
+def _read_decision(data: Mapping[str, Any]) -> Decision:
+    """Raises TypeError or ValueError for what is no decision."""
+    decision = Decision(**{**data, "members": tuple(_as(str, member) for member in data["members"])})
+    _as(str, decision.group), _as(str, decision.mixing), _as(str, decision.reason or "")
+    _count(decision.family), _count(decision.depth or 0), _count(decision.n), _count(decision.m)
+    if not min(1, decision.n) <= decision.m <= decision.n:
+        raise ValueError(f"{decision.group}: {decision.n} channels cannot become {decision.m}")
+    return decision
+
+
+def _as(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected a {kind.__name__}, got {value!r}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a whole number, got {value!r}")
+    return value
 
 
 def _is_same_map(a: ReductionMap, b: ReductionMap) -> bool:

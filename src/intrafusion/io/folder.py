@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -9,27 +10,34 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
-from intrafusion.errors import FolderError, PlanError
-from intrafusion.io.atomic import atomic_folder
+from intrafusion.documents import parse_json
+from intrafusion.errors import FolderError, ModelError, PlanError
+from intrafusion.io.atomic import atomic_folder, read_whole
+from intrafusion.io.checksums import KEY, check_digests, digest_document, digest_file
+from intrafusion.io.fits import check_finite, check_kinds, check_shapes, check_told, find_told, is_finite
+from intrafusion.io.undo import untouched_on_error
 from intrafusion.measure.size import Size
-from intrafusion.network.tensors import copy_model, named_tensors
-from intrafusion.plan import Plan
+from intrafusion.network.tensors import named_tensors
+from intrafusion.plan import Plan, check_maps
 from intrafusion.reduce import ReductionMap
 from intrafusion.surgery.lowrank import ranks_of, split_layers_
 from intrafusion.surgery.write import Repair, make_repairs_
 
 _WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
+_OURS = (_WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE)
 _KIND = "intrafusion"
 
 
 def is_ours(folder: Path) -> bool:
     """Whether a folder was written by `save` or `save_plan`."""
     try:
-        return json.loads((folder / _PLAN).read_text()).get("kind") == _KIND
+        return parse_json((folder / _PLAN).read_bytes()).get("kind") == _KIND
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -46,12 +54,15 @@ def save(
 ) -> None:
     """Write model.safetensors, plan.json and recipe.yaml. The folder appears complete or not at all.
 
+    Of an older folder of ours these files are replaced, and all others stay.
+
     Args:
         told: more for plan.json, of values that JSON has.
     Raises:
-        FolderError: the folder exists and is not one of ours.
+        FolderError: the folder exists and is not one of ours, or cannot be written.
+        ModelError: a tensor without values, or a sparse one.
     """
-    state = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(model).items()}
+    state = {name: _to_file(name, t) for name, t in named_tensors(model).items()}
     extra = {
         "weights": _WEIGHTS,
         "repairs": [asdict(r) for r in repairs],
@@ -59,12 +70,23 @@ def save(
         "after": asdict(after),
         "split_before": (split := _ranks_before(model, plan)),
         "split_after": {name: rank for name, rank in ranks_of(model).items() if name not in split},
+        "not_finite": [name for name, tensor in state.items() if not is_finite(tensor)],
         **(told or {}),
     }
-    with atomic_folder(folder, ours=is_ours) as target:
+    with atomic_folder(folder, ours=is_ours, names=_OURS) as target:
         save_file(state, target / _WEIGHTS)
-        (target / _PLAN).write_text(_build_document(plan, extra))
+        (target / _PLAN).write_text(_build_document(plan, {**extra, KEY: {_WEIGHTS: digest_file(target / _WEIGHTS)}}))
         (target / _RECIPE).write_text(plan.recipe.to_yaml())
+
+
+def _to_file(name: str, tensor: Tensor) -> Tensor:
+    """A copy with memory of its own, as safetensors wants it."""
+    if isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta or tensor.layout != torch.strided:
+        raise ModelError(
+            f"save: {name!r} has no dense values ({type(tensor).__name__}, {tensor.layout}, device {tensor.device}), "
+            "as a file needs them; move it from the device meta, run a lazy network once, or call to_dense()."
+        )
+    return tensor.detach().cpu().contiguous().clone()
 
 
 def _ranks_before(model: nn.Module, plan: Plan) -> dict[str, int]:
@@ -75,11 +97,15 @@ def _ranks_before(model: nn.Module, plan: Plan) -> dict[str, int]:
 
 
 def _build_document(plan: Plan, extra: dict[str, Any]) -> str:
-    return json.dumps({"kind": _KIND, **json.loads(plan.to_json()), **extra}, indent=1)
+    data = {"kind": _KIND, **json.loads(plan.to_json()), **extra}
+    data[KEY] = {**data.get(KEY, {}), _PLAN: digest_document(json.loads(json.dumps(data)))}
+    return json.dumps(data, indent=1)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """A saved network back in one line.
+
+    All is checked before anything is written: after an error the network is as it was.
 
     Args:
         folder: what `Compressed.save` wrote.
@@ -90,36 +116,80 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
     Raises:
         FolderError: not one of our folders, damaged, or it points outside itself.
         PlanError: the original network is another one than the saved one was made from.
+        ModelError: the original network has no values to be replaced, or cannot be built.
     """
     folder = Path(folder)
-    data = read_document(folder)
+    data, state, digests = read_whole(folder, _read_network)
     plan = Plan.from_json(json.dumps(data))
     network = model if isinstance(model, nn.Module) else _build_from(model)
-    state = _read_tensors(_weights_path(folder, data))
-    if _read_splits(data, "split_before") or _read_splits(data, "split_after"):
-        _prepare_(copy_model(network), folder, data, plan, state)  # so that an error leaves the network as it is
-    tensors = _prepare_(network, folder, data, plan, state)
-    for name, tensor in tensors.items():
-        tensor.data = state[name].to(tensor.device)
-        tensor.grad = None
+    _check_has_values(network)
+    try:
+        with untouched_on_error(network):
+            tensors = _prepare_(network, folder, data, plan, state)
+            check_digests(folder, data, digests)
+            for name, tensor in tensors.items():
+                tensor.data = state[name].to(tensor.device)
+                tensor.grad = None
+    except (AttributeError, RuntimeError, TypeError) as error:  # an attribute or a tensor that cannot be set
+        raise ModelError(f"{folder}: {type(network).__name__} does not take its tensors: {error}.") from error
     return network
+
+
+def _read_network(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """plan.json, the tensors, and checksums of both."""
+    data = read_document(folder)
+    path = _weights_path(folder, data)
+    return data, _read_tensors(path), {path.name: digest_file(path), _PLAN: digest_document(data)}
+
+
+def _check_has_values(network: nn.Module) -> None:
+    for name, tensor in named_tensors(network).items():
+        if isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta or tensor.layout != torch.strided:
+            raise ModelError(
+                f"load: {name!r} of the network has no dense values ({type(tensor).__name__}, {tensor.layout}, "
+                f"device {tensor.device}); build the network on a device, run a lazy one once, then load."
+            )
 
 
 def _prepare_(
     network: nn.Module, folder: Path, data: dict[str, Any], plan: Plan, state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give a network the layers and sizes that were saved (in place), and return the tensors to write to."""
-    split_layers_(network, _read_splits(data, "split_before"))
+    _split_(network, _read_splits(data, "split_before"))
     tensors = named_tensors(network)
-    plan.check_fits({n: tuple(t.shape) for n, t in tensors.items() if t.is_floating_point()})
+    before = {n: tuple(t.shape) for n, t in tensors.items()}
+    plan.check_fits({n: before[n] for n, t in tensors.items() if t.is_floating_point()})
+    told = find_told(network, before)
     repairs, after = _read_repairs(data, network), _read_splits(data, "split_after")
     if not after:
         _check_tensor_names(folder, tensors, state)
     make_repairs_(network, repairs)
-    split_layers_(network, after)
+    _split_(network, after)
     tensors = named_tensors(network)
     _check_tensor_names(folder, tensors, state)
+    check_shapes(folder, plan, {n: before.get(n, tuple(t.shape)) for n, t in tensors.items()}, state)
+    check_told(folder, network, told, {n: tuple(t.shape) for n, t in state.items()})
+    check_kinds(folder, tensors, state)
+    check_finite(folder, state, _names(data, "not_finite"), {n for n, _ in network.named_parameters()})
     return tensors
+
+
+def _split_(network: nn.Module, ranks: dict[str, int]) -> None:
+    """Layers of low rank where the folder has them (in place); none with more weights than the layer can need."""
+    modules = dict(network.named_modules())
+    for name, rank in ranks.items():
+        weight = getattr(modules.get(name), "weight", None)
+        most = len(weight) // getattr(modules[name], "groups", 1) if isinstance(weight, Tensor) else 0
+        if type(rank) is int and most and rank > most:
+            raise PlanError(f"{_PLAN}: damaged, {name!r} cannot have rank {rank}: it has {most} outputs.")
+    split_layers_(network, ranks)
+
+
+def _names(data: dict[str, Any], key: str) -> list[str] | None:
+    found = data.get(key)
+    if found is not None and not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+        raise PlanError(f"{_PLAN}: damaged, {key} is no list of names.")
+    return found
 
 
 def _read_splits(data: dict[str, Any], key: str) -> dict[str, int]:
@@ -131,6 +201,17 @@ def _read_splits(data: dict[str, Any], key: str) -> dict[str, int]:
 
 
 def _build_from(factory: Callable[[], nn.Module]) -> nn.Module:
+    if not callable(factory):
+        raise ModelError(f"load: expected a network, its class or a factory of it, got a {type(factory).__name__}.")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ModelError(
+            f"load: {getattr(factory, '__name__', factory)!r} cannot be called without arguments ({error}); "
+            "give a factory, lambda: Net(...), or an instance of the original network."
+        ) from error
+    except ValueError:  # written in C, it does not tell what it takes
+        pass
     network = factory()
     if not isinstance(network, nn.Module):
         raise PlanError(f"load: expected a network or a factory of one, got a factory of {type(network).__name__}.")
@@ -142,7 +223,7 @@ def read_document(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FolderError(f"{folder}: expected a folder saved by intrafusion, but it has no {_PLAN}.")
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_bytes())
     except ValueError as error:
         raise FolderError(f"{path}: damaged, not JSON ({error}).") from error
     if not isinstance(data, dict) or data.get("kind") != _KIND:
@@ -155,7 +236,7 @@ def _weights_path(folder: Path, data: dict[str, Any]) -> Path:
     name = data.get("weights")
     if not isinstance(name, str):
         raise FolderError(f"{folder / _PLAN}: names no weight file; this is a plan alone, load it with Plan.")
-    if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
+    if PurePosixPath(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
         raise FolderError(f"{folder / _PLAN}: its weight file {name!r} points outside the folder; refused.")
     path = folder / name
     if path.is_symlink() and path.resolve().parent != folder.resolve():
@@ -168,7 +249,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise FolderError(f"{path.parent}: has no {path.name}; it was not saved completely, or something was removed.")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise FolderError(
             f"{path}: not a safetensors file, or a damaged one ({error}); save or fetch it again."
         ) from error
@@ -184,9 +265,11 @@ def _check_tensor_names(folder: Path, tensors: dict[str, Tensor], state: dict[st
 
 
 def _read_repairs(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...]:
-    """Attributes to set, checked: only sizes, and only where the module has the size that was recorded before."""
-    modules, repairs = dict(network.named_modules()), []
-    for entry in data.get("repairs", []):
+    """Attributes to set, checked: only sizes, only where the module has the size of before, and none that grows."""
+    modules, repairs, entries = dict(network.named_modules()), [], data.get("repairs", [])
+    if not isinstance(entries, list):
+        raise PlanError(f"{_PLAN}: damaged, repairs is no list.")
+    for entry in entries:
         try:
             repair = Repair(entry["module"], entry["attribute"], _as_size(entry["old"]), _as_size(entry["new"]))
             present = getattr(modules[repair.module], repair.attribute, None)
@@ -197,8 +280,19 @@ def _read_repairs(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...
                 f"{_PLAN}: {repair.module}.{repair.attribute} is no size of this network, or not {repair.old}; "
                 "it was made from another network."
             )
+        if not _shrinks(present, repair.new):
+            raise PlanError(
+                f"{_PLAN}: damaged, {repair.module}.{repair.attribute} would become {repair.new} from {present}; "
+                "a plan only makes sizes smaller."
+            )
         repairs.append(repair)
     return tuple(repairs)
+
+
+def _shrinks(old: Any, new: Any) -> bool:
+    """Whether every number stays or becomes smaller, but not below 1."""
+    old, new = (value if isinstance(value, tuple) else (value,) for value in (old, new))
+    return len(old) == len(new) and all(b == a or 1 <= b < a for a, b in zip(old, new, strict=True))
 
 
 def _as_size(value: Any) -> Any:
@@ -210,16 +304,20 @@ def _is_size(value: Any) -> bool:
 
 
 def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
-    """Write a plan with its maps, to be carried out later with `intrafusion.apply`."""
+    """Write a plan with its maps, to be carried out later with `intrafusion.apply`.
+
+    Raises:
+        FolderError: the folder exists and is not one of ours, or cannot be written.
+    """
     tensors = {
-        f"{kind}/{name}": getattr(m, kind).cpu().contiguous()
+        f"{kind}/{name}": _to_file(name, getattr(m, kind))
         for name, m in plan.maps.items()
         for kind in ("merge", "unmerge", "shift", "scale")
         if getattr(m, kind) is not None
     }
-    with atomic_folder(folder, ours=is_ours) as target:
+    with atomic_folder(folder, ours=is_ours, names=_OURS) as target:
         save_file(tensors, target / _MAPS_FILE)
-        (target / _PLAN).write_text(_build_document(plan, {}))
+        (target / _PLAN).write_text(_build_document(plan, {KEY: {_MAPS_FILE: digest_file(target / _MAPS_FILE)}}))
         (target / _RECIPE).write_text(plan.recipe.to_yaml())
 
 
@@ -227,21 +325,29 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
     """Read what `save_plan` wrote.
 
     Raises:
-        FolderError: not one of our folders, or one without maps.
+        FolderError: not one of our folders, damaged, or one without maps.
+        PlanError: maps that are not those of the plan.
     """
     folder = Path(folder)
+    data, tensors, digests = read_whole(folder, _read_plan)
+    names = dict.fromkeys(key.partition("/")[2] for key in tensors)
+    try:
+        maps = {
+            name: ReductionMap(tensors[f"merge/{name}"], tensors[f"unmerge/{name}"], tensors.get(f"shift/{name}"))
+            for name in names
+        }
+    except KeyError as error:
+        raise PlanError(f"{folder / _MAPS_FILE}: damaged, it lacks {error}; fetch or save the folder again.") from error
+    plan = Plan.from_json(json.dumps(data), maps)
+    check_maps(plan)
+    check_digests(folder, data, digests)
+    return plan
+
+
+def _read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """plan.json, the tensors of the maps, and checksums of both."""
     data = read_document(folder)
-    if not (folder / _MAPS_FILE).is_file():
+    path = folder / _MAPS_FILE
+    if not path.is_file():
         raise FolderError(f"{folder}: has no {_MAPS_FILE}; it holds a network (intrafusion.load), not a plan to apply.")
-    tensors = _read_tensors(folder / _MAPS_FILE)
-    names = [k.removeprefix("merge/") for k in tensors if k.startswith("merge/")]
-    maps = {
-        name: ReductionMap(
-            tensors[f"merge/{name}"],
-            tensors[f"unmerge/{name}"],
-            tensors.get(f"shift/{name}"),
-            tensors.get(f"scale/{name}"),
-        )
-        for name in names
-    }
-    return Plan.from_json(json.dumps(data), maps)
+    return data, _read_tensors(path), {_MAPS_FILE: digest_file(path), _PLAN: digest_document(data)}

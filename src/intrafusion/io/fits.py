@@ -1,0 +1,115 @@
+"""Whether what lies in a folder can be what the network becomes by the plan: asked before anything is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.errors import FolderError, PlanError
+from intrafusion.plan import Plan
+from intrafusion.surgery.write import _find_attributes, _own_tensors
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_MEMBER = re.compile(r"(?P<tensor>.*)\[(?P<dim>\d+)\] ")
+
+
+def check_shapes(folder: Path, plan: Plan, before: Shapes, state: Mapping[str, Tensor]) -> None:
+    """Only dimensions that a reduced group runs through may differ from the network's, and only become smaller.
+
+    Raises:
+        PlanError: another shape than the plan can lead to.
+    """
+    shrinking = _find_shrinking(plan)
+    for name, old in before.items():
+        new = tuple(state[name].shape)
+        fits = len(old) == len(new) and all(
+            m == n or (1 <= m < n and (name, dim) in shrinking) for dim, (n, m) in enumerate(zip(old, new, strict=True))
+        )
+        if not fits:
+            raise PlanError(
+                f"{folder}: {name!r} is saved as {list(new)}, which the plan does not make of {list(old)}; "
+                "its weights are for another network, or damaged: fetch or save the folder again."
+            )
+
+
+def _find_shrinking(plan: Plan) -> set[tuple[str, int]]:
+    """(tensor, dimension) that reduced groups run through."""
+    found = (_MEMBER.match(member) for d in plan.decisions if d.reduced for member in d.members)
+    return {(match["tensor"], int(match["dim"])) for match in found if match}
+
+
+def check_kinds(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """A network saved in another precision is that precision; but numbers of another kind are none of this network.
+
+    Raises:
+        PlanError: a tensor of another kind than the network's.
+    """
+    for name, tensor in tensors.items():
+        own, saved = tensor.dtype, state[name].dtype
+        kinds = [(d.is_floating_point, d.is_complex) for d in (own, saved)]
+        if own != saved and (kinds[0] != kinds[1] or not any(kinds[0])):
+            raise PlanError(
+                f"{folder}: {name!r} is saved as {saved}, the network has {own} there; it is for another network."
+            )
+
+
+def check_finite(folder: Path, state: Mapping[str, Tensor], not_finite: Any, parameters: set[str]) -> None:
+    """Raises FolderError for an infinite or NaN entry where there was none at saving.
+
+    Args:
+        not_finite: names of tensors with such entries when they were saved; None where that was not noted: any buffer.
+        parameters: names of what is no buffer.
+    """
+    allowed = set(state) - parameters if not_finite is None else set(not_finite)
+    for name, tensor in state.items():
+        if name not in allowed and not is_finite(tensor):
+            raise FolderError(
+                f"{folder}: {name!r} has infinite or NaN entries, and had none when it was saved; "
+                "fetch or save the folder again."
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
+
+
+def find_told(network: nn.Module, shapes: Shapes) -> dict[tuple[str, str], Any]:
+    """(module, attribute) -> value of every size attribute that tells the shape of its module's tensors.
+
+    Args:
+        shapes: of the tensors, by name; one that is not there is as it stands in the network.
+    """
+    names = {id(t): n for n, t in (*network.named_parameters(), *network.named_buffers())}
+    told = {}
+    for name, module in network.named_modules():
+        own = {k: shapes.get(names.get(id(t), ""), tuple(t.shape)) for k, t in _own_tensors(module).items()}
+        if own:
+            told |= {(name, key): value for key, value in _find_attributes(module, own, own).items()}
+    return {key: value for key, value in told.items() if _get(network, key) == value}
+
+
+def check_told(folder: Path, network: nn.Module, before: Mapping[tuple[str, str], Any], shapes: Shapes) -> None:
+    """What told the shape of tensors before must do so now.
+
+    Raises:
+        PlanError: an attribute that its tensors contradict.
+    """
+    names = dict(network.named_modules())
+    for module, attribute in before.keys() - find_told(network, shapes).keys():
+        if module in names and hasattr(names[module], attribute):
+            raise PlanError(
+                f"{folder}: {module}.{attribute} = {getattr(names[module], attribute)!r} contradicts its tensors; "
+                "the repairs in plan.json are damaged: fetch or save the folder again."
+            )
+
+
+def _get(network: nn.Module, key: tuple[str, str]) -> Any:
+    return getattr(network.get_submodule(key[0]), key[1], None)
