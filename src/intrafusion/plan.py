@@ -181,8 +181,10 @@ def _check_format(number: Any) -> None:
 def _read_decision(data: Mapping[str, Any]) -> Decision:
     """Raises TypeError or ValueError for what is no decision."""
     decision = Decision(**{**data, "members": tuple(_as(str, member) for member in data["members"])})
-    _as(str, decision.group), _as(str, decision.mixing), _as(str, decision.reason or "")
-    _count(decision.family), _count(decision.depth or 0), _count(decision.n), _count(decision.m)
+    for text in (decision.group, decision.mixing, decision.reason or ""):
+        _as(str, text)
+    for number in (decision.family, decision.depth or 0, decision.n, decision.m):
+        _count(number)
     if not min(1, decision.n) <= decision.m <= decision.n:
         raise ValueError(f"{decision.group}: {decision.n} channels cannot become {decision.m}")
     return decision

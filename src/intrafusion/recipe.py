@@ -11,6 +11,7 @@ import yaml
 from intrafusion import importance as importances
 from intrafusion import reduce as reducers
 from intrafusion.asked import check_count, check_keep, check_target
+from intrafusion.documents import parse_yaml
 from intrafusion.errors import RecipeError, unknown_name
 from intrafusion.importance import Importance
 from intrafusion.reduce import Reducer, ReducerTraits
@@ -19,6 +20,13 @@ from intrafusion.selectors import Selector, as_selectors
 
 Keep = float | Mapping[str, float]
 ORDERS = ("joint", "backward")
+
+
+class _Unshared(yaml.SafeDumper):
+    """Writes equal parts out each time: no anchors in a file that people read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Recipe:
         data = {name: _to_text(name, getattr(self, name)) for name in self.options()}
         if self.target is not None:
             data["keep"] = None
-        return yaml.safe_dump(data, sort_keys=False)
+        return yaml.dump(data, Dumper=_Unshared, sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
@@ -119,9 +127,9 @@ class Recipe:
             BudgetError: sizes that are no sizes, or selectors that are none.
         """
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"recipe: not YAML ({' '.join(str(error).split())}).") from error
+            data = parse_yaml(text)
+        except ValueError as error:
+            raise RecipeError(f"recipe: not YAML ({error}).") from error
         if not isinstance(data, dict):
             raise RecipeError(f"recipe: expected a mapping of options, got {type(data).__name__}.")
         if isinstance(data.get("restore"), list):

@@ -150,7 +150,7 @@ class Registry:
         self._check_values(name, default, options)
         try:
             return replace(default, **options) if options else default
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise RecipeError(f"{self.kind} {name!r}: {error}") from error
 
     def _check_values(self, name: str, method: object, values: Mapping[str, Any]) -> None:

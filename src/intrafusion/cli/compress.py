@@ -18,6 +18,7 @@ from intrafusion.cli.options import Arguments, AsJson, Base, InputShapes, Name, 
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
 from intrafusion.compressed import Compressed
 from intrafusion.importance import IMPORTANCES
+from intrafusion.io.atomic import read_text
 from intrafusion.recipe import ORDERS, Keep, Recipe, RecipeError
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
@@ -121,7 +122,7 @@ def _read_recipe(file: Path | None, options: dict[str, Any], normalization: str 
     Raises:
         RecipeError: the file holds no recipe, an option means nothing, or the reducer has no normalization.
     """
-    recipe = Recipe.from_yaml(file.read_text()) if file else Recipe()
+    recipe = Recipe.from_yaml(read_text(file)) if file else Recipe()
     stated = {name: getattr(recipe, name) for name in Recipe.options()}
     chosen = {name: _READERS.get(name, _same)(said) for name, said in options.items() if said not in (None, [])}
     if normalization and not file:

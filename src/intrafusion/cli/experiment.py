@@ -214,7 +214,7 @@ def _read_file(path: Path, images: int | None, training_images: int | None) -> t
     try:
         found = load_file(path)
         test = Images(found["test_images"][:images], found["test_labels"][:images].long())
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         wanted = "a .safetensors file with test_images (n, ...) and test_labels (n,)"
         raise FolderError(f"--data {path}: expected {wanted}, got {type(error).__name__}: {error}.") from error
     if "train_images" not in found:

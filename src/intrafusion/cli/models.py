@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
+from intrafusion.documents import parse_yaml
 from intrafusion.errors import IntrafusionError, ModelError, unknown_name
 
 FORMS = "module:factory, path.py:factory, zoo:NAME, torchvision:NAME or timm:NAME"
@@ -131,8 +131,8 @@ def _yaml_value(argument: str, text: str) -> Any:
     if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", text):  # 1e-3 is a number to everyone but YAML 1.1
         return float(text)
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return parse_yaml(text)
+    except ValueError as error:
         raise ModelError(f"--arg {argument!r}: the value is not YAML ({error}); put text in quotes.") from error
 
 

@@ -145,6 +145,16 @@ def report_unreadable(path: str | os.PathLike[str]) -> Iterator[None]:
         raise FolderError(f"{_shorten(path)}: cannot be read ({why}); check its name and permissions.") from error
 
 
+def read_text(path: Path) -> str:
+    """The text of a file; bytes that are no UTF-8 become characters that no format allows.
+
+    Raises:
+        FolderError: it cannot be read.
+    """
+    with report_unreadable(path):
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
 def _shorten(path: str | os.PathLike[str]) -> str:
     text = os.fsdecode(path)
     return text if len(text) <= 300 else f"{text[:300]}..."

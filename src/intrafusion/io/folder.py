@@ -14,13 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from intrafusion.documents import parse_json
 from intrafusion.errors import FolderError, ModelError, PlanError
 from intrafusion.io.atomic import atomic_folder, read_whole
 from intrafusion.io.checksums import KEY, check_digests, digest_document, digest_file
 from intrafusion.io.fits import check_finite, check_kinds, check_shapes, check_told, find_told, is_finite
+from intrafusion.io.tensors import detach_dense
 from intrafusion.io.undo import untouched_on_error
 from intrafusion.measure.size import Size
 from intrafusion.network.tensors import named_tensors
@@ -62,7 +63,7 @@ def save(
         FolderError: the folder exists and is not one of ours, or cannot be written.
         ModelError: a tensor without values, or a sparse one.
     """
-    state = {name: _to_file(name, t) for name, t in named_tensors(model).items()}
+    state = {name: detach_dense(name, t) for name, t in named_tensors(model).items()}
     extra = {
         "weights": _WEIGHTS,
         "repairs": [asdict(r) for r in repairs],
@@ -77,16 +78,6 @@ def save(
         save_file(state, target / _WEIGHTS)
         (target / _PLAN).write_text(_build_document(plan, {**extra, KEY: {_WEIGHTS: digest_file(target / _WEIGHTS)}}))
         (target / _RECIPE).write_text(plan.recipe.to_yaml())
-
-
-def _to_file(name: str, tensor: Tensor) -> Tensor:
-    """A copy with memory of its own, as safetensors wants it."""
-    if isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta or tensor.layout != torch.strided:
-        raise ModelError(
-            f"save: {name!r} has no dense values ({type(tensor).__name__}, {tensor.layout}, device {tensor.device}), "
-            "as a file needs them; move it from the device meta, run a lazy network once, or call to_dense()."
-        )
-    return tensor.detach().cpu().contiguous().clone()
 
 
 def _ranks_before(model: nn.Module, plan: Plan) -> dict[str, int]:
@@ -144,7 +135,7 @@ def _read_network(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict
 
 def _check_has_values(network: nn.Module) -> None:
     for name, tensor in named_tensors(network).items():
-        if isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta or tensor.layout != torch.strided:
+        if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
             raise ModelError(
                 f"load: {name!r} of the network has no dense values ({type(tensor).__name__}, {tensor.layout}, "
                 f"device {tensor.device}); build the network on a device, run a lazy one once, then load."
@@ -310,7 +301,7 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         FolderError: the folder exists and is not one of ours, or cannot be written.
     """
     tensors = {
-        f"{kind}/{name}": _to_file(name, getattr(m, kind))
+        f"{kind}/{name}": detach_dense(name, getattr(m, kind))
         for name, m in plan.maps.items()
         for kind in ("merge", "unmerge", "shift", "scale")
         if getattr(m, kind) is not None

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from intrafusion.errors import FolderError
+from intrafusion.io.atomic import report_unreadable
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -27,6 +28,7 @@ _REMEDY = (
     "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')."
 )
 _SHOWN = 5
+_DEPTH = 10
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -40,19 +42,22 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FolderError: there is no such file, it is damaged, it would have to run code to be read, or it holds no tensors.
     """
     path = Path(path)
+    with report_unreadable(path):
+        return _without_prefix(_tensors(path, _read(path)))
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise FolderError(f"{path}: there is no such file; expected a weight file (.safetensors or .pth).")
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
-        state = _read_safetensors(path)
-    elif suffix in _TORCH_SUFFIXES:
-        state = _read_torch(path)
-    else:
-        raise FolderError(
-            f"{path}: cannot tell from the suffix {path.suffix!r} what the file holds; "
-            f"expected .safetensors, {', '.join(_TORCH_SUFFIXES)}."
-        )
-    return _without_prefix(_tensors(path, state))
+        return _read_safetensors(path)
+    if suffix in _TORCH_SUFFIXES:
+        return _read_torch(path)
+    raise FolderError(
+        f"{path}: cannot tell from the suffix {path.suffix!r} what the file holds; "
+        f"expected .safetensors, {', '.join(_TORCH_SUFFIXES)}."
+    )
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -78,7 +83,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise FolderError(f"{path}: not a safetensors file, or a damaged one ({error}); fetch it again.") from error
 
 
@@ -107,14 +112,14 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
 
 
-def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    """The state dict itself, out of the checkpoint it may lie in."""
-    if isinstance(content, Mapping):
+def _tensors(path: Path, content: Any, depth: int = 0) -> dict[str, Tensor]:
+    """The state dict itself, out of the checkpoint it may lie in; one that lies in itself holds none."""
+    if isinstance(content, Mapping) and depth < _DEPTH:
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return {str(name): tensor for name, tensor in content.items()}
         for key in _WRAPPERS:
             if isinstance(content.get(key), Mapping):
-                return _tensors(path, content[key])
+                return _tensors(path, content[key], depth + 1)
     raise FolderError(
         f"{path}: expected named tensors, or such under {', '.join(map(repr, _WRAPPERS))}; "
         f"got {_describe(content)}. Save model.state_dict() alone."

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import FolderError, ModelError, RecipeError
 from intrafusion.io.atomic import atomic_file
+from intrafusion.io.tensors import detach_dense
 from intrafusion.network.batches import channels_last
 from intrafusion.network.inputs import ExampleInputs, output_tensors
 from intrafusion.network.layers import is_convolution_or_linear, watch_calls
@@ -198,7 +199,7 @@ def save_images(images: Tensor, path: str | os.PathLike[str], synthesis: Synthes
     """Write images as safetensors, with how they were made."""
     how = {} if synthesis is None else {name: str(value) for name, value in asdict(synthesis).items()}
     with atomic_file(path) as temporary:
-        save_file({"images": images.cpu().contiguous()}, temporary, metadata=how)
+        save_file({"images": detach_dense("images", images)}, temporary, metadata=how)
 
 
 def load_images(path: str | os.PathLike[str]) -> Tensor:
@@ -209,6 +210,6 @@ def load_images(path: str | os.PathLike[str]) -> Tensor:
     """
     try:
         return load_file(Path(path))["images"]
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError, TypeError) as error:
         message = f"{path}: expected images saved by intrafusion, got {type(error).__name__}: {error}."
         raise FolderError(message) from error

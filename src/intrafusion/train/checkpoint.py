@@ -50,8 +50,8 @@ def write_checkpoint(
         "best": course.best,
         "best_weights": course.best_weights,
     }
-    with atomic_file(folder / _FILE) as path:
-        torch.save(content, path)
+    with atomic_file(folder / _FILE) as path, path.open("wb") as file:
+        torch.save(content, file)
 
 
 def resume_(
@@ -71,7 +71,7 @@ def resume_(
     if (made_with, images) != (how, count):
         raise FolderError(f"{path}: is of a training with other data or options; remove it, or choose another folder.")
     for found in (saved, course.best_weights or saved):
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in found.items()}:
+        if {n: t.shape for n, t in tensors.items()} != _find_shapes(found):
             raise FolderError(f"{path}: is of another network; remove it, or choose another folder.")
     with _damage_named(path):
         optimizer.load_state_dict(optimizer_state)
@@ -86,6 +86,11 @@ def _read(path: Path) -> tuple[Training, int, dict[str, Tensor], dict[str, Any],
         course = Course(epochs, content["steps"], content["best"], content["best_weights"])
         how = Training(**content["how"])  # what an older version wrote lacks later options, and means their defaults
         return how, content["images"], content["tensors"], content["optimizer"], course
+
+
+def _find_shapes(saved: Any) -> dict[str, Any] | None:
+    """Of what should be tensors by name, and may be anything in a file that somebody else wrote."""
+    return {n: getattr(t, "shape", None) for n, t in saved.items()} if isinstance(saved, Mapping) else None
 
 
 @contextmanager

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from intrafusion.errors import ModelError, unknown_name
-from intrafusion.io.atomic import atomic_file
+from intrafusion.errors import FolderError, ModelError, unknown_name
+from intrafusion.io.atomic import atomic_file, report_unreadable
+from intrafusion.io.folder import _read_tensors
+from intrafusion.io.tensors import detach_dense
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
 from intrafusion.network.layers import find_layers, watch_calls
 from intrafusion.network.state import preserve_state
@@ -114,12 +117,22 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Write masks to a safetensors file: a zero weight does not say that it was dropped."""
     with atomic_file(path) as temporary:
-        save_file({name: mask.cpu().contiguous() for name, mask in masks.items()}, temporary)
+        save_file({name: detach_dense(name, mask) for name, mask in masks.items()}, temporary)
 
 
 def load_masks(path: str | os.PathLike[str]) -> Masks:
-    """Read what `save_masks` wrote."""
-    return load_file(path)
+    """Read what `save_masks` wrote.
+
+    Raises:
+        FolderError: no such file, a damaged one, or one that holds no masks.
+    """
+    path = Path(path)
+    with report_unreadable(path):
+        masks = _read_tensors(path)
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise FolderError(f"{path}: expected masks of bool, got {name!r} of {mask.dtype}; save_masks writes them.")
+    return masks
 
 
 _CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

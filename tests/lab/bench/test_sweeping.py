@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -102,6 +104,82 @@ def run(setting):
 
 sweep("killed", [{"i": i} for i in range(6)], run, Path(sys.argv[1]))
 """
+
+
+def test_two_sweeps_on_one_file_share_the_work(tmp_path):
+    path, log, settings = tmp_path / "r.jsonl", tmp_path / "log", [{"i": i} for i in range(8)]
+
+    def run(setting):
+        with log.open("a") as file:
+            file.write(f"{setting['i']} {os.getpid()}\n")
+        time.sleep(0.05)
+        return setting
+
+    both = []
+    for _ in range(2):
+        both.append(os.fork())
+        if both[-1] == 0:
+            os._exit(0 if [r.result for r in sweep("shared", settings, run, path)] == settings else 1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in both] == [0, 0], "both return them all"
+    ran = [line.split() for line in log.read_text().splitlines()]
+    assert sorted(int(i) for i, _ in ran) == list(range(8)), "nothing is measured twice"
+    assert {process for _, process in ran} == set(map(str, both)), "each has its part"
+    assert sorted(os.listdir(tmp_path)) == ["log", "r.jsonl"]
+
+
+def test_what_a_killed_sweep_had_claimed_is_taken_up_by_another_that_waits(tmp_path):
+    path, started = tmp_path / "r.jsonl", tmp_path / "started"
+
+    def stuck(setting):
+        started.touch()
+        time.sleep(600)
+        return {}
+
+    process = os.fork()
+    if process == 0:
+        sweep("squares", SETTINGS[:1], stuck, path)
+        os._exit(1)
+    while not started.exists():
+        time.sleep(0.01)
+    other = threading.Timer(0.3, os.kill, (process, signal.SIGKILL))
+    run = Counting()
+    other.start()
+    assert [r.setting for r in sweep("squares", SETTINGS, run, path)] == SETTINGS
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    assert [keep for _, keep in run.asked] == [0.5, 0.9, 0.5, 0.9], "what was claimed came last"
+    assert os.listdir(tmp_path).count("r.jsonl") == len(os.listdir(tmp_path)) - 1
+
+
+def test_what_another_sweep_fails_at_is_tried_here(tmp_path):
+    path, claimed, waiting = tmp_path / "r.jsonl", threading.Event(), threading.Event()
+
+    def failing(setting):
+        claimed.set()
+        assert waiting.wait(60)
+        raise IntrafusionError("mine alone")
+
+    def good(setting):
+        waiting.set()
+        return {"ok": setting["keep"]}
+
+    with ThreadPoolExecutor() as pool:
+        bad = pool.submit(sweep, "x", SETTINGS[:1], failing, path)
+        assert claimed.wait(60)
+        assert [r.result for r in sweep("x", SETTINGS[:2], good, path)] == [{"ok": 0.9}, {"ok": 0.5}]
+        with pytest.raises(IntrafusionError, match="1 of 1 settings failed.*mine alone"):
+            bad.result(timeout=60)
+
+
+@pytest.mark.parametrize("result", [{"tensor": object()}, 3, {"deep": {1: {2, 3}}}], ids=str)
+def test_a_result_that_cannot_be_written_down_is_a_failure_of_its_setting(tmp_path, result):
+    with pytest.raises(IntrafusionError, match="1 of 2 settings failed.*expected"):
+        sweep("x", SETTINGS[:2], lambda s: result if s["keep"] == 0.9 else {"ok": 1}, tmp_path / "r.jsonl")
+    assert [r.setting for r in read_records(tmp_path / "r.jsonl")] == SETTINGS[1:2]
+
+
+def test_a_setting_that_json_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match="x: a setting has values that JSON does not have"):
+        sweep("x", [{"a": object()}], Counting(), tmp_path / "r.jsonl")
 
 
 def test_a_process_killed_in_the_middle_goes_on_where_it_was(tmp_path):

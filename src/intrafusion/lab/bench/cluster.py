@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -33,9 +34,11 @@ class Cluster:
     by_value: tuple[ModuleType, ...] = ()
 
     def outcomes(
-        self, run: Callable[[Any], Any], settings: Sequence[Any]
+        self, run: Callable[[Any], Any], settings: Iterable[Any]
     ) -> Iterator[tuple[Any, Any, Mapping[str, Any]]]:
         """(setting, result or error, environment of the worker), in the order in which they are finished.
+
+        Settings are asked for when there will soon be a core for them: two for each core are under way at most.
 
         Raises:
             IntrafusionError: Ray is not installed, or the cluster cannot be reached.
@@ -44,8 +47,13 @@ class Cluster:
             packed = _pack_with(ray.cloudpickle, run, self.by_value)
             shared = ray.put(packed)
             task = ray.remote(num_cpus=1, max_retries=self.retries)(_run_remotely)
-            waiting = {task.remote([shared], shared.hex(), setting): setting for setting in settings}
-            while waiting:
+            upcoming, most = iter(settings), 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+            waiting: dict[Any, Any] = {}
+            while True:
+                for setting in islice(upcoming, most - len(waiting)):
+                    waiting[task.remote([shared], shared.hex(), setting)] = setting
+                if not waiting:
+                    return
                 for finished in ray.wait(list(waiting), num_returns=1)[0]:
                     setting = waiting.pop(finished)
                     try:

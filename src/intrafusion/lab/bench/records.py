@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -9,12 +10,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 # Words of settings, which experiments write and the report reads.
 ORIGINAL = "original"  # the method of the network as it was
 WHOLE, INNER = "whole network", "block-inner channels"  # scopes of more than one group
+from intrafusion.documents import parse_json
+from intrafusion.io.atomic import report_unreadable, report_unwritable
+from intrafusion.io.locks import lock
 
 _PACKAGES = ("intrafusion", "torch", "numpy", "POT", "torch-pruning", "timm")
 
@@ -41,7 +46,10 @@ class Record:
 
 
 def key_of(experiment: str, setting: Mapping[str, Any]) -> str:
-    return json.dumps([experiment, setting], sort_keys=True)
+    try:
+        return json.dumps([experiment, setting], sort_keys=True)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{experiment}: a setting has values that JSON does not have ({error}).") from error
 
 
 def environment() -> dict[str, Any]:
@@ -66,15 +74,42 @@ def environment() -> dict[str, Any]:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add one line in a single write, so that a kill leaves whole lines or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(asdict(record)) + "\n"
-    with path.open("ab") as file:
-        if file.tell() and not _ends_with_newline(path):
-            line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line in a single write, so that a kill leaves whole lines or none; several may write to one file.
+
+    Raises:
+        ValueError: the record has values that JSON does not have.
+        FolderError: the file cannot be written; it is as it was.
+    """
+    line = _encode(asdict(record)).encode() + b"\n"
+    with report_unwritable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with lock(path), path.open("ab", buffering=0) as file:
+            _write_whole(file, line if not file.tell() or _ends_with_newline(path) else b"\n" + line)
+            os.fsync(file.fileno())
+
+
+def _write_whole(file: FileIO, line: bytes) -> None:
+    """Write all, or leave the file as it was."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        file.truncate(size)
+        raise
+
+
+def _encode(value: Any) -> str:
+    """JSON.
+
+    Raises:
+        ValueError: a value that JSON does not have.
+    """
+    try:
+        return json.dumps(value)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"expected values that JSON has, got others ({error}): {value!r:.200}.") from error
 
 
 def _ends_with_newline(path: Path) -> bool:
@@ -85,15 +120,22 @@ def _ends_with_newline(path: Path) -> bool:
 
 def read_records(path: Path) -> list[Record]:
     """Every whole line; a line that a kill cut short is passed over."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return records
+    with report_unreadable(path):
+        return parse_lines(path.read_bytes()) if path.is_file() else []
+
+
+def parse_lines(lines: bytes) -> list[Record]:
+    """The records in the lines that hold one."""
+    return [record for line in lines.splitlines() if (record := _parse_line(line)) is not None]
+
+
+def _parse_line(line: bytes) -> Record | None:
+    try:
+        record = Record(**parse_json(line))
+    except (ValueError, TypeError):
+        return None
+    whole = all(isinstance(part, dict) for part in (record.setting, record.result, record.environment))
+    return record if whole and isinstance(record.experiment, str) else None
 
 
 def finished_keys(records: Iterable[Record]) -> set[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from intrafusion.documents import parse_yaml
 from intrafusion.errors import RecipeError
 from intrafusion.reduce import Reducer
 from intrafusion.registry import registry_of
@@ -50,5 +49,8 @@ def _method_data(text: str) -> dict[str, Any]:
         key, equals, value = option.partition("=")
         if not equals:
             raise RecipeError(f"method {text!r}: expected NAME:option=value,option=value, got {option!r}.")
-        found[key.strip()] = yaml.safe_load(value)
+        try:
+            found[key.strip()] = parse_yaml(value)
+        except ValueError as error:
+            raise RecipeError(f"method {text!r}: {option!r} is not YAML ({error}); put text in quotes.") from error
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import pickle
 import tarfile
 import zlib
@@ -35,6 +36,8 @@ class _Archive:
     splits: dict[str, tuple[str, ...]]
     label_key: bytes
 
+
+_MOST = 1 << 29  # bytes of one batch; the largest there is has 155 MB
 
 ARCHIVES: dict[str, _Archive] = {
     "cifar10": _Archive(
@@ -114,8 +117,10 @@ def _read_tar(path: Path, archive: _Archive, files: Sequence[str]) -> list[tuple
             opened = (
                 (member.name, tar.extractfile(member)) for member in tar if member.name in wanted and member.isfile()
             )
-            found = {member: file.read() for member, file in opened if file is not None}
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            found = {member: file.read(_MOST + 1) for member, file in opened if file is not None}
+        if any(len(data) > _MOST for data in found.values()):
+            raise FolderError(f"{path}: a batch has more than {_MOST} bytes; fetch it from {archive.url}.")
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise FolderError(f"{path}: expected the folder {archive.folder} or its tar.gz, got: {error}") from error
     missing = [member for member in wanted if member not in found]
     if missing:

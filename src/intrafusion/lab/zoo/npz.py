@@ -15,6 +15,9 @@ from numpy.lib.npyio import NpzFile
 from intrafusion.errors import FolderError, unknown_name
 from intrafusion.lab.zoo.images import Images, Normalisation, read_rgb, window
 
+_DAMAGES = (OSError, ValueError, EOFError, BadZipFile, zlib.error, MemoryError, RecursionError, NotImplementedError)
+"""What NumPy raises for an array that is damaged, nested in itself, or said to be larger than any memory."""
+
 
 def load_packed(
     path: Path, split: str, normalisation: Normalisation, *, start: int = 0, limit: int | None = None
@@ -63,7 +66,10 @@ def _open(path: Path) -> NpzFile:
     if not is_zipfile(path):
         got = "a damaged or another one" if path.is_file() else "none"
         raise FolderError(f"{path}: expected an .npz file, got {got}; fetch it again.")
-    return np.load(path, allow_pickle=False)
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise FolderError(f"{path}: expected an .npz file, got a damaged one ({error}); fetch it again.") from error
 
 
 def _array(path: Path, file: NpzFile, split: str, suffix: str) -> np.ndarray:
@@ -73,5 +79,5 @@ def _array(path: Path, file: NpzFile, split: str, suffix: str) -> np.ndarray:
         raise ValueError(f"{path.name}: {unknown_name('split', split, splits)}")
     try:
         return file[name]
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+    except _DAMAGES as error:
         raise FolderError(f"{path}: expected a readable array {name}, got: {error}; fetch it again.") from error
