@@ -8,14 +8,21 @@ from typing import Any
 import yaml
 
 _DEPTH = 100
-_MOST = 100_000  # values in a YAML text, each alias counting all that it stands for
+_MOST = 10_000  # values in a YAML text, each alias counting all that it stands for
 
 
 class _Plain(yaml.SafeLoader):
-    """No merging of mappings: nothing here needs it, and a few lines of it can grow without bound."""
+    """No merging of mappings, which can grow without bound, and no depth, which takes PyYAML time squared."""
+
+    flow_level: int
 
     def flatten_mapping(self, node: Any) -> None:
         pass
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level > _DEPTH:
+            raise yaml.YAMLError(f"nested more than {_DEPTH} deep")
+        super().fetch_flow_collection_start(TokenClass)
 
 
 def parse_json(text: str | bytes) -> Any:

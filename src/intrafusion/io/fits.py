@@ -28,20 +28,29 @@ def check_shapes(folder: Path, plan: Plan, before: Shapes, state: Mapping[str, T
     shrinking = _find_shrinking(plan)
     for name, old in before.items():
         new = tuple(state[name].shape)
-        fits = len(old) == len(new) and all(
-            m == n or (1 <= m < n and (name, dim) in shrinking) for dim, (n, m) in enumerate(zip(old, new, strict=True))
-        )
-        if not fits:
+        dims = enumerate(zip(old, new, strict=False))
+        if len(old) != len(new) or not all(_leads_to(n, m, shrinking.get((name, dim), {})) for dim, (n, m) in dims):
             raise PlanError(
                 f"{folder}: {name!r} is saved as {list(new)}, which the plan does not make of {list(old)}; "
                 "its weights are for another network, or damaged: fetch or save the folder again."
             )
 
 
-def _find_shrinking(plan: Plan) -> set[tuple[str, int]]:
-    """(tensor, dimension) that reduced groups run through."""
-    found = (_MEMBER.match(member) for d in plan.decisions if d.reduced for member in d.members)
-    return {(match["tensor"], int(match["dim"])) for match in found if match}
+def _find_shrinking(plan: Plan) -> dict[tuple[str, int], dict[int, int]]:
+    """n -> m of the reduced groups that run through each dimension of a tensor."""
+    found: dict[tuple[str, int], dict[int, int]] = {}
+    for decision in plan.decisions:
+        for match in (_MEMBER.match(member) for member in decision.members if decision.reduced):
+            if match:
+                found.setdefault((match["tensor"], int(match["dim"])), {})[decision.n] = decision.m
+    return found
+
+
+def _leads_to(old: int, new: int, sizes: Mapping[int, int]) -> bool:
+    """Whether these groups can make one size of the other: exactly theirs where one of them is all of it."""
+    if old in sizes:
+        return new == sizes[old]
+    return new == old or (bool(sizes) and 1 <= new < old)
 
 
 def check_kinds(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -92,8 +101,15 @@ def find_told(network: nn.Module, shapes: Shapes) -> dict[tuple[str, str], Any]:
     for name, module in network.named_modules():
         own = {k: shapes.get(names.get(id(t), ""), tuple(t.shape)) for k, t in _own_tensors(module).items()}
         if own:
-            told |= {(name, key): value for key, value in _find_attributes(module, own, own).items()}
+            told |= {(name, key): value for key, value in _expected(module, own).items()}
     return {key: value for key, value in told.items() if _get(network, key) == value}
+
+
+def _expected(module: nn.Module, own: Shapes) -> Mapping[str, Any]:
+    """The size attributes of a module by its tensors."""
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return dict.fromkeys(("num_features",), next(shape[0] for shape in own.values() if shape))
+    return _find_attributes(module, own, own)
 
 
 def check_told(folder: Path, network: nn.Module, before: Mapping[tuple[str, str], Any], shapes: Shapes) -> None:

@@ -230,7 +230,7 @@ def _weights_path(folder: Path, data: dict[str, Any]) -> Path:
     if PurePosixPath(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
         raise FolderError(f"{folder / _PLAN}: its weight file {name!r} points outside the folder; refused.")
     path = folder / name
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
+    if path.is_symlink() and Path(os.path.realpath(path)).parent != folder.resolve():
         raise FolderError(f"{path}: is a link out of the folder; refused.")
     return path
 
