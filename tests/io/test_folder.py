@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,88 @@ def test_a_plan_with_damaged_maps(small: Compressed, tmp_path: Path) -> None:
     cut(tmp_path / "plan" / "maps.safetensors")
     with pytest.raises(FolderError, match="maps.safetensors: not a safetensors file, or a damaged one"):
         load_plan(tmp_path / "plan")
+
+
+def test_a_plan_of_one_channel_is_saved(tmp_path: Path) -> None:
+    plan = compress(Net(), X, 0.125, reducer="select").plan
+    assert 1 in plan.sizes.values()
+    save_plan(plan, tmp_path / "plan")
+    assert load_plan(tmp_path / "plan") == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m | {"merge/module": m["merge/module"][:, :-1]}, "module: expected a merge of finite float64"),
+        (lambda m: m | {"unmerge/module": m["unmerge/module"] * torch.nan}, "module: expected a unmerge of finite"),
+        (lambda m: m | {"merge/module": m["merge/module"].float()}, "module: expected a merge of finite float64"),
+        (lambda m: {k: v for k, v in m.items() if not k.endswith("/module")}, "'module' is in one of them only"),
+        (lambda m: {k: v for k, v in m.items() if k != "merge/module"}, "damaged, it lacks 'merge/module'"),
+        (lambda m: m | {"merge/module": m["merge/module"] + 1}, "maps.safetensors: is not what was saved"),
+    ],
+)
+def test_maps_that_are_not_those_of_the_plan(
+    small: Compressed, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    save_plan(small.plan, tmp_path / "plan")
+    path = tmp_path / "plan" / "maps.safetensors"
+    changed = change(safetensors.torch.load_file(path))
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in changed.items()}, path)
+    with pytest.raises(IntrafusionError, match=message):
+        load_plan(tmp_path / "plan")
+
+
+# ---- what is refused before anything is written ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"repairs": [REPAIR | {"new": 10**9}]}, "module.out_channels would become 1000000000 from 8"),
+        ({"repairs": []}, "module.*contradicts its tensors"),
+        ({"repairs": 3}, "repairs is no list"),
+        ({"split_after": {"module": 10**9}}, "'module' cannot have rank 1000000000: it has 8 outputs"),
+        ({"split_after": [1]}, "split_after is no table of ranks"),
+        ({"split_before": {"module": "two"}}, "module: expected a rank of at least 1, got 'two'"),
+        ({"format": "1"}, "expected a whole number, got '1'"),
+        ({"recipe": "seed: x"}, "seed: expected a whole number, got 'x'"),
+        ({"notes": ["other"]}, "plan.json: is not what was saved"),
+    ],
+    ids=str,
+)
+def test_entries_of_the_wrong_kind_or_size(saved: Path, entries: dict[str, Any], message: str) -> None:
+    change_plan(saved, **entries)
+    with pytest.raises(IntrafusionError, match=message):
+        load(saved, Net)
+
+
+def test_one_flipped_bit_in_the_weights_is_seen(saved: Path) -> None:
+    content = bytearray((saved / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (saved / "model.safetensors").write_bytes(content)
+    with pytest.raises(FolderError, match="model.safetensors: is not what was saved, its SHA-256 is"):
+        load(saved, Net)
+
+
+@pytest.mark.parametrize("make", [lambda: Net().to("meta"), lambda: nn.Sequential(nn.LazyLinear(3))])
+def test_networks_without_values(saved: Path, make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(IntrafusionError, match="of the network has no dense values"):
+        load(saved, make())
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, device="meta"), torch.eye(2).to_sparse()])
+def test_tensors_that_no_file_holds(small: Compressed, tmp_path: Path, tensor: Tensor) -> None:
+    model = Net()
+    model.register_buffer("odd", tensor)
+    with pytest.raises(IntrafusionError, match="save: 'odd' has no dense values"):
+        replace(small, model=model).save(tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_names_and_no_networks(saved: Path) -> None:
+    with pytest.raises(FolderError, match="cannot be read .File name too long"):
+        load("x" * 300, Net)
+    with pytest.raises(IntrafusionError, match="expected a network, its class or a factory of it, got a int"):
+        load(saved, 3)  # type: ignore[arg-type]
+    with pytest.raises(IntrafusionError, match="cannot be called without arguments.*give a factory"):
+        load(saved, nn.Linear)

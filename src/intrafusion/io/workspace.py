@@ -33,6 +33,8 @@ def workspace(target: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     """
     made = [folder for folder in target.parents if not folder.exists()]
     try:
+        if any(folder.is_file() for folder in target.parents):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         settle(target, ours)
         with _begin(target) as place:
