@@ -119,7 +119,7 @@ def check_told(folder: Path, network: nn.Module, before: Mapping[tuple[str, str]
         PlanError: an attribute that its tensors contradict.
     """
     names = dict(network.named_modules())
-    for module, attribute in before.keys() - find_told(network, shapes).keys():
+    for module, attribute in sorted(before.keys() - find_told(network, shapes).keys()):
         if module in names and hasattr(names[module], attribute):
             raise PlanError(
                 f"{folder}: {module}.{attribute} = {getattr(names[module], attribute)!r} contradicts its tensors; "

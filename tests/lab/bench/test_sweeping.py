@@ -170,7 +170,7 @@ def test_what_another_sweep_fails_at_is_tried_here(tmp_path):
             bad.result(timeout=60)
 
 
-@pytest.mark.parametrize("result", [{"tensor": object()}, 3, {"deep": {1: {2, 3}}}], ids=str)
+@pytest.mark.parametrize("result", [{"tensor": object()}, 3, {"deep": {1: {2, 3}}}], ids=["object", "number", "set"])
 def test_a_result_that_cannot_be_written_down_is_a_failure_of_its_setting(tmp_path, result):
     with pytest.raises(IntrafusionError, match="1 of 2 settings failed.*expected"):
         sweep("x", SETTINGS[:2], lambda s: result if s["keep"] == 0.9 else {"ok": 1}, tmp_path / "r.jsonl")
