@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def check_target(target: Any) -> tuple[str, float]:
     kind, wanted = next(iter(target.items()))
     if kind not in _MEASURES:
         raise BudgetError(f"target: {unknown_name('measure', str(kind), _MEASURES)}")
-    if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not wanted > 0:
+    if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not 0 < wanted <= sys.float_info.max:
         raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {wanted!r}.")
     return kind, float(wanted)
 

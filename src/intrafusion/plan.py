@@ -160,8 +160,9 @@ def check_maps(plan: Plan) -> None:
         raise PlanError(f"the plan and its maps differ: {group!r} is in one of them only; fetch or save them again.")
     for name, reduction in plan.maps.items():
         n, m = reduced[name].n, reduced[name].m
-        for kind, shape in (("merge", (m, n)), ("unmerge", (n, m)), ("shift", (n,))):
-            tensor = getattr(reduction, kind)
+        shapes = {"merge": (m, n), "unmerge": (n, m), "shift": (n,), "scale": (2,)}
+        for kind, tensor in vars(reduction).items():
+            shape = shapes[kind]
             if tensor is not None and not _is_map(tensor, shape):
                 raise PlanError(
                     f"{name}: expected a {kind} of finite float64 {list(shape)}, got {tensor.dtype} "
@@ -180,7 +181,8 @@ def _check_format(number: Any) -> None:
 
 def _read_decision(data: Mapping[str, Any]) -> Decision:
     """Raises TypeError or ValueError for what is no decision."""
-    decision = Decision(**{**data, "members": tuple(_as(str, member) for member in data["members"])})
+    entries: dict[str, Any] = {**data, "members": tuple(_as(str, member) for member in data["members"])}
+    decision = Decision(**entries)
     for text in (decision.group, decision.mixing, decision.reason or ""):
         _as(str, text)
     for number in (decision.family, decision.depth or 0, decision.n, decision.m):
@@ -203,7 +205,7 @@ def _count(value: Any) -> int:
 
 
 def _is_same_map(a: ReductionMap, b: ReductionMap) -> bool:
-    pairs = ((a.merge, b.merge), (a.unmerge, b.unmerge), (a.shift, b.shift), (a.scale, b.scale))
+    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
     return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 

@@ -146,6 +146,7 @@ def test_min_channels_and_excludes_hold_and_an_impossible_target_comes_as_close_
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"target": {"params": 10**400}}, BudgetError, "expected a number above 0"),
         ({"target": {"parms": 0.5}}, BudgetError, "unknown measure 'parms'. Did you mean 'params'?"),
         ({"target": {"params": 0}}, BudgetError, "expected a number above 0, got 0"),
         ({"target": {"params": 0.5, "macs": 0.5}}, BudgetError, "expected one of params, macs, latency_ms"),

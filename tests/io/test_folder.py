@@ -313,8 +313,9 @@ def test_a_plan_of_one_channel_is_saved(tmp_path: Path) -> None:
         (lambda m: m | {"unmerge/module": m["unmerge/module"] * torch.nan}, "module: expected a unmerge of finite"),
         (lambda m: m | {"merge/module": m["merge/module"].float()}, "module: expected a merge of finite float64"),
         (lambda m: {k: v for k, v in m.items() if not k.endswith("/module")}, "'module' is in one of them only"),
-        (lambda m: {k: v for k, v in m.items() if k != "merge/module"}, "damaged, it lacks 'merge/module'"),
+        (lambda m: {k: v for k, v in m.items() if k != "merge/module"}, "maps.safetensors: damaged, .*'merge'"),
         (lambda m: m | {"merge/module": m["merge/module"] + 1}, "maps.safetensors: is not what was saved"),
+        (lambda m: m | {"other/module": m["merge/module"].clone()}, "maps.safetensors: damaged, .*'other'"),
     ],
 )
 def test_maps_that_are_not_those_of_the_plan(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import FolderError, PlanError
 from intrafusion.plan import Plan
-from intrafusion.surgery.write import _find_attributes, _own_tensors
+from intrafusion.surgery.write import find_attributes, find_own_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -99,7 +99,7 @@ def find_told(network: nn.Module, shapes: Shapes) -> dict[tuple[str, str], Any]:
     names = {id(t): n for n, t in (*network.named_parameters(), *network.named_buffers())}
     told = {}
     for name, module in network.named_modules():
-        own = {k: shapes.get(names.get(id(t), ""), tuple(t.shape)) for k, t in _own_tensors(module).items()}
+        own = {k: shapes.get(names.get(id(t), ""), tuple(t.shape)) for k, t in find_own_tensors(module).items()}
         if own:
             told |= {(name, key): value for key, value in _expected(module, own).items()}
     return {key: value for key, value in told.items() if _get(network, key) == value}
@@ -109,7 +109,7 @@ def _expected(module: nn.Module, own: Shapes) -> Mapping[str, Any]:
     """The size attributes of a module by its tensors."""
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return dict.fromkeys(("num_features",), next(shape[0] for shape in own.values() if shape))
-    return _find_attributes(module, own, own)
+    return find_attributes(module, own, own)
 
 
 def check_told(folder: Path, network: nn.Module, before: Mapping[tuple[str, str], Any], shapes: Shapes) -> None:

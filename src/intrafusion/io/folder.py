@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -21,7 +21,7 @@ from intrafusion.errors import FolderError, ModelError, PlanError
 from intrafusion.io.atomic import atomic_folder, read_whole
 from intrafusion.io.checksums import KEY, check_digests, digest_document, digest_file
 from intrafusion.io.fits import check_finite, check_kinds, check_shapes, check_told, find_told, is_finite
-from intrafusion.io.tensors import detach_dense
+from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.io.undo import untouched_on_error
 from intrafusion.measure.size import Size
 from intrafusion.network.tensors import named_tensors
@@ -130,7 +130,7 @@ def _read_network(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict
     """plan.json, the tensors, and checksums of both."""
     data = read_document(folder)
     path = _weights_path(folder, data)
-    return data, _read_tensors(path), {path.name: digest_file(path), _PLAN: digest_document(data)}
+    return data, read_tensors(path), {path.name: digest_file(path), _PLAN: digest_document(data)}
 
 
 def _check_has_values(network: nn.Module) -> None:
@@ -235,17 +235,6 @@ def _weights_path(folder: Path, data: dict[str, Any]) -> Path:
     return path
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FolderError(f"{path.parent}: has no {path.name}; it was not saved completely, or something was removed.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise FolderError(
-            f"{path}: not a safetensors file, or a damaged one ({error}); save or fetch it again."
-        ) from error
-
-
 def _check_tensor_names(folder: Path, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     missing, extra = sorted(set(tensors) - set(state)), sorted(set(state) - set(tensors))
     if missing or extra:
@@ -301,10 +290,10 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         FolderError: the folder exists and is not one of ours, or cannot be written.
     """
     tensors = {
-        f"{kind}/{name}": detach_dense(name, getattr(m, kind))
+        f"{kind}/{name}": detach_dense(name, tensor)
         for name, m in plan.maps.items()
-        for kind in ("merge", "unmerge", "shift", "scale")
-        if getattr(m, kind) is not None
+        for kind, tensor in vars(m).items()
+        if tensor is not None
     }
     with atomic_folder(folder, ours=is_ours, names=_OURS) as target:
         save_file(tensors, target / _MAPS_FILE)
@@ -321,15 +310,7 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
     """
     folder = Path(folder)
     data, tensors, digests = read_whole(folder, _read_plan)
-    names = dict.fromkeys(key.partition("/")[2] for key in tensors)
-    try:
-        maps = {
-            name: ReductionMap(tensors[f"merge/{name}"], tensors[f"unmerge/{name}"], tensors.get(f"shift/{name}"))
-            for name in names
-        }
-    except KeyError as error:
-        raise PlanError(f"{folder / _MAPS_FILE}: damaged, it lacks {error}; fetch or save the folder again.") from error
-    plan = Plan.from_json(json.dumps(data), maps)
+    plan = Plan.from_json(json.dumps(data), _gather_maps(folder / _MAPS_FILE, tensors))
     check_maps(plan)
     check_digests(folder, data, digests)
     return plan
@@ -341,4 +322,16 @@ def _read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
     path = folder / _MAPS_FILE
     if not path.is_file():
         raise FolderError(f"{folder}: has no {_MAPS_FILE}; it holds a network (intrafusion.load), not a plan to apply.")
-    return data, _read_tensors(path), {_MAPS_FILE: digest_file(path), _PLAN: digest_document(data)}
+    return data, read_tensors(path), {_MAPS_FILE: digest_file(path), _PLAN: digest_document(data)}
+
+
+def _gather_maps(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, ReductionMap]:
+    """Maps by group name, of tensors by "kind/name", where the kinds are the fields of a map."""
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        parts[name][kind] = tensor
+    try:
+        return {name: ReductionMap(**kinds) for name, kinds in parts.items()}
+    except TypeError as error:  # a kind that is missing, or that there is not
+        raise PlanError(f"{path}: damaged, these make no maps ({error}); fetch or save the folder again.") from error

@@ -1,12 +1,16 @@
-"""Tensors on their way into a safetensors file."""
+"""Tensors on their way into a safetensors file, and out of one."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import FolderError, ModelError
 
 
 def detach_dense(name: str, tensor: Tensor) -> Tensor:
@@ -21,3 +25,18 @@ def detach_dense(name: str, tensor: Tensor) -> Tensor:
             "as a file needs them; move it from the device meta, run a lazy network once, or call to_dense()."
         )
     return tensor.detach().cpu().contiguous().clone()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """
+    Raises:
+        FolderError: there is no such file, or it is damaged.
+    """
+    if not path.is_file():
+        raise FolderError(f"{path.parent}: has no {path.name}; it was not saved completely, or something was removed.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise FolderError(
+            f"{path}: not a safetensors file, or a damaged one ({error}); save or fetch it again."
+        ) from error

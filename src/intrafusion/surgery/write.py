@@ -50,18 +50,18 @@ def find_repairs(model: nn.Module, old_shapes: Mapping[int, tuple[int, ...]]) ->
     """Attributes that disagree with the new shapes of their own module's tensors."""
     repairs = []
     for name, module in model.named_modules():
-        own = _own_tensors(module)
+        own = find_own_tensors(module)
         old = {k: old_shapes.get(id(t), tuple(t.shape)) for k, t in own.items()}
         if not any(id(t) in old_shapes for t in own.values()):
             continue
-        for attribute, value in _find_attributes(module, old, {k: tuple(t.shape) for k, t in own.items()}).items():
+        for attribute, value in find_attributes(module, old, {k: tuple(t.shape) for k, t in own.items()}).items():
             present = getattr(module, attribute)
             if present != value:
                 repairs.append(Repair(name, attribute, present, value))
     return tuple(repairs)
 
 
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+def find_own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of the module itself, and those that a parametrization computes them from."""
     own = {k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     if parametrize.is_parametrized(module):
@@ -84,7 +84,7 @@ _SIZE_ATTRIBUTES = (
 _KERNELS = ("weight", "weight_orig", "weight_v")  # plain; behind a pruning mask or spectral norm; behind weight norm
 
 
-def _find_attributes(module: nn.Module, old: _TensorShapes, new: _TensorShapes) -> dict[str, int | tuple[int, ...]]:
+def find_attributes(module: nn.Module, old: _TensorShapes, new: _TensorShapes) -> dict[str, int | tuple[int, ...]]:
     """What the size attributes of a module must be, from the shapes of its tensors."""
     kernel = next((k for k in _KERNELS if k in new), "weight")
     if isinstance(module, nn.modules.conv._ConvNd):

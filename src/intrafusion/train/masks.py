@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import FolderError, ModelError, unknown_name
 from intrafusion.io.atomic import atomic_file, report_unreadable
-from intrafusion.io.folder import _read_tensors
-from intrafusion.io.tensors import detach_dense
+from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
 from intrafusion.network.layers import find_layers, watch_calls
 from intrafusion.network.state import preserve_state
@@ -128,7 +127,7 @@ def load_masks(path: str | os.PathLike[str]) -> Masks:
     """
     path = Path(path)
     with report_unreadable(path):
-        masks = _read_tensors(path)
+        masks = read_tensors(path)
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
             raise FolderError(f"{path}: expected masks of bool, got {name!r} of {mask.dtype}; save_masks writes them.")

@@ -14,12 +14,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-# Words of settings, which experiments write and the report reads.
-ORIGINAL = "original"  # the method of the network as it was
-WHOLE, INNER = "whole network", "block-inner channels"  # scopes of more than one group
 from intrafusion.documents import parse_json
 from intrafusion.io.atomic import report_unreadable, report_unwritable
 from intrafusion.io.locks import lock
+
+# Words of settings, which experiments write and the report reads.
+ORIGINAL = "original"  # the method of the network as it was
+WHOLE, INNER = "whole network", "block-inner channels"  # scopes of more than one group
 
 _PACKAGES = ("intrafusion", "torch", "numpy", "POT", "torch-pruning", "timm")
 
