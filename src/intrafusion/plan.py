@@ -183,7 +183,7 @@ def _read_decision(data: Mapping[str, Any]) -> Decision:
     """Raises TypeError or ValueError for what is no decision."""
     entries: dict[str, Any] = {**data, "members": tuple(_as(str, member) for member in data["members"])}
     decision = Decision(**entries)
-    for text in (decision.group, decision.mixing, decision.reason or ""):
+    for text in (decision.group, decision.mixing, decision.reason or "", decision.proof or ""):
         _as(str, text)
     for number in (decision.family, decision.depth or 0, decision.n, decision.m):
         _count(number)
