@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.budget import uniform_sizes
-from intrafusion.budget.sensitivity import measure_error_curves
-from intrafusion.budget.target import sizes_for_target
+from intrafusion.budget.sensitivity import Sensitivity
+from intrafusion.budget.target import require_inputs, sizes_for_target
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.importance.features import channel_biases, channel_features
@@ -64,8 +64,10 @@ def decide(
         wanted = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
         missed = ()
     else:
-        curves = measure_error_curves(graph, groups, {g.name: scores(g, weights) for g in groups}, moments, calibration)
-        wanted, missed = sizes_for_target(model, graph, groups, curves, recipe, example_inputs)
+        inputs = require_inputs(example_inputs, recipe)
+        own = {g.name: scores(g, weights) for g in groups}
+        sensitivity = Sensitivity(model, graph, own, moments, calibration, inputs)
+        wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, inputs)
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
     maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments, progress)

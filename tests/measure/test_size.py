@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from intrafusion.errors import ModelError
 from intrafusion.lab import zoo
-from intrafusion.measure.size import Size, size_of
+from intrafusion.measure.size import Size, factors_of_products, macs_by_weight, size_of
+from intrafusion.network.inputs import ExampleInputs
 
 
 # weights per output value, times output values
@@ -120,3 +121,103 @@ def test_named_inputs_and_inputs_that_do_not_fit() -> None:
     assert size_of(nn.Linear(4, 3), {"input": torch.zeros(2, 4)}) == Size(15, 24)
     with pytest.raises(ModelError, match=r"the network \(Linear\) does not run on the example inputs"):
         size_of(nn.Linear(4, 3), torch.zeros(2, 5))
+
+
+# ---- who multiplies does not matter ---------------------------------------------------------------------------------
+
+
+class PaddedByChild(nn.Conv2d):
+    """A convolution that holds its padding as a module."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.padding_of_its_own = nn.ZeroPad2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.padding_of_its_own(x))
+
+
+class Bare(nn.Module):
+    """Weights that no layer owns, each used in another way; one is a buffer, one is scaled before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.map = nn.Parameter(torch.randn(6, 4, 3)), nn.Parameter(torch.randn(6, 5))
+        self.query = nn.Parameter(torch.randn(5))
+        self.register_buffer("mixing", torch.randn(5, 5))
+        self.table = nn.Embedding(9, 5)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        x = F.conv1d(x, self.kernel)  # (2, 6, 7)
+        x = torch.einsum("bct,cd->btd", x, 2 * self.map)  # (2, 7, 5)
+        x = (x + self.table(ids)) @ self.mixing
+        return torch.mv(x[0], self.query) + F.linear(x[1], self.query[None])[:, 0]
+
+
+def test_weights_outside_of_layers_count() -> None:
+    inputs = (torch.randn(2, 4, 9), torch.zeros(2, 7, dtype=torch.long))
+    counts = {"kernel": 2 * 7 * 6 * 4 * 3, "map": 2 * 7 * 6 * 5, "mixing": 2 * 7 * 5 * 5, "query": 2 * 7 * 5}
+    model = Bare()
+    assert size_of(model, inputs) == Size(6 * 4 * 3 + 6 * 5 + 5 + 9 * 5, sum(counts.values()))
+    assert macs_by_weight(model, inputs) == counts
+
+
+def test_a_convolution_with_a_child_counts_as_one_without() -> None:
+    x = torch.randn(2, 3, 8, 7)
+    assert size_of(PaddedByChild(3, 4, 3), x) == Size(4 * 3 * 9 + 4, 2 * 8 * 7 * 4 * 3 * 9)
+    assert macs_by_weight(PaddedByChild(3, 4, 3), x) == {"weight": 2 * 8 * 7 * 4 * 3 * 9}
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "macs"),
+    [
+        (nn.Bilinear(3, 4, 5), (torch.randn(2, 3), torch.randn(2, 4)), 2 * 5 * 3 * 4),
+        (nn.Linear(4, 3), torch.randn(4), 12),
+        (nn.Embedding(7, 4), torch.zeros(2, 3, dtype=torch.long), 0),
+    ],
+    ids=["bilinear", "one vector", "embedding"],
+)
+def test_products_that_the_flop_counter_leaves_out(model: nn.Module, inputs: ExampleInputs, macs: int) -> None:
+    assert size_of(model, inputs).macs == macs
+
+
+def test_a_forward_in_inference_mode_counts() -> None:
+    class Still(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return super().forward(input)
+
+    assert macs_by_weight(Still(4, 3), torch.randn(2, 4)) == {"weight": 24}
+
+
+def test_work_goes_to_the_weights_of_plain_networks_as_it_did_layer_by_layer() -> None:
+    conv, head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+    depthwise = nn.Conv2d(8, 8, 3, groups=8)
+    model = nn.Sequential(
+        conv, nn.BatchNorm2d(8), depthwise, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head, nn.Softmax(1)
+    )
+    found = macs_by_weight(model, torch.randn(2, 3, 8, 8))
+    assert found == {"0.weight": 2 * 36 * 8 * 27, "2.weight": 2 * 16 * 8 * 9, "5.weight": 2 * 80}
+
+
+def test_a_reparametrised_weight_and_its_parts() -> None:
+    """Weight norm computes the weight from a direction and a length; low-rank additions are products of their own."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+    found = macs_by_weight(normed, torch.randn(2, 6))
+    assert found == {"parametrizations.weight.original1": 60}
+
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 5)
+            self.down, self.up = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(5, 2))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight + self.up @ self.down)
+
+    assert macs_by_weight(Adapted(), torch.randn(3, 6)) == {"weight": 3 * 30, "down": 5 * 2 * 6}
+
+
+def test_the_factors_of_a_product_are_its_macs() -> None:
+    assert factors_of_products(nn.Linear(4, 3), torch.zeros(2, 4)) == [(2, 4, 3)]
+    assert factors_of_products(nn.Conv2d(4, 6, 3, groups=2), torch.zeros(1, 4, 5, 5)) == [(1, 6, 3, 3, 2, 3, 3)]
+    assert factors_of_products(nn.ConvTranspose1d(4, 6, 3), torch.zeros(1, 4, 5)) == [(1, 4, 5, 6, 3)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -23,33 +25,60 @@ from intrafusion.surgery.operate import copy_reduced
 _FEW = 64  # images
 
 
-def measure_error_curves(
-    graph: ChannelGraph,
-    groups: Sequence[ChannelGroup],
-    scores: Mapping[str, Tensor],
-    moments: Mapping[str, Moments],
-    calibration: Calibration | None,
-) -> dict[str, Tensor]:
-    r"""Predicted error of the output when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """What cutting the groups of a network costs its output.
 
-    The shape of the curve is the share of the consumers' signal that the first k pivots cannot tell (or, where no layer
-    that reads the group was seen, the share of the importance given up). Its height is measured: every group is halved
-    alone, its consumers make up for the rest as well as they can, and the output is compared on a few images. Twins
-    are halved together. Without a calibration the heights are 1. OURS.
+    Attributes:
+        scores: importance of the channels, (n,) by group.
+        moments: what is read of them, by group, where that is known.
+        calibration: what errors are measured on; without one, the example inputs.
     """
-    shapes = {g.name: _find_shape(scores[g.name], moments.get(g.name)) for g in groups}
-    if calibration is None:
-        return shapes
-    images = take_images(calibration.images, 0, _FEW)
-    expected = _run_floats(calibration.reference, images)
-    curves = {}
-    for twins in families_of(groups):
-        maps = {g.name: _halve(scores[g.name], moments.get(g.name)) for g in twins if g.size > 1}
-        height = _measure_cut_error(calibration.reference, graph, maps, images, expected) / len(twins)
-        for g in twins:
-            at_half = float(shapes[g.name][(g.size + 1) // 2])
-            curves[g.name] = shapes[g.name] * (height / max(at_half, 1e-3))
-    return curves
+
+    model: nn.Module
+    graph: ChannelGraph
+    scores: Mapping[str, Tensor]
+    moments: Mapping[str, Moments]
+    calibration: Calibration | None
+    example_inputs: Inputs
+
+    def curves(self, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+        r"""Predicted error when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
+
+        The shape of the curve is the share of the consumers' signal that the first k pivots cannot tell (or, where no
+        layer that reads the group was seen, the share of the importance given up). Its height is measured: every group
+        is halved alone, its consumers make up for the rest as well as they can, and the output is compared on a few
+        images. Twins are halved together. OURS.
+        """
+        curves = {}
+        for twins in families_of(groups):
+            height = self.error({g.name: (g.size + 1) // 2 for g in twins}) / len(twins)
+            for g in twins:
+                shape = _find_shape(self.scores[g.name], self.moments.get(g.name))
+                curves[g.name] = shape * (height / max(float(shape[(g.size + 1) // 2]), 1e-3))
+        return curves
+
+    def error(self, sizes: Mapping[str, int]) -> float:
+        """Mean squared difference of the outputs, as a fraction of their variance, when groups have these sizes."""
+        smaller = {g.name: sizes[g.name] for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
+        maps = {name: _reduce_to(m, self.scores[name], self.moments.get(name)) for name, m in smaller.items()}
+        return _measure_error(self._reference, self.graph, maps, *self._seen)
+
+    @property
+    def _reference(self) -> nn.Module:
+        return self.model if self.calibration is None else self.calibration.reference
+
+    @cached_property
+    def _seen(self) -> tuple[Inputs, list[Tensor]]:
+        """A few images and what the network as it is to be seen gives on them."""
+        if self.calibration is not None:
+            images = take_images(self.calibration.images, 0, _FEW)
+            return images, _run_floats(self._reference, images)
+        varied = self.example_inputs.varied()
+        try:
+            return varied, _run_floats(self.model, varied)
+        except ModelError:  # it takes these values only
+            return self.example_inputs, _run_floats(self.model, self.example_inputs)
 
 
 def _find_shape(scores: Tensor, moments: Moments | None) -> Tensor:
@@ -60,14 +89,14 @@ def _find_shape(scores: Tensor, moments: Moments | None) -> Tensor:
     return 1 - torch.cat([ranked.new_zeros(1), ranked.cumsum(0)]) / ranked.sum().clamp(min=1e-300)
 
 
-def _halve(scores: Tensor, moments: Moments | None) -> ReductionMap:
-    m = (len(scores) + 1) // 2
+def _reduce_to(m: int, scores: Tensor, moments: Moments | None) -> ReductionMap:
+    """The best m channels, from which consumers tell the others as well as they can."""
     if moments is None:
         return selection_map(most_important(scores, m), len(scores))
     return least_squares_map(*moments.overall, pick_channels(moments).order[:m].sort().values)
 
 
-def _measure_cut_error(
+def _measure__measure_cut_error(
     model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap], images: Inputs, expected: list[Tensor]
 ) -> float:
     """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""

@@ -59,7 +59,17 @@ def histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
 
 
 def output_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Mean squared difference of outputs as a fraction of the variance of the expected ones, over all tensors."""
+    """Mean squared difference of outputs as a fraction of the variance of the expected ones, over all tensors.
+
+    The variance is over the rows; of a single one, it is the mean square.
+
+    >>> lost_share([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 3.0]])])
+    0.1
+    """
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
     lost = sum(float((a - b).square().sum()) for a, b in pairs if a.shape == b.shape)
-    return lost / max(sum(float((b - b.mean(0)).square().sum()) for _, b in pairs), 1e-300)
+    return lost / max(sum(float((b - _centre(b)).square().sum()) for _, b in pairs), 1e-300)
+
+
+def _centre(rows: Tensor) -> Tensor:
+    return rows.mean(0) if rows.dim() and len(rows) > 1 else rows.new_zeros(())

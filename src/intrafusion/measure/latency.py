@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,15 +16,30 @@ from intrafusion.network.state import preserve_state
 
 def latency_ms(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 15, warmup: int = 3) -> float:
     """Median wall-clock milliseconds of one forward call on these inputs, in evaluation mode without gradients."""
+    return latencies_ms([model], example_inputs, repeats=repeats, warmup=warmup)[0]
+
+
+def latencies_ms(
+    models: Sequence[nn.Module], example_inputs: ExampleInputs, *, repeats: int = 15, warmup: int = 3
+) -> list[float]:
+    """`latency_ms` of several networks that take turns, so that a machine that slows down does for all of them."""
     inputs = Inputs.of(example_inputs)
-    cuda = any(p.is_cuda for p in model.parameters())
-    times = []
-    with preserve_state(model), torch.inference_mode():
+    cuda = any(p.is_cuda for model in models for p in model.parameters())
+    times: list[list[float]] = [[] for _ in models]
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        for model in models:
+            stack.enter_context(preserve_state(model))
         for index in range(warmup + repeats):
-            start = time.perf_counter()
-            inputs.call(model)
-            if cuda:
-                torch.cuda.synchronize()
-            if index >= warmup:
-                times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+            for model, taken in zip(models, times, strict=True):
+                milliseconds = _time_ms(model, inputs, cuda=cuda)
+                if index >= warmup:
+                    taken.append(milliseconds)
+    return [statistics.median(taken) for taken in times]
+
+
+def _time_ms(model: nn.Module, inputs: Inputs, *, cuda: bool) -> float:
+    start = time.perf_counter()
+    inputs.call(model)
+    if cuda:
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)

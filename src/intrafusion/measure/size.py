@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import named_tensors
 from intrafusion.trace.decomposition import decompose
+from intrafusion.trace.products import Factors, Product, Products
 
 
 @dataclass(frozen=True)
@@ -24,55 +23,59 @@ class Size:
     macs: int
 
 
-class _MacCounter(TorchDispatchMode):
-    """Adds up the work of every operation that PyTorch's flop counter has a formula for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
     """Count parameters (shared ones once) and the MACs of convolutions and matrix products on these inputs.
 
-    Attention and recurrent layers count with all their matrix products, fused kernels or not.
+    Every product counts, whatever calls it: layers, functions, attention and recurrent layers with all of theirs, fused
+    kernels or not.
 
+    >>> import torch
     >>> size_of(nn.Linear(4, 3), torch.zeros(2, 4))
     Size(params=15, macs=24)
     """
-    with preserve_state(model), torch.no_grad(), decompose(model), _MacCounter() as counter:
-        Inputs.of(example_inputs).call(model)
-    return Size(sum(p.numel() for p in model.parameters()), counter.flops // 2)
+    macs = sum(math.prod(factors) for factors in factors_of_products(model, example_inputs))
+    return Size(params_of(model), macs)
+
+
+def params_of(model: nn.Module) -> int:
+    """Entries of all parameters, shared ones once.
+
+    >>> params_of(nn.Linear(4, 3))
+    15
+    """
+    return sum(p.numel() for p in model.parameters())
+
+
+def factors_of_products(model: nn.Module, example_inputs: ExampleInputs) -> list[Factors]:
+    """Of every convolution and matrix product of a forward pass, in order, the sizes of which its MACs are the product.
+
+    >>> import torch
+    >>> factors_of_products(nn.Linear(4, 3), torch.zeros(2, 4))
+    [(2, 4, 3)]
+    """
+    found: list[Factors] = []
+    _watch(model, example_inputs, lambda product: found.append(product.factors))
+    return found
 
 
 def macs_by_weight(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, float]:
-    """Multiply-accumulates of each module that owns a weight, by the name of the weight; nested modules count apart."""
-    spent: dict[str, float] = {}
-    stack: list[float] = []
-    with preserve_state(model), torch.no_grad(), decompose(model), _MacCounter() as counter, ExitStack() as hooks:
+    """Multiply-accumulates of the products that each weight enters, by its name; of several weights, the largest.
 
-        def entered(module: nn.Module, args: Any) -> None:
-            stack.append(counter.flops)
+    A weight may have been moved, scaled, or computed from others before; who owns it, and whether a module or a
+    function multiplies by it, does not matter. Products of two activations, as in attention, belong to no weight.
+    """
+    tensors, spent = named_tensors(model), dict[str, float]()
 
-        def left(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                spent[name] = spent.get(name, 0.0) + (counter.flops - stack.pop()) / 2
+    def seen(product: Product) -> None:
+        if product.weights:
+            name = max(sorted(product.weights), key=lambda n: tensors[n].numel())
+            spent[name] = spent.get(name, 0.0) + product.macs
 
-            return hook
-
-        first: dict[int, str] = {}
-        for name, module in model.named_modules():
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.dim() > 1 and not list(module.children()):
-                key = first.setdefault(id(weight), f"{name}.weight" if name else "weight")
-                hooks.callback(module.register_forward_pre_hook(entered).remove)
-                hooks.callback(module.register_forward_hook(left(key)).remove)
-        Inputs.of(example_inputs).call(model)
+    _watch(model, example_inputs, seen)
     return spent
+
+
+def _watch(model: nn.Module, example_inputs: ExampleInputs, seen: Callable[[Product], None]) -> None:
+    inputs = Inputs.of(example_inputs)
+    with preserve_state(model), decompose(model), Products(named_tensors(model), inputs, seen):
+        inputs.call(model)
