@@ -20,7 +20,7 @@ from intrafusion.observe.observe import observe_for
 from intrafusion.plan import Decision, Plan, describe_members
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
-from intrafusion.reduce import Moments, ReductionMap, ReductionProblem, selecting_form
+from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
 from intrafusion.restore import Calibration
 from intrafusion.selectors import find_left_alone
 from intrafusion.surgery.maps import hollow_
@@ -71,7 +71,9 @@ def decide(
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
     maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments, progress)
-    decisions = tuple(decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name)) for g in units)
+    decisions = tuple(
+        decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name), read=g.name in moments) for g in units
+    )
     return Plan(recipe, decisions, graph.shapes, maps, (*graph.warnings, *missed))
 
 
@@ -142,10 +144,18 @@ def _check_scores(scores: object, group: ChannelGroup) -> Tensor:
     return scores.detach().double()
 
 
-def decision(group: ChannelGroup, m: int, recipe: Recipe, unwanted: str | None) -> Decision:
-    mixing = "mixed" if recipe.reducer.mixes else "selected"
-    if recipe.reducer.mixes and group.unmixable:
+def decision(group: ChannelGroup, m: int, recipe: Recipe, unwanted: str | None, *, read: bool) -> Decision:
+    """What is decided of one group.
+
+    Args:
+        read: whether it is known what is read of these channels.
+    """
+    traits = ReducerTraits.of(recipe.reducer)
+    mixing = "mixed" if traits.mixes else "selected"
+    if traits.mixes and group.unmixable:
         mixing = f"selected: {group.unmixable}"
+    elif traits.mixes and traits.needs_moments and not read:
+        mixing = "selected: what is read of these channels was not seen"
     reason = group.reason or unwanted
     kept = group.size if reason else m
     return Decision(group.name, group.size, kept, describe_members(group), mixing, reason, group.family, group.depth)

@@ -98,5 +98,5 @@ def _group_row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
     """One line for a group, or for twins such as the groups of one convolution."""
     first, last = twins[0], twins[-1]
     name, count = (first.name, "") if first is last else (f"{first.name} .. {last.name}", f"{len(twins)} x ")
-    fate = planning.decision(first, first.size, Recipe(), None)
+    fate = planning.decision(first, first.size, Recipe(), None, read=True)
     return name, f"{count}{first.size}", "kept" if fate.reason else fate.mixing, fate.reason or shown_layers(fate)

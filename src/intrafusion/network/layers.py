@@ -162,7 +162,7 @@ class Layer:
         The same for all networks: they depend on the name, the seed and the shape without channels.
         """
         shape = x.shape[:-1] if x.dim() < 2 else x.movedim(self.channel_dim, -1).shape[:-1]
-        return _sample_places(self.name, tuple(shape), limit, seed).to(x.device)
+        return sample_places(self.name, tuple(shape), limit, seed).to(x.device)
 
     def take_rows(self, x: Tensor, places: Tensor) -> Tensor:
         """The channels (k, c) of what the layer reads or gives at these places, in their own precision."""
@@ -232,7 +232,7 @@ class Layer:
 
 
 @lru_cache(maxsize=64)
-def _sample_places(name: str, shape: tuple[int, ...], limit: int, seed: int) -> Tensor:
+def sample_places(name: str, shape: tuple[int, ...], limit: int, seed: int) -> Tensor:
     """Up to `limit` different places in a shape, in order, (k, dims); kept, as each layer is asked several times."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     size = math.prod(shape)

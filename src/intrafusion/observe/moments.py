@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from intrafusion.graph import ChannelGraph, ChannelGroup, Role
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
 from intrafusion.network.gram import square_rows
-from intrafusion.network.layers import Layer, Port, find_layers, watch_calls
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.layers import Layer, Port, find_layers, sample_places, watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import Moments
 from intrafusion.surgery.norms import fold_norms
+from intrafusion.trace.decomposition import unfuse
+from intrafusion.trace.products import Product, Products
 
 _NO_VARIANCE = 1e-12  # a channel with less than this fraction of the largest variance does not vary
 
@@ -32,20 +36,22 @@ def _fold_all(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
     return fold_norms({n: t for n, t in named_tensors(model).items() if t.is_floating_point()}, graph.norms)
 
 
-def _square_columns(readers: Iterable[Port], weights: Mapping[str, Tensor]) -> Tensor:
-    """Sum of W_c W_c^T over consumers and kernel positions, (n, n)."""
-    total = []
-    for port in readers:
-        columns = weights[port.weight].movedim(1, 0)
-        columns = columns[port.positions.to(columns.device)].flatten(1).float()
-        total.append((columns @ columns.T).double())
-    return torch.stack(total).sum(0)
+def _find_bare_reads(groups: Iterable[ChannelGroup]) -> dict[str, list[tuple[str, Member]]]:
+    """Where each weight reads channels, whoever owns it: by weight, members with their group, all along one dim."""
+    found: dict[str, list[tuple[str, Member]]] = {}
+    for group in groups:
+        for member in group.with_role(Role.CONSUMES):
+            if member.within is None:
+                known = found.setdefault(member.tensor, [])
+                if not known or known[0][1].dim == member.dim:
+                    known.append((group.name, member))
+    return found
 
 
 def measure_moments(
     model: nn.Module, graph: ChannelGraph, images: ImagesLike, *, rows: int = 20_000, seed: int = 0
 ) -> dict[str, Moments]:
-    """Moments of every group that a dense layer reads, from one forward pass of the original network.
+    """Moments of every group of which something is read, from one forward pass of the original network.
 
     Args:
         images: unlabelled; see `intrafusion.network.batches`.
@@ -60,39 +66,144 @@ def measure_moments(
 
 
 class MomentTaker(contextlib.ExitStack):
-    """Takes the moments of what dense layers read in the forward pass that runs inside."""
+    """Takes the moments of what is read of the channels in the forward pass that runs inside.
+
+    Dense layers are watched as such. Weights that are read in another way (by a function, tied, or by a layer that does
+    not run as one) are watched at the products that they enter.
+    """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, rows: int = 20_000, seed: int = 0) -> None:
         super().__init__()
         self.model, self.graph, self.rows, self.seed = model, graph, rows, seed
-        layers = find_layers(model, graph)
-        self.readers = {g.name: find_readers(g, layers) for g in graph.reducible if g.kind == "channel"}
+        layers, groups = find_layers(model, graph), [g for g in graph.reducible if g.is_channel]
         self.ports: dict[str, list[tuple[str, Port]]] = defaultdict(list)  # by layer, with the group
-        for group, readers in self.readers.items():
-            for port in readers:
-                self.ports[port.layer.name].append((group, port))
+        for group in groups:
+            for port in find_readers(group, layers):
+                self.ports[port.layer.name].append((group.name, port))
         self.layers = {name: layers[name] for name in self.ports}
-        self.found: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
+        self.bare = _find_bare_reads(groups)
+        self.found: dict[str, dict[str, _Read]] = {g.name: {} for g in groups}  # by group, by weight
 
     def __enter__(self) -> MomentTaker:
+        along = {weight: members[0][1].dim for weight, members in self.bare.items()}
+        products = Products(named_tensors(self.model), Inputs(), self.multiplied, along)
+        called = lambda _, args, kwargs: products.note_inputs(Inputs(args, kwargs))  # noqa: E731
+        self.callback(self.model.register_forward_pre_hook(called, with_kwargs=True).remove)
         modules = {name: layer.module for name, layer in self.layers.items()}
         self.enter_context(watch_calls(modules, reached=self.reached))
+        self.enter_context(unfuse(self.model))
+        self.enter_context(products)
         return self
 
     def reached(self, name: str, x: Tensor) -> None:
+        """A dense layer is about to read."""
         layer = self.layers[name]
         rows = layer.take_rows(x, layer.sample_places(x, self.rows, self.seed))
         for group, port in self.ports[name]:
-            self.found[group][name] = _take_moments(rows, port.positions)
+            moments = _take_moments(rows, port.positions)
+            self.found[group][port.weight] = _Read(layer.input_dim, port.positions, len(rows), *moments)
+
+    def multiplied(self, product: Product) -> None:
+        """Something was multiplied with a weight, perhaps by one of those layers."""
+        if product.contracted is None:
+            return
+        (a, a_made), (b, b_made) = product.sides
+        a_dim, b_dim = product.contracted
+        if a_made is None and b_made is not None:
+            self._note_factor(b_made.coordinates, b_dim, a.movedim(a_dim, -1))
+        if b_made is None and a_made is not None:
+            self._note_factor(a_made.coordinates, a_dim, b.movedim(b_dim, -1))
+
+    def _note_factor(self, weights: Mapping[str, Tensor], dim: int, x: Tensor) -> None:
+        """Coordinates of weights, of which a dimension was summed over together with the last one of x."""
+        for weight, coordinates in weights.items():
+            index = None if self._is_watched(weight) else _index_along(coordinates, dim)
+            if index is not None:
+                self._note_read(weight, index, x.flatten(0, -2))
+
+    def _is_watched(self, weight: str) -> bool:
+        """Whether the layer that owns a weight was seen to read with it."""
+        layer = weight.rpartition(".")[0]
+        return any(weight in self.found[group] for group, _ in self.ports.get(layer, ()))
+
+    def _note_read(self, weight: str, index: Tensor, x: Tensor) -> None:
+        """Rows x (k, d), of which the place i was multiplied with the coordinate index[i] of the weight."""
+        (places,) = sample_places(weight, (len(x),), self.rows, self.seed).T
+        rows = x[places.to(x.device)]
+        for group, member in self.bare[weight]:
+            positions = torch.as_tensor(member.positions, dtype=torch.long)
+            columns = _find_places(positions, index.cpu())
+            if columns is not None:
+                read = _Read(member.dim, positions, len(rows), *_take_moments(rows, columns), shifts=False)
+                before = self.found[group].get(weight)
+                self.found[group][weight] = read if before is None else before.pool(read)
 
     def moments(self) -> dict[str, Moments]:
         """By group; norms are folded as they are now."""
-        weights, moments = _fold_all(self.model, self.graph), {}
-        for group, by_layer in self.found.items():
-            reader = _square_columns([p for p in self.readers[group] if p.layer.name in by_layer], weights)
-            means, covariances = (torch.stack(parts) for parts in zip(*by_layer.values(), strict=True))
-            moments[group] = Moments(means, covariances, reader)
-        return moments
+        weights = _fold_all(self.model, self.graph)
+        return {group: _join_reads(reads, weights) for group, reads in self.found.items() if reads}
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What was read of the channels of a group with one weight.
+
+    Attributes:
+        dim: of the weight, along which the channels run.
+        positions: (n, slots) along it.
+        rows: how many were seen.
+        mean: (n,) over rows and slots, float64.
+        covariance: (n, n) likewise.
+        shifts: whether the reader may have a place for a constant.
+    """
+
+    dim: int
+    positions: Tensor
+    rows: int
+    mean: Tensor
+    covariance: Tensor
+    shifts: bool = True
+
+    @property
+    def uncentred(self) -> tuple[Tensor, Tensor]:
+        """As a mean of zero and a second moment: what is told from the channels is then told without a constant."""
+        return torch.zeros_like(self.mean), self.covariance + torch.outer(self.mean, self.mean)
+
+    def pool(self, other: _Read) -> _Read:
+        """What was read at both calls together."""
+        rows = self.rows + other.rows
+        mean = (self.rows * self.mean + other.rows * other.mean) / rows
+        second = (self.rows * self.uncentred[1] + other.rows * other.uncentred[1]) / rows
+        shifts = self.shifts and other.shifts
+        return _Read(self.dim, self.positions, rows, mean, second - torch.outer(mean, mean), shifts)
+
+    def square_columns(self, weight: Tensor) -> Tensor:
+        """Sum of W_c W_c^T over outputs, kernel positions and slots, (n, n)."""
+        columns = weight.movedim(self.dim, 0)[self.positions.to(weight.device)].flatten(1).float()
+        return (columns @ columns.T).double()
+
+
+def _join_reads(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Moments:
+    """The moments of one group from what was read with each weight."""
+    shifts = all(read.shifts for read in reads.values())
+    pairs = [(read.mean, read.covariance) if shifts else read.uncentred for read in reads.values()]
+    means, covariances = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    reader = torch.stack([read.square_columns(weights[name]) for name, read in reads.items()]).sum(0)
+    return Moments(means, covariances, reader)
+
+
+def _index_along(coordinates: Tensor, dim: int) -> Tensor | None:
+    """The coordinates along one dimension, (k,), if they are the same all along the others."""
+    rows = coordinates.movedim(dim, -1).flatten(0, -2)
+    return rows[0] if len(rows) and bool((rows == rows[:1]).all()) else None
+
+
+def _find_places(positions: Tensor, index: Tensor) -> Tensor | None:
+    """Places of positions (n, slots), if the place i has the coordinate index[i]; None if one is not there."""
+    place = torch.full((max(int(index.max()), int(positions.max())) + 1,), -1)
+    place[index] = torch.arange(len(index))
+    places = place[positions]
+    return None if bool((places < 0).any()) else places
 
 
 def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

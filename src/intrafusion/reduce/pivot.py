@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import BudgetError, RecipeError
-from intrafusion.reduce.fuse import IntraFusion
 from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import Select, selection_map
 
@@ -22,7 +21,7 @@ class Pivot:
     """Keep the channels from which the others can best be told, and let the consumers read the others off them.
 
     Works on what the consumers read of the channels (`ReductionProblem.moments`) and ignores importance. Groups for
-    which that is unknown, such as those that only grouped convolutions read, are fused (selected, if not `unmerge`).
+    which that is unknown, such as those that only grouped convolutions read, are selected by importance.
 
     Attributes:
         strength: of the ridge of the unmerge, as a fraction of the channels' mean variance.
@@ -48,7 +47,7 @@ class Pivot:
     def __call__(self, problem: ReductionProblem) -> ReductionMap:
         moments = problem.moments
         if moments is None or problem.size == len(problem.importance):
-            return (IntraFusion() if self.unmerge else Select())(problem)
+            return Select()(problem)
         kept = pick_channels(moments, problem.size).order[: problem.size].sort().values
         mean, covariance = moments.overall
         if self.unmerge:

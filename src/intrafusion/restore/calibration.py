@@ -60,7 +60,7 @@ class Calibration:
         return standardise(self.original, self.images) if self._is_standardised else self.original
 
     def moments_of(self, graph: ChannelGraph) -> Mapping[str, Moments]:
-        """What dense layers read of the channels of every group of the original network's graph, by group.
+        """What is read of the channels of every group of the original network's graph, by group.
 
         Raises:
             ModelError: the network does not run on these images.

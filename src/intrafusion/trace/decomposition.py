@@ -12,15 +12,18 @@ from torch import nn
 
 @contextlib.contextmanager
 def decompose(model: nn.Module) -> Iterator[None]:
-    """Attention in its mathematical form and recurrent networks without fused kernels, so that every step is seen."""
+    """As `unfuse`, and attention in its mathematical form, so that every step is seen."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), unfuse(model):
+        yield
+
+
+@contextlib.contextmanager
+def unfuse(model: nn.Module) -> Iterator[None]:
+    """Attention layers and recurrent ones step by step, so that every product with a weight of theirs is seen."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    fused = any(isinstance(m, nn.RNNBase) for m in model.modules())
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-            _unfuse_recurrence(fused),
-        ):
+        with _unfuse_recurrence(any(isinstance(m, nn.RNNBase) for m in model.modules())):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

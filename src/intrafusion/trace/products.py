@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.network.inputs import Inputs
-from intrafusion.trace.tracer import is_composite
+from intrafusion.trace.dispatch import is_composite
 
 Factors = tuple[int, ...]
 """Sizes of which the multiply-accumulates of one product are the product."""
@@ -48,6 +48,17 @@ class Product:
     sides: tuple[tuple[Tensor, Origins | None], ...]
 
     @property
+    def contracted(self) -> tuple[int, int] | None:
+        """The dimension of either side that is summed over; None where that is not just one, as in grouped layers."""
+        name = self.func._schema.name
+        if name in _MATRICES or name in _VECTORS:
+            (a, _), (b, _) = self.sides
+            return a.dim() - 1, max(0, b.dim() - 2)
+        if name == "aten::convolution" and self.args[8] == 1:
+            return 1, 0 if self.args[6] else 1
+        return None
+
+    @property
     def macs(self) -> int:
         return math.prod(self.factors)
 
@@ -61,7 +72,7 @@ class Products(TorchDispatchMode):
     """Calls `seen(product)` for every convolution and matrix product of a forward pass that runs inside.
 
     Whole operations that are made of others (a linear layer in inference mode, an einsum) are taken apart. Enter it
-    inside `decomposed(model)` for attention and recurrent layers to come apart too.
+    inside `decompose(model)` for attention and recurrent layers to come apart too.
 
     Args:
         tensors: parameters and buffers by name.
@@ -81,8 +92,11 @@ class Products(TorchDispatchMode):
         self.names = {id(t): name for name, t in tensors.items()}
         self.origins = WeakTensorKeyDictionary()
         self.live = WeakTensorKeyDictionary()
-        for given in inputs.tensors():
-            self.live[given] = True
+        self.note_inputs(inputs)
+
+    def note_inputs(self, inputs: Inputs) -> None:
+        """The network is called on these: what depends on them is no weight."""
+        self.live.update(dict.fromkeys(inputs.tensors(), True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,9 +160,14 @@ def _moved_coordinates(
 
 def _move(call: tuple[Any, Any, Any], tensor: Tensor, coordinates: Tensor) -> list[Tensor]:
     """The operation that moved a tensor, on its coordinates."""
-    swap = lambda x: coordinates.contiguous() if x is tensor else x  # noqa: E731
     func, args, kwargs = call
-    out = func(*tree_map(swap, args), **tree_map(swap, kwargs))
+    swapped = lambda by: tree_map(lambda x: by if x is tensor else x, (args, kwargs))  # noqa: E731
+    try:
+        args, kwargs = swapped(coordinates)
+        out = func(*args, **kwargs)
+    except RuntimeError:  # a view that takes the memory layout of the weight
+        args, kwargs = swapped(coordinates.contiguous())
+        out = func(*args, **kwargs)
     return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 
