@@ -62,7 +62,7 @@ class Sensitivity:
         """Mean squared difference of the outputs, as a fraction of their variance, when groups have these sizes."""
         smaller = {g.name: sizes[g.name] for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
         maps = {name: _reduce_to(m, self.scores[name], self.moments.get(name)) for name, m in smaller.items()}
-        return _measure_error(self._reference, self.graph, maps, *self._seen)
+        return _measure_cut_error(self._reference, self.graph, maps, *self._seen)
 
     @property
     def _reference(self) -> nn.Module:
@@ -96,7 +96,7 @@ def _reduce_to(m: int, scores: Tensor, moments: Moments | None) -> ReductionMap:
     return least_squares_map(*moments.overall, pick_channels(moments).order[:m].sort().values)
 
 
-def _measure__measure_cut_error(
+def _measure_cut_error(
     model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap], images: Inputs, expected: list[Tensor]
 ) -> float:
     """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
