@@ -105,6 +105,8 @@ class Calibration:
 
     def __str__(self) -> str:
         count = len(self.images.tensors()[0]) if self.images.tensors() else 0
+        if self.level == "noise" and not any(t.is_floating_point() for t in self.images.tensors()[:1]):
+            return f"{count} sequences of random tokens"
         kind = {"noise": "noise images", "synthetic": "images made from the network", "images": "images"}[self.level]
         return f"{count} {kind}"
 
@@ -146,7 +148,7 @@ def calibrate(
         call = inputs.map(lambda t: made if t is like else t)
     else:
         restorer = noise or Noise(seed=seed)
-        call = restorer.make(inputs)
+        call = restorer.make(inputs, model)
     return Calibration(level, call.map(channels_last), model, restorer, time.perf_counter() - start, why, seed)
 
 
@@ -156,6 +158,8 @@ def _choose_level(
     """The best level for what there is, and why not a better one."""
     if images is not None:
         return "images", None
+    if all(not t.is_floating_point() for t in inputs.tensors()):
+        return "noise", "no inputs were given, so their tokens are random within the range of their embeddings"
     if not batch_norms(model):
         return "noise", "no images were given, and without batch norms images that are made keep no more than noise"
     work = synthesis.work(size_of(model, inputs).macs / max(1, len(image_like(inputs))))

@@ -22,6 +22,7 @@ from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.solver import LayerSolver
 from intrafusion.restore.statistics import find_output_merge
+from intrafusion.restore.tokens import draw_tokens, find_token_ranges
 from intrafusion.surgery.maps import mean_weights, reduce_weights
 from intrafusion.surgery.write import write_weights_
 
@@ -81,7 +82,7 @@ class Noise:
         Raises:
             ModelError: the network does not take a single image tensor, or gives NaN on noise.
         """
-        noise = self.make(compressed.inputs) if images is None else join_batches(read_batches(images))
+        noise = self.make(compressed.inputs, reference) if images is None else join_batches(read_batches(images))
         self.restore(compressed, reference, graph, noise, standardise(reference, noise), lambda _: math.nan)
 
     def restore(
@@ -115,8 +116,15 @@ class Noise:
         write_weights_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
         return before, error(small)
 
-    def make(self, example_inputs: ExampleInputs) -> Inputs:
-        """Noise in the shape, on the device and in the precision of the one image tensor of a call."""
+    def make(self, example_inputs: ExampleInputs, model: nn.Module | None = None) -> Inputs:
+        """Noise in the shape, on the device and in the precision of the one image tensor of a call.
+
+        Args:
+            model: for calls that hold token numbers, of which it tells the range; see `draw_tokens`.
+        """
+        ranges = {} if model is None else find_token_ranges(model, Inputs.of(example_inputs))
+        if ranges:
+            return draw_tokens(Inputs.of(example_inputs), ranges, self.images, self.seed)
         like = image_like(example_inputs)
         pixels = math.prod(like.shape[2:])
         count = min(self.images, max(_FEWEST, _PIXELS // max(1, pixels)))
