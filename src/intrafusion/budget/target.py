@@ -31,12 +31,12 @@ _CLOSE_ENOUGH = 0.01  # trying stops this close to the target
 _MISSED = 0.02  # further off than this is said
 EXACT = 1e-6  # a predicted cost that is off by less, as a fraction, is believed
 _TRIALS = 8
-FEW = 12  # families of groups of which pairs are tried
-NUDGES = 16  # single channels that the last sizes are moved by
-ROUNDS = 3  # of leaving out groups that turn out not to shrink to their sizes
-REPEATS = 15  # of a forward pass that is timed; three times as many in the end
-AT_ONCE = 4  # networks that are timed in turn
-PERCENT = 100  # a count up to this that cannot be reached is taken for a slip
+_FEW = 12  # families of groups of which pairs are tried
+_NUDGES = 16  # single channels that the last sizes are moved by
+_ROUNDS = 3  # of leaving out groups that turn out not to shrink to their sizes
+_REPEATS = 15  # of a forward pass that is timed; three times as many in the end
+_AT_ONCE = 4  # networks that are timed in turn
+_PERCENT = 100  # a count up to this that cannot be reached is taken for a slip
 
 Sizes = dict[str, int]
 
@@ -73,10 +73,12 @@ def sizes_for_target(
         return {}, (kept,) if goal > whole else ()
     groups = _find_shrinkable(model, graph, groups, inputs)
     curves = sensitivity.curves(groups)
-    for _ in range(ROUNDS):
-        search = Search(model, graph, groups, curves, recipe, inputs, kind, goal, whole)
+    for _ in range(_ROUNDS):
+        search = _Search(model, graph, groups, curves, recipe, inputs, kind, goal, whole)
         sizes, notes = search.find(sensitivity)
-        refused = operate(model, graph, maps_of(graph, sizes), inputs).rolled_back
+        refused = operate(
+            model, graph, _select_maps(graph, sizes), inputs, FunctionCheck(model, graph, inputs)
+        ).rolled_back
         if not refused:
             return sizes, notes
         groups = [g for g in groups if g.name not in refused]
@@ -92,7 +94,7 @@ def require_inputs(example_inputs: ExampleInputs | None, recipe: Recipe) -> Inpu
 
 
 @dataclass(frozen=True, eq=False)
-class Search:
+class _Search:
     """One search for the sizes of these groups that meet a goal.
 
     Attributes:
@@ -141,7 +143,7 @@ class Search:
     @cached_property
     def _modelled(self) -> tuple[Cost, str | None]:
         kind = "params" if self.kind == "params" else "macs"
-        return find_believed_cost(self.model, self.graph, self.groups, self.inputs, kind)
+        return _find_believed_cost(self.model, self.graph, self.groups, self.inputs, kind)
 
     def fit(self, budget: float) -> Sizes:
         return allocate(
@@ -157,7 +159,7 @@ class Search:
     def check_sensible(self) -> None:
         """A count of 50, where that is unreachable, most likely means 50 percent."""
         _, wanted = check_target(self.recipe.target)
-        slip = self.kind != "latency_ms" and 1 < wanted <= PERCENT
+        slip = self.kind != "latency_ms" and 1 < wanted <= _PERCENT
         if slip and self.goal < (least := self.measure(self.fit(0.0))):
             raise BudgetError(
                 f"target[{self.kind!r}]: {self.goal:,.4g} was asked for, and the smallest network of these groups has "
@@ -190,9 +192,9 @@ class Search:
 
     def nudged(self, sizes: Sizes) -> Sizes:
         """Single steps, of two groups at once where there are few, as long as they come closer to the goal."""
-        for _ in range(NUDGES):
+        for _ in range(_NUDGES):
             steps = self._steps(sizes)
-            if len(steps) <= 2 * FEW:
+            if len(steps) <= 2 * _FEW:
                 steps += [further for once in steps for further in self._steps(once)]
             best = min(steps, key=self.off, default=sizes)
             if self.off(best) >= self.off(sizes):
@@ -215,7 +217,7 @@ class Search:
 
     # ---- latency ----------------------------------------------------------------------------------------------------
 
-    def timed(self, *candidates: Mapping[str, int], repeats: int = REPEATS) -> list[float]:
+    def timed(self, *candidates: Mapping[str, int], repeats: int = _REPEATS) -> list[float]:
         """Milliseconds of networks of these sizes; they and the original take turns, so a busy machine counts less."""
         models = [self.model, *(build_with_sizes(self.model, self.graph, sizes) for sizes in candidates)]
         own, *found = latencies_ms(models, self.inputs, repeats=repeats)
@@ -239,9 +241,9 @@ class Search:
         ordered = [tried[c] for c in sorted(tried, reverse=True)]
         first = max(0, sum(self.cost(sizes) > met for sizes in ordered) - 1)  # the smallest that was too slow
         times: list[float] = []
-        for start in range(first, len(ordered), AT_ONCE):
-            near = ordered[start : start + AT_ONCE]
-            times = self.timed(*near, repeats=3 * REPEATS)
+        for start in range(first, len(ordered), _AT_ONCE):
+            near = ordered[start : start + _AT_ONCE]
+            times = self.timed(*near, repeats=3 * _REPEATS)
             for ms, sizes in zip(times, near, strict=True):
                 if ms <= self.goal:
                     return ms, sizes
@@ -274,7 +276,7 @@ def _find_shrinkable(
     model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs
 ) -> list[ChannelGroup]:
     """The groups that would not be rolled back if all were halved."""
-    halved = maps_of(graph, {g.name: (g.size + 1) // 2 for g in groups})
+    halved = _select_maps(graph, {g.name: (g.size + 1) // 2 for g in groups})
     refused = operate(model, graph, halved, inputs, FunctionCheck(model, graph, inputs)).rolled_back
     return [g for g in groups if g.name not in refused]
 
@@ -297,7 +299,7 @@ def _measure(kind: str, model: nn.Module, inputs: Inputs) -> float:
 # ---- cost as a function of sizes ------------------------------------------------------------------------------------
 
 
-def find_believed_cost(
+def _find_believed_cost(
     model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs, kind: str
 ) -> tuple[Cost, str | None]:
     """Parameters or multiply-accumulates as a function of sizes, and why not to believe it; None where it is exact.
@@ -310,7 +312,7 @@ def find_believed_cost(
     off = lambda cost: max((abs(cost(s) / m - 1) for s, m in real if 0 < m < math.inf), default=0.0)  # noqa: E731
     cost = cost_of(model, graph, inputs, kind)
     if off(cost) > EXACT and kind == "macs":
-        cost = cost_of_products(model, graph, groups, inputs) or cost
+        cost = _predict_cost(model, graph, groups, inputs) or cost
     doubt = f"target: predicted {kind} are off by up to {off(cost):.1%}; the sizes go by what was measured."
     return cost, doubt if off(cost) > EXACT else None
 
@@ -335,9 +337,7 @@ def cost_of(model: nn.Module, graph: ChannelGraph, inputs: Inputs, kind: str) ->
     return Cost.of(graph, _METERS["macs"](model, inputs), shares)
 
 
-def cost_of_products(
-    model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs
-) -> Cost | None:
+def _predict_cost(model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs) -> Cost | None:
     """Multiply-accumulates as a function of sizes, from a forward pass with each family of groups halved."""
     tried = {}
     for twins in families_of(groups):
@@ -350,10 +350,10 @@ def cost_of_products(
 
 def build_with_sizes(model: nn.Module, graph: ChannelGraph, sizes: Mapping[str, int]) -> nn.Module:
     """A network of these sizes, with whichever weights: for measuring what it costs."""
-    return copy_reduced(model, graph, maps_of(graph, sizes))
+    return copy_reduced(model, graph, _select_maps(graph, sizes))
 
 
-def maps_of(graph: ChannelGraph, sizes: Mapping[str, int]) -> dict[str, ReductionMap]:
+def _select_maps(graph: ChannelGraph, sizes: Mapping[str, int]) -> dict[str, ReductionMap]:
     """Selections of the first channels."""
     smaller = {g.name: g for g in graph.groups if sizes.get(g.name, g.size) < g.size}
     return {name: selection_map(torch.arange(sizes[name]), g.size) for name, g in smaller.items()}

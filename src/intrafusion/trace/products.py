@@ -23,7 +23,7 @@ Factors = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Origins:
+class _Origins:
     """The parameters and buffers that a tensor was computed from, and from nothing that depends on the input.
 
     coordinates: for parameters that were asked for, the index along the dimension that was, of every element; as long
@@ -45,7 +45,7 @@ class Product:
     args: Sequence[Any]
     out: Tensor
     factors: Factors
-    sides: tuple[tuple[Tensor, Origins | None], ...]
+    sides: tuple[tuple[Tensor, _Origins | None], ...]
 
     @property
     def contracted(self) -> tuple[int, int] | None:
@@ -114,7 +114,7 @@ class Products(TorchDispatchMode):
         self._follow((func, args, kwargs), out, operands, made)
         return out
 
-    def _origins(self, tensor: Tensor) -> Origins | None:
+    def _origins(self, tensor: Tensor) -> _Origins | None:
         known = self.origins.get(tensor)
         name = self.names.get(id(tensor))
         if known is None and name is not None:
@@ -125,11 +125,11 @@ class Products(TorchDispatchMode):
                 coordinates[name] = (
                     torch.arange(tensor.shape[dim], device=tensor.device).view(view).expand(tensor.shape)
                 )
-            known = self.origins[tensor] = Origins(frozenset([name]), coordinates)
+            known = self.origins[tensor] = _Origins(frozenset([name]), coordinates)
         return known
 
     def _follow(
-        self, call: tuple[Any, Any, Any], out: Any, operands: Iterable[Tensor], made: Mapping[Tensor, Origins]
+        self, call: tuple[Any, Any, Any], out: Any, operands: Iterable[Tensor], made: Mapping[Tensor, _Origins]
     ) -> None:
         """Note of every output whether it depends on the input, or else what it was made from."""
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -139,11 +139,11 @@ class Products(TorchDispatchMode):
             names = frozenset().union(*(o.names for o in made.values()))
             coordinates = _moved_coordinates(call, outputs, made)
             for output, moved in zip(outputs, coordinates, strict=True):
-                self.origins[output] = Origins(names, moved)
+                self.origins[output] = _Origins(names, moved)
 
 
 def _moved_coordinates(
-    call: tuple[Any, Any, Any], outputs: list[Tensor], made: Mapping[Tensor, Origins]
+    call: tuple[Any, Any, Any], outputs: list[Tensor], made: Mapping[Tensor, _Origins]
 ) -> list[dict[str, Tensor]]:
     """The coordinates of each output, where weights were moved, or every element of one was changed for itself."""
     found: list[dict[str, Tensor]] = [{} for _ in outputs]
