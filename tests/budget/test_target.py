@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion.budget import target as targets
-from intrafusion.budget.target import believed_cost, build_with_sizes, sizes_for_target, sizes_to_test
+from intrafusion.budget.target import find_believed_cost, build_with_sizes, sizes_for_target, sizes_to_test
 from intrafusion.errors import BudgetError, ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.measure.size import size_of
@@ -90,7 +90,7 @@ def test_products_that_no_weight_explains_are_predicted_too(name: str) -> None:
     model, inputs = model.eval(), Inputs.of(example)
     graph = intrafusion.inspect(model, inputs)
     groups = targets._find_shrinkable(model, graph, [g for g in graph.reducible if g.kind == "channel"], inputs)
-    cost, doubt = believed_cost(model, graph, groups, inputs, "macs")
+    cost, doubt = find_believed_cost(model, graph, groups, inputs, "macs")
     assert doubt is None
     assert cost({}) == size_of(model, inputs).macs
     for sizes in ({g.name: max(1, g.size - 1) for g in groups}, *sizes_to_test(groups)):

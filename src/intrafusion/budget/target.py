@@ -143,7 +143,7 @@ class _Search:
     @cached_property
     def _modelled(self) -> tuple[Cost, str | None]:
         kind = "params" if self.kind == "params" else "macs"
-        return _find_believed_cost(self.model, self.graph, self.groups, self.inputs, kind)
+        return find_believed_cost(self.model, self.graph, self.groups, self.inputs, kind)
 
     def fit(self, budget: float) -> Sizes:
         return allocate(
@@ -299,7 +299,7 @@ def _measure(kind: str, model: nn.Module, inputs: Inputs) -> float:
 # ---- cost as a function of sizes ------------------------------------------------------------------------------------
 
 
-def _find_believed_cost(
+def find_believed_cost(
     model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs, kind: str
 ) -> tuple[Cost, str | None]:
     """Parameters or multiply-accumulates as a function of sizes, and why not to believe it; None where it is exact.
