@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion.budget import target as targets
-from intrafusion.budget.target import find_believed_cost, build_with_sizes, sizes_for_target, sizes_to_test
+from intrafusion.budget.target import build_with_sizes, find_believed_cost, sizes_for_target, sizes_to_test
 from intrafusion.errors import BudgetError, ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.measure.size import size_of

@@ -76,11 +76,22 @@ def test_auto_without_norms_takes_noise() -> None:
     assert "without batch norms images that are made keep no more" in str(step.note)
 
 
+class Two(nn.Module):
+    """Reads two tensors: what an image of it would be is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x + y)))
+
+
 def test_auto_says_where_nothing_can_be_done() -> None:
-    small = intrafusion.compress(Tokens().eval(), torch.zeros(2, 5, dtype=torch.int64), 0.5)
+    small = intrafusion.compress(Two().eval(), (torch.ones(2, 6), torch.ones(2, 6)), 0.5)
     assert small.restored == ()
     assert "note: not restored: no images were given" in str(small)
-    assert small.plan.sizes == {"embed": 3, "a": 4}
+    assert small.plan.sizes == {"a": 4}
 
 
 def test_tokens_are_restored_on_tokens() -> None:

@@ -26,9 +26,10 @@ def latencies_ms(
     inputs = Inputs.of(example_inputs)
     cuda = any(p.is_cuda for model in models for p in model.parameters())
     times: list[list[float]] = [[] for _ in models]
-    with contextlib.ExitStack() as stack, torch.inference_mode():
+    with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(preserve_state(model))
+        stack.enter_context(torch.inference_mode())  # the last to enter: it must leave before what they restore
         for index in range(warmup + repeats):
             for model, taken in zip(models, times, strict=True):
                 milliseconds = _time_ms(model, inputs, cuda=cuda)
