@@ -73,6 +73,7 @@ def sizes_for_target(
         return {}, (kept,) if goal > whole else ()
     groups = _find_shrinkable(model, graph, groups, inputs)
     curves = sensitivity.curves(groups)
+    sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS):
         search = _Search(model, graph, groups, curves, recipe, inputs, kind, goal, whole)
         sizes, notes = search.find(sensitivity)
@@ -264,8 +265,8 @@ class _Search:
         return best if met else None
 
     def _uniform(self, keep: float) -> Sizes:
-        limits = {"round_to": self.recipe.round_to, "min_channels": self.recipe.min_channels}
-        return uniform_sizes(self.groups, keep, self.graph, **limits)
+        recipe = self.recipe
+        return uniform_sizes(self.groups, keep, self.graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
 
     def least(self, group: ChannelGroup) -> int:
         """The smallest size that is allowed."""
