@@ -138,12 +138,14 @@ class ChannelGraph:
         norms: batch norms that can be folded into the layer before them.
         shapes: shape of every parameter and floating buffer that was traced.
         warnings: what a user should know about the trace, such as parameters that the example input never reached.
+        calls: forward calls in a row that were traced: 2 where the first leaves a state in an attribute.
     """
 
     groups: tuple[ChannelGroup, ...]
     norms: tuple[FoldableNorm, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    calls: int = 1
 
     @property
     def reducible(self) -> tuple[ChannelGroup, ...]:

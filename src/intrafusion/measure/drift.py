@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from intrafusion.errors import ModelError
 from intrafusion.measure.accuracy import BATCH_SIZE, as_parameters
 from intrafusion.network.inputs import output_tensors
 from intrafusion.network.state import preserve_state
@@ -21,6 +22,7 @@ def output_rows(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) 
         images: (n, ...).
     Raises:
         ValueError: no images.
+        ModelError: the network gives no floating-point tensor, or one that has no row for each image.
     """
     if len(images) == 0:
         raise ValueError("outputs: expected at least one image, got none.")
@@ -31,8 +33,12 @@ def output_rows(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) 
 
 
 def _as_rows(output: object, count: int) -> Tensor:
-    parts = [t.detach().double().cpu().reshape(count, -1) for t in output_tensors(output) if t.is_floating_point()]
-    return torch.cat(parts, 1)
+    parts = [t.detach().double().cpu() for t in output_tensors(output) if t.is_floating_point()]
+    wrong = [tuple(t.shape) for t in parts if t.dim() == 0 or len(t) != count]
+    if not parts or wrong:
+        got = f"shape {wrong[0]}" if wrong else f"no such tensor in a {type(output).__name__}"
+        raise ModelError(f"outputs: expected floating-point tensors with {count} rows, one for each image, got {got}.")
+    return torch.cat([t.reshape(count, -1) for t in parts], 1)
 
 
 def drift(model: nn.Module, reference: nn.Module, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.outputs import read_iterators
 from intrafusion.network.state import preserve_state
 
 
@@ -18,9 +19,11 @@ def latency_ms(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int 
     cuda = any(p.is_cuda for p in model.parameters())
     times = []
     with preserve_state(model), torch.inference_mode():
+        inputs.call(model)  # refused in words if it does not run
         for index in range(warmup + repeats):
+            given = inputs.copied()
             start = time.perf_counter()
-            inputs.call(model)
+            read_iterators(model(*given.args, **(given.kwargs or {})))
             if cuda:
                 torch.cuda.synchronize()
             if index >= warmup:

@@ -32,9 +32,10 @@ def _as_double(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def run_in_double(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def run_in_double(model: nn.Module, inputs: Inputs, calls: int = 1) -> list[Tensor]:
+    """Every tensor that one call, or several in a row, give in float64."""
     with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _DoublePrecision():
-        return inputs.double().call(model)
+        return [output for _ in range(calls) for output in inputs.double().call(model)]
 
 
 def output_difference(found: list[Tensor], expected: list[Tensor]) -> float:

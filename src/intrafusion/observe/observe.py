@@ -155,13 +155,7 @@ class _Gradients:
 
 def _run_whole(call: Inputs, model: nn.Module) -> Any:
     """What the network returns, whole."""
-    found: list[Any] = []
-    handle = model.register_forward_hook(lambda module, args, output: found.append(output))
-    try:
-        call.call(model)
-    finally:
-        handle.remove()
-    return found[-1]
+    return call.run(model)
 
 
 @contextlib.contextmanager

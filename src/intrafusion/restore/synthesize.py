@@ -100,7 +100,7 @@ class Synthesis:
 
     def loss(self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor) -> Tensor:
         with collect_mismatches(wanted) as found:
-            outputs = output_tensors(model(pixels))
+            outputs = output_tensors(model(pixels.clone()))  # a forward may write into its input
         total = self.statistics * torch.stack(found).sum() + self.smoothness * total_variation(pixels)
         if len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1:
             labels = torch.arange(len(pixels), device=pixels.device) % outputs[0].shape[1]

@@ -52,7 +52,7 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs) -
 
     def failure(groups: Sequence[ChannelGroup]) -> str | None:
         try:
-            found = trace(attempt(groups), inputs)
+            found = trace(attempt(groups), inputs, calls=graph.calls)
         except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
             return f"the smaller network does not run ({_shorten_error(error)})"
         expected = shrink_graph(graph, {g.name: len(maps[g.name].merge) for g in groups})

@@ -40,7 +40,7 @@ class _PermutationCheck:
     def __post_init__(self) -> None:
         self.double = copy_model(self.model).double()
         self.weights = {n: t.detach() for n, t in named_tensors(self.double).items()}
-        self.expected = [run_in_double(self.double, i) for i in self.inputs]
+        self.expected = [run_in_double(self.double, i, self.graph.calls) for i in self.inputs]
 
     def error(self, groups: Sequence[ChannelGroup]) -> float:
         """Relative change of the output when all these groups are permuted at once."""
@@ -48,7 +48,7 @@ class _PermutationCheck:
         maps = {g.name: random_derangement(g, generator) for g in groups}
         permuted = reduce_weights(self.weights, self.graph, maps)
         write_weights_(self.double, permuted)
-        found = [run_in_double(self.double, i) for i in self.inputs]
+        found = [run_in_double(self.double, i, self.graph.calls) for i in self.inputs]
         write_weights_(self.double, {name: self.weights[name] for name in permuted})
         return max(output_difference(f, e) for f, e in zip(found, self.expected, strict=True))
 
