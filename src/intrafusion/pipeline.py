@@ -24,7 +24,7 @@ from intrafusion.reduce import Reducer
 from intrafusion.restore import Calibration, add_shifts_
 from intrafusion.restore.steps import calibrate_for, run_restorers
 from intrafusion.surgery.operate import operate
-from intrafusion.surgery.permute import verify_groups
+from intrafusion.surgery.permute import add_reasons, verify_groups
 from intrafusion.surgery.write import write_weights_
 from intrafusion.trace import trace
 
@@ -131,21 +131,43 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progre
     progress("trace", 0, 2)
     graph = trace(model, inputs)
     progress("trace", 1, 2)
-    graph = verify_groups(model, graph, inputs)
+    graph = _leave_masks_alone(model, verify_groups(model, graph, inputs))
     progress("trace", 2, 2)
     return graph
 
 
 def check_weights(model: nn.Module) -> None:
+    masks = set() if any(t.is_meta for t in model.parameters()) else _find_masks(model)
     for name, tensor in named_tensors(model).items():
         if tensor.device.type in _UNFIT:
             raise ModelError(
                 f"{name}: expected weights on the CPU or a GPU, got {tensor.device}: {_UNFIT[tensor.device.type]}."
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if name not in masks and not bool(torch.isfinite(tensor).all()):
             raise ModelError(
                 f"{name}: expected finite weights, got NaN or infinity; the network was saved broken, load another."
             )
+
+
+def _leave_masks_alone(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
+    """The graph without groups along which a mask has infinite or NaN entries: such cannot be mixed."""
+    tensors = named_tensors(model)
+    broken = {n for n, t in tensors.items() if not t.is_meta and not bool(torch.isfinite(t).all())}
+    reasons = {
+        group.name: f"{member.tensor} has infinite or NaN entries along these channels"
+        for group in graph.reducible for member in group.members if member.tensor in broken
+    }  # fmt: skip
+    return add_reasons(graph, reasons)
+
+
+def _find_masks(model: nn.Module) -> set[str]:
+    """Tensors that may hold infinities or NaN on purpose: buffers, and frozen parameters of two values.
+
+    What a norm remembers of its inputs is not among them.
+    """
+    own = {n for n, b in model.named_buffers() if n.rpartition(".")[2] not in ("running_mean", "running_var")}
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    return own | {n for n, p in frozen.items() if not p.isnan().any() and len(p.unique()) <= 2}
 
 
 def apply(

@@ -65,7 +65,26 @@ def histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
 
 
 def output_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Mean squared difference of outputs as a fraction of the variance of the expected ones, over all tensors."""
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
-    lost = sum(float((a - b).square().sum()) for a, b in pairs if a.shape == b.shape)
-    return lost / max(sum(float((b - b.mean(0)).square().sum()) for _, b in pairs), 1e-300)
+    """Mean squared difference of outputs as a fraction of the variance of the expected ones, over all tensors.
+
+    Infinite or NaN entries that both have (masked classes, undefined places) do not count; where one alone has them the
+    share is infinite.
+    """
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True) if not a.is_complex()]
+    pairs += [parts for a, b in zip(found, expected, strict=True) if a.is_complex() for parts in _parts(a, b)]
+    lost = sum(_squared_difference(a, b) for a, b in pairs if a.shape == b.shape)
+    return lost / max(sum(float(_centred(b).square().sum()) for _, b in pairs), 1e-300)
+
+
+def _parts(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(a.real.double(), b.real.double()), (a.imag.double(), b.imag.double())]
+
+
+def _squared_difference(a: Tensor, b: Tensor) -> float:
+    alike = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(alike, 0.0, a - b).square().sum())
+
+
+def _centred(b: Tensor) -> Tensor:
+    """Without the mean over the rows, 0 where that is not finite."""
+    return (b - b.mean(0)).nan_to_num(0.0, 0.0, 0.0)

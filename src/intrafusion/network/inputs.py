@@ -95,7 +95,8 @@ class Inputs:
         return replace(self, args=tree_map(change, self.args), kwargs=tree_map(change, dict(self.kwargs or {})))
 
     def double(self) -> Inputs:
-        return self.map(lambda t: t.double() if t.is_floating_point() else t)
+        double = lambda t: t.double() if t.is_floating_point() else t.to(torch.complex128) if t.is_complex() else t  # noqa: E731
+        return self.map(double)
 
     def varied(self, seed: int = 0) -> Inputs:
         """Nearby inputs in which no two values coincide, so that nothing looks constant by accident."""

@@ -102,7 +102,12 @@ class Synthesis:
         with collect_mismatches(wanted) as found:
             outputs = output_tensors(model(pixels.clone()))  # a forward may write into its input
         total = self.statistics * torch.stack(found).sum() + self.smoothness * total_variation(pixels)
-        if len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1:
+        if (
+            len(outputs) == 1
+            and outputs[0].dim() == 2
+            and outputs[0].shape[1] > 1
+            and bool(outputs[0].isfinite().all())
+        ):
             labels = torch.arange(len(pixels), device=pixels.device) % outputs[0].shape[1]
             total = total + F.cross_entropy(outputs[0], labels)
         return total

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
-from intrafusion.network.double import TOLERANCE, output_difference, run_in_double
+from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.search import find_largest_passing
@@ -38,9 +39,10 @@ class _PermutationCheck:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.double = copy_model(self.model).double()
+        self.double = copy_as_double(self.model)
         self.weights = {n: t.detach() for n, t in named_tensors(self.double).items()}
         self.expected = [run_in_double(self.double, i, self.graph.calls) for i in self.inputs]
+        _check_outputs(self.expected, self.inputs)
 
     def error(self, groups: Sequence[ChannelGroup]) -> float:
         """Relative change of the output when all these groups are permuted at once."""
@@ -51,6 +53,17 @@ class _PermutationCheck:
         found = [run_in_double(self.double, i, self.graph.calls) for i in self.inputs]
         write_weights_(self.double, {name: self.weights[name] for name in permuted})
         return max(output_difference(f, e) for f, e in zip(found, self.expected, strict=True))
+
+
+def _check_outputs(outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Inputs]) -> None:
+    """Refuse a network of whose outputs nothing is left to compare."""
+    for given, found in zip(inputs, outputs, strict=True):
+        numbers = [t for t in found if t.numel() and (t.is_floating_point() or t.is_complex())]
+        if numbers and not any(bool(torch.isfinite(t).any()) for t in numbers):
+            raise ModelError(
+                f"the network gives nothing but NaN or infinity on {given.source} {given}; expected finite outputs at "
+                "some places at least. Check the scale of the inputs, and the buffers of the network."
+            )
 
 
 def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGraph:
@@ -64,9 +77,9 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     check = _PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))
     _, failed = find_largest_passing(families_of(groups), lambda gs: None if (e := check.error(gs)) <= TOLERANCE else e)
     reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative)" for g, e in failed}
-    return _add_reasons(graph, reasons)
+    return add_reasons(graph, reasons)
 
 
-def _add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
+def add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
     groups = tuple(replace(g, reason=reasons.get(g.name, g.reason)) for g in graph.groups)
     return replace(graph, groups=groups)
