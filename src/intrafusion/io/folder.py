@@ -17,10 +17,11 @@ from intrafusion.errors import FolderError, PlanError
 from intrafusion.io.atomic import atomic_folder
 from intrafusion.measure.size import Size
 from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan
 from intrafusion.reduce import ReductionMap
 from intrafusion.surgery.lowrank import ranks_of, split_layers_
-from intrafusion.surgery.write import Repair, make_repairs_
+from intrafusion.surgery.write import Repair, make_repairs_, put_data_
 
 _WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
 _KIND = "intrafusion"
@@ -51,6 +52,7 @@ def save(
     Raises:
         FolderError: the folder exists and is not one of ours.
     """
+    model = unwrap(model)
     state = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(model).items()}
     extra = {
         "weights": _WEIGHTS,
@@ -94,15 +96,16 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
     folder = Path(folder)
     data = read_document(folder)
     plan = Plan.from_json(json.dumps(data))
-    network = model if isinstance(model, nn.Module) else _build_from(model)
+    given = model if isinstance(model, nn.Module) else _build_from(model)
+    network = unwrap(given)
     state = _read_tensors(_weights_path(folder, data))
     if _read_splits(data, "split_before") or _read_splits(data, "split_after"):
         _prepare_(copy_model(network), folder, data, plan, state)  # so that an error leaves the network as it is
     tensors = _prepare_(network, folder, data, plan, state)
     for name, tensor in tensors.items():
-        tensor.data = state[name].to(tensor.device)
+        put_data_(tensor, state[name].to(tensor.device))
         tensor.grad = None
-    return network
+    return given
 
 
 def _prepare_(
@@ -131,7 +134,18 @@ def _read_splits(data: dict[str, Any], key: str) -> dict[str, int]:
 
 
 def _build_from(factory: Callable[[], nn.Module]) -> nn.Module:
-    network = factory()
+    if not callable(factory):
+        raise PlanError(
+            f"load: expected a class, a factory or an instance of the original network, got {type(factory).__name__}."
+        )
+    name = getattr(factory, "__name__", type(factory).__name__)
+    try:
+        network = factory()
+    except TypeError as error:
+        raise PlanError(
+            f"load: {name} cannot be called without arguments ({error}); pass a factory, "
+            f"lambda: {name}(...), or an instance of the original network."
+        ) from error
     if not isinstance(network, nn.Module):
         raise PlanError(f"load: expected a network or a factory of one, got a factory of {type(network).__name__}.")
     return network

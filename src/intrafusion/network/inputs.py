@@ -42,10 +42,12 @@ class Inputs:
     def call(self, model: nn.Module) -> list[Tensor]:
         """Run the network on a copy of the inputs and return every tensor of its output, in a fixed order.
 
+        They have no history, also where a forward differentiates itself.
+
         Raises:
             ModelError: the forward pass fails on these inputs, or returns no tensor.
         """
-        return self.opened(model).tensors
+        return [t.detach() if t.requires_grad else t for t in self.opened(model).tensors]
 
     def opened(self, model: nn.Module) -> Opened:
         """The same, with what of the output could not be looked into."""

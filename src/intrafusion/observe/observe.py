@@ -317,5 +317,5 @@ def _watch(views: Iterable[_View], gradients: _Gradients) -> Iterator[None]:
         if not gradients.again:
             view.add(index, x, output)
 
-    with watch_calls({key: port.layer.module for key, port in ports.items()}, called):
+    with watch_calls({key: port.layer.module for key, port in ports.items()}, called, history=True):
         yield

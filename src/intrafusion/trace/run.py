@@ -11,6 +11,7 @@ from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.state import preserve_state
+from intrafusion.network.wrappers import unwrap
 from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.dispatch import Tracer
 from intrafusion.trace.groups import build_graph
@@ -33,10 +34,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None 
     Raises:
         ModelError: the network does not run on the example inputs, or has uninitialised (lazy) parameters.
     """
-    inputs = Inputs.of(example_inputs)
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise ModelError(f"parameter {lazy[0]!r} is not initialised yet; run the network once before tracing it.")
+    model, inputs = unwrap(model), Inputs.of(example_inputs)
     run = _run_first_possible(model, inputs, calls)
     warnings = (*_warn_of_unreached(model, run.ledger), *_warn_of_unopened(run))
     graph = build_graph(run.ledger.relations, run.ledger.shapes, run.ledger.origins, warnings)
