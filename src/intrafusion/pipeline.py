@@ -14,6 +14,7 @@ from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, make_reusable
+from intrafusion.network.calibration_images import as_calls, warn_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import (
@@ -80,8 +81,9 @@ def compress(
         restore: what is done against the loss: "auto" (the strongest that the images given allow), "images" (least
             squares on those given), "synthetic" (on images made from the network), "noise" (without data, in seconds),
             None, a restorer or its name, or several in order; see `intrafusion.restore`.
-        images: a few hundred unlabelled images as the network takes them: a tensor, or any iterable of tensors, tuples
-            or dicts, such as a DataLoader.
+        images: a few hundred unlabelled images as the network takes them: a tensor or array, or any iterable of such,
+            of tuples (as many arguments as the example inputs have, then labels) or of dicts (entries that forward does
+            not take are left out), such as a DataLoader.
         round_to: make every size a multiple of this (the nearest, never below it).
         min_channels: no group becomes smaller than this.
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
@@ -98,6 +100,8 @@ def compress(
         ModelError: the network does not run on the example inputs, holds NaN, or has no group to reduce.
         BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing.
         RecipeError: a method, a hyper-parameter or another option that means nothing.
+    Warns:
+        IntrafusionWarning: fewer than 32 images, or whole numbers where the example has floating ones.
     """
     said = locals()
     recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
@@ -143,11 +147,13 @@ def follow(
         calibration: instead of the one that the recipe would make, for several recipes on one network.
     """
     recipe.refuse_foreign()
-    model, inputs, images = _make_workable(model), Inputs.of(example_inputs), make_reusable(images)
+    model, inputs = _make_workable(model), Inputs.of(example_inputs)
+    images = as_calls(make_reusable(images), model, inputs)
     calibration = calibration or calibrate_for(model, graph, inputs, recipe, images, progress=progress)
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images, progress=progress)
     small = apply(model, plan, inputs, graph=graph, progress=progress)
-    return run_restorers(small, model, graph, calibration, images, progress=progress)
+    small = run_restorers(small, model, graph, calibration, images, progress=progress)
+    return replace(small, notes=(*small.notes, *warn_of(images.notes if images is not None else {})))
 
 
 def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Compressed:

@@ -17,11 +17,17 @@ from intrafusion.network.outputs import Opened, open_output, read_iterators
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Positional and keyword arguments of one forward call; `source` is what messages call them."""
+    """Positional and keyword arguments of one forward call.
+
+    Attributes:
+        source: what messages call them.
+        labels: what came with a batch of images and is no argument.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
     source: str = "the example inputs"
+    labels: Tensor | None = None
 
     @classmethod
     def of(cls, example: ExampleInputs) -> Inputs:
