@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import FolderError, PlanError
 from intrafusion.io.atomic import atomic_folder
+from intrafusion.io.extra import PREFIX, extra_state, set_extra_state_
 from intrafusion.measure.size import Size
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import unwrap
@@ -54,8 +55,10 @@ def save(
     """
     model = unwrap(model)
     state = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(model).items()}
+    kept, tensors = extra_state(model)
     extra = {
         "weights": _WEIGHTS,
+        "extra_state": kept,
         "repairs": [asdict(r) for r in repairs],
         "before": asdict(before),
         "after": asdict(after),
@@ -64,7 +67,7 @@ def save(
         **(told or {}),
     }
     with atomic_folder(folder, ours=is_ours) as target:
-        save_file(state, target / _WEIGHTS)
+        save_file({**state, **tensors}, target / _WEIGHTS)
         (target / _PLAN).write_text(_build_document(plan, extra))
         (target / _RECIPE).write_text(plan.recipe.to_yaml())
 
@@ -98,13 +101,18 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
     plan = Plan.from_json(json.dumps(data))
     given = model if isinstance(model, nn.Module) else _build_from(model)
     network = unwrap(given)
-    state = _read_tensors(_weights_path(folder, data))
+    tensors = _read_tensors(_weights_path(folder, data))
+    state = {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}
     if _read_splits(data, "split_before") or _read_splits(data, "split_after"):
         _prepare_(copy_model(network), folder, data, plan, state)  # so that an error leaves the network as it is
-    tensors = _prepare_(network, folder, data, plan, state)
-    for name, tensor in tensors.items():
+    extra = {name: t for name, t in tensors.items() if name.startswith(PREFIX)}
+    set_extra_state_(
+        copy_model(network), data.get("extra_state", {}), extra
+    )  # so that an error leaves the network as it is
+    for name, tensor in _prepare_(network, folder, data, plan, state).items():
         put_data_(tensor, state[name].to(tensor.device))
         tensor.grad = None
+    set_extra_state_(network, data.get("extra_state", {}), extra)
     return given
 
 
