@@ -34,7 +34,7 @@ def _encoded(value: Any, key: str, module: str, tensors: dict[str, Tensor]) -> A
     if isinstance(value, Tensor):
         tensors[key] = value.detach().cpu().contiguous().clone()
         return {"tensor": key}
-    if type(value) in (list, tuple):
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return {type(value).__name__: [_encoded(v, f"{key}/{i}", module, tensors) for i, v in enumerate(value)]}
     if isinstance(value, Mapping) and all(type(k) is str for k in value):
         return {"dict": {k: _encoded(v, f"{key}/{k}", module, tensors) for k, v in value.items()}}

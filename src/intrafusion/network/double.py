@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -46,9 +47,20 @@ def copy_as_double(model: nn.Module) -> nn.Module:
     return double
 
 
-def run_in_double(model: nn.Module, inputs: Inputs, calls: int = 1) -> list[Tensor]:
-    """Every tensor that one call, or several in a row, give in float64."""
-    with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _DoublePrecision():
+def run_in_double(
+    model: nn.Module,
+    inputs: Inputs,
+    calls: int = 1,
+    draws: contextlib.AbstractContextManager[object] | None = None,
+) -> list[Tensor]:
+    """Every tensor that one call, or several in a row, give in float64; random numbers start from one seed.
+
+    Args:
+        calls: as many as the network was traced over, `ChannelGraph.calls`.
+        draws: a mode that notes or replaces what the forward draws, see `trace.random`.
+    """
+    drawing = draws or contextlib.nullcontext()
+    with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _DoublePrecision(), drawing:
         return [output for _ in range(calls) for output in inputs.double().call(model)]
 
 

@@ -18,6 +18,7 @@ from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.search import find_largest_passing
 from intrafusion.surgery.write import write_weights_
+from intrafusion.trace.random import Draws
 
 
 def random_derangement(group: ChannelGroup, generator: np.random.Generator) -> ReductionMap:
@@ -41,18 +42,34 @@ class _PermutationCheck:
     def __post_init__(self) -> None:
         self.double = copy_as_double(self.model)
         self.weights = {n: t.detach() for n, t in named_tensors(self.double).items()}
-        self.expected = [run_in_double(self.double, i, self.graph.calls) for i in self.inputs]
+        draws = Draws()
+        self.expected = [run_in_double(self.double, i, self.graph.calls, draws) for i in self.inputs]
+        self.draws = tuple(draws.names)  # operations that draw random numbers
+        self.means = self._outputs(mean=True) if self.draws else []
         _check_outputs(self.expected, self.inputs)
 
-    def error(self, groups: Sequence[ChannelGroup]) -> float:
-        """Relative change of the output when all these groups are permuted at once."""
+    def _outputs(self, *, mean: bool) -> list[list[Tensor]]:
+        return [run_in_double(self.double, i, self.graph.calls, Draws(mean=mean)) for i in self.inputs]
+
+    def error(self, groups: Sequence[ChannelGroup], *, random: bool = False) -> float:
+        """Relative change of the output when all these groups are permuted at once.
+
+        Args:
+            random: whether the same random numbers must do, for a network that draws some; else their mean will too.
+        """
         generator = np.random.default_rng(self.seed)
         maps = {g.name: random_derangement(g, generator) for g in groups}
         permuted = reduce_weights(self.weights, self.graph, maps)
         write_weights_(self.double, permuted)
-        found = [run_in_double(self.double, i, self.graph.calls) for i in self.inputs]
+        worst = _find_worst(self._outputs(mean=False), self.expected)
+        if self.draws and worst > TOLERANCE and not random:
+            worst = min(worst, _find_worst(self._outputs(mean=True), self.means))
         write_weights_(self.double, {name: self.weights[name] for name in permuted})
-        return max(output_difference(f, e) for f, e in zip(found, self.expected, strict=True))
+        return worst
+
+
+def _find_worst(found: Sequence[list[Tensor]], expected: Sequence[list[Tensor]]) -> float:
+    return max(output_difference(f, e) for f, e in zip(found, expected, strict=True))
 
 
 def _check_outputs(outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Inputs]) -> None:
@@ -75,11 +92,27 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     if not groups:
         return graph
     check = _PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))
-    _, failed = find_largest_passing(families_of(groups), lambda gs: None if (e := check.error(gs)) <= TOLERANCE else e)
-    reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative)" for g, e in failed}
-    return add_reasons(graph, reasons)
+    passed, failed = find_largest_passing(
+        families_of(groups), lambda gs: None if (e := check.error(gs)) <= TOLERANCE else e
+    )
+    drawn = f"; the forward draws random numbers ({', '.join(check.draws)})" if check.draws else ""
+    reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative){drawn}" for g, e in failed}
+    return _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed))
 
 
 def add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
     groups = tuple(replace(g, reason=reasons.get(g.name, g.reason)) for g in graph.groups)
     return replace(graph, groups=groups)
+
+
+def _find_drawn(check: _PermutationCheck, groups: list[ChannelGroup]) -> set[str]:
+    """Groups of whose channels each gets random numbers of its own, as in a dropout that is always on."""
+    if not check.draws or check.error(groups, random=True) <= TOLERANCE:
+        return set()
+    return {g.name for family in families_of(groups) for g in family if check.error(family, random=True) > TOLERANCE}
+
+
+def _forbid_mixing(graph: ChannelGraph, names: set[str]) -> ChannelGraph:
+    why = "random numbers are drawn for each of its channels"
+    groups = (replace(g, unmixable=g.unmixable or why) if g.name in names else g for g in graph.groups)
+    return replace(graph, groups=tuple(groups))

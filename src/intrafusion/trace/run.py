@@ -17,6 +17,7 @@ from intrafusion.trace.dispatch import Tracer
 from intrafusion.trace.groups import build_graph
 from intrafusion.trace.info import LabelledTensor
 from intrafusion.trace.ledger import Ledger
+from intrafusion.trace.random import Draws
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None = None) -> ChannelGraph:
@@ -36,7 +37,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None 
     """
     model, inputs = unwrap(model), Inputs.of(example_inputs)
     run = _run_first_possible(model, inputs, calls)
-    warnings = (*_warn_of_unreached(model, run.ledger), *_warn_of_unopened(run))
+    warnings = (*_warn_of_unreached(model, run.ledger), *_warn_of_unopened(run), *_warn_of_draws(run))
     graph = build_graph(run.ledger.relations, run.ledger.shapes, run.ledger.origins, warnings)
     return replace(graph, calls=run.calls)
 
@@ -47,11 +48,13 @@ class _Run:
 
     Attributes:
         calls: forward calls in a row that were followed.
+        draws: operations that draw random numbers.
         closed: kinds of objects in the output that could not be looked into.
     """
 
     ledger: Ledger
     calls: int = 1
+    draws: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
 
 
@@ -73,13 +76,13 @@ def _run(model: nn.Module, inputs: Inputs, calls: int | None) -> _Run:
     for given in inputs.tensors():
         run.ledger.learn(given, LabelledTensor.fixed(given.shape))
     with preserve_state(model) as memory, torch.no_grad(), decompose(model), tracer.naming_modules(model):
-        with tracer:
+        with tracer, Draws(mean=True) as draws:
             opened = inputs.opened(model)
             outputs = [
                 *opened.tensors,
                 *_call_again(run, model, inputs, memory.rebound if calls is None else calls > 1),
             ]
-        run.closed = opened.closed
+        run.closed, run.draws = opened.closed, draws.names
         for output in outputs:
             _fix_output(run.ledger, output)
     return run
@@ -113,3 +116,12 @@ def _warn_of_unopened(run: _Run) -> tuple[str, ...]:
         return ()
     kinds = ", ".join(run.closed)
     return (f"the output holds {kinds}, which cannot be looked into: tensors in there were not taken for outputs.",)
+
+
+def _warn_of_draws(run: _Run) -> tuple[str, ...]:
+    if not run.draws:
+        return ()
+    return (
+        f"the forward draws random numbers in evaluation mode too ({', '.join(run.draws)}); it was traced and proved "
+        "with their mean where they have the shape of a tensor, else from one seed.",
+    )
