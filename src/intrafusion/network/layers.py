@@ -333,8 +333,8 @@ def watch_calls(
 
 
 def _without_history(x: Any) -> Any:
-    """Detached, if it is a tensor."""
-    return x.detach() if isinstance(x, Tensor) else x
+    """The tensor itself, which others know by its identity, unless gradients would follow it."""
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
 
 def _first(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:
