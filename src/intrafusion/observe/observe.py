@@ -178,7 +178,7 @@ def _find_loss(output: Any, labels: Tensor | None, count: int) -> Tensor:
         return own.reshape(())
     outputs = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in _find_floating(output)]
     if labels is None:
-        outputs = [torch.where(torch.isfinite(t), t, 0.0) for t in outputs]  # masked classes, undefined places
+        outputs = [torch.where(t.isinf(), 0.0, t) for t in outputs]  # masked classes
         return sum((t.square().sum() for t in outputs), start=outputs[0].new_zeros(())) / (2 * count)
     labels = labels.to(outputs[0].device)
     if labels.is_floating_point() and labels.shape == outputs[0].shape:
