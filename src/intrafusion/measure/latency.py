@@ -18,12 +18,13 @@ def latency_ms(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int 
     inputs = Inputs.of(example_inputs)
     cuda = any(p.is_cuda for p in model.parameters())
     times = []
-    with preserve_state(model), torch.inference_mode():
+    with preserve_state(model):
         inputs.call(model)  # refused in words if it does not run
         for index in range(warmup + repeats):
             given = inputs.copied()
             start = time.perf_counter()
-            read_iterators(model(*given.args, **(given.kwargs or {})))
+            with torch.inference_mode():
+                read_iterators(model(*given.args, **(given.kwargs or {})))
             if cuda:
                 torch.cuda.synchronize()
             if index >= warmup:
