@@ -63,9 +63,9 @@ def test_other_functions_unwrap_too() -> None:
     graph = inspect(model, X)
     assert [g.name for g in graph.reducible] == ["a", "b"]
     plan = intrafusion.decide(model, graph, intrafusion.Recipe.of(restore=None))
-    assert type(intrafusion.surgery.write(model, plan, X).model) is nn.DataParallel
+    assert type(intrafusion.apply(model, plan, X).model) is nn.DataParallel
     assert type(compress_in_steps(model, X, 0.5, 2, restore=None).model) is nn.DataParallel
-    assert intrafusion.trace(model, X)["a"].size == 32
+    assert intrafusion.trace.trace(model, X)["a"].size == 32
     assert type(factorize(model, X).model) is Net
 
 
@@ -109,7 +109,7 @@ def scripted() -> nn.Module:
     ids=["class", "state", "path", "none", "script", "script inside", "lazy", "lazy norm"],
 )
 def test_what_is_no_network(make: Callable[[], Any], message: str) -> None:
-    functions = (compress, inspect, intrafusion.trace, compress_in_steps, factorize)
+    functions = (compress, inspect, intrafusion.trace.trace, compress_in_steps, factorize)
     for function in functions:
         with pytest.raises(ModelError, match=message):
             function(make(), X)

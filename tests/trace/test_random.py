@@ -91,4 +91,4 @@ def test_the_result_does_not_depend_on_the_state_outside() -> None:
 
 
 def test_what_draws_nothing_is_told_nothing() -> None:
-    assert intrafusion.trace(nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 2)), X).warnings == ()
+    assert intrafusion.trace.trace(nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 2)), X).warnings == ()
