@@ -69,7 +69,8 @@ class Compressed:
     rolled_back: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [*map(str, self.restored), *(f"note: {note}" for note in self.notes)]
+        notes = dict.fromkeys((*self.plan.warnings, *self.notes))
+        lines = [*map(str, self.restored), *(f"note: {note}" for note in notes)]
         return "\n".join([table.plan_text(self.plan, self.before, self.after), *lines])
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -10,6 +10,10 @@ class IntrafusionError(Exception):
     """Base of every error raised on purpose by this library."""
 
 
+class IntrafusionWarning(UserWarning):
+    """Something was done as asked, and is probably not what was meant; the notes of the result say it too."""
+
+
 class ModelError(IntrafusionError):
     """The network, or its example inputs, cannot be run or traced."""
 

@@ -165,6 +165,7 @@ class ChannelGraph:
         weight_norms: weights that are stored as a direction and a length.
         derived: tensors that layers do not use as they are, and through what they go first.
         factors: numbers that met channels, in execution order; a smaller network must show the same.
+        calls: forward calls in a row that were traced: 2 where the first leaves a state in an attribute.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -174,6 +175,7 @@ class ChannelGraph:
     weight_norms: tuple[WeightNorm, ...] = ()
     derived: dict[str, str] = field(default_factory=dict)
     factors: tuple[Factor, ...] = ()
+    calls: int = 1
 
     @property
     def reducible(self) -> tuple[ChannelGroup, ...]:

@@ -18,7 +18,8 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.pipeline import follow, inspect
+from intrafusion.network.wrappers import outside_inference, unwrap
+from intrafusion.pipeline import follow, inspect, wrap_result
 from intrafusion.plan import Decision, Plan
 from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Keep, Recipe
@@ -33,6 +34,7 @@ Train = Callable[[nn.Module], Any]
 """Trains a network in place."""
 
 
+@outside_inference
 def compress_in_steps(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -73,11 +75,11 @@ def compress_in_steps(
     if options.get("target") is not None:
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
     recipe = Recipe.of(keep=keep, **options)
-    inputs, images = Inputs.of(example_inputs), make_reusable(images)
-    graph = inspect(model, inputs, progress=progress)
-    fractions = _schedule(graph, _final_sizes(model, graph, recipe), steps)
+    core, inputs, images = unwrap(model), Inputs.of(example_inputs), make_reusable(images)
+    graph = inspect(core, inputs, progress=progress)
+    fractions = _schedule(graph, _final_sizes(core, graph, recipe), steps)
     done: list[Compressed] = []
-    present = model
+    present = core
     for index, fraction in enumerate(fractions):
         progress("step", index, steps)
         step = replace(recipe, keep=fraction, round_to=None)
@@ -87,7 +89,7 @@ def compress_in_steps(
         graph, present = _shrunken_graph(small, graph), small.model
         done.append(small)
     progress("step", steps, steps)
-    return _join_steps(done, recipe)
+    return wrap_result(model, _join_steps(done, recipe))
 
 
 def _check_options(options: Iterable[str]) -> None:

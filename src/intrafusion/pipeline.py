@@ -14,8 +14,17 @@ from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, make_reusable
+from intrafusion.network.calibration_images import as_calls, warn_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
-from intrafusion.network.tensors import named_tensors
+from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.wrappers import (
+    check_inplace,
+    holds_inference_tensors,
+    note_unwrapped,
+    outside_inference,
+    unwrap,
+    wrap_like,
+)
 from intrafusion.plan import Plan
 from intrafusion.planning import decide
 from intrafusion.progress import Progress, silent
@@ -24,7 +33,8 @@ from intrafusion.reduce import Reducer
 from intrafusion.restore import Calibration, add_shifts_
 from intrafusion.restore.steps import calibrate_for, run_restorers
 from intrafusion.surgery.operate import operate
-from intrafusion.surgery.permute import verify_groups
+from intrafusion.surgery.optimizers import carry_state_
+from intrafusion.surgery.permute import add_reasons, verify_groups
 from intrafusion.surgery.proof import FunctionCheck
 from intrafusion.surgery.write import write_weights_
 from intrafusion.trace import trace
@@ -36,6 +46,7 @@ _UNFIT = {
 """Devices that a network cannot be on, and why."""
 
 
+@outside_inference
 def compress(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -58,7 +69,8 @@ def compress(
     """Make a trained network smaller, without training, and without data unless `images` are given.
 
     Args:
-        model: any eager PyTorch network; not modified unless `inplace`.
+        model: any eager PyTorch network, also in DataParallel or `torch.compile`, in which it comes back; not modified
+            unless `inplace`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward call.
         keep: fraction of the channels of every group to keep, in (0, 1], or {name pattern: fraction}; 0.7 by default.
         target: instead of `keep`: {"params": 0.5} or {"macs": 0.5}, fractions of the original's, or {"latency_ms": 3.0}
@@ -70,8 +82,9 @@ def compress(
         restore: what is done against the loss: "auto" (the strongest that the images given allow), "images" (least
             squares on those given), "synthetic" (on images made from the network), "noise" (without data, in seconds),
             None, a restorer or its name, or several in order; see `intrafusion.restore`.
-        images: a few hundred unlabelled images as the network takes them: a tensor, or any iterable of tensors, tuples
-            or dicts, such as a DataLoader.
+        images: a few hundred unlabelled images as the network takes them: a tensor or array, or any iterable of such,
+            of tuples (as many arguments as the example inputs have, then labels) or of dicts (entries that forward does
+            not take are left out), such as a DataLoader.
         round_to: make every size a multiple of this (the nearest, never below it).
         min_channels: no group becomes smaller than this.
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
@@ -80,22 +93,45 @@ def compress(
         order: "joint" (every group is described by the original weights) or "backward" (one after another from the
             output, each described by what the ones before left; the authors' released code).
         seed: for whatever draws random numbers.
-        inplace: write the smaller weights into `model` itself.
+        inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
+            remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
     Returns:
         the smaller network with the plan that was carried out; groups that were left alone say why.
     Raises:
         ModelError: the network does not run on the example inputs, holds NaN, or has no group to reduce.
         BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing.
         RecipeError: a method, a hyper-parameter or another option that means nothing.
+    Warns:
+        IntrafusionWarning: fewer than 32 images, or whole numbers where the example has floating ones.
     """
     said = locals()
     recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
+    core = _make_workable(model, inplace=inplace)
     inputs = Inputs.of(example_inputs)
-    graph = inspect(model, inputs, progress=progress)
-    small = follow(recipe, model, graph, inputs, images, progress=progress)
-    return _move_into(model, small) if inplace else small
+    graph = inspect(core, inputs, progress=progress)
+    small = follow(recipe, core, graph, inputs, images, progress=progress)
+    return _move_into(model, small, graph) if inplace else wrap_result(model, small)
 
 
+def _make_workable(model: Any, *, inplace: bool = False) -> nn.Module:
+    """The network inside its wrappers, of ordinary tensors.
+
+    Raises:
+        ModelError: no network that can be worked on, see `wrappers`.
+    """
+    core = unwrap(model)
+    if inplace:
+        check_inplace(model)
+    with torch.inference_mode(False):
+        return copy_model(core) if holds_inference_tensors(core) else core
+
+
+def wrap_result(model: nn.Module, small: Compressed) -> Compressed:
+    """The smaller network in what the original one came in."""
+    return replace(small, model=wrap_like(model, small.model), notes=(*small.notes, *note_unwrapped(model)))
+
+
+@outside_inference
 def follow(
     recipe: Recipe,
     model: nn.Module,
@@ -112,43 +148,74 @@ def follow(
         calibration: instead of the one that the recipe would make, for several recipes on one network.
     """
     recipe.refuse_foreign()
-    inputs, images = Inputs.of(example_inputs), make_reusable(images)
+    model, inputs = _make_workable(model), Inputs.of(example_inputs)
+    images = as_calls(make_reusable(images), model, inputs)
     calibration = calibration or calibrate_for(model, graph, inputs, recipe, images, progress=progress)
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images, progress=progress)
     small = apply(model, plan, inputs, graph=graph, progress=progress)
-    return run_restorers(small, model, graph, calibration, images, progress=progress)
+    small = run_restorers(small, model, graph, calibration, images, progress=progress)
+    return replace(small, notes=(*small.notes, *warn_of(images.notes if images is not None else {})))
 
 
-def _move_into(model: nn.Module, small: Compressed) -> Compressed:
-    """The smaller weights in the original's own parameters."""
-    write_weights_(model, {name: tensor.data for name, tensor in named_tensors(small.model).items()})
-    return replace(small, model=model)
+def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Compressed:
+    """The smaller weights in the original's own parameters; optimizers of these go on."""
+    check_inplace(model)
+    core = unwrap(model)
+    notes = carry_state_(core, graph, small.plan.maps)
+    with torch.inference_mode(inference := holds_inference_tensors(core)):  # tensors of that mode stay such
+        new = {n: t.data.clone() if inference else t.data for n, t in named_tensors(small.model).items()}
+        write_weights_(core, new)
+    return replace(small, model=model, notes=(*small.notes, *notes))
 
 
+@outside_inference
 def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progress = silent) -> ChannelGraph:
     """Trace a network into channel groups and prove each of them by a permutation."""
+    model, inputs = _make_workable(model), Inputs.of(example_inputs)
     check_weights(model)
-    inputs = Inputs.of(example_inputs)
     progress("trace", 0, 2)
     graph = trace(model, inputs)
     progress("trace", 1, 2)
-    graph = verify_groups(model, graph, inputs)
+    graph = _leave_masks_alone(model, verify_groups(model, graph, inputs))
     progress("trace", 2, 2)
     return graph
 
 
 def check_weights(model: nn.Module) -> None:
+    masks = set() if any(t.is_meta for t in model.parameters()) else _find_masks(model)
     for name, tensor in named_tensors(model).items():
         if tensor.device.type in _UNFIT:
             raise ModelError(
                 f"{name}: expected weights on the CPU or a GPU, got {tensor.device}: {_UNFIT[tensor.device.type]}."
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if name not in masks and not bool(torch.isfinite(tensor).all()):
             raise ModelError(
                 f"{name}: expected finite weights, got NaN or infinity; the network was saved broken, load another."
             )
 
 
+def _leave_masks_alone(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
+    """The graph without groups along which a mask has infinite or NaN entries: such cannot be mixed."""
+    tensors = named_tensors(model)
+    broken = {n for n, t in tensors.items() if not t.is_meta and not bool(torch.isfinite(t).all())}
+    reasons = {
+        group.name: f"{member.tensor} has infinite or NaN entries along these channels"
+        for group in graph.reducible for member in group.members if member.tensor in broken
+    }  # fmt: skip
+    return add_reasons(graph, reasons)
+
+
+def _find_masks(model: nn.Module) -> set[str]:
+    """Tensors that may hold infinities or NaN on purpose: buffers, and frozen parameters of two values.
+
+    What a norm remembers of its inputs is not among them.
+    """
+    own = {n for n, b in model.named_buffers() if n.rpartition(".")[2] not in ("running_mean", "running_var")}
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    return own | {n for n, p in frozen.items() if not p.isnan().any() and len(p.unique()) <= 2}
+
+
+@outside_inference
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -169,18 +236,18 @@ def apply(
         PlanError: the plan was made for another network.
         ModelError: the network does not run on the example inputs.
     """
-    inputs = Inputs.of(example_inputs)
+    core, inputs = _make_workable(model, inplace=inplace), Inputs.of(example_inputs)
     if graph is None:
-        plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(model).items() if t.is_floating_point()})
-        graph = inspect(model, inputs)
+        plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(core).items() if t.is_floating_point()})
+        graph = inspect(core, inputs)
     plan.check_fits(graph.shapes, graph)
     progress("prove", 0, 1)
-    before = size_of(model, inputs)
-    check = FunctionCheck(model, graph, inputs)
-    surgery = operate(model, graph, dict(plan.maps), inputs, check)
+    before = size_of(core, inputs)
+    check = FunctionCheck(core, graph, inputs)
+    surgery = operate(core, graph, dict(plan.maps), inputs, check)
     plan = plan.rolled_back(surgery.rolled_back).proved(surgery.maps, check.proved)
-    add_shifts_(surgery.model, model, graph, plan.maps)
+    add_shifts_(surgery.model, core, graph, plan.maps)
     after = size_of(surgery.model, inputs)
     small = Compressed(surgery.model, plan, before, after, inputs, surgery.repairs, rolled_back=surgery.rolled_back)
     progress("prove", 1, 1)
-    return _move_into(model, small) if inplace else small
+    return _move_into(model, small, graph) if inplace else wrap_result(model, small)

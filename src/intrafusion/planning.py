@@ -16,6 +16,7 @@ from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
+from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.observe.observe import observe_for
 from intrafusion.plan import Decision, Plan, describe_members
 from intrafusion.progress import Progress, silent
@@ -31,6 +32,7 @@ _Scores = Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]
 """How much each channel of a group matters in these weights, (n,) finite."""
 
 
+@outside_inference
 def decide(
     model: nn.Module,
     graph: ChannelGraph,
@@ -51,6 +53,7 @@ def decide(
         ModelError: no group can be reduced; gives the most frequent reasons.
         BudgetError: sizes that are no sizes.
     """
+    model = unwrap(model)
     unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
     units = [g for g in graph.groups if g.is_channel]
     groups = [g for g in units if g.reducible and g.name not in unwanted]

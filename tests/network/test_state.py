@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import random
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+import intrafusion
 from intrafusion.errors import ModelError
+from intrafusion.measure.accuracy import accuracy
+from intrafusion.measure.drift import output_rows
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.state import preserve_state
 from intrafusion.trace import trace
 
 
@@ -319,7 +329,7 @@ def test_the_error_names_the_network_and_keeps_the_cause() -> None:
 
 
 def test_lazy_parameters_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"'1\.weight' is not initialised"):
+    with pytest.raises(ModelError, match=r"'1\.weight' is not initialised yet, .* lazy module; run the network once"):
         trace(nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2)), torch.randn(1, 3))
 
 
@@ -330,3 +340,169 @@ def test_a_network_without_an_output_is_refused() -> None:
 
 def test_a_network_without_parameters_has_no_groups() -> None:
     assert trace(nn.ReLU(), torch.randn(2, 3)).groups == ()
+
+
+# ---- what a forward keeps -------------------------------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """Keeps a hidden state, a queue, a cache, counters, an object, generators; and changes a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.h: Tensor | None = None
+        self.scale = torch.ones(1)
+        self.queue: deque[Tensor] = deque(maxlen=2)
+        self.cache: dict[str, Any] = {"deep": [{}]}
+        self.calls, self.names = 0, {"first"}
+        self.record = SimpleNamespace(count=0, array=np.zeros(2))
+        self.generator = torch.Generator().manual_seed(3)
+        self.old, self.other = random.Random(1), np.random.default_rng(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        self.h = y if self.h is None else self.h + y
+        self.scale.add_(1)
+        self.queue.append(y)
+        self.cache["deep"][0]["y"] = y
+        self.calls += 1
+        self.names.add(f"call {self.calls}")
+        self.record.count += 1
+        self.record.array += self.old.random() + self.other.random()
+        self.late = torch.rand((), generator=self.generator) + torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
+        self.a.weight.data.clamp_(-0.1, 0.1)
+        self.b.bias.requires_grad_(False)
+        return self.b(y)
+
+
+def state_of(model: Stateful) -> list[Any]:
+    objects = [model.h, model.calls, model.names, model.cache, list(model.queue), model.scale.tolist()]
+    objects += [model.record.count, model.record.array.tolist(), model.generator.get_state().tolist()]
+    objects += [model.old.getstate(), model.other.bit_generator.state, sorted(vars(model))]
+    return copy.deepcopy([*objects, model.b.bias.requires_grad, model.a.weight.tolist()])
+
+
+def random_states() -> list[Any]:
+    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
+
+
+def test_what_a_forward_stores_is_put_back() -> None:
+    model = Stateful()
+    queue, scale = model.queue, model.scale
+    before, drawn = state_of(model), random_states()
+    trace(model, torch.randn(4, 3))
+    with preserve_state(model):
+        model(torch.randn(4, 3))
+    assert random_states()[1:] == drawn[1:]
+    assert state_of(model) == before
+    assert model.queue is queue
+    assert model.scale is scale
+
+
+def test_what_a_forward_stores_is_put_back_when_it_fails() -> None:
+    model = Stateful()
+    before = state_of(model)
+    with pytest.raises(ZeroDivisionError), preserve_state(model):
+        model(torch.randn(4, 3))
+        raise ZeroDivisionError
+    assert state_of(model) == before
+
+
+def test_random_numbers_inside_do_not_depend_on_those_outside() -> None:
+    drawn, model = [], nn.Linear(1, 1)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        before = random_states()
+        with preserve_state(model):
+            drawn.append([torch.rand(3).tolist(), random.random(), np.random.rand()])  # noqa: NPY002
+        assert random_states() == before
+    assert drawn[0] == drawn[1]
+
+
+class Recurrent(nn.Module):
+    """Its hidden state lives in an attribute from call to call; its width is read from a layer, or a literal."""
+
+    def __init__(self, literal: bool) -> None:
+        super().__init__()
+        self.literal = literal
+        self.i, self.r, self.o, self.h = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 2), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 16 if self.literal else self.i.out_features) if self.h is None else self.h
+        self.h = torch.tanh(self.i(x) + self.r(h))
+        return self.o(self.h)
+
+
+@pytest.mark.parametrize("literal", [False, True])
+def test_a_state_in_an_attribute_is_nobody_elses(literal: bool) -> None:
+    model, x = Recurrent(literal).eval(), torch.randn(3, 4)
+    small = intrafusion.compress(model, x, 0.5, images=torch.randn(64, 4))
+    assert model.h is None
+    assert small.model.h is None
+    assert small.model.i.out_features == (16 if literal else 8)
+    assert list(small.rolled_back) == (["i"] if literal else [])  # it would run only once
+    for _ in range(3):
+        assert small.model(x).shape == (3, 2)
+
+
+def test_a_state_is_traced_over_two_calls() -> None:
+    model = Recurrent(literal=False).eval()
+    graph = trace(model, torch.randn(3, 4))
+    assert graph.calls == 2
+    assert any(
+        {("i.weight", 0), ("r.weight", 0), ("r.weight", 1)} <= {(m.tensor, m.dim) for m in g.members}
+        for g in graph.groups
+    )
+    assert trace(plain(), image()).calls == 1
+
+
+class Normalising(nn.Module):
+    """Writes into its inputs, also into those in containers and in objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor, more: Any = None) -> Tensor:
+        x.sub_(0.5)
+        if more is not None:
+            more["calls"].append(1)
+            more["object"].count += 1
+            more["y"].zero_()
+        return self.b(F.relu(self.a(x)))
+
+
+class Clean(Normalising):
+    def forward(self, x: Tensor, more: Any = None) -> Tensor:
+        return super().forward(x.clone())
+
+
+def test_inputs_and_images_stay_the_callers() -> None:
+    model, x, images = Normalising(), torch.randn(2, 3), torch.randn(64, 3)
+    more = {"calls": [], "object": SimpleNamespace(count=0), "y": torch.ones(2)}
+    kept, given = x.clone(), images.clone()
+    clean = Clean()
+    clean.load_state_dict(model.state_dict())
+    small = intrafusion.compress(model, (x, more), 0.5, images=[{"x": images, "more": more}])
+    assert torch.equal(x, kept)
+    assert torch.equal(images, given)
+    assert (more["calls"], more["object"].count, more["y"].tolist()) == ([], 0, [1, 1])
+    expected = intrafusion.compress(clean, x.clone(), 0.5, images=[images.clone()])
+    for ours, theirs in zip(small.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    accuracy(model, images, torch.zeros(64, dtype=torch.long))
+    output_rows(model, images)
+    assert torch.equal(images, given)
+
+
+def test_one_tensor_given_twice_stays_one() -> None:
+    class Same(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return q * float(q is k)
+
+    x = torch.ones(2)
+    assert Inputs((x, x)).call(Same())[0].tolist() == [1, 1]
+    assert Inputs((x, x.clone())).call(Same())[0].tolist() == [0, 0]

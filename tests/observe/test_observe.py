@@ -374,7 +374,7 @@ def test_the_network_is_left_as_it_was() -> None:
 def test_it_is_left_alone_when_it_fails() -> None:
     model = network()
     model.requires_grad_(False)
-    with pytest.raises(ModelError, match=r"does not run on the example inputs \(float32\[1, 9\]\)"):
+    with pytest.raises(ModelError, match=r"does not run on batch 1 of images \(float32\[1, 9\]\)"):
         observe(model, GRAPH, GRAPH.reducible, [IMAGES, torch.zeros(1, 9)], ALL)
     assert not any(p.requires_grad for p in model.parameters())
     assert all(not m._forward_hooks for m in model.modules())

@@ -15,9 +15,11 @@ from gallery import CASES, Inputs
 from gallery.core import Wired, conv_bn
 from torch import Tensor, nn
 
+import intrafusion
 from intrafusion import ChannelGraph, ChannelGroup, Role
+from intrafusion.errors import ModelError
 from intrafusion.graph import families_of
-from intrafusion.network.double import TOLERANCE
+from intrafusion.network.double import TOLERANCE, output_difference
 from intrafusion.network.inputs import Inputs as Call
 from intrafusion.reduce import ReductionMap, selection_map
 from intrafusion.surgery import permute
@@ -311,3 +313,85 @@ def test_operate_leaves_the_original_alone_and_reports_repairs() -> None:
         ("head", "in_features", 8, 4),
     }
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+# ---- infinite, undefined and complex numbers ------------------------------------------------------------------------
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "wanted"),
+    [
+        ([1.0, INF, NAN, -INF], [1.0, INF, NAN, -INF], 0.0),
+        ([1.5, INF], [2.0, INF], 0.25),
+        ([1.0, 2.0], [1.0, INF], INF),
+        ([1.0, INF], [1.0, 2.0], INF),
+        ([1.0, INF], [1.0, -INF], INF),
+        ([1.0, NAN], [1.0, INF], INF),
+        ([NAN], [NAN], 0.0),
+    ],
+)
+def test_differences_where_outputs_are_not_finite(found: list[float], expected: list[float], wanted: float) -> None:
+    assert output_difference([torch.tensor(found)], [torch.tensor(expected)]) == wanted
+
+
+def test_differences_of_complex_outputs() -> None:
+    assert output_difference([torch.tensor([1 + 1j])], [torch.tensor([1 + 2j])]) == pytest.approx(1 / 5**0.5)
+
+
+class Masked(nn.Module):
+    """Forbidden classes are infinite or undefined, a causal mask is a buffer, a filter and an output are complex."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value, self.a, self.b = value, nn.Linear(8, 32), nn.Linear(32, 6)
+        self.register_buffer("mask", torch.full((8, 8), -INF).triu(1))
+        self.filter = nn.Parameter(torch.full((5,), 1 + 0.5j))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        spectrum = torch.fft.rfft(x) * self.filter
+        x = torch.fft.irfft(spectrum, n=8)
+        x = (x[:, None] * x[:, :, None] + self.mask).softmax(-1).sum(1) + x
+        y = self.b(F.relu(self.a(x))).clone()
+        y[:, 0] = self.value
+        return y, spectrum
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_groups_behind_masks_are_proved_and_reduced(value: float) -> None:
+    model, x = Masked(value).eval(), torch.randn(64, 8)
+    with torch.no_grad():  # the second half of the channels adds nothing
+        for tensor in (model.b.weight[:, 16:], model.a.weight[16:], model.a.bias[16:]):
+            tensor.zero_()
+    small = intrafusion.compress(model, x, {"a": 0.5}, reducer="select", restore="images", images=x)
+    (y, spectrum), (z, again) = model(x), small.model(x)
+    assert small.model.a.out_features == 16
+    assert torch.allclose(y, z, atol=1e-5, equal_nan=True)
+    assert torch.allclose(spectrum, again)
+    assert small.restored[0].error_after == pytest.approx(0, abs=1e-6)
+
+
+def test_an_output_of_nothing_but_nan_proves_nothing() -> None:
+    net = Wired(lambda net, x: net.b(F.relu(net.a(x))) * NAN, a=nn.Linear(3, 8), b=nn.Linear(8, 2))
+    with pytest.raises(ModelError, match="nothing but NaN or infinity on the example inputs"):
+        intrafusion.inspect(net, torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("kind", ["weight", "statistic", "frozen"])
+def test_broken_weights_are_still_refused(kind: str) -> None:
+    net = Wired(lambda net, x: net.b(F.relu(net.a(x))), a=conv_bn(3, 8), b=nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        (net.a[1].running_var if kind == "statistic" else net.b.weight).view(-1)[0] = INF
+    net.requires_grad_(kind != "frozen")
+    with pytest.raises(ModelError, match="expected finite weights"):
+        intrafusion.inspect(net, torch.randn(4, 3, 5, 5))
+
+
+def test_a_mask_along_the_channels_themselves_is_left_alone() -> None:
+    net = Wired(
+        lambda net, x: net.b(torch.minimum(net.a(x), net.cap)), a=nn.Linear(3, 8), b=nn.Linear(8, 2), cap=torch.ones(8)
+    )
+    net.cap[3] = INF
+    with pytest.raises(ModelError, match="cap has infinite or NaN entries along these channels"):
+        intrafusion.compress(net, torch.randn(4, 3))

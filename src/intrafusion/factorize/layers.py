@@ -17,6 +17,7 @@ from intrafusion.factorize.svd import Spectrum, factorize_layer, spectrum
 from intrafusion.measure.size import size_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model
+from intrafusion.network.wrappers import unwrap
 from intrafusion.pipeline import apply, check_weights
 from intrafusion.plan import Plan
 from intrafusion.recipe import Recipe
@@ -64,7 +65,7 @@ def factorize(
         BudgetError: a budget that rank 1 everywhere exceeds, or a name that nothing matches.
     """
     inputs = Inputs.of(example_inputs)
-    base = model if isinstance(model, Compressed) else _wrap_unreduced(model, inputs)
+    base = model if isinstance(model, Compressed) else _wrap_unreduced(unwrap(model), inputs)
     check_weights(base.model)
     layers = spectra(base.model, include, exclude)
     small = copy_model(base.model)

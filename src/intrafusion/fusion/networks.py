@@ -22,6 +22,7 @@ from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.wrappers import unwrap
 from intrafusion.pipeline import apply, inspect
 from intrafusion.planning import decide
 from intrafusion.progress import Progress, silent
@@ -94,6 +95,7 @@ def fuse(
     shares = _find_shares(models, using, images, weights, anchor)
     restorer = None if restore is None else restorers.get_restorer(restore)
     inputs, calibration = Inputs.of(example_inputs), None if images is None else join_batches(read_batches(images))
+    models = [unwrap(model) for model in models]
     graphs = []
     for index, model in enumerate(models):
         progress("trace", index, len(models))

@@ -20,15 +20,17 @@ from intrafusion.documents import parse_json
 from intrafusion.errors import FolderError, ModelError, PlanError
 from intrafusion.io.atomic import atomic_folder, read_whole
 from intrafusion.io.checksums import KEY, check_digests, digest_document, digest_file
+from intrafusion.io.extra import PREFIX, extra_state, set_extra_state_
 from intrafusion.io.fits import check_finite, check_kinds, check_shapes, check_told, find_told, is_finite
 from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.io.undo import untouched_on_error
 from intrafusion.measure.size import Size
-from intrafusion.network.tensors import named_tensors
+from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan, check_maps
 from intrafusion.reduce import ReductionMap
 from intrafusion.surgery.lowrank import ranks_of, split_layers_
-from intrafusion.surgery.write import Repair, make_repairs_
+from intrafusion.surgery.write import Repair, make_repairs_, put_data_
 
 _WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
 _OURS = (_WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE)
@@ -63,9 +65,12 @@ def save(
         FolderError: the folder exists and is not one of ours, or cannot be written.
         ModelError: a tensor without values, or a sparse one.
     """
+    model = unwrap(model)
     state = {name: detach_dense(name, t) for name, t in named_tensors(model).items()}
+    kept, tensors = extra_state(model)
     extra = {
         "weights": _WEIGHTS,
+        "extra_state": kept,
         "repairs": [asdict(r) for r in repairs],
         "before": asdict(before),
         "after": asdict(after),
@@ -75,7 +80,7 @@ def save(
         **(told or {}),
     }
     with atomic_folder(folder, ours=is_ours, names=_OURS) as target:
-        save_file(state, target / _WEIGHTS)
+        save_file({**state, **tensors}, target / _WEIGHTS)
         (target / _PLAN).write_text(_build_document(plan, {**extra, KEY: {_WEIGHTS: digest_file(target / _WEIGHTS)}}))
         (target / _RECIPE).write_text(plan.recipe.to_yaml())
 
@@ -112,18 +117,24 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
     folder = Path(folder)
     data, state, digests = read_whole(folder, _read_network)
     plan = Plan.from_json(json.dumps(data))
-    network = model if isinstance(model, nn.Module) else _build_from(model)
+    given = model if isinstance(model, nn.Module) else _build_from(model)
+    network = unwrap(given)
     _check_has_values(network)
+    extra = {name: t for name, t in state.items() if name.startswith(PREFIX)}
+    state = {name: t for name, t in state.items() if name not in extra}
     try:
         with untouched_on_error(network):
             tensors = _prepare_(network, folder, data, plan, state)
             check_digests(folder, data, digests)
+            # Tried on a copy first: what a module does with its extra state cannot be undone.
+            set_extra_state_(copy_model(network), data.get("extra_state", {}), extra)
             for name, tensor in tensors.items():
-                tensor.data = state[name].to(tensor.device)
+                put_data_(tensor, state[name].to(tensor.device))
                 tensor.grad = None
+            set_extra_state_(network, data.get("extra_state", {}), extra)
     except (AttributeError, RuntimeError, TypeError) as error:  # an attribute or a tensor that cannot be set
         raise ModelError(f"{folder}: {type(network).__name__} does not take its tensors: {error}.") from error
-    return network
+    return given
 
 
 def _read_network(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:

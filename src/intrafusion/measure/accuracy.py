@@ -56,8 +56,9 @@ def class_scores(output: Any, count: int) -> Tensor:
 
 
 def as_parameters(model: nn.Module, batch: Tensor) -> Tensor:
-    """The batch on the device of the network, floating-point values in its precision."""
+    """A copy of the batch (a forward may write into it) on the device of the network, floats in its precision."""
     tensors = [*model.parameters(), *model.buffers()]
+    batch = batch.clone()
     if not tensors:
         return batch
     batch = batch.to(tensors[0].device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from intrafusion.errors import ModelError
 from intrafusion.measure.accuracy import BATCH_SIZE, as_parameters
 from intrafusion.network.inputs import output_tensors
 from intrafusion.network.state import preserve_state
@@ -21,6 +22,7 @@ def output_rows(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) 
         images: (n, ...).
     Raises:
         ValueError: no images.
+        ModelError: the network gives no floating-point tensor, or one that has no row for each image.
     """
     if len(images) == 0:
         raise ValueError("outputs: expected at least one image, got none.")
@@ -31,8 +33,12 @@ def output_rows(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) 
 
 
 def _as_rows(output: object, count: int) -> Tensor:
-    parts = [t.detach().double().cpu().reshape(count, -1) for t in output_tensors(output) if t.is_floating_point()]
-    return torch.cat(parts, 1)
+    parts = [t.detach().double().cpu() for t in output_tensors(output) if t.is_floating_point()]
+    wrong = [tuple(t.shape) for t in parts if t.dim() == 0 or len(t) != count]
+    if not parts or wrong:
+        got = f"shape {wrong[0]}" if wrong else f"no such tensor in a {type(output).__name__}"
+        raise ModelError(f"outputs: expected floating-point tensors with {count} rows, one for each image, got {got}.")
+    return torch.cat([t.reshape(count, -1) for t in parts], 1)
 
 
 def drift(model: nn.Module, reference: nn.Module, images: Tensor) -> Tensor:
@@ -61,15 +67,28 @@ def histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
 def output_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Mean squared difference of outputs as a fraction of the variance of the expected ones, over all tensors.
 
-    The variance is over the rows; of a single one, it is the mean square.
+    Infinite or NaN entries that both have (masked classes, undefined places) do not count; where one alone has them the
+    share is infinite. The variance is over the rows; of a single one, it is the mean square.
 
-    >>> lost_share([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 3.0]])])
+    >>> output_error([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 3.0]])])
     0.1
     """
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
-    lost = sum(float((a - b).square().sum()) for a, b in pairs if a.shape == b.shape)
-    return lost / max(sum(float((b - _centre(b)).square().sum()) for _, b in pairs), 1e-300)
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True) if not a.is_complex()]
+    pairs += [parts for a, b in zip(found, expected, strict=True) if a.is_complex() for parts in _parts(a, b)]
+    lost = sum(_squared_difference(a, b) for a, b in pairs if a.shape == b.shape)
+    return lost / max(sum(float(_centre(b).square().sum()) for _, b in pairs), 1e-300)
 
 
-def _centre(rows: Tensor) -> Tensor:
-    return rows.mean(0) if rows.dim() and len(rows) > 1 else rows.new_zeros(())
+def _parts(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(a.real.double(), b.real.double()), (a.imag.double(), b.imag.double())]
+
+
+def _squared_difference(a: Tensor, b: Tensor) -> float:
+    alike = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(alike, 0.0, a - b).square().sum())
+
+
+def _centre(b: Tensor) -> Tensor:
+    """Without the mean over the rows, 0 where that is not finite; a single row as it is."""
+    mean = b.mean(0) if b.dim() and len(b) > 1 else b.new_zeros(())
+    return (b - mean).nan_to_num(0.0, 0.0, 0.0)

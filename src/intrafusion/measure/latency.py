@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.outputs import read_iterators
 from intrafusion.network.state import preserve_state
 
 
@@ -29,18 +30,19 @@ def latencies_ms(
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(preserve_state(model))
-        stack.enter_context(torch.inference_mode())  # the last to enter: it must leave before what they restore
+            inputs.call(model)  # refused in words if it does not run
         for index in range(warmup + repeats):
             for model, taken in zip(models, times, strict=True):
-                milliseconds = _time_ms(model, inputs, cuda=cuda)
+                milliseconds = _time_ms(model, inputs.copied(), cuda=cuda)
                 if index >= warmup:
                     taken.append(milliseconds)
     return [statistics.median(taken) for taken in times]
 
 
-def _time_ms(model: nn.Module, inputs: Inputs, *, cuda: bool) -> float:
+def _time_ms(model: nn.Module, given: Inputs, *, cuda: bool) -> float:
     start = time.perf_counter()
-    inputs.call(model)
+    with torch.inference_mode():
+        read_iterators(model(*given.args, **(given.kwargs or {})))
     if cuda:
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from intrafusion.errors import ModelError, RecipeError
+from intrafusion.errors import IntrafusionError, ModelError, RecipeError
 from intrafusion.network.inputs import Inputs
 
-ImagesLike = Tensor | Mapping[str, Any] | Inputs | Iterable[Any]
-"""A batch of images (n, ...), a dict of keyword arguments, or any iterable of batches, such as a DataLoader."""
+ImagesLike = Tensor | np.ndarray | Mapping[str, Any] | Inputs | Iterable[Any]
+"""A batch of images (n, ...), a dict of keyword arguments, or any iterable of batches, such as a DataLoader.
+
+NumPy arrays may stand for tensors; an object with `images` and `labels`, as the zoo reads them, is one batch.
+"""
 
 
 def read_batches(images: ImagesLike) -> list[Inputs]:
@@ -41,36 +46,76 @@ def read_labelled(images: ImagesLike) -> Iterator[tuple[Inputs, Tensor | None]]:
     Raises:
         ModelError: no batch, or something else among them.
     """
-    if isinstance(images, (Tensor, Mapping, Inputs)):
-        yield _as_call(images), _labels_of(images)
+    if isinstance(images, (Tensor, Mapping, Inputs, np.ndarray)):
+        yield as_call(images), _labels_of(images)
         return
-    if not isinstance(images, Iterable):
-        raise ModelError(f"images: expected a tensor, a dict or an iterable of batches, got {type(images).__name__}.")
-    batch = None
-    for batch in images:
-        yield _as_call(batch), _labels_of(batch)
-    if batch is None:
+    if isinstance(
+        pair := getattr(images, "images", None), Tensor
+    ):  # images and their labels as one object, as `zoo.Images`
+        yield as_call(pair), _labels_of((pair, getattr(images, "labels", None)))
+        return
+    if not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
+        advice = "; put a DataLoader around a data set" if hasattr(images, "__getitem__") else ""
+        raise ModelError(
+            f"images: expected a tensor, a dict or an iterable of batches, got {type(images).__name__}{advice}."
+        )
+    index = -1
+    for index, batch in enumerate(_read(images)):
+        yield as_call(batch, f"batch {index} of images"), _labels_of(batch)
+    if index < 0:
         raise ModelError("images: expected at least one batch, got none; a generator can be read only once.")
+
+
+def _read(images: Iterable[Any]) -> Iterator[Any]:
+    """The batches; what fails while they are read is told with the number of the batch."""
+    index = 0
+    try:
+        for batch in images:
+            yield batch
+            index += 1
+    except (IntrafusionError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"images: batch {index} cannot be read: {type(error).__name__}: {error}; check the data set behind it."
+        ) from error
 
 
 def _labels_of(batch: Any) -> Tensor | None:
     labels = None
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+    if isinstance(batch, Inputs):
+        labels = batch.labels
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         labels = batch[1]
     elif isinstance(batch, Mapping):
         labels = batch.get("labels")
+    labels = torch.from_numpy(labels) if isinstance(labels, np.ndarray) and labels.dtype != object else labels
     return labels if isinstance(labels, Tensor) else None
 
 
-def _as_call(batch: Any) -> Inputs:
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+def as_call(batch: Any, source: str = "images") -> Inputs:
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping, np.ndarray)):
         batch = batch[0]
-    if isinstance(batch, (Tensor, Mapping, Inputs)):
-        return Inputs.of(batch)
+    if isinstance(batch, Inputs):
+        return replace(batch, source=source) if batch.source == Inputs.source else batch
+    if isinstance(batch, (Tensor, Mapping, np.ndarray)):
+        return replace(Inputs.of(_tensors(batch, source)), source=source)
     raise ModelError(
-        f"images: expected batches that are a tensor, a dict, or a tuple that starts with one, "
+        f"{source}: expected batches that are a tensor, a dict, or a tuple that starts with one, "
         f"got {type(batch).__name__}."
     )
+
+
+def _tensors(value: Any, source: str) -> Any:
+    """NumPy arrays as tensors, also in dicts, tuples and lists."""
+    if isinstance(value, np.ndarray):
+        try:
+            return torch.from_numpy(value.copy())
+        except TypeError as error:
+            raise ModelError(f"{source}: expected arrays of numbers, got one of {value.dtype}.") from error
+    if isinstance(value, Mapping):
+        return {key: _tensors(item, source) for key, item in value.items()}
+    return type(value)(_tensors(item, source) for item in value) if type(value) in (tuple, list) else value
 
 
 def join_batches(calls: list[Inputs]) -> Inputs:
@@ -85,7 +130,7 @@ def join_batches(calls: list[Inputs]) -> Inputs:
         raise ModelError("images: expected the same arguments in every batch, got different ones.")
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     args, kwargs = tree_unflatten([_concatenate_column(column) for column in columns], form)
-    return Inputs(args, kwargs)
+    return Inputs(args, kwargs, calls[0].source if len(calls) == 1 else "images")
 
 
 def _concatenate_column(column: tuple[Any, ...]) -> Any:
@@ -137,24 +182,24 @@ def rebatch(images: ImagesLike, size: int) -> Iterator[tuple[Inputs, int]]:
     left: Inputs | None = None
     for call, _ in read_labelled(images):
         left = call if left is None else join_batches([left, call])
-        while _count_images(left) > size + 1:
+        while count_images(left) > size + 1:
             yield take_images(left, 0, size), size
-            left = take_images(left, size, _count_images(left))
+            left = take_images(left, size, count_images(left))
     if left is not None:
-        yield left, _count_images(left)
+        yield left, count_images(left)
 
 
-def _count_images(call: Inputs) -> int:
+def count_images(call: Inputs) -> int:
     """Images in a batch: the length of the first dimension of its first tensor."""
     tensors = [t for t in call.tensors() if t.dim()]
     return len(tensors[0]) if tensors else 1
 
 
 def take_images(call: Inputs, start: int, stop: int) -> Inputs:
-    total = _count_images(call)
+    total = count_images(call)
 
     def cut(value: Any) -> Any:
         batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == total
         return value[start:stop] if batched else value
 
-    return Inputs(tree_map(cut, call.args), tree_map(cut, call.kwargs))
+    return replace(call, args=tree_map(cut, call.args), kwargs=tree_map(cut, call.kwargs), labels=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import copy_model, named_tensors
 
 TOLERANCE = 1e-8
 
@@ -21,20 +23,45 @@ class DoublePrecision(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
-            kwargs["dtype"] = torch.float64
+        if isinstance(kwargs.get("dtype"), torch.dtype):
+            kwargs["dtype"] = _double_of(kwargs["dtype"])
         if not func._schema.is_mutable:
             args, kwargs = tree_map(_as_double, args), tree_map(_as_double, kwargs)
         return func(*args, **kwargs)
 
 
 def _as_double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+    return x.to(_double_of(x.dtype)) if isinstance(x, Tensor) else x
 
 
-def run_in_double(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), DoublePrecision():
-        return inputs.double().call(model)
+def _double_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else torch.complex128 if dtype.is_complex else dtype
+
+
+def copy_as_double(model: nn.Module) -> nn.Module:
+    """A copy in double precision, complex parameters and buffers included."""
+    double = copy_model(model).double()
+    for tensor in named_tensors(double).values():
+        if tensor.is_complex():
+            tensor.data = tensor.data.to(torch.complex128)
+    return double
+
+
+def run_in_double(
+    model: nn.Module,
+    inputs: Inputs,
+    calls: int = 1,
+    draws: contextlib.AbstractContextManager[object] | None = None,
+) -> list[Tensor]:
+    """Every tensor that one call, or several in a row, give in float64; random numbers start from one seed.
+
+    Args:
+        calls: as many as the network was traced over, `ChannelGraph.calls`.
+        draws: a mode that notes or replaces what the forward draws, see `trace.random`.
+    """
+    drawing = draws or contextlib.nullcontext()
+    with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), DoublePrecision(), drawing:
+        return [output for _ in range(calls) for output in inputs.double().call(model)]
 
 
 def output_difference(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -43,7 +70,17 @@ def output_difference(found: list[Tensor], expected: list[Tensor]) -> float:
     for a, b in zip(found, expected, strict=True):
         if a.shape != b.shape:
             return float("inf")
-        if a.numel() and a.is_floating_point():
-            error = (a - b).abs().max() / b.abs().max().clamp(min=1e-300)
-            worst = max(worst, float(error.nan_to_num(nan=float("inf"))))
+        if a.numel() and (a.is_floating_point() or a.is_complex()):
+            worst = max(worst, _relative_difference(a, b))
     return worst
+
+
+def _relative_difference(a: Tensor, b: Tensor) -> float:
+    """Infinities and NaN may stand where they stand in b (masked classes, undefined places); elsewhere none may."""
+    finite = torch.isfinite(b)
+    alike = (a == b) | (a.isnan() & b.isnan())
+    if not bool((torch.where(finite, torch.isfinite(a), alike)).all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    return float((a - b)[finite].abs().max() / b[finite].abs().max().clamp(min=1e-300))

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import IntrafusionError, ModelError
+from intrafusion.network.outputs import Opened, open_output, read_iterators
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Positional and keyword arguments of one forward call."""
+    """Positional and keyword arguments of one forward call.
+
+    Attributes:
+        source: what messages call them.
+        labels: what came with a batch of images and is no argument.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
+    source: str = "the example inputs"
+    labels: Tensor | None = None
 
     @classmethod
     def of(cls, example: ExampleInputs) -> Inputs:
@@ -37,24 +46,50 @@ class Inputs:
         )
 
     def call(self, model: nn.Module) -> list[Tensor]:
-        """Run the network and return every tensor of its output, in a fixed order.
+        """Run the network on a copy of the inputs and return every tensor of its output, in a fixed order.
+
+        They have no history, also where a forward differentiates itself.
 
         Raises:
             ModelError: the forward pass fails on these inputs, or returns no tensor.
         """
+        return [t.detach() if t.requires_grad else t for t in self.opened(model).tensors]
+
+    def opened(self, model: nn.Module) -> Opened:
+        """The same, with what of the output could not be looked into."""
+        output = self.run(model)
+        opened = open_output(output)
+        if not opened.tensors:
+            holds = f" that holds {', '.join(opened.closed)}" if opened.closed else ""
+            raise ModelError(
+                f"the network returns no tensor on {self}, but a {type(output).__name__}{holds}; wrap its forward."
+            )
+        return opened
+
+    def run(self, model: nn.Module) -> Any:
+        """What the network returns on a copy of the inputs, whole; iterators in it are read into lists.
+
+        Raises:
+            ModelError: the forward pass fails on these inputs.
+        """
+        given = self.copied()
         try:
-            output = model(*self.args, **(self.kwargs or {}))
+            return read_iterators(model(*given.args, **(given.kwargs or {})))
+        except IntrafusionError:
+            raise
         except Exception as error:
             raise ModelError(
-                f"the network ({type(model).__name__}) does not run on the example inputs {self}: "
+                f"the network ({type(model).__name__}) does not run on {self.source} {self}: "
                 f"{type(error).__name__}: {error}. Pass inputs of the shape and type that `model(...)` takes."
             ) from error
-        outputs = output_tensors(output)
-        if not outputs:
-            raise ModelError(
-                f"the network returns no tensor on {self}, but a {type(output).__name__}; wrap its forward."
-            )
-        return outputs
+
+    def copied(self) -> Inputs:
+        """The same call with arguments of its own, for a forward that writes into them; what was one tensor stays one.
+
+        Tensors keep `requires_grad`, not their history.
+        """
+        own: dict[int, Any] = {}
+        return self._changed(lambda leaf: own.setdefault(id(leaf), _own_copy(leaf)))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments."""
@@ -62,11 +97,14 @@ class Inputs:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """The same call with every tensor replaced by function(tensor)."""
-        change = lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        return Inputs(tree_map(change, self.args), tree_map(change, dict(self.kwargs or {})))
+        return self._changed(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
+
+    def _changed(self, change: Callable[[Any], Any]) -> Inputs:
+        return replace(self, args=tree_map(change, self.args), kwargs=tree_map(change, dict(self.kwargs or {})))
 
     def double(self) -> Inputs:
-        return self.map(lambda t: t.double() if t.is_floating_point() else t)
+        double = lambda t: t.double() if t.is_floating_point() else t.to(torch.complex128) if t.is_complex() else t  # noqa: E731
+        return self.map(double)
 
     def varied(self, seed: int = 0) -> Inputs:
         """Nearby inputs in which no two values coincide, so that nothing looks constant by accident."""
@@ -85,13 +123,18 @@ class Inputs:
         return f"({', '.join(map(describe, self.tensors()))})"
 
 
+def _own_copy(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # an open file, a handle: nothing that a forward could be kept from changing
+        return leaf
+
+
 def output_tensors(output: Any) -> list[Tensor]:
-    """Every tensor in what a forward returned: a tensor, tuples, dicts, Hugging Face outputs, dataclasses."""
-    if hasattr(output, "to_tuple"):
-        output = output.to_tuple()
-    elif hasattr(output, "__dataclass_fields__"):
-        output = vars(output)
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    """Every tensor in what a forward returned, see `outputs.open_output`."""
+    return open_output(output).tensors
 
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | Inputs

@@ -289,25 +289,37 @@ def watch_calls(
     called: Callable[[K, Tensor, Any], Tensor | None] | None = None,
     *,
     reached: Callable[[K, Tensor], None] | None = None,
+    history: bool = False,
 ) -> Iterator[None]:
     """Call `reached(key, input)` before and `called(key, input, output)` after each of these modules, inside.
 
     Modes that watch the network do not see what these do. What `called` returns, if it does, replaces the output.
+
+    Args:
+        history: whether they see tensors that can be differentiated, where the network is; else these are detached.
     """
+    seen = (lambda x: x) if history else _without_history
+
+    @contextlib.contextmanager
+    def observing() -> Iterator[None]:
+        with _disable_current_modes(), contextlib.nullcontext() if history else torch.no_grad():
+            yield
 
     def before(key: K) -> Callable[..., None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> None:
             assert reached is not None
-            with _disable_current_modes():
-                reached(key, _first(args, kwargs))
+            with observing():
+                reached(key, seen(_first(args, kwargs)))
 
         return hook
 
     def after(key: K) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor], output: Any) -> Tensor | None:
             assert called is not None
-            with _disable_current_modes():
-                return called(key, _first(args, kwargs), output)
+            with observing():
+                instead = called(key, seen(_first(args, kwargs)), seen(output))
+            # a forward that differentiates itself (forces of an energy) needs the way back through the layer
+            return output + (instead - output).detach() if instead is not None and output.requires_grad else instead
 
         return hook
 
@@ -318,6 +330,11 @@ def watch_calls(
             if called is not None:
                 stack.callback(module.register_forward_hook(after(key), with_kwargs=True).remove)
         yield
+
+
+def _without_history(x: Any) -> Any:
+    """The tensor itself, which others know by its identity, unless gradients would follow it."""
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
 
 def _first(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:

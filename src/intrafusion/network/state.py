@@ -1,44 +1,226 @@
-"""Leaves a network as it was found: modes, buffers, and random numbers."""
+"""Leaves a network as it was found: modes, parameters, buffers, attributes that a forward stores, random numbers."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+SEED = 0
+"""Random numbers inside start here, so that two networks that draw them alike can be compared."""
+
+PutBack = Callable[[], object]
 
 
 @contextlib.contextmanager
-def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; training flags, buffers and random state are restored afterwards, also on errors."""
-    flags = [(m, m.training) for m in model.modules()]
-    buffers = [(m, dict(m._buffers), {n: b.clone() for n, b in m._buffers.items() if b is not None}) for m, _ in flags]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+def preserve_state(model: nn.Module) -> Iterator[Memory]:
+    """Evaluation mode inside; everything that a forward may change is put back afterwards, also on errors.
+
+    That is training flags, parameters, buffers, whatever modules keep in attributes (a hidden state, a queue, a cache,
+    a counter, at any depth of lists, dicts and plain objects), and the random state of PyTorch, NumPy and Python.
+    Random numbers inside do not depend on the state outside.
+    """
+    put_back = Memory(model)
+    with _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
         try:
-            for module, _ in flags:
+            for module in put_back.modules:
                 module.training = False
+            yield put_back
+        finally:
+            put_back()
+
+
+class Memory:
+    """What a network holds; calling it puts everything back in its place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self.attributes = [(m, {k: v for k, v in vars(m).items() if k != "training"}) for m in self.modules]
+        self.steps: list[PutBack] = []
+        self.seen: set[int] = {id(m) for m in self.modules}
+        self.kept: list[Any] = []  # alive, so that no id is given twice
+        for module in self.modules:
+            self._remember_dict(module.__dict__)
+
+    def __call__(self) -> None:
+        with torch.inference_mode(False):
+            for step in self.steps:
+                step()
+
+    @property
+    def rebound(self) -> bool:
+        """Whether a module now has another object under some attribute, as where it keeps a state between calls."""
+        return any(
+            not _same_items({k: v for k, v in vars(m).items() if k != "training"}, own) for m, own in self.attributes
+        )
+
+    def _remember(self, value: Any) -> None:
+        if id(value) in self.seen:
+            return
+        self.seen.add(id(value))
+        self.kept.append(value)
+        if isinstance(value, Tensor):
+            self._remember_tensor(value)
+        elif isinstance(value, MutableMapping):
+            self._remember_mapping(value)
+        elif isinstance(value, (list, deque, bytearray)):
+            self._remember_sequence(value)
+        elif isinstance(value, set):
+            self._remember_set(value)
+        elif isinstance(value, (tuple, frozenset)):
+            self._each(value)
+        elif isinstance(value, np.ndarray):
+            self._remember_array(value)
+        else:
+            self._remember_object(value)
+
+    def _each(self, values: Any) -> None:
+        for value in values:
+            self._remember(value)
+
+    def _remember_tensor(self, tensor: Tensor) -> None:
+        if type(tensor) is nn.UninitializedParameter or type(tensor) is nn.UninitializedBuffer or tensor.is_meta:
+            return
+        value, grad = tensor.detach().clone(), tensor.grad if tensor.is_leaf else None
+        flag = tensor.requires_grad
+
+        def put_back() -> None:
+            if not _same_bits(tensor, value):
+                _put_back_(tensor, value)
+            if tensor.is_leaf and tensor.requires_grad != flag:
+                tensor.requires_grad_(flag)
+            if tensor.is_leaf and tensor.grad is not grad:
+                tensor.grad = grad
+
+        self.steps.append(put_back)
+
+    def _remember_dict(self, found: dict[str, Any]) -> None:
+        """Of a module or a plain object: attributes, by reference and by what lies in them."""
+        before = dict(found)
+
+        def put_back() -> None:
+            if not _same_items(found, before):
+                found.clear()
+                found.update(before)
+
+        self.steps.append(put_back)
+        self.seen.add(id(found))
+        self._each(before.values())
+
+    def _remember_mapping(self, found: MutableMapping[Any, Any]) -> None:
+        try:
+            before = list(found.items())
+        except Exception:  # a mapping that computes its items
+            return
+
+        def put_back() -> None:
+            if not _same_items(dict(found.items()), dict(before)):
+                found.clear()
+                for key, value in before:
+                    found[key] = value
+
+        self.steps.append(put_back)
+        self._each(value for _, value in before)
+        self._remember_object(found)
+
+    def _remember_sequence(self, found: Any) -> None:
+        before = list(found)
+
+        def put_back() -> None:
+            if len(found) != len(before) or any(a is not b for a, b in zip(found, before, strict=True)):
+                found.clear()
+                found.extend(before)
+
+        self.steps.append(put_back)
+        if not isinstance(found, bytearray):
+            self._each(before)
+        self._remember_object(found)
+
+    def _remember_set(self, found: set[Any]) -> None:
+        before = set(found)
+
+        def put_back() -> None:
+            if found != before:
+                found.clear()
+                found.update(before)
+
+        self.steps.append(put_back)
+
+    def _remember_array(self, found: np.ndarray) -> None:
+        before = found.copy()
+
+        def put_back() -> None:
+            if found.flags.writeable:
+                found[...] = before
+
+        self.steps.append(put_back)
+
+    def _remember_object(self, value: Any) -> None:
+        if isinstance(value, torch.Generator):
+            state = value.get_state()
+            self.steps.append(functools.partial(value.set_state, state))
+        elif isinstance(value, np.random.Generator):
+            drawn = value.bit_generator.state
+            self.steps.append(functools.partial(setattr, value.bit_generator, "state", drawn))
+        elif isinstance(value, random.Random):
+            self.steps.append(functools.partial(value.setstate, value.getstate()))
+        elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, _WITHOUT_STATE):
+            self._remember_dict(value.__dict__)
+
+
+_WITHOUT_STATE = (
+    *(type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType),
+    *(torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader),  # large, and no forward's own
+)
+
+
+def _same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+    return list(a) == list(b) and all(a[key] is b[key] for key in a)
+
+
+@contextlib.contextmanager
+def _own_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Inside, random numbers start from a fixed seed; outside, nobody notices."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    plain, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=devices):
+        try:
+            torch.default_generator.manual_seed(SEED)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(SEED)
+            random.seed(SEED)
+            np.random.seed(SEED)  # noqa: NPY002
             yield
         finally:
-            for module, flag in flags:
-                module.training = flag
-            for module, found, values in buffers:
-                for name in set(module._buffers) - set(found):
-                    del module._buffers[name]
-                for name, buffer in found.items():
-                    module._buffers[name] = buffer
-                    if buffer is not None and not _same_bits(buffer, values[name]):
-                        _put_back_(buffer, values[name])
+            random.setstate(plain)
+            np.random.set_state(arrays)  # noqa: NPY002
 
 
-def _put_back_(buffer: torch.Tensor, value: torch.Tensor) -> None:
+def _nothing_compiled() -> contextlib.AbstractContextManager[object]:
+    """What `torch.compile` made runs eagerly inside, so that modes see it and no new shape is compiled."""
+    if "torch._dynamo" not in sys.modules:  # then nothing was compiled, and importing it takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _put_back_(tensor: Tensor, value: Tensor) -> None:
     """In the same memory where it still has the shape."""
-    if buffer.shape == value.shape:
-        buffer.data.copy_(value)
+    if tensor.shape == value.shape and tensor.dtype == value.dtype:
+        tensor.data.copy_(value)
     else:
-        buffer.data = value
+        tensor.data = value
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != torch.strided:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())

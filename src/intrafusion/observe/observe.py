@@ -155,13 +155,7 @@ class _Gradients:
 
 def _run_whole(call: Inputs, model: nn.Module) -> Any:
     """What the network returns, whole."""
-    found: list[Any] = []
-    handle = model.register_forward_hook(lambda module, args, output: found.append(output))
-    try:
-        call.call(model)
-    finally:
-        handle.remove()
-    return found[-1]
+    return call.run(model)
 
 
 @contextlib.contextmanager
@@ -184,6 +178,7 @@ def _find_loss(output: Any, labels: Tensor | None, count: int) -> Tensor:
         return own.reshape(())
     outputs = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in _find_floating(output)]
     if labels is None:
+        outputs = [torch.where(t.isinf(), 0.0, t) for t in outputs]  # masked classes
         return sum((t.square().sum() for t in outputs), start=outputs[0].new_zeros(())) / (2 * count)
     labels = labels.to(outputs[0].device)
     if labels.is_floating_point() and labels.shape == outputs[0].shape:
@@ -322,5 +317,5 @@ def _watch(views: Iterable[_View], gradients: _Gradients) -> Iterator[None]:
         if not gradients.again:
             view.add(index, x, output)
 
-    with watch_calls({key: port.layer.module for key, port in ports.items()}, called):
+    with watch_calls({key: port.layer.module for key, port in ports.items()}, called, history=True):
         yield

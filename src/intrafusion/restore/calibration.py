@@ -134,22 +134,32 @@ def calibrate(
     """
     if level not in ("auto", *LEVELS):
         raise RecipeError(unknown_name("restore", level, ("auto", *LEVELS)))
-    start, synthesis, why = time.perf_counter(), synthesis or Synthesis(seed=seed), None
+    asked, start, synthesis, why = level, time.perf_counter(), synthesis or Synthesis(seed=seed), None
     if level == "auto":
         level, why = _choose_level(model, inputs, images, synthesis)
     restorer: LeastSquares | Noise = LeastSquares(seed=seed)
+    call = inputs
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
         call = join_batches(read_batches(images))
     elif level == "synthetic":
-        like = image_like(inputs)
-        made = synthesis(model, inputs, **({} if progress is None else {"progress": progress}))
-        call = inputs.map(lambda t: made if t is like else t)
-    else:
+        try:
+            call = _make_images(model, inputs, synthesis, progress)
+        except ModelError as error:
+            if asked != "auto":
+                raise
+            level, why = "noise", f"no images were given, and none could be made: {error}"
+    if level == "noise":
         restorer = noise or Noise(seed=seed)
         call = restorer.make(inputs, model)
     return Calibration(level, call.map(channels_last), model, restorer, time.perf_counter() - start, why, seed)
+
+
+def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis, progress: Progress | None) -> Inputs:
+    like = image_like(inputs)
+    made = synthesis(model, inputs, **({} if progress is None else {"progress": progress}))
+    return inputs.map(lambda t: made if t is like else t)
 
 
 def _choose_level(

@@ -73,7 +73,8 @@ class Synthesis:
         Args:
             example_inputs: one call of the network with a single floating-point tensor; gives the shape of an image.
         Raises:
-            ModelError: the network does not take a single image tensor, or has no batch norm and no layer with weights.
+            ModelError: the network does not take a single image tensor, or has no batch norm and no layer with weights,
+                or its forward takes no gradients.
         """
         like = image_like(example_inputs)
         wanted = read_norms(model) or watch_noise(model, example_inputs, self.seed)
@@ -87,7 +88,7 @@ class Synthesis:
             for step in range(self.steps):
                 progress("images", step, self.steps)
                 images = channels_last(self.roll_pixels(pixels, generator))
-                (pixels.grad,) = torch.autograd.grad(self.loss(model, wanted, images), pixels)
+                (pixels.grad,) = torch.autograd.grad(_check_loss(self.loss(model, wanted, images)), pixels)
                 optimizer.step()
                 if time.monotonic() > end:
                     break
@@ -101,9 +102,14 @@ class Synthesis:
 
     def loss(self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor) -> Tensor:
         with collect_mismatches(wanted) as found:
-            outputs = output_tensors(model(pixels))
+            outputs = output_tensors(model(pixels.clone()))  # a forward may write into its input
         total = self.statistics * torch.stack(found).sum() + self.smoothness * total_variation(pixels)
-        if len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1:
+        if (
+            len(outputs) == 1
+            and outputs[0].dim() == 2
+            and outputs[0].shape[1] > 1
+            and bool(outputs[0].isfinite().all())
+        ):
             labels = torch.arange(len(pixels), device=pixels.device) % outputs[0].shape[1]
             total = total + F.cross_entropy(outputs[0], labels)
         return total
@@ -112,6 +118,12 @@ class Synthesis:
         dims = tuple(range(2, pixels.dim()))
         moves = torch.randint(-self.roll, self.roll + 1, (len(dims),), generator=generator).tolist()
         return torch.roll(pixels, moves, dims) if dims else pixels
+
+
+def _check_loss(loss: Tensor) -> Tensor:
+    if not loss.requires_grad:
+        raise ModelError("no image can be made from this network: its forward takes no gradients (no_grad, inference).")
+    return loss
 
 
 def total_variation(pixels: Tensor) -> Tensor:
@@ -191,7 +203,7 @@ def collect_mismatches(wanted: Sequence[ChannelStatistics]) -> Iterator[list[Ten
     def called(one: ChannelStatistics, x: Tensor, output: Tensor) -> None:
         found.append(one.measure_mismatch(x if one.reads else output.clone()))  # it may be changed in place
 
-    with watch_calls({one: one.module for one in wanted}, called):
+    with watch_calls({one: one.module for one in wanted}, called, history=True):
         yield found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
-from intrafusion.network.double import TOLERANCE, output_difference, run_in_double
+from intrafusion.network.double import TOLERANCE, output_difference
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
@@ -32,7 +32,12 @@ CEILING = 1e-3  # a larger difference is none of rounding
 Maps = dict[str, ReductionMap]
 
 
-def tolerance_of(double: nn.Module, inputs: Inputs, expected: list[Tensor], least: float = TOLERANCE) -> float:
+def tolerance_of(
+    double: nn.Module,
+    outputs: Callable[[nn.Module], list[Tensor]],
+    expected: list[Tensor],
+    least: float = TOLERANCE,
+) -> float:
     """How far two float64 computations of one output may differ: `least`, or more.
 
     A network that amplifies rounding shows it in what a change of every weight by about one rounding does; sums are
@@ -42,7 +47,7 @@ def tolerance_of(double: nn.Module, inputs: Inputs, expected: list[Tensor], leas
     generator = torch.Generator().manual_seed(0)
     noise = lambda w: (2 * torch.rand(w.shape, generator=generator, dtype=torch.float64) - 1).to(w.device)  # noqa: E731
     write_weights_(double, {n: w * (1 + ROUNDING * noise(w)) for n, w in weights.items()})
-    changed = output_difference(run_in_double(double, inputs), expected)
+    changed = output_difference(outputs(double), expected)
     write_weights_(double, weights)
     return min(max(least, ROUNDINGS * changed), CEILING)
 
@@ -108,7 +113,7 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
 
     def failure(groups: Sequence[ChannelGroup]) -> str | None:
         try:
-            found = trace(attempt(groups), inputs)
+            found = trace(attempt(groups), inputs, calls=graph.calls)
         except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
             return f"the smaller network does not run ({_shorten_error(error)})"
         expected = shrink_graph(graph, {g.name: len(maps[g.name].merge) for g in groups})

@@ -8,17 +8,19 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
-from intrafusion.network.double import TOLERANCE, output_difference, run_in_double
+from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.operate import tolerance_of
 from intrafusion.surgery.search import find_largest_passing
 from intrafusion.surgery.write import write_weights_
+from intrafusion.trace.random import Draws
 
 
 def random_derangement(group: ChannelGroup, generator: np.random.Generator) -> ReductionMap:
@@ -40,27 +42,62 @@ class _PermutationCheck:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.double = copy_model(self.model).double()
+        self.double = copy_as_double(self.model)
         self.weights = {n: t.detach() for n, t in named_tensors(self.double).items()}
-        self.expected = [run_in_double(self.double, i) for i in self.inputs]
+        draws = Draws()
+        self.expected = [run_in_double(self.double, i, self.graph.calls, draws) for i in self.inputs]
+        self.draws = tuple(draws.names)  # operations that draw random numbers
+        self.means = self._outputs(mean=True) if self.draws else []
+        _check_outputs(self.expected, self.inputs)
+
+    def _outputs(self, *, mean: bool) -> list[list[Tensor]]:
+        return [self._run(self.double, i, mean=mean) for i in self.inputs]
+
+    def _run(self, model: nn.Module, inputs: Inputs, *, mean: bool) -> list[Tensor]:
+        return run_in_double(model, inputs, self.graph.calls, Draws(mean=mean))
 
     @cached_property
     def tolerance(self) -> float:
         """What rounding may do to the output of this network."""
-        return max(tolerance_of(self.double, i, e) for i, e in zip(self.inputs, self.expected, strict=True))
+        means = self.means or self.expected
+        return max(
+            tolerance_of(self.double, lambda model, i=i: self._run(model, i, mean=bool(self.draws)), e)
+            for i, e in zip(self.inputs, means, strict=True)
+        )
 
     def passes(self, error: float) -> bool:
         return error <= TOLERANCE or error <= self.tolerance
 
-    def error(self, groups: Sequence[ChannelGroup]) -> float:
-        """Relative change of the output when all these groups are permuted at once."""
+    def error(self, groups: Sequence[ChannelGroup], *, random: bool = False) -> float:
+        """Relative change of the output when all these groups are permuted at once.
+
+        Args:
+            random: whether the same random numbers must do, for a network that draws some; else their mean will too.
+        """
         generator = np.random.default_rng(self.seed)
         maps = {g.name: random_derangement(g, generator) for g in groups}
         permuted = reduce_weights(self.weights, self.graph, maps)
         write_weights_(self.double, permuted)
-        found = [run_in_double(self.double, i) for i in self.inputs]
+        worst = _find_worst(self._outputs(mean=False), self.expected)
+        if self.draws and worst > TOLERANCE and not random:
+            worst = min(worst, _find_worst(self._outputs(mean=True), self.means))
         write_weights_(self.double, {name: self.weights[name] for name in permuted})
-        return max(output_difference(f, e) for f, e in zip(found, self.expected, strict=True))
+        return worst
+
+
+def _find_worst(found: Sequence[list[Tensor]], expected: Sequence[list[Tensor]]) -> float:
+    return max(output_difference(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def _check_outputs(outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Inputs]) -> None:
+    """Refuse a network of whose outputs nothing is left to compare."""
+    for given, found in zip(inputs, outputs, strict=True):
+        numbers = [t for t in found if t.numel() and (t.is_floating_point() or t.is_complex())]
+        if numbers and not any(bool(torch.isfinite(t).any()) for t in numbers):
+            raise ModelError(
+                f"the network gives nothing but NaN or infinity on {given.source} {given}; expected finite outputs at "
+                "some places at least. Check the scale of the inputs, and the buffers of the network."
+            )
 
 
 def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGraph:
@@ -72,11 +109,27 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     if not groups:
         return graph
     check = _PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))
-    _, failed = find_largest_passing(families_of(groups), lambda gs: None if check.passes(e := check.error(gs)) else e)
-    reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative)" for g, e in failed}
-    return _add_reasons(graph, reasons)
+    passed, failed = find_largest_passing(
+        families_of(groups), lambda gs: None if check.passes(e := check.error(gs)) else e
+    )
+    drawn = f"; the forward draws random numbers ({', '.join(check.draws)})" if check.draws else ""
+    reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative){drawn}" for g, e in failed}
+    return _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed))
 
 
-def _add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
+def add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
     groups = tuple(replace(g, reason=reasons.get(g.name, g.reason)) for g in graph.groups)
     return replace(graph, groups=groups)
+
+
+def _find_drawn(check: _PermutationCheck, groups: list[ChannelGroup]) -> set[str]:
+    """Groups of whose channels each gets random numbers of its own, as in a dropout that is always on."""
+    if not check.draws or check.error(groups, random=True) <= TOLERANCE:
+        return set()
+    return {g.name for family in families_of(groups) for g in family if check.error(family, random=True) > TOLERANCE}
+
+
+def _forbid_mixing(graph: ChannelGraph, names: set[str]) -> ChannelGraph:
+    why = "random numbers are drawn for each of its channels"
+    groups = (replace(g, unmixable=g.unmixable or why) if g.name in names else g for g in graph.groups)
+    return replace(graph, groups=tuple(groups))

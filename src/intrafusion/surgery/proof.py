@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
-from intrafusion.network.double import DoublePrecision, output_difference, run_in_double
+from intrafusion.network.double import DoublePrecision, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
@@ -42,6 +42,7 @@ from intrafusion.trace.call import name_operation
 from intrafusion.trace.dispatch import Tracer
 from intrafusion.trace.info import Weight
 from intrafusion.trace.ledger import Ledger
+from intrafusion.trace.random import Draws
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.contraction import PRODUCTS
 from intrafusion.trace.run import follow_run
@@ -80,7 +81,7 @@ class FunctionCheck:
 
     @cached_property
     def double(self) -> nn.Module:
-        return copy_model(self.model).double()
+        return copy_as_double(self.model)
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -96,7 +97,7 @@ class FunctionCheck:
 
     @cached_property
     def tolerance(self) -> float:
-        return tolerance_of(self.double, self.probe, run_in_double(self.double, self.probe), _CLOSE)
+        return tolerance_of(self.double, self._outputs, self._outputs(self.double), _CLOSE)
 
     def settled(self, maps: Maps) -> Maps:
         """The maps with the scales that were found for their groups."""
@@ -140,12 +141,16 @@ class FunctionCheck:
             return 0.0
         small = copy_model(self.double)
         write_weights_(small, reduce_weights(self.weights, self.graph, maps))
-        found = run_in_double(small, self.probe)
+        found = self._outputs(small)
         return output_difference(found, self.expected({name: _scale_map(m, None) for name, m in maps.items()}))
 
     def is_same_without(self, maps: Maps) -> bool:
         """Whether the original network gives the same where nothing comes in from the channels that maps remove."""
-        return self.passes(output_difference(self.expected(maps), run_in_double(self.double, self.probe)))
+        return self.passes(output_difference(self.expected(maps), self._outputs(self.double)))
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        """In float64, over the calls that were traced; random numbers at their mean, as other widths draw others."""
+        return run_in_double(model, self.probe, self.graph.calls, Draws(mean=True))
 
     def expected(self, maps: Maps) -> list[Tensor]:
         """What the original network gives where nothing comes in from the channels that these maps remove."""
@@ -153,10 +158,12 @@ class FunctionCheck:
         write_weights_(self.double, weights)
         try:
             if not masks:
-                return run_in_double(self.double, self.probe)
+                return self._outputs(self.double)
             tracer, inputs = _Masking(self.double, masks), self.probe.double()
             with follow_run(tracer, self.double, inputs), DoublePrecision(), tracer:
-                return inputs.call(self.double)
+                calls = range(self.graph.calls)
+                with Draws(mean=True):
+                    return [output for _ in calls for output in inputs.call(self.double)]
         finally:
             write_weights_(self.double, {name: self.weights[name] for name in weights})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -25,19 +26,31 @@ def write_weights_(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[Rep
     """Put new tensors into a network, in place, and let the attributes of their modules follow.
 
     Parameters keep their identity: ties, requires_grad, hooks and optimizer references survive; gradients of another
-    shape are dropped.
+    shape are dropped. A forward pass from before can no longer be differentiated, the next one can.
     """
     tensors = named_tensors(model)
     shapes = {name: tuple(tensors[name].shape) for name in weights}
     for name, value in weights.items():
         target = tensors[name]
-        target.data = value
+        put_data_(target, value)
         if target.grad is not None and target.grad.shape != value.shape:
             target.grad = None
     changed = {name for name, shape in shapes.items() if shape != tuple(weights[name].shape)}
     repairs = find_repairs(model, {id(tensors[name]): shapes[name] for name in changed})
     make_repairs_(model, repairs)
     return repairs
+
+
+def put_data_(target: Tensor, value: Tensor) -> None:
+    """Give a parameter or buffer other values, which may have another shape.
+
+    While a graph of an old forward pass is alive, autograd goes on with the node that gathers the gradients of the old
+    shape; only a change of the dtype makes it forget that node.
+    """
+    if target.shape != value.shape and target.is_leaf and target.requires_grad:
+        other = torch.float32 if target.dtype == torch.float64 else torch.float64
+        target.data = torch.empty(0, dtype=other, device=value.device)
+    target.data = value
 
 
 def make_repairs_(model: nn.Module, repairs: tuple[Repair, ...]) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.inputs import ExampleInputs, Inputs
-from intrafusion.network.state import preserve_state
+from intrafusion.network.state import Memory, preserve_state
+from intrafusion.network.wrappers import unwrap
 from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.dispatch import Tracer
 from intrafusion.trace.groups import build_graph
 from intrafusion.trace.info import LabelledTensor
 from intrafusion.trace.ledger import Ledger
+from intrafusion.trace.random import Draws
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None = None) -> ChannelGraph:
     """Find the coupled channel groups of a network from one run on an example input.
 
     The network may be frozen, in half precision, in training or evaluation mode; it is traced in evaluation mode and
@@ -28,43 +31,85 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
     Args:
         model: any eager PyTorch module.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; a batch of one will do.
+        calls: how many in a row; by default two where the first leaves a state in an attribute, else one.
     Returns:
         every group, in execution order; those that cannot be reduced say why.
     Raises:
         ModelError: the network does not run on the example inputs, or has uninitialised (lazy) parameters.
     """
-    inputs = Inputs.of(example_inputs)
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise ModelError(f"parameter {lazy[0]!r} is not initialised yet; run the network once before tracing it.")
-    try:
-        ledger = _run_once(model, inputs.varied())
-    except ModelError:  # not every network takes other values: an index, a mask
-        ledger = _run_once(model, inputs)
-    return build_graph(ledger.relations, ledger.shapes, ledger.origins, _warn_of_unreached(model, ledger))
+    model, inputs = unwrap(model), Inputs.of(example_inputs)
+    run = _run_first_possible(model, inputs, calls)
+    warnings = (*_warn_of_unreached(model, run.ledger), *_warn_of_unopened(run), *_warn_of_draws(run))
+    graph = build_graph(run.ledger.relations, run.ledger.shapes, run.ledger.origins, warnings)
+    return replace(graph, calls=run.calls)
 
 
 @contextlib.contextmanager
-def follow_run(tracer: Tracer, model: nn.Module, inputs: Inputs) -> Iterator[None]:
+def follow_run(tracer: Tracer, model: nn.Module, inputs: Inputs) -> Iterator[Memory]:
     """Where a forward pass under this tracer shows every step; the network is left as it was found."""
     for given in inputs.tensors():
         tracer.ledger.learn(given, LabelledTensor.fixed(given.shape))
-    with preserve_state(model), torch.no_grad(), decompose(model), tracer.naming_modules(model):
-        yield
+    with preserve_state(model) as memory, torch.no_grad(), decompose(model), tracer.naming_modules(model):
+        yield memory
 
 
-def _run_once(model: nn.Module, inputs: Inputs) -> Ledger:
-    """One traced forward pass; input and output channels may not move."""
-    ledger = Ledger(model)
-    tracer = Tracer(ledger)
-    with follow_run(tracer, model, inputs):
-        with tracer:
-            outputs = inputs.call(model)
+@dataclass(eq=False)
+class _Run:
+    """What one traced run found.
+
+    Attributes:
+        calls: forward calls in a row that were followed.
+        draws: operations that draw random numbers.
+        closed: kinds of objects in the output that could not be looked into.
+    """
+
+    ledger: Ledger
+    calls: int = 1
+    draws: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+
+
+def _run_first_possible(model: nn.Module, inputs: Inputs, calls: int | None) -> _Run:
+    """On inputs with no two values alike, or as they are; called once where a second call in a row is not taken."""
+    attempts = [(inputs.varied(), calls), (inputs, calls), *([(inputs, 1)] if calls is None else [])]
+    for given, count in attempts[:-1]:
+        try:
+            return _run(model, given, count)
+        except ModelError:  # not every network takes other values (an index, a mask), or two calls in a row
+            continue
+    return _run(model, *attempts[-1])
+
+
+def _run(model: nn.Module, inputs: Inputs, calls: int | None) -> _Run:
+    """One traced forward pass, two where the network keeps something from call to call; outputs may not move."""
+    run = _Run(Ledger(model))
+    tracer = Tracer(run.ledger)
+    with follow_run(tracer, model, inputs) as memory:
+        with tracer, Draws(mean=True) as draws:
+            opened = inputs.opened(model)
+            outputs = [
+                *opened.tensors,
+                *_call_again(run, model, inputs, memory.rebound if calls is None else calls > 1),
+            ]
+        run.closed, run.draws = opened.closed, draws.names
         for output in outputs:
-            info = ledger.look_up(output)
-            ledger.note_read(info, "output of the network")
-            ledger.forbid(info, "output of the network")
-    return ledger
+            _fix_output(run.ledger, output)
+    return run
+
+
+def _call_again(run: _Run, model: nn.Module, inputs: Inputs, wanted: bool) -> list[Tensor]:
+    """What the network gives on the state that the first call left; noted in the run."""
+    if not wanted:
+        return []
+    outputs = inputs.call(model)
+    run.calls = 2
+    return outputs
+
+
+def _fix_output(ledger: Ledger, output: Tensor) -> None:
+    info = ledger.look_up(output)
+    ledger.note_read(info, "output of the network")
+    ledger.forbid(info, "output of the network")
 
 
 def _warn_of_unreached(model: nn.Module, ledger: Ledger) -> tuple[str, ...]:
@@ -73,3 +118,19 @@ def _warn_of_unreached(model: nn.Module, ledger: Ledger) -> tuple[str, ...]:
         return ()
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return (f"{len(names)} parameters were not used on the example input and are left as they are: {shown}.",)
+
+
+def _warn_of_unopened(run: _Run) -> tuple[str, ...]:
+    if not run.closed:
+        return ()
+    kinds = ", ".join(run.closed)
+    return (f"the output holds {kinds}, which cannot be looked into: tensors in there were not taken for outputs.",)
+
+
+def _warn_of_draws(run: _Run) -> tuple[str, ...]:
+    if not run.draws:
+        return ()
+    return (
+        f"the forward draws random numbers in evaluation mode too ({', '.join(run.draws)}); it was traced and proved "
+        "with their mean where they have the shape of a tensor, else from one seed.",
+    )

@@ -1,0 +1,156 @@
+"""Calibration images as calls like the example inputs: checked, named by batch, labels set apart."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from intrafusion.errors import IntrafusionWarning, ModelError
+from intrafusion.network.batches import ImagesLike, as_call, count_images, read_labelled
+from intrafusion.network.inputs import Inputs
+
+FEW = 32  # images, below which a layer is solved for the images themselves rather than for what they stand for
+
+
+@dataclass(eq=False)
+class Calls:
+    """Batches of images, one call of the network each; as often as the images can be read.
+
+    Attributes:
+        given: the images as they came.
+        like: the example inputs, which say how many arguments a call has, and of which kind.
+        forward: names of the arguments that the network takes; None for any.
+        notes: what the user should know, once all batches were read.
+    """
+
+    given: ImagesLike
+    like: Inputs
+    forward: tuple[str, ...] | None
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        total = 0
+        for call, labels in read_labelled(self._opened()):
+            call = self._checked(call if call.labels is not None else replace(call, labels=labels))
+            total += count_images(call)
+            yield call
+        if total < FEW:
+            self.notes["few"] = (
+                f"images: {total} are few for solving layers on them; give a few hundred, or restore='synthetic'"
+            )
+
+    def _opened(self) -> Any:
+        if isinstance(self.given, (Tensor, np.ndarray, Mapping, Inputs)):
+            return [self._call(self.given, "images")]
+        if hasattr(self.given, "images") or isinstance(self.given, (str, bytes)) or not hasattr(self.given, "__iter__"):
+            return self.given
+        return (self._call(batch, f"batch {index} of images") for index, batch in enumerate(self.given))
+
+    def _call(self, batch: Any, source: str) -> Any:
+        """A tuple is cut into arguments and labels by the number of arguments in the example."""
+        wanted = len(self.like.args)
+        if isinstance(batch, Mapping):
+            return self._named(batch, source)
+        if not isinstance(batch, (tuple, list)) or isinstance(batch[0] if batch else None, (Mapping, Inputs)):
+            return batch
+        if wanted < 2:
+            names = list(self.like.kwargs or {})
+            if wanted == 0 and len(names) > 1:
+                raise ModelError(f"{source}: expected a dict with {', '.join(names)} as in the example, got a tuple.")
+            return batch
+        if len(batch) < wanted:
+            raise ModelError(
+                f"{source}: expected {wanted} arguments as in the example inputs, and labels or not, got {len(batch)}."
+            )
+        labels = batch[wanted] if len(batch) > wanted and isinstance(batch[wanted], Tensor) else None
+        given = [as_call(item, source).args[0] if isinstance(item, np.ndarray) else item for item in batch[:wanted]]
+        return Inputs(tuple(given), None, source, labels)
+
+    def _named(self, batch: Mapping[str, Any], source: str) -> Inputs:
+        """Entries that forward does not take (a label, a path) are left out."""
+        labels = next((t for k in ("labels", "label") if isinstance(t := batch.get(k), Tensor)), None)
+        taken = {k: v for k, v in batch.items() if self.forward is None or k in self.forward}
+        missing = [
+            k for k in self.like.kwargs or {} if k not in taken and isinstance((self.like.kwargs or {})[k], Tensor)
+        ]
+        if missing or not taken:
+            takes = ", ".join(self.forward or missing)
+            raise ModelError(
+                f"{source}: expected a dict with the arguments of forward ({takes}), "
+                f"got the keys {', '.join(map(str, batch))}."
+            )
+        return replace(as_call(taken, source), labels=labels)
+
+    def _checked(self, call: Inputs) -> Inputs:
+        pairs = list(zip(call.tensors(), self.like.tensors(), strict=False))
+        for found, like in pairs:
+            self._check(found, like, call.source)
+        return call.map(lambda t: self._as_float(t, pairs, call.source))
+
+    def _check(self, found: Tensor, like: Tensor, where: str) -> None:
+        shown = f"got {str(found.dtype)[6:]}{list(found.shape)} where the example inputs have {list(like.shape)}"
+        if found.dim() == like.dim() - 1 and found.shape == like.shape[1:]:
+            raise ModelError(
+                f"{where}: expected a batch, {shown}: that is one image alone; "
+                "put a DataLoader around the data set, or stack the images."
+            )
+        if found.dim() and len(found) == 0:
+            raise ModelError(f"{where}: expected at least one image, {shown}.")
+        if found.is_floating_point() and not like.is_floating_point():
+            raise ModelError(f"{where}: expected {str(like.dtype)[6:]} as in the example inputs, {shown}.")
+        broken = found.is_floating_point() and not bool(torch.isfinite(found).all())
+        if broken and bool(torch.isfinite(like).all()):
+            raise ModelError(
+                f"{where}: expected finite images, got NaN or infinity in {list(found.shape)}; look at them."
+            )
+
+    def _as_float(self, t: Tensor, pairs: list[tuple[Tensor, Tensor]], where: str) -> Tensor:
+        like = next((like for found, like in pairs if found is t), None)
+        if like is None or not like.is_floating_point() or t.is_floating_point() or t.is_complex():
+            return t
+        self.notes["integers"] = (
+            f"{where}: {str(t.dtype)[6:]} where the example inputs are {str(like.dtype)[6:]}; taken as numbers up to "
+            f"{int(t.max())}: normalise images as the network was trained on them"
+        )
+        return t.to(like.dtype)
+
+
+def as_calls(images: ImagesLike | None, model: nn.Module, like: Inputs) -> Calls | None:
+    """The images as calls of a network."""
+    if images is None or isinstance(images, Calls):
+        return images
+    return Calls(images, like, _arguments(model))
+
+
+def _arguments(model: nn.Module) -> tuple[str, ...] | None:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return tuple(p.name for p in parameters if p.kind is not p.VAR_POSITIONAL)
+
+
+def warn_of(notes: Mapping[str, str]) -> tuple[str, ...]:
+    """The notes, after a warning of each that points at the caller of the library."""
+    for note in notes.values():
+        warnings.warn(note, IntrafusionWarning, stacklevel=_depth())
+    return tuple(notes.values())
+
+
+def _depth() -> int:
+    """How many frames up the first one outside the library lies."""
+    frame, depth = inspect.currentframe(), 0
+    while (
+        frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
+    ):
+        frame, depth = frame.f_back, depth + 1
+    return depth

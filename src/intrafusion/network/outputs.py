@@ -1,0 +1,129 @@
+"""What a forward returned, opened: every tensor in it, wherever it lies, and what could not be looked into."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import itertools
+import numbers
+import pathlib
+import types
+from collections.abc import Collection, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from intrafusion.errors import ModelError
+
+LONGEST = 10_000
+"""Items that are taken out of an iterator; one that goes on is refused, as it may never end."""
+
+_PLAIN = (
+    *(type(None), str, bytes, bytearray, numbers.Number, enum.Enum, range, slice, type, types.EllipsisType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, datetime.date, pathlib.PurePath),
+)
+"""What holds no tensor."""
+
+_CLOSED = (nn.Module, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, np.ndarray)
+
+
+@dataclass(eq=False)
+class Opened:
+    """The tensors of an output in a fixed order, and the kinds of objects in it that could not be opened."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+
+
+def open_output(output: Any) -> Opened:
+    """Every tensor in what a forward returned: in tuples, sets, mappings, dataclasses, attributes, at any depth.
+
+    Iterators are read to their end; see `read_iterators` for an output that is to be used afterwards. A tensor that
+    stands in several places counts as often, but for the attributes that a container keeps besides its items.
+
+    Raises:
+        ModelError: an iterator that does not end.
+    """
+    opened, entered, found = Opened(), set[int](), set[int]()
+    stack: list[tuple[Any, bool]] = [(output, False)]
+    kept: list[Any] = []  # alive, so that no id is given twice
+    while stack:
+        value, besides = stack.pop()
+        if isinstance(value, Tensor):
+            opened.tensors.extend([] if besides and id(value) in found else [value])
+            found.add(id(value))
+        elif not isinstance(value, _PLAIN) and id(value) not in entered:
+            entered.add(id(value))
+            kept.append(value)
+            items, attributes = _parts_of(value)
+            stack.extend((x, True) for x in reversed(attributes))
+            stack.extend((x, besides) for x in reversed(items))
+            opened.closed.extend([] if items or attributes or _is_open(value) else [type(value).__name__])
+    opened.closed = list(dict.fromkeys(opened.closed))
+    return opened
+
+
+def _parts_of(value: Any) -> tuple[list[Any], list[Any]]:
+    """What lies directly in an object, and what a container keeps in attributes besides (maybe the same once more)."""
+    if not _is_open(value):
+        return [], []
+    attributes = list(_attributes_of(value).values())
+    if isinstance(value, Mapping):
+        return list(value.values()), attributes
+    if isinstance(value, Iterator):
+        return _read(value), []
+    if isinstance(value, Set) and any(isinstance(item, Tensor) for item in value):
+        raise ModelError("the network returns tensors in a set, which has no order; return them in a tuple or a dict.")
+    return (list(value), attributes) if isinstance(value, Collection) else (attributes, [])
+
+
+def _is_open(value: Any) -> bool:
+    """Not so: modules, functions, arrays, and objects of compiled code, which have neither attributes nor items."""
+    if isinstance(value, _CLOSED):
+        return False
+    return isinstance(value, (Collection, Iterator)) or _has_dict(value) or bool(_slots_of(value))
+
+
+def _has_dict(value: Any) -> bool:
+    return any("__dict__" in vars(cls) for cls in type(value).__mro__)
+
+
+def _attributes_of(value: Any) -> dict[str, Any]:
+    return {
+        **{s: getattr(value, s) for s in _slots_of(value) if hasattr(value, s)},
+        **(vars(value) if _has_dict(value) else {}),
+    }
+
+
+def _slots_of(value: Any) -> list[str]:
+    return [name for cls in type(value).__mro__ for name in _own_slots(cls)]
+
+
+def _own_slots(cls: type) -> list[str]:
+    slots = vars(cls).get("__slots__", ())
+    names = [slots] if isinstance(slots, str) else list(slots)
+    private = f"_{cls.__name__.lstrip('_')}"
+    full = [f"{private}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
+    return [n for n in full if n not in ("__dict__", "__weakref__")]
+
+
+def _read(iterator: Iterator[Any]) -> list[Any]:
+    found = list(itertools.islice(iterator, LONGEST + 1))
+    if len(found) > LONGEST:
+        raise ModelError(
+            f"the network returns an iterator ({type(iterator).__name__}) of more than {LONGEST} items; expected an "
+            "output with an end. Wrap its forward so that it returns a list."
+        )
+    return found
+
+
+def read_iterators(output: Any) -> Any:
+    """The same output with a list in place of an iterator, so that it can be read more than once."""
+    if isinstance(output, Iterator):
+        return [read_iterators(item) for item in _read(output)]
+    if type(output) in (list, tuple):
+        return type(output)(read_iterators(item) for item in output)
+    return {k: read_iterators(v) for k, v in output.items()} if type(output) is dict else output

@@ -1,0 +1,176 @@
+"""Images in whatever form, as calls like the example inputs; faults are told with the number of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import intrafusion
+from intrafusion import IntrafusionWarning, ModelError, compress
+from intrafusion.lab.zoo.images import Images as Labelled
+from intrafusion.network.calibration_images import as_calls
+from intrafusion.network.inputs import Inputs
+
+A, B = torch.randn(2, 40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(40)
+
+
+class Single(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(image)).mean((2, 3)))
+
+
+class Siamese(Single):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(a) - super().forward(b)
+
+
+class Pairs(Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 25:
+            raise OSError("truncated file")
+        return A[index], 0
+
+
+def given(images: Any, model: nn.Module, like: Any) -> tuple[Inputs, list[int] | None]:
+    """All arguments, and the labels."""
+    calls = as_calls(images, model, Inputs.of(like))
+    assert calls is not None
+    found = list(calls)
+    parts = [torch.cat([c.tensors()[k] for c in found]) for k in range(len(found[0].tensors()))]
+    labels = [c.labels for c in found]
+    return Inputs(tuple(parts)), None if labels[0] is None else torch.cat(labels).tolist()  # type: ignore[arg-type]
+
+
+ONE = {
+    "array": A.numpy(),
+    "arrays in a list": [A[:20].numpy(), A[20:].numpy()],
+    "arrays in tuples": [(A.numpy(), LABELS.numpy())],
+    "dict of an array": {"image": A.numpy()},
+    "extra keys": [
+        {"image": A[:20], "label": LABELS[:20], "path": ["p"] * 20},
+        {"image": A[20:], "label": LABELS[20:]},
+    ],
+    "the zoo's": Labelled(A, LABELS),
+    "one batch object": SimpleNamespace(images=A, labels=LABELS),
+    "inputs": [Inputs((A,))],
+}
+
+
+@pytest.mark.parametrize("form", ONE)
+def test_forms_of_one_image(form: str) -> None:
+    call, labels = given(ONE[form], Single(), A[:2])
+    assert len(call.args) == 1
+    assert torch.equal(call.args[0], A)
+    wants_labels = form in ("arrays in tuples", "extra keys", "the zoo's", "one batch object")
+    assert labels == (LABELS.tolist() if wants_labels else None)
+    small = compress(Single().eval(), A[:2], 0.5, images=ONE[form])
+    assert small.restored[0].on == "40 images"
+
+
+TWO = {
+    "loader": DataLoader(TensorDataset(A, B, LABELS), 16),
+    "without labels": [(A, B)],
+    "lists": [[A[:30], B[:30]], [A[30:], B[30:]]],
+    "dicts": [{"a": A, "b": B, "label": LABELS}],
+    "arrays": [(A.numpy(), B.numpy())],
+}
+
+
+@pytest.mark.parametrize("form", TWO)
+def test_forms_of_two_images(form: str) -> None:
+    call, labels = given(TWO[form], Siamese(), (A[:2], B[:2]))
+    assert torch.equal(call.args[0], A)
+    assert torch.equal(call.args[1], B)
+    assert labels == (LABELS.tolist() if form in ("loader", "dicts") else None)
+
+
+BAD = A[:20].clone()
+BAD[3, 1, 2, 2] = float("nan")
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "nan": ([A[:20], BAD], r"batch 1 of images: expected finite images, got NaN or infinity in \[20, 3, 8, 8\]"),
+    "one image alone": ([(image, 0) for image in A], r"batch 0 of images: expected a batch, .* one image alone; put a"),
+    "empty": ([A, A[:0]], r"batch 1 of images: expected at least one image"),
+    "unknown keys": ([{"picture": A}], r"batch 0 of images: .* forward \(image\), got the keys picture"),
+    "a text": ("folder", "images: expected a tensor, a dict or an iterable of batches, got str"),
+    "texts": ([["a", "b"]], "batch 0 of images: expected batches that are .* got list"),
+    "objects": ([np.array(["a"], object)], "batch 0 of images: expected arrays of numbers, got one of object"),
+    "a file that is broken": (DataLoader(Pairs(), 10), "images: batch 2 cannot be read: OSError: truncated file"),
+    "a data set": (Pairs(), "got Pairs; put a DataLoader around a data set"),
+    "another size": ([A[:, :2]], r"does not run on batch 0 of images \(float32\[40, 2, 8, 8\]\): RuntimeError"),
+    "sizes that differ": ([A, A[..., :7]], r"images: expected batches of one shape"),
+    "nothing": ([], "images: expected at least one batch, got none"),
+    "a number": (3, "images: expected a tensor.* got int"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_told_of_the_images(fault: str) -> None:
+    images, message = FAULTS[fault]
+    for restore in ("auto", "images"):
+        with pytest.raises(ModelError, match=message) as caught:
+            compress(Single().eval(), A[:2], 0.5, images=images, restore=restore)
+        assert "the example inputs (" not in str(caught.value)
+
+
+def test_faults_of_two_images() -> None:
+    with pytest.raises(ModelError, match="batch 0 of images: expected 2 arguments as in the example inputs.* got 1"):
+        compress(Siamese().eval(), (A[:2], B[:2]), images=[(A,)])
+    with pytest.raises(ModelError, match="batch 0 of images: expected a dict with a, b as in the example, got a tuple"):
+        compress(Siamese().eval(), {"a": A[:2], "b": B[:2]}, images=[(A, B)])
+    with pytest.raises(ModelError, match=r"arguments of forward \(a, b\), got the keys a"):
+        compress(Siamese().eval(), {"a": A[:2], "b": B[:2]}, images=[{"a": A}])
+
+
+def test_floating_numbers_are_no_tokens() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+    with pytest.raises(ModelError, match="images: expected int64 as in the example inputs, got float32"):
+        compress(model, torch.zeros(2, 5, dtype=torch.long), images=torch.zeros(40, 5))
+
+
+def test_a_generator_that_was_read_before() -> None:
+    stream: Iterator[Tensor] = iter([A])
+    assert compress(Single().eval(), A[:2], images=stream).restored[0].on == "40 images"
+    with pytest.raises(ModelError, match="a generator can be read only once"):
+        compress(Single().eval(), A[:2], images=stream)
+
+
+@pytest.mark.parametrize("function", [compress, intrafusion.compress_in_steps])
+def test_whole_numbers_give_a_warning_and_a_note(function: Any) -> None:
+    images = (A * 50 + 100).clamp(0, 255).to(torch.uint8)
+    with pytest.warns(IntrafusionWarning, match="uint8 where the example inputs are float32") as warned:
+        small = function(Single().eval(), A[:2], 0.5, images=images)
+    assert any("normalise images as the network was trained" in note for note in small.notes)
+    assert warned[0].filename == __file__
+
+
+def test_few_images_give_a_warning_and_a_note() -> None:
+    with pytest.warns(IntrafusionWarning, match="images: 5 are few"):
+        small = compress(Single().eval(), A[:2], 0.5, images=A[:5])
+    assert any("5 are few" in note for note in small.notes)
+    assert not any("few" in note for note in compress(Single().eval(), A[:2], 0.5, images=A[:32]).notes)
+
+
+def test_a_network_that_takes_whole_numbers_gets_them_in_peace() -> None:
+    class Pixels(Single):
+        def forward(self, image: Tensor) -> Tensor:
+            return super().forward(image.float() / 255)
+
+    images = (A * 50 + 100).clamp(0, 255).to(torch.uint8)
+    assert compress(Pixels().eval(), images[:2], 0.5, images=images).notes == ()
