@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import FolderError, ModelError, PlanError, compress, compress_in_steps, inspect, load
+from intrafusion import FolderError, ModelError, compress, compress_in_steps, inspect, load
 from intrafusion.factorize import factorize
 from intrafusion.network.wrappers import unwrap
 
@@ -200,10 +200,10 @@ def test_a_class_that_needs_arguments(tmp_path: Path) -> None:
 
     compress(Wide(32, 3), X, 0.5, restore=None).save(tmp_path / "s")
     with pytest.raises(
-        PlanError, match=r"Wide cannot be called without .*; pass a factory, lambda: Wide\(...\), or an"
+        ModelError, match=r"'Wide' cannot be called without .*; give a factory, lambda: Net\(...\), or an"
     ):
         load(tmp_path / "s", Wide)  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="expected a class, a factory or an instance .*, got int"):
+    with pytest.raises(ModelError, match="expected a network, its class or a factory of it, got a int"):
         load(tmp_path / "s", 3)  # type: ignore[arg-type]
     assert load(tmp_path / "s", lambda: Wide(32, 3)).a.out_features == 16
 
