@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
-from intrafusion.network.gram import square_rows
+from intrafusion.network.gram import find_scale, square_rows
 from intrafusion.network.layers import Layer, Port, find_layers, watch_calls
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
@@ -37,8 +37,10 @@ def _square_columns(readers: Iterable[Port], weights: Mapping[str, Tensor]) -> T
     total = []
     for port in readers:
         columns = weights[port.weight].movedim(1, 0)
-        columns = columns[port.positions.to(columns.device)].flatten(1).float()
-        total.append((columns @ columns.T).double())
+        columns = columns[port.positions.to(columns.device)].flatten(1)
+        scale = find_scale(columns)
+        columns = (columns / scale).float()
+        total.append((columns @ columns.T).double() * scale**2)
     return torch.stack(total).sum(0)
 
 
@@ -103,9 +105,12 @@ def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     )
     channels = rows if every else rows[:, positions].movedim(1, -1).flatten(0, -2)
     channels = channels if channels.dtype == torch.float64 else channels.float()
+    scale = find_scale(channels)
+    channels = channels / scale
     mean = channels.mean(0)
     centred = channels - mean
-    return mean.double(), shrink(square_rows(centred) / len(centred), len(centred))
+    covariance = shrink(square_rows(centred) / len(centred), len(centred))
+    return mean.double() * scale, covariance * scale**2
 
 
 def shrink(covariance: Tensor, rows: int) -> Tensor:
