@@ -19,8 +19,8 @@ def network(scale: float = 1.0) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3))
     with torch.no_grad():
         for layer in (model[0], model[2], model[4]):
-            layer.weight.mul_(scale)
-            layer.bias.mul_(0)
+            layer.get_parameter("weight").mul_(scale)
+            layer.get_parameter("bias").mul_(0)
     return model
 
 
@@ -53,7 +53,7 @@ def test_weights_of_any_size_end_finite_or_in_an_error(scale: float, where: str)
     model = network(scale if where == "all" else 1.0)
     if where == "one channel":
         with torch.no_grad():
-            model[0].weight[0] *= scale
+            model.get_parameter("0.weight")[0].mul_(scale)
     try:
         small = intrafusion.compress(model, X, 0.5, images=X, restore=None)
     except intrafusion.IntrafusionError:
@@ -77,7 +77,7 @@ def test_a_reducer_that_gives_no_finite_map_is_named() -> None:
 def test_a_sum_too_large_for_half_precision_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)).half()
     with torch.no_grad():
-        model[0].weight.fill_(1.0)
-        model[1].weight.fill_(6e4)  # exact duplicates: their readers are added, 120,000
+        model.get_parameter("0.weight").fill_(1.0)
+        model.get_parameter("1.weight").fill_(6e4)  # exact duplicates: their readers are added, 120,000
     with pytest.raises(ModelError, match=r"1\.weight: the reduced weights are too large for torch\.float16"):
         intrafusion.compress(model, X[:, :4].half() * 1e-3, 0.5, reducer="intrafusion", restore=None)
