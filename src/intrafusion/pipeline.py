@@ -194,6 +194,21 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
+def _check_written(small: nn.Module, model: nn.Module) -> None:
+    """
+    Raises:
+        ModelError: a tensor has no finite entries any more, where it had.
+    """
+    originals = named_tensors(model)
+    for name, tensor in named_tensors(small).items():
+        broken = tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        if broken and bool(torch.isfinite(originals[name]).all()):
+            raise ModelError(
+                f"{name}: the reduced weights are too large for {tensor.dtype}: expected finite ones, got NaN or "
+                "infinity; use model.double(), rescale the network, or reduce with another reducer."
+            )
+
+
 def _leave_masks_alone(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     """The graph without groups along which a mask has infinite or NaN entries: such cannot be mixed."""
     tensors = named_tensors(model)
@@ -247,6 +262,7 @@ def apply(
     surgery = operate(core, graph, dict(plan.maps), inputs, check)
     plan = plan.rolled_back(surgery.rolled_back).proved(surgery.maps, check.proved)
     add_shifts_(surgery.model, core, graph, plan.maps)
+    _check_written(surgery.model, core)
     after = size_of(surgery.model, inputs)
     small = Compressed(surgery.model, plan, before, after, inputs, surgery.repairs, rolled_back=surgery.rolled_back)
     progress("prove", 1, 1)

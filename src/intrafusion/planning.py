@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.budget import uniform_sizes
+from intrafusion.budget.idle import explain_idle_sizes
 from intrafusion.budget.sensitivity import Sensitivity
 from intrafusion.budget.target import require_inputs, sizes_for_target
 from intrafusion.errors import ModelError
@@ -23,7 +24,7 @@ from intrafusion.progress import Progress, silent
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
 from intrafusion.restore import Calibration
-from intrafusion.selectors import find_left_alone
+from intrafusion.selectors import NOT_INCLUDED, explain_idle_selectors, find_left_alone
 from intrafusion.surgery.maps import hollow_
 from intrafusion.surgery.norms import fold_norms
 from intrafusion.surgery.spare import find_classes, find_dead, reduce_distinct
@@ -77,7 +78,9 @@ def decide(
     decisions = tuple(
         decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name), read=g.name in moments) for g in units
     )
-    return Plan(recipe, decisions, graph.shapes, maps, (*graph.warnings, *missed))
+    idle = missed or explain_idle_sizes(groups, wanted, graph, recipe)
+    unused = explain_idle_selectors(graph, model, recipe.include, recipe.exclude)
+    return Plan(recipe, decisions, graph.shapes, maps, (*graph.warnings, *idle, *unused))
 
 
 def _solve_all(
@@ -107,8 +110,11 @@ def _in_order(groups: Sequence[ChannelGroup], recipe: Recipe) -> Sequence[Channe
 
 
 def _nothing_to_reduce(units: Iterable[ChannelGroup], unwanted: dict[str, str]) -> str:
+    units = sorted(units, key=lambda g: unwanted.get(g.name) == NOT_INCLUDED)  # why what was meant is not reduced first
     reasons = [f"{g.name!r}: {g.reason or unwanted.get(g.name)}" for g in units]
     shown = "; ".join(reasons[:5]) if reasons else "the network has no weights that follow one another"
+    if any(g.reducible for g in units):
+        return f"include and exclude leave no channel group to reduce; select other layers. {shown}."
     return f"there is no channel group to reduce in this network. {shown}."
 
 
@@ -135,7 +141,17 @@ def _solve(
     problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name))
     reducer = selecting_form(recipe.reducer) if group.unmixable else recipe.reducer
     classes = find_classes(group, weights, dead, copies=reducer.mixes)
-    return reduce_distinct(reducer, group, weights, problem, classes)
+    return _check_map(reduce_distinct(reducer, group, weights, problem, classes), group)
+
+
+def _check_map(reduction: ReductionMap, group: ChannelGroup) -> ReductionMap:
+    parts = (reduction.merge, reduction.unmerge, *(() if reduction.shift is None else (reduction.shift,)))
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise ModelError(
+            f"group {group.name!r}: expected a finite map from the reducer, got NaN or infinity: its weights, or what "
+            "is read of its channels, are too large or undefined; check the scale of weights and images."
+        )
+    return reduction
 
 
 def _check_scores(scores: object, group: ChannelGroup) -> Tensor:

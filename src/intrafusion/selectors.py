@@ -13,6 +13,7 @@ from intrafusion.errors import BudgetError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 
 Match = str | type | Callable[[str, nn.Module], bool]
+NOT_INCLUDED = "not included"
 _SIDES = ("outputs", "inputs")
 _TYPE = "type:"  # before the name of a class, where the class itself cannot be given, as in a YAML recipe
 
@@ -104,8 +105,29 @@ def find_left_alone(
     reasons: dict[str, str] = {}
     for group in graph.groups:
         if included is not None and not any(_is_meant(group, s, layers) for s, layers in included):
-            reasons[group.name] = "not included"
+            reasons[group.name] = NOT_INCLUDED
         for selector, layers in excluded:
             if _is_meant(group, selector, layers):
                 reasons[group.name] = f"excluded ({selector})"
     return reasons
+
+
+def explain_idle_selectors(
+    graph: ChannelGraph, model: nn.Module, include: Iterable[Selector] | None, exclude: Iterable[Selector]
+) -> tuple[str, ...]:
+    """Notes on selectors without effect: included layers without channels to reduce, excluded ones without channels."""
+    reducible = [g for g in graph.groups if g.is_channel and g.reducible]
+    notes = [
+        f"include {str(s)!r} changes nothing: none of its channels can be reduced"
+        for s in include or () if not _touches(reducible, s, model)
+    ]  # fmt: skip
+    notes += [
+        f"exclude {str(s)!r} changes nothing: these layers have no channels of their own"
+        for s in exclude if not _touches(graph.groups, s, model)
+    ]  # fmt: skip
+    return tuple(f"{note}; name the layers whose weights they are." for note in notes)
+
+
+def _touches(groups: Iterable[ChannelGroup], selector: Selector, model: nn.Module) -> bool:
+    layers = selector.layers(model)
+    return any(_is_meant(group, selector, layers) for group in groups)

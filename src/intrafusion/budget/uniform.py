@@ -62,11 +62,14 @@ def _layer_names(group: ChannelGroup) -> tuple[str, ...]:
     return (group.name, *group.producers)
 
 
+def find_pattern(group: ChannelGroup, patterns: Iterable[str]) -> str | None:
+    """The first pattern that matches a group's name, or a layer that produces it."""
+    return next((p for p in patterns if any(fnmatchcase(name, p) for name in _layer_names(group))), None)
+
+
 def _fraction_for(group: ChannelGroup, patterns: Mapping[str, float]) -> float:
-    for pattern, fraction in patterns.items():
-        if any(fnmatchcase(name, pattern) for name in _layer_names(group)):
-            return float(fraction)
-    return 1.0
+    pattern = find_pattern(group, patterns)
+    return 1.0 if pattern is None else float(patterns[pattern])
 
 
 def _round_size(n: int, keep: float, round_to: int | None) -> int:

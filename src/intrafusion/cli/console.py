@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -20,7 +21,14 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 an error of the program; 2 bad usage or input, nothing was written; "
     "3 done, but a group had to be rolled back (compress --strict)."
 )
-messages = Console(stderr=True)
+
+
+def make_console(**options: Any) -> Console:
+    """A console that prints text as it is: `mm.py:M:` is no emoji there, and `[red]` no colour."""
+    return Console(**options, markup=False, emoji=False, highlight=False)
+
+
+messages = make_console(stderr=True)
 
 
 @contextmanager
@@ -31,14 +39,14 @@ def working() -> Iterator[None]:
             yield
     except (IntrafusionError, ValueError, OSError) as error:
         messages.print("error:", style="bold red", end=" ")
-        messages.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        messages.print(str(error), soft_wrap=True)
         raise typer.Exit(_BAD_INPUT) from error
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callback]:
     """A bar on standard error, where that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     hidden = not messages.is_terminal
     with Progress(*columns, console=messages, transient=True, redirect_stdout=False, disable=hidden) as bar:
         task = bar.add_task(title, total=None)

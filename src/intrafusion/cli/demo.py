@@ -63,7 +63,7 @@ def demo(
     with working():
         _check_folder(output)
         torch.set_num_threads(1)  # for 8 x 8 images, more threads only wait for one another
-        messages.print("training a small residual network on 1,197 digits ...", highlight=False)
+        messages.print("training a small residual network on 1,197 digits ...")
         rows = run(zoo.train_digits(), output)
     show(rows, output)
 

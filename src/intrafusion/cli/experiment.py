@@ -158,7 +158,7 @@ def _read_subjects(names: Sequence[str], *, networks: int, **options: Any) -> li
     for name in names:
         if name in ("digits", f"zoo:{_DIGITS_NAME}") and options["weights"] is None:
             torch.set_num_threads(1)  # for 8 x 8 images, more threads only wait for one another
-            messages.print(f"training {networks} small network(s) on digits ...", highlight=False)
+            messages.print(f"training {networks} small network(s) on digits ...")
             subjects += [_digits(seed, options) for seed in range(networks)]
         else:
             subjects.append(_read_subject(name, **options))

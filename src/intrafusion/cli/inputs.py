@@ -62,7 +62,16 @@ def _read_input(text: str, shape: str) -> Tensor:
             f"--input {text!r}: expected sizes, with a dtype of PyTorch or a name if need be, "
             "such as 1,3,224,224 or 2,7:int64 or mask=2,7:int64."
         )
-    dimensions = [int(part) for part in parts]
+    try:
+        return _make_noise([int(part) for part in parts], dtype)
+    except (RuntimeError, TypeError) as error:  # PyTorch cannot make such a tensor, or there is no memory for it
+        raise ModelError(
+            f"--input {text!r}: no example can be made of these sizes and this dtype ({str(error).splitlines()[0]}); "
+            "give smaller sizes, or a dtype such as float32 or int64."
+        ) from error
+
+
+def _make_noise(dimensions: list[int], dtype: torch.dtype) -> Tensor:
     if dtype.is_floating_point:
         return torch.randn(dimensions, generator=torch.Generator().manual_seed(0)).to(dtype)
     return ((torch.arange(dimensions[-1]) + 1) % 2).expand(dimensions).to(dtype).contiguous()

@@ -322,7 +322,7 @@ def _blaming(spec: ModelSpec, step: str) -> Iterator[None]:
         yield
     except IntrafusionError:  # says all that is needed
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself on import is no network
         wants_arguments = isinstance(error, TypeError) and "argument" in str(error)
         hint = "; pass its arguments as --arg key=value" if wants_arguments else ""
         raise ModelError(f"{spec}: {step} raised {type(error).__name__}: {error}{hint}.") from error

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from intrafusion.cli.console import make_console
 from intrafusion.measure.size import Size
 from intrafusion.plan import Plan
 from intrafusion.table import HEADER, size_change, table_rows
@@ -24,12 +25,12 @@ _PIPED_WIDTH = 160  # columns where there is no terminal to ask
 
 def _console() -> Console:
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if known else _PIPED_WIDTH)
+    return make_console(width=None if known else _PIPED_WIDTH)
 
 
 def say(text: str) -> None:
     """One line of plain text, not wrapped."""
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+    _console().print(text, soft_wrap=True)
 
 
 def print_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: bool = False) -> None:

@@ -67,9 +67,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     untouched.
 
     Raises:
-        FolderError: names are missing or unexpected, shapes differ, or tensors that the network ties differ; lists them
-            with the nearest names.
+        FolderError: names are missing or unexpected, shapes differ, tensors are meta or sparse, or tensors that the
+            network ties differ; lists them with the nearest names.
     """
+    for name, tensor in state.items():
+        _check_values(name, tensor, model)
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)  # with the parameters themselves, to see which are tied
     differences = list(_differences(own, state))
     if differences:
@@ -78,6 +80,16 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             "Build the network that these weights were saved from, or rename them."
         )
     model.load_state_dict(dict(state), strict=False)
+
+
+def _check_values(name: str, tensor: Tensor, model: nn.Module) -> None:
+    """Raise FolderError for a tensor without values of its own, or in a form that no parameter takes."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kind = "a meta tensor without values" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
+        raise FolderError(
+            f"{name}: expected a dense tensor for {type(model).__name__}, got {kind}; save the weights again, "
+            "with their values and as dense tensors (tensor.to_dense())."
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 CHUNK = 2**20  # entries of the inputs that are multiplied at a time
+
+
+def find_scale(x: Tensor) -> float:
+    """The power of two just above the largest entry of x; 1 where all are zero, or one is infinite or NaN.
+
+    Dividing by it is exact, and squares of what is left neither overflow nor vanish in float32.
+    """
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    return math.ldexp(1.0, math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
 
 
 def multiply_rows(x: Tensor, y: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
-from intrafusion.network.gram import square_rows
+from intrafusion.network.gram import find_scale, square_rows
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, Port, find_layers, sample_places, watch_calls
 from intrafusion.network.state import preserve_state
@@ -179,8 +179,10 @@ class _Read:
 
     def square_columns(self, weight: Tensor) -> Tensor:
         """Sum of W_c W_c^T over outputs, kernel positions and slots, (n, n)."""
-        columns = weight.movedim(self.dim, 0)[self.positions.to(weight.device)].flatten(1).float()
-        return (columns @ columns.T).double()
+        columns = weight.movedim(self.dim, 0)[self.positions.to(weight.device)].flatten(1)
+        scale = find_scale(columns)
+        columns = (columns / scale).float()
+        return (columns @ columns.T).double() * scale**2
 
 
 def _join_reads(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Moments:
@@ -214,9 +216,12 @@ def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     )
     channels = rows if every else rows[:, positions].movedim(1, -1).flatten(0, -2)
     channels = channels if channels.dtype == torch.float64 else channels.float()
+    scale = find_scale(channels)
+    channels = channels / scale
     mean = channels.mean(0)
     centred = channels - mean
-    return mean.double(), shrink(square_rows(centred) / len(centred), len(centred))
+    covariance = shrink(square_rows(centred) / len(centred), len(centred))
+    return mean.double() * scale, covariance * scale**2
 
 
 def shrink(covariance: Tensor, rows: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import BudgetError, RecipeError
+from intrafusion.network.gram import find_scale
 from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import Select, selection_map
 
@@ -75,7 +76,8 @@ def pick_channels(moments: Moments, m: int | None = None) -> Pivots:
     """The first m channels (all of them by default), or more, in the order of picking; kept with the object."""
     m = len(moments.reader) if m is None else m
     if moments not in _PICKED or len(_PICKED[moments].order) < m:
-        _PICKED[moments] = pivot_order(moments.covariances.float(), moments.reader.float(), moments.shares.float(), m)
+        scaled = moments.scaled()
+        _PICKED[moments] = pivot_order(scaled.covariances.float(), scaled.reader.float(), scaled.shares.float(), m)
     return _PICKED[moments]
 
 
@@ -151,7 +153,7 @@ def least_squares_map(mean: Tensor, covariance: Tensor, kept: Tensor, strength: 
     Returns:
         the map, float64, with the shift s: without it the consumers' sum misses W_c s.
     """
-    mean, covariance = mean.double(), covariance.double()
+    mean, covariance = mean.double(), covariance.double() / find_scale(covariance)  # the map knows no unit
     inner = covariance[kept][:, kept]
     inner = inner + (strength * inner.diagonal().mean()).clamp(min=1e-30) * torch.eye(len(kept)).to(inner)
     unmerge = torch.linalg.solve(inner, covariance[kept]).T.contiguous()

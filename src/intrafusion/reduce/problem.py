@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from intrafusion.network.gram import find_scale
 from intrafusion.registry import Traits
 
 
@@ -24,6 +25,11 @@ class Moments:
     means: Tensor
     covariances: Tensor
     reader: Tensor
+
+    def scaled(self) -> Moments:
+        """The same in units in which the largest covariance and the largest reading are about 1, for float32."""
+        units = find_scale(self.covariances), find_scale(self.reader)
+        return Moments(self.means, self.covariances / units[0], self.reader / units[1])
 
     @property
     def shares(self) -> Tensor:

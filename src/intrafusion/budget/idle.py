@@ -1,0 +1,60 @@
+"""What was asked of sizes and changes nothing, in words: a request without effect is never passed over in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from intrafusion.budget.uniform import find_pattern, uniform_sizes
+from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.recipe import Recipe
+
+_SHOWN = 5  # names of groups in one note
+
+
+def explain_idle_sizes(
+    groups: Sequence[ChannelGroup], sizes: Mapping[str, int], graph: ChannelGraph, recipe: Recipe
+) -> tuple[str, ...]:
+    """Notes on the options that leave groups as they are.
+
+    Args:
+        groups: those that may shrink.
+        sizes: number of channels that each of them keeps.
+    """
+    if recipe.target is not None:
+        idle = all(sizes.get(g.name, g.size) == g.size for g in groups)
+        return (f"target {dict(recipe.target)}: no group becomes smaller.",) if idle else ()
+    by_keep = uniform_sizes(groups, recipe.keep, graph)
+    shrinking = [g for g in groups if by_keep[g.name] < g.size]
+    if not shrinking:
+        return (f"keep={recipe.keep!r} leaves every group as it is; give a smaller fraction.",)
+    return (*_idle_patterns(groups, recipe.keep), *_idle_limits(shrinking, sizes, graph, recipe))
+
+
+def _idle_limits(
+    shrinking: Sequence[ChannelGroup], sizes: Mapping[str, int], graph: ChannelGraph, recipe: Recipe
+) -> Iterable[str]:
+    """Groups that would shrink by `keep` alone, and do not because of what else was asked."""
+    stopped = [g for g in shrinking if sizes[g.name] == g.size]
+    rounded = uniform_sizes(shrinking, recipe.keep, graph, round_to=recipe.round_to)
+    by_rounding = [g for g in stopped if rounded[g.name] == g.size]
+    by_minimum = [g for g in stopped if rounded[g.name] < g.size]
+    if by_rounding:
+        yield _say_stopped(f"round_to={recipe.round_to}", by_rounding, shrinking, "a smaller multiple")
+    if by_minimum:
+        yield _say_stopped(f"min_channels={recipe.min_channels}", by_minimum, shrinking, "a smaller number")
+
+
+def _say_stopped(option: str, stopped: Sequence[ChannelGroup], shrinking: Sequence[ChannelGroup], remedy: str) -> str:
+    names = ", ".join(f"{g.name} ({g.size})" for g in stopped[:_SHOWN])
+    more = f" and {len(stopped) - _SHOWN} more" if len(stopped) > _SHOWN else ""
+    whole = "every group as it is" if len(stopped) == len(shrinking) else "groups as they are that keep would shrink"
+    return f"{option} leaves {whole}: {names}{more}; give {remedy}, or keep less."
+
+
+def _idle_patterns(groups: Iterable[ChannelGroup], keep: float | Mapping[str, float]) -> Iterable[str]:
+    """Patterns that no group goes by which can shrink."""
+    if isinstance(keep, Mapping):
+        used = {find_pattern(group, keep) for group in groups}
+        for pattern in keep:
+            if pattern not in used:
+                yield f"keep[{pattern!r}] changes nothing: no group that can be reduced goes by it."
