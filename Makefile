@@ -13,7 +13,7 @@ ifneq ($(DATA),)
 export INTRAFUSION_DATA ?= $(DATA)
 endif
 
-.PHONY: setup demo test test-lowest lint types bench-smoke
+.PHONY: setup demo test test-lowest fuzz lint types bench-smoke
 
 setup: $(STAMP)
 
@@ -37,6 +37,12 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest pytest-xdist
 	touch $@
+
+# Random networks, kills and damaged folders, N times as many as in the tests, with counts.
+N ?= 10
+FUZZERS := $(wildcard tests/test_fuzz.py tests/test_kills.py tests/io/test_mutations.py)
+fuzz: setup
+	INTRAFUSION_FUZZ=$(N) $(BIN)/python -m pytest -n 0 -s $(FUZZERS) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
