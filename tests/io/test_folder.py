@@ -89,6 +89,16 @@ def small_recipe() -> intrafusion.Recipe:
     return intrafusion.Recipe.of(keep=0.5, reducer="intrafusion", restore=None)
 
 
+def test_weights_that_are_computed_from_others_load(tmp_path: Path) -> None:
+    """Their shape follows from what they are computed from, which is not yet written when sizes are checked."""
+    norm = torch.nn.utils.parametrizations.weight_norm
+    net, x = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), norm(nn.Linear(6, 2))).eval(), torch.randn(2, 3)
+    small = intrafusion.compress(net, x, 0.5, restore=None)
+    small.save(tmp_path / "net")
+    torch.testing.assert_close(load(tmp_path / "net", net)(x), small.model(x))
+    assert net[2].in_features == 3
+
+
 def test_the_folder_holds_these_files_and_no_pickle(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == ["model.safetensors", "plan.json", "recipe.yaml"]
     for path in saved.iterdir():

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from intrafusion.errors import FolderError, PlanError
 from intrafusion.plan import Plan
@@ -100,9 +102,22 @@ def find_told(network: nn.Module, shapes: Shapes) -> dict[tuple[str, str], Any]:
     told = {}
     for name, module in network.named_modules():
         own = {k: shapes.get(names.get(id(t), ""), tuple(t.shape)) for k, t in find_own_tensors(module).items()}
+        own |= _find_derived(module, name, shapes)
         if own:
             told |= {(name, key): value for key, value in _expected(module, own).items()}
     return {key: value for key, value in told.items() if _get(network, key) == value}
+
+
+def _find_derived(module: nn.Module, name: str, shapes: Shapes) -> Shapes:
+    """Shapes of the tensors that a parametrization computes, from sources of these shapes."""
+    derived: dict[str, tuple[int, ...]] = {}
+    if not parametrize.is_parametrized(module):
+        return derived
+    for key, sources in module.get_submodule("parametrizations").named_children():
+        state = {**dict(sources.named_parameters()), **dict(sources.named_buffers())}
+        given = {k: t.new_zeros(shapes.get(f"{name}.parametrizations.{key}.{k}", t.shape)) for k, t in state.items()}
+        derived[key] = tuple(functional_call(sources, given, ()).shape)
+    return derived
 
 
 def _expected(module: nn.Module, own: Shapes) -> Mapping[str, Any]:
