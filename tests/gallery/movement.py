@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gallery.core import Inputs, Wired, case, chain, conv_bn, image
+from gallery.core import Inputs, Wired, case, chain, conv_bn, image, parameter
 
 Built = tuple[nn.Module, Inputs]
 
@@ -577,3 +577,34 @@ def pairs_of_which_half_are_shifted() -> Built:
         return net.head(torch.cat([pairs[..., :2].roll(1, 1), pairs[..., 2:]], -1).sin())
 
     return Wired(wiring, a=nn.Linear(4, 8), head=nn.Linear(4, 2)), torch.randn(2, 5, 4)
+
+
+@case({"a": 8}, blocked={"b": "output"})
+def padded_and_scaled() -> Built:
+    """Zeros in front of a sequence, then a scale per channel: the scaled zero belongs to the scale's channel."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.b(F.pad(net.a(x), (0, 0, 1, 0)) * net.scale)
+
+    net = Wired(wiring, a=nn.Linear(5, 8), b=nn.Linear(8, 3), scale=parameter(8))
+    return net, torch.randn(2, 4, 5)
+
+
+@case({"a": 8}, blocked={"b": "output"})
+def padded_and_normed() -> Built:
+    """A row of zeros through a layer norm is its bias, channel by channel."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.b(net.norm(F.pad(net.a(x), (0, 0, 1, 0))))
+
+    return Wired(wiring, a=nn.Linear(5, 8), b=nn.Linear(8, 3), norm=nn.LayerNorm(8)), torch.randn(2, 4, 5)
+
+
+@case({}, blocked={"a": "tied to the input of the network or to fixed data: "})
+def tokens_beside_the_input() -> Built:
+    """The input's columns stay where they are, and so do rows that the same weight reads: a row with the reason."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.b(torch.cat([x, net.a(x)], 1))
+
+    return Wired(wiring, a=nn.Linear(5, 5), b=nn.Linear(5, 3)), torch.randn(2, 4, 5)

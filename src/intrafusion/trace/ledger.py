@@ -120,7 +120,9 @@ class Ledger:
                 self.relations.pin(axis.tensor, axis.dim, "laid along a dimension that is no channel dimension")
             # A constant that meets different entries of a parameter is the same for all channels no longer.
             if bool((narrow(labels) == UNIFORM).any()):
-                labels = torch.where((labels == UNIFORM) & (axis.coordinates >= 0), FIXED, labels)
+                labels = torch.where(
+                    (labels == UNIFORM) & (axis.coordinates >= 0), _follow_entries(axis, labels), labels
+                )
         return labels
 
     def note_origin(self, origin: Origin) -> Origin:
@@ -157,3 +159,20 @@ class Ledger:
         if isinstance(info, LabelledTensor):
             self.relations.forbid(narrow(info.labels).ravel(), reason)
         self.pin(info, reason)
+
+
+def _follow_entries(axis: Axis, labels: Tensor) -> Tensor:
+    """What a constant becomes where it meets the entries of a parameter: the one channel that each entry serves.
+
+    So does the padding in front of a sequence when the sequence is scaled. Fixed, where an entry serves several or none.
+    """
+    entries, channels = pair_up(axis.coordinates, labels, 0, FIXED)
+    if not len(entries):
+        return torch.full_like(axis.coordinates, FIXED)
+    lowest = np.full(int(axis.coordinates.max()) + 1, np.iinfo(np.int64).max)
+    highest = np.full(len(lowest), FIXED)
+    np.minimum.at(lowest, entries, channels)
+    np.maximum.at(highest, entries, channels)
+    small = narrow(axis.coordinates)
+    found = np.where(lowest == highest, highest, FIXED)[np.maximum(small, 0)]
+    return widen(found, axis.coordinates.shape)
