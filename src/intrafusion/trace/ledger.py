@@ -164,7 +164,7 @@ class Ledger:
 def _follow_entries(axis: Axis, labels: Tensor) -> Tensor:
     """What a constant becomes where it meets the entries of a parameter: the one channel that each entry serves.
 
-    So does the padding in front of a sequence when the sequence is scaled. Fixed, where an entry serves several or none.
+    So does padding in front of a sequence that is scaled. Fixed, where an entry serves several or none.
     """
     entries, channels = pair_up(axis.coordinates, labels, 0, FIXED)
     if not len(entries):

@@ -1,4 +1,4 @@
-"""Rows for what is in no group: channels that were tied to fixed data, and weights that only unknown operations read."""
+"""Rows for what is in no group: channels tied to fixed data, and weights that only unknown operations read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from intrafusion.trace.relations import Key, Relations
 def find_rows_left_over(
     relations: Relations, shapes: Mapping[str, tuple[int, ...]], groups: Iterable[ChannelGroup]
 ) -> list[ChannelGroup]:
-    """Groups that cannot be reduced, so that every channel dimension of every weight is in the table, with the reason."""
+    """Groups that cannot be reduced, so that every channel dimension of every weight is in the table."""
     groups = list(groups)
     first = 1 + max((g.family for g in groups), default=0)
     tied = _find_tied_rows(relations)
