@@ -579,6 +579,32 @@ def pairs_of_which_half_are_shifted() -> Built:
     return Wired(wiring, a=nn.Linear(4, 8), head=nn.Linear(4, 2)), torch.randn(2, 5, 4)
 
 
+@case({"a": 8, "b": 6}, blocked={"c": "output"})
+def circular_padding() -> Built:
+    """A torus, by the layer's own padding and on one axis by hand: written part by part into a new tensor."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = F.pad(F.relu(net.a(x)), (1, 1, 0, 0), mode="circular")
+        return net.c(F.relu(net.b(F.pad(x, (0, 0, 1, 1)))))
+
+    wrapped = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+    return Wired(wiring, a=wrapped, b=nn.Conv2d(8, 6, 3), c=nn.Conv2d(6, 2, 1)), image()
+
+
+@case({"a": 4, "b": 4}, blocked={"c": "output"})
+def written_in_halves() -> Built:
+    """Two layers write the halves of a new tensor; a view from before sees what was written."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        both = torch.zeros(len(x), 8)
+        late = both[:, 4:]
+        both[:, :4], both[:, 4:] = torch.relu(net.a(x)), torch.relu(net.b(x))
+        return net.c(both) + net.d(late)
+
+    layers = {"a": nn.Linear(5, 4), "b": nn.Linear(5, 4), "c": nn.Linear(8, 3), "d": nn.Linear(4, 3)}
+    return Wired(wiring, **layers), torch.randn(2, 5)
+
+
 @case({"a": 8}, blocked={"b": "output"})
 def padded_and_scaled() -> Built:
     """Zeros in front of a sequence, then a scale per channel: the scaled zero belongs to the scale's channel."""

@@ -16,7 +16,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.graph import Role, Slice
 from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight
-from intrafusion.trace.labels import FIXED, UNIFORM, count_earlier, find_varying, lay_along, narrow, pair_up, widen
+from intrafusion.trace.labels import (
+    FIXED,
+    UNIFORM,
+    compact,
+    count_earlier,
+    find_varying,
+    lay_along,
+    narrow,
+    pair_up,
+    widen,
+)
 from intrafusion.trace.relations import Relations
 
 
@@ -30,6 +40,7 @@ class Ledger:
         self.origins: list[Origin] = []
         # Weak: a tensor that the network drops is forgotten, and its memory is not held until the end of the pass.
         self._known = WeakTensorKeyDictionary()
+        self._written = WeakTensorKeyDictionary()  # labels of tensors that parts were written into
         # By identity: the network holds its parameters for as long as the ledger lives, so no id is reused.
         self._parameters: dict[int, str] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -47,6 +58,9 @@ class Ledger:
         """What is known of a tensor; parameters and buffers get their coordinates when they are first read."""
         if tensor is None:
             return None
+        base = tensor._base
+        if base is not None and base in self._written:  # views that were made before the write see it too
+            return LabelledTensor(_view_labels(self._written[base], base, tensor).clone())
         known = self._known.get(tensor)
         if known is None and id(tensor) in self._parameters:
             known = self._known[tensor] = self._start_coordinates(self._parameters[id(tensor)])
@@ -54,10 +68,28 @@ class Ledger:
 
     def learn(self, tensor: Tensor, info: Info | None) -> None:
         """From now on this is what is known of a tensor; None: it is a constant."""
+        if tensor in self._written:
+            self._written[tensor].copy_(info.labels if isinstance(info, LabelledTensor) else torch.tensor(UNIFORM))
         if info is not None:
             self._known[tensor] = info
         elif tensor in self._known:
             del self._known[tensor]
+
+    def write_part(self, view: Tensor, labels: Tensor) -> LabelledTensor:
+        """Labels written into part of a tensor, of which every view then knows; the rest of an unknown one is fixed."""
+        base = view._base
+        assert base is not None
+        if base not in self._written:
+            known = self.look_up(base)
+            start = known.labels if isinstance(known, LabelledTensor) else torch.full(base.shape, FIXED)
+            self._written[base] = torch.empty_strided(base.shape, base.stride(), dtype=torch.long).copy_(start)
+        _view_labels(self._written[base], base, view).copy_(labels)
+        self._known[base] = LabelledTensor(compact(self._written[base].clone()))
+        return LabelledTensor(compact(labels))
+
+    def is_written(self, tensor: Tensor) -> bool:
+        """Whether parts were written into the tensor, or the one that it is a view of."""
+        return (tensor if tensor._base is None else tensor._base) in self._written
 
     def _start_coordinates(self, name: str) -> Weight:
         self.reached.add(name)
@@ -176,3 +208,8 @@ def _follow_entries(axis: Axis, labels: Tensor) -> Tensor:
     small = narrow(axis.coordinates)
     found = np.where(lowest == highest, highest, FIXED)[np.maximum(small, 0)]
     return widen(found, axis.coordinates.shape)
+
+
+def _view_labels(labels: Tensor, base: Tensor, view: Tensor) -> Tensor:
+    """The labels of a view, as a view of its base's labels, which lie in memory as the base does."""
+    return labels.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
