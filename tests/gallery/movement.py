@@ -605,6 +605,24 @@ def written_in_halves() -> Built:
     return Wired(wiring, **layers), torch.randn(2, 5)
 
 
+@case({"a": 6}, blocked={"c": "output"})
+def linear_map_resampled() -> Built:
+    """A linear layer computes maps of 4 by 4, which are pooled and enlarged: a map is one channel in 16 slots."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        maps = F.max_pool2d(net.a(x).view(len(x), -1, 4, 4), 2)
+        return net.c(F.interpolate(maps, scale_factor=2, mode="bilinear"))
+
+    return Wired(wiring, a=nn.Linear(5, 96), c=nn.Conv2d(6, 2, 3, padding=1)), torch.randn(2, 5)
+
+
+@case({}, blocked={"a": "pooling across channels"})
+def pooled_across_channels() -> Built:
+    """A pool that runs along the rows of a layer cares for their order."""
+    wiring = lambda net, x: net.b(F.avg_pool1d(net.a(x)[:, None], 2)[:, 0])  # noqa: E731
+    return Wired(wiring, a=nn.Linear(5, 8), b=nn.Linear(4, 3)), torch.randn(2, 5)
+
+
 @case({"a": 8}, blocked={"b": "output"})
 def padded_and_scaled() -> Built:
     """Zeros in front of a sequence, then a scale per channel: the scaled zero belongs to the scale's channel."""
