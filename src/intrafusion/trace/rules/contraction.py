@@ -15,7 +15,7 @@ from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.elementwise import combine, find_extent, keep_channels
 from intrafusion.trace.rules.reduction import reduce_labels, unite_per_index
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "_sparse_addmm")
 
 
 def embed(ledger: Ledger, call: Call) -> Info | None:
@@ -45,7 +45,7 @@ def apply_linear(ledger: Ledger, call: Call) -> Info:
 
 def multiply(ledger: Ledger, call: Call) -> Info | None:
     """Every matrix product, as a batch of matrices (batch, rows, inner) @ (batch, inner, columns)."""
-    added = call.name.startswith(("add", "badd"))
+    added = call.name.startswith(("add", "badd", "_sparse_add"))
     a, b = call.tensors[1:3] if added else call.tensors[:2]
     left, right = _as_matrices(a, left=True), _as_matrices(b, left=False)
     a_info, b_info = _map(ledger.look_up(a), left), _map(ledger.look_up(b), right)
