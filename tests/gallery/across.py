@@ -130,3 +130,26 @@ def sampled_where_a_layer_says() -> Built:
 def weighted_by_distances() -> Built:
     """A copy of a channel counts twice in a distance."""
     return between(lambda h: torch.cdist(h, h) @ h)
+
+
+@case({"a": 6, "b": 5}, blocked={"head": "output"})
+def graph_matrix_in_a_buffer() -> Built:
+    """Rows are mixed by a constant matrix, from the left, and from the right where they come last."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        h = (net.graph @ net.a(x)).tanh()
+        return net.head((net.b(h).mT @ net.graph).mT.sigmoid())
+
+    parts = {"a": nn.Linear(4, 6), "b": nn.Linear(6, 5), "head": nn.Linear(5, 2)}
+    return Wired(wiring, graph=torch.randn(7, 7), **parts), torch.randn(7, 4)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def normalised_graph_for_a_batch() -> Built:
+    """The matrix is scaled by its degrees before use, and serves every graph of a batch."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        graph = net.graph / net.graph.sum(0, keepdim=True)
+        return net.head(torch.einsum("ij,bjc->bic", graph, net.a(x)).tanh())
+
+    return Wired(wiring, graph=torch.rand(7, 7) + 1, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 7, 4)

@@ -43,6 +43,7 @@ class Ledger:
         self._written = WeakTensorKeyDictionary()  # labels of tensors that parts were written into
         # By identity: the network holds its parameters for as long as the ledger lives, so no id is reused.
         self._parameters: dict[int, str] = {}
+        self._buffers = {name for name, _ in model.named_buffers()}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() and id(tensor) not in self._parameters:
                 self._parameters[id(tensor)] = name
@@ -65,6 +66,10 @@ class Ledger:
         if known is None and id(tensor) in self._parameters:
             known = self._known[tensor] = self._start_coordinates(self._parameters[id(tensor)])
         return known
+
+    def is_of_buffers(self, weight: Weight) -> bool:
+        """Whether a tensor was made from buffers alone, which no training changes."""
+        return {axis.tensor for axis in weight.axes} <= self._buffers
 
     def learn(self, tensor: Tensor, info: Info | None) -> None:
         """From now on this is what is known of a tensor; None: it is a constant."""
