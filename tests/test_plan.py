@@ -149,3 +149,23 @@ def test_deciding_writes_nothing() -> None:
     before = {k: v.clone() for k, v in state(model).items()}
     plan_of(model, order="backward")
     assert all(torch.equal(before[k], v) for k, v in state(model).items())
+
+
+class _OnGraph(nn.Module):
+    """Two layers around a constant matrix, whose rows and columns no channel runs along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("graph", torch.rand(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave((self.graph @ self.enter(x)).tanh())
+
+
+def test_dimensions_without_channels_are_in_the_plan() -> None:
+    model, x = _OnGraph(), torch.randn(5, 4)
+    plan = decide(model, inspect(model, x), Recipe(keep=0.5, restore=()), x)
+    kept = {d.members: d.m for d in plan.decisions}
+    assert kept["graph[0]",] == kept["graph[1]",] == 5
+    assert [d.m for d in plan.decisions if d.group == "enter"] == [3]

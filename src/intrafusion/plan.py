@@ -212,5 +212,5 @@ def _is_same_map(a: ReductionMap, b: ReductionMap) -> bool:
 def describe_members(group: ChannelGroup) -> tuple[str, ...]:
     """Members as text, producers first."""
     rank = list(Role)
-    ordered = sorted(group.members, key=lambda m: min(rank.index(r) for r in m.roles))
-    return tuple(f"{m.tensor}[{m.dim}] {'+'.join(sorted(m.roles))}" for m in ordered)
+    ordered = sorted(group.members, key=lambda m: min(map(rank.index, m.roles), default=len(rank)))
+    return tuple(f"{m.tensor}[{m.dim}] {'+'.join(sorted(m.roles))}".rstrip() for m in ordered)

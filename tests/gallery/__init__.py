@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gallery import attention, branching, convolution, movement, normalisation, recurrent, refusals, weights  # noqa: F401
+from gallery import across, attention, branching, convolution, movement, normalisation, recurrent, refusals, weights  # noqa: F401
 from gallery.core import CASES, Case, Expect, Inputs
 
 __all__ = ["CASES", "Case", "Expect", "Inputs"]

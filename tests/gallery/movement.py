@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gallery.core import Inputs, Wired, case, chain, conv_bn, image
+from gallery.core import Inputs, Wired, case, chain, conv_bn, image, parameter
 
 Built = tuple[nn.Module, Inputs]
 
@@ -577,3 +577,78 @@ def pairs_of_which_half_are_shifted() -> Built:
         return net.head(torch.cat([pairs[..., :2].roll(1, 1), pairs[..., 2:]], -1).sin())
 
     return Wired(wiring, a=nn.Linear(4, 8), head=nn.Linear(4, 2)), torch.randn(2, 5, 4)
+
+
+@case({"a": 8, "b": 6}, blocked={"c": "output"})
+def circular_padding() -> Built:
+    """A torus, by the layer's own padding and on one axis by hand: written part by part into a new tensor."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = F.pad(F.relu(net.a(x)), (1, 1, 0, 0), mode="circular")
+        return net.c(F.relu(net.b(F.pad(x, (0, 0, 1, 1)))))
+
+    wrapped = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+    return Wired(wiring, a=wrapped, b=nn.Conv2d(8, 6, 3), c=nn.Conv2d(6, 2, 1)), image()
+
+
+@case({"a": 4, "b": 4}, blocked={"c": "output"})
+def written_in_halves() -> Built:
+    """Two layers write the halves of a new tensor; a view from before sees what was written."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        both = torch.zeros(len(x), 8)
+        late = both[:, 4:]
+        both[:, :4], both[:, 4:] = torch.relu(net.a(x)), torch.relu(net.b(x))
+        return net.c(both) + net.d(late)
+
+    layers = {"a": nn.Linear(5, 4), "b": nn.Linear(5, 4), "c": nn.Linear(8, 3), "d": nn.Linear(4, 3)}
+    return Wired(wiring, **layers), torch.randn(2, 5)
+
+
+@case({"a": 6}, blocked={"c": "output"})
+def linear_map_resampled() -> Built:
+    """A linear layer computes maps of 4 by 4, which are pooled and enlarged: a map is one channel in 16 slots."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        maps = F.max_pool2d(net.a(x).view(len(x), -1, 4, 4), 2)
+        return net.c(F.interpolate(maps, scale_factor=2, mode="bilinear"))
+
+    return Wired(wiring, a=nn.Linear(5, 96), c=nn.Conv2d(6, 2, 3, padding=1)), torch.randn(2, 5)
+
+
+@case({}, blocked={"a": "pooling across channels"})
+def pooled_across_channels() -> Built:
+    """A pool that runs along the rows of a layer cares for their order."""
+    wiring = lambda net, x: net.b(F.avg_pool1d(net.a(x)[:, None], 2)[:, 0])  # noqa: E731
+    return Wired(wiring, a=nn.Linear(5, 8), b=nn.Linear(4, 3)), torch.randn(2, 5)
+
+
+@case({"a": 8}, blocked={"b": "output"})
+def padded_and_scaled() -> Built:
+    """Zeros in front of a sequence, then a scale per channel: the scaled zero belongs to the scale's channel."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.b(F.pad(net.a(x), (0, 0, 1, 0)) * net.scale)
+
+    net = Wired(wiring, a=nn.Linear(5, 8), b=nn.Linear(8, 3), scale=parameter(8))
+    return net, torch.randn(2, 4, 5)
+
+
+@case({"a": 8}, blocked={"b": "output"})
+def padded_and_normed() -> Built:
+    """A row of zeros through a layer norm is its bias, channel by channel."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.b(net.norm(F.pad(net.a(x), (0, 0, 1, 0))))
+
+    return Wired(wiring, a=nn.Linear(5, 8), b=nn.Linear(8, 3), norm=nn.LayerNorm(8)), torch.randn(2, 4, 5)
+
+
+@case({}, blocked={"a": "tied to the input of the network or to fixed data: "})
+def tokens_beside_the_input() -> Built:
+    """The input's columns stay where they are, and so do rows that the same weight reads: a row with the reason."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.b(torch.cat([x, net.a(x)], 1))
+
+    return Wired(wiring, a=nn.Linear(5, 5), b=nn.Linear(5, 3)), torch.randn(2, 4, 5)

@@ -258,7 +258,7 @@ def bilinear_layer() -> Built:
     return Wired(wiring, **parts), torch.randn(3, 4)
 
 
-@case(blocked={"lift": "", "head": "output"})
+@case({"lift": 6, "": 5}, blocked={"head": "output"})
 def fourier_layer() -> Built:
     """FNO: complex weights between two Fourier transforms over space."""
 

@@ -16,7 +16,7 @@ from gallery.core import Wired, conv_bn
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import ChannelGraph, ChannelGroup, Role
+from intrafusion import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.errors import ModelError
 from intrafusion.graph import families_of
 from intrafusion.network.double import TOLERANCE, output_difference
@@ -202,6 +202,41 @@ def test_a_network_that_amplifies_rounding_is_held_to_what_rounding_does() -> No
     assert set(reasons(verify_groups(model, graph, Call.of(x)))) == {"2"}
     false = without_member(graph, "0", "0.bias")
     assert set(reasons(verify_groups(model, false, Call.of(x)))) == {"0", "2"}
+
+
+class TwoHalves(nn.Module):
+    """The halves of `c` are joined after unlike paths, so they shrink together; `literal` cannot shrink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.literal, self.c, self.k, self.post = (nn.Conv2d(i, o, 1) for i, o in ((3, 10), (10, 12), (6, 6), (12, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.c(torch.relu(self.literal(x).reshape(-1, 10, 8, 8))).chunk(2, 1)
+        return self.post(torch.cat([torch.relu(a), torch.tanh(self.k(b))], 1))
+
+
+def test_groups_that_can_only_shrink_together_do_beside_one_that_cannot() -> None:
+    small = compress(TwoHalves().eval(), torch.randn(1, 3, 8, 8), 0.5, reducer="select")
+    assert tuple(small.model.get_parameter(f"{name}.weight").shape[0] for name in ("literal", "c")) == (10, 6)
+    assert set(small.rolled_back) == {"literal"}
+
+
+def test_what_passes_only_together_is_searched_for_in_few_tries() -> None:
+    tries: list[int] = []
+    member = lambda tensor: Member(tensor, 0, np.arange(2)[:, None], frozenset({Role.PRODUCES}))  # noqa: E731
+    groups = [ChannelGroup(str(i), 2, (member(f"w{i // 2}"),), family=i) for i in range(32)]
+
+    def failure(some: list[ChannelGroup]) -> str | None:
+        names = {g.name for g in some}
+        tries.append(len(some))
+        lonely = any((a in names) != (b in names) for a, b in (("4", "5"), ("20", "21")))
+        return "no" if lonely or "9" in names else None
+
+    passed, failed = find_largest_passing(families_of(groups), failure, coupled=True)
+    assert [g.name for g, _ in failed] == ["9"]
+    assert len(passed) == 31
+    assert len(tries) <= 45
 
 
 # ---- after surgery --------------------------------------------------------------------------------------------------

@@ -126,7 +126,8 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
         return why
 
     groups = [g for g in graph.groups if g.name in maps]
-    passed, failed = find_largest_passing(families_of(groups), failure, lambda g, why: f"like {g.name}: {why}")
+    like = lambda g, why: f"like {g.name}: {why}"  # noqa: E731
+    passed, failed = find_largest_passing(families_of(groups), failure, like, coupled=True)
     names = frozenset(g.name for g in passed)
     if names not in attempts:
         attempt(passed)

@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TypeVar
 
-from intrafusion.graph import ChannelGroup
+from intrafusion.graph import ChannelGroup, families_of
 
+_FEW = 4  # families left out up to which each is tried as the only one
+_TRIES = 16  # of families together that failed alone
 _ENOUGH = 2  # failures of one kind after which the others are not tried one by one
 
 
@@ -22,6 +24,8 @@ def find_largest_passing(
     families: list[list[ChannelGroup]],
     failure: Callable[[list[ChannelGroup]], F | None],
     likewise: Callable[[ChannelGroup, F], F] | None = None,
+    *,
+    coupled: bool = False,
 ) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, F]]]:
     """A maximal set of families that pass together, and each of the others with its failure; found by halving.
 
@@ -29,6 +33,8 @@ def find_largest_passing(
         failure: of some groups together; None if they pass.
         likewise: the failure of a group that is like another (`kind_of`) with that failure. With it, families of a kind
             that failed `_ENOUGH` times and never passed are not tried one by one any more, but once all together.
+        coupled: families may pass only together, as the halves of a chunk do: those that failed are tried again with
+            others that share a tensor with them, and all but one.
     """
     passed: list[ChannelGroup] = []
     failed: list[tuple[ChannelGroup, F]] = []
@@ -66,7 +72,46 @@ def find_largest_passing(
         else:
             assert likewise is not None
             failed.extend((g, likewise(*bad[kind][0])) for g in groups)
+    if coupled:
+        joined = _join_coupled(passed, families_of(g for g, _ in failed), lambda groups: failure(groups) is None)
+        passed += joined
+        failed = [(g, why) for g, why in failed if g not in joined]
     return passed, failed
+
+
+def _join_coupled(
+    passed: list[ChannelGroup], left: list[list[ChannelGroup]], passes: Callable[[list[ChannelGroup]], bool]
+) -> list[ChannelGroup]:
+    """Groups of those left out that pass together although none of them passes alone."""
+    joined: list[ChannelGroup] = []
+    tried: set[frozenset[str]] = set()
+    while True:
+        fresh = [c for c in _list_candidates(left) if frozenset(g.name for g in c) not in tried]
+        if not fresh or len(tried) >= _TRIES:
+            return joined
+        tried.add(frozenset(g.name for g in fresh[0]))
+        if passes([*passed, *joined, *fresh[0]]):
+            joined += fresh[0]
+            left = [family for family in left if family[0] not in joined]
+
+
+def _list_candidates(left: list[list[ChannelGroup]]) -> list[list[ChannelGroup]]:
+    """What may pass together, the likeliest first: all but one, if few; two that share a tensor, and all in a chain."""
+    tensors = [{m.tensor for g in family for m in g.members} for family in left]
+    pairs = [(a, b) for b in range(len(left)) for a in range(b) if tensors[a] & tensors[b]]
+    chosen = [set(range(len(left))) - {one} for one in range(len(left))] if 2 < len(left) <= _FEW else []
+    chosen += [{a, b} for a, b in pairs]
+    chosen += _chain(pairs)
+    return [[g for k in sorted(some) for g in left[k]] for some in chosen]
+
+
+def _chain(pairs: list[tuple[int, int]]) -> list[set[int]]:
+    """Everything that hangs together by pairs."""
+    chains: list[set[int]] = []
+    for pair in pairs:
+        touching = [c for c in chains if c & set(pair)]
+        chains = [c for c in chains if c not in touching] + [set(pair).union(*touching)]
+    return chains
 
 
 def family_kind(family: list[ChannelGroup]) -> FamilyKind:

@@ -48,6 +48,7 @@ class Tracer(TorchDispatchMode):
 
     def _follow(self, call: Call) -> None:
         """Apply the rule of an operation and keep what it says of the outputs."""
+        self.ledger.relations.where = call.where
         for tensor in call.tensors:
             self.ledger.note_read(self.ledger.look_up(tensor), call.where)
         outcome = self._apply_rule(call)

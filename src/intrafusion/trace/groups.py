@@ -18,6 +18,7 @@ from intrafusion.trace.blocks import Blocks
 from intrafusion.trace.channels import describe_channels
 from intrafusion.trace.foldable import find_foldable_norms
 from intrafusion.trace.info import Origin
+from intrafusion.trace.left_over import find_rows_left_over
 from intrafusion.trace.relations import Cause, Relations
 from intrafusion.trace.shared import settle_shared
 from intrafusion.trace.uses import Use, decode_roles
@@ -34,7 +35,8 @@ def build_graph(
     entries = settle_shared(relations)  # first: it unites channels, and everything below goes by representatives
     table = describe_channels(relations)
     blocks = Blocks(relations, table)
-    groups = _name([*_find_channel_groups(blocks), *find_block_groups(blocks, entries)])
+    found = [*_find_channel_groups(blocks), *find_block_groups(blocks, entries)]
+    groups = _name([*found, *find_rows_left_over(relations, shapes, found)])
     return ChannelGraph(
         _count_depths(groups, table.uses),
         find_foldable_norms(relations, origins),

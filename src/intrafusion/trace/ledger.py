@@ -16,7 +16,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.graph import Role, Slice
 from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight
-from intrafusion.trace.labels import FIXED, UNIFORM, count_earlier, find_varying, lay_along, narrow, pair_up, widen
+from intrafusion.trace.labels import (
+    FIXED,
+    UNIFORM,
+    compact,
+    count_earlier,
+    find_varying,
+    lay_along,
+    narrow,
+    pair_up,
+    widen,
+)
 from intrafusion.trace.relations import Relations
 
 
@@ -30,8 +40,10 @@ class Ledger:
         self.origins: list[Origin] = []
         # Weak: a tensor that the network drops is forgotten, and its memory is not held until the end of the pass.
         self._known = WeakTensorKeyDictionary()
+        self._written = WeakTensorKeyDictionary()  # labels of tensors that parts were written into
         # By identity: the network holds its parameters for as long as the ledger lives, so no id is reused.
         self._parameters: dict[int, str] = {}
+        self._buffers = {name for name, _ in model.named_buffers()}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() and id(tensor) not in self._parameters:
                 self._parameters[id(tensor)] = name
@@ -47,17 +59,42 @@ class Ledger:
         """What is known of a tensor; parameters and buffers get their coordinates when they are first read."""
         if tensor is None:
             return None
+        base = tensor._base
+        if base is not None and base in self._written:  # views that were made before the write see it too
+            return LabelledTensor(_view_labels(self._written[base], base, tensor).clone())
         known = self._known.get(tensor)
         if known is None and id(tensor) in self._parameters:
             known = self._known[tensor] = self._start_coordinates(self._parameters[id(tensor)])
         return known
 
+    def is_of_buffers(self, weight: Weight) -> bool:
+        """Whether a tensor was made from buffers alone, which no training changes."""
+        return {axis.tensor for axis in weight.axes} <= self._buffers
+
     def learn(self, tensor: Tensor, info: Info | None) -> None:
         """From now on this is what is known of a tensor; None: it is a constant."""
+        if tensor in self._written:
+            self._written[tensor].copy_(info.labels if isinstance(info, LabelledTensor) else torch.tensor(UNIFORM))
         if info is not None:
             self._known[tensor] = info
         elif tensor in self._known:
             del self._known[tensor]
+
+    def write_part(self, view: Tensor, labels: Tensor) -> LabelledTensor:
+        """Labels written into part of a tensor, of which every view then knows; the rest of an unknown one is fixed."""
+        base = view._base
+        assert base is not None
+        if base not in self._written:
+            known = self.look_up(base)
+            start = known.labels if isinstance(known, LabelledTensor) else torch.full(base.shape, FIXED)
+            self._written[base] = torch.empty_strided(base.shape, base.stride(), dtype=torch.long).copy_(start)
+        _view_labels(self._written[base], base, view).copy_(labels)
+        self._known[base] = LabelledTensor(compact(self._written[base].clone()))
+        return LabelledTensor(compact(labels))
+
+    def is_written(self, tensor: Tensor) -> bool:
+        """Whether parts were written into the tensor, or the one that it is a view of."""
+        return (tensor if tensor._base is None else tensor._base) in self._written
 
     def _start_coordinates(self, name: str) -> Weight:
         self.reached.add(name)
@@ -120,7 +157,9 @@ class Ledger:
                 self.relations.pin(axis.tensor, axis.dim, "laid along a dimension that is no channel dimension")
             # A constant that meets different entries of a parameter is the same for all channels no longer.
             if bool((narrow(labels) == UNIFORM).any()):
-                labels = torch.where((labels == UNIFORM) & (axis.coordinates >= 0), FIXED, labels)
+                labels = torch.where(
+                    (labels == UNIFORM) & (axis.coordinates >= 0), _follow_entries(axis, labels), labels
+                )
         return labels
 
     def note_origin(self, origin: Origin) -> Origin:
@@ -157,3 +196,25 @@ class Ledger:
         if isinstance(info, LabelledTensor):
             self.relations.forbid(narrow(info.labels).ravel(), reason)
         self.pin(info, reason)
+
+
+def _follow_entries(axis: Axis, labels: Tensor) -> Tensor:
+    """What a constant becomes where it meets the entries of a parameter: the one channel that each entry serves.
+
+    So does padding in front of a sequence that is scaled. Fixed, where an entry serves several or none.
+    """
+    entries, channels = pair_up(axis.coordinates, labels, 0, FIXED)
+    if not len(entries):
+        return torch.full_like(axis.coordinates, FIXED)
+    lowest = np.full(int(axis.coordinates.max()) + 1, np.iinfo(np.int64).max)
+    highest = np.full(len(lowest), FIXED)
+    np.minimum.at(lowest, entries, channels)
+    np.maximum.at(highest, entries, channels)
+    small = narrow(axis.coordinates)
+    found = np.where(lowest == highest, highest, FIXED)[np.maximum(small, 0)]
+    return widen(found, axis.coordinates.shape)
+
+
+def _view_labels(labels: Tensor, base: Tensor, view: Tensor) -> Tensor:
+    """The labels of a view, as a view of its base's labels, which lie in memory as the base does."""
+    return labels.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())

@@ -68,6 +68,8 @@ class Relations:
         self.uses: dict[Key, list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.shared: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.calls = 0  # operations so far
+        self.where = ""  # the present operation, for messages
+        self.tied: list[tuple[np.ndarray, str]] = []  # channels that met fixed data, and where
         self.block_members: list[tuple[np.ndarray, int, int]] = []
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.meetings: list[tuple[np.ndarray, int, int]] = []
@@ -114,6 +116,9 @@ class Relations:
             x, y = x[~mixed], y[~mixed]
         blocks = self.is_block[x]
         self.ties.append((x[blocks], y[blocks]))
+        met = (x == FIXED) != (y == FIXED)
+        if met.any():
+            self.tied.append((np.maximum(x[met], y[met]), self.where))
         self.sets.unite(x[~blocks], y[~blocks])
 
     def copy(self, labels: np.ndarray, places: np.ndarray | int) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Outcome
 from intrafusion.trace.ledger import Ledger
-from intrafusion.trace.rules import contraction, convolution, elementwise, movement, norm, reduction
+from intrafusion.trace.rules import across, contraction, convolution, elementwise, movement, norm, reduction
 from intrafusion.trace.rules.refusal import refuse
 
 __all__ = ["Rule", "find_rule", "refuse", "register_rule"]
@@ -39,6 +39,13 @@ _BY_OPERATION: dict[str, Rule] = {
     **dict.fromkeys(reduction.AGGREGATIONS, reduction.summarise),
     **dict.fromkeys(reduction.SOFTMAXES, reduction.couple_by_softmax),
     **dict.fromkeys(reduction.SCANS, reduction.scan),
+    **dict.fromkeys(across.WRITES, across.write_rows),
+    "index_put": across.put_rows,
+    "segment_reduce": across.reduce_segments,
+    **dict.fromkeys(across.TRANSFORMS, across.transform),
+    **dict.fromkeys(across.SAMPLERS, across.sample),
+    **dict.fromkeys(across.BAGS, across.embed_bags),
+    **dict.fromkeys(across.DISTANCES, across.compare_rows),
     "glu": elementwise.gate,
     **dict.fromkeys(("tril", "triu"), elementwise.mask_triangle),
     "rrelu_with_noise": elementwise.keep_first,

@@ -13,9 +13,9 @@ from intrafusion.trace.labels import UNIFORM, fill, find_varying, lay_along, nar
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.elementwise import combine, find_extent, keep_channels
-from intrafusion.trace.rules.reduction import reduce_labels, unite_per_index
+from intrafusion.trace.rules.reduction import find_channel_dims, reduce_labels, unite_per_index
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "_sparse_addmm")
 
 
 def embed(ledger: Ledger, call: Call) -> Info | None:
@@ -45,7 +45,7 @@ def apply_linear(ledger: Ledger, call: Call) -> Info:
 
 def multiply(ledger: Ledger, call: Call) -> Info | None:
     """Every matrix product, as a batch of matrices (batch, rows, inner) @ (batch, inner, columns)."""
-    added = call.name.startswith(("add", "badd"))
+    added = call.name.startswith(("add", "badd", "_sparse_add"))
     a, b = call.tensors[1:3] if added else call.tensors[:2]
     left, right = _as_matrices(a, left=True), _as_matrices(b, left=False)
     a_info, b_info = _map(ledger.look_up(a), left), _map(ledger.look_up(b), right)
@@ -136,6 +136,9 @@ def _contract(ledger: Ledger, call: Call, a: Info | None, b: Info | None, x: Ten
 
 def _map_linearly(ledger: Ledger, call: Call, a: Info | None, b: Weight, shape: torch.Size) -> LabelledTensor:
     """An activation (batch, rows, inner) times a weight (batch, inner, columns)."""
+    if isinstance(a, LabelledTensor) and ledger.is_of_buffers(b) and _lie_across(ledger, a):
+        ledger.pin(b, f"a constant matrix along another axis than the channels': {call.where}")
+        return _multiply_constant(ledger, call, a, 2, shape)
     inner = None
     if isinstance(a, LabelledTensor):
         inner = _gather_inputs(ledger, a.labels)
@@ -152,6 +155,12 @@ def _map_linearly(ledger: Ledger, call: Call, a: Info | None, b: Weight, shape: 
         if not in_axes and 1 in find_varying(inner):
             ledger.relations.forbid(narrow(inner).ravel(), f"contracted with a constant: {call.where}")
     return LabelledTensor(_make_outputs(ledger, b, out_axes, shape))
+
+
+def _lie_across(ledger: Ledger, info: LabelledTensor) -> bool:
+    """Whether an activation (batch, rows, inner) holds channels along its rows, and none along `inner`."""
+    channels = find_channel_dims(ledger, info)
+    return 1 in channels and 2 not in channels
 
 
 def _gather_inputs(ledger: Ledger, labels: Tensor) -> Tensor:

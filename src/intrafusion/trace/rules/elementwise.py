@@ -184,7 +184,7 @@ def _check_hidden_write(ledger: Ledger, call: Call) -> None:
         return
     view, base = call.args[0], call.args[0]._base
     known, whole = ledger.look_up(view), ledger.look_up(base)
-    if whole is None:
+    if whole is None or ledger.is_written(view):
         for tensor in call.tensors:
             ledger.forbid(ledger.look_up(tensor), f"in-place write into part of an untracked tensor: {call.where}")
     elif isinstance(known, Weight):

@@ -230,9 +230,12 @@ def view_as_complex(ledger: Ledger, call: Call) -> Info | None:
 
 
 def overwrite(ledger: Ledger, call: Call) -> Outcome:
-    """x.copy_(y): what y is; a write into part of another tensor is refused."""
+    """x.copy_(y): what y is; a write into part of an activation or of a new tensor changes the whole."""
     target, source = call.args[0], call.args[1]
     if target._is_view():
+        info = ledger.look_up(source)
+        if isinstance(info, LabelledTensor) and not isinstance(ledger.look_up(target._base), Weight):
+            return ledger.write_part(target, info.labels.broadcast_to(target.shape))
         refuse(ledger, call, "in-place write into part of a tensor")
         return ledger.look_up(target)
     return combine(ledger, call, [source], target.shape)

@@ -88,6 +88,17 @@ def unite_per_index(ledger: Ledger, labels: Tensor, dim: int) -> np.ndarray:
     return np.broadcast_to(united, (size,))
 
 
+def unite_over(ledger: Ledger, labels: Tensor, dims: set[int]) -> Tensor:
+    """Labels of which those along some dimensions are one channel: the map that a linear layer computed, resampled."""
+    array = narrow(labels)
+    for dim in sorted(dims):
+        united = array.take([0], dim)
+        for k in range(1, array.shape[dim]):
+            united = ledger.relations.merge(united, array.take([k], dim))
+        array = united
+    return widen(array, labels.shape)
+
+
 def summarise(ledger: Ledger, call: Call) -> Outcome:
     x, out = call["self"], call.outputs[0]
     info = ledger.look_up(x)
@@ -153,10 +164,11 @@ def pool(ledger: Ledger, call: Call) -> Outcome:
     if info is None:
         return refuse(ledger, call)
     info = ledger.activate(info, set(range(x.dim())) - dims)
-    crossed = find_varying(info.labels) & dims
-    if any(out.shape[d] != 1 for d in crossed):
+    crossed = {d for d in find_channel_dims(ledger, info) & dims if out.shape[d] != 1}
+    if crossed and not find_varying(info.labels) - dims:
         return refuse(ledger, call, "pooling across channels")
-    labels = reduce_labels(ledger, info.labels, dims, Cause.REDUCTION, call.where).expand(out.shape)
+    maps = unite_over(ledger, info.labels, crossed)
+    labels = reduce_labels(ledger, maps, dims, Cause.REDUCTION, call.where).expand(out.shape)
     return (
         [LabelledTensor(labels), *[None] * (len(call.outputs) - 1)] if len(call.outputs) > 1 else LabelledTensor(labels)
     )
