@@ -281,9 +281,9 @@ def tied_square_layers() -> Built:
     return Wired(wiring, **layers, head=nn.Linear(6, 2)), torch.randn(3, 4)
 
 
-@case(blocks={"a b": 8}, blocked={"head": "output"})
+@case({"a b": 8}, blocked={"head": "output"})
 def stack_and_sum() -> Built:
-    """Branches stacked on a new axis and summed over it: pairs (a_i, b_i) move as a whole."""
+    """Branches stacked on a new axis and summed over it: a_i and b_i are one channel, as where they are added."""
 
     def wiring(net: Any, x: Tensor) -> Tensor:
         return net.head(F.relu(torch.stack([net.a(x), net.b(x)]).sum(0)))
@@ -489,3 +489,14 @@ def checkpointed() -> Built:
         return net.head(torch.utils.checkpoint.checkpoint(lambda y: F.relu(net.a(y)), x, use_reentrant=False))
 
     return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case({"a b": 6}, blocked={"head": "output"})
+def stacked_branches_summed() -> Built:
+    """Two branches, stacked and averaged: the same as their sum."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        both = torch.stack([net.a(x), net.b(x)], 1).tanh()
+        return net.head(both.sum(1) * both.mean(1))
+
+    return Wired(wiring, a=nn.Linear(4, 6), b=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 4)

@@ -67,6 +67,7 @@ class Relations:
         self.tables: dict[Key, np.ndarray] = {}
         self.uses: dict[Key, list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.shared: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
+        self.births: list[int] = []  # the first label of each layer's, or other maker's
         self.calls = 0  # operations so far
         self.where = ""  # the present operation, for messages
         self.tied: list[tuple[np.ndarray, str]] = []  # channels that met fixed data, and where
@@ -89,6 +90,7 @@ class Relations:
     def fresh(self, count: int, *, block: bool = False) -> np.ndarray:
         """New labels, one per channel."""
         start, self.count = self.count, self.count + count
+        self.births.append(start)
         self.sets.reserve(self.count)
         if self.count > len(self.is_block):
             self.is_block = np.concatenate([self.is_block, np.zeros(max(self.count, len(self.is_block)), bool)])
@@ -97,6 +99,10 @@ class Relations:
 
     def roots(self, labels: np.ndarray) -> np.ndarray:
         return self.sets.find(labels)
+
+    def makers(self, labels: np.ndarray) -> np.ndarray:
+        """A number for what made each label: labels that were made at once have the same."""
+        return np.searchsorted(self.births, self.roots(labels), side="right")
 
     def unite(self, x: np.ndarray, y: np.ndarray) -> None:
         """Labels x[i] and y[i] move together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -55,9 +56,21 @@ def reduce_labels(ledger: Ledger, labels: Tensor, dims: set[int], cause: Cause, 
     # Symmetric: only which channels are in a row matters, so rows are sets, and equal sets get one block label.
     rows = np.sort(moved.reshape(int(np.prod([array.shape[d] for d in rest])), -1), axis=-1)
     distinct, which = np.unique(rows, axis=0, return_inverse=True)
+    if cause == Cause.REDUCTION and len(distinct) > 1 and all(_are_branches(ledger, row) for row in distinct):
+        for one, other in itertools.pairwise(distinct.T):
+            ledger.relations.unite(one, other)
     results = np.array([_name_together(ledger, np.unique(row), cause, where) for row in distinct])
     reduced = results[which.reshape(-1)].reshape([1 if d in over else s for d, s in enumerate(array.shape)])
     return widen(reduced, shape)
+
+
+def _are_branches(ledger: Ledger, row: np.ndarray) -> bool:
+    """Whether labels are channels of as many layers: branches that were stacked, and are summed as by a plus."""
+    channels = np.unique(ledger.relations.roots(row))
+    makers = ledger.relations.makers(channels)
+    return bool(channels[0] >= FIRST and not ledger.relations.is_block[channels].any()) and len(makers) == len(
+        np.unique(makers)
+    )
 
 
 def _name_together(ledger: Ledger, labels: np.ndarray, cause: Cause, where: str) -> int:
