@@ -173,5 +173,5 @@ def test_errors() -> None:
         compress_in_steps(made(), EXAMPLE, target={"params": 0.5})
     with pytest.raises(BudgetError, match="keep: expected a fraction"):
         compress_in_steps(made(), EXAMPLE, 1.5)
-    with pytest.raises(ModelError, match="there is no channel group to reduce"):
+    with pytest.raises(ModelError, match="include and exclude leave no channel group to reduce"):
         compress_in_steps(made(), EXAMPLE, 0.5, exclude=["stem", "up", "hidden", "head", "down"])

@@ -224,7 +224,7 @@ def test_strict_is_content_where_nothing_was_rolled_back(program: Program) -> No
         ("--order backwards", "unknown order 'backwards'. Did you mean 'backward'?"),
         ("--round-to 0", "round_to: expected a whole number >= 1, got 0"),
         ("--exclude thrid", "unknown layer 'thrid'. Did you mean 'third'?"),
-        ("--include third", "there is no channel group to reduce in this network"),
+        ("--include third", "include and exclude leave no channel group to reduce"),
         ("--recipe nets.py", "recipe: "),
         ("--weights nets.py", "cannot tell from the suffix '.py'"),
         ("--weights absent.safetensors", "absent.safetensors: there is no such file"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion.trace import Call, LabelledTensor, Ledger, register_rule, trace
+from intrafusion.trace.rules.norm import find_eps
 
 TRACE = Path(intrafusion.__file__).parent / "trace"
 
@@ -83,3 +84,11 @@ def test_no_two_files_of_the_tracer_need_each_other() -> None:
     assert "dispatch" in graph
     assert not any("dispatch" in needed for name, needed in graph.items() if name.startswith("rules"))
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("name", ["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
+def test_what_a_norm_adds_to_the_variance_is_known_on_every_device(name: str) -> None:
+    """It was taken for 0 on GPUs, where the operation has another name for it: folding was off by it."""
+    x, v = torch.zeros(1, 2, 1, 1), torch.zeros(2)
+    arguments = (x, v, v, v, v, False, 0.1, 1e-5)
+    assert find_eps(Call(getattr(torch.ops.aten, name).default, arguments, {}, (x,), "")) == 1e-5

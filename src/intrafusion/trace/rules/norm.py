@@ -85,7 +85,12 @@ def _note_norm(ledger: Ledger, call: Call, info: LabelledTensor, tensors: dict[s
     if mean is not None:
         ledger.relations.norm_calls[mean] += 1
     if info.origin is not None:
-        info.origin.norm, info.origin.eps = names, call["eps"] or 0.0
+        info.origin.norm, info.origin.eps = names, find_eps(call)
+
+
+def find_eps(call: Call) -> float:
+    """What a norm adds to the variance; cuDNN and MIOpen call it by another name."""
+    return call["eps"] or call["epsilon"] or 0.0
 
 
 def _find_owner(ledger: Ledger, tensor: Tensor | None) -> str | None:
