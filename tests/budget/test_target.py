@@ -107,7 +107,8 @@ class Moody(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x).relu()
-        return [self.last(h) for _ in range(1 + 3 * (h.shape[1] > 20))][0]
+        outputs = [self.last(h) for _ in range(1 + 3 * (h.shape[1] > 20))]
+        return outputs[0]
 
 
 def test_a_cost_that_cannot_be_predicted_is_measured_and_said() -> None:
