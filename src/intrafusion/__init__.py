@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from intrafusion import trace
 from intrafusion.compressed import Compressed
-from intrafusion.errors import BudgetError, FolderError, IntrafusionError, IntrafusionWarning, ModelError, PlanError, RecipeError
+from intrafusion.errors import (
+    BudgetError,
+    FolderError,
+    IntrafusionError,
+    IntrafusionWarning,
+    ModelError,
+    PlanError,
+    RecipeError,
+)
 from intrafusion.fusion import Alignment, Fused, fuse
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.io.folder import load
