@@ -171,12 +171,12 @@ def _final_decision(decision: Decision, maps: Mapping[str, ReductionMap], steps:
     """What became of a group in all: its last size, or the reason why it never shrank."""
     if decision.group in maps:
         proofs = [d.proof for step in steps for d in step.plan.decisions if d.group == decision.group and d.proof]
-        return replace(decision, m=len(maps[decision.group].merge), reason=None, proof=weakest(proofs))
+        return replace(decision, m=len(maps[decision.group].merge), reason=None, proof=_find_weakest(proofs))
     reasons = [d.reason for step in steps for d in step.plan.decisions if d.group == decision.group and d.reason]
     return replace(decision, m=decision.n, reason=reasons[0] if reasons else None)
 
 
-def weakest(proofs: Sequence[str]) -> str | None:
+def _find_weakest(proofs: Sequence[str]) -> str | None:
     return next((p for p in proofs if p != FUNCTION), proofs[0] if proofs else None)
 
 

@@ -48,11 +48,11 @@ def plan_text(plan: Plan, before: Size | None = None, after: Size | None = None)
             "",
             f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}",
         ]
-    lines += [f"note: {w}" for w in (*plan.warnings, *proofs(plan))]
+    lines += [f"note: {w}" for w in (*plan.warnings, *_list_proofs(plan))]
     return "\n".join(lines)
 
 
-def proofs(plan: Plan) -> list[str]:
+def _list_proofs(plan: Plan) -> list[str]:
     """What is not proved of the function of reduced groups."""
     names = [d.group for d in plan.decisions if d.reduced and d.proof == "symmetry"]
     if not names:

@@ -29,7 +29,7 @@ from intrafusion.surgery.proof import FunctionCheck
 
 _CLOSE_ENOUGH = 0.01  # trying stops this close to the target
 _MISSED = 0.02  # further off than this is said
-EXACT = 1e-6  # a predicted cost that is off by less, as a fraction, is believed
+_EXACT = 1e-6  # a predicted cost that is off by less, as a fraction, is believed
 _TRIALS = 8
 _FEW = 12  # families of groups of which pairs are tried
 _NUDGES = 16  # single channels that the last sizes are moved by
@@ -312,10 +312,10 @@ def find_believed_cost(
     real = [(sizes, _measure(kind, build_with_sizes(model, graph, sizes), inputs)) for sizes in tests]
     off = lambda cost: max((abs(cost(s) / m - 1) for s, m in real if 0 < m < math.inf), default=0.0)  # noqa: E731
     cost = cost_of(model, graph, inputs, kind)
-    if off(cost) > EXACT and kind == "macs":
+    if off(cost) > _EXACT and kind == "macs":
         cost = _predict_cost(model, graph, groups, inputs) or cost
     doubt = f"target: predicted {kind} are off by up to {off(cost):.1%}; the sizes go by what was measured."
-    return cost, doubt if off(cost) > EXACT else None
+    return cost, doubt if off(cost) > _EXACT else None
 
 
 def sizes_to_test(groups: Sequence[ChannelGroup]) -> list[Sizes]:

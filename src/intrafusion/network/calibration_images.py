@@ -16,7 +16,7 @@ from intrafusion.errors import IntrafusionWarning, ModelError
 from intrafusion.network.batches import ImagesLike, as_call, count_images, read_labelled
 from intrafusion.network.inputs import Inputs
 
-FEW = 32  # images, below which a layer is solved for the images themselves rather than for what they stand for
+_FEW = 32  # images, below which a layer is solved for the images themselves rather than for what they stand for
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Calls:
             call = self._checked(call if call.labels is not None else replace(call, labels=labels))
             total += count_images(call)
             yield call
-        if total < FEW:
+        if total < _FEW:
             self.notes["few"] = (
                 f"images: {total} are few for solving layers on them; give a few hundred, or restore='synthetic'"
             )

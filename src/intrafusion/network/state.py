@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SEED = 0
+_SEED = 0
 """Random numbers inside start here, so that two networks that draw them alike can be compared."""
 
 PutBack = Callable[[], object]
@@ -194,11 +194,11 @@ def _own_random_numbers(model: nn.Module) -> Iterator[None]:
     plain, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=devices):
         try:
-            torch.default_generator.manual_seed(SEED)
+            torch.default_generator.manual_seed(_SEED)
             for device in devices:
-                torch.cuda.default_generators[device].manual_seed(SEED)
-            random.seed(SEED)
-            np.random.seed(SEED)  # noqa: NPY002
+                torch.cuda.default_generators[device].manual_seed(_SEED)
+            random.seed(_SEED)
+            np.random.seed(_SEED)  # noqa: NPY002
             yield
         finally:
             random.setstate(plain)

@@ -34,7 +34,7 @@ def unwrap(model: Any) -> nn.Module:
     Raises:
         ModelError: no module, TorchScript, a network in shards, or one with parameters that have no size yet.
     """
-    check_module(model)
+    _check_module(model)
     core = model
     while (inner := _find_inside(core)) is not None:
         core = inner
@@ -51,7 +51,7 @@ def unwrap(model: Any) -> nn.Module:
     return core
 
 
-def check_module(model: Any) -> None:
+def _check_module(model: Any) -> None:
     """
     Raises:
         ModelError: something that is no network.

@@ -46,7 +46,7 @@ def reduce_weights(
     folded = fold_norms(original, norms)
     reduced = {name: _remap(name, folded[name], groups, maps, centred) for name in names}
     for pair in lengths:
-        reduced |= set_length(pair, folded, reduced, groups, maps)
+        reduced |= _set_length(pair, folded, reduced, groups, maps)
     averages = {
         n.mean: _averaging_matrix(n.mean, len(folded[n.mean]), groups, maps, folded[n.mean].device) for n in norms
     }
@@ -222,7 +222,7 @@ def compose_merges(touching: Sequence[tuple[Member, Tensor]], size: int, device:
     return shorten(matrix, sizes, rows[0].tensor)
 
 
-def set_length(
+def _set_length(
     pair: WeightNorm,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],

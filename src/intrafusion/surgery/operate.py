@@ -20,13 +20,13 @@ from intrafusion.surgery.search import find_largest_passing
 from intrafusion.surgery.write import Repair, write_weights_
 from intrafusion.trace import trace
 
-ROUNDING = 2.0**-52  # of float64
+_ROUNDING = 2.0**-52  # of float64
 
 
-ROUNDINGS = 100  # that add up
+_ROUNDINGS = 100  # that add up
 
 
-CEILING = 1e-3  # a larger difference is none of rounding
+_CEILING = 1e-3  # a larger difference is none of rounding
 
 
 Maps = dict[str, ReductionMap]
@@ -46,10 +46,10 @@ def tolerance_of(
     weights = {n: p.detach() for n, p in double.named_parameters() if p.dtype == torch.float64}
     generator = torch.Generator().manual_seed(0)
     noise = lambda w: (2 * torch.rand(w.shape, generator=generator, dtype=torch.float64) - 1).to(w.device)  # noqa: E731
-    write_weights_(double, {n: w * (1 + ROUNDING * noise(w)) for n, w in weights.items()})
+    write_weights_(double, {n: w * (1 + _ROUNDING * noise(w)) for n, w in weights.items()})
     changed = output_difference(outputs(double), expected)
     write_weights_(double, weights)
-    return min(max(least, ROUNDINGS * changed), CEILING)
+    return min(max(least, _ROUNDINGS * changed), _CEILING)
 
 
 def copy_reduced(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> nn.Module:

@@ -48,7 +48,7 @@ from intrafusion.trace.rules.contraction import PRODUCTS
 from intrafusion.trace.run import follow_run
 
 FUNCTION = "function"
-SYMMETRY = "symmetry"
+_SYMMETRY = "symmetry"
 _CLOSE = 1e-10  # a factor of attention may change little, on the example
 _SUMMED = (str(Cause.REDUCTION), str(Cause.PRODUCT))
 _INPUTS = frozenset([Role.CONSUMES])
@@ -121,7 +121,7 @@ class FunctionCheck:
         if odd and maps.keys() - exact.keys() - self.proved.keys():
             return _explain(None, odd, [])
         self.explained |= fresh.keys()
-        self.proved = {n: FUNCTION if n in exact else SYMMETRY for n in maps}
+        self.proved = {n: FUNCTION if n in exact else _SYMMETRY for n in maps}
         for name, reduction in maps.items():  # what passed stays as it is, whatever is found for others like it
             self.scales.setdefault(name, (1.0, 1.0) if reduction.scale is None else tuple(reduction.scale.tolist()))
         return None

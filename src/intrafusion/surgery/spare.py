@@ -22,7 +22,7 @@ from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, Reduction
 from intrafusion.reduce.select import selection_map
 from intrafusion.surgery.proof import FunctionCheck
 
-DEAD = -1
+_DEAD = -1
 _MAKES = (Role.PRODUCES, Role.SHIFTS, Role.MEAN)
 
 
@@ -31,7 +31,7 @@ class Classes:
     """The different channels of a group: n channels in k classes of copies, dead ones in none.
 
     first: (k,) the first channel of each class, ascending; owner: (n,) the first channel of the class that each channel
-    is in, `DEAD` for a dead one.
+    is in, `_DEAD` for a dead one.
     """
 
     first: Tensor
@@ -60,7 +60,7 @@ def find_classes(
     """
     owner = _find_first_equal(group, weights) if copies else torch.arange(group.size)
     alive = torch.ones(group.size, dtype=torch.bool) if dead is None else ~dead
-    return Classes(owner[alive].unique(), torch.where(alive, owner, DEAD))
+    return Classes(owner[alive].unique(), torch.where(alive, owner, _DEAD))
 
 
 def _find_first_equal(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:

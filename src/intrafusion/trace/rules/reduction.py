@@ -101,7 +101,7 @@ def unite_per_index(ledger: Ledger, labels: Tensor, dim: int) -> np.ndarray:
     return np.broadcast_to(united, (size,))
 
 
-def unite_over(ledger: Ledger, labels: Tensor, dims: set[int]) -> Tensor:
+def _unite_over(ledger: Ledger, labels: Tensor, dims: set[int]) -> Tensor:
     """Labels of which those along some dimensions are one channel: the map that a linear layer computed, resampled."""
     array = narrow(labels)
     for dim in sorted(dims):
@@ -180,7 +180,7 @@ def pool(ledger: Ledger, call: Call) -> Outcome:
     crossed = {d for d in find_channel_dims(ledger, info) & dims if out.shape[d] != 1}
     if crossed and not find_varying(info.labels) - dims:
         return refuse(ledger, call, "pooling across channels")
-    maps = unite_over(ledger, info.labels, crossed)
+    maps = _unite_over(ledger, info.labels, crossed)
     labels = reduce_labels(ledger, maps, dims, Cause.REDUCTION, call.where).expand(out.shape)
     return (
         [LabelledTensor(labels), *[None] * (len(call.outputs) - 1)] if len(call.outputs) > 1 else LabelledTensor(labels)
