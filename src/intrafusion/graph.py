@@ -18,11 +18,16 @@ class Role(StrEnum):
 
     PRODUCES = "produces"  # rows of a linear map: W <- M W
     CONSUMES = "consumes"  # columns of a linear map: W <- W U
+    MATCHES = "matches"  # rows (and biases) of what is multiplied with the channels and summed, as keys with queries: U^T W
     SHIFTS = "shifts"  # added to each channel: a bias
     SCALES = "scales"  # multiplied onto each channel: a norm's weight, a depthwise kernel
     MEAN = "mean"  # subtracted by a norm
     VARIANCE = "variance"  # divided out by a norm
     FOLLOWS = "follows"  # anything else per channel: the slope of a PReLU, a clamp
+
+
+READS = frozenset([Role.CONSUMES, Role.MATCHES])
+"""What is transformed as the channels are read: by the transposed unmerge."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class ChannelGroup:
         family: groups of one family are twins (the groups of one grouped convolution, the heads of one attention)
             and must keep the same number of channels.
         kind: "channel", or "block" where the unit is a whole head or convolution group.
+        linear: whether nothing but linear maps lies between what produces the channels and what reads them, so that any
+            invertible matrix may be put there; proved by one, see `surgery.permute`.
         together: what looks at all channels together so that a channel of zeros is not the same as no channel (the
             statistics of a norm, a softmax, a maximum), in words; None where it is.
         depth: index counted from the output of the network by the last layer that produces the group, 0 = nearest,
@@ -89,6 +96,7 @@ class ChannelGroup:
     kind: str = "channel"
     depth: int | None = None
     together: str | None = None
+    linear: bool = False
 
     @property
     def is_channel(self) -> bool:
@@ -106,8 +114,8 @@ class ChannelGroup:
 
     @property
     def producers(self) -> tuple[str, ...]:
-        """Names of the modules whose outputs are these channels."""
-        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.PRODUCES)))
+        """Names of the modules whose outputs are these channels, or are multiplied with them."""
+        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.PRODUCES, Role.MATCHES)))
 
     @property
     def consumers(self) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ def _solve(
 ) -> ReductionMap:
     """The map of one group; channels that must not be mixed are selected, dead ones and exact copies go first."""
     rows, added = channel_features(group, weights), channel_biases(group, weights)
-    problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name))
+    problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name), group.linear)
     reducer = selecting_form(recipe.reducer) if group.unmixable else recipe.reducer
     classes = find_classes(group, weights, dead, copies=reducer.mixes)
     return _check_map(reduce_distinct(reducer, group, weights, problem, classes), group)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafusion.graph import ChannelGraph, ChannelGroup, Role
+from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Role
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.pipeline import inspect
@@ -109,7 +109,7 @@ def _incoming_rows(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Tens
     """(tensor with the channel dimension first, positions (n, slots)) of all that makes a group's channels."""
     tensors = named_tensors(model)
     for member in group.members:
-        if Role.CONSUMES not in member.roles:
+        if not member.roles & READS:
             tensor = tensors[member.tensor].data
             part = tensor if member.within is None else narrow_to(tensor, member.within)
             yield part.movedim(member.dim, 0), torch.from_numpy(member.positions)

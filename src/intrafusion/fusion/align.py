@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from intrafusion.errors import unknown_name
 from intrafusion.fusion.match import GroupPair
 from intrafusion.fusion.move import Move, move_channels
-from intrafusion.graph import ChannelGraph, Member, Role
+from intrafusion.graph import READS, ChannelGraph, Member, Role
 from intrafusion.importance.features import channel_rows, weighs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce import ReductionMap
@@ -125,7 +125,7 @@ def _describe_channels(
 
 
 def _is_described_by(member: Member, weights: Mapping[str, Tensor], how: Alignment) -> bool:
-    if Role.CONSUMES in member.roles and Role.PRODUCES not in member.roles:
+    if member.roles & READS and Role.PRODUCES not in member.roles:
         return how.sides == "both"
     return weighs(member, weights) or Role.SHIFTS in member.roles
 

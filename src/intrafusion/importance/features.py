@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import ModelError
-from intrafusion.graph import ChannelGroup, Member, Role
+from intrafusion.graph import READS, ChannelGroup, Member, Role
 
 
 def channel_rows(weights: Mapping[str, Tensor], member: Member) -> Tensor:
@@ -35,7 +35,7 @@ def linear_rows(group: ChannelGroup, weights: Mapping[str, Tensor]) -> list[Tens
 
 def weighs(member: Member, weights: Mapping[str, Tensor]) -> bool:
     kernel = Role.SCALES in member.roles and weights[member.tensor].dim() > 1
-    return kernel or bool(member.roles & {Role.PRODUCES, Role.CONSUMES})
+    return kernel or bool(member.roles & {Role.PRODUCES, *READS})
 
 
 def channel_features(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,7 @@ class MomentTaker(contextlib.ExitStack):
             for port in find_readers(group, layers):
                 self.ports[port.layer.name].append((group.name, port))
         self.layers = {name: layers[name] for name in self.ports}
+        self.sides = {g.name: _Sides.of(g, layers) for g in groups if g.with_role(Role.MATCHES)}
         self.bare = _find_bare_reads(groups)
         self.found: dict[str, dict[str, _Read]] = {g.name: {} for g in groups}  # by group, by weight
 
@@ -91,6 +92,8 @@ class MomentTaker(contextlib.ExitStack):
         self.callback(self.model.register_forward_pre_hook(called, with_kwargs=True).remove)
         modules = {name: layer.module for name, layer in self.layers.items()}
         self.enter_context(watch_calls(modules, reached=self.reached))
+        sides = {port.layer.name: port.layer for side in self.sides.values() for port in side.ports}
+        self.enter_context(watch_calls({n: layer.module for n, layer in sides.items()}, self.given))
         self.enter_context(unfuse(self.model))
         self.enter_context(products)
         return self
@@ -102,6 +105,11 @@ class MomentTaker(contextlib.ExitStack):
         for group, port in self.ports[name]:
             moments = _take_moments(rows, port.positions)
             self.found[group][port.weight] = _Read(layer.input_dim, port.positions, len(rows), *moments)
+
+    def given(self, name: str, x: Tensor, output: Tensor) -> None:
+        """A layer gave what is multiplied with what another gives."""
+        for side in self.sides.values():
+            side.add(name, output)
 
     def multiplied(self, product: Product) -> None:
         """Something was multiplied with a weight, perhaps by one of those layers."""
@@ -141,7 +149,49 @@ class MomentTaker(contextlib.ExitStack):
     def moments(self) -> dict[str, Moments]:
         """By group; norms are folded as they are now."""
         weights = _fold_all(self.model, self.graph)
-        return {group: _join_reads(reads, weights) for group, reads in self.found.items() if reads}
+        found = {group: _join_reads(reads, weights) for group, reads in self.found.items() if reads}
+        return found | {group: moments for group, side in self.sides.items() if (moments := side.moments()) is not None}
+
+
+@dataclass(eq=False)
+class _Sides:
+    """Second moments of the two sides of products, such as queries and keys.
+
+    What the second side has in common over a sequence is left out: it adds the same to all scores of a query, which a
+    softmax over them does not see.
+
+    Attributes:
+        ports: where layers give either side.
+        whole: whether all that makes the channels, or matches them, is in `ports`.
+        sums: of squares (n, n), of the first and the second side; None before the first call.
+    """
+
+    ports: list[Port]
+    second: list[bool]
+    whole: bool
+    sums: list[Tensor | None] = field(default_factory=lambda: [None, None])
+
+    @classmethod
+    def of(cls, group: ChannelGroup, layers: Mapping[str, Layer]) -> _Sides:
+        members = [m for m in group.with_role(Role.PRODUCES, Role.MATCHES) if not m.tensor.endswith("bias")]
+        known = [m for m in members if m.module in layers and m.within is None and m.dim != layers[m.module].input_dim]
+        second = [Role.MATCHES in m.roles for m in known]
+        return cls([Port.of(layers[m.module], m) for m in known], second, len(known) == len(members))
+
+    def add(self, name: str, output: Tensor) -> None:
+        for port, second in zip(self.ports, self.second, strict=True):
+            if port.layer.name == name:
+                x = port.take_channels(port.layer.apply_norm(output)).double()  # (images, n, places)
+                x = x - x.mean(2, keepdim=True) if second else x
+                square = torch.einsum("inp,imp->nm", x, x) / (x.shape[0] * x.shape[2])
+                before = self.sums[second]
+                self.sums[second] = square if before is None else before + square
+
+    def moments(self) -> Moments | None:
+        first, second = self.sums
+        if first is None or second is None or not self.whole:
+            return None
+        return Moments(torch.zeros_like(first[:1]), first[None], second)
 
 
 @dataclass(frozen=True, eq=False)

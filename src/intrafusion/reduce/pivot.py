@@ -10,6 +10,7 @@ from torch import Tensor
 
 from intrafusion.errors import BudgetError, RecipeError
 from intrafusion.network.gram import find_scale
+from intrafusion.reduce.principal import principal_map
 from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import Select, selection_map
 
@@ -20,6 +21,9 @@ _KNOWN = 1e-5  # a channel with less than this fraction of its variance left is 
 @dataclass(frozen=True)
 class Pivot:
     """Keep the channels from which the others can best be told, and let the consumers read the others off them.
+
+    Where nothing but linear maps lies between the channels and what reads them (queries and keys, values and the layer
+    behind them, linear bottlenecks), the best directions are kept instead, see `principal_map`.
 
     Works on what the consumers read of the channels (`ReductionProblem.moments`) and ignores importance. Groups for
     which that is unknown, such as those that only grouped convolutions read, are selected by importance.
@@ -49,6 +53,8 @@ class Pivot:
         moments = problem.moments
         if moments is None or problem.size == len(problem.importance):
             return Select()(problem)
+        if problem.linear and self.unmerge:
+            return principal_map(moments, problem.size)
         kept = pick_channels(moments, problem.size).order[: problem.size].sort().values
         mean, covariance = moments.overall
         if self.unmerge:

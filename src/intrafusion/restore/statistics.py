@@ -10,7 +10,7 @@ from torch import Tensor
 from intrafusion.graph import ChannelGraph, Role
 from intrafusion.network.layers import Layer
 from intrafusion.reduce.problem import ReductionMap
-from intrafusion.surgery.maps import compose_merges
+from intrafusion.surgery.maps import compose_merges, matrix_for
 
 _PER_CHANNEL = frozenset({Role.PRODUCES, Role.SCALES, Role.SHIFTS, Role.MEAN, Role.VARIANCE, Role.FOLLOWS})
 
@@ -31,8 +31,16 @@ def find_merge(tensor: str, size: int, graph: ChannelGraph, maps: Mapping[str, R
 
 
 def find_output_merge(layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Tensor | None:
-    """What the merges do to the outputs of a layer of the original network; as `find_merge`."""
-    return find_merge(layer.weight_name, len(layer.module.weight), graph, maps)
+    """What the maps do to the outputs of a layer of the original network, as one (m, n) float64 matrix on the CPU.
+
+    Keys, say, are transformed as what reads the channels; factors that were put on a map count. None for nothing.
+    """
+    touching = [
+        (member, matrix_for(member, maps[group.name], average=False)) for group in graph.groups if group.name in maps
+        for member in group.with_role(Role.PRODUCES, Role.MATCHES)
+        if member.tensor == layer.weight_name and member.dim == 0 and member.within is None
+    ]  # fmt: skip
+    return compose_merges(touching, len(layer.module.weight)) if touching else None
 
 
 def likeness(shape: Sequence[int], reach: float) -> Tensor:

@@ -93,7 +93,7 @@ def _is_inside(group: ChannelGroup, block: ChannelGroup) -> bool:
 
 def _group_signature(group: ChannelGroup) -> bytes:
     """Which index of which tensor is which channel, in an order of its own."""
-    members = sorted(group.members, key=lambda m: (m.tensor, m.dim, str(m.within)))
+    members = sorted(group.members, key=lambda m: (m.tensor, m.dim, str(m.within), sorted(m.roles)))
     order = np.argsort(members[0].positions.min(1), kind="stable")
     parts = [
         f"{m.tensor}|{m.dim}|{m.within}|{sorted(m.roles)}".encode() + np.sort(m.positions[order], 1).tobytes()

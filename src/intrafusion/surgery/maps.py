@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import PlanError
-from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role, Slice, WeightNorm
+from intrafusion.graph import READS, ChannelGraph, ChannelGroup, FoldableNorm, Member, Role, Slice, WeightNorm
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.norms import fold_norms, unfold_norms
 
@@ -119,7 +119,7 @@ def matrix_for(member: Member, reduction: ReductionMap, *, average: bool) -> Ten
     into, out_of = (1.0, 1.0) if reduction.scale is None else reduction.scale.tolist()
     if Role.PRODUCES in member.roles:
         return reduction.merge * into
-    if Role.CONSUMES in member.roles:
+    if member.roles & READS:
         return reduction.unmerge.T * out_of
     if member.roles & {Role.SHIFTS, Role.MEAN} and not average:
         return reduction.merge * into

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.errors import ModelError
-from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
+from intrafusion.graph import ChannelGraph, ChannelGroup, Role, families_of
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
@@ -30,6 +30,13 @@ def random_derangement(group: ChannelGroup, generator: np.random.Generator) -> R
     moved[order] = np.roll(order, 1)
     matrix = torch.eye(group.size, dtype=torch.float64)[torch.from_numpy(moved)]
     return ReductionMap(matrix, matrix.T.contiguous())
+
+
+def random_rotation(group: ChannelGroup, generator: np.random.Generator) -> ReductionMap:
+    """A random invertible matrix for what produces the channels, and its inverse for what reads them."""
+    turned, _ = np.linalg.qr(generator.standard_normal((group.size, group.size)))
+    stretched = turned * generator.uniform(0.5, 2.0, group.size)
+    return ReductionMap(torch.from_numpy(stretched), torch.from_numpy(np.linalg.inv(stretched)))
 
 
 @dataclass(eq=False)
@@ -68,14 +75,20 @@ class _PermutationCheck:
     def passes(self, error: float) -> bool:
         return error <= TOLERANCE or error <= self.tolerance
 
-    def error(self, groups: Sequence[ChannelGroup], *, random: bool = False) -> float:
-        """Relative change of the output when all these groups are permuted at once.
+    def error(
+        self,
+        groups: Sequence[ChannelGroup],
+        make: Callable[[ChannelGroup, np.random.Generator], ReductionMap] = random_derangement,
+        *,
+        random: bool = False,
+    ) -> float:
+        """Relative change of the output when all these groups are permuted, or transformed, at once.
 
         Args:
             random: whether the same random numbers must do, for a network that draws some; else their mean will too.
         """
         generator = np.random.default_rng(self.seed)
-        maps = {g.name: random_derangement(g, generator) for g in groups}
+        maps = {g.name: make(g, generator) for g in groups}
         permuted = reduce_weights(self.weights, self.graph, maps)
         write_weights_(self.double, permuted)
         worst = _find_worst(self._outputs(mean=False), self.expected)
@@ -114,7 +127,25 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     )
     drawn = f"; the forward draws random numbers ({', '.join(check.draws)})" if check.draws else ""
     reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative){drawn}" for g, e in failed}
-    return _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed))
+    graph = _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed), _DRAWN)
+    return _prove_linear(graph, check)
+
+
+_DRAWN = "random numbers are drawn for each of its channels"
+_NOT_LINEAR = "something that is not linear, or a rotary embedding, lies before the product of its two sides"
+
+
+def _prove_linear(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph:
+    """The graph, in which `linear` holds only where a random invertible matrix leaves the output as it is."""
+    candidates = [g for g in graph.reducible if g.is_channel and g.linear and g.unmixable is None and g.size > 1]
+    passed, _ = find_largest_passing(
+        families_of(candidates),
+        lambda groups: None if check.passes(e := check.error(groups, random_rotation)) else e,
+        lambda _, error: error,
+    )
+    names = {g.name for g in passed}
+    graph = replace(graph, groups=tuple(replace(g, linear=g.name in names) for g in graph.groups))
+    return _forbid_mixing(graph, {g.name for g in graph.groups if g.with_role(Role.MATCHES)} - names, _NOT_LINEAR)
 
 
 def add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
@@ -129,7 +160,6 @@ def _find_drawn(check: _PermutationCheck, groups: list[ChannelGroup]) -> set[str
     return {g.name for family in families_of(groups) for g in family if check.error(family, random=True) > TOLERANCE}
 
 
-def _forbid_mixing(graph: ChannelGraph, names: set[str]) -> ChannelGraph:
-    why = "random numbers are drawn for each of its channels"
+def _forbid_mixing(graph: ChannelGraph, names: set[str], why: str) -> ChannelGraph:
     groups = (replace(g, unmixable=g.unmixable or why) if g.name in names else g for g in graph.groups)
     return replace(graph, groups=tuple(groups))

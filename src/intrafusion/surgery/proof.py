@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from intrafusion.graph import ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
+from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
 from intrafusion.network.double import DoublePrecision, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
@@ -51,7 +51,7 @@ FUNCTION = "function"
 _SYMMETRY = "symmetry"
 _CLOSE = 1e-10  # a factor of attention may change little, on the example
 _SUMMED = (str(Cause.REDUCTION), str(Cause.PRODUCT))
-_INPUTS = frozenset([Role.CONSUMES])
+_INPUTS = READS
 _OUTPUTS = frozenset([Role.PRODUCES, Role.SHIFTS, Role.MEAN])
 _MULTIPLIES = ("mul", "mean", "addmm", "baddbmm")
 _Scale = tuple[float, float]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from intrafusion.graph import ChannelGraph, ChannelGroup, Role
+from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Role
 from intrafusion.importance.features import channel_biases, channel_rows, weighs
 from intrafusion.network.inputs import Inputs
 from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
@@ -65,7 +65,7 @@ def find_classes(
 
 def _find_first_equal(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
     """(n,) the first channel that is made like each channel; itself where nothing is known to make them."""
-    making = [m for m in group.members if m.roles - {Role.CONSUMES}]
+    making = [m for m in group.members if m.roles - READS]
     if not any(Role.PRODUCES in m.roles for m in making):
         return torch.arange(group.size)
     digests = [hashlib.blake2b(digest_size=16) for _ in range(group.size)]
@@ -108,7 +108,7 @@ def find_dead(
 
 def _find_unread(graph: ChannelGraph, group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
     """Channels of which every reader's column is zero; none where something else than weights sees them too."""
-    readers = group.with_role(Role.CONSUMES)
+    readers = group.with_role(*READS)
     seen = group.unmixable is not None or any(m.tensor in graph.derived for m in readers)
     if seen or not readers:
         return torch.zeros(group.size, dtype=torch.bool)
@@ -173,7 +173,7 @@ def _restrict_to_classes(
     device = whole.features.device
     member, first = classes.member.to(device), classes.first.to(device)
     rows = [(m, channel_rows(weights, m)) for m in group.members if weighs(m, weights)]
-    features = [member.T @ r if Role.CONSUMES in m.roles else r[first] for m, r in rows]
+    features = [member.T @ r if m.roles & READS else r[first] for m, r in rows]
     moments = whole.moments
     if moments is not None:
         at, there = first.to(moments.means.device), member.to(moments.reader)
@@ -181,7 +181,7 @@ def _restrict_to_classes(
     scores = member.T.to(whole.importance) @ whole.importance
     added = channel_biases(group, weights)
     return ReductionProblem(
-        torch.cat(features, dim=1), scores, whole.size, whole.seed, added[first.to(added.device)], moments
+        torch.cat(features, dim=1), scores, whole.size, whole.seed, added[first.to(added.device)], moments, whole.linear
     )
 
 

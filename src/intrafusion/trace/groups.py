@@ -21,6 +21,7 @@ from intrafusion.trace.info import Origin
 from intrafusion.trace.left_over import find_rows_left_over
 from intrafusion.trace.relations import Cause, Relations
 from intrafusion.trace.shared import settle_shared
+from intrafusion.trace.sides import find_second_sides, turn_roles
 from intrafusion.trace.uses import Use, decode_roles
 
 # Channels that these see together may change places, but two equal ones are more than one: a softmax, a norm or a
@@ -64,16 +65,19 @@ class _Buckets:
 
 def _find_channel_groups(blocks: Blocks) -> list[ChannelGroup]:
     table = blocks.table
+    bent = _find_bent(blocks.relations)
     labels = np.flatnonzero(table.used & ~blocks.relations.is_block[: len(table.used)])
     if not len(labels):
         return []
     buckets = _sort_into_buckets(blocks, labels)
-    members, notes = _collect_members(table.uses, buckets), _collect_notes(blocks.relations, buckets)
+    second = find_second_sides(blocks.relations)
+    members, notes = _collect_members(table.uses, buckets, second), _collect_notes(blocks.relations, buckets)
     families: dict[object, int] = {}
     found: list[tuple[int, ChannelGroup]] = []
     for index, rows in buckets:
         family = families.setdefault((table.family[rows[0]].tobytes(), len(rows)), len(families))
         group = _make_group(blocks, rows, members[index], notes[index], family)
+        group = replace(group, linear=group.reducible and group.unmixable is None and not bent[rows].any())
         found.append((int(table.first[rows].min()), group))
     return _share_reasons([group for _, group in sorted(found, key=lambda item: item[0])])
 
@@ -93,27 +97,29 @@ def _sort_into_buckets(blocks: Blocks, labels: np.ndarray) -> _Buckets:
     return _Buckets(labels, bucket, home, rank)
 
 
-def _collect_members(uses: list[Use], buckets: _Buckets) -> dict[int, list[Member]]:
+def _collect_members(uses: list[Use], buckets: _Buckets, second: np.ndarray) -> dict[int, list[Member]]:
     """The members of each bucket, in execution order."""
     members: dict[int, list[Member]] = defaultdict(list)
     for use in uses:
-        for index, member in _split_use(use, buckets):
+        for index, member in _split_use(use, buckets, second):
             members[index].append(member)
     return members
 
 
-def _split_use(use: Use, buckets: _Buckets) -> Iterator[tuple[int, Member]]:
-    """One tensor dimension, as a member of each bucket that it holds channels of."""
-    keep = buckets.home[use.labels] >= 0
-    labels, positions = use.labels[keep], use.positions[keep]
-    home = buckets.home[labels]
-    order = np.lexsort((positions, buckets.rank[labels], home))
+def _split_use(use: Use, buckets: _Buckets, second: np.ndarray) -> Iterator[tuple[int, Member]]:
+    """One tensor dimension, as a member of each bucket that it holds channels of, and of each side of a product."""
     role_of = dict(zip(use.channels.tolist(), use.roles.tolist(), strict=True))
-    pairs = np.stack([positions[order], labels[order]], axis=1)
-    for index, rows in split_runs(home[order], pairs):
-        count = len(np.unique(rows[:, 1]))
-        roles = decode_roles(role_of[int(rows[0, 1])])  # equal patterns: what the first does, all do
-        yield index, Member(*use.key[:2], rows[:, 0].reshape(count, -1), roles, use.key[2])
+    for side in (False, True):
+        keep = (buckets.home[use.labels] >= 0) & (second[use.found] == side)
+        labels, positions = use.labels[keep], use.positions[keep]
+        home = buckets.home[labels]
+        order = np.lexsort((positions, buckets.rank[labels], home))
+        pairs = np.stack([positions[order], labels[order]], axis=1)
+        for index, rows in split_runs(home[order], pairs):
+            count = len(np.unique(rows[:, 1]))
+            roles = decode_roles(role_of[int(rows[0, 1])])  # equal patterns: what the first does, all do
+            places = rows[:, 0].reshape(count, -1)
+            yield index, Member(*use.key[:2], places, turn_roles(roles, side), use.key[2])
 
 
 def _collect_notes(relations: Relations, buckets: _Buckets) -> dict[int, list[str]]:
@@ -145,20 +151,25 @@ def _explain_unmixable(relations: Relations, members: list[Member], causes: list
             return f"{member.tensor} both produces and consumes them along one dimension (tied weights)"
         if member.roles & {Role.PRODUCES, Role.CONSUMES} and member.tensor in relations.reparametrised:
             return f"{member.tensor} is not used as it is but through {relations.reparametrised[member.tensor]}"
-    return next((f"{cause}: {where}" for cause, where in causes if cause in _COUNTS_CHANNELS), None)
+    matched = any(Role.MATCHES in member.roles for member in members)
+    counting = _COUNTS_CHANNELS - ({Cause.PRODUCT} if matched else set())
+    return next((f"{cause}: {where}" for cause, where in causes if cause in counting), None)
+
+
+def _find_bent(relations: Relations) -> np.ndarray:
+    """For every label whether something that is not linear is done to its channel, as far as was seen."""
+    bent = np.zeros(relations.count, bool)
+    if relations.bent:
+        bent[relations.roots(np.concatenate(relations.bent))] = True
+    return bent
 
 
 def _share_reasons(groups: list[ChannelGroup]) -> list[ChannelGroup]:
-    """Twins that cannot all be reduced are not reduced; heads wait for the module's own head count to be reducible."""
-    family_size = Counter(g.family for g in groups)
+    """Twins that cannot all be reduced are not reduced."""
     blocked = {g.family: g.reason for g in groups if g.reason}
-    product = str(Cause.PRODUCT)
     result = []
     for group in groups:
         reason = group.reason or blocked.get(group.family)
-        heads = next((n for n in group.notes if n.startswith(product)), None)
-        if reason is None and heads and family_size[group.family] > 1:
-            reason = f"attention heads cannot be reduced yet ({heads})"
         result.append(replace(group, reason=reason))
     return result
 

@@ -78,6 +78,9 @@ class Relations:
         self.causes: dict[int, tuple[Cause, str]] = {}
         self.colours: list[tuple[np.ndarray, np.ndarray]] = []
         self.next_colour = 0
+        self.sides: UnionFind | None = None  # `sets` without what only a product of two activations united
+        self.bent: list[np.ndarray] = []  # channels that something not linear was done to
+        self.contracted: list[np.ndarray] = []  # pairs (2, k) of labels that such a product multiplied and summed
         self.passes: list[tuple[np.ndarray, tuple[int, int]]] = []
         self.blocked: list[tuple[np.ndarray, str]] = []
         self.pins: dict[tuple[str, int], str] = {}
@@ -91,11 +94,15 @@ class Relations:
         """New labels, one per channel."""
         start, self.count = self.count, self.count + count
         self.births.append(start)
-        self.sets.reserve(self.count)
+        for sets in self._all_sets():
+            sets.reserve(self.count)
         if self.count > len(self.is_block):
             self.is_block = np.concatenate([self.is_block, np.zeros(max(self.count, len(self.is_block)), bool)])
         self.is_block[start : self.count] = block
         return np.arange(start, self.count)
+
+    def _all_sets(self) -> list[UnionFind]:
+        return [self.sets] if self.sides is None else [self.sets, self.sides]
 
     def roots(self, labels: np.ndarray) -> np.ndarray:
         return self.sets.find(labels)
@@ -125,7 +132,21 @@ class Relations:
         met = (x == FIXED) != (y == FIXED)
         if met.any():
             self.tied.append((np.maximum(x[met], y[met]), self.where))
-        self.sets.unite(x[~blocks], y[~blocks])
+        for sets in self._all_sets():
+            sets.unite(x[~blocks], y[~blocks])
+
+    def contract(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """As `merge`, of the two sides of a product: they move together, yet are transformed in opposite ways."""
+        if self.sides is None:
+            self.sides = UnionFind(0)
+            self.sides.parent = self.sets.parent.copy()
+        both = (x >= FIRST) & (y >= FIRST) & ~self.is_block[x] & ~self.is_block[y]
+        self.contracted.append(np.unique(np.stack([x[both], y[both]]), axis=1))
+        sides, self.sides = self.sides, None
+        result = self.merge(x, y)
+        self.sides = sides
+        sides.reserve(len(self.sets.parent))
+        return result
 
     def copy(self, labels: np.ndarray, places: np.ndarray | int) -> np.ndarray:
         """New labels of the same channels, apart for each place: what follows may treat the places differently."""
@@ -138,7 +159,8 @@ class Relations:
         self.is_block[fresh] = blocks
         self.ties.append((origins[blocks], fresh[blocks]))
         # Copies are the same channel from birth; they only have names of their own, so that slots can be told apart.
-        self.sets.parent[fresh[~blocks]] = self.roots(origins[~blocks])
+        for sets in self._all_sets():
+            sets.parent[fresh[~blocks]] = sets.find(origins[~blocks])
         self.copies.append((fresh, origins, (distinct & 0xFFFFFF) + (self.calls << 24)))
         result = labels.copy()
         result[named] = fresh[which]

@@ -225,7 +225,7 @@ def _multiply_activations(
     # Over (batch, rows, inner, columns) the product is element-wise: labels meet there, then `inner` is summed away.
     labels = narrow(met[0])
     for other in met[1:]:
-        labels = ledger.relations.merge(*np.broadcast_arrays(labels, narrow(other)))
+        labels = ledger.relations.contract(*np.broadcast_arrays(labels, narrow(other)))
     four = (shape[0], *labels.shape[1:])
     reduced = reduce_labels(ledger, widen(labels, four), {2}, Cause.PRODUCT, call.where).squeeze(2)
     return LabelledTensor(widen(narrow(reduced), shape))

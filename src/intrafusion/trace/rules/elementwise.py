@@ -31,6 +31,8 @@ UNTAGGED = (
 )
 _OPERATION_ROLES = {"add": Role.SHIFTS, "sub": Role.SHIFTS, "mul": Role.SCALES, "div": Role.SCALES}
 
+_LINEAR = ("add", "sub", "rsub", "mul", "div", "neg", "clone", "copy", "_to_copy", "alias", "detach", "lift_fresh")
+
 _Operand = Tensor | Info | tuple[Info | None, Tensor] | None  # a pair: what is known of a tensor, and its values
 
 
@@ -69,6 +71,8 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
     if not activations:
         return _combine_weights(ledger, call, weights, constants, shape)
     met = keep_channels(ledger, activations, call.where)
+    if call.name not in _LINEAR or (len(activations) > 1 and call.name in ("mul", "div")):
+        ledger.relations.bent += [np.unique(narrow(labels)) for labels, _ in activations]
     labels = met[0]
     for other in met[1:]:
         labels = _unite_labels(ledger, labels, other)
