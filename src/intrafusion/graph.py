@@ -18,7 +18,7 @@ class Role(StrEnum):
 
     PRODUCES = "produces"  # rows of a linear map: W <- M W
     CONSUMES = "consumes"  # columns of a linear map: W <- W U
-    MATCHES = "matches"  # rows (and biases) of what is multiplied with the channels and summed, as keys with queries: U^T W
+    MATCHES = "matches"  # rows and biases of what is multiplied with the channels and summed, as keys: W <- U^T W
     SHIFTS = "shifts"  # added to each channel: a bias
     SCALES = "scales"  # multiplied onto each channel: a norm's weight, a depthwise kernel
     MEAN = "mean"  # subtracted by a norm

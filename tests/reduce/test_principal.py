@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from reduce.test_pivot import spd
-from torch import Tensor
 
 from intrafusion.errors import BudgetError
 from intrafusion.reduce import Moments, Pivot, ReductionMap, ReductionProblem

@@ -65,8 +65,10 @@ def roles(group: ChannelGroup) -> dict[str, str]:
 def test_what_is_computed_first_makes_the_channels_and_the_other_side_matches_them() -> None:
     first, second = find_queries(inspect())
     assert roles(first) == {
-        **{"k.weight [0, 1, 2, 3]": "produces", "k.bias [0, 1, 2, 3]": "shifts"},
-        **{"q.weight [0, 1, 2, 3]": "matches", "q.bias [0, 1, 2, 3]": "matches"},
+        "k.weight [0, 1, 2, 3]": "produces",
+        "k.bias [0, 1, 2, 3]": "shifts",
+        "q.weight [0, 1, 2, 3]": "matches",
+        "q.bias [0, 1, 2, 3]": "matches",
     }
     assert first.linear
     assert second.linear
@@ -77,8 +79,10 @@ def test_what_is_computed_first_makes_the_channels_and_the_other_side_matches_th
 def test_a_fused_layer_has_a_member_for_each_side() -> None:
     first, _ = find_queries(inspect(fused=True))
     assert roles(first) == {
-        **{"qkv.weight [0, 1, 2, 3]": "produces", "qkv.bias [0, 1, 2, 3]": "shifts"},
-        **{"qkv.weight [8, 9, 10, 11]": "matches", "qkv.bias [8, 9, 10, 11]": "matches"},
+        "qkv.weight [0, 1, 2, 3]": "produces",
+        "qkv.bias [0, 1, 2, 3]": "shifts",
+        "qkv.weight [8, 9, 10, 11]": "matches",
+        "qkv.bias [8, 9, 10, 11]": "matches",
     }
 
 

@@ -16,6 +16,7 @@ from intrafusion.network.batches import cast_like, take_images
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import preserve_state
 from intrafusion.reduce.pivot import least_squares_map, pick_channels
+from intrafusion.reduce.principal import list_losses, principal_map
 from intrafusion.reduce.problem import Moments, ReductionMap
 from intrafusion.reduce.select import most_important, selection_map
 from intrafusion.restore.calibration import Calibration
@@ -45,8 +46,8 @@ class Sensitivity:
     def curves(self, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
         r"""Predicted error when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
 
-        The shape of the curve is the share of the consumers' signal that the first k pivots cannot tell (or, where no
-        layer that reads the group was seen, the share of the importance given up). Its height is measured: every group
+        The shape of the curve is the share of the consumers' signal that the first k pivots, or directions, cannot tell
+        (or, where no layer that reads the group was seen, the share of the importance given up). Its height is measured: every group
         is halved alone, its consumers make up for the rest as well as they can, and the output is compared on a few
         images. Twins are halved together. OURS.
         """
@@ -54,14 +55,17 @@ class Sensitivity:
         for twins in families_of(groups):
             height = self.error({g.name: (g.size + 1) // 2 for g in twins}) / len(twins)
             for g in twins:
-                shape = _find_shape(self.scores[g.name], self.moments.get(g.name))
+                shape = _find_shape(self.scores[g.name], self.moments.get(g.name), linear=g.linear)
                 curves[g.name] = shape * (height / max(float(shape[(g.size + 1) // 2]), 1e-3))
         return curves
 
     def error(self, sizes: Mapping[str, int]) -> float:
         """Mean squared difference of the outputs, as a fraction of their variance, when groups have these sizes."""
-        smaller = {g.name: sizes[g.name] for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
-        maps = {name: _reduce_to(m, self.scores[name], self.moments.get(name)) for name, m in smaller.items()}
+        smaller = {g: sizes[g.name] for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
+        maps = {
+            g.name: _reduce_to(m, self.scores[g.name], self.moments.get(g.name), linear=g.linear)
+            for g, m in smaller.items()
+        }
         return _measure_cut_error(self._reference, self.graph, maps, *self._seen)
 
     @property
@@ -81,18 +85,20 @@ class Sensitivity:
             return self.example_inputs, _run_floats(self.model, self.example_inputs)
 
 
-def _find_shape(scores: Tensor, moments: Moments | None) -> Tensor:
+def _find_shape(scores: Tensor, moments: Moments | None, *, linear: bool) -> Tensor:
     """Falls from 1 for no channel to 0 for all, (n + 1,)."""
     if moments is not None:
-        return pick_channels(moments).missing
+        return list_losses(moments) if linear else pick_channels(moments).missing
     ranked = scores.clamp(min=0).sort(descending=True).values
     return 1 - torch.cat([ranked.new_zeros(1), ranked.cumsum(0)]) / ranked.sum().clamp(min=1e-300)
 
 
-def _reduce_to(m: int, scores: Tensor, moments: Moments | None) -> ReductionMap:
-    """The best m channels, from which consumers tell the others as well as they can."""
+def _reduce_to(m: int, scores: Tensor, moments: Moments | None, *, linear: bool) -> ReductionMap:
+    """The best m channels, from which consumers tell the others as well as they can, or the best m directions."""
     if moments is None:
         return selection_map(most_important(scores, m), len(scores))
+    if linear:
+        return principal_map(moments, m)
     return least_squares_map(*moments.overall, pick_channels(moments).order[:m].sort().values)
 
 

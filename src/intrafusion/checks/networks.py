@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Role
+from intrafusion.graph import READS, ChannelGraph, ChannelGroup
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.pipeline import inspect

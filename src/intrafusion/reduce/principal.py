@@ -21,8 +21,8 @@ def principal_map(moments: Moments, m: int) -> ReductionMap:
 
         M = V_m^T C^-1/2,   U = C^1/2 V_m,   s = mu - U M mu,
 
-    and the error is the sum of the squares of the other S. Rows of M are scaled to the length 1, columns of U against it.
-    For queries and keys, C is the second moment of the queries, Q that of the keys, and mu is zero.
+    and the error is the sum of the squares of the other S. Rows of M are scaled to the length 1, columns of U
+    against it. For queries and keys, C is the second moment of the queries, Q that of the keys, and mu is zero.
 
     Args:
         m: directions to keep.

@@ -16,7 +16,7 @@ from intrafusion.registry import Traits
 class Moments:
     """What consumers read of n channels, at each of the p points where they read them, float64.
 
-    Of channels that others are multiplied with and summed, such as queries: their second moment, and that of the others.
+    Of channels that others are multiplied with and summed, such as queries: their second moment, and the others'.
 
     Attributes:
         means: (p, n).
@@ -60,7 +60,7 @@ class ReductionProblem:
         seed: for reducers that draw random numbers.
         biases: (n, k) float64, what is added to the channels.
         moments: what the consumers read of the channels, where that is known; only for reducers with `needs_moments`.
-        linear: whether any invertible matrix may be put between the producers and the readers, see `ChannelGroup.linear`.
+        linear: whether any invertible matrix may be put between producers and readers, see `ChannelGroup.linear`.
     """
 
     features: Tensor
