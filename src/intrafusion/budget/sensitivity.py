@@ -47,9 +47,9 @@ class Sensitivity:
         r"""Predicted error when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
 
         The shape of the curve is the share of the consumers' signal that the first k pivots, or directions, cannot tell
-        (or, where no layer that reads the group was seen, the share of the importance given up). Its height is measured: every group
-        is halved alone, its consumers make up for the rest as well as they can, and the output is compared on a few
-        images. Twins are halved together. OURS.
+        (or, where no layer that reads the group was seen, the share of the importance given up). Its
+        height is measured: every group is halved alone, its consumers make up for the rest as well as they can, and the
+        output is compared on a few images. Twins are halved together. OURS.
         """
         curves = {}
         for twins in families_of(groups):

@@ -31,7 +31,7 @@ def find_second_sides(relations: Relations) -> np.ndarray:
 
 
 def _colour(edges: np.ndarray) -> list[int]:
-    """Nodes of the second colour, of each part of a graph that can be painted in two; edges (2, k) are pairs of nodes."""
+    """Nodes of the second colour, of each part of a graph that can be painted in two; edges are (2, k)."""
     near: dict[int, set[int]] = defaultdict(set)
     for a, b in edges.T.tolist():
         near[a].add(b)
