@@ -186,10 +186,16 @@ class FunctionCheck:
     # ---- numbers that the forward takes from the width ---------------------------------------------------------------
 
     def compensate(self, maps: Maps, exact: Maps, changed: Mapping[int, tuple[Factor, Factor]]) -> bool:
-        """Find what the maps of the one family that is new must be scaled by to undo these changes."""
+        """Find what the maps of what is new must be scaled by to undo these changes.
+
+        One family is tried with every number that may be it; several, as where heads only run with all that is in them
+        cut, with the root of the width that attention divides by.
+        """
         names = [n for n in maps if n not in self.proved]
-        if not names or len({self.groups[n].family for n in names}) > 1 or not set(names) <= exact.keys():
+        if not names or not set(names) <= exact.keys():
             return False
+        if len({self.groups[n].family for n in names}) > 1:
+            return self.undo_roots(exact, [n for n in names if self.groups[n].with_role(Role.MATCHES)])
         for scale in _list_candidates(changed):
             if self.passes(self.error({n: _scale_map(m, scale) if n in names else m for n, m in exact.items()})):
                 self.scales |= dict.fromkeys(names, scale)
@@ -197,6 +203,17 @@ class FunctionCheck:
                 self.revision += 1
                 return True
         return False
+
+    def undo_roots(self, exact: Maps, matched: Sequence[str]) -> bool:
+        """Whether sqrt(m / n) on what matches the channels of these groups makes up for all that changed."""
+        own = {n: (1.0, math.sqrt(len(exact[n].merge) / self.groups[n].size)) for n in matched}
+        if not own or not self.passes(
+            self.error({n: _scale_map(m, own.get(n)) if n in own else m for n, m in exact.items()})
+        ):
+            return False
+        self.scales |= own
+        self.revision += 1
+        return True
 
 
 def _lies_in(name: str, modules: set[str]) -> bool:
