@@ -36,6 +36,7 @@ from intrafusion.surgery.operate import operate
 from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
 from intrafusion.surgery.proof import FunctionCheck
+from intrafusion.surgery.ties import tie_heads
 from intrafusion.surgery.write import make_repairs_, write_weights_
 from intrafusion.trace import trace
 
@@ -177,7 +178,7 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progre
     progress("trace", 0, 2)
     graph = trace(model, inputs)
     progress("trace", 1, 2)
-    graph = _leave_masks_alone(model, verify_groups(model, graph, inputs))
+    graph = tie_heads(_leave_masks_alone(model, verify_groups(model, graph, inputs)), model)
     progress("trace", 2, 2)
     return graph
 

@@ -188,37 +188,29 @@ class FunctionCheck:
     def compensate(self, maps: Maps, exact: Maps, changed: Mapping[int, tuple[Factor, Factor]]) -> bool:
         """Find what the maps of what is new must be scaled by to undo these changes.
 
-        One family is tried with every number that may be it; several, as where heads only run with all that is in them
-        cut, with the root of the width that attention divides by.
+        First the root of the width that attention divides by, for all heads at once: they may only run with all that is
+        in them cut. Then, for one family, every number that may be it.
         """
         names = [n for n in maps if n not in self.proved]
         if not names or not set(names) <= exact.keys():
             return False
-        if len({self.groups[n].family for n in names}) > 1:
-            return self.undo_roots(exact, [n for n in names if self.groups[n].with_role(Role.MATCHES)])
-        for scale in _list_candidates(changed):
-            if self.passes(self.error({n: _scale_map(m, scale) if n in names else m for n, m in exact.items()})):
-                self.scales |= dict.fromkeys(names, scale)
-                self.alike |= {self._kind(n, maps[n]): scale for n in names}
-                self.revision += 1
-                return True
-        return False
+        matched = [n for n in names if self.groups[n].with_role(Role.MATCHES)]
+        roots = {n: (1.0, math.sqrt(len(exact[n].merge) / self.groups[n].size)) for n in matched}
+        if roots and self.is_undone_by(roots, exact):
+            return True
+        if matched or len({self.groups[n].family for n in names}) > 1:
+            names = matched
+        return any(self.is_undone_by(dict.fromkeys(names, scale), exact) for scale in _list_candidates(changed))
 
-    def undo_roots(self, exact: Maps, matched: Sequence[str]) -> bool:
-        """Whether sqrt(m / n) on what matches the channels of these groups makes up for all that changed."""
-        own = {n: (1.0, math.sqrt(len(exact[n].merge) / self.groups[n].size)) for n in matched}
-        if not own or not self.passes(
-            self.error({n: _scale_map(m, own.get(n)) if n in own else m for n, m in exact.items()})
-        ):
+    def is_undone_by(self, scales: Mapping[str, _Scale], exact: Maps) -> bool:
+        """Whether maps that are scaled by these numbers make up for all that changed; if so, they are kept."""
+        scaled = {n: _scale_map(m, scales[n]) if n in scales else m for n, m in exact.items()}
+        if not scales or not self.passes(self.error(scaled)):
             return False
-        self.scales |= own
+        self.scales |= scales
+        self.alike |= {self._kind(n, exact[n]): scale for n, scale in scales.items()}
         self.revision += 1
         return True
-
-
-def _lies_in(name: str, modules: set[str]) -> bool:
-    """Whether a module is one of these, or inside one."""
-    return any(not m or name == m or name.startswith(f"{m}.") for m in modules)
 
 
 def _list_candidates(changed: Mapping[int, tuple[Factor, Factor]]) -> Iterator[_Scale]:
