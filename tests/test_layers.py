@@ -39,7 +39,6 @@ CONFINED = {
     "typer": "cli/",
     "rich": "cli/",
     "ray": "lab/bench/cluster.py",
-    "plotly": "lab/report/html.py",
 }
 
 

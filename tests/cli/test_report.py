@@ -19,7 +19,7 @@ Program = Callable[[str], Result]
 
 @pytest.fixture(autouse=True)
 def no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html, "plotly_js", lambda: "/* plotly */")
+    monkeypatch.setattr(html, "_packed_plotly", lambda: "")
 
 
 @pytest.fixture
