@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
-from intrafusion import table
 from intrafusion.io import folder as folders
 from intrafusion.measure.size import Size
 from intrafusion.network.inputs import Inputs
-from intrafusion.plan import Plan
+from intrafusion.plan import Plan, tabulate_plan
 from intrafusion.surgery.write import Repair
 
 
@@ -69,9 +68,9 @@ class Compressed:
     rolled_back: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        notes = dict.fromkeys((*self.plan.warnings, *self.notes))
+        notes = [note for note in dict.fromkeys(self.notes) if note not in self.plan.warnings]
         lines = [*map(str, self.restored), *(f"note: {note}" for note in notes)]
-        return "\n".join([table.plan_text(self.plan, self.before, self.after), *lines])
+        return str(tabulate_plan(self.plan, self.before, self.after, lines))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights (safetensors), plan.json and recipe.yaml; `intrafusion.load` reads them.

@@ -12,6 +12,11 @@ from enum import StrEnum
 
 import numpy as np
 
+from intrafusion.names import plain_name
+from intrafusion.table import GroupLine, TextTable, tabulate_groups
+
+_HEADER = ("group", "channels", "can be", "other layers, or reason")
+
 
 class Role(StrEnum):
     """What a tensor does with the channels of a group along one of its dimensions."""
@@ -56,6 +61,9 @@ class Member:
 
     def key(self) -> tuple[str, int, Slice | None]:
         return self.tensor, self.dim, self.within
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.dim}] {'+'.join(sorted(self.roles))}".rstrip()
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +114,13 @@ class ChannelGroup:
 
     @property
     def producers(self) -> tuple[str, ...]:
-        """Names of the modules whose outputs are these channels."""
-        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.PRODUCES)))
+        """Names of the layers whose outputs are these channels."""
+        return tuple(dict.fromkeys(plain_name(m.module) for m in self.with_role(Role.PRODUCES)))
 
     @property
     def consumers(self) -> tuple[str, ...]:
-        """Names of the modules whose inputs are these channels."""
-        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.CONSUMES)))
+        """Names of the layers whose inputs are these channels."""
+        return tuple(dict.fromkeys(plain_name(m.module) for m in self.with_role(Role.CONSUMES)))
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,40 @@ class ChannelGraph:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+    def __str__(self) -> str:
+        return str(tabulate_graph(self))
+
+    def _repr_html_(self) -> str:
+        return tabulate_graph(self).to_html()
+
+
+def tabulate_graph(graph: ChannelGraph, below: Iterable[str] = ()) -> TextTable:
+    """Every group with what can be done to it; `below` are sentences to stand after how many can be reduced."""
+    count = sum(group.reducible and group.is_channel for group in graph.groups)
+    notes = (f"{count} of {len(graph.groups)} groups can be reduced", *below, *(f"note: {w}" for w in graph.warnings))
+    return tabulate_groups(_HEADER, map(_describe_group, graph.groups), ("", *notes))
+
+
+def _describe_group(group: ChannelGroup) -> GroupLine:
+    layers = layers_of(member.tensor for member in sort_by_role(group.members))
+    if group.reason is None and group.is_channel:
+        how, why = ("selected", f"not mixed: {group.unmixable}") if group.unmixable else ("mixed", "")
+        return GroupLine(group.name, str(group.size), how, layers, why)
+    size = str(group.size) if group.is_channel else f"{group.size} blocks"
+    return GroupLine(group.name, size, "kept", why=group.reason or "whole blocks, such as heads, are not reduced yet")
+
+
+def sort_by_role(members: Iterable[Member]) -> list[Member]:
+    """Producers first."""
+    rank = list(Role)
+    return sorted(members, key=lambda m: min(map(rank.index, m.roles), default=len(rank)))
+
+
+def layers_of(tensors: Iterable[str]) -> tuple[str, ...]:
+    """The layers that own these tensors; a tensor of the network itself stands for itself."""
+    names = map(plain_name, tensors)
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
 def families_of(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:

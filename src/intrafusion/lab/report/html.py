@@ -36,8 +36,8 @@ from intrafusion.lab.report.records import (
     stages,
 )
 from intrafusion.measure.size import Size
-from intrafusion.plan import Decision, Plan
-from intrafusion.table import shown_layers
+from intrafusion.names import name_some
+from intrafusion.plan import Decision, Plan, list_layers
 
 _HERE = Path(__file__).parent
 _MARKUP = {"name", "text", "x", "y"}  # strings in which Plotly looks for markup
@@ -450,7 +450,7 @@ def _plan_table(decisions: Sequence[Decision]) -> Table:
             Cell(str(d.m), d.m),
             Cell(f"{100 * d.m / d.n:.0f} %", d.m / d.n),
             Cell(d.mixing if d.reduced else "kept"),
-            Cell(shown_layers(d) if d.reduced else d.reason or "all kept"),
+            Cell(name_some(list_layers(d)) if d.reduced else d.reason or "all kept"),
         )
         for d in decisions
     )
