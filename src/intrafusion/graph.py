@@ -12,9 +12,11 @@ from enum import StrEnum
 
 import numpy as np
 
-from intrafusion.names import plain_name
-from intrafusion.table import GroupLine, TextTable, tabulate_groups
+from intrafusion.brief import show_briefly
+from intrafusion.names import plain_name, plain_text
+from intrafusion.table import WIDTH, GroupLine, TextTable, tabulate_groups, wrap_text
 
+_MEMBERS = 25  # of a group, that are printed
 _HEADER = ("group", "channels", "can be", "other layers, or reason")
 
 
@@ -65,6 +67,9 @@ class Member:
     def __str__(self) -> str:
         return f"{self.tensor}[{self.dim}] {'+'.join(sorted(self.roles))}".rstrip()
 
+    def __repr__(self) -> str:
+        return f"Member({str(self)!r}, {len(self.positions)} channels)"
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
@@ -97,6 +102,22 @@ class ChannelGroup:
     kind: str = "channel"
     depth: int | None = None
     together: str | None = None
+
+    __repr__ = show_briefly
+
+    def __str__(self) -> str:
+        """Its name, what can be done to it, and the first of its members."""
+        line = _describe_group(self)
+        members = [str(member) for member in sort_by_role(self.members)]
+        more = [f"and {len(members) - _MEMBERS} more"] if len(members) > _MEMBERS else []
+        said = [
+            f"{line.name}: {line.channels}{' channels' if self.is_channel else ''}, {line.how}",
+            line.why,
+            *members[:_MEMBERS],
+            *more,
+        ]
+        first, *rest = (part for text in filter(None, said) for part in wrap_text(plain_text(text), WIDTH - 2))
+        return "\n".join([first, *(f"  {text}" for text in rest)])
 
     @property
     def is_channel(self) -> bool:
@@ -138,6 +159,8 @@ class FoldableNorm:
     mean: str
     variance: str
     eps: float
+
+    __repr__ = show_briefly
 
 
 @dataclass(frozen=True)
@@ -199,15 +222,25 @@ class ChannelGraph:
     def __str__(self) -> str:
         return str(tabulate_graph(self))
 
+    def __repr__(self) -> str:
+        return f"ChannelGraph({len(self.groups)} groups, {_count_reducible(self)} can be reduced; print it to see them)"
+
     def _repr_html_(self) -> str:
         return tabulate_graph(self).to_html()
 
 
 def tabulate_graph(graph: ChannelGraph, below: Iterable[str] = ()) -> TextTable:
     """Every group with what can be done to it; `below` are sentences to stand after how many can be reduced."""
-    count = sum(group.reducible and group.is_channel for group in graph.groups)
-    notes = (f"{count} of {len(graph.groups)} groups can be reduced", *below, *(f"note: {w}" for w in graph.warnings))
+    notes = (
+        f"{_count_reducible(graph)} of {len(graph.groups)} groups can be reduced",
+        *below,
+        *(f"note: {w}" for w in graph.warnings),
+    )
     return tabulate_groups(_HEADER, map(_describe_group, graph.groups), ("", *notes))
+
+
+def _count_reducible(graph: ChannelGraph) -> int:
+    return sum(group.reducible and group.is_channel for group in graph.groups)
 
 
 def _describe_group(group: ChannelGroup) -> GroupLine:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_json
 from intrafusion.errors import PlanError
 from intrafusion.graph import ChannelGraph, ChannelGroup, layers_of, sort_by_role
@@ -45,6 +46,8 @@ class Decision:
     family: int = 0
     depth: int | None = None
     proof: str | None = field(default=None, compare=False)  # no part of what was decided
+
+    __repr__ = show_briefly
 
     @property
     def reduced(self) -> bool:
@@ -128,6 +131,9 @@ class Plan:
 
     def __str__(self) -> str:
         return str(tabulate_plan(self))
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.sizes)} of {len(self.decisions)} groups are reduced; print it to see them)"
 
     def _repr_html_(self) -> str:
         return tabulate_plan(self).to_html()

@@ -115,7 +115,7 @@ def _fit_widths(natural: Sequence[int], room: int) -> list[int]:
 
 
 def wrap_text(text: str, width: int = WIDTH, most: int = _MOST_LINES) -> list[str]:
-    """Lines of at most this width, broken at spaces, else behind the dots of names, else anywhere."""
+    """Lines of at most this width, broken at spaces, else behind the dots and underscores of names, else anywhere."""
     lines = [""]
     for word in re.findall(r"\s*\S+", text):
         if len(lines[-1] + word) > width and lines[-1]:
@@ -128,7 +128,7 @@ def wrap_text(text: str, width: int = WIDTH, most: int = _MOST_LINES) -> list[st
 
 def _break_word(word: str, width: int) -> list[str]:
     """The word, or if it is too long for a line, pieces that are not."""
-    pieces = [word] if len(word) <= width else re.findall(r"[^.]*\.|[^.]+$", word)
+    pieces = [word] if len(word) <= width else re.findall(r"[^._]*[._]|[^._]+$", word)
     return [piece[k : k + width] for piece in pieces for k in range(0, len(piece), width)]
 
 

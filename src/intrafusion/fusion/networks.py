@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion import restore as restorers
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, unknown_name
 from intrafusion.fusion.align import Alignment, FoldedNetwork, align_groups, move_tensors
@@ -46,6 +47,8 @@ class Fused(Compressed):
 
     alignments: tuple[Mapping[str, ReductionMap], ...] = field(default=())
     weights: tuple[float, ...] = ()
+
+    __repr__ = show_briefly
 
 
 def fuse(

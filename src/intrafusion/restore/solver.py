@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import cast_like, channels_last
@@ -87,6 +88,8 @@ class Targets:
     rows: dict[str, Tensor] = field(default_factory=dict)
     summed: set[str] = field(default_factory=set)
     activations: dict[str, Activation] = field(default_factory=dict)
+
+    __repr__ = show_briefly
 
 
 def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, solver: LayerSolver) -> Targets:

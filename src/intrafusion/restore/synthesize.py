@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import FolderError, ModelError, RecipeError
 from intrafusion.io.atomic import atomic_file
 from intrafusion.io.tensors import detach_dense
@@ -62,6 +63,8 @@ class Synthesis:
     roll: int = 2
     seconds: float | None = None
     seed: int = 0
+
+    __repr__ = show_briefly
 
     def __post_init__(self) -> None:
         if self.images < 2 or self.steps < 1:
@@ -141,6 +144,8 @@ class ChannelStatistics:
     deviation: Tensor
     dim: int = 1
     reads: bool = True
+
+    __repr__ = show_briefly
 
     def measure_mismatch(self, x: Tensor) -> Tensor:
         mean, deviation = take_statistics(x, self.dim)

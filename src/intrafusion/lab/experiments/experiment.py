@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intrafusion.brief import show_briefly
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.bench.records import Record
 from intrafusion.lab.bench.sweeping import Setting, sweep
@@ -49,6 +50,8 @@ class Options:
     halve_every: int = 30
     batch: int = 128
 
+    __repr__ = show_briefly
+
     def __post_init__(self) -> None:
         for keep in self.keep:
             if not 0 < keep <= 1:
@@ -74,6 +77,8 @@ class Experiment:
     defaults: Options
     uses: frozenset[str]
     networks: int = 1
+
+    __repr__ = show_briefly
 
 
 def run_experiment(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import IntrafusionError, unknown_name
 from intrafusion.fusion import fuse
@@ -65,6 +66,8 @@ class SplitTraining:
     images: int = 200
     seed: int = 0
 
+    __repr__ = show_briefly
+
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(unknown_name("schedule", self.schedule, SCHEDULES))
@@ -91,6 +94,8 @@ class Phase:
     members: int
     validation: float | None
 
+    __repr__ = show_briefly
+
 
 @dataclass(frozen=True, eq=False)
 class SplitResult:
@@ -105,6 +110,8 @@ class SplitResult:
     compressed: Compressed
     phases: tuple[Phase, ...]
     whole: nn.Module | None = None
+
+    __repr__ = show_briefly
 
     @property
     def work_s(self) -> float:
@@ -288,6 +295,8 @@ class MemberTask:
     parts: Sequence[Tensor] | None
     folder: Path | None
     seed: int
+
+    __repr__ = show_briefly
 
     def __call__(self, index: int) -> tuple[dict[str, Tensor], History]:
         model, data = copy.deepcopy(self.models[index]), self.data

@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import IntrafusionError
 from intrafusion.io.atomic import atomic_file
 from intrafusion.lab.bench.records import WHOLE
@@ -55,6 +56,8 @@ class Section:
     table: Table | None = None
     body: str = ""
 
+    __repr__ = show_briefly
+
 
 @dataclass(frozen=True)
 class Page:
@@ -74,6 +77,8 @@ class Page:
     sections: tuple[Section, ...]
     methods: tuple[str, ...] = ()
     footer: str = ""
+
+    __repr__ = show_briefly
 
 
 def write(page: Page, path: Path) -> None:
