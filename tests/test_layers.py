@@ -37,7 +37,7 @@ CONFINED = {
     "accelerate": "train/accelerator.py",
     "ot": "transport/solve.py",
     "typer": "cli/",
-    "rich": "cli/",
+    "rich": ("cli/", "progress.py"),
     "ray": "lab/bench/cluster.py",
     "plotly": "lab/report/html.py",
 }

@@ -13,7 +13,7 @@ from intrafusion.lab.bench.records import Record
 from intrafusion.lab.bench.sweeping import Setting, sweep
 from intrafusion.lab.experiments import method as methods
 from intrafusion.lab.experiments.subject import Measure, Measurement, Subject, index_by_name
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, shows_progress
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Experiment:
     __repr__ = show_briefly
 
 
+@shows_progress("experiment")
 def run_experiment(
     name: str,
     experiment: Experiment,
@@ -90,7 +91,7 @@ def run_experiment(
     *,
     cluster: Cluster | None = None,
     provenance: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> list[Record]:
     """Measure what the file has no record of yet; see `bench.sweep`.
 
@@ -104,4 +105,4 @@ def run_experiment(
         methods.parse_method(text)  # before the work
     settings: list[Setting] = [s for subject in subjects for s in experiment.settings(subject, options)]
     measurement = Measurement(known, experiment.measure)
-    return sweep(name, settings, measurement, path, cluster=cluster, provenance=provenance, progress=progress)
+    return sweep(name, settings, measurement, path, cluster=cluster, provenance=provenance)
