@@ -271,7 +271,6 @@ def test_progress_counts_up_to_the_end_of_every_stage() -> None:
         "choosing channels",
         "checking the smaller network",
         "restoring",
-        "restoring layers",
     ]
     for steps in seen.values():
         assert [done for done, _ in steps] == sorted(done for done, _ in steps)

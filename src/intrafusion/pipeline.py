@@ -96,6 +96,8 @@ def compress(
         seed: for whatever draws random numbers.
         inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
             remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
+        progress: None: a bar in a terminal or a notebook, once the work lasts, else lines of `logging`; False: nothing;
+            True: at once; or a function (stage, done, total).
     Returns:
         the smaller network with the plan that was carried out; groups that were left alone say why.
     Raises:

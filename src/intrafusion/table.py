@@ -24,6 +24,7 @@ WIDTH = 100  # columns, where there is no terminal to ask
 _MOST_LINES = 8  # of a sentence: what is longer stands in full in the JSON, and in the attributes of the object
 _LEAST = 12  # columns to which a column may shrink
 _GAP = "  "
+_WHOLE = 24  # characters of a cell that a notebook does not break
 
 
 # ---- a table --------------------------------------------------------------------------------------------------------
@@ -72,7 +73,8 @@ class TextTable:
         """For notebooks: colours are those of the page, so it is as readable on a dark one."""
         side = "right" if self.numbers else "left"
         style = f"text-align: {side}; vertical-align: top; padding: 0.2em 0.8em; color: inherit; background: none"
-        cell = lambda tag, text: f'<{tag} style="{style}">{_escape(text)}</{tag}>'  # noqa: E731
+        whole = lambda text: "; white-space: nowrap" if len(text) <= _WHOLE else ""  # noqa: E731
+        cell = lambda tag, text: f'<{tag} style="{style}{whole(text)}">{_escape(text)}</{tag}>'  # noqa: E731
         line = lambda tag, row: f"<tr>{''.join(cell(tag, text) for text in row)}</tr>"  # noqa: E731
         head, body = line("th", self.header), "".join(line("td", row) for row in self.rows)
         return (
