@@ -265,9 +265,16 @@ def test_include_exclude_and_keep_by_pattern() -> None:
 def test_progress_counts_up_to_the_end_of_every_stage() -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     compress(residual(), X, 0.5, progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)))
-    assert list(seen) == ["trace", "reduce", "prove", "restore"]
+    assert list(seen) == [
+        "tracing the network",
+        "proving channel groups",
+        "choosing channels",
+        "checking the smaller network",
+        "restoring",
+    ]
     for steps in seen.values():
-        assert [done for done, _ in steps] == list(range(steps[-1][1] + 1))
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+        assert (steps[0][0], steps[-1][0]) == (0, steps[-1][1])
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
-from intrafusion import table
+from intrafusion.brief import show_briefly
 from intrafusion.io import folder as folders
 from intrafusion.measure.size import Size
 from intrafusion.network.inputs import Inputs
-from intrafusion.plan import Plan
+from intrafusion.plan import Plan, tabulate_plan
 from intrafusion.surgery.write import Repair
+from intrafusion.table import TextTable
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Restoration:
     error_before: float | None = None
     error_after: float | None = None
     note: str | None = None
+
+    __repr__ = show_briefly
 
     def __str__(self) -> str:
         on = f" on {self.on}" if self.on else ""
@@ -68,10 +71,13 @@ class Compressed:
     notes: tuple[str, ...] = ()
     rolled_back: Mapping[str, str] = field(default_factory=dict)
 
+    __repr__ = show_briefly
+
     def __str__(self) -> str:
-        notes = dict.fromkeys((*self.plan.warnings, *self.notes))
-        lines = [*map(str, self.restored), *(f"note: {note}" for note in notes)]
-        return "\n".join([table.plan_text(self.plan, self.before, self.after), *lines])
+        return str(_tabulate_result(self))
+
+    def _repr_html_(self) -> str:
+        return _tabulate_result(self).to_html()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights (safetensors), plan.json and recipe.yaml; `intrafusion.load` reads them.
@@ -86,3 +92,9 @@ class Compressed:
         }
         sizes = {"before": self.before, "after": self.after}
         folders.save(self.model, self.plan, folder, repairs=self.repairs, told=told, **sizes)
+
+
+def _tabulate_result(small: Compressed) -> TextTable:
+    """What was done to each group and against the loss, and what the user should know."""
+    notes = [f"note: {note}" for note in dict.fromkeys(small.notes) if note not in small.plan.warnings]
+    return tabulate_plan(small.plan, small.before, small.after, [*map(str, small.restored), *notes])

@@ -12,6 +12,13 @@ from enum import StrEnum
 
 import numpy as np
 
+from intrafusion.brief import show_briefly
+from intrafusion.names import plain_name, plain_text
+from intrafusion.table import WIDTH, GroupLine, TextTable, tabulate_groups, wrap_text
+
+_MEMBERS = 25  # of a group, that are printed
+_HEADER = ("group", "channels", "can be", "other layers, or reason")
+
 
 class Role(StrEnum):
     """What a tensor does with the channels of a group along one of its dimensions."""
@@ -57,6 +64,12 @@ class Member:
     def key(self) -> tuple[str, int, Slice | None]:
         return self.tensor, self.dim, self.within
 
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.dim}] {'+'.join(sorted(self.roles))}".rstrip()
+
+    def __repr__(self) -> str:
+        return f"Member({str(self)!r}, {len(self.positions)} channels)"
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
@@ -90,6 +103,22 @@ class ChannelGroup:
     depth: int | None = None
     together: str | None = None
 
+    __repr__ = show_briefly
+
+    def __str__(self) -> str:
+        """Its name, what can be done to it, and the first of its members."""
+        line = _describe_group(self)
+        members = [str(member) for member in sort_by_role(self.members)]
+        more = [f"and {len(members) - _MEMBERS} more"] if len(members) > _MEMBERS else []
+        said = [
+            f"{line.name}: {line.channels}{' channels' if self.is_channel else ''}, {line.how}",
+            line.why,
+            *members[:_MEMBERS],
+            *more,
+        ]
+        first, *rest = (part for text in filter(None, said) for part in wrap_text(plain_text(text), WIDTH - 2))
+        return "\n".join([first, *(f"  {text}" for text in rest)])
+
     @property
     def is_channel(self) -> bool:
         """Whether the unit is one channel, not a whole head or convolution group."""
@@ -106,13 +135,13 @@ class ChannelGroup:
 
     @property
     def producers(self) -> tuple[str, ...]:
-        """Names of the modules whose outputs are these channels."""
-        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.PRODUCES)))
+        """Names of the layers whose outputs are these channels."""
+        return tuple(dict.fromkeys(plain_name(m.module) for m in self.with_role(Role.PRODUCES)))
 
     @property
     def consumers(self) -> tuple[str, ...]:
-        """Names of the modules whose inputs are these channels."""
-        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.CONSUMES)))
+        """Names of the layers whose inputs are these channels."""
+        return tuple(dict.fromkeys(plain_name(m.module) for m in self.with_role(Role.CONSUMES)))
 
 
 @dataclass(frozen=True)
@@ -130,6 +159,8 @@ class FoldableNorm:
     mean: str
     variance: str
     eps: float
+
+    __repr__ = show_briefly
 
 
 @dataclass(frozen=True)
@@ -187,6 +218,50 @@ class ChannelGraph:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+    def __str__(self) -> str:
+        return str(tabulate_graph(self))
+
+    def __repr__(self) -> str:
+        return f"ChannelGraph({len(self.groups)} groups, {_count_reducible(self)} can be reduced; print it to see them)"
+
+    def _repr_html_(self) -> str:
+        return tabulate_graph(self).to_html()
+
+
+def tabulate_graph(graph: ChannelGraph, below: Iterable[str] = ()) -> TextTable:
+    """Every group with what can be done to it; `below` are sentences to stand after how many can be reduced."""
+    notes = (
+        f"{_count_reducible(graph)} of {len(graph.groups)} groups can be reduced",
+        *below,
+        *(f"note: {w}" for w in graph.warnings),
+    )
+    return tabulate_groups(_HEADER, map(_describe_group, graph.groups), ("", *notes))
+
+
+def _count_reducible(graph: ChannelGraph) -> int:
+    return sum(group.reducible and group.is_channel for group in graph.groups)
+
+
+def _describe_group(group: ChannelGroup) -> GroupLine:
+    layers = layers_of(member.tensor for member in sort_by_role(group.members))
+    if group.reason is None and group.is_channel:
+        how, why = ("selected", f"not mixed: {group.unmixable}") if group.unmixable else ("mixed", "")
+        return GroupLine(group.name, str(group.size), how, layers, why)
+    size = str(group.size) if group.is_channel else f"{group.size} blocks"
+    return GroupLine(group.name, size, "kept", why=group.reason or "whole blocks, such as heads, are not reduced yet")
+
+
+def sort_by_role(members: Iterable[Member]) -> list[Member]:
+    """Producers first."""
+    rank = list(Role)
+    return sorted(members, key=lambda m: min(map(rank.index, m.roles), default=len(rank)))
+
+
+def layers_of(tensors: Iterable[str]) -> tuple[str, ...]:
+    """The layers that own these tensors; a tensor of the network itself stands for itself."""
+    names = map(plain_name, tensors)
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
 def families_of(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:

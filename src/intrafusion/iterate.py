@@ -21,7 +21,7 @@ from intrafusion.network.tensors import named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.pipeline import follow, inspect, wrap_result
 from intrafusion.plan import Decision, Plan
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, prefix_stages, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
 from intrafusion.selectors import find_left_alone
@@ -35,6 +35,7 @@ Train = Callable[[nn.Module], Any]
 
 
 @outside_inference
+@shows_progress("compress in steps")
 def compress_in_steps(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -43,7 +44,7 @@ def compress_in_steps(
     train: Train | None = None,
     *,
     images: ImagesLike | None = None,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
     **options: Any,
 ) -> Compressed:
     """Make a trained network smaller in several steps, each of which sees the network that the last one left.
@@ -76,19 +77,18 @@ def compress_in_steps(
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
     recipe = Recipe.of(keep=keep, **options)
     core, inputs, images = unwrap(model), Inputs.of(example_inputs), make_reusable(images)
-    graph = inspect(core, inputs, progress=progress)
+    graph = inspect(core, inputs)
     fractions = _schedule(graph, _final_sizes(core, graph, recipe), steps)
     done: list[Compressed] = []
     present = core
     for index, fraction in enumerate(fractions):
-        progress("step", index, steps)
         step = replace(recipe, keep=fraction, round_to=None)
-        small = follow(step, present, graph, inputs, images, progress=progress)
+        with prefix_stages(f"step {index + 1} of {steps}"):
+            small = follow(step, present, graph, inputs, images)
         if train is not None and index + 1 < steps:
             _train_between_(small.model, train)
         graph, present = _shrunken_graph(small, graph), small.model
         done.append(small)
-    progress("step", steps, steps)
     return wrap_result(model, _join_steps(done, recipe))
 
 

@@ -27,7 +27,7 @@ from intrafusion.network.wrappers import (
 )
 from intrafusion.plan import Plan
 from intrafusion.planning import decide
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer
 from intrafusion.restore import Calibration, add_shifts_
@@ -47,6 +47,7 @@ _UNFIT = {
 
 
 @outside_inference
+@shows_progress("compress")
 def compress(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -64,7 +65,7 @@ def compress(
     order: str = "joint",
     seed: int = 0,
     inplace: bool = False,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> Compressed:
     """Make a trained network smaller, without training, and without data unless `images` are given.
 
@@ -95,6 +96,8 @@ def compress(
         seed: for whatever draws random numbers.
         inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
             remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
+        progress: None: a bar in a terminal or a notebook, once the work lasts, else lines of `logging`; False: nothing;
+            True: at once; or a function (stage, done, total).
     Returns:
         the smaller network with the plan that was carried out; groups that were left alone say why.
     Raises:
@@ -108,8 +111,8 @@ def compress(
     recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
     core = _make_workable(model, inplace=inplace)
     inputs = Inputs.of(example_inputs)
-    graph = inspect(core, inputs, progress=progress)
-    small = follow(recipe, core, graph, inputs, images, progress=progress)
+    graph = inspect(core, inputs)
+    small = follow(recipe, core, graph, inputs, images)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)
 
 
@@ -132,6 +135,7 @@ def wrap_result(model: nn.Module, small: Compressed) -> Compressed:
 
 
 @outside_inference
+@shows_progress("compress")
 def follow(
     recipe: Recipe,
     model: nn.Module,
@@ -140,7 +144,7 @@ def follow(
     images: ImagesLike | None = None,
     *,
     calibration: Calibration | None = None,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> Compressed:
     """Do what a recipe says to a network that was inspected before: decide, apply, restore.
 
@@ -150,10 +154,10 @@ def follow(
     recipe.refuse_foreign()
     model, inputs = _make_workable(model), Inputs.of(example_inputs)
     images = as_calls(make_reusable(images), model, inputs)
-    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images, progress=progress)
-    plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images, progress=progress)
-    small = apply(model, plan, inputs, graph=graph, progress=progress)
-    small = run_restorers(small, model, graph, calibration, images, progress=progress)
+    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images)
+    plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images)
+    small = apply(model, plan, inputs, graph=graph)
+    small = run_restorers(small, model, graph, calibration, images)
     return replace(small, notes=(*small.notes, *warn_of(images.notes if images is not None else {})))
 
 
@@ -169,15 +173,17 @@ def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Comp
 
 
 @outside_inference
-def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progress = silent) -> ChannelGraph:
+@shows_progress("inspect")
+def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowProgress = None) -> ChannelGraph:
     """Trace a network into channel groups and prove each of them by a permutation."""
     model, inputs = _make_workable(model), Inputs.of(example_inputs)
     check_weights(model)
-    progress("trace", 0, 2)
+    report("tracing the network", 0)
     graph = trace(model, inputs)
-    progress("trace", 1, 2)
+    report("tracing the network", 1)
+    report("proving channel groups", 0)
     graph = _leave_masks_alone(model, verify_groups(model, graph, inputs))
-    progress("trace", 2, 2)
+    report("proving channel groups", 1)
     return graph
 
 
@@ -231,6 +237,7 @@ def _find_masks(model: nn.Module) -> set[str]:
 
 
 @outside_inference
+@shows_progress("apply")
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -238,7 +245,7 @@ def apply(
     *,
     graph: ChannelGraph | None = None,
     inplace: bool = False,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> Compressed:
     """Carry out a plan that was decided, or loaded, before, and nothing else: no restorer of its recipe runs.
 
@@ -256,7 +263,7 @@ def apply(
         plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(core).items() if t.is_floating_point()})
         graph = inspect(core, inputs)
     plan.check_fits(graph.shapes, graph)
-    progress("prove", 0, 1)
+    report("checking the smaller network", 0)
     before = size_of(core, inputs)
     check = FunctionCheck(core, graph, inputs)
     surgery = operate(core, graph, dict(plan.maps), inputs, check)
@@ -265,5 +272,5 @@ def apply(
     _check_written(surgery.model, core)
     after = size_of(surgery.model, inputs)
     small = Compressed(surgery.model, plan, before, after, inputs, surgery.repairs, rolled_back=surgery.rolled_back)
-    progress("prove", 1, 1)
+    report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 
+from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_json
 from intrafusion.errors import PlanError
-from intrafusion.graph import ChannelGraph, ChannelGroup, Role
+from intrafusion.graph import ChannelGraph, ChannelGroup, layers_of, sort_by_role
+from intrafusion.measure.size import Size
+from intrafusion.names import name_some
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap
+from intrafusion.table import GroupLine, TextTable, tabulate_groups
 
 _FORMAT = 1
+_HEADER = ("group", "channels", "how", "other layers, or reason")
 T = TypeVar("T")
 
 
@@ -41,6 +46,8 @@ class Decision:
     family: int = 0
     depth: int | None = None
     proof: str | None = field(default=None, compare=False)  # no part of what was decided
+
+    __repr__ = show_briefly
 
     @property
     def reduced(self) -> bool:
@@ -122,6 +129,15 @@ class Plan:
                 if group is None or describe_members(group) != decision.members or group.size != decision.n:
                     raise PlanError(f"the plan is for another network: group {decision.group!r} is not the same here.")
 
+    def __str__(self) -> str:
+        return str(tabulate_plan(self))
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.sizes)} of {len(self.decisions)} groups are reduced; print it to see them)"
+
+    def _repr_html_(self) -> str:
+        return tabulate_plan(self).to_html()
+
     def to_json(self) -> str:
         """All but the maps."""
         data = {
@@ -150,6 +166,54 @@ class Plan:
             return cls(recipe, decisions, shapes, dict(maps or {}), warnings)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"this is not a plan of intrafusion ({type(error).__name__}: {error}).") from error
+
+
+# ---- as a table -----------------------------------------------------------------------------------------------------
+
+
+def tabulate_plan(
+    plan: Plan, before: Size | None = None, after: Size | None = None, below: Iterable[str] = ()
+) -> TextTable:
+    """Every group with what becomes of it, the sizes of the network if they are given, and notes."""
+    sizes = (
+        ()
+        if before is None or after is None
+        else (
+            "",
+            f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}",
+        )
+    )
+    notes = (f"note: {w}" for w in (*plan.warnings, *_list_proofs(plan)))
+    return tabulate_groups(_HEADER, map(_describe_decision, plan.decisions), (*sizes, *notes, *below))
+
+
+def size_change(label: str, before: int, after: int) -> str:
+    return f"{label} {before:,} -> {after:,} ({after / before:.1%})" if before else f"{label} {before:,}"
+
+
+def _describe_decision(decision: Decision) -> GroupLine:
+    if not decision.reduced:
+        return GroupLine(decision.group, str(decision.n), "kept", why=decision.reason or "all kept")
+    how, _, why = decision.mixing.partition(": ")
+    size = f"{decision.n} -> {decision.m}"
+    return GroupLine(decision.group, size, how, list_layers(decision), f"not mixed: {why}" if why else "")
+
+
+def list_layers(decision: Decision) -> tuple[str, ...]:
+    """The layers that a group runs through, by name."""
+    return layers_of(member.partition("[")[0] for member in decision.members)
+
+
+def _list_proofs(plan: Plan) -> list[str]:
+    """What is not proved of the function of reduced groups."""
+    names = [d.group for d in plan.decisions if d.reduced and d.proof == "symmetry"]
+    if not names:
+        return []
+    count = "1 group is" if len(names) == 1 else f"{len(names)} groups are"
+    return [f"{count} proved by symmetry only, as something looks at all their channels: {name_some(names)}"]
+
+
+# ---- checks and reading ---------------------------------------------------------------------------------------------
 
 
 def check_maps(plan: Plan) -> None:
@@ -211,6 +275,4 @@ def _is_same_map(a: ReductionMap, b: ReductionMap) -> bool:
 
 def describe_members(group: ChannelGroup) -> tuple[str, ...]:
     """Members as text, producers first."""
-    rank = list(Role)
-    ordered = sorted(group.members, key=lambda m: min(map(rank.index, m.roles), default=len(rank)))
-    return tuple(f"{m.tensor}[{m.dim}] {'+'.join(sorted(m.roles))}".rstrip() for m in ordered)
+    return tuple(map(str, sort_by_role(group.members)))

@@ -20,7 +20,7 @@ from intrafusion.network.tensors import named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.observe.observe import observe_for
 from intrafusion.plan import Decision, Plan, describe_members
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
 from intrafusion.restore import Calibration
@@ -34,6 +34,7 @@ _Scores = Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]
 
 
 @outside_inference
+@shows_progress("decide")
 def decide(
     model: nn.Module,
     graph: ChannelGraph,
@@ -42,7 +43,7 @@ def decide(
     *,
     calibration: Calibration | None = None,
     images: ImagesLike | None = None,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> Plan:
     """Score the channels of every group, set its size, and choose its map. Nothing is written.
 
@@ -74,7 +75,7 @@ def decide(
         wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, inputs)
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
-    maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments, progress)
+    maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments)
     decisions = tuple(
         decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name), read=g.name in moments) for g in units
     )
@@ -91,17 +92,16 @@ def _solve_all(
     dead: Mapping[str, Tensor],
     recipe: Recipe,
     moments: Mapping[str, Moments],
-    progress: Progress,
 ) -> dict[str, ReductionMap]:
     """The map of every group that shrinks; with the order "backward", each leaves its mark in `weights`."""
     maps: dict[str, ReductionMap] = {}
     for index, group in enumerate(_in_order(groups, recipe)):
-        progress("reduce", index, len(groups))
+        report("choosing channels", index, len(groups))
         asked = scores(group, weights), wanted[group.name], dead.get(group.name)
         maps[group.name] = _solve(group, weights, *asked, recipe, moments)
         if recipe.order == "backward":
             hollow_(weights, group, maps[group.name])
-    progress("reduce", len(groups), len(groups))
+    report("choosing channels", len(groups), len(groups))
     return maps
 
 

@@ -11,6 +11,7 @@ import yaml
 from intrafusion import importance as importances
 from intrafusion import reduce as reducers
 from intrafusion.asked import check_count, check_keep, check_target
+from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_yaml
 from intrafusion.errors import RecipeError, unknown_name
 from intrafusion.importance import Importance
@@ -61,6 +62,8 @@ class Recipe:
     restore: tuple[Any, ...] = ("auto",)
     order: str = "joint"
     seed: int = 0
+
+    __repr__ = show_briefly
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

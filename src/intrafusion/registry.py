@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import RecipeError, unknown_name
 
 _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
@@ -48,6 +49,8 @@ class Foreign:
 
     foreign: str
 
+    __repr__ = show_briefly
+
     mixes = True  # of the class, as of every reducer
     needs_data = False  # and of every restorer
 
@@ -77,6 +80,8 @@ class Registry:
     traits: type[Traits]
     words: tuple[str, ...] = ()
     adopt: Callable[[Any], Any] = lambda found: found
+
+    __repr__ = show_briefly
 
     def resolve(self, wanted: Any, *, words: Iterable[str] = ()) -> Any:
         """The method that is wanted, with default hyper-parameters where it is a name; a method passes through.

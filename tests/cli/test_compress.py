@@ -44,7 +44,7 @@ def test_the_saved_network_is_the_one_of_the_library(program: Program) -> None:
     assert result.exit_code == 0
     expected = intrafusion.compress(original(), read_inputs(["2,4"]), keep=0.5)
     assert torch.equal(intrafusion.load("small", original())(X), expected.model(X))
-    assert result.stdout.splitlines()[1].split() == ["first", "8", "->", "4", "mixed", "first,", "second"]
+    assert result.stdout.splitlines()[2].split() == ["first", "8", "->", "4", "mixed", "second"]
     assert "parameters 115 -> 47 (40.9%); MACs 196 -> 74 (37.8%)" in result.stdout
     assert torch.equal(outputs_of(result.stdout.splitlines()[-1]), expected.model(X))
 

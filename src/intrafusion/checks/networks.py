@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
@@ -43,6 +44,8 @@ class Case:
     graph: ChannelGraph
     inputs: Inputs
     images: Any
+
+    __repr__ = show_briefly
 
     @property
     def groups(self) -> list[ChannelGroup]:

@@ -8,19 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from intrafusion import pipeline, planning
+from intrafusion import pipeline
 from intrafusion.cli.console import progress_bar, working
 from intrafusion.cli.network import is_saved, read_network
 from intrafusion.cli.options import Arguments, AsJson, Base, InputShapes, Name, WeightFiles
-from intrafusion.cli.show import plan_data, print_json, print_plan, print_table, say
-from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.cli.show import plan_data, print_json, print_plan, say
+from intrafusion.graph import ChannelGraph, ChannelGroup, tabulate_graph
 from intrafusion.io.folder import read_document
 from intrafusion.measure.size import Size, size_of
 from intrafusion.plan import Plan, describe_members
-from intrafusion.recipe import Recipe
-from intrafusion.table import shown_layers
-
-_HEADER = ("group", "channels", "can be", "layers or reason")
 
 
 def inspect_command(
@@ -82,21 +78,4 @@ def _group_data(group: ChannelGroup) -> dict[str, Any]:
 
 
 def _print_graph(graph: ChannelGraph, size: Size) -> None:
-    families: dict[tuple[int, str | None], list[ChannelGroup]] = {}
-    for group in graph.groups:
-        families.setdefault((group.family, group.reason), []).append(group)
-    print_table(_HEADER, map(_group_row, families.values()))
-    say(
-        f"\n{len(graph.reducible)} of {len(graph.groups)} groups can be reduced; "
-        f"parameters {size.params:,}; MACs {size.macs:,}"
-    )
-    for warning in graph.warnings:
-        say(f"note: {warning}")
-
-
-def _group_row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
-    """One line for a group, or for twins such as the groups of one convolution."""
-    first, last = twins[0], twins[-1]
-    name, count = (first.name, "") if first is last else (f"{first.name} .. {last.name}", f"{len(twins)} x ")
-    fate = planning.decision(first, first.size, Recipe(), None, read=True)
-    return name, f"{count}{first.size}", "kept" if fate.reason else fate.mixing, fate.reason or shown_layers(fate)
+    say(str(tabulate_graph(graph, (f"parameters {size.params:,}; MACs {size.macs:,}",))))

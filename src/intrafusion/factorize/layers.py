@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
 from intrafusion.factorize.ranks import RankRule, get_rule
@@ -35,6 +36,8 @@ class Factorized(Compressed):
     """
 
     ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    __repr__ = show_briefly
 
     def __str__(self) -> str:
         lines = [f"{name}: rank {full} -> {rank}" for name, (rank, full) in self.ranks.items()]

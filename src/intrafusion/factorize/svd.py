@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.surgery.lowrank import LowRank, make_low_rank
 
 
@@ -24,6 +25,8 @@ class Spectrum:
     values: Tensor
     outputs: int
     inputs: int
+
+    __repr__ = show_briefly
 
     @property
     def groups(self) -> int:

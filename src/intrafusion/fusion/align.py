@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import unknown_name
 from intrafusion.fusion.match import GroupPair
 from intrafusion.fusion.move import Move, move_channels
@@ -44,6 +45,8 @@ class Alignment:
     rounds: int = 10
     normalization: str = "function"
 
+    __repr__ = show_briefly
+
     def __post_init__(self) -> None:
         for kind, name, valid in (
             ("cost", self.cost, _COST_FUNCTIONS),
@@ -67,6 +70,8 @@ class FoldedNetwork:
     graph: ChannelGraph
     outputs: Mapping[str, Tensor]
     betas: Mapping[str, Tensor]
+
+    __repr__ = show_briefly
 
     @classmethod
     def of(cls, model: nn.Module, graph: ChannelGraph, outputs: Mapping[str, Tensor] | None = None) -> FoldedNetwork:

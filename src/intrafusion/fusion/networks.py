@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion import restore as restorers
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, unknown_name
 from intrafusion.fusion.align import Alignment, FoldedNetwork, align_groups, move_tensors
@@ -25,7 +26,7 @@ from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import unwrap
 from intrafusion.pipeline import apply, inspect
 from intrafusion.planning import decide
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, prefix_stages, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
 from intrafusion.restore import Restorer
@@ -47,7 +48,10 @@ class Fused(Compressed):
     alignments: tuple[Mapping[str, ReductionMap], ...] = field(default=())
     weights: tuple[float, ...] = ()
 
+    __repr__ = show_briefly
 
+
+@shows_progress("fuse")
 def fuse(
     models: Sequence[nn.Module],
     example_inputs: ExampleInputs,
@@ -61,7 +65,7 @@ def fuse(
     rescale: bool = True,
     restore: str | Restorer | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
     **recipe: Any,
 ) -> Fused:
     """Fuse trained networks of one structure, of equal or different widths, into one network.
@@ -98,8 +102,8 @@ def fuse(
     models = [unwrap(model) for model in models]
     graphs = []
     for index, model in enumerate(models):
-        progress("trace", index, len(models))
-        graphs.append(inspect(model, inputs))
+        with prefix_stages(f"network {index + 1} of {len(models)}"):
+            graphs.append(inspect(model, inputs))
     names = [f"network {index}" for index in range(len(models))]
     wanted = Recipe.of(keep=keep, seed=seed, **{"reducer": "select", **recipe})
     plan = decide(models[anchor], graphs[anchor], wanted)
@@ -113,7 +117,7 @@ def fuse(
     mean = _WeightedMean(onto, base.model)
     alignments: list[Mapping[str, ReductionMap]] = []
     for index, (model, graph) in enumerate(zip(models, graphs, strict=True)):
-        progress("align", index, len(models))
+        report("aligning networks", index, len(models))
         own = onto if index == anchor and not narrowed else _fold_network(model, graph, by_outputs, seed)
         pairs = match_groups(graph, target, names[index])
         maps = _make_identities(pairs) if own is onto else align_groups(own, onto, pairs, alignment or Alignment())
@@ -124,7 +128,7 @@ def fuse(
     found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
     found |= {"model": fused, "after": size_of(fused, inputs)}
     result = Fused(**found, alignments=tuple(alignments), weights=tuple(shares))
-    progress("align", len(models), len(models))
+    report("aligning networks", len(models), len(models))
     if restorer is not None:
         restorer(result, models[anchor], graphs[anchor], images)
     return result

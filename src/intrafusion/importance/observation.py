@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import IntrafusionError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGroup
 from intrafusion.registry import Traits
@@ -40,6 +41,8 @@ class Activations:
     mean: Tensor
     mean_square: Tensor
 
+    __repr__ = show_briefly
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -63,6 +66,8 @@ class Observation:
     feature_maps: Tensor | None = None
     contributions: Tensor | None = None
     images: int = 0
+
+    __repr__ = show_briefly
 
 
 def needs_of(importance: object) -> frozenset[str]:

@@ -14,6 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.network.double import output_difference, run_in_double
@@ -139,6 +140,8 @@ class Plane:
     right: WeightPoint
     up: WeightPoint
     corners: tuple[tuple[float, float], ...]
+
+    __repr__ = show_briefly
 
     @classmethod
     def through(cls, origin: WeightPoint, first: WeightPoint, second: WeightPoint) -> Plane:

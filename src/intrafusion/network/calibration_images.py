@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import IntrafusionWarning, ModelError
 from intrafusion.network.batches import ImagesLike, as_call, count_images, read_labelled
 from intrafusion.network.inputs import Inputs
@@ -34,6 +35,8 @@ class Calls:
     like: Inputs
     forward: tuple[str, ...] | None
     notes: dict[str, str] = field(default_factory=dict)
+
+    __repr__ = show_briefly
 
     def __iter__(self) -> Iterator[Inputs]:
         total = 0

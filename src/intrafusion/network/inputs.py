@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import IntrafusionError, ModelError
 from intrafusion.network.outputs import Opened, open_output, read_iterators
 
@@ -28,6 +29,8 @@ class Inputs:
     kwargs: Mapping[str, Any] | None = None
     source: str = "the example inputs"
     labels: Tensor | None = None
+
+    __repr__ = show_briefly
 
     @classmethod
     def of(cls, example: ExampleInputs) -> Inputs:

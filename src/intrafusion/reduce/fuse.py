@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import RecipeError, unknown_name
 from intrafusion.reduce.problem import ReductionMap, ReductionProblem
 from intrafusion.reduce.select import most_important, selection_map
@@ -54,6 +55,8 @@ class IntraFusion:
     solver: str = "exact"
     epsilon: float = 0.01
     n_init: int = 1
+
+    __repr__ = show_briefly
 
     mixes = True  # of the class, not a hyper-parameter
 

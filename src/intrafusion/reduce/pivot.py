@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import BudgetError, RecipeError
 from intrafusion.network.gram import find_scale
 from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
@@ -67,6 +68,8 @@ class Pivots:
 
     order: Tensor
     missing: Tensor
+
+    __repr__ = show_briefly
 
 
 _PICKED: WeakKeyDictionary[Moments, Pivots] = WeakKeyDictionary()

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from intrafusion.brief import show_briefly
 from intrafusion.network.gram import find_scale
 from intrafusion.registry import Traits
 
@@ -25,6 +26,8 @@ class Moments:
     means: Tensor
     covariances: Tensor
     reader: Tensor
+
+    __repr__ = show_briefly
 
     def scaled(self) -> Moments:
         """The same in units in which the largest covariance and the largest reading are about 1, for float32."""
@@ -67,6 +70,8 @@ class ReductionProblem:
     biases: Tensor | None = None
     moments: Moments | None = None
 
+    __repr__ = show_briefly
+
 
 @dataclass(frozen=True, eq=False)
 class ReductionMap:
@@ -81,6 +86,8 @@ class ReductionMap:
     unmerge: Tensor
     shift: Tensor | None = None
     scale: Tensor | None = None
+
+    __repr__ = show_briefly
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.drift import output_error
@@ -50,6 +51,8 @@ class Calibration:
     why: str | None = None
     seed: int = 0
     _moments: dict[ChannelGraph, Mapping[str, Moments]] = field(default_factory=dict, repr=False)
+
+    __repr__ = show_briefly
 
     @cached_property
     def reference(self) -> nn.Module:

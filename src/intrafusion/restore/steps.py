@@ -14,7 +14,7 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import Progress, report
 from intrafusion.recipe import Recipe
 from intrafusion.restore import Calibration, Noise, calibrate
 from intrafusion.surgery.write import write_weights_
@@ -71,10 +71,10 @@ def run_restorers(
     Raises:
         ModelError: a restorer that needs images, and there are none.
     """
-    show = progress or silent
+    show = progress or report
     steps, done, notes = small.plan.recipe.restore, [], []
     for index, step in enumerate(steps):
-        show("restore", index, len(steps))
+        show("restoring", index, len(steps))
         start = time.perf_counter()
         if isinstance(step, str):
             if calibration is None:
@@ -92,7 +92,7 @@ def run_restorers(
             seconds = time.perf_counter() - start
         on = str(calibration) if before is not None else None
         done.append(Restoration(type(restorer).__name__, on, seconds, before, after, note))
-    show("restore", len(steps), len(steps))
+    show("restoring", len(steps), len(steps))
     seen = calibration.images if calibration else None
     return replace(small, restored=tuple(done), images=seen, notes=(*small.notes, *notes))
 

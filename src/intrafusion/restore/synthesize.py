@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import FolderError, ModelError, RecipeError
 from intrafusion.io.atomic import atomic_file
 from intrafusion.io.tensors import detach_dense
@@ -23,7 +24,7 @@ from intrafusion.network.batches import channels_last
 from intrafusion.network.inputs import ExampleInputs, output_tensors
 from intrafusion.network.layers import is_convolution_or_linear, watch_calls
 from intrafusion.network.state import preserve_state
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.restore.noise import Noise, batch_norms, image_like
 
 _TINY = 1e-12  # added to variances where batch norm divides by them
@@ -63,11 +64,14 @@ class Synthesis:
     seconds: float | None = None
     seed: int = 0
 
+    __repr__ = show_briefly
+
     def __post_init__(self) -> None:
         if self.images < 2 or self.steps < 1:
             raise RecipeError(f"expected at least 2 images and 1 step, got {self.images} and {self.steps}.")
 
-    def __call__(self, model: nn.Module, example_inputs: ExampleInputs, *, progress: Progress = silent) -> Tensor:
+    @shows_progress("synthesis")
+    def __call__(self, model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowProgress = None) -> Tensor:
         """The images (n, ...), on the device and in the precision of the example; the network is left as it was.
 
         Args:
@@ -86,13 +90,13 @@ class Synthesis:
         end = float("inf") if self.seconds is None else time.monotonic() + self.seconds
         with preserve_state(model), torch.enable_grad():
             for step in range(self.steps):
-                progress("images", step, self.steps)
+                report("making images", step, self.steps)
                 images = channels_last(self.roll_pixels(pixels, generator))
                 (pixels.grad,) = torch.autograd.grad(_check_loss(self.loss(model, wanted, images)), pixels)
                 optimizer.step()
                 if time.monotonic() > end:
                     break
-        progress("images", self.steps, self.steps)
+        report("making images", self.steps, self.steps)
         made = pixels.detach()
         return torch.cat([made, made.flip(-1)]) if self.mirrored and made.dim() > 3 else made
 
@@ -141,6 +145,8 @@ class ChannelStatistics:
     deviation: Tensor
     dim: int = 1
     reads: bool = True
+
+    __repr__ = show_briefly
 
     def measure_mismatch(self, x: Tensor) -> Tensor:
         mean, deviation = take_statistics(x, self.dim)

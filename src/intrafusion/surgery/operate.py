@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
 from intrafusion.network.double import TOLERANCE, output_difference
 from intrafusion.network.inputs import Inputs
@@ -70,6 +71,8 @@ class Surgery:
     repairs: tuple[Repair, ...]
     rolled_back: dict[str, str]
     maps: Maps
+
+    __repr__ = show_briefly
 
 
 class Prove(Protocol):

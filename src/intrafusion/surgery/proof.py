@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
 from intrafusion.network.double import DoublePrecision, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
@@ -78,6 +79,8 @@ class FunctionCheck:
     explained: set[int] = field(default_factory=set)  # factors that differ and do no harm, by place
     revision: int = 0
     alike: dict[tuple[FamilyKind, int], _Scale] = field(default_factory=dict)  # tried first on groups like those
+
+    __repr__ = show_briefly
 
     @cached_property
     def double(self) -> nn.Module:

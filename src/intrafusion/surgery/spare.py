@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.importance.features import channel_biases, channel_rows, weighs
 from intrafusion.network.inputs import Inputs
@@ -36,6 +37,8 @@ class Classes:
 
     first: Tensor
     owner: Tensor
+
+    __repr__ = show_briefly
 
     @property
     def spare(self) -> bool:

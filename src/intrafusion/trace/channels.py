@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import Role
 from intrafusion.trace.arrays import rank_within
 from intrafusion.trace.fingerprints import hash_words, mix, start_sums
@@ -34,6 +35,8 @@ class ChannelTable:
     reasons: Reasons
     first: np.ndarray  # (use index, position) of the first use, packed
     used: np.ndarray
+
+    __repr__ = show_briefly
 
 
 def describe_channels(relations: Relations) -> ChannelTable:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import FolderError
 from intrafusion.io.atomic import atomic_file
 from intrafusion.train.training import Epoch, Training
@@ -34,6 +35,8 @@ class Course:
     steps: int = 0
     best: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    __repr__ = show_briefly
 
 
 def write_checkpoint(

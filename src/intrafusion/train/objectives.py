@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.measure.accuracy import class_scores
 from intrafusion.network.state import preserve_state
@@ -44,6 +45,8 @@ class Distillation:
     teacher: nn.Module
     temperature: float = 2.0
 
+    __repr__ = show_briefly
+
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         with preserve_state(self.teacher):
             wanted = class_scores(self.teacher(images), len(images)) / self.temperature
@@ -66,6 +69,8 @@ class Block:
     reference: nn.Module
     name: str
     merge: Tensor | None = None
+
+    __repr__ = show_briefly
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         with preserve_state(self.reference):

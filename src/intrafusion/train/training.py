@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import unknown_name
 from intrafusion.train.adapters import kinds_of
 
@@ -84,6 +85,8 @@ class Training:
     drop_last: bool = True
     shuffle: Literal["epoch", "stream"] = "epoch"
 
+    __repr__ = show_briefly
+
     def __post_init__(self) -> None:
         kinds_of(self.trainable)
         self._check_names()
@@ -142,6 +145,8 @@ class History:
     trained: int
     steps: int
     best: int
+
+    __repr__ = show_briefly
 
     @property
     def seconds(self) -> float:

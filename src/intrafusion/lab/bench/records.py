@@ -14,6 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_json
 from intrafusion.io.atomic import report_unreadable, report_unwritable
 from intrafusion.io.locks import lock
@@ -40,6 +41,8 @@ class Record:
     setting: Mapping[str, Any]
     result: Mapping[str, Any]
     environment: Mapping[str, Any] = field(default_factory=lambda: environment())
+
+    __repr__ = show_briefly
 
     @property
     def key(self) -> str:

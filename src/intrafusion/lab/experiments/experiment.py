@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intrafusion.brief import show_briefly
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.bench.records import Record
 from intrafusion.lab.bench.sweeping import Setting, sweep
 from intrafusion.lab.experiments import method as methods
 from intrafusion.lab.experiments.subject import Measure, Measurement, Subject, index_by_name
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, shows_progress
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Options:
     halve_every: int = 30
     batch: int = 128
 
+    __repr__ = show_briefly
+
     def __post_init__(self) -> None:
         for keep in self.keep:
             if not 0 < keep <= 1:
@@ -75,7 +78,10 @@ class Experiment:
     uses: frozenset[str]
     networks: int = 1
 
+    __repr__ = show_briefly
 
+
+@shows_progress("experiment")
 def run_experiment(
     name: str,
     experiment: Experiment,
@@ -85,7 +91,7 @@ def run_experiment(
     *,
     cluster: Cluster | None = None,
     provenance: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> list[Record]:
     """Measure what the file has no record of yet; see `bench.sweep`.
 
@@ -99,4 +105,4 @@ def run_experiment(
         methods.parse_method(text)  # before the work
     settings: list[Setting] = [s for subject in subjects for s in experiment.settings(subject, options)]
     measurement = Measurement(known, experiment.measure)
-    return sweep(name, settings, measurement, path, cluster=cluster, provenance=provenance, progress=progress)
+    return sweep(name, settings, measurement, path, cluster=cluster, provenance=provenance)

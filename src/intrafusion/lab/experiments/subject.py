@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
@@ -47,6 +48,8 @@ class Subject:
     inputs: Inputs
     test: LabelledImages
     train: LabelledImages | None = None
+
+    __repr__ = show_briefly
 
     @cached_property
     def graph(self) -> ChannelGraph:
@@ -161,6 +164,8 @@ class Measurement:
 
     subjects: dict[str, Subject]
     measure: Measure
+
+    __repr__ = show_briefly
 
     def __call__(self, setting: Any) -> dict[str, Any]:
         return self.measure(self.subjects[setting["network"]], setting)

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from intrafusion.brief import show_briefly
 from intrafusion.io.atomic import atomic_file
 from intrafusion.lab.bench.records import WHOLE
 from intrafusion.lab.report import figures as figures_of
@@ -37,8 +38,8 @@ from intrafusion.lab.report.records import (
     stages,
 )
 from intrafusion.measure.size import Size
-from intrafusion.plan import Decision, Plan
-from intrafusion.table import shown_layers
+from intrafusion.names import name_some
+from intrafusion.plan import Decision, Plan, list_layers
 
 _HERE = Path(__file__).parent
 _MARKUP = {"name", "text", "x", "y"}  # strings in which Plotly looks for markup
@@ -56,6 +57,8 @@ class Section:
     figure: Figure | None = None
     table: Table | None = None
     body: str = ""
+
+    __repr__ = show_briefly
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Page:
     sections: tuple[Section, ...]
     methods: tuple[str, ...] = ()
     footer: str = ""
+
+    __repr__ = show_briefly
 
 
 def write(page: Page, path: Path) -> None:
@@ -450,7 +455,7 @@ def _plan_table(decisions: Sequence[Decision]) -> Table:
             Cell(str(d.m), d.m),
             Cell(f"{100 * d.m / d.n:.0f} %", d.m / d.n),
             Cell(d.mixing if d.reduced else "kept"),
-            Cell(shown_layers(d) if d.reduced else d.reason or "all kept"),
+            Cell(name_some(list_layers(d)) if d.reduced else d.reason or "all kept"),
         )
         for d in decisions
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from intrafusion.brief import show_briefly
 from intrafusion.lab.bench.records import INNER, ORIGINAL, WHOLE
 from intrafusion.measure.significance import kruskal_wallis
 
@@ -46,6 +47,8 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     numeric: frozenset[int] = frozenset()
+
+    __repr__ = show_briefly
 
     def texts(self) -> list[tuple[str, ...]]:
         return [tuple(cell.text for cell in row) for row in self.rows]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import FolderError
 from intrafusion.lab.zoo.images import Images, Normalisation, read_rgb
 
@@ -31,6 +32,8 @@ class ImageFolder:
     normalisation: Normalisation
     resize: int = 256
     crop: int = 224
+
+    __repr__ = show_briefly
 
     def __len__(self) -> int:
         return len(self.files)

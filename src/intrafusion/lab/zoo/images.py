@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import FolderError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Images:
 
     images: Tensor
     labels: Tensor
+
+    __repr__ = show_briefly
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels):

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import unknown_name
 from intrafusion.io.weights import load_into, read_state
 from intrafusion.lab.zoo.images import Normalisation
@@ -49,6 +50,8 @@ class Entry:
     input_shape: tuple[int, int, int]
     num_classes: int = 10
     weights: str | None = None
+
+    __repr__ = show_briefly
 
 
 CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
