@@ -6,8 +6,11 @@ a set of channels that were seen together, such as a head, a norm group or a gro
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,6 +60,22 @@ class Cause(StrEnum):
     PRODUCT = "contracted between two activations"
 
 
+class Gates(NamedTuple):
+    """members[i] met gates[i], a channel that is one value for several others; `gates` decides what that means."""
+
+    members: np.ndarray
+    gates: np.ndarray
+    call: int
+    where: str
+
+
+def _as_rows(array: np.ndarray, along: Sequence[int]) -> np.ndarray:
+    """A matrix with these dimensions as columns, and all others as rows."""
+    rest = [d for d in range(array.ndim) if d not in along]
+    moved = array.transpose(*rest, *along)
+    return moved.reshape(math.prod(moved.shape[: len(rest)]), -1)
+
+
 class Relations:
     """Collects relations during the forward pass; `groups.build_graph` turns them into a ChannelGraph."""
 
@@ -71,10 +90,13 @@ class Relations:
         self.calls = 0  # operations so far
         self.where = ""  # the present operation, for messages
         self.tied: list[tuple[np.ndarray, str]] = []  # channels that met fixed data, and where
+        self.unions: list[tuple[np.ndarray, np.ndarray, str]] = []  # labels that became one, in order, and where
         self.block_members: list[tuple[np.ndarray, int, int]] = []
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.meetings: list[tuple[np.ndarray, int, int]] = []
+        self.gates: list[Gates] = []
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
+        self.dissolved: list[tuple[np.ndarray, int, int]] = []  # blocks that turned out to be one channel
         self.causes: dict[int, tuple[Cause, str]] = {}
         self.colours: list[tuple[np.ndarray, np.ndarray]] = []
         self.next_colour = 0
@@ -125,7 +147,12 @@ class Relations:
         met = (x == FIXED) != (y == FIXED)
         if met.any():
             self.tied.append((np.maximum(x[met], y[met]), self.where))
-        self.sets.unite(x[~blocks], y[~blocks])
+        self.join(x[~blocks], y[~blocks])
+
+    def join(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Labels of channels that are one from now on, and what made them so."""
+        self.unions.append((x, y, self.where))
+        self.sets.unite(x, y)
 
     def copy(self, labels: np.ndarray, places: np.ndarray | int) -> np.ndarray:
         """New labels of the same channels, apart for each place: what follows may treat the places differently."""
@@ -155,6 +182,26 @@ class Relations:
         weaker = (x == UNIFORM) | (self.is_block[x] & (y > UNIFORM) & ~self.is_block[y])
         result = np.where(weaker, y, x)
         result[blocks] = self._of_two_blocks(x[blocks], y[blocks])
+        return result
+
+    def gate(self, x: np.ndarray, y: np.ndarray, along: Sequence[int]) -> np.ndarray:
+        """As `merge`, where x has one value for all channels that y holds along some dimensions: a gate.
+
+        One channel that meets many does not make them one: they may still change places, as all see the same.
+        """
+        named = (x >= FIRST) & (y >= FIRST) & ~self.is_block[x] & ~self.is_block[y]
+        result = self.merge(np.where(named, UNIFORM, x), y)
+        gates, members = (
+            _as_rows(np.where(named, x, UNIFORM), along).max(1),
+            _as_rows(np.where(named, y, UNIFORM), along),
+        )
+        for gate in np.unique(gates[gates >= FIRST]):
+            # What one gate meets in several rows may meet another value of it in each: those rows move together.
+            rows = np.unique(members[gates == gate], axis=0)
+            for row in rows[1:]:
+                self.merge(rows[0], row)
+            met = np.unique(rows[rows >= FIRST])
+            self.gates.append(Gates(met, np.full(len(met), gate), self.calls, self.where))
         return result
 
     def _of_two_blocks(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
