@@ -27,9 +27,11 @@ class Singles:
         """
         if channel in self._gates:
             return f"one value for several channels at once: {self._gates[channel]}"
-        if channel in self._fusions:
-            return f"channels that can only move together, as one: {self._fusions[channel]}"
-        return "no other channel is treated like it" + (f" ({notes[-1]})" if notes else "")
+        whole, where = self._fusions.get(channel, (False, ""))
+        if whole:
+            return f"channels that can only move together, as one: {where}"
+        told = notes[-1] if notes else f"its parts meet: {where}" if where else ""
+        return "no other channel is treated like it" + (f" ({told})" if told else "")
 
     @cached_property
     def _gates(self) -> dict[int, str]:
@@ -38,21 +40,23 @@ class Singles:
         return {gate: m.where for m in met for gate in np.unique(self.relations.roots(m.gates)).tolist()}
 
     @cached_property
-    def _fusions(self) -> dict[int, str]:
-        """Channels of which one layer produces several rows, and the operation that first made two of them one."""
+    def _fusions(self) -> dict[int, tuple[bool, str]]:
+        """Channels of which one layer produces several rows: whether all, and what first made two of them one."""
         pairs = [_list_pairs(use) for use in reversed(self.table.uses)]
-        channel, one, other = np.concatenate([np.zeros((3, 0), np.int64), *pairs], axis=1)
-        return dict(zip(channel.tolist(), _find_fusers(self.relations, one, other), strict=True))
+        channel, one, other, whole = np.concatenate([np.zeros((4, 0), np.int64), *pairs], axis=1)
+        made = zip(whole.astype(bool).tolist(), _find_fusers(self.relations, one, other), strict=True)
+        return dict(zip(channel.tolist(), made, strict=True))
 
 
 def _list_pairs(use: Use) -> np.ndarray:
-    """Columns (channel, one of its rows, another), rows as the labels they had first; for what a layer produces."""
+    """Columns (channel, one of its rows, another, whether it has all), rows as the labels that they had first."""
     several = (use.slots > 1) & ((use.roles & ROLE_BITS[Role.PRODUCES]) > 0)
     first = np.full(len(use.channels), len(use.found))
     np.minimum.at(first, use.which, np.arange(len(use.found)))
     last = np.zeros(len(use.channels), np.int64)
     np.maximum.at(last, use.which, np.arange(len(use.found)))
-    return np.stack([use.channels[several], use.found[first[several]], use.found[last[several]]])
+    rows = use.found[first[several]], use.found[last[several]]
+    return np.stack([use.channels[several], *rows, use.slots[several] == len(use.found)])
 
 
 def _find_fusers(relations: Relations, one: np.ndarray, other: np.ndarray) -> list[str]:

@@ -163,7 +163,7 @@ def _map_linearly(
         for axis in in_axes:
             ledger.record(b, axis, Role.CONSUMES, inner)
         if not in_axes and 1 in find_varying(inner):
-            ledger.relations.forbid(narrow(inner).ravel(), f"contracted with a constant: {call.where}")
+            ledger.relations.forbid(narrow(inner).ravel(), f"multiplied by a constant matrix: {call.where}")
     return LabelledTensor(_make_outputs(ledger, b, out_axes, shape))
 
 
@@ -263,5 +263,5 @@ def _multiply_constant(
         labels = colour_by_value(ledger, labels[..., None].expand(whole), matrix[:, None], call.where)[..., 0]
         labels = unite_over(ledger, labels, {2})
     elif 2 in dims:
-        ledger.relations.forbid(narrow(labels).ravel(), f"contracted with a constant: {call.where}")
+        ledger.relations.forbid(narrow(labels).ravel(), f"multiplied by a constant matrix: {call.where}")
     return LabelledTensor(reduce_labels(ledger, labels, {2}, Cause.REDUCTION, call.where).expand(shape))
