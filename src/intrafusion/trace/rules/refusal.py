@@ -8,7 +8,6 @@ from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor
 from intrafusion.trace.ledger import Ledger
 
-
 READS = ("_local_scalar_dense", "is_nonzero", "equal")  # float(x), x.item(), if x: ..., x.equal(y)
 
 
