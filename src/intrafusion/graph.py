@@ -153,6 +153,19 @@ class Factor:
     value: float
 
 
+@dataclass(frozen=True)
+class FixedSide:
+    """Indices of one dimension of a tensor that belong to no group, such as the columns that read the input."""
+
+    tensor: str
+    dim: int
+    size: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.dim}] ({self.size})"
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """Every channel group of a network, in execution order, the irreducible ones with their reason.
@@ -166,6 +179,7 @@ class ChannelGraph:
         derived: tensors that layers do not use as they are, and through what they go first.
         factors: numbers that met channels, in execution order; a smaller network must show the same.
         calls: forward calls in a row that were traced: 2 where the first leaves a state in an attribute.
+        fixed: the sides of layers that are in no group; with the groups, these are all.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -176,6 +190,7 @@ class ChannelGraph:
     derived: dict[str, str] = field(default_factory=dict)
     factors: tuple[Factor, ...] = ()
     calls: int = 1
+    fixed: tuple[FixedSide, ...] = ()
 
     @property
     def reducible(self) -> tuple[ChannelGroup, ...]:
@@ -187,6 +202,18 @@ class ChannelGraph:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+
+def describe_fixed(graph: ChannelGraph, shown: int = 3) -> tuple[str, ...]:
+    """What is in no group, a sentence for each reason."""
+    by_reason: dict[str, list[FixedSide]] = {}
+    for side in graph.fixed:
+        by_reason.setdefault(side.why, []).append(side)
+    return tuple(
+        f"{why}: {', '.join(map(str, sides[:shown]))}"
+        + (f" and {len(sides) - shown} more" if len(sides) > shown else "")
+        for why, sides in by_reason.items()
+    )
 
 
 def families_of(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:

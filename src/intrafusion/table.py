@@ -48,6 +48,7 @@ def plan_text(plan: Plan, before: Size | None = None, after: Size | None = None)
             "",
             f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}",
         ]
+    lines += [f"in no group, {line}" for line in plan.fixed]
     lines += [f"note: {w}" for w in (*plan.warnings, *_list_proofs(plan))]
     return "\n".join(lines)
 

@@ -90,12 +90,16 @@ def gate_that_is_added() -> Built:
     return branches(lambda net, x: (net.a(x) + net.g(x)[:, 1:]).relu() * net.g(x)[:, :1])
 
 
-@case({"a": 8}, partial=True, blocked={"g": "several channels", "head": "output", "other": "output"})
+@case({"a": 8}, blocked={"g": "", "head": "output", "other": "output"})
 def gate_that_is_read_too() -> Built:
-    net, x = branches(lambda net, x: net.a(x) * net.g(x)[:, 1:])
-    inner = net.wiring
-    net.wiring, net.other = lambda net, x: (inner(net, x), net.other(net.g(x))), nn.Linear(2, 3)
-    return net, x
+    """One channel is a gate and is read, the other is read only."""
+
+    def wiring(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        g = net.g(x)
+        return net.head((net.a(x) * g[:, 1:]).tanh()), net.other(g)
+
+    layers = {"a": nn.Linear(5, 8), "g": nn.Linear(5, 2), "head": nn.Linear(8, 3), "other": nn.Linear(2, 3)}
+    return Wired(wiring, **layers), torch.randn(4, 5)
 
 
 @case(BOTH, blocked={"head": "output"})

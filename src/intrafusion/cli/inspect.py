@@ -13,7 +13,7 @@ from intrafusion.cli.console import progress_bar, working
 from intrafusion.cli.network import is_saved, read_network
 from intrafusion.cli.options import Arguments, AsJson, Base, InputShapes, Name, WeightFiles
 from intrafusion.cli.show import plan_data, print_json, print_plan, print_table, say
-from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.graph import ChannelGraph, ChannelGroup, describe_fixed
 from intrafusion.io.folder import read_document
 from intrafusion.measure.size import Size, size_of
 from intrafusion.plan import Plan, describe_members
@@ -64,7 +64,12 @@ def _read_graph(
 
 
 def _graph_data(graph: ChannelGraph, size: Size) -> dict[str, Any]:
-    return {"size": asdict(size), "groups": [_group_data(g) for g in graph.groups], "warnings": list(graph.warnings)}
+    return {
+        "size": asdict(size),
+        "groups": [_group_data(g) for g in graph.groups],
+        "fixed": [asdict(side) for side in graph.fixed],
+        "warnings": list(graph.warnings),
+    }
 
 
 def _group_data(group: ChannelGroup) -> dict[str, Any]:
@@ -90,6 +95,8 @@ def _print_graph(graph: ChannelGraph, size: Size) -> None:
         f"\n{len(graph.reducible)} of {len(graph.groups)} groups can be reduced; "
         f"parameters {size.params:,}; MACs {size.macs:,}"
     )
+    for line in describe_fixed(graph):
+        say(f"in no group, {line}")
     for warning in graph.warnings:
         say(f"note: {warning}")
 

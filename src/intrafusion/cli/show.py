@@ -53,6 +53,8 @@ def print_plan(plan: Plan, before: Size | None, after: Size | None) -> None:
     if before and after:
         say("")
         say(f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}")
+    for line in plan.fixed:
+        say(f"in no group, {line}")
     for warning in plan.warnings:
         say(f"note: {warning}")
 
@@ -63,6 +65,7 @@ def plan_data(plan: Plan, before: Size | None, after: Size | None) -> dict[str, 
         "before": asdict(before) if before else None,
         "after": asdict(after) if after else None,
         "groups": [asdict(decision) for decision in plan.decisions],
+        "fixed": list(plan.fixed),
         "warnings": list(plan.warnings),
         "recipe": yaml.safe_load(plan.recipe.to_yaml()),
     }

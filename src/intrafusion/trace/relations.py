@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from intrafusion.graph import Factor, Role, Slice, WeightNorm
+from intrafusion.trace.arrays import split_runs
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM
 
 Key = tuple[str, int, Slice | None]
@@ -67,13 +68,6 @@ class Gates(NamedTuple):
     gates: np.ndarray
     call: int
     where: str
-
-
-def _as_rows(array: np.ndarray, along: Sequence[int]) -> np.ndarray:
-    """A matrix with these dimensions as columns, and all others as rows."""
-    rest = [d for d in range(array.ndim) if d not in along]
-    moved = array.transpose(*rest, *along)
-    return moved.reshape(math.prod(moved.shape[: len(rest)]), -1)
 
 
 class Relations:
@@ -187,22 +181,29 @@ class Relations:
     def gate(self, x: np.ndarray, y: np.ndarray, along: Sequence[int]) -> np.ndarray:
         """As `merge`, where x has one value for all channels that y holds along some dimensions: a gate.
 
-        One channel that meets many does not make them one: they may still change places, as all see the same.
+        One channel that meets many does not make them one: they may still change places, as all see the same. The two
+        arrays need only broadcast to one shape, and so does what is returned.
         """
-        named = (x >= FIRST) & (y >= FIRST) & ~self.is_block[x] & ~self.is_block[y]
-        result = self.merge(np.where(named, UNIFORM, x), y)
-        gates, members = (
-            _as_rows(np.where(named, x, UNIFORM), along).max(1),
-            _as_rows(np.where(named, y, UNIFORM), along),
-        )
-        for gate in np.unique(gates[gates >= FIRST]):
+        plain_x, plain_y = ((z >= FIRST) & ~self.is_block[z] for z in (x, y))
+        self._note_gates(np.where(plain_x, x, UNIFORM), np.where(plain_y, y, UNIFORM), along)
+        if plain_x.all() and plain_y.all():
+            return y
+        x, y = np.broadcast_arrays(x, y)
+        return self.merge(np.where(plain_x & plain_y, UNIFORM, x), y)
+
+    def _note_gates(self, x: np.ndarray, y: np.ndarray, along: Sequence[int]) -> None:
+        """Which labels of y each label of x meets, 0 left out."""
+        rest = [d for d in range(y.ndim) if d not in along]
+        moved = y.transpose(*rest, *along)
+        rows, which = np.unique(moved.reshape(math.prod(moved.shape[: len(rest)]), -1), axis=0, return_inverse=True)
+        gates = x.transpose(*rest, *along)[(..., *(0 for _ in along))]
+        pairs = np.stack([a.ravel() for a in np.broadcast_arrays(gates, which.reshape(moved.shape[: len(rest)]))])
+        for gate, found in split_runs(*np.unique(pairs[:, pairs[0] > UNIFORM], axis=1)):
             # What one gate meets in several rows may meet another value of it in each: those rows move together.
-            rows = np.unique(members[gates == gate], axis=0)
-            for row in rows[1:]:
-                self.merge(rows[0], row)
-            met = np.unique(rows[rows >= FIRST])
+            for row in found[1:]:
+                self.merge(rows[found[0]], rows[row])
+            met = np.unique(rows[found][rows[found] >= FIRST])
             self.gates.append(Gates(met, np.full(len(met), gate), self.calls, self.where))
-        return result
 
     def _of_two_blocks(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """A new block for each distinct pair of blocks, tied to both."""

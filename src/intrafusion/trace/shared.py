@@ -50,7 +50,7 @@ def _settle_by_blocks(
         return False
     positions = np.concatenate([p for _, p, _ in records])
     labels = relations.roots(np.concatenate([c for _, _, c in records]))
-    served, membership = _list_served(positions, labels), _list_memberships(relations)
+    served, membership = _list_served(positions, labels), _list_memberships(relations, labels)
     owners = _find_owners(served, membership)
     if owners is not None:
         for position, block in owners.items():
@@ -89,9 +89,9 @@ def _list_served(positions: np.ndarray, labels: np.ndarray) -> dict[int, set[int
     return served
 
 
-def _list_memberships(relations: Relations) -> dict[int, set[int]]:
-    """Which blocks a channel is in, by representatives; a gate is like a block for the channels that it meets."""
-    membership = list_memberships(relations)
+def _list_memberships(relations: Relations, channels: np.ndarray) -> dict[int, set[int]]:
+    """Which blocks these are in, by representatives; a gate is like a block for the channels that it meets."""
+    membership = list_memberships(relations, channels)
     for met in relations.gates:
         for member, gate in zip(
             relations.roots(met.members).tolist(), relations.roots(met.gates).tolist(), strict=True

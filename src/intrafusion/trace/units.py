@@ -7,7 +7,8 @@ is seen, such blocks become channels, and what one channel for many others means
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -92,10 +93,10 @@ def _list_sums(relations: Relations) -> dict[int, list[tuple[np.ndarray, int]]]:
         return {}
     consumed = set(_list_consumed(relations).tolist())
     barred = _list_tied(relations) | {x for labels, _ in relations.blocked for x in labels.tolist()}
-    met: dict[int, set[int]] = defaultdict(set)
-    for labels, block, _ in relations.meetings:
-        met[block] |= set(relations.roots(labels).tolist())
-    is_read = lambda b: b not in barred and len(met[b]) <= 1 and (b in consumed or len(met[b]) == 1)  # noqa: E731
+    labels, blocks = _flatten(relations.meetings)
+    _, distinct = np.unique(np.stack([relations.roots(labels), blocks]), axis=1)
+    met = Counter(distinct.tolist())
+    is_read = lambda b: b not in barred and met[b] <= 1 and (b in consumed or met[b] == 1)  # noqa: E731
     return {call: blocks for call, blocks in found.items() if all(is_read(b) for _, b in blocks)}
 
 
@@ -115,6 +116,9 @@ def _are_read(relations: Relations, channels: np.ndarray) -> bool:
 
 def _settle_gates(relations: Relations) -> bool:
     """Unite gates with the one channel that they meet, or with the one that each meets in every block."""
+    if not relations.gates:
+        return False
+    membership = list_memberships(relations, relations.roots(np.concatenate([met.members for met in relations.gates])))
     changed, left = False, []
     by_call: dict[int, list[Gates]] = defaultdict(list)
     for met in relations.gates:
@@ -122,7 +126,7 @@ def _settle_gates(relations: Relations) -> bool:
     for found in by_call.values():
         changed |= _unite_pairs(relations, found)
         served = _list_served(relations, found)
-        if served and _are_channels(relations, served):
+        if served and _are_channels(membership, served):
             for met in found:
                 relations.where = met.where
                 relations.join(met.members, met.gates)
@@ -152,18 +156,26 @@ def _list_served(relations: Relations, found: list[Gates]) -> dict[int, set[int]
     return {gate: members for gate, members in served.items() if members != {gate}}
 
 
-def _are_channels(relations: Relations, served: dict[int, set[int]]) -> bool:
+def _are_channels(membership: dict[int, set[int]], served: dict[int, set[int]]) -> bool:
     """Whether a gate and what it meets make one channel, as a key's does with those of the queries of several heads."""
-    membership = list_memberships(relations)
     apart = [[frozenset(membership.get(x, ())) for x in members] for members in served.values()]
     return all(len(set(sets)) == len(sets) for sets in apart)
 
 
-def list_memberships(relations: Relations) -> dict[int, set[int]]:
-    """Which blocks each channel is in or meets, by representatives."""
+def list_memberships(relations: Relations, channels: np.ndarray) -> dict[int, set[int]]:
+    """Which blocks each of these channels (representatives) is in or meets."""
+    labels, blocks = _flatten([*relations.block_members, *relations.meetings])
+    pairs = np.stack([relations.roots(labels), relations.roots(blocks)])
     found: dict[int, set[int]] = defaultdict(set)
-    for labels, block, _ in (*relations.block_members, *relations.meetings):
-        root = int(relations.roots(np.array([block]))[0])
-        for label in np.unique(relations.roots(labels)).tolist():
-            found[label].add(root)
+    for label, block in np.unique(pairs[:, np.isin(pairs[0], channels)], axis=1).T.tolist():
+        found[label].add(block)
     return found
+
+
+def _flatten(found: Sequence[tuple[np.ndarray, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of all blocks in a row, and the block of each."""
+    none = np.zeros(0, np.int64)
+    sizes = [len(labels) for labels, *_ in found]
+    return np.concatenate([none, *(labels for labels, *_ in found)]), np.repeat([b for _, b, _ in found], sizes).astype(
+        np.int64
+    )

@@ -119,14 +119,14 @@ def meet(ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]]) -> np.ndar
     """
     labels, extent = narrow(operands[0][0]), set(operands[0][1])
     for other, dims in operands[1:]:
-        x, y = np.broadcast_arrays(labels, narrow(other))
+        x, y = labels, narrow(other)
         gated, gating = _find_gated(ledger, y, extent), _find_gated(ledger, x, dims)
         if gated and not gating:
             labels = ledger.relations.gate(x, y, gated)
         elif gating and not gated:
             labels = ledger.relations.gate(y, x, gating)
         else:
-            labels = ledger.relations.merge(x, y)
+            labels = ledger.relations.merge(*np.broadcast_arrays(x, y))
         extent |= dims
     return labels
 
