@@ -184,6 +184,19 @@ class Factor:
     value: float
 
 
+@dataclass(frozen=True)
+class FixedSide:
+    """Indices of one dimension of a tensor that belong to no group, such as the columns that read the input."""
+
+    tensor: str
+    dim: int
+    size: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.dim}] ({self.size})"
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """Every channel group of a network, in execution order, the irreducible ones with their reason.
@@ -197,6 +210,7 @@ class ChannelGraph:
         derived: tensors that layers do not use as they are, and through what they go first.
         factors: numbers that met channels, in execution order; a smaller network must show the same.
         calls: forward calls in a row that were traced: 2 where the first leaves a state in an attribute.
+        fixed: the sides of layers that are in no group; with the groups, these are all.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -207,6 +221,7 @@ class ChannelGraph:
     derived: dict[str, str] = field(default_factory=dict)
     factors: tuple[Factor, ...] = ()
     calls: int = 1
+    fixed: tuple[FixedSide, ...] = ()
 
     @property
     def reducible(self) -> tuple[ChannelGroup, ...]:
@@ -234,6 +249,7 @@ def tabulate_graph(graph: ChannelGraph, below: Iterable[str] = ()) -> TextTable:
     notes = (
         f"{_count_reducible(graph)} of {len(graph.groups)} groups can be reduced",
         *below,
+        *(f"in no group, {line}" for line in describe_fixed(graph)),
         *(f"note: {w}" for w in graph.warnings),
     )
     return tabulate_groups(_HEADER, map(_describe_group, graph.groups), ("", *notes))
@@ -262,6 +278,18 @@ def layers_of(tensors: Iterable[str]) -> tuple[str, ...]:
     """The layers that own these tensors; a tensor of the network itself stands for itself."""
     names = map(plain_name, tensors)
     return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+
+
+def describe_fixed(graph: ChannelGraph, shown: int = 3) -> tuple[str, ...]:
+    """What is in no group, a sentence for each reason."""
+    by_reason: dict[str, list[FixedSide]] = {}
+    for side in graph.fixed:
+        by_reason.setdefault(side.why, []).append(side)
+    return tuple(
+        f"{why}: {', '.join(map(str, sides[:shown]))}"
+        + (f" and {len(sides) - shown} more" if len(sides) > shown else "")
+        for why, sides in by_reason.items()
+    )
 
 
 def families_of(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:

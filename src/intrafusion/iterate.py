@@ -149,7 +149,7 @@ def _join_steps(steps: Sequence[Compressed], recipe: Recipe) -> Compressed:
     warnings = tuple(dict.fromkeys(w for step in steps for w in step.plan.warnings))
     return replace(
         last,
-        plan=Plan(recipe, decisions, first.plan.shapes, maps, warnings),
+        plan=Plan(recipe, decisions, first.plan.shapes, maps, warnings, first.plan.fixed),
         before=first.before,
         repairs=_join_repairs(steps),
         restored=tuple(r for step in steps for r in step.restored),

@@ -64,6 +64,7 @@ class Plan:
         shapes: shape of every tensor of the network that the plan was made for.
         maps: ReductionMap by group name.
         warnings: what the tracer could not see.
+        fixed: what is in no group, in words.
     """
 
     recipe: Recipe
@@ -71,15 +72,17 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     maps: Mapping[str, ReductionMap] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        same = (self.recipe.to_yaml(), self.decisions, dict(self.shapes), self.warnings) == (
+        same = (self.recipe.to_yaml(), self.decisions, dict(self.shapes), self.warnings, self.fixed) == (
             other.recipe.to_yaml(),
             other.decisions,
             dict(other.shapes),
             other.warnings,
+            other.fixed,
         )
         return (
             same
@@ -146,6 +149,7 @@ class Plan:
             "decisions": [asdict(d) for d in self.decisions],
             "shapes": {k: list(v) for k, v in self.shapes.items()},
             "warnings": list(self.warnings),
+            "fixed": list(self.fixed),
         }
         return json.dumps(data, indent=1)
 
@@ -163,7 +167,8 @@ class Plan:
             shapes = {_as(str, k): tuple(_count(n) for n in v) for k, v in data["shapes"].items()}
             recipe = Recipe.from_yaml(_as(str, data["recipe"]))
             warnings = tuple(_as(str, warning) for warning in data["warnings"])
-            return cls(recipe, decisions, shapes, dict(maps or {}), warnings)
+            fixed = tuple(_as(str, line) for line in data.get("fixed", ()))  # older plans do not say
+            return cls(recipe, decisions, shapes, dict(maps or {}), warnings, fixed)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"this is not a plan of intrafusion ({type(error).__name__}: {error}).") from error
 
@@ -184,7 +189,8 @@ def tabulate_plan(
         )
     )
     notes = (f"note: {w}" for w in (*plan.warnings, *_list_proofs(plan)))
-    return tabulate_groups(_HEADER, map(_describe_decision, plan.decisions), (*sizes, *notes, *below))
+    fixed = (f"in no group, {line}" for line in plan.fixed)
+    return tabulate_groups(_HEADER, map(_describe_decision, plan.decisions), (*sizes, *fixed, *notes, *below))
 
 
 def size_change(label: str, before: int, after: int) -> str:

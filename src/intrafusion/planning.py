@@ -12,7 +12,7 @@ from intrafusion.budget.idle import explain_idle_sizes
 from intrafusion.budget.sensitivity import Sensitivity
 from intrafusion.budget.target import require_inputs, sizes_for_target
 from intrafusion.errors import ModelError
-from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.graph import ChannelGraph, ChannelGroup, describe_fixed
 from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -81,7 +81,8 @@ def decide(
     )
     idle = missed or explain_idle_sizes(groups, wanted, graph, recipe)
     unused = explain_idle_selectors(graph, model, recipe.include, recipe.exclude)
-    return Plan(recipe, decisions, graph.shapes, maps, (*graph.warnings, *idle, *unused))
+    notes = *graph.warnings, *idle, *unused
+    return Plan(recipe, decisions, graph.shapes, maps, notes, describe_fixed(graph))
 
 
 def _solve_all(

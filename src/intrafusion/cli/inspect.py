@@ -60,7 +60,12 @@ def _read_graph(
 
 
 def _graph_data(graph: ChannelGraph, size: Size) -> dict[str, Any]:
-    return {"size": asdict(size), "groups": [_group_data(g) for g in graph.groups], "warnings": list(graph.warnings)}
+    return {
+        "size": asdict(size),
+        "groups": [_group_data(g) for g in graph.groups],
+        "fixed": [asdict(side) for side in graph.fixed],
+        "warnings": list(graph.warnings),
+    }
 
 
 def _group_data(group: ChannelGroup) -> dict[str, Any]:

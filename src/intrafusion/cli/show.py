@@ -41,6 +41,7 @@ def plan_data(plan: Plan, before: Size | None, after: Size | None) -> dict[str, 
         "before": asdict(before) if before else None,
         "after": asdict(after) if after else None,
         "groups": [asdict(decision) for decision in plan.decisions],
+        "fixed": list(plan.fixed),
         "warnings": list(plan.warnings),
         "recipe": yaml.safe_load(plan.recipe.to_yaml()),
     }

@@ -154,7 +154,9 @@ class Ledger:
                 positions, channels = pair_up(axis.coordinates, labels, 0, FIXED)
                 self.relations.share(axis.tensor, axis.dim, role, positions, channels)
             else:
-                self.relations.pin(axis.tensor, axis.dim, "laid along a dimension that is no channel dimension")
+                self.relations.pin(
+                    axis.tensor, axis.dim, f"meets what has no channels along it: {self.relations.where}"
+                )
             # A constant that meets different entries of a parameter is the same for all channels no longer.
             if bool((narrow(labels) == UNIFORM).any()):
                 labels = torch.where(

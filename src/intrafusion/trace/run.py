@@ -16,6 +16,7 @@ from intrafusion.network.state import Memory, preserve_state
 from intrafusion.network.wrappers import unwrap
 from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.dispatch import Tracer
+from intrafusion.trace.fixed import find_fixed_sides
 from intrafusion.trace.groups import build_graph
 from intrafusion.trace.info import LabelledTensor
 from intrafusion.trace.ledger import Ledger
@@ -41,7 +42,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None 
     run = _run_first_possible(model, inputs, calls)
     warnings = (*_warn_of_unreached(model, run.ledger), *_warn_of_unopened(run), *_warn_of_draws(run))
     graph = build_graph(run.ledger.relations, run.ledger.shapes, run.ledger.origins, warnings)
-    return replace(graph, calls=run.calls)
+    return replace(graph, calls=run.calls, fixed=find_fixed_sides(run.ledger, graph))
 
 
 @contextlib.contextmanager

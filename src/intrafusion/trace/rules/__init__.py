@@ -8,6 +8,7 @@ and the call and returns what is known about each output (None: nothing, a const
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from intrafusion.trace.call import Call
 from intrafusion.trace.info import Outcome
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.rules import across, contraction, convolution, elementwise, movement, norm, reduction
-from intrafusion.trace.rules.refusal import refuse
+from intrafusion.trace.rules.refusal import READS, refuse
 
 __all__ = ["Rule", "find_rule", "refuse", "register_rule"]
 
@@ -49,6 +50,7 @@ _BY_OPERATION: dict[str, Rule] = {
     "glu": elementwise.gate,
     **dict.fromkeys(("tril", "triu"), elementwise.mask_triangle),
     "rrelu_with_noise": elementwise.keep_first,
+    **dict.fromkeys(READS, partial(refuse, why="its values are read by Python")),
     **dict.fromkeys(elementwise.UNTAGGED, elementwise.combine_elementwise),
 }
 
@@ -74,8 +76,10 @@ def register_rule(operation: str, rule: Rule, *, replace: bool = False) -> None:
 
 def find_rule(call: Call) -> Rule:
     """The rule of an operation; operations that torch tags as pointwise are element-wise, unknown ones are refused."""
-    if "out" in call.kwargs or call.func._overloadname == "dtype":
-        return refuse
+    if "out" in call.kwargs:
+        return partial(refuse, why="written into a tensor that was given as out=")
+    if call.func._overloadname == "dtype":
+        return partial(refuse, why="bits read as numbers of another kind")
     if call.name in _BY_OPERATION:
         return _BY_OPERATION[call.name]
     if torch.Tag.pointwise in call.func.tags:
