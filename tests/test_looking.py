@@ -161,7 +161,7 @@ def test_graphs_and_plans_are_one_line_at_a_prompt_and_a_table_when_printed() ->
     assert repr(graph) == "ChannelGraph(3 groups, 2 can be reduced; print it to see them)"
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5, reducer="select"), x)
     assert repr(plan) == "Plan(2 of 3 groups are reduced; print it to see them)"
-    assert str(graph).splitlines()[-1] == "2 of 3 groups can be reduced"
+    assert "2 of 3 groups can be reduced" in str(graph).splitlines()
     assert str(plan).splitlines()[2].split()[:5] == ["stem.0", "8", "->", "4", "selected"]
 
 

@@ -193,6 +193,8 @@ class FixedSide:
     size: int
     why: str
 
+    __repr__ = show_briefly
+
     def __str__(self) -> str:
         return f"{self.tensor}[{self.dim}] ({self.size})"
 
