@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion.cli.models import ModelSpec, NetworkKind, import_torchvision, parse_arguments, resolve
+from intrafusion.cli.models import ModelSpec, NetworkKind, parse_arguments, resolve
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.lab import zoo
+from intrafusion.network.sources import import_torchvision
 
 needs_torchvision = pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="needs torchvision")
 needs_timm = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="needs timm")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from intrafusion.documents import parse_yaml
 from intrafusion.errors import IntrafusionError, ModelError, unknown_name
+from intrafusion.network.sources import find_timm, find_torchvision, find_zoo, list_classifiers
 
 FORMS = "module:factory, path.py:factory, zoo:NAME, torchvision:NAME or timm:NAME"
 
@@ -83,10 +84,10 @@ class ModelSpec:
     def example_input(self) -> Tensor | None:
         """An input the network accepts, the same at each call; None where only the network's author knows one."""
         if self.kind is NetworkKind.ZOO:
-            return _zoo(self.target).example_input(self.target)
+            return find_zoo(self.target).example_input(self.target)
         if self.kind is NetworkKind.TIMM:
-            return _noise(_timm(self.target).get_pretrained_cfg(self.target).input_size)
-        if self.kind is NetworkKind.TORCHVISION and self.target in _classifiers(_torchvision(self.target)):
+            return _noise(find_timm(self.target).get_pretrained_cfg(self.target).input_size)
+        if self.kind is NetworkKind.TORCHVISION and self.target in list_classifiers(find_torchvision(self.target)):
             return _noise((3, 224, 224))
         return None
 
@@ -136,37 +137,6 @@ def _yaml_value(argument: str, text: str) -> Any:
         raise ModelError(f"--arg {argument!r}: the value is not YAML ({error}); put text in quotes.") from error
 
 
-def import_torchvision() -> ModuleType:
-    """torchvision, also where its compiled operators do not load beside this build of PyTorch.
-
-    Its published wheels are compiled for CUDA. Beside a CPU-only PyTorch the import fails as it describes its operators
-    (`nms`, `roi_align`, ...) to the compiler; without these descriptions everything but the operators works.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # what the failed import left half done
-    with _without_fake_operators("torchvision"):
-        return importlib.import_module("torchvision")
-
-
-@contextmanager
-def _without_fake_operators(namespace: str) -> Iterator[None]:
-    register = torch.library.register_fake
-
-    def skipping(op: Any, *args: Any, **kwargs: Any) -> Any:
-        return (lambda function: function) if str(op).startswith(f"{namespace}::") else register(op, *args, **kwargs)
-
-    torch.library.register_fake = skipping
-    try:
-        yield
-    finally:
-        torch.library.register_fake = register
-
-
 def _build_from_module(spec: ModelSpec) -> nn.Module:
     name, _, attribute = spec.target.rpartition(":")
     _search_first(Path.cwd())
@@ -187,7 +157,7 @@ def _build_from_file(spec: ModelSpec) -> nn.Module:
 
 
 def _build_from_zoo(spec: ModelSpec) -> nn.Module:
-    zoo = _zoo(spec.target)
+    zoo = find_zoo(spec.target)
     options = {"pretrained": spec.trained, **spec.args}
     if options["pretrained"] and spec.target not in zoo.names(trained=True):
         raise ModelError(
@@ -197,12 +167,12 @@ def _build_from_zoo(spec: ModelSpec) -> nn.Module:
 
 
 def _build_from_torchvision(spec: ModelSpec) -> nn.Module:
-    models = _torchvision(spec.target)
+    models = find_torchvision(spec.target)
     return _call(spec, lambda **args: models.get_model(spec.target, **args))
 
 
 def _build_from_timm(spec: ModelSpec) -> nn.Module:
-    timm = _timm(spec.target)
+    timm = find_timm(spec.target)
     return _call(spec, lambda **args: timm.create_model(spec.target, **args))
 
 
@@ -213,50 +183,6 @@ _BUILDERS: dict[NetworkKind, Callable[[ModelSpec], nn.Module]] = {
     NetworkKind.TORCHVISION: _build_from_torchvision,
     NetworkKind.TIMM: _build_from_timm,
 }
-
-
-def _zoo(name: str) -> ModuleType:
-    """The zoo, which has a model of this name."""
-    from intrafusion.lab import zoo
-
-    if name not in zoo.names():
-        raise ModelError(unknown_name("zoo model", name, zoo.names()))
-    return zoo
-
-
-def _torchvision(name: str) -> ModuleType:
-    """torchvision.models, which has a model of this name."""
-    with _extra("torchvision"):
-        models = import_torchvision().models
-    if name not in models.list_models():
-        raise ModelError(unknown_name("torchvision model", name, models.list_models()))
-    return models
-
-
-def _classifiers(models: ModuleType) -> list[str]:
-    """Those of torchvision's models that read one image and return one label, not detectors or video networks."""
-    return models.list_models(module=models)
-
-
-def _timm(name: str) -> ModuleType:
-    """timm, which has a model of this name."""
-    with _extra("timm"):
-        import_torchvision()
-        timm = importlib.import_module("timm")
-    if not timm.is_model(name):
-        raise ModelError(unknown_name("timm model", name, timm.list_models()))
-    return timm
-
-
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Say how to install an optional package that is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in (name, "torchvision"):
-            raise
-        raise ModelError(f"{error.name} is not installed; run: pip install 'intrafusion[{name}]'") from error
 
 
 def _noise(shape: tuple[int, ...]) -> Tensor:
