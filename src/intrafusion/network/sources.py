@@ -14,6 +14,11 @@ import torch
 
 from intrafusion.errors import ModelError, unknown_name
 
+MISFIT = (
+    "this torchvision was built for another PyTorch; install both from one place: "
+    "pip install --force-reinstall torch torchvision"
+)
+
 
 class SourceKind(StrEnum):
     """Packages of networks, each of which has a name there."""
@@ -77,11 +82,14 @@ def import_torchvision() -> ModuleType:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
-            raise
+            raise ModelError(f"torchvision cannot be imported (RuntimeError: {error}); {MISFIT}.") from error
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # what the failed import left half done
-    with _without_fake_operators("torchvision"):
-        return importlib.import_module("torchvision")
+    try:
+        with _without_fake_operators("torchvision"):
+            return importlib.import_module("torchvision")
+    except (RuntimeError, AttributeError) as error:
+        raise ModelError(f"torchvision cannot be imported ({type(error).__name__}: {error}); {MISFIT}.") from error
 
 
 @contextmanager
