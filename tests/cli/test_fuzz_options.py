@@ -28,7 +28,7 @@ WORDS = ("", "x", "-1", "nan", "1e30", "[red]", "mm.py:M:", "missing.file", ".",
 NET = ["nets.py:Net", "--input", "2,4"]
 BASES = {
     "inspect": NET,
-    "compress": [*NET, "--restore", "none", "--reducer", "select"],
+    "compress": [*NET, "--restore", "none"],
     "fuse": [*NET, "--weights", "w.safetensors", "--weights", "w.safetensors"],
     "split-train": ["zoo:digits_resnet", "--train-images", "40", "--schedule", "whole"],
     "experiment": ["whole-model", "--model", *NET, "--data", "d.safetensors", "--keep", "0.5", "--method", "select"],

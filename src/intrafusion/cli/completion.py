@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -34,7 +35,14 @@ def complete_model(incomplete: str) -> list[str]:
 def _without_colons(incomplete: str, found: list[str]) -> list[str]:
     """Bash takes a colon for the end of a word: it wants only what stands behind."""
     known = incomplete.rpartition(":")[0]
-    return [name.removeprefix(f"{known}:") for name in found] if known and _WORDS in os.environ else found
+    return [_Rest(name.removeprefix(f"{known}:")) for name in found] if known and _WORDS in os.environ else found
+
+
+class _Rest(str):
+    """What follows what was typed, although it does not start with it, as typer asks of a completion."""
+
+    def startswith(self, *_: Any) -> bool:
+        return True
 
 
 def join_words_at_colons() -> None:

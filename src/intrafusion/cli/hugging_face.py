@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.errors import ModelError, unknown_name
-from intrafusion.network.sources import needing
+from intrafusion.network.sources import import_torchvision, needing
 
 _TOKENS, _SAMPLES = 16, 16_000
 
@@ -79,8 +80,7 @@ def _find_architecture(target: str, args: Mapping[str, Any]) -> tuple[Any, Any]:
         ModelError: there is none.
     """
     name, wanted = split_target(target)
-    with needing("transformers"):
-        transformers = importlib.import_module("transformers")
+    transformers = _import_transformers()
     config = _read_config(transformers, target, name, args)
     named = wanted or next(iter(getattr(config, "architectures", None) or ()), None)
     if named is None:
@@ -90,6 +90,14 @@ def _find_architecture(target: str, args: Mapping[str, Any]) -> tuple[Any, Any]:
         raise ModelError(f"hf:{target}: {unknown_name('architecture', named, known)}")
     found = getattr(transformers, named)
     return config, _resolve_auto(target, config, found) if named.startswith("Auto") else found
+
+
+def _import_transformers() -> Any:
+    with needing("transformers"):
+        transformers = importlib.import_module("transformers")
+    if importlib.util.find_spec("torchvision"):
+        import_torchvision()  # which transformers takes for its image networks
+    return transformers
 
 
 def _read_config(transformers: Any, target: str, name: str, args: Mapping[str, Any]) -> Any:

@@ -128,6 +128,8 @@ def resolve(name: str, arguments: Iterable[str] = (), *, trained: bool = True) -
     place, _, factory = name.rpartition(":")
     if not (place and factory) or not (place.endswith(".py") or _is_module_name(place)):
         raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.{_suggest(name)}")
+    if kind == place and (hint := _suggest(name)) and not _is_found(place):
+        raise ModelError(f"there is no module {place!r}.{hint} Expected {FORMS}.")
     return ModelSpec(NetworkKind.FILE if place.endswith(".py") else NetworkKind.MODULE, name, args)
 
 
@@ -149,6 +151,10 @@ def list_names(place: str) -> list[str]:
 
 def _is_module_name(place: str) -> bool:
     return all(part.isidentifier() for part in place.split("."))
+
+
+def _is_found(module: str) -> bool:
+    return (Path.cwd() / module).exists() or importlib.util.find_spec(module) is not None
 
 
 def _suggest(name: str) -> str:

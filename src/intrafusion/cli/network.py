@@ -70,6 +70,8 @@ def read_device(text: str) -> torch.device:
     try:
         device = torch.device(text)
         torch.empty(0, device=device)
+        if device.type in ("meta", "mps"):  # the one has no values, the other no float64, in which maps are proved
+            raise ModelError(f"--device {text!r}: expected a device of this machine with values and float64, or auto.")
     except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
         count = torch.cuda.device_count()
@@ -131,7 +133,7 @@ def read_network(
         raise ModelError(f"--weights: expected one file for one network, got {len(weights)}; leave out the others.")
     saved = is_saved(name)
     if saved != (base is not None) or (saved and weights):
-        raise ModelError(_misfit(name, saved=saved, weights=weights))
+        raise ModelError(_misfit(name, base, saved=saved, weights=weights))
     spec = resolve(base or name, arguments, trained=trained and not (saved or weights))
     example = read_inputs(inputs) if inputs else spec.example_input()
     if example is None:
@@ -145,10 +147,10 @@ def read_network(
     return Network(name, model.to(place), Inputs.of(example).map(lambda t: t.to(place)), imports, original)
 
 
-def _misfit(name: str, *, saved: bool, weights: Sequence[Path]) -> str:
+def _misfit(name: str, base: str | None, *, saved: bool, weights: Sequence[Path]) -> str:
     """Why a name and the options beside it do not go together."""
     if not saved:
-        return f"{name}: --base goes with a saved folder, and there is no such folder; check the path, or leave it out."
+        return f"{name}: --base {base} goes with a saved folder, and this is none; check the path, or leave it out."
     if weights:
         return f"{name}: a saved folder has weights of its own; leave out --weights."
     return f"{name}: a saved folder holds no code; name the original network with --base ({FORMS})."
