@@ -222,7 +222,7 @@ def test_strict_is_content_where_nothing_was_rolled_back(program: Program) -> No
         ("--normalization sources", "unknown normalization 'sources'. Did you mean 'source'?"),
         ("--normalization source --reducer select", "--normalization goes with the reducer intrafusion, got Select()"),
         ("--order backwards", "unknown order 'backwards'. Did you mean 'backward'?"),
-        ("--round-to 0", "0 is not in the range"),
+        ("--round-to 0", "Invalid value for '--round-to'"),
         ("--keep =0.5", "--keep =0.5: expected a pattern in front of ="),
         ("--target params=inf", "target['params']: expected a number above 0, got inf"),
         ("--exclude thrid", "unknown layer 'thrid'. Did you mean 'third'?"),

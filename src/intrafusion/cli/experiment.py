@@ -121,7 +121,7 @@ def experiment(
     """
     said = locals()
     path = output or Path(f"{name}.jsonl")
-    with working(f"what was measured is in {path}; the same command goes on from there."):
+    with working(f"what was measured, if anything, is in {path}; the same command goes on from there."):
         chosen = experiments.get_experiment(name)
         options = _read_options(name, chosen, {option: said[option] for option in _OPTIONS})
         check_records(path)
