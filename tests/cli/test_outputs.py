@@ -94,7 +94,10 @@ def interrupt(*_: Any, **__: Any) -> None:
         (f"inspect {OWN}", "nothing is ever written; the same command starts again"),
         (f"compress {OWN} -o small", "nothing was written; the same command starts again"),
         ("split-train -o out", "checkpoints and records are in out; the same command goes on from there"),
-        ("experiment whole-model -o r.jsonl", "what was measured, if anything, is in r.jsonl; the same command goes on from there"),
+        (
+            "experiment whole-model -o r.jsonl",
+            "what was measured, if anything, is in r.jsonl; the same command goes on",
+        ),
         ("demo -o out", "nothing was written"),
     ],
 )
