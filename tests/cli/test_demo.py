@@ -134,8 +134,8 @@ def test_torch_runs_on_one_thread_in_the_demo(
 ) -> None:
     threads: list[int] = []
     monkeypatch.setattr(demo, "run", lambda *_: threads.append(torch.get_num_threads()) or [])
-    monkeypatch.setattr(demo, "show", lambda *_: None)
-    monkeypatch.setattr(zoo, "train_digits", lambda: None)
+    monkeypatch.setattr(demo, "show", lambda *_, **__: None)
+    monkeypatch.setattr(zoo, "train_digits", lambda: nn.Identity())
     torch.set_num_threads(2)
     assert program("demo").exit_code == 0
     assert threads == [1]

@@ -91,7 +91,7 @@ def test_a_saved_folder_with_its_original_shows_the_smaller_network(program: Pro
         ("inspect nets.py:Net --input 2,5", "does not run on the example inputs (float32[2, 5])"),
         ("inspect nowhere", "cannot tell which network 'nowhere' is; expected module:factory"),
         ("inspect .", "this folder was not saved by intrafusion"),
-        ("inspect nets.py:Net --input 2,4 --base zoo:resnet18", "--base goes with a saved folder"),
+        ("inspect nets.py:Net --input 2,4 --base zoo:resnet18", "--base zoo:resnet18 goes with a saved folder"),
     ],
 )
 def test_bad_input_ends_with_its_message_and_code_2(program: Program, line: str, message: str) -> None:

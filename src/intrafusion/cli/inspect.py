@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from intrafusion import pipeline
 from intrafusion.cli.console import progress_bar, working
-from intrafusion.cli.network import is_saved, read_network
-from intrafusion.cli.options import Arguments, AsJson, Base, InputShapes, Name, WeightFiles
+from intrafusion.cli.network import Network, is_saved, read_network
+from intrafusion.cli.options import Arguments, AsJson, Base, Device, InputShapes, Name, WeightFiles
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
 from intrafusion.graph import ChannelGraph, ChannelGroup, tabulate_graph
 from intrafusion.io.folder import read_document
@@ -25,22 +24,29 @@ def inspect_command(
     weights: WeightFiles = None,
     arguments: Arguments = None,
     inputs: InputShapes = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Show the channel groups of a network and which can be reduced; of a saved folder without --base, what was done.
 
     Weights do not matter here: a network of the zoo is built with random ones.
     """
-    with working():
+    with working("nothing is ever written; the same command starts again."):
         saved = base is None and is_saved(model)
         if saved:
             plan, before, after = read_saved(Path(model))
         else:
-            graph, size = _read_graph(model, base, weights, arguments or (), inputs or ())
+            network = read_network(
+                model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
+                trained=False,
+            )  # fmt: skip
+            graph, size = _find_graph(network)
     if saved:
-        print_json({"model": model, **plan_data(plan, before, after)}) if as_json else print_plan(plan, before, after)
+        data = {"model": model, **plan_data(plan, before, after)}
+        print_json("inspect", data) if as_json else print_plan(plan, before, after)
     else:
-        print_json({"model": model, **_graph_data(graph, size)}) if as_json else _print_graph(graph, size)
+        data = {"model": model, **_graph_data(graph, size)}
+        print_json("inspect", data) if as_json else _print_graph(graph, size)
 
 
 def read_saved(folder: Path) -> tuple[Plan, Size | None, Size | None]:
@@ -50,10 +56,7 @@ def read_saved(folder: Path) -> tuple[Plan, Size | None, Size | None]:
     return Plan.from_json(json.dumps(data)), before, after
 
 
-def _read_graph(
-    name: str, base: str | None, weights: Path | None, arguments: Sequence[str], inputs: Sequence[str]
-) -> tuple[ChannelGraph, Size]:
-    network = read_network(name, base=base, weights=weights, arguments=arguments, inputs=inputs, trained=False)
+def _find_graph(network: Network) -> tuple[ChannelGraph, Size]:
     with progress_bar("inspect") as progress:
         graph = pipeline.inspect(network.model, network.inputs, progress=progress)
     return graph, size_of(network.model, network.inputs)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import typer
 import yaml
 
+import intrafusion
 from intrafusion.cli.console import make_console
 from intrafusion.measure.size import Size
 from intrafusion.plan import Plan, tabulate_plan
 from intrafusion.table import TextTable
+
+JSON_FORMAT = 1
+"""Of the documents that `--json` prints; another number wherever a reader would have to change."""
 
 
 def say(text: str) -> None:
@@ -26,8 +31,18 @@ def print_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, number
     say(str(TextTable(tuple(header), tuple(map(tuple, lines)), numbers=numbers)))
 
 
-def print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1))
+def print_json(command: str, data: Mapping[str, Any]) -> None:
+    """One document, as docs/cli.schema.json describes it: numbers that JSON does not have are null."""
+    head = {"intrafusion": intrafusion.__version__, "format": JSON_FORMAT, "command": command}
+    typer.echo(json.dumps(_finite({**head, **data}), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_plan(plan: Plan, before: Size | None, after: Size | None) -> None:

@@ -67,12 +67,14 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     untouched.
 
     Raises:
-        FolderError: names are missing or unexpected, shapes differ, tensors are meta or sparse, or tensors that the
-            network ties differ; lists them with the nearest names.
+        FolderError: names are missing or unexpected, shapes differ, tensors are meta or sparse or of a kind of which a
+            part would be lost, or tensors that the network ties differ; lists them with the nearest names.
     """
+    own: dict[str, Tensor] = model.state_dict(keep_vars=True)  # with the parameters themselves, to see which are tied
     for name, tensor in state.items():
         _check_values(name, tensor, model)
-    own: dict[str, Tensor] = model.state_dict(keep_vars=True)  # with the parameters themselves, to see which are tied
+        if name in own:
+            _check_kind(name, tensor, own[name])
     differences = list(_differences(own, state))
     if differences:
         raise FolderError(
@@ -90,6 +92,26 @@ def _check_values(name: str, tensor: Tensor, model: nn.Module) -> None:
             f"{name}: expected a dense tensor for {type(model).__name__}, got {kind}; save the weights again, "
             "with their values and as dense tensors (tensor.to_dense())."
         )
+
+
+def _check_kind(name: str, saved: Tensor, own: Tensor) -> None:
+    """Raise FolderError for numbers that the network's tensor could not hold: of them a part would be lost."""
+    if saved.is_complex() > own.is_complex():
+        kept = "its imaginary part would be lost; save the real part, or build the complex network"
+    elif _is_inexact(saved) > _is_inexact(own):
+        whole = torch.equal(saved.to(own.dtype).to(saved.dtype), saved)
+        kept = "" if whole else "what is behind the point would be lost; save whole numbers"
+    elif isinstance(own, nn.Parameter) and _is_inexact(own) > _is_inexact(saved):
+        kept = "these look like quantized weights, whose scale would be lost; save them dequantized"
+    else:
+        exact = _is_inexact(saved) or torch.equal(saved.to(own.dtype).to(saved.dtype), saved)
+        kept = "" if exact else "numbers would be lost that do not fit; save them in that type"
+    if kept:
+        raise FolderError(f"{name}: expected {own.dtype}, got {saved.dtype}: {kept}.")
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

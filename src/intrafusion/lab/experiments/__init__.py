@@ -8,6 +8,7 @@ from intrafusion.lab.experiments.experiment import Experiment, Options, run_expe
 from intrafusion.lab.experiments.fine_tune import FINE_TUNE
 from intrafusion.lab.experiments.landscape import LANDSCAPE
 from intrafusion.lab.experiments.marginals import MARGINALS_EXPERIMENT
+from intrafusion.lab.experiments.method import OURS
 from intrafusion.lab.experiments.output_drift import OUTPUT_DRIFT
 from intrafusion.lab.experiments.random_importance import RANDOM_IMPORTANCE
 from intrafusion.lab.experiments.subject import Subject
@@ -31,4 +32,4 @@ def get_experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-__all__ = ["EXPERIMENTS", "Experiment", "Options", "Subject", "get_experiment", "run_experiment"]
+__all__ = ["EXPERIMENTS", "OURS", "Experiment", "Options", "Subject", "get_experiment", "run_experiment"]

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from intrafusion.brief import show_briefly
+from intrafusion.errors import unknown_name
+from intrafusion.importance import get_importance
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.bench.records import Record
 from intrafusion.lab.bench.sweeping import Setting, sweep
-from intrafusion.lab.experiments import method as methods
+from intrafusion.lab.experiments.method import OURS, parse_method, spell_ours
 from intrafusion.lab.experiments.subject import Measure, Measurement, Subject, index_by_name
 from intrafusion.progress import ShowProgress, shows_progress
+from intrafusion.recipe import ORDERS
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Options:
     Attributes:
         keep: fractions of channels to keep.
         criterion: names of importance criteria.
-        method: see `method.parse`.
+        method: see `method.parse_method`, or `OURS` for the default of `compress`.
         group: names of groups or scopes; None for all groups.
         order: of the groups, see `Recipe`.
         seeds: how many random draws.
@@ -38,7 +41,7 @@ class Options:
 
     keep: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3)
     criterion: tuple[str, ...] = ("l1",)
-    method: tuple[str, ...] = ("select", "intrafusion")
+    method: tuple[str, ...] = ("select", "intrafusion", OURS)
     group: tuple[str, ...] | None = None
     order: str = "joint"
     seeds: int = 1
@@ -56,6 +59,10 @@ class Options:
         for keep in self.keep:
             if not 0 < keep <= 1:
                 raise ValueError(f"keep: expected fractions in (0, 1], got {keep}; 0.7 keeps 70 % of the channels.")
+        for criterion in self.criterion:
+            get_importance(criterion)
+        if self.order not in ORDERS:
+            raise ValueError(unknown_name("order", self.order, ORDERS))
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def run_experiment(
         raise ValueError(f"{name}: expected two or more networks to compare, got {len(subjects)}.")
     known = index_by_name(subjects)
     for text in options.method:
-        methods.parse_method(text)  # before the work
+        parse_method(spell_ours(text, images=True))  # before the work
     settings: list[Setting] = [s for subject in subjects for s in experiment.settings(subject, options)]
     measurement = Measurement(known, experiment.measure)
     return sweep(name, settings, measurement, path, cluster=cluster, provenance=provenance)

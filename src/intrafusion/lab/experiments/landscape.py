@@ -12,6 +12,7 @@ from torch import nn
 
 from intrafusion.lab.bench.records import ORIGINAL, WHOLE
 from intrafusion.lab.experiments.experiment import Experiment, Options
+from intrafusion.lab.experiments.method import spell_ours
 from intrafusion.lab.experiments.reduction import reduce_subject, reduction_settings
 from intrafusion.lab.experiments.subject import Subject, select_groups
 from intrafusion.measure.drift import output_rows
@@ -32,7 +33,9 @@ def _settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
     spanning = replace(options, method=options.method[:1])
     for setting in reduction_settings(subject, spanning, select_groups(subject, options.group)):
         if setting["method"] != ORIGINAL:
-            plane = {**setting, "method": " | ".join(options.method), "points": options.points}
+            images = subject.train is not None
+            both = [spell_ours(method, images=images) for method in options.method]
+            plane = {**setting, "method": " | ".join(both), "points": options.points}
             yield from ({**plane, "row": row} for row in range(options.points))
 
 
@@ -78,6 +81,6 @@ LANDSCAPE = Experiment(
     title="accuracy over the plane through original, pruned and fused weights",
     settings=_settings,
     measure=_measure,
-    defaults=Options(keep=(0.7,), group=(WHOLE,), points=15),
+    defaults=Options(keep=(0.7,), method=("select", "intrafusion"), group=(WHOLE,), points=15),
     uses=frozenset({"keep", "criterion", "method", "group", "order", "points"}),
 )

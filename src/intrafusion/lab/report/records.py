@@ -14,6 +14,7 @@ from intrafusion.measure.significance import kruskal_wallis
 PRUNED, FUSED = "select", "intrafusion"
 SCOPES = (WHOLE, INNER)
 _METHOD_NAMES = {"select": "pruned", "intrafusion": "fused", "fold": "folded"}
+_OURS_NAMES = {"pivot+images": "ours (default)", "pivot+noise": "ours (default, on noise)"}
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
@@ -55,7 +56,9 @@ class Table:
 
 
 def method_label(method: str) -> str:
-    """How a method is called in tables: "fused (bias=false) + closed_form"."""
+    """How a method is called in tables: "fused (bias=false) + closed_form", or "ours (default)"."""
+    if method in _OURS_NAMES:
+        return _OURS_NAMES[method]
     first, *steps = method.split("+")
     name, _, options = first.partition(":")
     shown = _METHOD_NAMES.get(name, name) + (f" ({options.replace(',', ', ')})" if options else "")
