@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from torch import nn
 
 from intrafusion import table
+from intrafusion.arguments import checked
 from intrafusion.io import folder as folders
 from intrafusion.measure.size import Size
 from intrafusion.network.inputs import Inputs
@@ -43,6 +44,7 @@ class Restoration:
         return f"restored: {self.step}{on}, {self.seconds:.1f} s{gain}" + (f" ({self.note})" if self.note else "")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Compressed:
     """The smaller network, the plan that was carried out, and its size before and after.
@@ -73,6 +75,7 @@ class Compressed:
         lines = [*map(str, self.restored), *(f"note: {note}" for note in notes)]
         return "\n".join([table.plan_text(self.plan, self.before, self.after), *lines])
 
+    @checked
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights (safetensors), plan.json and recipe.yaml; `intrafusion.load` reads them.
 

@@ -12,6 +12,8 @@ from enum import StrEnum
 
 import numpy as np
 
+from intrafusion.arguments import checked
+
 
 class Role(StrEnum):
     """What a tensor does with the channels of a group along one of its dimensions."""
@@ -25,6 +27,7 @@ class Role(StrEnum):
     FOLLOWS = "follows"  # anything else per channel: the slope of a PReLU, a clamp
 
 
+@checked
 @dataclass(frozen=True)
 class Slice:
     """Part of a tensor: indices start..stop along dim. One group of a grouped convolution sees only such a part."""
@@ -34,6 +37,7 @@ class Slice:
     stop: int
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Member:
     """One dimension of one tensor that a group runs through.
@@ -58,6 +62,7 @@ class Member:
         return self.tensor, self.dim, self.within
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """`size` interchangeable channels and every tensor dimension that must change with them.
@@ -100,6 +105,7 @@ class ChannelGroup:
         """Whether nothing speaks against changing these channels; see `reason`."""
         return self.reason is None
 
+    @checked
     def with_role(self, *roles: Role) -> tuple[Member, ...]:
         """Members that have at least one of these roles."""
         return tuple(m for m in self.members if m.roles.intersection(roles))
@@ -115,6 +121,7 @@ class ChannelGroup:
         return tuple(dict.fromkeys(m.module for m in self.with_role(Role.CONSUMES)))
 
 
+@checked
 @dataclass(frozen=True)
 class FoldableNorm:
     """A batch norm that directly follows a linear map and nothing else reads in between: it can be folded into it.
@@ -132,6 +139,7 @@ class FoldableNorm:
     eps: float
 
 
+@checked
 @dataclass(frozen=True)
 class WeightNorm:
     """A weight whose direction and length are tensors of their own: w = length * direction / ||direction||.
@@ -144,6 +152,7 @@ class WeightNorm:
     dim: int
 
 
+@checked
 @dataclass(frozen=True)
 class Factor:
     """A number that met channels of groups in an operation, such as the 4.0 of q @ k / 4.0."""
@@ -153,6 +162,7 @@ class Factor:
     value: float
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """Every channel group of a network, in execution order, the irreducible ones with their reason.

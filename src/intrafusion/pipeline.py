@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
@@ -46,6 +48,7 @@ _UNFIT = {
 """Devices that a network cannot be on, and why."""
 
 
+@partial(checked, leaving=Recipe.options())
 @outside_inference
 def compress(
     model: nn.Module,
@@ -62,7 +65,7 @@ def compress(
     include: Any = None,
     exclude: Any = None,
     order: str = "joint",
-    seed: int = 0,
+    seed: Seed = 0,
     inplace: bool = False,
     progress: Progress = silent,
 ) -> Compressed:
@@ -131,6 +134,7 @@ def wrap_result(model: nn.Module, small: Compressed) -> Compressed:
     return replace(small, model=wrap_like(model, small.model), notes=(*small.notes, *note_unwrapped(model)))
 
 
+@checked
 @outside_inference
 def follow(
     recipe: Recipe,
@@ -168,6 +172,7 @@ def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Comp
     return replace(small, model=model, notes=(*small.notes, *notes))
 
 
+@checked
 @outside_inference
 def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progress = silent) -> ChannelGraph:
     """Trace a network into channel groups and prove each of them by a permutation."""
@@ -230,6 +235,7 @@ def _find_masks(model: nn.Module) -> set[str]:
     return own | {n for n, p in frozen.items() if not p.isnan().any() and len(p.unique()) <= 2}
 
 
+@checked
 @outside_inference
 def apply(
     model: nn.Module,

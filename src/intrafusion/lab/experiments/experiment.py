@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.bench.records import Record
 from intrafusion.lab.bench.sweeping import Setting, sweep
@@ -15,6 +17,7 @@ from intrafusion.lab.experiments.subject import Measure, Measurement, Subject, i
 from intrafusion.progress import Progress, silent
 
 
+@checked
 @dataclass(frozen=True)
 class Options:
     """What is varied in an experiment. Each experiment uses some of these, and has defaults of its own.
@@ -52,9 +55,10 @@ class Options:
     def __post_init__(self) -> None:
         for keep in self.keep:
             if not 0 < keep <= 1:
-                raise ValueError(f"keep: expected fractions in (0, 1], got {keep}; 0.7 keeps 70 % of the channels.")
+                raise ArgumentError(f"keep: expected fractions in (0, 1], got {keep}; 0.7 keeps 70 % of the channels.")
 
 
+@checked
 @dataclass(frozen=True)
 class Experiment:
     """An experiment of the paper.
@@ -76,6 +80,7 @@ class Experiment:
     networks: int = 1
 
 
+@checked
 def run_experiment(
     name: str,
     experiment: Experiment,
@@ -90,10 +95,10 @@ def run_experiment(
     """Measure what the file has no record of yet; see `bench.sweep`.
 
     Raises:
-        ValueError: unknown names, or fewer networks than the experiment wants.
+        ArgumentError: unknown names, or fewer networks than the experiment wants.
     """
     if len(subjects) < min(2, experiment.networks):
-        raise ValueError(f"{name}: expected two or more networks to compare, got {len(subjects)}.")
+        raise ArgumentError(f"{name}: expected two or more networks to compare, got {len(subjects)}.")
     known = index_by_name(subjects)
     for text in options.method:
         methods.parse_method(text)  # before the work
