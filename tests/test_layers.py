@@ -16,7 +16,10 @@ CONTRIBUTING = PACKAGE.parents[1] / "CONTRIBUTING.md"
 
 # Lowest first. A part may import from its own layer and from those above it in this table, without a cycle.
 LAYERS = (
-    {"errors", "documents", "registry", "asked", "progress", "names", "table", "brief", "graph", "transport"},
+    {
+        *("errors", "arguments", "documents", "registry", "asked", "progress", "names", "table", "brief", "graph"),
+        "transport",
+    },
     {"network", "reduce", "selectors"},
     {"importance", "trace"},
     {"recipe", "surgery"},

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
+from intrafusion.arguments import checked
 from intrafusion.brief import show_briefly
 from intrafusion.io import folder as folders
 from intrafusion.measure.size import Size
@@ -46,6 +47,7 @@ class Restoration:
         return f"restored: {self.step}{on}, {self.seconds:.1f} s{gain}" + (f" ({self.note})" if self.note else "")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Compressed:
     """The smaller network, the plan that was carried out, and its size before and after.
@@ -79,6 +81,7 @@ class Compressed:
     def _repr_html_(self) -> str:
         return _tabulate_result(self).to_html()
 
+    @checked
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights (safetensors), plan.json and recipe.yaml; `intrafusion.load` reads them.
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from intrafusion.arguments import checked
 from intrafusion.brief import show_briefly
 from intrafusion.names import plain_name, plain_text
 from intrafusion.table import WIDTH, GroupLine, TextTable, tabulate_groups, wrap_text
@@ -32,6 +33,7 @@ class Role(StrEnum):
     FOLLOWS = "follows"  # anything else per channel: the slope of a PReLU, a clamp
 
 
+@checked
 @dataclass(frozen=True)
 class Slice:
     """Part of a tensor: indices start..stop along dim. One group of a grouped convolution sees only such a part."""
@@ -41,6 +43,7 @@ class Slice:
     stop: int
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Member:
     """One dimension of one tensor that a group runs through.
@@ -71,6 +74,7 @@ class Member:
         return f"Member({str(self)!r}, {len(self.positions)} channels)"
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """`size` interchangeable channels and every tensor dimension that must change with them.
@@ -129,6 +133,7 @@ class ChannelGroup:
         """Whether nothing speaks against changing these channels; see `reason`."""
         return self.reason is None
 
+    @checked
     def with_role(self, *roles: Role) -> tuple[Member, ...]:
         """Members that have at least one of these roles."""
         return tuple(m for m in self.members if m.roles.intersection(roles))
@@ -144,6 +149,7 @@ class ChannelGroup:
         return tuple(dict.fromkeys(plain_name(m.module) for m in self.with_role(Role.CONSUMES)))
 
 
+@checked
 @dataclass(frozen=True)
 class FoldableNorm:
     """A batch norm that directly follows a linear map and nothing else reads in between: it can be folded into it.
@@ -163,6 +169,7 @@ class FoldableNorm:
     __repr__ = show_briefly
 
 
+@checked
 @dataclass(frozen=True)
 class WeightNorm:
     """A weight whose direction and length are tensors of their own: w = length * direction / ||direction||.
@@ -175,6 +182,7 @@ class WeightNorm:
     dim: int
 
 
+@checked
 @dataclass(frozen=True)
 class Factor:
     """A number that met channels of groups in an operation, such as the 4.0 of q @ k / 4.0."""
@@ -184,6 +192,7 @@ class Factor:
     value: float
 
 
+@checked
 @dataclass(frozen=True)
 class FixedSide:
     """Indices of one dimension of a tensor that belong to no group, such as the columns that read the input."""
@@ -199,6 +208,7 @@ class FixedSide:
         return f"{self.tensor}[{self.dim}] ({self.size})"
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """Every channel group of a network, in execution order, the irreducible ones with their reason.

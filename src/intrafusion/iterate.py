@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
+from intrafusion.arguments import checked
 from intrafusion.budget import uniform_sizes
 from intrafusion.compressed import Compressed
-from intrafusion.errors import BudgetError, RecipeError, unknown_name
+from intrafusion.errors import BudgetError, RecipeError, show, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -30,10 +32,13 @@ from intrafusion.surgery.proof import FUNCTION
 from intrafusion.surgery.write import Repair
 from intrafusion.trace import trace
 
+_MOST_STEPS = 10_000
+
 Train = Callable[[nn.Module], Any]
 """Trains a network in place."""
 
 
+@partial(checked, leaving=("steps", *Recipe.options()))
 @outside_inference
 @shows_progress("compress in steps")
 def compress_in_steps(
@@ -70,8 +75,8 @@ def compress_in_steps(
         ModelError: as `compress`.
     Reference: Theus et al. 2024, Table 1 (iterative pruning).
     """
-    if type(steps) is not int or steps < 1:
-        raise BudgetError(f"steps: expected a whole number >= 1, got {steps!r}.")
+    if type(steps) is not int or not 1 <= steps <= _MOST_STEPS:
+        raise BudgetError(f"steps: expected a whole number from 1 to {_MOST_STEPS}, got {show(steps)}; 4 are usual.")
     _check_options(options)
     if options.get("target") is not None:
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")

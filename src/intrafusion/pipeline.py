@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
@@ -46,6 +48,7 @@ _UNFIT = {
 """Devices that a network cannot be on, and why."""
 
 
+@partial(checked, leaving=Recipe.options())
 @outside_inference
 @shows_progress("compress")
 def compress(
@@ -63,7 +66,7 @@ def compress(
     include: Any = None,
     exclude: Any = None,
     order: str = "joint",
-    seed: int = 0,
+    seed: Seed = 0,
     inplace: bool = False,
     progress: ShowProgress = None,
 ) -> Compressed:
@@ -134,6 +137,7 @@ def wrap_result(model: nn.Module, small: Compressed) -> Compressed:
     return replace(small, model=wrap_like(model, small.model), notes=(*small.notes, *note_unwrapped(model)))
 
 
+@checked
 @outside_inference
 @shows_progress("compress")
 def follow(
@@ -172,6 +176,7 @@ def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Comp
     return replace(small, model=model, notes=(*small.notes, *notes))
 
 
+@checked
 @outside_inference
 @shows_progress("inspect")
 def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowProgress = None) -> ChannelGraph:
@@ -236,6 +241,7 @@ def _find_masks(model: nn.Module) -> set[str]:
     return own | {n for n, p in frozen.items() if not p.isnan().any() and len(p.unique()) <= 2}
 
 
+@checked
 @outside_inference
 @shows_progress("apply")
 def apply(

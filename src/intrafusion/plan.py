@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from intrafusion.arguments import checked
 from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_json
 from intrafusion.errors import PlanError
@@ -24,6 +25,7 @@ _HEADER = ("group", "channels", "how", "other layers, or reason")
 T = TypeVar("T")
 
 
+@checked
 @dataclass(frozen=True)
 class Decision:
     """One group: n channels become m, or the reason why they do not.
@@ -54,6 +56,7 @@ class Decision:
         return self.reason is None and self.m < self.n
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Decisions for every group of one network, and the map of each group that is reduced.
@@ -96,6 +99,7 @@ class Plan:
     def sizes(self) -> dict[str, int]:
         return {d.group: d.m for d in self.decisions if d.reduced}
 
+    @checked
     def rolled_back(self, reasons: Mapping[str, str]) -> Plan:
         """The same plan in which these groups are left alone."""
         decisions = tuple(
@@ -103,11 +107,13 @@ class Plan:
         )
         return replace(self, decisions=decisions, maps={k: v for k, v in self.maps.items() if k not in reasons})
 
+    @checked
     def proved(self, maps: Mapping[str, ReductionMap], proofs: Mapping[str, str]) -> Plan:
         """The same plan with the maps as they were carried out, and how each group was proved."""
         decisions = tuple(replace(d, proof=proofs.get(d.group)) for d in self.decisions)
         return replace(self, decisions=decisions, maps=dict(maps))
 
+    @checked
     def check_fits(self, shapes: Mapping[str, tuple[int, ...]], graph: ChannelGraph | None = None) -> None:
         """Raise PlanError, with the first difference, unless the plan was made for such a network."""
         for name, shape in self.shapes.items():
@@ -154,6 +160,7 @@ class Plan:
         return json.dumps(data, indent=1)
 
     @classmethod
+    @checked
     def from_json(cls, text: str, maps: Mapping[str, ReductionMap] | None = None) -> Plan:
         """Read what `to_json` wrote.
 

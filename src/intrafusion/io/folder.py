@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from intrafusion.arguments import checked
 from intrafusion.documents import parse_json
 from intrafusion.errors import FolderError, ModelError, PlanError
 from intrafusion.io.atomic import atomic_folder, read_whole
@@ -45,6 +47,7 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
+@checked
 def save(
     model: nn.Module,
     plan: Plan,
@@ -98,6 +101,7 @@ def _build_document(plan: Plan, extra: dict[str, Any]) -> str:
     return json.dumps(data, indent=1)
 
 
+@partial(checked, leaving=("model",))
 def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """A saved network back in one line.
 
@@ -294,6 +298,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int or (isinstance(value, tuple) and all(type(v) is int for v in value))
 
 
+@checked
 def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
     """Write a plan with its maps, to be carried out later with `intrafusion.apply`.
 
@@ -312,6 +317,7 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         (target / _RECIPE).write_text(plan.recipe.to_yaml())
 
 
+@checked
 def load_plan(folder: str | os.PathLike[str]) -> Plan:
     """Read what `save_plan` wrote.
 

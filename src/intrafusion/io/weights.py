@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
 from intrafusion.errors import FolderError
 from intrafusion.io.atomic import report_unreadable
 
@@ -31,6 +32,7 @@ _SHOWN = 5
 _DEPTH = 10
 
 
+@checked
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a weight file by name, on the CPU.
 
@@ -60,6 +62,7 @@ def _read(path: Path) -> Any:
     )
 
 
+@checked
 def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy every tensor of `state` into the network, which must have exactly these names and shapes.
 

@@ -10,18 +10,21 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from intrafusion.arguments import Count, Natural, checked
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.outputs import read_iterators
 from intrafusion.network.state import preserve_state
 
 
-def latency_ms(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 15, warmup: int = 3) -> float:
+@checked
+def latency_ms(model: nn.Module, example_inputs: ExampleInputs, *, repeats: Count = 15, warmup: Natural = 3) -> float:
     """Median wall-clock milliseconds of one forward call on these inputs, in evaluation mode without gradients."""
     return latencies_ms([model], example_inputs, repeats=repeats, warmup=warmup)[0]
 
 
+@checked
 def latencies_ms(
-    models: Sequence[nn.Module], example_inputs: ExampleInputs, *, repeats: int = 15, warmup: int = 3
+    models: Sequence[nn.Module], example_inputs: ExampleInputs, *, repeats: Count = 15, warmup: Natural = 3
 ) -> list[float]:
     """`latency_ms` of several networks that take turns, so that a machine that slows down does for all of them."""
     inputs = Inputs.of(example_inputs)

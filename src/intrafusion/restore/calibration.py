@@ -9,13 +9,14 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.drift import output_error
 from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, cast_like, channels_last, join_batches, read_batches
-from intrafusion.network.inputs import Inputs
+from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.state import preserve_state
 from intrafusion.observe.moments import MomentTaker, measure_moments
 from intrafusion.progress import Progress
@@ -29,6 +30,7 @@ LEVELS = ("noise", "synthetic", "images")
 AFFORDABLE = 1e13  # multiply-accumulates that "auto" spends on making images: minutes on two cores
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Images, and what is to be known of the original network on them, found when it is first asked for.
@@ -49,7 +51,7 @@ class Calibration:
     restorer: LeastSquares | Noise
     seconds: float = 0.0
     why: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     _moments: dict[ChannelGraph, Mapping[str, Moments]] = field(default_factory=dict, repr=False)
 
     __repr__ = show_briefly
@@ -62,6 +64,7 @@ class Calibration:
         """
         return standardise(self.original, self.images) if self._is_standardised else self.original
 
+    @checked
     def moments_of(self, graph: ChannelGraph) -> Mapping[str, Moments]:
         """What is read of the channels of every group of the original network's graph, by group.
 
@@ -94,14 +97,17 @@ class Calibration:
         """What the original network gives on these images."""
         return self.run(self.reference)
 
+    @checked
     def run(self, model: nn.Module) -> list[Tensor]:
         with preserve_state(model):
             return cast_like(self.images, model).call(model)
 
+    @checked
     def error(self, model: nn.Module) -> float:
         """Mean squared difference of the outputs to the original's, as a fraction of the variance of the original's."""
         return output_error(self.run(model), self.expected)
 
+    @checked
     def restore(self, small: Reduced, original: nn.Module, graph: ChannelGraph) -> tuple[float, float]:
         """Solve the layers of a smaller network, in place; the error of its outputs before and after."""
         return self.restorer.restore(small, original, graph, self.images, self.reference, self.error)
@@ -114,15 +120,16 @@ class Calibration:
         return f"{count} {kind}"
 
 
+@checked
 def calibrate(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: ExampleInputs,
     level: str = "auto",
     images: ImagesLike | None = None,
     *,
     synthesis: Synthesis | None = None,
     noise: Noise | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Take or make images of a level; "auto" takes those given, else makes the best that it can afford.
@@ -133,8 +140,9 @@ def calibrate(
         noise: which noise.
     Raises:
         ModelError: level "images" without images; a network that no image can be made for.
-        ValueError: unknown level.
+        RecipeError: unknown level.
     """
+    inputs = Inputs.of(inputs)
     if level not in ("auto", *LEVELS):
         raise RecipeError(unknown_name("restore", level, ("auto", *LEVELS)))
     asked, start, synthesis, why = level, time.perf_counter(), synthesis or Synthesis(seed=seed), None

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import find_layers
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.restore.solver import LayerSolver
 from intrafusion.surgery.write import write_weights_
 
 
+@checked
 @dataclass(frozen=True)
 class LeastSquares:
     r"""Solve every layer of the smaller network for the outputs of the original one, on unlabelled images.
@@ -56,7 +58,7 @@ class LeastSquares:
     steps: int = 3
     rows: int = 20_000
     drift: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
     needs_data = True  # of the class, not a hyper-parameter
 
@@ -67,6 +69,7 @@ class LeastSquares:
     def solver(self) -> LayerSolver:
         return LayerSolver(self.strength, self.scarcity, self.steps, self.rows, self.drift, self.seed)
 
+    @checked
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None
     ) -> None:
@@ -79,6 +82,7 @@ class LeastSquares:
         Raises:
             ModelError: no images, images of different shapes, or a network that gives NaN on them.
         """
+        check_graph(graph, reference)
         inputs = join_batches(read_batches(require_images(images, self)))
         small = copy_model(compressed.model).eval()
         solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.layers import Layer, find_layers
 from intrafusion.network.state import preserve_state
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.solver import LayerSolver
@@ -32,6 +33,7 @@ _FEWEST = 32
 Watch = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 
 
+@checked
 @dataclass(frozen=True)
 class Noise:
     r"""Least squares without data, in seconds: the images are noise, and every batch norm standardises its input.
@@ -57,7 +59,7 @@ class Noise:
     steps: int = 3
     rows: int = 20_000
     drift: bool = True
-    seed: int = 0
+    seed: Seed = 0
     images: int = 512
     slope: float = 1.5
 
@@ -72,6 +74,7 @@ class Noise:
     def solver(self) -> LayerSolver:
         return LayerSolver(self.strength, self.scarcity, self.steps, self.rows, self.drift, self.seed)
 
+    @checked
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
     ) -> None:
@@ -82,6 +85,7 @@ class Noise:
         Raises:
             ModelError: the network does not take a single image tensor, or gives NaN on noise.
         """
+        check_graph(graph, reference)
         noise = self.make(compressed.inputs, reference) if images is None else join_batches(read_batches(images))
         self.restore(compressed, reference, graph, noise, standardise(reference, noise), lambda _: math.nan)
 
@@ -116,6 +120,7 @@ class Noise:
         write_weights_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
         return before, error(small)
 
+    @checked
     def make(self, example_inputs: ExampleInputs, model: nn.Module | None = None) -> Inputs:
         """Noise in the shape, on the device and in the precision of the one image tensor of a call.
 

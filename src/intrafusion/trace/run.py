@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -23,6 +24,7 @@ from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.random import Draws
 
 
+@checked
 def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None = None) -> ChannelGraph:
     """Find the coupled channel groups of a network from one run on an example input.
 

@@ -7,7 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from intrafusion.errors import IntrafusionError
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError, IntrafusionError
 from intrafusion.lab.bench.claims import Claims, claims
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.bench.records import Record, append_record, environment, key_of, read_records
@@ -22,6 +23,7 @@ SweepOutcome = Mapping[str, Any]
 RunSetting = Callable[[Setting], SweepOutcome]
 
 
+@checked
 @shows_progress("sweep")
 def sweep(
     experiment: str,
@@ -47,7 +49,7 @@ def sweep(
     Raises:
         IntrafusionError: settings failed; names the first ones, with their errors.
         FolderError: the file cannot be read or written.
-        ValueError: a setting stands twice, or has values that JSON does not have.
+        ArgumentError: a setting stands twice, or has values that JSON does not have.
     """
     wanted = _index_by_key(experiment, settings)
     failed: dict[str, Exception] = {}
@@ -107,7 +109,7 @@ def _index_by_key(experiment: str, settings: Iterable[Setting]) -> dict[str, Set
     for setting in settings:
         key = key_of(experiment, setting)
         if key in wanted:
-            raise ValueError(f"{experiment}: the setting {dict(setting)} stands twice; leave one of them out.")
+            raise ArgumentError(f"{experiment}: the setting {dict(setting)} stands twice; leave one of them out.")
         wanted[key] = setting
     return wanted
 

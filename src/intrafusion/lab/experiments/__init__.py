@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from intrafusion.errors import unknown_name
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.lab.experiments.data_free import DATA_FREE
 from intrafusion.lab.experiments.experiment import Experiment, Options, run_experiment
 from intrafusion.lab.experiments.fine_tune import FINE_TUNE
@@ -25,10 +26,11 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+@checked
 def get_experiment(name: str) -> Experiment:
-    """Raises ValueError for an unknown name."""
+    """Raises ArgumentError for an unknown name."""
     if name not in EXPERIMENTS:
-        raise ValueError(unknown_name("experiment", name, EXPERIMENTS))
+        raise ArgumentError(unknown_name("experiment", name, EXPERIMENTS))
     return EXPERIMENTS[name]
 
 

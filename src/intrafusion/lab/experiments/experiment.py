@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intrafusion.arguments import checked
 from intrafusion.brief import show_briefly
-from intrafusion.errors import unknown_name
+from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.importance import get_importance
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.bench.records import Record
@@ -19,6 +20,7 @@ from intrafusion.progress import ShowProgress, shows_progress
 from intrafusion.recipe import ORDERS
 
 
+@checked
 @dataclass(frozen=True)
 class Options:
     """What is varied in an experiment. Each experiment uses some of these, and has defaults of its own.
@@ -58,13 +60,14 @@ class Options:
     def __post_init__(self) -> None:
         for keep in self.keep:
             if not 0 < keep <= 1:
-                raise ValueError(f"keep: expected fractions in (0, 1], got {keep}; 0.7 keeps 70 % of the channels.")
+                raise ArgumentError(f"keep: expected fractions in (0, 1], got {keep}; 0.7 keeps 70 % of the channels.")
         for criterion in self.criterion:
             get_importance(criterion)
         if self.order not in ORDERS:
-            raise ValueError(unknown_name("order", self.order, ORDERS))
+            raise ArgumentError(unknown_name("order", self.order, ORDERS))
 
 
+@checked
 @dataclass(frozen=True)
 class Experiment:
     """An experiment of the paper.
@@ -88,6 +91,7 @@ class Experiment:
     __repr__ = show_briefly
 
 
+@checked
 @shows_progress("experiment")
 def run_experiment(
     name: str,
@@ -103,10 +107,10 @@ def run_experiment(
     """Measure what the file has no record of yet; see `bench.sweep`.
 
     Raises:
-        ValueError: unknown names, or fewer networks than the experiment wants.
+        ArgumentError: unknown names, or fewer networks than the experiment wants.
     """
     if len(subjects) < min(2, experiment.networks):
-        raise ValueError(f"{name}: expected two or more networks to compare, got {len(subjects)}.")
+        raise ArgumentError(f"{name}: expected two or more networks to compare, got {len(subjects)}.")
     known = index_by_name(subjects)
     for text in options.method:
         parse_method(spell_ours(text, images=True))  # before the work

@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from intrafusion.errors import ArgumentError
 from intrafusion.lab.bench.records import ORIGINAL, WHOLE
 from intrafusion.lab.experiments.experiment import Experiment, Options
 from intrafusion.lab.experiments.method import spell_ours
@@ -23,10 +24,10 @@ def _settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
     """One for each row of the grid, so that a kill loses a row at most.
 
     Raises:
-        ValueError: not exactly two methods, or fewer than two points.
+        ArgumentError: not exactly two methods, or fewer than two points.
     """
     if len(options.method) != 2 or options.points < 2:
-        raise ValueError(
+        raise ArgumentError(
             f"landscape: expected two methods to span the plane with the original and at least 2 points, "
             f"got {len(options.method)} and {options.points}."
         )

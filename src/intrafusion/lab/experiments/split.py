@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
-from intrafusion.errors import IntrafusionError, unknown_name
+from intrafusion.errors import ArgumentError, IntrafusionError, unknown_name
 from intrafusion.fusion import fuse
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.zoo import Images
@@ -70,9 +70,9 @@ class SplitTraining:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(unknown_name("schedule", self.schedule, SCHEDULES))
+            raise ArgumentError(unknown_name("schedule", self.schedule, SCHEDULES))
         if self.folds < 2 or self.folds % 2:
-            raise ValueError(f"folds: expected an even number of at least 2, got {self.folds!r}.")
+            raise ArgumentError(f"folds: expected an even number of at least 2, got {self.folds!r}.")
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ def subsets(count: int, folds: int, seed: int = 0) -> list[Tensor]:
     [4, 4, 4, 4, 4, 4]
 
     Raises:
-        ValueError: fewer images than parts.
+        ArgumentError: fewer images than parts.
     """
     if count < folds:
-        raise ValueError(f"expected at least one image for each of {folds} parts, got {count}.")
+        raise ArgumentError(f"expected at least one image for each of {folds} parts, got {count}.")
     parts = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tensor_split(folds)
     return [torch.cat(union).sort().values for union in itertools.combinations(parts, folds // 2)]
 

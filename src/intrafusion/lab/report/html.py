@@ -14,6 +14,7 @@ from string import Template
 from typing import Any
 
 from intrafusion.brief import show_briefly
+from intrafusion.errors import ArgumentError
 from intrafusion.io.atomic import atomic_file
 from intrafusion.lab.bench.records import WHOLE
 from intrafusion.lab.report import figures as figures_of
@@ -230,10 +231,10 @@ def records_page(
         sources: names of the files.
         sheet: a contact sheet of images, as a data address.
     Raises:
-        ValueError: there are no records.
+        ArgumentError: there are no records.
     """
     if not records:
-        raise ValueError("report: expected records, got none; give files that an experiment wrote.")
+        raise ArgumentError("report: expected records, got none; give files that an experiment wrote.")
     drawn = figures_of.figures(records)
     table = comparison(accuracy_records(records))
     sections = [

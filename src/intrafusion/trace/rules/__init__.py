@@ -12,6 +12,8 @@ from functools import partial
 
 import torch
 
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Outcome
 from intrafusion.trace.ledger import Ledger
@@ -55,6 +57,7 @@ _BY_OPERATION: dict[str, Rule] = {
 }
 
 
+@checked
 def register_rule(operation: str, rule: Rule, *, replace: bool = False) -> None:
     """Say what an operation does to channels, for every trace from now on.
 
@@ -66,11 +69,11 @@ def register_rule(operation: str, rule: Rule, *, replace: bool = False) -> None:
         rule: takes the ledger and the call, and returns what is known of the output; a list for several outputs.
         replace: an existing rule may be replaced.
     Raises:
-        ValueError: the operation has a rule already, and `replace` is not set.
+        ArgumentError: the operation has a rule already, and `replace` is not set.
     """
     operation = operation.removeprefix("aten::")
     if operation in _BY_OPERATION and not replace:
-        raise ValueError(f"register_rule: {operation!r} has a rule already; pass replace=True to replace it.")
+        raise ArgumentError(f"register_rule: {operation!r} has a rule already; pass replace=True to replace it.")
     _BY_OPERATION[operation] = rule
 
 
