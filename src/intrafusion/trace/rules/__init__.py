@@ -44,6 +44,7 @@ _BY_OPERATION: dict[str, Rule] = {
     "segment_reduce": across.reduce_segments,
     **dict.fromkeys(across.TRANSFORMS, across.transform),
     **dict.fromkeys(across.SAMPLERS, across.sample),
+    "_pack_padded_sequence": across.pack,
     **dict.fromkeys(across.BAGS, across.embed_bags),
     **dict.fromkeys(across.DISTANCES, across.compare_rows),
     "glu": elementwise.gate,
