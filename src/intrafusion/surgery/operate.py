@@ -18,6 +18,7 @@ from intrafusion.surgery.blame import explain_crash
 from intrafusion.surgery.expect import find_confusion, find_disagreement, find_siblings, shrink_graph
 from intrafusion.surgery.literals import Failure, Literals
 from intrafusion.surgery.maps import reduce_weights
+from intrafusion.surgery.numbers import explain_state
 from intrafusion.surgery.search import find_largest_passing
 from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
 from intrafusion.trace import trace
@@ -183,7 +184,8 @@ class _Attempts:
         try:
             found = trace(small, self.inputs, calls=self.graph.calls)
         except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
-            why = explain_crash(error, self.literals.find_old_sizes(small, sizes))
+            old = self.literals.find_old_sizes(small, sizes)
+            why = explain_crash(error, old) + explain_state(self.model, old)
             return Failure.of(f"the smaller network does not run ({why})", error, small)
         expected = shrink_graph(self.graph, sizes)
         why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(self.graph))
