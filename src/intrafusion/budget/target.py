@@ -73,7 +73,7 @@ def sizes_for_target(
         kept = f"target: {kind} {goal:,.4g} was asked for; the network has {whole:,.4g} as it is."
         return {}, (kept,) if goal > whole else ()
     groups, literals = _find_shrinkable(model, graph, groups, inputs)
-    sensitivity = replace(sensitivity, literals=literals)
+    sensitivity = replace(sensitivity, literals=literals) if literals.learned else sensitivity
     curves = sensitivity.curves(groups)
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS):

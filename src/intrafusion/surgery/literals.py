@@ -28,9 +28,9 @@ from intrafusion.surgery.write import Repair, find_own_tensors, make_repairs_
 
 _TRIES = 24  # networks that are run for one set of groups
 _PART_TRIES = 12  # for some groups of these
-_ALL_TRIES = 256  # and in all
+_ALL_TRIES = 96  # and in all
 _OPTIONS = 12  # at one failure
-_IN_VAIN = 2  # failures in modules of one class that nothing mended, after which they are not looked at again
+_IN_VAIN = 3  # failures at one place that nothing mended, after which they are not looked at again
 
 Place = tuple[str, str]
 """A module's name, and a place in it; see `numbers`."""
@@ -99,14 +99,14 @@ class Literals:
 
     Attributes:
         learned: (class of a module, place) of numbers that had to follow before: tried first.
-        in_vain: how often nothing helped where a module of a class failed; None: where nothing failed to run.
+        in_vain: how often nothing led past a place in the code; the empty place: where nothing failed to run.
     """
 
     model: nn.Module
     graph: ChannelGraph
     inputs: Inputs
     learned: set[tuple[type, str]] = field(default_factory=set)
-    in_vain: Counter[type | None] = field(default_factory=Counter)
+    in_vain: Counter[tuple[tuple[int, int], ...]] = field(default_factory=Counter)
     left: int = _ALL_TRIES
 
     def __post_init__(self) -> None:
@@ -128,13 +128,13 @@ class Literals:
             failure: what is wrong with it as it is.
             check: looks at `small` with the numbers written.
         """
-        if failure.final or (not failure.running and self.in_vain[None] >= _IN_VAIN):
+        if failure.final or self.in_vain[failure.place] >= _IN_VAIN:
             return None
         search = _Search(self, small, self._find_pairs(small, sizes), check, min(_TRIES, self.left))
         found = search.run(failure)
         self.left -= min(_TRIES, self.left) - search.left
         if found is None:
-            self.in_vain.update([type(self.modules[name]) for name in failure.running] or [None])
+            self.in_vain.update(search.stuck)
         else:
             self.learned |= {(type(self.modules[name]), place) for name, place in found}
         return found
@@ -208,6 +208,7 @@ class _Search:
     pairs: Mapping[str, _Pairs]
     check: Check
     left: int
+    stuck: set[tuple[tuple[int, int], ...]] = field(default_factory=set)  # places that nothing led past
 
     def __post_init__(self) -> None:
         now = _find_all_numbers(self.small)  # what surgery itself repaired differs
@@ -260,14 +261,20 @@ class _Search:
                 write_number_(modules[repair.module], repair.attribute, repair.old)
 
     def _descend(self, numbers: Numbers, failure: Failure) -> Numbers | None:
+        if self.known.in_vain[failure.place] >= _IN_VAIN:
+            return None
+        further = False
         for option in itertools.islice(self._list_options(numbers, failure), _OPTIONS):
             if self.left <= 0:
                 return None
             found = self._try({**numbers, **option})
             if isinstance(found, Failure):
+                further |= not found.is_like(failure)
                 found = None if found.is_like(failure) else self._descend({**numbers, **option}, found)
             if found is not None:
                 return found
+        if not further:
+            self.stuck.add(failure.place)
         return None
 
     def _list_options(self, numbers: Numbers, failure: Failure) -> Iterator[Numbers]:
@@ -282,8 +289,6 @@ class _Search:
         if failure.final:
             return
         for name, named in zip(failure.running, failure.named, strict=True):
-            if self.known.in_vain[type(self.known.modules[name])] >= _IN_VAIN:
-                continue
             own = {p: t for p in self.numbers.get(name, ()) if (t := self.find_targets(name, p))}
             own = {p: t for p, t in own.items() if (name, p) not in numbers}
             for mentioned in named:
