@@ -38,7 +38,7 @@ from intrafusion.surgery.operate import operate
 from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
 from intrafusion.surgery.proof import FunctionCheck
-from intrafusion.surgery.write import write_weights_
+from intrafusion.surgery.write import make_repairs_, write_weights_
 from intrafusion.trace import trace
 
 _UNFIT = {
@@ -173,6 +173,7 @@ def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Comp
     with torch.inference_mode(inference := holds_inference_tensors(core)):  # tensors of that mode stay such
         new = {n: t.data.clone() if inference else t.data for n, t in named_tensors(small.model).items()}
         write_weights_(core, new)
+    make_repairs_(core, small.repairs)
     return replace(small, model=model, notes=(*small.notes, *notes))
 
 

@@ -89,7 +89,7 @@ def test_products_that_no_weight_explains_are_predicted_too(name: str) -> None:
     model, example = next(c for c in CASES if c.name == name).build()
     model, inputs = model.eval(), Inputs.of(example)
     graph = intrafusion.inspect(model, inputs)
-    groups = targets._find_shrinkable(model, graph, [g for g in graph.reducible if g.kind == "channel"], inputs)
+    groups, _ = targets._find_shrinkable(model, graph, [g for g in graph.reducible if g.kind == "channel"], inputs)
     cost, doubt = find_believed_cost(model, graph, groups, inputs, "macs")
     assert doubt is None
     assert cost({}) == size_of(model, inputs).macs

@@ -10,6 +10,7 @@ from gallery import (  # noqa: F401
     gates,
     movement,
     normalisation,
+    quantisation,
     recurrent,
     refusals,
     weights,

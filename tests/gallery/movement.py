@@ -652,3 +652,28 @@ def tokens_beside_the_input() -> Built:
         return net.b(torch.cat([x, net.a(x)], 1))
 
     return Wired(wiring, a=nn.Linear(5, 5), b=nn.Linear(5, 3)), torch.randn(2, 4, 5)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def written_between_rows_of_one_number() -> Built:
+    """The rest of what channels are written into is the same for all of them."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        rows = torch.full((len(x) + 2, 6), 0.5, dtype=x.dtype)
+        rows[1:-1] = net.a(x)
+        return net.head(rows.tanh())
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"a": "", "head": "output"})
+def written_between_rows_that_tell_channels_apart() -> Built:
+    """It was filled with one number, then changed channel by channel."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        rows = x.new_zeros(len(x) + 2, 6)
+        rows[:2].add_(torch.arange(6.0))
+        rows[1:-1] = net.a(x)
+        return net.head(rows.tanh())
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 4)

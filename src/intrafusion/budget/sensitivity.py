@@ -21,6 +21,7 @@ from intrafusion.reduce.problem import Moments, ReductionMap
 from intrafusion.reduce.select import most_important, selection_map
 from intrafusion.restore.calibration import Calibration
 from intrafusion.restore.shifts import add_shifts_
+from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced
 
 _FEW = 64  # images
@@ -34,6 +35,7 @@ class Sensitivity:
         scores: importance of the channels, (n,) by group.
         moments: what is read of them, by group, where that is known.
         calibration: what errors are measured on; without one, the example inputs.
+        literals: numbers in attributes that follow the sizes.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Sensitivity:
     moments: Mapping[str, Moments]
     calibration: Calibration | None
     example_inputs: Inputs
+    literals: Literals | None = None
 
     __repr__ = show_briefly
 
@@ -65,7 +68,7 @@ class Sensitivity:
         """Mean squared difference of the outputs, as a fraction of their variance, when groups have these sizes."""
         smaller = {g.name: sizes[g.name] for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
         maps = {name: _reduce_to(m, self.scores[name], self.moments.get(name)) for name, m in smaller.items()}
-        return _measure_cut_error(self._reference, self.graph, maps, *self._seen)
+        return _measure_cut_error(self._reference, self.graph, maps, self.literals, *self._seen)
 
     @property
     def _reference(self) -> nn.Module:
@@ -100,10 +103,15 @@ def _reduce_to(m: int, scores: Tensor, moments: Moments | None) -> ReductionMap:
 
 
 def _measure_cut_error(
-    model: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap], images: Inputs, expected: list[Tensor]
+    model: nn.Module,
+    graph: ChannelGraph,
+    maps: Mapping[str, ReductionMap],
+    literals: Literals | None,
+    images: Inputs,
+    expected: list[Tensor],
 ) -> float:
     """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
-    small = copy_reduced(model, graph, maps)
+    small = copy_reduced(model, graph, maps, literals)
     add_shifts_(small, model, graph, maps)
     try:
         found = _run_floats(small, images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -24,6 +24,7 @@ from intrafusion.network.tensors import named_tensors
 from intrafusion.recipe import Recipe
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.reduce.select import selection_map
+from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced, operate
 from intrafusion.surgery.proof import FunctionCheck
 
@@ -71,11 +72,12 @@ def sizes_for_target(
     if goal >= whole:
         kept = f"target: {kind} {goal:,.4g} was asked for; the network has {whole:,.4g} as it is."
         return {}, (kept,) if goal > whole else ()
-    groups = _find_shrinkable(model, graph, groups, inputs)
+    groups, literals = _find_shrinkable(model, graph, groups, inputs)
+    sensitivity = replace(sensitivity, literals=literals) if literals.learned else sensitivity
     curves = sensitivity.curves(groups)
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS):
-        search = _Search(model, graph, groups, curves, recipe, inputs, kind, goal, whole)
+        search = _Search(model, graph, groups, curves, recipe, inputs, kind, goal, whole, literals)
         sizes, notes = search.find(sensitivity)
         refused = operate(
             model, graph, _select_maps(graph, sizes), inputs, FunctionCheck(model, graph, inputs)
@@ -111,6 +113,7 @@ class _Search:
     kind: str
     goal: float
     whole: float
+    literals: Literals | None = None
 
     def find(self, sensitivity: Sensitivity) -> tuple[Sizes, tuple[str, ...]]:
         """Sizes, and what is to be said of them."""
@@ -144,7 +147,7 @@ class _Search:
     @cached_property
     def _modelled(self) -> tuple[Cost, str | None]:
         kind = "params" if self.kind == "params" else "macs"
-        return find_believed_cost(self.model, self.graph, self.groups, self.inputs, kind)
+        return find_believed_cost(self.model, self.graph, self.groups, self.inputs, kind, self.literals)
 
     def fit(self, budget: float) -> Sizes:
         return allocate(
@@ -155,7 +158,7 @@ class _Search:
 
     def measure(self, sizes: Mapping[str, int]) -> float:
         """Infinite for a network that does not run."""
-        return _measure(self.kind, build_with_sizes(self.model, self.graph, sizes), self.inputs)
+        return _measure(self.kind, build_with_sizes(self.model, self.graph, sizes, self.literals), self.inputs)
 
     def check_sensible(self) -> None:
         """A count of 50, where that is unreachable, most likely means 50 percent."""
@@ -220,7 +223,7 @@ class _Search:
 
     def timed(self, *candidates: Mapping[str, int], repeats: int = _REPEATS) -> list[float]:
         """Milliseconds of networks of these sizes; they and the original take turns, so a busy machine counts less."""
-        models = [self.model, *(build_with_sizes(self.model, self.graph, sizes) for sizes in candidates)]
+        models = [self.model, *(build_with_sizes(self.model, self.graph, sizes, self.literals) for sizes in candidates)]
         own, *found = latencies_ms(models, self.inputs, repeats=repeats)
         return [ms / own * self.whole for ms in found]
 
@@ -275,11 +278,11 @@ class _Search:
 
 def _find_shrinkable(
     model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs
-) -> list[ChannelGroup]:
-    """The groups that would not be rolled back if all were halved."""
+) -> tuple[list[ChannelGroup], Literals]:
+    """The groups that would not be rolled back if all were halved, and which numbers in attributes follow."""
     halved = _select_maps(graph, {g.name: (g.size + 1) // 2 for g in groups})
-    refused = operate(model, graph, halved, inputs, FunctionCheck(model, graph, inputs)).rolled_back
-    return [g for g in groups if g.name not in refused]
+    surgery = operate(model, graph, halved, inputs, FunctionCheck(model, graph, inputs))
+    return [g for g in groups if g.name not in surgery.rolled_back], surgery.literals
 
 
 _METERS: dict[str, Callable[[nn.Module, Inputs], float]] = {
@@ -301,7 +304,12 @@ def _measure(kind: str, model: nn.Module, inputs: Inputs) -> float:
 
 
 def find_believed_cost(
-    model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs, kind: str
+    model: nn.Module,
+    graph: ChannelGraph,
+    groups: Sequence[ChannelGroup],
+    inputs: Inputs,
+    kind: str,
+    literals: Literals | None = None,
 ) -> tuple[Cost, str | None]:
     """Parameters or multiply-accumulates as a function of sizes, and why not to believe it; None where it is exact.
 
@@ -309,11 +317,11 @@ def find_believed_cost(
     channels that are not what a layer mixes) are taken from the products of networks in which one group is smaller.
     """
     tests = sizes_to_test(groups)
-    real = [(sizes, _measure(kind, build_with_sizes(model, graph, sizes), inputs)) for sizes in tests]
+    real = [(sizes, _measure(kind, build_with_sizes(model, graph, sizes, literals), inputs)) for sizes in tests]
     off = lambda cost: max((abs(cost(s) / m - 1) for s, m in real if 0 < m < math.inf), default=0.0)  # noqa: E731
     cost = cost_of(model, graph, inputs, kind)
     if off(cost) > _EXACT and kind == "macs":
-        cost = _predict_cost(model, graph, groups, inputs) or cost
+        cost = _predict_cost(model, graph, groups, inputs, literals) or cost
     doubt = f"target: predicted {kind} are off by up to {off(cost):.1%}; the sizes go by what was measured."
     return cost, doubt if off(cost) > _EXACT else None
 
@@ -338,20 +346,28 @@ def cost_of(model: nn.Module, graph: ChannelGraph, inputs: Inputs, kind: str) ->
     return Cost.of(graph, _METERS["macs"](model, inputs), shares)
 
 
-def _predict_cost(model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs) -> Cost | None:
+def _predict_cost(
+    model: nn.Module,
+    graph: ChannelGraph,
+    groups: Sequence[ChannelGroup],
+    inputs: Inputs,
+    literals: Literals | None,
+) -> Cost | None:
     """Multiply-accumulates as a function of sizes, from a forward pass with each family of groups halved."""
     tried = {}
     for twins in families_of(groups):
         half = (twins[0].size + 1) // 2
         if half < twins[0].size:
-            small = build_with_sizes(model, graph, dict.fromkeys([g.name for g in twins], half))
+            small = build_with_sizes(model, graph, dict.fromkeys([g.name for g in twins], half), literals)
             tried[twins[0].name] = half, factors_of_products(small, inputs)
     return Cost.of_products(graph, factors_of_products(model, inputs), tried)
 
 
-def build_with_sizes(model: nn.Module, graph: ChannelGraph, sizes: Mapping[str, int]) -> nn.Module:
+def build_with_sizes(
+    model: nn.Module, graph: ChannelGraph, sizes: Mapping[str, int], literals: Literals | None = None
+) -> nn.Module:
     """A network of these sizes, with whichever weights: for measuring what it costs."""
-    return copy_reduced(model, graph, _select_maps(graph, sizes))
+    return copy_reduced(model, graph, _select_maps(graph, sizes), literals)
 
 
 def _select_maps(graph: ChannelGraph, sizes: Mapping[str, int]) -> dict[str, ReductionMap]:

@@ -32,6 +32,7 @@ from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan, check_maps
 from intrafusion.reduce import ReductionMap
 from intrafusion.surgery.lowrank import ranks_of, split_layers_
+from intrafusion.surgery.numbers import find_numbers
 from intrafusion.surgery.write import Repair, make_repairs_, put_data_
 
 _WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
@@ -267,7 +268,7 @@ def _read_repairs(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...
     for entry in entries:
         try:
             repair = Repair(entry["module"], entry["attribute"], _as_size(entry["old"]), _as_size(entry["new"]))
-            present = getattr(modules[repair.module], repair.attribute, None)
+            present = _read_present(modules[repair.module], repair.attribute)
         except (KeyError, TypeError) as error:
             raise PlanError(f"{_PLAN}: damaged, {entry!r} is no repair of this network.") from error
         if not _is_size(present) or not _is_size(repair.new) or present != repair.old:
@@ -282,6 +283,13 @@ def _read_repairs(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...
             )
         repairs.append(repair)
     return tuple(repairs)
+
+
+def _read_present(module: nn.Module, attribute: str) -> Any:
+    """A size as a network has it: an attribute, or a number inside one."""
+    if "." in attribute:
+        return find_numbers(module).get(attribute)
+    return getattr(module, attribute, None)
 
 
 def _shrinks(old: Any, new: Any) -> bool:

@@ -36,9 +36,9 @@ from intrafusion.surgery.maps import (
     reduce_weights,
 )
 from intrafusion.surgery.norms import fold_norms
-from intrafusion.surgery.operate import Maps, tolerance_of
+from intrafusion.surgery.operate import Maps, RepairsOf, tolerance_of
 from intrafusion.surgery.search import FamilyKind, family_kind
-from intrafusion.surgery.write import write_weights_
+from intrafusion.surgery.write import make_repairs_, write_weights_
 from intrafusion.trace.call import name_operation
 from intrafusion.trace.dispatch import Tracer
 from intrafusion.trace.info import Weight
@@ -79,6 +79,7 @@ class FunctionCheck:
     explained: set[int] = field(default_factory=set)  # factors that differ and do no harm, by place
     revision: int = 0
     alike: dict[tuple[FamilyKind, int], _Scale] = field(default_factory=dict)  # tried first on groups like those
+    repairs_of: RepairsOf = lambda _: ()  # what must follow in the attributes of a smaller network
 
     __repr__ = show_briefly
 
@@ -112,11 +113,12 @@ class FunctionCheck:
     def _kind(self, name: str, reduction: ReductionMap) -> tuple[FamilyKind, int]:
         return family_kind([self.groups[name]]), len(reduction.merge)
 
-    def __call__(self, maps: Maps, found: ChannelGraph) -> str | None:
+    def __call__(self, maps: Maps, found: ChannelGraph, repairs_of: RepairsOf = lambda _: ()) -> str | None:
         """Why the smaller network does something else, in words; None if it does not."""
+        self.repairs_of = repairs_of
         changed = _find_changed_factors(self.graph.factors, found.factors)
         fresh = {i: pair for i, pair in changed.items() if i not in self.explained}
-        exact = {n: m for n, m in maps.items() if self.groups[n].together is None}
+        exact = self._select_exact(maps)
         error = self.error(exact)
         if not self.passes(error) and not self.compensate(maps, exact, fresh):
             return _explain(error, fresh, self._derived(maps))
@@ -128,6 +130,19 @@ class FunctionCheck:
         for name, reduction in maps.items():  # what passed stays as it is, whatever is found for others like it
             self.scales.setdefault(name, (1.0, 1.0) if reduction.scale is None else tuple(reduction.scale.tolist()))
         return None
+
+    def _select_exact(self, maps: Maps) -> Maps:
+        """Those that have an original to be compared with.
+
+        Where a number in an attribute is the size of such groups and of others, no network has only the former reduced:
+        then those go that run through modules with such numbers.
+        """
+        exact = {n: m for n, m in maps.items() if self.groups[n].together is None}
+        if self.repairs_of(exact) is not None:
+            return exact
+        modules = {repair.module for repair in self.repairs_of(maps) or ()}
+        apart = {n: m for n, m in exact.items() if not any(_lies_in(x.module, modules) for x in self.groups[n].members)}
+        return {} if self.repairs_of(apart) is None else apart
 
     def _derived(self, maps: Maps) -> list[str]:
         """What the new groups are read through, in words."""
@@ -144,6 +159,7 @@ class FunctionCheck:
             return 0.0
         small = copy_model(self.double)
         write_weights_(small, reduce_weights(self.weights, self.graph, maps))
+        make_repairs_(small, self.repairs_of(maps) or ())
         found = self._outputs(small)
         return output_difference(found, self.expected({name: _scale_map(m, None) for name, m in maps.items()}))
 
@@ -184,6 +200,11 @@ class FunctionCheck:
                 self.revision += 1
                 return True
         return False
+
+
+def _lies_in(name: str, modules: set[str]) -> bool:
+    """Whether a module is one of these, or inside one."""
+    return any(not m or name == m or name.startswith(f"{m}.") for m in modules)
 
 
 def _list_candidates(changed: Mapping[int, tuple[Factor, Factor]]) -> Iterator[_Scale]:

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from intrafusion.network.tensors import named_tensors
+from intrafusion.surgery.numbers import write_number_
 
 
 @dataclass(frozen=True)
 class Repair:
-    """A module attribute that had to follow the new shapes, such as a convolution's out_channels."""
+    """A module attribute that had to follow the new shapes, such as a convolution's out_channels.
+
+    attribute: its name, or the place of a number in it, such as "sizes.1" or "cfg.dim"; see `numbers`.
+    """
 
     module: str
     attribute: str
@@ -56,7 +60,7 @@ def put_data_(target: Tensor, value: Tensor) -> None:
 def make_repairs_(model: nn.Module, repairs: tuple[Repair, ...]) -> None:
     modules = dict(model.named_modules())
     for repair in repairs:
-        setattr(modules[repair.module], repair.attribute, repair.new)
+        write_number_(modules[repair.module], repair.attribute, repair.new)
 
 
 def find_repairs(model: nn.Module, old_shapes: Mapping[int, tuple[int, ...]]) -> tuple[Repair, ...]:

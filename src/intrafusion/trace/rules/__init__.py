@@ -17,7 +17,16 @@ from intrafusion.errors import ArgumentError
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Outcome
 from intrafusion.trace.ledger import Ledger
-from intrafusion.trace.rules import across, contraction, convolution, elementwise, movement, norm, reduction
+from intrafusion.trace.rules import (
+    across,
+    contraction,
+    convolution,
+    elementwise,
+    movement,
+    norm,
+    quantisation,
+    reduction,
+)
 from intrafusion.trace.rules.refusal import READS, refuse
 
 __all__ = ["Rule", "find_rule", "refuse", "register_rule"]
@@ -47,6 +56,11 @@ _BY_OPERATION: dict[str, Rule] = {
     "segment_reduce": across.reduce_segments,
     **dict.fromkeys(across.TRANSFORMS, across.transform),
     **dict.fromkeys(across.SAMPLERS, across.sample),
+    "_pack_padded_sequence": across.pack,
+    **dict.fromkeys(quantisation.PER_TENSOR, quantisation.round_alike),
+    **dict.fromkeys(quantisation.PER_CHANNEL, quantisation.round_by_channel),
+    **dict.fromkeys(quantisation.OBSERVED, quantisation.round_observed),
+    "aminmax": quantisation.observe,
     **dict.fromkeys(across.BAGS, across.embed_bags),
     **dict.fromkeys(across.DISTANCES, across.compare_rows),
     "glu": elementwise.gate,

@@ -14,7 +14,7 @@ from intrafusion.trace.info import Axis, Info, LabelledTensor, Outcome, Weight
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, compact, fill, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.rules.elementwise import combine, find_extent
-from intrafusion.trace.rules.reduction import find_channel_dims, unite_over
+from intrafusion.trace.rules.reduction import fill_gaps, find_channel_dims, unite_over
 from intrafusion.trace.rules.refusal import refuse
 
 IDENTITIES = (
@@ -106,6 +106,9 @@ def forget(ledger: Ledger, call: Call) -> None:
 def move(ledger: Ledger, call: Call) -> Outcome:
     source = call.args[0]
     info = ledger.look_up(source)
+    indices = [ledger.look_up(t) for t in call.tensors[1:]]
+    if isinstance(info, LabelledTensor) and any(isinstance(i, LabelledTensor) for i in indices):
+        info = LabelledTensor(fill_gaps(ledger, info.labels, _find_picked_dims(call)))
     # An index that the data computed may pick another channel for every input; one from a buffer is the same always.
     for tensor in call.tensors[1:]:
         index = ledger.look_up(tensor)

@@ -11,7 +11,7 @@ from torch import Tensor
 from intrafusion.graph import Factor
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Axis, Info, LabelledTensor, Outcome, Weight
-from intrafusion.trace.labels import FIRST, find_varying, narrow, widen
+from intrafusion.trace.labels import FIRST, UNIFORM, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.refusal import refuse
@@ -142,6 +142,18 @@ def summarise(ledger: Ledger, call: Call) -> Outcome:
 def find_channel_dims(ledger: Ledger, info: LabelledTensor) -> set[int]:
     """Dimensions along which an activation holds different channels."""
     return find_varying(widen(ledger.relations.roots(narrow(info.labels)), info.labels.shape))
+
+
+def fill_gaps(ledger: Ledger, labels: Tensor, dims: set[int]) -> Tensor:
+    """Constants beside a channel along these dimensions are that channel's: zeros that sequences were padded with.
+
+    The labels as they are where several channels lie along them.
+    """
+    array = narrow(labels)
+    highest = array.max(axis=tuple(dims), keepdims=True)
+    filled = np.where(array == UNIFORM, highest, array)
+    alike = (ledger.relations.roots(filled) == ledger.relations.roots(highest)).all()
+    return widen(highest, labels.shape) if alike else labels
 
 
 def _summarise_weight(weight: Weight, dims: set[int], where: str) -> Weight:

@@ -1,0 +1,69 @@
+"""Where in the user's code a network failed, and the numbers that are written there."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import textwrap
+from collections.abc import Container
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def explain_crash(error: Exception, sizes: Container[int]) -> str:
+    """An error in words: what, in which line, and whether a number in the code there is one of these old sizes."""
+    cause = error.__cause__
+    text = " ".join((f"{type(cause).__name__}: {cause}" if cause else str(error)).split())[:200]
+    step = next((s for s in list_steps(error) if not s.tb_frame.f_code.co_filename.startswith(_NOT_THE_USERS)), None)
+    if step is None:
+        return text
+    place = f"{Path(step.tb_frame.f_code.co_filename).name}:{find_lines(step)[0]}"
+    written = [str(n) for n in _find_literals(step) if n in sizes]
+    if not written:
+        return f"{text}; at {place}"
+    numbers = f"{', '.join(written)} {'is' if len(written) == 1 else 'are'} written"
+    return f"{text}; at {place}, where {numbers} in the code: take it from a shape, or from an attribute of the module"
+
+
+def list_steps(error: BaseException) -> list[TracebackType]:
+    """Where an error came through, the innermost first; of the error that caused it, where it names one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    steps, step = [], error.__traceback__
+    while step is not None:
+        steps.append(step)
+        step = step.tb_next
+    return steps[::-1]
+
+
+def find_lines(step: TracebackType) -> tuple[int, int]:
+    """First and last line of the expression that failed."""
+    first, last, _, _ = _find_span(step)
+    return first or step.tb_lineno, last or first or step.tb_lineno
+
+
+def _find_span(step: TracebackType) -> tuple[int | None, int | None, int | None, int | None]:
+    """First and last line, and first and last column."""
+    spans = step.tb_frame.f_code.co_positions()
+    return next(islice(spans, step.tb_lasti // 2, None), (None, None, None, None))
+
+
+def _find_literals(step: TracebackType) -> list[int]:
+    """Whole numbers in the source of the expression that failed; none where there is no source."""
+    first, last, start, end = _find_span(step)
+    if first is None or last is None or start is None or end is None:
+        return []
+    lines = [linecache.getline(step.tb_frame.f_code.co_filename, n).encode() for n in range(first, last + 1)]
+    lines[-1] = lines[-1][:end]
+    lines[0] = lines[0][start:]
+    try:
+        tree = ast.parse(textwrap.dedent(b"\n".join(lines).decode()), mode="eval")
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return []
+    found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return list(dict.fromkeys(n for n in found if type(n) is int))

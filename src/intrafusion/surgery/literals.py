@@ -1,0 +1,368 @@
+"""Sizes that a network holds as numbers in its attributes: which must follow, found by trying.
+
+A `view`, a `split` or a padding may take a size from an attribute, from a list or from a config. Surgery cannot know
+which numbers are widths: 16 may be channels, pixels or a batch. So where the smaller network fails, the numbers of the
+modules that were running are tried, old size -> new size, those first that the failing function names; a number counts
+only if the network then runs and bears out all that is asked of it.
+"""
+
+from __future__ import annotations
+
+import dis
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import TracebackType
+
+from torch import nn
+
+from intrafusion.graph import ChannelGraph
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import named_tensors
+from intrafusion.surgery.blame import find_lines, list_steps
+from intrafusion.surgery.numbers import find_numbers, write_number_
+from intrafusion.surgery.write import Repair, find_own_tensors, make_repairs_
+
+_TRIES = 24  # networks that are run for one set of groups
+_PART_TRIES = 12  # for some groups of these
+_ALL_TRIES = 96  # and in all
+_OPTIONS = 12  # at one failure
+_IN_VAIN = 3  # failures at one place that nothing mended, after which they are not looked at again
+
+Place = tuple[str, str]
+"""A module's name, and a place in it; see `numbers`."""
+
+Numbers = Mapping[Place, int]
+"""What is written to places."""
+
+_Pairs = set[tuple[int, int]]  # old size, new size
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong with a network: in words, and the modules that were running, the innermost first.
+
+    Attributes:
+        named: what the code of each of these modules mentions: in the expression that failed, in the whole function.
+        place: where in the code.
+        final: whether no number can mend it.
+    """
+
+    why: str
+    running: tuple[str, ...] = ()
+    named: tuple[tuple[set[str], set[str]], ...] = ()
+    place: tuple[tuple[int, int], ...] = ()
+    final: bool = False
+
+    @classmethod
+    def of(cls, why: str, error: Exception, model: nn.Module) -> Failure:
+        names = {id(m): n for n, m in model.named_modules()}
+        found: dict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
+        for step in list_steps(error):
+            code = step.tb_frame.f_code
+            module = step.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if isinstance(module, nn.Module) and id(module) in names:
+                near, far = found[names[id(module)]]
+                near |= _find_names_near(step)
+                far |= set(code.co_names)
+        place = tuple((id(step.tb_frame.f_code), step.tb_lasti) for step in list_steps(error))
+        return cls(why, tuple(found), tuple(found.values()), place)
+
+    def is_like(self, other: Failure) -> bool:
+        """Whether a network came no further than another."""
+        if self.running or other.running:
+            return (self.running, self.place) == (other.running, other.place)
+        return self.why == other.why
+
+
+def _find_names_near(step: TracebackType) -> set[str]:
+    """Attributes that are read on the lines of the expression that failed."""
+    first, last = find_lines(step)
+    code = step.tb_frame.f_code
+    return {
+        str(i.argval)
+        for i in dis.get_instructions(code)
+        if i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.positions and first <= (i.positions.lineno or 0) <= last
+    }
+
+
+Check = Callable[[nn.Module, tuple[Repair, ...]], Failure | None]
+"""What is wrong with a smaller network that was given these repairs; None if nothing is."""
+
+
+@dataclass(eq=False)
+class Literals:
+    """Searches numbers that make smaller networks of one original right, and remembers which kinds of them did.
+
+    Attributes:
+        learned: (class of a module, place) of numbers that had to follow before: tried first.
+        in_vain: how often nothing led past a place in the code; the empty place: where nothing failed to run.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    inputs: Inputs
+    learned: set[tuple[type, str]] = field(default_factory=set)
+    in_vain: Counter[tuple[tuple[int, int], ...]] = field(default_factory=Counter)
+    left: int = _ALL_TRIES
+
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules())
+        self.shapes = {n: tuple(t.shape) for n, t in named_tensors(self.model).items()}
+        self.numbers = _find_all_numbers(self.model)
+
+    @cached_property
+    def shapes_of_outputs(self) -> list[tuple[int, ...]]:
+        with preserve_state(self.model):
+            return [tuple(t.shape) for t in self.inputs.call(self.model)]
+
+    def search(self, small: nn.Module, sizes: Mapping[str, int], failure: Failure, check: Check) -> Numbers | None:
+        """Numbers with which a smaller network passes a check; None if none were found.
+
+        Args:
+            small: the network without them, which is written to, and as it was afterwards.
+            sizes: of the groups that were reduced.
+            failure: what is wrong with it as it is.
+            check: looks at `small` with the numbers written.
+        """
+        if failure.final or self.in_vain[failure.place] >= _IN_VAIN:
+            return None
+        search = _Search(self, small, self._find_pairs(small, sizes), check, min(_TRIES, self.left))
+        found = search.run(failure)
+        self.left -= min(_TRIES, self.left) - search.left
+        if found is None:
+            self.in_vain.update(search.stuck)
+        else:
+            self.learned |= {(type(self.modules[name]), place) for name, place in found}
+        return found
+
+    def search_part(self, small: nn.Module, sizes: Mapping[str, int], numbers: Numbers) -> Numbers | None:
+        """Numbers with which a network runs in which only some groups were reduced, given those where all are."""
+        search = _Search(self, small, self._find_pairs(small, sizes), self._run, _PART_TRIES)
+        likely = {p: n for p, n in numbers.items() if n in search.find_targets(*p, own=True, exact=True)}
+        return search.run_from({}) if self._run(small, ()) is None else search.run_from(likely)
+
+    def fit_(self, small: nn.Module, sizes: Mapping[str, int]) -> None:
+        """Let numbers of the kinds that had to follow before do so in another smaller network, as far as it then runs.
+
+        Args:
+            sizes: of the groups that were reduced in it.
+        """
+        if self.learned:
+            search = _Search(self, small, self._find_pairs(small, sizes), self._run, _PART_TRIES)
+            make_repairs_(small, self.repairs(search.run_from(search.recall()) or {}))
+
+    def _run(self, small: nn.Module, _: tuple[Repair, ...]) -> Failure | None:
+        """What goes wrong where a network is simply called: it fails, or gives outputs of other shapes."""
+        try:
+            with preserve_state(small):
+                found = [tuple(t.shape) for t in self.inputs.call(small)]
+        except Exception as error:  # anything that a forward may raise
+            return Failure.of("does not run", error, small)
+        expected = self.shapes_of_outputs
+        return None if found == expected else Failure(f"gives outputs {found} instead of {expected}")
+
+    def find_old_sizes(self, small: nn.Module, sizes: Mapping[str, int]) -> set[int]:
+        """Sizes of the original that are no sizes of a smaller network."""
+        return {old for pairs in self._find_pairs(small, sizes).values() for old, _ in pairs}
+
+    def repairs(self, numbers: Numbers) -> tuple[Repair, ...]:
+        return tuple(Repair(name, place, self.numbers[name][place], new) for (name, place), new in numbers.items())
+
+    def _find_pairs(self, small: nn.Module, sizes: Mapping[str, int]) -> Mapping[str, _Pairs]:
+        """Sizes that changed, by the module that owns a tensor of that size."""
+        pairs: dict[str, _Pairs] = defaultdict(set)
+        for name, tensor in named_tensors(small).items():
+            changed = {(o, n) for o, n in zip(self.shapes[name], tensor.shape, strict=False) if o != n}
+            pairs[name.rpartition(".")[0]] |= changed
+        for group in self.graph.groups:
+            if sizes.get(group.name, group.size) < group.size:
+                for member in group.members:
+                    pairs[member.module].add((group.size, sizes[group.name]))
+        return pairs
+
+
+def _find_all_numbers(model: nn.Module) -> dict[str, dict[str, int]]:
+    """By module and place, where they may be sizes."""
+    return {
+        name: {place: n for place, n in find_numbers(module).items() if n > 1}
+        for name, module in model.named_modules()
+        if not _is_told(module)
+    }
+
+
+def _is_told(module: nn.Module) -> bool:
+    """Whether the sizes of a module are those of its tensors, see `write.find_attributes`."""
+    return type(module).__module__.startswith("torch.nn.") and bool(find_own_tensors(module))
+
+
+@dataclass(eq=False)
+class _Search:
+    """Depth first: at each failure a few choices of numbers, each tried until the network fails again or passes."""
+
+    known: Literals
+    small: nn.Module
+    pairs: Mapping[str, _Pairs]
+    check: Check
+    left: int
+    stuck: set[tuple[tuple[int, int], ...]] = field(default_factory=set)  # places that nothing led past
+
+    def __post_init__(self) -> None:
+        now = _find_all_numbers(self.small)  # what surgery itself repaired differs
+        self.numbers = {
+            name: {place: n for place, n in own.items() if now.get(name, {}).get(place) == n}
+            for name, own in self.known.numbers.items()
+        }
+
+    def run(self, failure: Failure) -> Numbers | None:
+        start = self.recall()
+        if start and (found := self.run_from(start)) is not None:
+            return found
+        found = self._descend({}, failure)
+        return found and self._without_idle(found)
+
+    def run_from(self, start: Numbers) -> Numbers | None:
+        """Begin with these numbers."""
+        found = self._try(start)
+        if not isinstance(found, Failure):
+            return found
+        found = self._descend(start, found)
+        return found and self._without_idle(found)
+
+    def _without_idle(self, numbers: Numbers) -> Numbers:
+        """Only what has to follow: another number of that size may be one of pixels, used where nobody looked."""
+        for kind in {self._kind(place): None for place in numbers}:
+            fewer = {place: n for place, n in numbers.items() if self._kind(place) != kind}
+            if fewer and self.left > 0 and not isinstance(self._try(fewer), Failure):
+                numbers = fewer
+        return numbers
+
+    def _kind(self, place: Place) -> tuple[type, str]:
+        return type(self.known.modules[place[0]]), place[1]
+
+    def recall(self) -> Numbers:
+        """Numbers of the kinds that had to follow before."""
+        places = [(n, p) for n, own in self.numbers.items() for p in own if self._kind((n, p)) in self.known.learned]
+        return {(n, p): targets[0] for n, p in places if (targets := self.find_targets(n, p, own=True))}
+
+    def _try(self, numbers: Numbers) -> Numbers | Failure:
+        """The numbers, if the network passes with them, else what is wrong."""
+        self.left -= 1
+        modules, repairs = dict(self.small.named_modules()), self.known.repairs(numbers)
+        for repair in repairs:
+            write_number_(modules[repair.module], repair.attribute, repair.new)
+        try:
+            return self.check(self.small, repairs) or numbers
+        finally:
+            for repair in repairs:
+                write_number_(modules[repair.module], repair.attribute, repair.old)
+
+    def _descend(self, numbers: Numbers, failure: Failure) -> Numbers | None:
+        if self.known.in_vain[failure.place] >= _IN_VAIN:
+            return None
+        further = False
+        for option in itertools.islice(self._list_options(numbers, failure), _OPTIONS):
+            if self.left <= 0:
+                return None
+            found = self._try({**numbers, **option})
+            if isinstance(found, Failure):
+                further |= not found.is_like(failure)
+                found = None if found.is_like(failure) else self._descend({**numbers, **option}, found)
+            if found is not None:
+                return found
+        if not further:
+            self.stuck.add(failure.place)
+        return None
+
+    def _list_options(self, numbers: Numbers, failure: Failure) -> Iterator[Numbers]:
+        """What may mend a failure, the likeliest first, each choice once."""
+        seen: list[Numbers] = []
+        for option in self._propose(numbers, failure):
+            if option and option not in seen:
+                seen.append(option)
+                yield option
+
+    def _propose(self, numbers: Numbers, failure: Failure) -> Iterator[Numbers]:
+        if failure.final:
+            return
+        for name, named in zip(failure.running, failure.named, strict=True):
+            own = {p: t for p in self.numbers.get(name, ()) if (t := self.find_targets(name, p))}
+            own = {p: t for p, t in own.items() if (name, p) not in numbers}
+            for mentioned in named:
+                places = {p: own.pop(p) for p in list(own) if mentioned & set(p.split("."))}
+                for choice in _list_choices(places):
+                    yield self._extended(name, choice, numbers)
+                    yield {(name, place): n for place, n in choice.items()}
+        yield from self._propose_anywhere(numbers)
+
+    def _propose_anywhere(self, numbers: Numbers) -> Iterator[Numbers]:
+        """Where a network does not say what is wrong with it, or where what it says came too late."""
+        kinds: dict[tuple[type, str], dict[Place, int]] = defaultdict(dict)
+        for name, own in self.numbers.items():
+            for place in own:
+                targets = self.find_targets(name, place, own=True, exact=True)
+                if targets and (name, place) not in numbers:
+                    kinds[self._kind((name, place))][name, place] = targets[0]
+        yield from kinds.values()
+        for a, b in itertools.combinations(kinds.values(), 2):
+            yield a | b
+        for option in kinds.values():
+            yield from ({place: n} for place, n in option.items())
+
+    def _extended(self, name: str, choice: Mapping[str, int], numbers: Numbers) -> Numbers:
+        """The same places in all modules of one class at once, where they hold sizes that changed."""
+        option = {(name, place): n for place, n in choice.items()}
+        for other, own in self.numbers.items():
+            if other != name and type(self.known.modules[other]) is type(self.known.modules[name]):
+                for place in choice.keys() & own.keys():
+                    targets = self.find_targets(other, place, own=True)
+                    if targets and (other, place) not in numbers:
+                        option[other, place] = targets[0]
+        return option
+
+    def find_targets(self, name: str, place: str, *, own: bool = False, exact: bool = False) -> list[int]:
+        """What a number of a module may become: the new sizes of what had its size, from the nearest module that has.
+
+        Else in proportion to a size that it is a multiple or a fraction of.
+
+        Args:
+            own: look no further than the module itself and what is in it.
+            exact: nothing in proportion.
+        """
+        old = self.numbers[name][place]
+        scopes = [name] if own else _list_ancestors(name)
+        for scope in scopes:
+            found = {new for was, new in self._pairs_in(scope) if was == old}
+            if found:
+                return sorted(found)
+        for scope in () if exact else scopes:
+            near = self._pairs_in(scope)
+            found = {old * new // was for was, new in near if (old % was == 0 or was % old == 0) and was > 1}
+            found = {n for n in found if n and any(n * was == old * new for was, new in near)}
+            if found:
+                return sorted(found)
+        return []
+
+    def _pairs_in(self, scope: str) -> _Pairs:
+        inside = (p for n, p in self.pairs.items() if not scope or n == scope or n.startswith(f"{scope}."))
+        return set().union(*inside)
+
+
+def _list_ancestors(name: str) -> list[str]:
+    """A module and all that it lies in, the innermost first."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:k]) for k in range(len(parts), -1, -1)]
+
+
+def _list_choices(places: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    """All places at once, each alone, two at a time."""
+    if not places:
+        return
+    yield {place: targets[0] for place, targets in places.items()}
+    for count in (1, 2):
+        for some in itertools.combinations(places, count):
+            for targets in itertools.product(*(places[place] for place in some)):
+                yield dict(zip(some, targets, strict=True))
