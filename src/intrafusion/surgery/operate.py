@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
+from intrafusion.graph import ChannelGraph, ChannelGroup, Role, families_of
 from intrafusion.network.double import TOLERANCE, output_difference
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.expect import find_confusion, find_disagreement, find_siblings, shrink_graph
+from intrafusion.surgery.forecast import Forecast
 from intrafusion.surgery.maps import reduce_weights
-from intrafusion.surgery.search import find_largest_passing
+from intrafusion.surgery.memory import recall
+from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects
 from intrafusion.surgery.write import Repair, write_weights_
 from intrafusion.trace import trace
 
@@ -27,6 +30,10 @@ _ROUNDINGS = 100  # that add up
 
 
 _CEILING = 1e-3  # a larger difference is none of rounding
+
+
+_END = 1 << 40  # more than any network has operations
+_RUNS, _DIFFERS, _UNPROVED = ((k * _END, k * _END) for k in (1, 2, 3))  # how far an attempt came that failed
 
 
 Maps = dict[str, ReductionMap]
@@ -92,47 +99,144 @@ class Prove(Protocol):
 def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, prove: Prove | None = None) -> Surgery:
     """Reduce a copy of the network; groups after which it does not run, or shows other groups, are rolled back.
 
+    What did not run at the same sizes before is not tried again, see `memory`.
+
     Args:
         prove: what must hold of it besides.
     """
-    weights = {n: t.detach() for n, t in named_tensors(model).items()}
-
-    attempts: dict[frozenset[str], tuple[nn.Module, tuple[Repair, ...]]] = {}
-
-    def settled(groups: Sequence[ChannelGroup]) -> Maps:
-        chosen = {g.name: maps[g.name] for g in groups}
-        return chosen if prove is None else prove.settled(chosen)
-
-    def attempt(groups: Sequence[ChannelGroup]) -> nn.Module:
-        chosen = settled(groups)
-        small = copy_model(model)
-        repairs = write_weights_(small, reduce_weights(weights, graph, chosen))
-        attempts.clear()
-        attempts[frozenset(chosen)] = small, repairs
-        return small
-
-    def failure(groups: Sequence[ChannelGroup]) -> str | None:
-        try:
-            found = trace(attempt(groups), inputs, calls=graph.calls)
-        except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
-            return f"the smaller network does not run ({_shorten_error(error)})"
-        expected = shrink_graph(graph, {g.name: len(maps[g.name].merge) for g in groups})
-        why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(graph))
-        if why is None and prove is not None:
-            revision = prove.revision
-            why = prove(settled(groups), found)
-            if prove.revision > revision:
-                attempts.clear()  # they were written without the scale that was found
-        return why
-
+    attempts, findings = _Attempts(model, graph, maps, inputs, prove), recall(graph)
     groups = [g for g in graph.groups if g.name in maps]
-    like = lambda g, why: f"like {g.name}: {why}"  # noqa: E731
-    passed, failed = find_largest_passing(families_of(groups), failure, like, coupled=True)
-    names = frozenset(g.name for g in passed)
-    if names not in attempts:
-        attempt(passed)
-    small, repairs = attempts[names]
-    return Surgery(small, repairs, {g.name: why for g, why in failed}, settled(passed))
+    sizes = attempts.sizes_of(groups)
+    known = findings.find_left_alone(sizes, inputs)
+    passed, failed = _search(attempts, [g for g in groups if g.name not in known])
+    own = {g.name: failure for g, failure in failed}
+    lasting = {name: f.why for name, f in own.items() if f.place < _UNPROVED}
+    findings.guilty |= own.keys()
+    if lasting:
+        findings.keep(sizes, inputs, {**known, **lasting})
+    reasons = {**known, **{name: f.why for name, f in own.items()}}
+    small, repairs = attempts.find_made(passed)
+    return Surgery(
+        small, repairs, {g.name: reasons[g.name] for g in groups if g.name in reasons}, attempts.settle(passed)
+    )
+
+
+def _search(
+    attempts: _Attempts, groups: list[ChannelGroup]
+) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, Failure]]]:
+    """The groups that pass together, and how each of the others fails.
+
+    Suspects are left out first, and tried again where they may have been innocent; what is wrong beyond that is halved.
+    """
+    first = attempts.check(groups)
+    if first is None:
+        return groups, []
+    passed, out, last = leave_out_suspects(
+        groups, attempts.locate(groups, first), attempts.failure, recall(attempts.graph).guilty
+    )
+    failed = [(g, o.failure) for o in out if o.sure for g in o.family]
+    if last is not None:
+        passed, more = find_largest_passing(families_of(passed), attempts.failure, _liken, coupled=True)
+        failed += more
+    if doubtful := [o.family for o in out if not o.sure]:
+        passed, more = find_largest_passing(doubtful, attempts.failure, _liken, coupled=True, base=passed)
+        failed += more
+    return passed, failed
+
+
+def _liken(group: ChannelGroup, failure: Failure) -> Failure:
+    return replace(failure, why=f"like {group.name}: {failure.why}")
+
+
+@dataclass(eq=False)
+class _Attempts:
+    """Smaller networks in which some of the groups are reduced, and how they fail."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    maps: Maps
+    inputs: Inputs
+    prove: Prove | None
+    made: dict[frozenset[str], tuple[nn.Module, tuple[Repair, ...]]] = field(default_factory=dict)  # the last one
+    checked: tuple[object, Failure | None] = (None, None)  # the last set of groups, and how it failed
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        return {n: t.detach() for n, t in named_tensors(self.model).items()}
+
+    @cached_property
+    def forecast(self) -> Forecast:
+        return Forecast(self.model, self.graph, self.inputs)
+
+    def sizes_of(self, groups: Sequence[ChannelGroup]) -> dict[str, int]:
+        return {g.name: len(self.maps[g.name].merge) for g in groups}
+
+    def settle(self, groups: Sequence[ChannelGroup]) -> Maps:
+        """The maps of these groups, with the scales that were found so far."""
+        chosen = {g.name: self.maps[g.name] for g in groups}
+        return chosen if self.prove is None else self.prove.settled(chosen)
+
+    def find_made(self, groups: Sequence[ChannelGroup]) -> tuple[nn.Module, tuple[Repair, ...]]:
+        """The network in which these groups are reduced, and what followed; made anew if it was not the last one."""
+        names = frozenset(g.name for g in groups)
+        if names not in self.made:
+            self.made.clear()  # first: one network at a time
+            small = copy_model(self.model)
+            self.made[names] = (
+                small,
+                write_weights_(small, reduce_weights(self.weights, self.graph, self.settle(groups))),
+            )
+        return self.made[names]
+
+    def failure(self, groups: Sequence[ChannelGroup]) -> Failure | None:
+        """How a network fails in which these groups are reduced; whether it runs is seen first, at little cost."""
+        trial = self.forecast.run(self.sizes_of(groups))
+        if trial.error is not None:
+            return Failure(_explain_error(trial.error), trial.place, trial.suspects)
+        found = self.check(groups)
+        return found if found is None or found.together else replace(found, suspects=(*trial.suspects, *found.suspects))
+
+    def locate(self, groups: Sequence[ChannelGroup], found: Failure) -> Failure:
+        """The same failure, and where it begins."""
+        return found if found.together else self.failure(groups) or found
+
+    def check(self, groups: Sequence[ChannelGroup]) -> Failure | None:
+        """Run, traced and proved; what failed last is remembered until a scale is found."""
+        key = frozenset(g.name for g in groups), self.prove.revision if self.prove else 0
+        if self.checked[0] != key:
+            self.checked = key, self._check_anew(groups)
+        return self.checked[1]
+
+    def _check_anew(self, groups: Sequence[ChannelGroup]) -> Failure | None:
+        try:
+            found = trace(self.find_made(groups)[0], self.inputs, calls=self.graph.calls)
+        except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
+            return Failure(_explain_error(error), _RUNS)
+        expected = shrink_graph(self.graph, self.sizes_of(groups))
+        why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(self.graph))
+        if why is not None:
+            return Failure(why, _DIFFERS)
+        return None if self.prove is None else self._prove(self.prove, groups, found)
+
+    def _prove(self, prove: Prove, groups: Sequence[ChannelGroup], found: ChannelGraph) -> Failure | None:
+        revision = prove.revision
+        why = prove(self.settle(groups), found)
+        if prove.revision > revision:
+            self.made.clear()  # it was written without the scale that was found
+        if why is None:
+            return None
+        guilty = recall(self.graph).guilty
+        suspects = [g.name for g in groups if g.name in guilty or _is_read_derived(g, self.graph)]
+        return Failure(why, _UNPROVED, (tuple(suspects),) if suspects else (), together=True)
+
+
+def _is_read_derived(group: ChannelGroup, graph: ChannelGraph) -> bool:
+    """Whether a layer that reads the group uses its weight only after an operation on it."""
+    return any(m.tensor in graph.derived for m in group.with_role(Role.CONSUMES))
+
+
+def _explain_error(error: Exception) -> str:
+    return f"the smaller network does not run ({_shorten_error(error)})"
 
 
 def _shorten_error(error: Exception) -> str:

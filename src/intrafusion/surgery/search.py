@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from intrafusion.graph import ChannelGroup, families_of
@@ -15,6 +16,7 @@ _ENOUGH = 2  # failures of one kind after which the others are not tried one by 
 
 
 FamilyKind = tuple[tuple[str, int], ...]
+_Families = list[list[ChannelGroup]]
 
 
 F = TypeVar("F")
@@ -26,6 +28,7 @@ def find_largest_passing(
     likewise: Callable[[ChannelGroup, F], F] | None = None,
     *,
     coupled: bool = False,
+    base: Sequence[ChannelGroup] = (),
 ) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, F]]]:
     """A maximal set of families that pass together, and each of the others with its failure; found by halving.
 
@@ -35,8 +38,9 @@ def find_largest_passing(
             that failed `_ENOUGH` times and never passed are not tried one by one any more, but once all together.
         coupled: families may pass only together, as the halves of a chunk do: those that failed are tried again with
             others that share a tensor with them, and all but one.
+        base: groups that pass together, and with which these are to.
     """
-    passed: list[ChannelGroup] = []
+    passed = list(base)
     failed: list[tuple[ChannelGroup, F]] = []
     good: set[FamilyKind] = set()
     bad: dict[FamilyKind, list[tuple[ChannelGroup, F]]] = defaultdict(
@@ -117,3 +121,104 @@ def _chain(pairs: list[tuple[int, int]]) -> list[set[int]]:
 def family_kind(family: list[ChannelGroup]) -> FamilyKind:
     """Names but for their numbers, and sizes: the same for what repeats from block to block."""
     return tuple((re.sub(r"\d+", "#", g.name), g.size) for g in family)
+
+
+# ---- from the side of what must be left out --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why some groups fail together.
+
+    Attributes:
+        place: how far they came: numbers that all become larger where they come further.
+        suspects: names of groups that are likely at fault, the likeliest first; from several places.
+        together: all suspects of a place are rather at fault than one.
+    """
+
+    why: str
+    place: tuple[int, ...] = ()
+    suspects: tuple[tuple[str, ...], ...] = ()
+    together: bool = False
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A family that was left out, after which failure; `sure`: nothing else was left out that this one may depend on."""
+
+    family: list[ChannelGroup]
+    failure: Failure
+    sure: bool
+
+
+def leave_out_suspects(
+    groups: Sequence[ChannelGroup],
+    found: Failure,
+    failure: Callable[[list[ChannelGroup]], Failure | None],
+    guilty: set[str],
+) -> tuple[list[ChannelGroup], list[LeftOut], Failure | None]:
+    """Leave out families that a failure suspects, as long as that leads further.
+
+    Of a kind that was at fault `_ENOUGH` times, all are left out once another is suspected.
+
+    Args:
+        found: how all of the groups fail.
+        guilty: names of groups that were at fault before; suspected first. Those found now are added.
+    Returns:
+        the groups that are left, what was left out, and how those that are left still fail (None: they pass).
+    """
+    rest, out, last = families_of(groups), list[LeftOut](), found
+    counts: Counter[FamilyKind] = Counter()
+    while last is not None:
+        step = _take_step(rest, last, failure, _list_suspected(rest, last, guilty, counts))
+        if step is None:
+            break
+        taken, then, sure = step
+        out += [LeftOut(family, last, sure=sure and len(taken) == 1) for family in taken]
+        guilty |= {g.name for family in taken for g in family}
+        counts.update(family_kind(family) for family in taken)
+        rest, last = [family for family in rest if family not in taken], then
+    return [g for family in rest for g in family], _doubt(out), last
+
+
+def _take_step(
+    rest: _Families,
+    last: Failure,
+    failure: Callable[[list[ChannelGroup]], Failure | None],
+    candidates: Iterator[_Families],
+) -> tuple[_Families, Failure | None, bool] | None:
+    """The first candidate without which the others come further in every respect (sure), or at least in the last."""
+    weak = None
+    for taken in candidates:
+        then = failure([g for family in rest if family not in taken for g in family])
+        if then is None or all(a > b for a, b in zip(then.place, last.place, strict=True)):
+            return taken, then, True
+        if weak is None and then.place[-1] > last.place[-1]:
+            weak = taken, then, False
+    return weak
+
+
+def _list_suspected(
+    rest: _Families, found: Failure, guilty: set[str], counts: Counter[FamilyKind]
+) -> Iterator[_Families]:
+    """What to leave out, the likeliest first: all of a kind that failed often, one suspect, all that one place sees."""
+    seen = [[f for f in rest if any(g.name in names for g in f)] for names in found.suspects]
+    often = [f for f in rest if counts[family_kind(f)] >= _ENOUGH]
+    if any(family in often for families in seen for family in families):
+        yield often
+    for families in () if found.together else seen:
+        known = [f for f in families if any(g.name in guilty for g in f)]
+        yield from ([f] for f in [*known, *(f for f in families if f not in known)][:_FEW])
+    for families in seen:
+        if len(families) > 1 or found.together:
+            yield families
+    if len(seen) > 1:
+        yield [f for f in rest if any(f in families for families in seen)]
+
+
+def _doubt(out: list[LeftOut]) -> list[LeftOut]:
+    """A family that failed beside others that were left out later may do without them."""
+    names = [{g.name for g in o.family} for o in out]
+    later = [set().union(*names[k + 1 :]) for k in range(len(out))]
+    seen = [{n for suspects in o.failure.suspects for n in suspects} for o in out]
+    return [replace(o, sure=o.sure and not (s & n)) for o, s, n in zip(out, seen, later, strict=True)]
