@@ -25,7 +25,7 @@ from intrafusion.recipe import Recipe
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.reduce.select import selection_map
 from intrafusion.surgery.operate import copy_reduced, operate
-from intrafusion.surgery.proof import FunctionCheck
+from intrafusion.surgery.proof import FunctionCheck, Reference
 
 _CLOSE_ENOUGH = 0.01  # trying stops this close to the target
 _MISSED = 0.02  # further off than this is said
@@ -71,15 +71,14 @@ def sizes_for_target(
     if goal >= whole:
         kept = f"target: {kind} {goal:,.4g} was asked for; the network has {whole:,.4g} as it is."
         return {}, (kept,) if goal > whole else ()
-    groups = _find_shrinkable(model, graph, groups, inputs)
+    reference = Reference(model, graph, inputs)
+    groups = _find_shrinkable(reference, groups)
     curves = sensitivity.curves(groups)
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS):
         search = _Search(model, graph, groups, curves, recipe, inputs, kind, goal, whole)
         sizes, notes = search.find(sensitivity)
-        refused = operate(
-            model, graph, _select_maps(graph, sizes), inputs, FunctionCheck(model, graph, inputs)
-        ).rolled_back
+        refused = _find_refused(reference, sizes)
         if not refused:
             return sizes, notes
         groups = [g for g in groups if g.name not in refused]
@@ -273,13 +272,16 @@ class _Search:
         return min(group.size, least_size(self.recipe.min_channels, self.recipe.round_to))
 
 
-def _find_shrinkable(
-    model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs
-) -> list[ChannelGroup]:
+def _find_shrinkable(reference: Reference, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
     """The groups that would not be rolled back if all were halved."""
-    halved = _select_maps(graph, {g.name: (g.size + 1) // 2 for g in groups})
-    refused = operate(model, graph, halved, inputs, FunctionCheck(model, graph, inputs)).rolled_back
+    refused = _find_refused(reference, {g.name: (g.size + 1) // 2 for g in groups})
     return [g for g in groups if g.name not in refused]
+
+
+def _find_refused(reference: Reference, sizes: Mapping[str, int]) -> Mapping[str, str]:
+    """The groups that would be rolled back at these sizes, and why."""
+    graph, maps = reference.graph, _select_maps(reference.graph, sizes)
+    return operate(reference.model, graph, maps, reference.inputs, FunctionCheck(reference)).rolled_back
 
 
 _METERS: dict[str, Callable[[nn.Module, Inputs], float]] = {

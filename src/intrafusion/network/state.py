@@ -39,7 +39,7 @@ def preserve_state(model: nn.Module) -> Iterator[Memory]:
 
 @contextlib.contextmanager
 def evaluate_alone(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and random numbers of its own inside; what a forward changes stays, as in a copy to throw away."""
+    """Evaluation mode and random numbers of its own inside; for a copy to throw away: what is changed stays."""
     with _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
         for module in model.modules():
             module.training = False

@@ -7,8 +7,10 @@ the groups that most likely cannot be cut.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,12 @@ from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.errors import ModelError
-from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.graph import ChannelGraph, Member
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import evaluate_alone
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.surgery.maps import shorten
-from intrafusion.surgery.write import write_weights_
+from intrafusion.surgery.write import weights_written
 from intrafusion.trace.call import Call, name_operation
 from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.dispatch import Tracer, is_composite
@@ -43,7 +45,7 @@ class Trial:
     Attributes:
         error: what stopped it, None if it ran to the end.
         place: the first operation with another shape than forecast, and the last that was done, counted.
-        suspects: names of the groups that these two see, the likeliest first.
+        suspects: names of the groups that these two see, cut or not, the likeliest first.
     """
 
     error: Exception | None
@@ -127,6 +129,14 @@ class Forecast:
         roots = lambda labels: None if labels is None else relations.roots(labels)  # noqa: E731
         self.steps = [_Step(s.name, [*map(relations.roots, s.read)], [*map(roots, s.given)]) for s in recorder.steps]
 
+    @cached_property
+    def _scratch(self) -> nn.Module:
+        return copy_model(self.model)
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        return {n: t.detach() for n, t in named_tensors(self.model).items()}
+
     def _record(self) -> _Recorder:
         """On inputs with no two values alike, or as they are where the network does not take other values."""
         varied = self.inputs.varied()
@@ -148,16 +158,20 @@ class Forecast:
         """A network in which these groups have only their first channels, run as far as it goes."""
         follower, error = _Follower(), None
         try:
-            small = copy_cut(self.model, self.graph, sizes)
-            with evaluate_alone(small), decompose(small), follower, Draws(mean=True):
-                for _ in range(self.graph.calls):
-                    self.inputs.call(small)
+            self._run_cut(sizes, follower)
         except Exception as caught:  # anything that goes wrong is a reason to leave groups alone
             error = caught
         last = len(follower.shapes) if error else len(self.steps)
         first = self._find_first_other(follower, sizes, last)
-        suspects = [self._list_seen(step, sizes) for step in dict.fromkeys((first, last))]
+        suspects = [self._list_seen(step) for step in dict.fromkeys((first, last))]
         return Trial(error, (first, last), tuple(names for names in suspects if names))
+
+    def _run_cut(self, sizes: Mapping[str, int], follower: _Follower) -> None:
+        small = self._scratch if self.graph.calls == 1 else copy_model(self.model)  # else it keeps a state
+        cut = weights_written(small, cut_weights(self.weights, self.graph, sizes))
+        with cut, evaluate_alone(small), decompose(small), follower, Draws(mean=True):
+            for _ in range(self.graph.calls):
+                self.inputs.call(small)
 
     def _find_first_other(self, follower: _Follower, sizes: Mapping[str, int], last: int) -> int:
         """The first operation that is another one, or gives another shape than the channels that are left."""
@@ -172,14 +186,13 @@ class Forecast:
         size = np.array([sizes.get(g.name, g.size) for g in self.graph.groups] + [np.iinfo(np.int64).max])
         return self.channel < size[self.owner]
 
-    def _list_seen(self, index: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
-        """Groups with these sizes that an operation sees: what only its outputs show first, as what it pads with."""
+    def _list_seen(self, index: int) -> tuple[str, ...]:
+        """Groups that an operation sees: what only its outputs show first, as what it pads with."""
         if index >= len(self.steps):
             return ()
         step = self.steps[index]
         read, given = list(self._list_owners(step.read)), list(self._list_owners(step.given))
-        ordered = [*(n for n in given if n not in read), *read]
-        return tuple(n for n in dict.fromkeys(ordered) if n in sizes)
+        return tuple(dict.fromkeys([*(name for name in given if name not in read), *read]))
 
     def _list_owners(self, labels: Sequence[np.ndarray | None]) -> Iterator[str]:
         for array in labels:
@@ -200,17 +213,11 @@ def _differs(given: Sequence[np.ndarray | None], shapes: Sequence[tuple[int, ...
     return False
 
 
-def copy_cut(model: nn.Module, graph: ChannelGraph, sizes: Mapping[str, int]) -> nn.Module:
-    """A copy in which these groups have lost their last channels: right in its shapes, whatever its values are."""
-    small = copy_model(model)
-    tensors = {n: t.detach() for n, t in named_tensors(small).items()}
-    touching: dict[str, list[tuple[Any, int]]] = {}
-    for group in _smaller(graph, sizes):
-        for member in group.members:
-            touching.setdefault(member.tensor, []).append((member, sizes[group.name]))
-    write_weights_(small, {name: shorten(tensors[name], parts, name) for name, parts in touching.items()})
-    return small
-
-
-def _smaller(graph: ChannelGraph, sizes: Mapping[str, int]) -> list[ChannelGroup]:
-    return [g for g in graph.groups if sizes.get(g.name, g.size) < g.size]
+def cut_weights(weights: Mapping[str, Tensor], graph: ChannelGraph, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The tensors that change where groups lose their last channels: right in their shapes, whatever they hold."""
+    touching: dict[str, list[tuple[Member, int]]] = defaultdict(list)
+    for group in graph.groups:
+        if sizes.get(group.name, group.size) < group.size:
+            for member in group.members:
+                touching[member.tensor].append((member, sizes[group.name]))
+    return {name: shorten(weights[name], parts, name) for name, parts in touching.items()}

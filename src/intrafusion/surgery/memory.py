@@ -28,8 +28,10 @@ class Findings:
     def find_left_alone(self, sizes: Mapping[str, int], inputs: Inputs) -> dict[str, str]:
         return self.left_alone.get(_make_key(sizes, inputs), {})
 
-    def keep(self, sizes: Mapping[str, int], inputs: Inputs, reasons: dict[str, str]) -> None:
-        self.left_alone[_make_key(sizes, inputs)] = reasons
+    def keep(self, sizes: Mapping[str, int], inputs: Inputs, reasons: dict[str, str]) -> dict[str, str]:
+        if reasons:
+            self.left_alone[_make_key(sizes, inputs)] = reasons
+        return reasons
 
 
 def _make_key(sizes: Mapping[str, int], inputs: Inputs) -> Hashable:

@@ -19,7 +19,7 @@ from intrafusion.surgery.expect import find_confusion, find_disagreement, find_s
 from intrafusion.surgery.forecast import Forecast
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.memory import recall
-from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects
+from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects, take_back
 from intrafusion.surgery.write import Repair, write_weights_
 from intrafusion.trace import trace
 
@@ -108,40 +108,47 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
     groups = [g for g in graph.groups if g.name in maps]
     sizes = attempts.sizes_of(groups)
     known = findings.find_left_alone(sizes, inputs)
-    passed, failed = _search(attempts, [g for g in groups if g.name not in known])
-    own = {g.name: failure for g, failure in failed}
-    lasting = {name: f.why for name, f in own.items() if f.place < _UNPROVED}
-    findings.guilty |= own.keys()
-    if lasting:
-        findings.keep(sizes, inputs, {**known, **lasting})
-    reasons = {**known, **{name: f.why for name, f in own.items()}}
+    passed, stopped, unproved = _search(attempts, [g for g in groups if g.name not in known])
+    findings.guilty |= stopped.keys() | unproved.keys()
+    known = findings.keep(sizes, inputs, {**known, **stopped})
     small, repairs = attempts.find_made(passed)
-    return Surgery(
-        small, repairs, {g.name: reasons[g.name] for g in groups if g.name in reasons}, attempts.settle(passed)
-    )
+    why = {**known, **unproved}
+    return Surgery(small, repairs, {g.name: why[g.name] for g in groups if g.name in why}, attempts.settle(passed))
 
 
 def _search(
     attempts: _Attempts, groups: list[ChannelGroup]
-) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, Failure]]]:
-    """The groups that pass together, and how each of the others fails.
+) -> tuple[list[ChannelGroup], dict[str, str], dict[str, str]]:
+    """Groups that pass together, why others do not run or show other groups, and why others are wrong."""
+    stopped, unproved, failure = {}, {}, attempts.check(groups)
+    if failure is not None and failure.place < _UNPROVED:
+        groups, stopped = _leave_out(attempts, groups, failure, attempts.show)
+        failure = attempts.check(groups)
+    if failure is not None:
+        groups, unproved = _leave_out(attempts, groups, failure, attempts.check)
+    return groups, stopped, unproved
+
+
+def _leave_out(
+    attempts: _Attempts,
+    groups: list[ChannelGroup],
+    found: Failure,
+    failure: Callable[[Sequence[ChannelGroup]], Failure | None],
+) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """Groups of these that pass together, and why each of the others does not.
 
     Suspects are left out first, and tried again where they may have been innocent; what is wrong beyond that is halved.
     """
-    first = attempts.check(groups)
-    if first is None:
-        return groups, []
-    passed, out, last = leave_out_suspects(
-        groups, attempts.locate(groups, first), attempts.failure, recall(attempts.graph).guilty
-    )
+    found = found if found.together else failure(groups) or found
+    passed, out, last = leave_out_suspects(groups, found, failure, recall(attempts.graph).guilty)
     failed = [(g, o.failure) for o in out if o.sure for g in o.family]
     if last is not None:
-        passed, more = find_largest_passing(families_of(passed), attempts.failure, _liken, coupled=True)
+        passed, more = find_largest_passing(families_of(passed), failure, _liken, coupled=True)
         failed += more
     if doubtful := [o.family for o in out if not o.sure]:
-        passed, more = find_largest_passing(doubtful, attempts.failure, _liken, coupled=True, base=passed)
+        passed, more = take_back(doubtful, passed, failure, _liken)
         failed += more
-    return passed, failed
+    return passed, {g.name: f.why for g, f in failed}
 
 
 def _liken(group: ChannelGroup, failure: Failure) -> Failure:
@@ -158,15 +165,18 @@ class _Attempts:
     inputs: Inputs
     prove: Prove | None
     made: dict[frozenset[str], tuple[nn.Module, tuple[Repair, ...]]] = field(default_factory=dict)  # the last one
-    checked: tuple[object, Failure | None] = (None, None)  # the last set of groups, and how it failed
+    traced: dict[object, ChannelGraph | Failure] = field(default_factory=dict)  # what it showed
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         return {n: t.detach() for n, t in named_tensors(self.model).items()}
 
     @cached_property
-    def forecast(self) -> Forecast:
-        return Forecast(self.model, self.graph, self.inputs)
+    def forecast(self) -> Forecast | None:
+        try:
+            return Forecast(self.model, self.graph, self.inputs)
+        except Exception:  # it only saves time
+            return None
 
     def sizes_of(self, groups: Sequence[ChannelGroup]) -> dict[str, int]:
         return {g.name: len(self.maps[g.name].merge) for g in groups}
@@ -181,42 +191,41 @@ class _Attempts:
         names = frozenset(g.name for g in groups)
         if names not in self.made:
             self.made.clear()  # first: one network at a time
-            small = copy_model(self.model)
-            self.made[names] = (
-                small,
-                write_weights_(small, reduce_weights(self.weights, self.graph, self.settle(groups))),
-            )
+            small, weights = copy_model(self.model), reduce_weights(self.weights, self.graph, self.settle(groups))
+            self.made[names] = small, write_weights_(small, weights)
         return self.made[names]
 
-    def failure(self, groups: Sequence[ChannelGroup]) -> Failure | None:
-        """How a network fails in which these groups are reduced; whether it runs is seen first, at little cost."""
-        trial = self.forecast.run(self.sizes_of(groups))
-        if trial.error is not None:
+    def show(self, groups: Sequence[ChannelGroup]) -> Failure | None:
+        """How a network fails to run, which is seen at little cost, or to show its groups, when these are reduced."""
+        trial = self.forecast.run(self.sizes_of(groups)) if self.forecast and groups else None
+        if trial is not None and trial.error is not None:
             return Failure(_explain_error(trial.error), trial.place, trial.suspects)
-        found = self.check(groups)
-        return found if found is None or found.together else replace(found, suspects=(*trial.suspects, *found.suspects))
-
-    def locate(self, groups: Sequence[ChannelGroup], found: Failure) -> Failure:
-        """The same failure, and where it begins."""
-        return found if found.together else self.failure(groups) or found
+        found = self._trace(groups) if groups else None
+        return replace(found, suspects=trial.suspects if trial else ()) if isinstance(found, Failure) else None
 
     def check(self, groups: Sequence[ChannelGroup]) -> Failure | None:
-        """Run, traced and proved; what failed last is remembered until a scale is found."""
-        key = frozenset(g.name for g in groups), self.prove.revision if self.prove else 0
-        if self.checked[0] != key:
-            self.checked = key, self._check_anew(groups)
-        return self.checked[1]
+        """How a network fails to run, to show its groups, or to be right, when these are reduced."""
+        found = self._trace(groups) if groups else None
+        if not isinstance(found, ChannelGraph):
+            return found
+        return None if self.prove is None else self._prove(self.prove, groups, found)
 
-    def _check_anew(self, groups: Sequence[ChannelGroup]) -> Failure | None:
+    def _trace(self, groups: Sequence[ChannelGroup]) -> ChannelGraph | Failure:
+        """The groups that the smaller network shows; of the last one that was tried they are remembered."""
+        key = frozenset(g.name for g in groups), self.prove.revision if self.prove else 0
+        if key not in self.traced:
+            self.traced.clear()
+            self.traced[key] = self._trace_anew(groups)
+        return self.traced[key]
+
+    def _trace_anew(self, groups: Sequence[ChannelGroup]) -> ChannelGraph | Failure:
         try:
             found = trace(self.find_made(groups)[0], self.inputs, calls=self.graph.calls)
         except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
             return Failure(_explain_error(error), _RUNS)
         expected = shrink_graph(self.graph, self.sizes_of(groups))
         why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(self.graph))
-        if why is not None:
-            return Failure(why, _DIFFERS)
-        return None if self.prove is None else self._prove(self.prove, groups, found)
+        return found if why is None else Failure(why, _DIFFERS)
 
     def _prove(self, prove: Prove, groups: Sequence[ChannelGroup], found: ChannelGraph) -> Failure | None:
         revision = prove.revision

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from intrafusion.graph import ChannelGroup, families_of
 
 _FEW = 4  # families left out up to which each is tried as the only one
-_TRIES = 16  # of families together that failed alone
+_TRIES = 8  # of families together that failed alone
+_SINGLES = 6  # suspects of one failure that are left out one by one
 _ENOUGH = 2  # failures of one kind after which the others are not tried one by one
 
 
@@ -99,14 +101,20 @@ def _join_coupled(
             left = [family for family in left if family[0] not in joined]
 
 
-def _list_candidates(left: list[list[ChannelGroup]]) -> list[list[ChannelGroup]]:
-    """What may pass together, the likeliest first: all but one, if few; two that share a tensor, and all in a chain."""
-    tensors = [{m.tensor for g in family for m in g.members} for family in left]
-    pairs = [(a, b) for b in range(len(left)) for a in range(b) if tensors[a] & tensors[b]]
-    chosen = [set(range(len(left))) - {one} for one in range(len(left))] if 2 < len(left) <= _FEW else []
+def _list_candidates(left: _Families) -> list[list[ChannelGroup]]:
+    """What may pass together, the likeliest first: all in a chain, all but one, if few, and two that share a tensor."""
+    pairs = _find_pairs(left)
+    chosen = _chain(_find_pairs(left, along=True))
+    chosen += [set(range(len(left))) - {one} for one in range(len(left))] if 2 < len(left) <= _FEW else []
     chosen += [{a, b} for a, b in pairs]
     chosen += _chain(pairs)
     return [[g for k in sorted(some) for g in left[k]] for some in chosen]
+
+
+def _find_pairs(families: _Families, *, along: bool = False) -> list[tuple[int, int]]:
+    """Families, by number, that share a tensor (`along`: and run along the same dimension of it)."""
+    seen = [{m.key()[:2] if along else m.tensor for g in family for m in g.members} for family in families]
+    return [(a, b) for b in range(len(families)) for a in range(b) if seen[a] & seen[b]]
 
 
 def _chain(pairs: list[tuple[int, int]]) -> list[set[int]]:
@@ -132,7 +140,8 @@ class Failure:
 
     Attributes:
         place: how far they came: numbers that all become larger where they come further.
-        suspects: names of groups that are likely at fault, the likeliest first; from several places.
+        suspects: names of groups that are likely at fault, the likeliest first, from several places; also such as are
+            not among those that fail, but are seen at the same place.
         together: all suspects of a place are rather at fault than one.
     """
 
@@ -144,7 +153,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A family that was left out, after which failure; `sure`: nothing else was left out that this one may depend on."""
+    """A family that was left out, and after which failure.
+
+    sure: nothing else was left out that this may have depended on.
+    """
 
     family: list[ChannelGroup]
     failure: Failure
@@ -206,9 +218,11 @@ def _list_suspected(
     often = [f for f in rest if counts[family_kind(f)] >= _ENOUGH]
     if any(family in often for families in seen for family in families):
         yield often
-    for families in () if found.together else seen:
-        known = [f for f in families if any(g.name in guilty for g in f)]
-        yield from ([f] for f in [*known, *(f for f in families if f not in known)][:_FEW])
+    known = [[f for f in families if any(g.name in guilty for g in f)] for families in seen]
+    yield from (families for families in known if len(families) > 1)
+    singles = itertools.chain(*known, *itertools.zip_longest(*seen))
+    if not found.together:
+        yield from ([f] for f in itertools.islice(_distinct(singles), _SINGLES))
     for families in seen:
         if len(families) > 1 or found.together:
             yield families
@@ -216,9 +230,32 @@ def _list_suspected(
         yield [f for f in rest if any(f in families for families in seen)]
 
 
+def _distinct(families: Iterable[list[ChannelGroup] | None]) -> Iterator[list[ChannelGroup]]:
+    done: set[str] = set()
+    for family in families:
+        if family is not None and family[0].name not in done:
+            done.add(family[0].name)
+            yield family
+
+
 def _doubt(out: list[LeftOut]) -> list[LeftOut]:
-    """A family that failed beside others that were left out later may do without them."""
+    """A family that failed where others are seen that were left out too may do with them, or without them."""
     names = [{g.name for g in o.family} for o in out]
-    later = [set().union(*names[k + 1 :]) for k in range(len(out))]
+    others = [set().union(*names[:k], *names[k + 1 :]) for k in range(len(out))]
     seen = [{n for suspects in o.failure.suspects for n in suspects} for o in out]
-    return [replace(o, sure=o.sure and not (s & n)) for o, s, n in zip(out, seen, later, strict=True)]
+    return [replace(o, sure=o.sure and not (s & n)) for o, s, n in zip(out, seen, others, strict=True)]
+
+
+def take_back(
+    left: _Families,
+    passed: list[ChannelGroup],
+    failure: Callable[[list[ChannelGroup]], F | None],
+    likewise: Callable[[ChannelGroup, F], F],
+) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, F]]]:
+    """Families that were left out and pass with the others all the same: first what hangs together, then by halving."""
+    chains = [[left[k] for k in sorted(chain)] for chain in _chain(_find_pairs(left, along=True))]
+    for chain in chains if len(chains) > 1 else ():
+        if failure([*passed, *(g for family in chain for g in family)]) is None:
+            passed = [*passed, *(g for family in chain for g in family)]
+            left = [family for family in left if family not in chain]
+    return find_largest_passing(left, failure, likewise, coupled=True, base=passed)
