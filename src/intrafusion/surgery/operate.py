@@ -19,7 +19,7 @@ from intrafusion.surgery.expect import find_confusion, find_disagreement, find_s
 from intrafusion.surgery.forecast import Forecast
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.memory import recall
-from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects, take_back
+from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects, take_back, take_back_by_kind
 from intrafusion.surgery.write import Repair, write_weights_
 from intrafusion.trace import trace
 
@@ -146,7 +146,8 @@ def _leave_out(
         passed, more = find_largest_passing(families_of(passed), failure, _liken, coupled=True)
         failed += more
     if doubtful := [o.family for o in out if not o.sure]:
-        passed, more = take_back(doubtful, passed, failure, _liken)
+        take = take_back_by_kind if found.together else take_back
+        passed, more = take(doubtful, passed, failure, _liken)
         failed += more
     return passed, {g.name: f.why for g, f in failed}
 

@@ -178,7 +178,7 @@ class FunctionCheck:
             if not masks:
                 return reference.run()
             tracer, inputs = _Masking(reference.double, masks), reference.probe.double()
-            with follow_run(tracer, reference.double, inputs), DoublePrecision(), tracer:
+            with follow_run(tracer, reference.double, inputs), tracer, DoublePrecision():
                 calls = range(self.graph.calls)
                 with Draws(mean=True):
                     return [output for _ in calls for output in inputs.call(reference.double)]
@@ -190,7 +190,8 @@ class FunctionCheck:
         names = [n for n in maps if n not in self.proved]
         if not names or len({self.groups[n].family for n in names}) > 1 or not set(names) <= exact.keys():
             return False
-        for scale in _list_candidates(changed):
+        plain = all(maps[n].scale is None for n in names)  # and was tried already
+        for scale in itertools.islice(_list_candidates(changed), int(plain), None):
             if self.passes(self.error({n: _scale_map(m, scale) if n in names else m for n, m in exact.items()})):
                 self.scales |= dict.fromkeys(names, scale)
                 self.alike |= {self._kind(n, maps[n]): scale for n in names}

@@ -259,3 +259,32 @@ def take_back(
             passed = [*passed, *(g for family in chain for g in family)]
             left = [family for family in left if family not in chain]
     return find_largest_passing(left, failure, likewise, coupled=True, base=passed)
+
+
+def take_back_by_kind(
+    left: _Families,
+    passed: list[ChannelGroup],
+    failure: Callable[[list[ChannelGroup]], F | None],
+    likewise: Callable[[ChannelGroup, F], F],
+) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, F]]]:
+    """As `take_back`, where a try costs much: `_ENOUGH` of a kind one by one; if none passes, the others at once."""
+    kinds: dict[FamilyKind, _Families] = defaultdict(list)
+    failed: list[tuple[ChannelGroup, F]] = []
+    for family in left:
+        kinds[family_kind(family)].append(family)
+    for families in kinds.values():
+        bad: list[tuple[ChannelGroup, F]] = []
+        for family in families[:_ENOUGH]:
+            passed, more = find_largest_passing([family], failure, base=passed)
+            bad += more
+        rest = families[_ENOUGH:]
+        groups = [g for family in rest for g in family]
+        if len({g.family for g, _ in bad}) < _ENOUGH:
+            passed, more = find_largest_passing(rest, failure, likewise, base=passed)
+            bad += more
+        elif groups and failure([*passed, *groups]) is None:
+            passed = [*passed, *groups]
+        else:
+            bad += [(g, likewise(*bad[0])) for g in groups]
+        failed += bad
+    return passed, failed
