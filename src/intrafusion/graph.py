@@ -182,7 +182,6 @@ class WeightNorm:
     dim: int
 
 
-@checked
 @dataclass(frozen=True)
 class Factor:
     """A number that met channels of groups in an operation, such as the 4.0 of q @ k / 4.0."""

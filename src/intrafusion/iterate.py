@@ -28,6 +28,7 @@ from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
 from intrafusion.selectors import find_left_alone
 from intrafusion.surgery.expect import shrink_graph
+from intrafusion.surgery.memory import hand_on
 from intrafusion.surgery.proof import FUNCTION
 from intrafusion.surgery.write import Repair
 from intrafusion.trace import trace
@@ -137,7 +138,9 @@ def _shrunken_graph(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
     """The graph of a network that was made from one with this graph; `apply` has proved that it shows it."""
     shapes = {n: tuple(t.shape) for n, t in named_tensors(small.model).items() if n in graph.shapes}
     factors = trace(small.model, small.inputs).factors if graph.factors else ()
-    return replace(shrink_graph(graph, small.plan.sizes), shapes=shapes, factors=factors)
+    shrunken = replace(shrink_graph(graph, small.plan.sizes), shapes=shapes, factors=factors)
+    hand_on(graph, shrunken)
+    return shrunken
 
 
 # ---- several steps as one -------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from intrafusion.restore.steps import calibrate_for, run_restorers
 from intrafusion.surgery.operate import operate
 from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
-from intrafusion.surgery.proof import FunctionCheck
+from intrafusion.surgery.proof import FunctionCheck, Reference
 from intrafusion.surgery.write import make_repairs_, write_weights_
 from intrafusion.trace import trace
 
@@ -272,7 +272,7 @@ def apply(
     plan.check_fits(graph.shapes, graph)
     report("checking the smaller network", 0)
     before = size_of(core, inputs)
-    check = FunctionCheck(core, graph, inputs)
+    check = FunctionCheck(Reference(core, graph, inputs))
     surgery = operate(core, graph, dict(plan.maps), inputs, check)
     plan = plan.rolled_back(surgery.rolled_back).proved(surgery.maps, check.proved)
     add_shifts_(surgery.model, core, graph, plan.maps)

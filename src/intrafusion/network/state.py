@@ -30,13 +30,20 @@ def preserve_state(model: nn.Module) -> Iterator[Memory]:
     Random numbers inside do not depend on the state outside.
     """
     put_back = Memory(model)
-    with _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
+    with evaluate_alone(model):
         try:
-            for module in put_back.modules:
-                module.training = False
             yield put_back
         finally:
             put_back()
+
+
+@contextlib.contextmanager
+def evaluate_alone(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and random numbers of its own inside; for a copy to throw away: what is changed stays."""
+    with _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
+        for module in model.modules():
+            module.training = False
+        yield
 
 
 class Memory:

@@ -40,7 +40,7 @@ class Tracer(TorchDispatchMode):
         out = self.execute(func, args, kwargs)
         call = Call(func, args, kwargs, out, self.modules[-1] if self.modules else "")
         if any(map(self.ledger.knows, call.tensors)):
-            self._follow(call)
+            self.follow(call)
         if call.name in _FILLS or not any(map(self.ledger.knows, call.tensors)):
             self._note_constants(call)
         return out
@@ -56,7 +56,7 @@ class Tracer(TorchDispatchMode):
         """Compute what an operation gives."""
         return func(*args, **kwargs)
 
-    def _follow(self, call: Call) -> None:
+    def follow(self, call: Call) -> None:
         """Apply the rule of an operation and keep what it says of the outputs."""
         self.ledger.relations.where = call.where
         for tensor in call.tensors:
