@@ -25,6 +25,7 @@ from intrafusion.lab.zoo.networks import (
     resnet50,
 )
 from intrafusion.lab.zoo.root import data_file
+from intrafusion.network.provenance import set_source_
 
 
 class Factory(Protocol):
@@ -128,7 +129,7 @@ def build(name: str, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
                 f"{name} has no trained weights; build it with pretrained=False, or take one of {trained}."
             )
         load_into(model, read_state(data_file("models", f"{found.weights}.safetensors")))
-    return model
+    return set_source_(model, "zoo", name, {})
 
 
 def example_input(name: str, *, batch: int = 1, seed: int = 0) -> Tensor:
