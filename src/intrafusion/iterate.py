@@ -159,6 +159,7 @@ def _join_steps(steps: Sequence[Compressed], recipe: Recipe) -> Compressed:
         last,
         plan=Plan(recipe, decisions, first.plan.shapes, maps, warnings, first.plan.fixed),
         before=first.before,
+        original=first.original,
         repairs=_join_repairs(steps),
         restored=tuple(r for step in steps for r in step.restored),
         notes=tuple(dict.fromkeys(note for step in steps for note in step.notes)),

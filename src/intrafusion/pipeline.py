@@ -17,6 +17,7 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.calibration_images import as_calls, warn_of
+from intrafusion.network.identity import identify
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import (
@@ -278,6 +279,10 @@ def apply(
     add_shifts_(surgery.model, core, graph, plan.maps)
     _check_written(surgery.model, core)
     after = size_of(surgery.model, inputs)
-    small = Compressed(surgery.model, plan, before, after, inputs, surgery.repairs, rolled_back=surgery.rolled_back)
+    small = Compressed(
+        *(surgery.model, plan, before, after, inputs, surgery.repairs),
+        rolled_back=surgery.rolled_back,
+        original=identify(core),
+    )
     report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)

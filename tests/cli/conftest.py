@@ -73,7 +73,7 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     loaded = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - loaded:
-        if name.startswith("_intrafusion_model_"):
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(tmp_path):
             del sys.modules[name]
 
 

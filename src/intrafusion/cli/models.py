@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from intrafusion.cli import hugging_face
 from intrafusion.documents import parse_yaml
 from intrafusion.errors import IntrafusionError, ModelError, unknown_name
+from intrafusion.io.line import import_from_file, import_of
+from intrafusion.network.provenance import set_source_
 from intrafusion.network.sources import (
     MISFIT,
     find_timm,
@@ -76,7 +78,9 @@ class ModelSpec:
         Raises:
             ModelError: it cannot be found or its factory fails; says which step, and what to do.
         """
-        return _BUILDERS[self.kind](self)
+        model = _BUILDERS[self.kind](self)
+        named = self.kind not in (NetworkKind.MODULE, NetworkKind.FILE)
+        return set_source_(model, self.kind, self.target, self.args) if named else model
 
     def python(self) -> tuple[str, str]:
         """Import statements, and the expression behind them that `intrafusion.load` takes as the original network."""
@@ -93,11 +97,10 @@ class ModelSpec:
             case NetworkKind.HF:
                 return "import transformers", hugging_face.python_expression(self.target, self.args)
             case NetworkKind.MODULE:
-                call = f"({', '.join(options)})" if options else ""
-                return f"from {place} import {factory.partition('.')[0]}", f"{factory}{call}"
+                found = import_of(place, factory) or f"from {place} import {factory.partition('.')[0]}"
             case NetworkKind.FILE:
-                arguments = f", {[f'{key}={value}' for key, value in self.args.items()]!r}" if options else ""
-                return "from intrafusion.cli.models import resolve", f"resolve({self.target!r}{arguments}).build"
+                found = import_from_file(Path(place), factory)
+        return found, f"{factory}({', '.join(options)})" if options else factory
 
     def example_input(self) -> Tensor | dict[str, Tensor] | None:
         """An input the network accepts, the same at each call; None where only the network's author knows one."""

@@ -13,7 +13,8 @@ from torch import nn
 from intrafusion.cli.inputs import read_inputs
 from intrafusion.cli.models import FORMS, resolve
 from intrafusion.errors import FolderError, ModelError
-from intrafusion.io.folder import is_ours, load
+from intrafusion.io.folder import is_ours, load, read_document
+from intrafusion.io.line import write_line
 from intrafusion.io.weights import load_into, read_state
 from intrafusion.network.inputs import Inputs
 
@@ -41,11 +42,13 @@ class Network:
 
 
 def loading_line(folder: Path, imports: str, original: str) -> str:
-    return f"import intrafusion; {imports}; model = {loading(folder, original)}"
+    """The line for a folder that was just written; one that says what it was made from needs no more."""
+    names_itself = bool(read_document(folder).get("source"))
+    return write_line(folder) if names_itself else write_line(folder, imports, original)
 
 
-def loading(folder: Path, original: str) -> str:
-    return f"intrafusion.load({str(folder)!r}, {original})"
+def _loading(folder: Path, original: str) -> str:
+    return f"intrafusion.load({str(folder.resolve())!r}, {original})"
 
 
 def is_saved(name: str) -> bool:
@@ -143,7 +146,7 @@ def read_network(
         load_into(model, read_state(file))
     imports, original = spec.python()
     if saved:
-        model, original = load(name, model), loading(Path(name), original)
+        model, original = load(name, model), _loading(Path(name), original)
     return Network(name, model.to(place), Inputs.of(example).map(lambda t: t.to(place)), imports, original)
 
 

@@ -1,8 +1,9 @@
-"""Networks that name themselves: those of the zoo, torchvision, timm and transformers; found by name."""
+"""Packages of networks: the zoo, torchvision, timm and transformers; imported when a network of theirs is wanted."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,29 @@ def find_timm(name: str) -> ModuleType:
     if not timm.is_model(name):
         raise ModelError(unknown_name("timm model", name, timm.list_models()))
     return timm
+
+
+def find_transformers(name: str) -> Any:
+    """The class of this name, a network of transformers itself."""
+    with needing("transformers"):
+        transformers = import_transformers()
+    found = getattr(transformers, name, None)
+    if not _is_network_of(transformers, found):
+        raise ModelError(f"transformers has no network {name!r}; expected the name of one of its classes.")
+    return found
+
+
+def _is_network_of(transformers: Any, found: Any) -> bool:
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return False
+    return found.__module__.startswith("transformers.models.")
+
+
+def import_transformers() -> ModuleType:
+    """transformers, also where torchvision's operators do not load, see `import_torchvision`."""
+    if importlib.util.find_spec("torchvision"):
+        import_torchvision()
+    return importlib.import_module("transformers")
 
 
 @contextmanager

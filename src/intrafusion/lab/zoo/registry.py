@@ -27,6 +27,7 @@ from intrafusion.lab.zoo.networks import (
     resnet50,
 )
 from intrafusion.lab.zoo.root import data_file
+from intrafusion.network.provenance import set_source_
 
 
 class Factory(Protocol):
@@ -135,7 +136,7 @@ def build(name: str, *, pretrained: bool = False, seed: Seed = 0) -> nn.Module:
                 f"{name} has no trained weights; build it with pretrained=False, or take one of {trained}."
             )
         load_into(model, read_state(data_file("models", f"{found.weights}.safetensors")))
-    return model
+    return set_source_(model, "zoo", name, {})
 
 
 @checked
