@@ -1,9 +1,10 @@
-"""Compressed: what was obtained."""
+"""Compressed: what was obtained, and what is printed of it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from intrafusion.brief import show_briefly
 from intrafusion.io import folder as folders
 from intrafusion.io.card import Words
 from intrafusion.io.line import write_line_of
+from intrafusion.measure.closeness import Closeness
+from intrafusion.measure.comparison import Comparison, describe_change
 from intrafusion.measure.size import Size
 from intrafusion.network.identity import Identity
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.wrappers import unwrap
-from intrafusion.plan import Plan, size_change, tabulate_plan
+from intrafusion.plan import Plan, tabulate_plan
 from intrafusion.surgery.write import Repair
-from intrafusion.table import TextTable
+from intrafusion.table import find_width, show_lines
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,14 @@ class Restoration:
         step: name of the restorer.
         on: the images it was done on, None for none.
         seconds: images made from the network included.
-        error_before: mean squared difference of the outputs to the original's on these images, as a fraction of the
-            variance of the original's; None without images.
+        error_before: mean squared difference of the outputs to the original's, as a fraction of the variance of the
+            original's; None where it was not measured.
         error_after: the same after the step.
-        note: why not something better, where it was chosen automatically.
+        note: why not something better, where it was chosen automatically; what was undone.
+        measured_on: the images that both errors are of.
+        unseen: whether these were kept from the solver.
+        agreement_before, agreement_after: share of the labels that are the original's; see `Closeness`.
+        undone: whether the weights from before the step were put back, as the errors say that it did harm.
     """
 
     step: str
@@ -43,12 +50,25 @@ class Restoration:
     error_before: float | None = None
     error_after: float | None = None
     note: str | None = None
+    measured_on: str | None = None
+    unseen: bool = False
+    agreement_before: float | None = None
+    agreement_after: float | None = None
+    undone: bool = False
+
+    @property
+    def result(self) -> tuple[Closeness, Closeness] | None:
+        """How close the outputs were before the step and are behind it; None where that was not measured."""
+        if self.error_before is None or self.error_after is None:
+            return None
+        before = Closeness(self.error_before, self.agreement_before)
+        return before, before if self.undone else Closeness(self.error_after, self.agreement_after)
 
     __repr__ = show_briefly
 
     def __str__(self) -> str:
         on = f" on {self.on}" if self.on else ""
-        gain = "" if self.error_after is None else f", output error {self.error_before:.3f} -> {self.error_after:.3f}"
+        gain = "" if self.error_after is None else f", output error {self.error_before:.2g} -> {self.error_after:.2g}"
         return f"restored: {self.step}{on}, {self.seconds:.1f} s{gain}" + (f" ({self.note})" if self.note else "")
 
 
@@ -66,6 +86,7 @@ class Compressed:
         notes: what the user should know, such as a budget that could not be met.
         rolled_back: groups that were to be reduced and could not be, with the reason.
         original: what tells the original from other networks.
+        comparison: what both networks take, and how close their outputs are; None where only a plan was carried out.
     """
 
     model: nn.Module
@@ -79,14 +100,15 @@ class Compressed:
     notes: tuple[str, ...] = ()
     rolled_back: Mapping[str, str] = field(default_factory=dict)
     original: Identity | None = None
+    comparison: Comparison | None = None
 
     __repr__ = show_briefly
 
     def __str__(self) -> str:
-        return str(_tabulate_result(self))
+        return "\n".join([*_summarise(self), "", str(self.plan)])
 
     def _repr_html_(self) -> str:
-        return _tabulate_result(self).to_html()
+        return show_lines(_summarise(self)) + tabulate_plan(self.plan).to_html()
 
     @checked
     def save(self, folder: str | os.PathLike[str], *, program: bool = False) -> None:
@@ -105,9 +127,10 @@ class Compressed:
             "restored": [asdict(step) for step in self.restored],
             "notes": list(self.notes),
             "rolled_back": dict(self.rolled_back),
+            "comparison": None if self.comparison is None else self.comparison.to_data(),
         }
         made = {"repairs": self.repairs, "before": self.before, "after": self.after, "original": self.original}
-        words = Words(_list_figures(self), [*map(str, self.restored), *self.notes])
+        words = Words(_list_figures(self), [*map(str, self.restored), *_list_warnings(self), *self.notes])
         folders.save(self.model, self.plan, folder, inputs=self.inputs, program=program, told=told, words=words, **made)
 
     @checked
@@ -122,13 +145,58 @@ class Compressed:
         return write_line_of(folder, folders.read_document(Path(folder)), type(unwrap(self.model)))
 
 
-def _tabulate_result(small: Compressed) -> TextTable:
-    """What was done to each group and against the loss, and what the user should know."""
-    notes = [f"note: {note}" for note in dict.fromkeys(small.notes) if note not in small.plan.warnings]
-    return tabulate_plan(small.plan, small.before, small.after, [*map(str, small.restored), *notes])
+# ---- what is printed before the table -------------------------------------------------------------------------------
+
+_ALIGNED = (8, 16)  # multiples that hardware likes
+
+
+def _summarise(small: Compressed) -> list[str]:
+    """Size, time and outputs before and after, what was done against the loss, and what the user should know."""
+    rows = _list_figures(small)
+    label = max(len(name) for name, _ in rows) + 2
+    lines = [line for name, text in rows for line in _wrap(name.ljust(label) + text, " " * label)]
+    said = [*map(str, small.restored), *_list_warnings(small)]
+    said += [f"note: {note}" for note in dict.fromkeys(small.notes) if note not in small.plan.warnings]
+    return [f"{type(small.model).__name__}: {_count_reduced(small.plan)}", *lines, *(x for t in said for x in _wrap(t))]
+
+
+def _count_reduced(plan: Plan) -> str:
+    return f"{len(plan.sizes)} of {len(plan.decisions)} channel groups are smaller"
 
 
 def _list_figures(small: Compressed) -> list[tuple[str, str]]:
     """What was measured, and both values in words."""
-    changes = {"parameters": (small.before.params, small.after.params), "MACs": (small.before.macs, small.after.macs)}
-    return [(name, size_change("", *sizes).strip()) for name, sizes in changes.items()]
+    rows = _size_rows(small) if small.comparison is None else small.comparison.rows()
+    held_out = None if small.comparison is None else small.comparison.held_out
+    return rows if held_out is None else [*rows, held_out.row()]
+
+
+def _size_rows(small: Compressed) -> list[tuple[str, str]]:
+    pairs = {name: (getattr(small.before, name), getattr(small.after, name)) for name in ("params", "macs")}
+    return [("parameters", describe_change(*pairs["params"])), ("MACs", describe_change(*pairs["macs"]))]
+
+
+def _list_warnings(small: Compressed) -> Iterator[str]:
+    """What speaks against using the smaller network as it is."""
+    found = small.comparison
+    if found is None:
+        return
+    if found.failed is not None:
+        yield f"warning: {found.failed}"
+    if found.is_faster is False:
+        yield f"warning: the smaller network is not faster here. {_advise_on_speed(small.plan)}"
+
+
+def _advise_on_speed(plan: Plan) -> str:
+    """Rounded sizes where they are not round, else a budget that measures."""
+    base = _ALIGNED[0]
+    cut = [d for d in plan.decisions if d.reduced and d.n >= 2 * base]
+    odd = [d for d in cut if d.m % base]
+    if odd:
+        counts = f"{len(odd)} of {len(cut)} sizes are no multiples of {base}"
+        return f"{counts}, the shapes that hardware likes: round_to={base} may help, or {_ALIGNED[1]} on a GPU."
+    return "Time a larger batch, or say target={'latency_ms': ...}, which cuts where it is measured to help."
+
+
+def _wrap(text: str, indent: str = "  ") -> list[str]:
+    return textwrap.wrap(text, find_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

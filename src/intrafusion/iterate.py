@@ -18,14 +18,16 @@ from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError, RecipeError, show, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, make_reusable
+from intrafusion.network.calibration_images import as_calls, warn_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.network.wrappers import outside_inference, unwrap
-from intrafusion.pipeline import follow, inspect, wrap_result
+from intrafusion.network.wrappers import outside_inference
+from intrafusion.pipeline import inspect, make_workable, reduce_and_restore, wrap_result
 from intrafusion.plan import Decision, Plan
 from intrafusion.progress import ShowProgress, prefix_stages, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
+from intrafusion.restore.steps import add_comparison, split_images
 from intrafusion.selectors import find_left_alone
 from intrafusion.surgery.expect import shrink_graph
 from intrafusion.surgery.memory import hand_on
@@ -82,7 +84,10 @@ def compress_in_steps(
     if options.get("target") is not None:
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
     recipe = Recipe.of(keep=keep, **options)
-    core, inputs, images = unwrap(model), Inputs.of(example_inputs), make_reusable(images)
+    recipe.refuse_foreign()
+    core, inputs = make_workable(model), Inputs.of(example_inputs)
+    calls = as_calls(make_reusable(images), core, inputs)
+    split = split_images(calls, core, recipe)
     graph = inspect(core, inputs)
     fractions = _schedule(graph, _final_sizes(core, graph, recipe), steps)
     done: list[Compressed] = []
@@ -90,12 +95,14 @@ def compress_in_steps(
     for index, fraction in enumerate(fractions):
         step = replace(recipe, keep=fraction, round_to=None)
         with prefix_stages(f"step {index + 1} of {steps}"):
-            small = follow(step, present, graph, inputs, images)
+            small = reduce_and_restore(step, present, graph, inputs, split)
         if train is not None and index + 1 < steps:
             _train_between_(small.model, train)
         graph, present = _shrunken_graph(small, graph), small.model
         done.append(small)
-    return wrap_result(model, _join_steps(done, recipe))
+    small = _join_steps(done, recipe)
+    small = replace(small, notes=(*small.notes, *warn_of(calls.notes if calls is not None else {})))
+    return wrap_result(model, add_comparison(small, core, split))
 
 
 def _check_options(options: Iterable[str]) -> None:

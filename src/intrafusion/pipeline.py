@@ -17,6 +17,7 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.calibration_images import as_calls, warn_of
+from intrafusion.network.held_out import Split
 from intrafusion.network.identity import identify
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
@@ -34,7 +35,14 @@ from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer
 from intrafusion.restore import Calibration, add_shifts_
-from intrafusion.restore.steps import calibrate_for, run_restorers
+from intrafusion.restore.steps import (
+    add_comparison,
+    calibrate_for,
+    find_held_out,
+    find_yardstick,
+    run_restorers,
+    split_images,
+)
 from intrafusion.surgery.operate import operate
 from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
@@ -84,12 +92,13 @@ def compress(
             name with hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
         importance: "l1", "l2", "linf", "random", ..., a name with hyper-parameters, or any callable (group, weights,
             observations) -> (n,) scores; not used by "pivot".
-        restore: what is done against the loss: "auto" (the strongest that the images given allow), "images" (least
-            squares on those given), "synthetic" (on images made from the network), "noise" (without data, in seconds),
-            None, a restorer or its name, or several in order; see `intrafusion.restore`.
+        restore: what is done against the loss: "auto" (on the images given; else on what about 20 seconds allow, by a
+            timed step), "images" (least squares on those given), "synthetic" (on images made from the network,
+            minutes), "noise" (without data, in seconds), None, a restorer or its name, or several in order; see
+            `intrafusion.restore`.
         images: a few hundred unlabelled images as the network takes them: a tensor or array, or any iterable of such,
             of tuples (as many arguments as the example inputs have, then labels) or of dicts (entries that forward does
-            not take are left out), such as a DataLoader.
+            not take are left out), such as a DataLoader. One in five, at most 64, is kept to measure the result on.
         round_to: make every size a multiple of this (the nearest, never below it).
         min_channels: no group becomes smaller than this.
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
@@ -109,18 +118,19 @@ def compress(
         BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing.
         RecipeError: a method, a hyper-parameter or another option that means nothing.
     Warns:
-        IntrafusionWarning: fewer than 32 images, or whole numbers where the example has floating ones.
+        IntrafusionWarning: fewer than 32 images, whole numbers where the example has floating ones, or no images, and
+            "auto" would take long for the best that it can do without; what it does then depends on the machine.
     """
     said = locals()
     recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
-    core = _make_workable(model, inplace=inplace)
+    core = make_workable(model, inplace=inplace)
     inputs = Inputs.of(example_inputs)
     graph = inspect(core, inputs)
     small = follow(recipe, core, graph, inputs, images)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)
 
 
-def _make_workable(model: Any, *, inplace: bool = False) -> nn.Module:
+def make_workable(model: Any, *, inplace: bool = False) -> nn.Module:
     """The network inside its wrappers, of ordinary tensors.
 
     Raises:
@@ -157,13 +167,29 @@ def follow(
         calibration: instead of the one that the recipe would make, for several recipes on one network.
     """
     recipe.refuse_foreign()
-    model, inputs = _make_workable(model), Inputs.of(example_inputs)
-    images = as_calls(make_reusable(images), model, inputs)
-    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images)
-    plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images)
+    model, inputs = make_workable(model), Inputs.of(example_inputs)
+    calls = as_calls(make_reusable(images), model, inputs)
+    split = Split(calls) if calibration is not None else split_images(calls, model, recipe)
+    small = reduce_and_restore(recipe, model, graph, inputs, split, calibration=calibration)
+    small = replace(small, notes=(*small.notes, *warn_of(calls.notes if calls is not None else {})))
+    return add_comparison(small, model, split, find_held_out(small.restored))
+
+
+def reduce_and_restore(
+    recipe: Recipe,
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Inputs,
+    images: Split,
+    *,
+    calibration: Calibration | None = None,
+) -> Compressed:
+    """The same with images that were split before, and no comparison of the two networks."""
+    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen)
+    plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
     small = apply(model, plan, inputs, graph=graph)
-    small = run_restorers(small, model, graph, calibration, images)
-    return replace(small, notes=(*small.notes, *warn_of(images.notes if images is not None else {})))
+    yardstick = find_yardstick(images, model)
+    return run_restorers(small, model, graph, calibration, images.seen, yardstick=yardstick)
 
 
 def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Compressed:
@@ -183,7 +209,7 @@ def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Comp
 @shows_progress("inspect")
 def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowProgress = None) -> ChannelGraph:
     """Trace a network into channel groups and prove each of them by a permutation."""
-    model, inputs = _make_workable(model), Inputs.of(example_inputs)
+    model, inputs = make_workable(model), Inputs.of(example_inputs)
     check_weights(model)
     report("tracing the network", 0)
     graph = trace(model, inputs)
@@ -266,7 +292,7 @@ def apply(
         PlanError: the plan was made for another network.
         ModelError: the network does not run on the example inputs.
     """
-    core, inputs = _make_workable(model, inplace=inplace), Inputs.of(example_inputs)
+    core, inputs = make_workable(model, inplace=inplace), Inputs.of(example_inputs)
     if graph is None:
         plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(core).items() if t.is_floating_point()})
         graph = inspect(core, inputs)

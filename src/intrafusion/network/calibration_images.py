@@ -145,8 +145,13 @@ def _arguments(model: nn.Module) -> tuple[str, ...] | None:
 def warn_of(notes: Mapping[str, str]) -> tuple[str, ...]:
     """The notes, after a warning of each that points at the caller of the library."""
     for note in notes.values():
-        warnings.warn(note, IntrafusionWarning, stacklevel=_depth())
+        warn_caller(note)
     return tuple(notes.values())
+
+
+def warn_caller(message: str) -> None:
+    """An IntrafusionWarning that points at the caller of the library."""
+    warnings.warn(message, IntrafusionWarning, stacklevel=_depth())
 
 
 def _depth() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
@@ -16,6 +17,8 @@ from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.restore.solver import LayerSolver
 from intrafusion.surgery.write import write_weights_
+
+T = TypeVar("T")
 
 
 @checked
@@ -97,16 +100,16 @@ class LeastSquares:
         graph: ChannelGraph,
         images: Inputs,
         reference: nn.Module,
-        error: Callable[[nn.Module], float],
-    ) -> tuple[float, float]:
+        measure: Callable[[nn.Module], T],
+    ) -> tuple[T, T]:
         """The same on images in one call, measured.
 
         Args:
             reference: the original network as it is to be seen on these images; here, itself.
-            error: of a network on the images.
+            measure: of a network, such as its error.
         Returns:
-            the error of the smaller network before and after.
+            what that is of the smaller network before and after.
         """
-        before = error(compressed.model)
+        before = measure(compressed.model)
         self(compressed, reference, graph, images)
-        return before, error(compressed.model)
+        return before, measure(compressed.model)

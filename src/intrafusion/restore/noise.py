@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from intrafusion.surgery.write import write_weights_
 _PIXELS = 2**19  # of all noise images together, unless that would leave fewer than _FEWEST
 _FEWEST = 32
 
+T = TypeVar("T")
 Watch = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 
 
@@ -87,7 +89,7 @@ class Noise:
         """
         check_graph(graph, reference)
         noise = self.make(compressed.inputs, reference) if images is None else join_batches(read_batches(images))
-        self.restore(compressed, reference, graph, noise, standardise(reference, noise), lambda _: math.nan)
+        self.restore(compressed, reference, graph, noise, standardise(reference, noise), lambda _: None)
 
     def restore(
         self,
@@ -96,21 +98,21 @@ class Noise:
         graph: ChannelGraph,
         images: Inputs,
         reference: nn.Module,
-        error: Callable[[nn.Module], float],
-    ) -> tuple[float, float]:
+        measure: Callable[[nn.Module], T],
+    ) -> tuple[T, T]:
         """The same on noise in one call, measured.
 
         Args:
             reference: what `standardise(original, images)` gave.
-            error: of a network on the noise.
+            measure: of a network, such as its error.
         Returns:
-            the error of the smaller network with the statistics of the noise in its batch norms, before and after.
+            what that is of the smaller network with the statistics of the noise in its batch norms, before and after.
         """
         maps = compressed.plan.maps
         small, result = copy_model(compressed.model).eval(), copy_model(compressed.model)
         write_weights_(small, _reduce_tensors(reference, graph, maps))
         write_weights_(result, _reduce_tensors(original, graph, maps))
-        before = error(small)
+        before = measure(small)
         changes = self.solver.solve_(small, maps, reference, graph, images)
         small_seen, small_own, seen, own = (find_layers(m, graph) for m in (small, result, reference, original))
         for name, (change, shift) in changes.items():
@@ -118,7 +120,7 @@ class Noise:
             rows = _find_gains(small_seen[name], small_own[name], seen[name], own[name], merge)
             small_own[name].add_(rows[:, None] * change, rows * shift)
         write_weights_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
-        return before, error(small)
+        return before, measure(small)
 
     @checked
     def make(self, example_inputs: ExampleInputs, model: nn.Module | None = None) -> Inputs:

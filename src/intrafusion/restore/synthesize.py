@@ -99,13 +99,11 @@ class Synthesis:
                 if time.monotonic() > end:
                     break
         report("making images", self.steps, self.steps)
-        made = pixels.detach()
-        return torch.cat([made, made.flip(-1)]) if self.mirrored and made.dim() > 3 else made
+        return self.mirror(pixels.detach())
 
-    @checked
-    def work(self, macs: float) -> float:
-        """Multiply-accumulates in all, for a network that needs `macs` for one image: forward, and twice that back."""
-        return 3 * macs * self.images * self.steps
+    def mirror(self, images: Tensor) -> Tensor:
+        """The images and, if they are to be `mirrored`, their mirror images."""
+        return torch.cat([images, images.flip(-1)]) if self.mirrored and images.dim() > 3 else images
 
     def loss(self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor) -> Tensor:
         told = told_of(model, Inputs((pixels,), source="the images that are made"))
