@@ -22,7 +22,7 @@ from torch import nn
 
 import intrafusion
 from intrafusion import progress as module
-from intrafusion.errors import RecipeError
+from intrafusion.errors import ArgumentError
 from intrafusion.progress import (
     StageLines,
     prefix_stages,
@@ -82,7 +82,7 @@ def test_after_an_error_nobody_is_told_any_more() -> None:
 
 @pytest.mark.parametrize("wrong", ["yes", 1, 0.0, []])
 def test_what_is_no_way_to_show_progress_is_refused(wrong: Any) -> None:
-    with pytest.raises(RecipeError, match=r"progress: expected True, False, None or a function"):
+    with pytest.raises(ArgumentError, match=r"progress: expected a function of 3 arguments or True or False or None"):
         intrafusion.inspect(net(), X, progress=wrong)
 
 

@@ -118,7 +118,7 @@ def test_an_interrupted_command_says_what_is_left(
 def test_without_a_terminal_every_stage_is_a_line(program: Program) -> None:
     lines = program(f"compress {OWN} --restore noise").stderr.splitlines()
     stages = [line for line in lines if line.startswith("compress: ")]
-    assert stages[0] == "compress: trace"
+    assert stages[0] == "compress: tracing the network"
     assert len(stages) == len(set(stages)) > 2
 
 

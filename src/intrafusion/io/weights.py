@@ -70,12 +70,12 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     untouched.
 
     Raises:
-        FolderError: names are missing or unexpected, shapes differ, tensors are meta or sparse or of a kind of which a
-            part would be lost, or tensors that the network ties differ; lists them with the nearest names.
+        ArgumentError: tensors without values of their own, or sparse ones.
+        FolderError: names are missing or unexpected, shapes differ, tensors are of a kind of which a part would be
+            lost, or tensors that the network ties differ; lists them with the nearest names.
     """
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)  # with the parameters themselves, to see which are tied
     for name, tensor in state.items():
-        _check_values(name, tensor, model)
         if name in own:
             _check_kind(name, tensor, own[name])
     differences = list(_differences(own, state))
@@ -85,16 +85,6 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             "Build the network that these weights were saved from, or rename them."
         )
     model.load_state_dict(dict(state), strict=False)
-
-
-def _check_values(name: str, tensor: Tensor, model: nn.Module) -> None:
-    """Raise FolderError for a tensor without values of its own, or in a form that no parameter takes."""
-    if tensor.is_meta or tensor.layout != torch.strided:
-        kind = "a meta tensor without values" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
-        raise FolderError(
-            f"{name}: expected a dense tensor for {type(model).__name__}, got {kind}; save the weights again, "
-            "with their values and as dense tensors (tensor.to_dense())."
-        )
 
 
 def _check_kind(name: str, saved: Tensor, own: Tensor) -> None:
