@@ -37,8 +37,9 @@ from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
 from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
+from intrafusion.network.held_out import Split
 from intrafusion.network.inputs import Inputs
-from intrafusion.pipeline import follow, inspect
+from intrafusion.pipeline import inspect, reduce_and_restore
 from intrafusion.planning import fold_weights
 from intrafusion.restore import Calibration, Synthesis, calibrate, load_images, save_images
 from intrafusion.train import Training, train_
@@ -135,8 +136,9 @@ class Case:
         if sizes:
             options["keep"] = {g.name: sizes[g.name] / g.size for g in self.graph.reducible if g.name in sizes}
         recipe = Recipe.of(reducer=reducer, restore=restore, **options)
-        images = None if calibration is None else calibration.images
-        small = follow(recipe, self.model, self.graph, self.example, images, calibration=calibration)
+        images = Split(None if calibration is None else calibration.images)
+        inputs = Inputs.of(self.example)
+        small = reduce_and_restore(recipe, self.model, self.graph, inputs, images, calibration=calibration)
         if steps:
             how = Training(epochs=steps, steps=steps, batch_size=32, lr=1e-3)
             train_(small.model, self.labelled, how, augment=flipped_and_shifted)

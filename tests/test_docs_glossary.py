@@ -59,7 +59,7 @@ def test_words_are_explained_once_in_a_sentence_or_two() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/methods.md", "docs/extend.md", "docs/tracing.md"]
+    "page", ["README.md", "CONTRIBUTING.md", "docs/methods.md", "docs/extend.md", "docs/tracing.md", "docs/saving.md"]
 )
 def test_the_glossary_is_linked(page: str) -> None:
     assert "glossary.md" in (ROOT / page).read_text(encoding="utf-8")

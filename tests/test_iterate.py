@@ -167,7 +167,7 @@ def test_two_maps_in_turn() -> None:
 
 def test_errors() -> None:
     for steps in (0, 1.5, True):
-        with pytest.raises(BudgetError, match="steps: expected a whole number >= 1"):
+        with pytest.raises(BudgetError, match="steps: expected a whole number from 1 to 10000"):
             compress_in_steps(made(), EXAMPLE, 0.5, steps)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="target: steps are planned from the sizes in `keep`"):
         compress_in_steps(made(), EXAMPLE, target={"params": 0.5})

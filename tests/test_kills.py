@@ -19,7 +19,9 @@ import torch
 from bare import compress
 from torch import nn
 
+import intrafusion.io.folder as folders
 from intrafusion import Compressed, load
+from intrafusion.io.card import is_users_card
 from intrafusion.lab.bench import append_record, read_records, sweep
 from intrafusion.lab.zoo.images import Images
 from intrafusion.restore import load_images, save_images
@@ -65,7 +67,7 @@ def kill_at_random(work: Callable[[], None], rng: random.Random, longest: float)
 
 def which(folder: Path, pair: list[Compressed]) -> int:
     """Which of the two networks lies there, to the bit."""
-    found = load(folder, net).state_dict()
+    found = load(folder, net, trust_program=True).state_dict()  # then its checksum is looked at too
     for index, small in enumerate(pair):
         state = small.model.state_dict()
         if [t.shape for t in state.values()] == [t.shape for t in found.values()]:
@@ -74,18 +76,30 @@ def which(folder: Path, pair: list[Compressed]) -> int:
     raise AssertionError("neither of them")
 
 
-def test_kills_while_a_network_is_saved(pair: list[Compressed], tmp_path: Path) -> None:
+def is_card_of(folder: Path, small: Compressed) -> bool:
+    """Whether the card is whole, and that of this network."""
+    text = (folder / "README.md").read_text()
+    return f" -> {small.after.params:,} (" in text and not is_users_card(folder / "README.md")
+
+
+def test_kills_while_a_network_is_saved(
+    pair: list[Compressed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng, counts, folder = random.Random(0), Counter[str](), tmp_path / "net"
-    pair[0].save(folder)
+    monkeypatch.setattr(folders, "export_network", lambda model, inputs: (str(len(model[0].weight)).encode(), True))
+    pair[0].save(folder, program=True)
     (folder / "notes.txt").write_text("precious")
 
     def save_on_and_on() -> None:
         for turn in range(1, 1000):
-            pair[turn % 2].save(folder)
+            pair[turn % 2].save(folder, program=True)
 
     for _ in range(25 * TIMES):
-        counts["kills"] += kill_at_random(save_on_and_on, rng, 0.06)
-        counts[f"network {which(folder, pair)} is there"] += 1
+        counts["kills"] += kill_at_random(save_on_and_on, rng, 0.2)
+        found = which(folder, pair)
+        counts[f"network {found} is there"] += 1
+        assert (folder / "program.pt2").read_text() == str(len(pair[found].model[0].weight))
+        assert is_card_of(folder, pair[found])
         assert (folder / "notes.txt").read_text() == "precious"
     pair[0].save(folder)
     assert os.listdir(tmp_path) == ["net"], "the next save cleans up"

@@ -41,7 +41,6 @@ REFUSED = [
     ({"reducer": {"name": "intrafusion", "epsilon": 0}}, "reducer 'intrafusion': epsilon: expected a number > 0"),
     ({"reducer": {"name": "intrafusion", "p": 0.5}}, "reducer 'intrafusion': p: expected 1 <= p"),
     ({"reducer": {"n_init": 3}}, "reducer: expected a mapping such as"),
-    ({"reducer": Fold(n_init=2.5)}, "reducer 'Fold': n_init: expected a whole number, got 2.5"),  # type: ignore[arg-type]
     ({"reducer": Select}, "reducer: expected a name, a mapping with a name or an object with `mixes`"),
     ({"reducer": None}, "reducer: expected .*, got None"),
     ({"importance": "tailor"}, "unknown importance 'tailor'. Did you mean 'taylor'"),
@@ -61,7 +60,7 @@ REFUSED = [
     ({"restore": {"name": "least_squares", "row": 3}}, "unknown hyper-parameter 'row'. Did you mean 'rows'"),
     ({"restore": LeastSquares}, "restorer: expected a name, .* an object with `needs_data`"),
     ({"order": "bakward"}, "unknown order 'bakward'. Did you mean 'backward'"),
-    ({"seed": 1.5}, "seed: expected a whole number, got 1.5"),
+    ({"seed": 1.5}, "seed: expected a whole number .*, got 1.5"),
     ({"keep": 1.5}, r"keep: expected a fraction in \(0, 1\], got 1.5"),
     ({"keep": {"a.*": "half"}}, r"keep\['a.\*'\]: expected a fraction"),
     ({"target": {"macs": -1}}, r"target\['macs'\]: expected a number above 0"),
@@ -157,7 +156,7 @@ def test_values_of_types_that_nobody_can_check_are_left_to_the_method() -> None:
 
         def __call__(self) -> None: ...
 
-    registry = Registry("thing", {"listed": Listed}, "a callable", Traits)
+    registry = Registry("thing", {"listed": Listed}, "a callable", 0, Traits)
     assert registry.resolve({"name": "listed", "parts": (1, 2)}).parts == (1, 2)
     with pytest.raises(RecipeError, match="thing 'listed': rate: expected a whole number or a number or None, got 'x'"):
         registry.resolve({"name": "listed", "rate": "x"})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from intrafusion import trace
 from intrafusion.compressed import Compressed
 from intrafusion.errors import (
+    ArgumentError,
     BudgetError,
     FolderError,
     IntrafusionError,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Alignment",
+    "ArgumentError",
     "BudgetError",
     "ChannelGraph",
     "ChannelGroup",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from intrafusion.errors import BudgetError, unknown_name
+from intrafusion.errors import BudgetError, show, unknown_name
 
 _MEASURES = ("params", "macs", "latency_ms")
 """What a target may be stated in."""
@@ -14,7 +14,9 @@ _MEASURES = ("params", "macs", "latency_ms")
 
 def _check_fraction(fraction: Any, where: str) -> None:
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise BudgetError(f"{where}: expected a fraction in (0, 1], got {fraction!r}; 0.7 keeps 70 % of the channels.")
+        raise BudgetError(
+            f"{where}: expected a fraction in (0, 1], got {show(fraction)}; 0.7 keeps 70 % of the channels."
+        )
 
 
 def check_keep(keep: Any) -> None:
@@ -23,12 +25,14 @@ def check_keep(keep: Any) -> None:
         _check_fraction(keep, "keep")
         return
     for pattern, fraction in keep.items():
-        _check_fraction(fraction, f"keep[{pattern!r}]")
+        _check_fraction(fraction, f"keep[{show(pattern)}]")
+        if not isinstance(pattern, str):
+            raise BudgetError(f"keep: expected patterns of names in a mapping, got {show(pattern)}; '*' means all.")
 
 
 def check_count(count: Any, where: str) -> None:
-    if type(count) is not int or count < 1:
-        raise BudgetError(f"{where}: expected a whole number >= 1, got {count!r}.")
+    if type(count) is not int or not 1 <= count < 2**63:
+        raise BudgetError(f"{where}: expected a whole number >= 1, got {show(count)}; 1 is the least.")
 
 
 def check_target(target: Any) -> tuple[str, float]:
@@ -38,12 +42,14 @@ def check_target(target: Any) -> tuple[str, float]:
         BudgetError: not exactly one target, an unknown one, or one that is not positive.
     """
     if not isinstance(target, Mapping) or len(target) != 1:
-        raise BudgetError(f'target: expected one of {", ".join(_MEASURES)}, such as {{"params": 0.5}}, got {target!r}.')
+        raise BudgetError(
+            f'target: expected one of {", ".join(_MEASURES)}, such as {{"params": 0.5}}, got {show(target)}.'
+        )
     kind, wanted = next(iter(target.items()))
-    if kind not in _MEASURES:
-        raise BudgetError(f"target: {unknown_name('measure', str(kind), _MEASURES)}")
+    if not isinstance(kind, str) or kind not in _MEASURES:
+        raise BudgetError(f"target: {unknown_name('measure', kind, _MEASURES)}")
     if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not 0 < wanted <= sys.float_info.max:
-        raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {wanted!r}.")
+        raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {show(wanted)}; 0.5 is half of it.")
     return kind, float(wanted)
 
 

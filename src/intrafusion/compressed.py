@@ -1,19 +1,29 @@
-"""Compressed: what was obtained."""
+"""Compressed: what was obtained, and what is printed of it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from torch import nn
 
-from intrafusion import table
+from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
 from intrafusion.io import folder as folders
+from intrafusion.io.card import Words
+from intrafusion.io.line import write_line_of
+from intrafusion.measure.closeness import Closeness
+from intrafusion.measure.comparison import Comparison, describe_change
 from intrafusion.measure.size import Size
+from intrafusion.network.identity import Identity
 from intrafusion.network.inputs import Inputs
-from intrafusion.plan import Plan
+from intrafusion.network.wrappers import unwrap
+from intrafusion.plan import Plan, tabulate_plan
 from intrafusion.surgery.write import Repair
+from intrafusion.table import find_width, show_lines
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,14 @@ class Restoration:
         step: name of the restorer.
         on: the images it was done on, None for none.
         seconds: images made from the network included.
-        error_before: mean squared difference of the outputs to the original's on these images, as a fraction of the
-            variance of the original's; None without images.
+        error_before: mean squared difference of the outputs to the original's, as a fraction of the variance of the
+            original's; None where it was not measured.
         error_after: the same after the step.
-        note: why not something better, where it was chosen automatically.
+        note: why not something better, where it was chosen automatically; what was undone.
+        measured_on: the images that both errors are of.
+        unseen: whether these were kept from the solver.
+        agreement_before, agreement_after: share of the labels that are the original's; see `Closeness`.
+        undone: whether the weights from before the step were put back, as the errors say that it did harm.
     """
 
     step: str
@@ -36,13 +50,29 @@ class Restoration:
     error_before: float | None = None
     error_after: float | None = None
     note: str | None = None
+    measured_on: str | None = None
+    unseen: bool = False
+    agreement_before: float | None = None
+    agreement_after: float | None = None
+    undone: bool = False
+
+    @property
+    def result(self) -> tuple[Closeness, Closeness] | None:
+        """How close the outputs were before the step and are behind it; None where that was not measured."""
+        if self.error_before is None or self.error_after is None:
+            return None
+        before = Closeness(self.error_before, self.agreement_before)
+        return before, before if self.undone else Closeness(self.error_after, self.agreement_after)
+
+    __repr__ = show_briefly
 
     def __str__(self) -> str:
         on = f" on {self.on}" if self.on else ""
-        gain = "" if self.error_after is None else f", output error {self.error_before:.3f} -> {self.error_after:.3f}"
+        gain = "" if self.error_after is None else f", output error {self.error_before:.2g} -> {self.error_after:.2g}"
         return f"restored: {self.step}{on}, {self.seconds:.1f} s{gain}" + (f" ({self.note})" if self.note else "")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Compressed:
     """The smaller network, the plan that was carried out, and its size before and after.
@@ -55,6 +85,8 @@ class Compressed:
         images: what the layers were solved on, if anything.
         notes: what the user should know, such as a budget that could not be met.
         rolled_back: groups that were to be reduced and could not be, with the reason.
+        original: what tells the original from other networks.
+        comparison: what both networks take, and how close their outputs are; None where only a plan was carried out.
     """
 
     model: nn.Module
@@ -67,22 +99,104 @@ class Compressed:
     images: Inputs | None = None
     notes: tuple[str, ...] = ()
     rolled_back: Mapping[str, str] = field(default_factory=dict)
+    original: Identity | None = None
+    comparison: Comparison | None = None
+
+    __repr__ = show_briefly
 
     def __str__(self) -> str:
-        notes = dict.fromkeys((*self.plan.warnings, *self.notes))
-        lines = [*map(str, self.restored), *(f"note: {note}" for note in notes)]
-        return "\n".join([table.plan_text(self.plan, self.before, self.after), *lines])
+        return "\n".join([*_summarise(self), "", str(self.plan)])
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write weights (safetensors), plan.json and recipe.yaml; `intrafusion.load` reads them.
+    def _repr_html_(self) -> str:
+        return show_lines(_summarise(self)) + tabulate_plan(self.plan).to_html()
 
+    @checked
+    def save(self, folder: str | os.PathLike[str], *, program: bool = False) -> None:
+        """Write weights (safetensors), plan.json, recipe.yaml and a model card; `intrafusion.load` reads them.
+
+        Where the network is one of the zoo, torchvision, timm or transformers, the folder says so, and loads alone.
+
+        Args:
+            program: write program.pt2 too, of `torch.export`, which runs without the class of the network: in
+                evaluation mode, and on batches of every size where the network takes them.
         Raises:
             FolderError: the folder exists and was not written by intrafusion.
+            ModelError: `torch.export` does not take the network; nothing is written.
         """
         told = {
             "restored": [asdict(step) for step in self.restored],
             "notes": list(self.notes),
             "rolled_back": dict(self.rolled_back),
+            "comparison": None if self.comparison is None else self.comparison.to_data(),
         }
-        sizes = {"before": self.before, "after": self.after}
-        folders.save(self.model, self.plan, folder, repairs=self.repairs, told=told, **sizes)
+        made = {"repairs": self.repairs, "before": self.before, "after": self.after, "original": self.original}
+        words = Words(_list_figures(self), [*map(str, self.restored), *_list_warnings(self), *self.notes])
+        folders.save(self.model, self.plan, folder, inputs=self.inputs, program=program, told=told, words=words, **made)
+
+    @checked
+    def loading_line(self, folder: str | os.PathLike[str]) -> str:
+        """The line of Python that loads what `save` wrote, in any directory and process.
+
+        Where the class is defined in a function or a notebook, or needs arguments, these are left to be filled in.
+
+        Raises:
+            FolderError: it is not there.
+        """
+        return write_line_of(folder, folders.read_document(Path(folder)), type(unwrap(self.model)))
+
+
+# ---- what is printed before the table -------------------------------------------------------------------------------
+
+_ALIGNED = (8, 16)  # multiples that hardware likes
+
+
+def _summarise(small: Compressed) -> list[str]:
+    """Size, time and outputs before and after, what was done against the loss, and what the user should know."""
+    rows = _list_figures(small)
+    label = max(len(name) for name, _ in rows) + 2
+    lines = [line for name, text in rows for line in _wrap(name.ljust(label) + text, " " * label)]
+    said = [*map(str, small.restored), *_list_warnings(small)]
+    said += [f"note: {note}" for note in dict.fromkeys(small.notes) if note not in small.plan.warnings]
+    return [f"{type(small.model).__name__}: {_count_reduced(small.plan)}", *lines, *(x for t in said for x in _wrap(t))]
+
+
+def _count_reduced(plan: Plan) -> str:
+    return f"{len(plan.sizes)} of {len(plan.decisions)} channel groups are smaller"
+
+
+def _list_figures(small: Compressed) -> list[tuple[str, str]]:
+    """What was measured, and both values in words."""
+    rows = _size_rows(small) if small.comparison is None else small.comparison.rows()
+    held_out = None if small.comparison is None else small.comparison.held_out
+    return rows if held_out is None else [*rows, held_out.row()]
+
+
+def _size_rows(small: Compressed) -> list[tuple[str, str]]:
+    pairs = {name: (getattr(small.before, name), getattr(small.after, name)) for name in ("params", "macs")}
+    return [("parameters", describe_change(*pairs["params"])), ("MACs", describe_change(*pairs["macs"]))]
+
+
+def _list_warnings(small: Compressed) -> Iterator[str]:
+    """What speaks against using the smaller network as it is."""
+    found = small.comparison
+    if found is None:
+        return
+    if found.failed is not None:
+        yield f"warning: {found.failed}"
+    if found.is_faster is False:
+        yield f"warning: the smaller network is not faster here. {_advise_on_speed(small.plan)}"
+
+
+def _advise_on_speed(plan: Plan) -> str:
+    """Rounded sizes where they are not round, else a budget that measures."""
+    base = _ALIGNED[0]
+    cut = [d for d in plan.decisions if d.reduced and d.n >= 2 * base]
+    odd = [d for d in cut if d.m % base]
+    if odd:
+        counts = f"{len(odd)} of {len(cut)} sizes are no multiples of {base}"
+        return f"{counts}, the shapes that hardware likes: round_to={base} may help, or {_ALIGNED[1]} on a GPU."
+    return "Time a larger batch, or say target={'latency_ms': ...}, which cuts where it is measured to help."
+
+
+def _wrap(text: str, indent: str = "  ") -> list[str]:
+    return textwrap.wrap(text, find_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -12,6 +12,14 @@ from enum import StrEnum
 
 import numpy as np
 
+from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
+from intrafusion.names import plain_name, plain_text
+from intrafusion.table import WIDTH, GroupLine, TextTable, tabulate_groups, wrap_text
+
+_MEMBERS = 25  # of a group, that are printed
+_HEADER = ("group", "channels", "can be", "other layers, or reason")
+
 
 class Role(StrEnum):
     """What a tensor does with the channels of a group along one of its dimensions."""
@@ -30,6 +38,7 @@ READS = frozenset([Role.CONSUMES, Role.MATCHES])
 """What is transformed as the channels are read: by the transposed unmerge."""
 
 
+@checked
 @dataclass(frozen=True)
 class Slice:
     """Part of a tensor: indices start..stop along dim. One group of a grouped convolution sees only such a part."""
@@ -39,6 +48,7 @@ class Slice:
     stop: int
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Member:
     """One dimension of one tensor that a group runs through.
@@ -62,7 +72,14 @@ class Member:
     def key(self) -> tuple[str, int, Slice | None]:
         return self.tensor, self.dim, self.within
 
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.dim}] {'+'.join(sorted(self.roles))}".rstrip()
 
+    def __repr__(self) -> str:
+        return f"Member({str(self)!r}, {len(self.positions)} channels)"
+
+
+@checked
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """`size` interchangeable channels and every tensor dimension that must change with them.
@@ -98,6 +115,22 @@ class ChannelGroup:
     together: str | None = None
     linear: bool = False
 
+    __repr__ = show_briefly
+
+    def __str__(self) -> str:
+        """Its name, what can be done to it, and the first of its members."""
+        line = _describe_group(self)
+        members = [str(member) for member in sort_by_role(self.members)]
+        more = [f"and {len(members) - _MEMBERS} more"] if len(members) > _MEMBERS else []
+        said = [
+            f"{line.name}: {line.channels}{' channels' if self.is_channel else ''}, {line.how}",
+            line.why,
+            *members[:_MEMBERS],
+            *more,
+        ]
+        first, *rest = (part for text in filter(None, said) for part in wrap_text(plain_text(text), WIDTH - 2))
+        return "\n".join([first, *(f"  {text}" for text in rest)])
+
     @property
     def is_channel(self) -> bool:
         """Whether the unit is one channel, not a whole head or convolution group."""
@@ -108,21 +141,24 @@ class ChannelGroup:
         """Whether nothing speaks against changing these channels; see `reason`."""
         return self.reason is None
 
+    @checked
     def with_role(self, *roles: Role) -> tuple[Member, ...]:
         """Members that have at least one of these roles."""
         return tuple(m for m in self.members if m.roles.intersection(roles))
 
     @property
     def producers(self) -> tuple[str, ...]:
-        """Names of the modules whose outputs are these channels, or are multiplied with them."""
-        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.PRODUCES, Role.MATCHES)))
+        """Names of the layers whose outputs are these channels, or are multiplied with them."""
+        made = self.with_role(Role.PRODUCES, Role.MATCHES)
+        return tuple(dict.fromkeys(plain_name(m.module) for m in made))
 
     @property
     def consumers(self) -> tuple[str, ...]:
-        """Names of the modules whose inputs are these channels."""
-        return tuple(dict.fromkeys(m.module for m in self.with_role(Role.CONSUMES)))
+        """Names of the layers whose inputs are these channels."""
+        return tuple(dict.fromkeys(plain_name(m.module) for m in self.with_role(Role.CONSUMES)))
 
 
+@checked
 @dataclass(frozen=True)
 class FoldableNorm:
     """A batch norm that directly follows a linear map and nothing else reads in between: it can be folded into it.
@@ -139,7 +175,10 @@ class FoldableNorm:
     variance: str
     eps: float
 
+    __repr__ = show_briefly
 
+
+@checked
 @dataclass(frozen=True)
 class WeightNorm:
     """A weight whose direction and length are tensors of their own: w = length * direction / ||direction||.
@@ -161,6 +200,23 @@ class Factor:
     value: float
 
 
+@checked
+@dataclass(frozen=True)
+class FixedSide:
+    """Indices of one dimension of a tensor that belong to no group, such as the columns that read the input."""
+
+    tensor: str
+    dim: int
+    size: int
+    why: str
+
+    __repr__ = show_briefly
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.dim}] ({self.size})"
+
+
+@checked
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """Every channel group of a network, in execution order, the irreducible ones with their reason.
@@ -174,6 +230,7 @@ class ChannelGraph:
         derived: tensors that layers do not use as they are, and through what they go first.
         factors: numbers that met channels, in execution order; a smaller network must show the same.
         calls: forward calls in a row that were traced: 2 where the first leaves a state in an attribute.
+        fixed: the sides of layers that are in no group; with the groups, these are all.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -184,6 +241,7 @@ class ChannelGraph:
     derived: dict[str, str] = field(default_factory=dict)
     factors: tuple[Factor, ...] = ()
     calls: int = 1
+    fixed: tuple[FixedSide, ...] = ()
 
     @property
     def reducible(self) -> tuple[ChannelGroup, ...]:
@@ -195,6 +253,63 @@ class ChannelGraph:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+    def __str__(self) -> str:
+        return str(tabulate_graph(self))
+
+    def __repr__(self) -> str:
+        return f"ChannelGraph({len(self.groups)} groups, {_count_reducible(self)} can be reduced; print it to see them)"
+
+    def _repr_html_(self) -> str:
+        return tabulate_graph(self).to_html()
+
+
+def tabulate_graph(graph: ChannelGraph, below: Iterable[str] = ()) -> TextTable:
+    """Every group with what can be done to it; `below` are sentences to stand after how many can be reduced."""
+    notes = (
+        f"{_count_reducible(graph)} of {len(graph.groups)} groups can be reduced",
+        *below,
+        *(f"in no group, {line}" for line in describe_fixed(graph)),
+        *(f"note: {w}" for w in graph.warnings),
+    )
+    return tabulate_groups(_HEADER, map(_describe_group, graph.groups), ("", *notes))
+
+
+def _count_reducible(graph: ChannelGraph) -> int:
+    return sum(group.reducible and group.is_channel for group in graph.groups)
+
+
+def _describe_group(group: ChannelGroup) -> GroupLine:
+    layers = layers_of(member.tensor for member in sort_by_role(group.members))
+    if group.reason is None and group.is_channel:
+        how, why = ("selected", f"not mixed: {group.unmixable}") if group.unmixable else ("mixed", "")
+        return GroupLine(group.name, str(group.size), how, layers, why)
+    size = str(group.size) if group.is_channel else f"{group.size} blocks"
+    return GroupLine(group.name, size, "kept", why=group.reason or "whole blocks, such as heads, are not reduced yet")
+
+
+def sort_by_role(members: Iterable[Member]) -> list[Member]:
+    """Producers first."""
+    rank = list(Role)
+    return sorted(members, key=lambda m: min(map(rank.index, m.roles), default=len(rank)))
+
+
+def layers_of(tensors: Iterable[str]) -> tuple[str, ...]:
+    """The layers that own these tensors; a tensor of the network itself stands for itself."""
+    names = map(plain_name, tensors)
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+
+
+def describe_fixed(graph: ChannelGraph, shown: int = 3) -> tuple[str, ...]:
+    """What is in no group, a sentence for each reason."""
+    by_reason: dict[str, list[FixedSide]] = {}
+    for side in graph.fixed:
+        by_reason.setdefault(side.why, []).append(side)
+    return tuple(
+        f"{why}: {', '.join(map(str, sides[:shown]))}"
+        + (f" and {len(sides) - shown} more" if len(sides) > shown else "")
+        for why, sides in by_reason.items()
+    )
 
 
 def families_of(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:

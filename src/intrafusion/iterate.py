@@ -5,36 +5,45 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
+from intrafusion.arguments import checked
 from intrafusion.budget import uniform_sizes
 from intrafusion.compressed import Compressed
-from intrafusion.errors import BudgetError, RecipeError, unknown_name
+from intrafusion.errors import BudgetError, RecipeError, show, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, make_reusable
+from intrafusion.network.calibration_images import as_calls, warn_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.network.wrappers import outside_inference, unwrap
-from intrafusion.pipeline import follow, inspect, wrap_result
+from intrafusion.network.wrappers import outside_inference
+from intrafusion.pipeline import inspect, make_workable, reduce_and_restore, wrap_result
 from intrafusion.plan import Decision, Plan
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, prefix_stages, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
+from intrafusion.restore.steps import add_comparison, split_images
 from intrafusion.selectors import find_left_alone
 from intrafusion.surgery.expect import shrink_graph
+from intrafusion.surgery.memory import hand_on
 from intrafusion.surgery.proof import FUNCTION
 from intrafusion.surgery.write import Repair
 from intrafusion.trace import trace
+
+_MOST_STEPS = 10_000
 
 Train = Callable[[nn.Module], Any]
 """Trains a network in place."""
 
 
+@partial(checked, leaving=("steps", *Recipe.options()))
 @outside_inference
+@shows_progress("compress in steps")
 def compress_in_steps(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -43,7 +52,7 @@ def compress_in_steps(
     train: Train | None = None,
     *,
     images: ImagesLike | None = None,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
     **options: Any,
 ) -> Compressed:
     """Make a trained network smaller in several steps, each of which sees the network that the last one left.
@@ -69,27 +78,31 @@ def compress_in_steps(
         ModelError: as `compress`.
     Reference: Theus et al. 2024, Table 1 (iterative pruning).
     """
-    if type(steps) is not int or steps < 1:
-        raise BudgetError(f"steps: expected a whole number >= 1, got {steps!r}.")
+    if type(steps) is not int or not 1 <= steps <= _MOST_STEPS:
+        raise BudgetError(f"steps: expected a whole number from 1 to {_MOST_STEPS}, got {show(steps)}; 4 are usual.")
     _check_options(options)
     if options.get("target") is not None:
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
     recipe = Recipe.of(keep=keep, **options)
-    core, inputs, images = unwrap(model), Inputs.of(example_inputs), make_reusable(images)
-    graph = inspect(core, inputs, progress=progress)
+    recipe.refuse_foreign()
+    core, inputs = make_workable(model), Inputs.of(example_inputs)
+    calls = as_calls(make_reusable(images), core, inputs)
+    split = split_images(calls, core, recipe)
+    graph = inspect(core, inputs)
     fractions = _schedule(graph, _final_sizes(core, graph, recipe), steps)
     done: list[Compressed] = []
     present = core
     for index, fraction in enumerate(fractions):
-        progress("step", index, steps)
         step = replace(recipe, keep=fraction, round_to=None)
-        small = follow(step, present, graph, inputs, images, progress=progress)
+        with prefix_stages(f"step {index + 1} of {steps}"):
+            small = reduce_and_restore(step, present, graph, inputs, split)
         if train is not None and index + 1 < steps:
             _train_between_(small.model, train)
         graph, present = _shrunken_graph(small, graph), small.model
         done.append(small)
-    progress("step", steps, steps)
-    return wrap_result(model, _join_steps(done, recipe))
+    small = _join_steps(done, recipe)
+    small = replace(small, notes=(*small.notes, *warn_of(calls.notes if calls is not None else {})))
+    return wrap_result(model, add_comparison(small, core, split))
 
 
 def _check_options(options: Iterable[str]) -> None:
@@ -132,7 +145,9 @@ def _shrunken_graph(small: Compressed, graph: ChannelGraph) -> ChannelGraph:
     """The graph of a network that was made from one with this graph; `apply` has proved that it shows it."""
     shapes = {n: tuple(t.shape) for n, t in named_tensors(small.model).items() if n in graph.shapes}
     factors = trace(small.model, small.inputs).factors if graph.factors else ()
-    return replace(shrink_graph(graph, small.plan.sizes), shapes=shapes, factors=factors)
+    shrunken = replace(shrink_graph(graph, small.plan.sizes), shapes=shapes, factors=factors)
+    hand_on(graph, shrunken)
+    return shrunken
 
 
 # ---- several steps as one -------------------------------------------------------------------------------------------
@@ -149,8 +164,9 @@ def _join_steps(steps: Sequence[Compressed], recipe: Recipe) -> Compressed:
     warnings = tuple(dict.fromkeys(w for step in steps for w in step.plan.warnings))
     return replace(
         last,
-        plan=Plan(recipe, decisions, first.plan.shapes, maps, warnings),
+        plan=Plan(recipe, decisions, first.plan.shapes, maps, warnings, first.plan.fixed),
         before=first.before,
+        original=first.original,
         repairs=_join_repairs(steps),
         restored=tuple(r for step in steps for r in step.restored),
         notes=tuple(dict.fromkeys(note for step in steps for note in step.notes)),

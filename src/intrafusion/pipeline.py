@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.calibration_images import as_calls, warn_of
+from intrafusion.network.held_out import Split
+from intrafusion.network.identity import identify
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import (
@@ -27,15 +31,22 @@ from intrafusion.network.wrappers import (
 )
 from intrafusion.plan import Plan
 from intrafusion.planning import decide
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer
 from intrafusion.restore import Calibration, add_shifts_
-from intrafusion.restore.steps import calibrate_for, run_restorers
+from intrafusion.restore.steps import (
+    add_comparison,
+    calibrate_for,
+    find_held_out,
+    find_yardstick,
+    run_restorers,
+    split_images,
+)
 from intrafusion.surgery.operate import operate
 from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
-from intrafusion.surgery.proof import FunctionCheck
+from intrafusion.surgery.proof import FunctionCheck, Reference
 from intrafusion.surgery.ties import tie_heads
 from intrafusion.surgery.write import make_repairs_, write_weights_
 from intrafusion.trace import trace
@@ -47,7 +58,9 @@ _UNFIT = {
 """Devices that a network cannot be on, and why."""
 
 
+@partial(checked, leaving=Recipe.options())
 @outside_inference
+@shows_progress("compress")
 def compress(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -63,9 +76,9 @@ def compress(
     include: Any = None,
     exclude: Any = None,
     order: str = "joint",
-    seed: int = 0,
+    seed: Seed = 0,
     inplace: bool = False,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> Compressed:
     """Make a trained network smaller, without training, and without data unless `images` are given.
 
@@ -80,12 +93,13 @@ def compress(
             name with hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
         importance: "l1", "l2", "linf", "random", ..., a name with hyper-parameters, or any callable (group, weights,
             observations) -> (n,) scores; not used by "pivot".
-        restore: what is done against the loss: "auto" (the strongest that the images given allow), "images" (least
-            squares on those given), "synthetic" (on images made from the network), "noise" (without data, in seconds),
-            None, a restorer or its name, or several in order; see `intrafusion.restore`.
+        restore: what is done against the loss: "auto" (on the images given; else on what about 20 seconds allow, by a
+            timed step), "images" (least squares on those given), "synthetic" (on images made from the network,
+            minutes), "noise" (without data, in seconds), None, a restorer or its name, or several in order; see
+            `intrafusion.restore`.
         images: a few hundred unlabelled images as the network takes them: a tensor or array, or any iterable of such,
             of tuples (as many arguments as the example inputs have, then labels) or of dicts (entries that forward does
-            not take are left out), such as a DataLoader.
+            not take are left out), such as a DataLoader. One in five, at most 64, is kept to measure the result on.
         round_to: make every size a multiple of this (the nearest, never below it).
         min_channels: no group becomes smaller than this.
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
@@ -96,6 +110,8 @@ def compress(
         seed: for whatever draws random numbers.
         inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
             remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
+        progress: None: a bar in a terminal or a notebook, once the work lasts, else lines of `logging`; False: nothing;
+            True: at once; or a function (stage, done, total).
     Returns:
         the smaller network with the plan that was carried out; groups that were left alone say why.
     Raises:
@@ -103,18 +119,19 @@ def compress(
         BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing.
         RecipeError: a method, a hyper-parameter or another option that means nothing.
     Warns:
-        IntrafusionWarning: fewer than 32 images, or whole numbers where the example has floating ones.
+        IntrafusionWarning: fewer than 32 images, whole numbers where the example has floating ones, or no images, and
+            "auto" would take long for the best that it can do without; what it does then depends on the machine.
     """
     said = locals()
     recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
-    core = _make_workable(model, inplace=inplace)
+    core = make_workable(model, inplace=inplace)
     inputs = Inputs.of(example_inputs)
-    graph = inspect(core, inputs, progress=progress)
-    small = follow(recipe, core, graph, inputs, images, progress=progress)
+    graph = inspect(core, inputs)
+    small = follow(recipe, core, graph, inputs, images)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)
 
 
-def _make_workable(model: Any, *, inplace: bool = False) -> nn.Module:
+def make_workable(model: Any, *, inplace: bool = False) -> nn.Module:
     """The network inside its wrappers, of ordinary tensors.
 
     Raises:
@@ -132,7 +149,9 @@ def wrap_result(model: nn.Module, small: Compressed) -> Compressed:
     return replace(small, model=wrap_like(model, small.model), notes=(*small.notes, *note_unwrapped(model)))
 
 
+@checked
 @outside_inference
+@shows_progress("compress")
 def follow(
     recipe: Recipe,
     model: nn.Module,
@@ -141,7 +160,7 @@ def follow(
     images: ImagesLike | None = None,
     *,
     calibration: Calibration | None = None,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> Compressed:
     """Do what a recipe says to a network that was inspected before: decide, apply, restore.
 
@@ -149,13 +168,29 @@ def follow(
         calibration: instead of the one that the recipe would make, for several recipes on one network.
     """
     recipe.refuse_foreign()
-    model, inputs = _make_workable(model), Inputs.of(example_inputs)
-    images = as_calls(make_reusable(images), model, inputs)
-    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images, progress=progress)
-    plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images, progress=progress)
-    small = apply(model, plan, inputs, graph=graph, progress=progress)
-    small = run_restorers(small, model, graph, calibration, images, progress=progress)
-    return replace(small, notes=(*small.notes, *warn_of(images.notes if images is not None else {})))
+    model, inputs = make_workable(model), Inputs.of(example_inputs)
+    calls = as_calls(make_reusable(images), model, inputs)
+    split = Split(calls) if calibration is not None else split_images(calls, model, recipe)
+    small = reduce_and_restore(recipe, model, graph, inputs, split, calibration=calibration)
+    small = replace(small, notes=(*small.notes, *warn_of(calls.notes if calls is not None else {})))
+    return add_comparison(small, model, split, find_held_out(small.restored))
+
+
+def reduce_and_restore(
+    recipe: Recipe,
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Inputs,
+    images: Split,
+    *,
+    calibration: Calibration | None = None,
+) -> Compressed:
+    """The same with images that were split before, and no comparison of the two networks."""
+    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen)
+    plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
+    small = apply(model, plan, inputs, graph=graph)
+    yardstick = find_yardstick(images, model)
+    return run_restorers(small, model, graph, calibration, images.seen, yardstick=yardstick)
 
 
 def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Compressed:
@@ -170,16 +205,19 @@ def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Comp
     return replace(small, model=model, notes=(*small.notes, *notes))
 
 
+@checked
 @outside_inference
-def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: Progress = silent) -> ChannelGraph:
+@shows_progress("inspect")
+def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowProgress = None) -> ChannelGraph:
     """Trace a network into channel groups and prove each of them by a permutation."""
-    model, inputs = _make_workable(model), Inputs.of(example_inputs)
+    model, inputs = make_workable(model), Inputs.of(example_inputs)
     check_weights(model)
-    progress("trace", 0, 2)
+    report("tracing the network", 0)
     graph = trace(model, inputs)
-    progress("trace", 1, 2)
+    report("tracing the network", 1)
+    report("proving channel groups", 0)
     graph = tie_heads(_leave_masks_alone(model, verify_groups(model, graph, inputs)), model)
-    progress("trace", 2, 2)
+    report("proving channel groups", 1)
     return graph
 
 
@@ -232,7 +270,9 @@ def _find_masks(model: nn.Module) -> set[str]:
     return own | {n for n, p in frozen.items() if not p.isnan().any() and len(p.unique()) <= 2}
 
 
+@checked
 @outside_inference
+@shows_progress("apply")
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -240,7 +280,7 @@ def apply(
     *,
     graph: ChannelGraph | None = None,
     inplace: bool = False,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> Compressed:
     """Carry out a plan that was decided, or loaded, before, and nothing else: no restorer of its recipe runs.
 
@@ -253,19 +293,23 @@ def apply(
         PlanError: the plan was made for another network.
         ModelError: the network does not run on the example inputs.
     """
-    core, inputs = _make_workable(model, inplace=inplace), Inputs.of(example_inputs)
+    core, inputs = make_workable(model, inplace=inplace), Inputs.of(example_inputs)
     if graph is None:
         plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(core).items() if t.is_floating_point()})
         graph = inspect(core, inputs)
     plan.check_fits(graph.shapes, graph)
-    progress("prove", 0, 1)
+    report("checking the smaller network", 0)
     before = size_of(core, inputs)
-    check = FunctionCheck(core, graph, inputs)
+    check = FunctionCheck(Reference(core, graph, inputs))
     surgery = operate(core, graph, dict(plan.maps), inputs, check)
     plan = plan.rolled_back(surgery.rolled_back).proved(surgery.maps, check.proved)
     add_shifts_(surgery.model, core, graph, plan.maps)
     _check_written(surgery.model, core)
     after = size_of(surgery.model, inputs)
-    small = Compressed(surgery.model, plan, before, after, inputs, surgery.repairs, rolled_back=surgery.rolled_back)
-    progress("prove", 1, 1)
+    small = Compressed(
+        *(surgery.model, plan, before, after, inputs, surgery.repairs),
+        rolled_back=surgery.rolled_back,
+        original=identify(core),
+    )
+    report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)

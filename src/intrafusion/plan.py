@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 
+from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_json
 from intrafusion.errors import PlanError
-from intrafusion.graph import ChannelGraph, ChannelGroup, Role
+from intrafusion.graph import ChannelGraph, ChannelGroup, layers_of, sort_by_role
+from intrafusion.measure.size import Size
+from intrafusion.names import name_some
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap
+from intrafusion.table import GroupLine, TextTable, tabulate_groups
 
 _FORMAT = 1
+_HEADER = ("group", "channels", "how", "other layers, or reason")
 T = TypeVar("T")
 
 
+@checked
 @dataclass(frozen=True)
 class Decision:
     """One group: n channels become m, or the reason why they do not.
@@ -42,11 +49,14 @@ class Decision:
     depth: int | None = None
     proof: str | None = field(default=None, compare=False)  # no part of what was decided
 
+    __repr__ = show_briefly
+
     @property
     def reduced(self) -> bool:
         return self.reason is None and self.m < self.n
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Decisions for every group of one network, and the map of each group that is reduced.
@@ -57,6 +67,7 @@ class Plan:
         shapes: shape of every tensor of the network that the plan was made for.
         maps: ReductionMap by group name.
         warnings: what the tracer could not see.
+        fixed: what is in no group, in words.
     """
 
     recipe: Recipe
@@ -64,15 +75,17 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     maps: Mapping[str, ReductionMap] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        same = (self.recipe.to_yaml(), self.decisions, dict(self.shapes), self.warnings) == (
+        same = (self.recipe.to_yaml(), self.decisions, dict(self.shapes), self.warnings, self.fixed) == (
             other.recipe.to_yaml(),
             other.decisions,
             dict(other.shapes),
             other.warnings,
+            other.fixed,
         )
         return (
             same
@@ -86,6 +99,7 @@ class Plan:
     def sizes(self) -> dict[str, int]:
         return {d.group: d.m for d in self.decisions if d.reduced}
 
+    @checked
     def rolled_back(self, reasons: Mapping[str, str]) -> Plan:
         """The same plan in which these groups are left alone."""
         decisions = tuple(
@@ -93,11 +107,13 @@ class Plan:
         )
         return replace(self, decisions=decisions, maps={k: v for k, v in self.maps.items() if k not in reasons})
 
+    @checked
     def proved(self, maps: Mapping[str, ReductionMap], proofs: Mapping[str, str]) -> Plan:
         """The same plan with the maps as they were carried out, and how each group was proved."""
         decisions = tuple(replace(d, proof=proofs.get(d.group)) for d in self.decisions)
         return replace(self, decisions=decisions, maps=dict(maps))
 
+    @checked
     def check_fits(self, shapes: Mapping[str, tuple[int, ...]], graph: ChannelGraph | None = None) -> None:
         """Raise PlanError, with the first difference, unless the plan was made for such a network."""
         for name, shape in self.shapes.items():
@@ -122,6 +138,15 @@ class Plan:
                 if group is None or describe_members(group) != decision.members or group.size != decision.n:
                     raise PlanError(f"the plan is for another network: group {decision.group!r} is not the same here.")
 
+    def __str__(self) -> str:
+        return str(tabulate_plan(self))
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.sizes)} of {len(self.decisions)} groups are reduced; print it to see them)"
+
+    def _repr_html_(self) -> str:
+        return tabulate_plan(self).to_html()
+
     def to_json(self) -> str:
         """All but the maps."""
         data = {
@@ -130,10 +155,12 @@ class Plan:
             "decisions": [asdict(d) for d in self.decisions],
             "shapes": {k: list(v) for k, v in self.shapes.items()},
             "warnings": list(self.warnings),
+            "fixed": list(self.fixed),
         }
         return json.dumps(data, indent=1)
 
     @classmethod
+    @checked
     def from_json(cls, text: str, maps: Mapping[str, ReductionMap] | None = None) -> Plan:
         """Read what `to_json` wrote.
 
@@ -147,9 +174,59 @@ class Plan:
             shapes = {_as(str, k): tuple(_count(n) for n in v) for k, v in data["shapes"].items()}
             recipe = Recipe.from_yaml(_as(str, data["recipe"]))
             warnings = tuple(_as(str, warning) for warning in data["warnings"])
-            return cls(recipe, decisions, shapes, dict(maps or {}), warnings)
+            fixed = tuple(_as(str, line) for line in data.get("fixed", ()))  # older plans do not say
+            return cls(recipe, decisions, shapes, dict(maps or {}), warnings, fixed)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"this is not a plan of intrafusion ({type(error).__name__}: {error}).") from error
+
+
+# ---- as a table -----------------------------------------------------------------------------------------------------
+
+
+def tabulate_plan(
+    plan: Plan, before: Size | None = None, after: Size | None = None, below: Iterable[str] = ()
+) -> TextTable:
+    """Every group with what becomes of it, the sizes of the network if they are given, and notes."""
+    sizes = (
+        ()
+        if before is None or after is None
+        else (
+            "",
+            f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}",
+        )
+    )
+    notes = (f"note: {w}" for w in (*plan.warnings, *_list_proofs(plan)))
+    fixed = (f"in no group, {line}" for line in plan.fixed)
+    return tabulate_groups(_HEADER, map(_describe_decision, plan.decisions), (*sizes, *fixed, *notes, *below))
+
+
+def size_change(label: str, before: int, after: int) -> str:
+    return f"{label} {before:,} -> {after:,} ({after / before:.1%})" if before else f"{label} {before:,}"
+
+
+def _describe_decision(decision: Decision) -> GroupLine:
+    if not decision.reduced:
+        return GroupLine(decision.group, str(decision.n), "kept", why=decision.reason or "all kept")
+    how, _, why = decision.mixing.partition(": ")
+    size = f"{decision.n} -> {decision.m}"
+    return GroupLine(decision.group, size, how, list_layers(decision), f"not mixed: {why}" if why else "")
+
+
+def list_layers(decision: Decision) -> tuple[str, ...]:
+    """The layers that a group runs through, by name."""
+    return layers_of(member.partition("[")[0] for member in decision.members)
+
+
+def _list_proofs(plan: Plan) -> list[str]:
+    """What is not proved of the function of reduced groups."""
+    names = [d.group for d in plan.decisions if d.reduced and d.proof == "symmetry"]
+    if not names:
+        return []
+    count = "1 group is" if len(names) == 1 else f"{len(names)} groups are"
+    return [f"{count} proved by symmetry only, as something looks at all their channels: {name_some(names)}"]
+
+
+# ---- checks and reading ---------------------------------------------------------------------------------------------
 
 
 def check_maps(plan: Plan) -> None:
@@ -211,6 +288,4 @@ def _is_same_map(a: ReductionMap, b: ReductionMap) -> bool:
 
 def describe_members(group: ChannelGroup) -> tuple[str, ...]:
     """Members as text, producers first."""
-    rank = list(Role)
-    ordered = sorted(group.members, key=lambda m: min(map(rank.index, m.roles), default=len(rank)))
-    return tuple(f"{m.tensor}[{m.dim}] {'+'.join(sorted(m.roles))}".rstrip() for m in ordered)
+    return tuple(map(str, sort_by_role(group.members)))

@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
 from intrafusion.budget import uniform_sizes
 from intrafusion.budget.idle import explain_idle_sizes
 from intrafusion.budget.sensitivity import Sensitivity
 from intrafusion.budget.target import require_inputs, sizes_for_target
-from intrafusion.errors import ModelError
-from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.errors import ModelError, RecipeError, show
+from intrafusion.graph import ChannelGraph, ChannelGroup, describe_fixed
 from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import ExampleInputs, Inputs
-from intrafusion.network.tensors import named_tensors
+from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.observe.observe import observe_for
 from intrafusion.plan import Decision, Plan, describe_members
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
 from intrafusion.restore import Calibration
@@ -33,7 +34,9 @@ _Scores = Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]
 """How much each channel of a group matters in these weights, (n,) finite."""
 
 
+@checked
 @outside_inference
+@shows_progress("decide")
 def decide(
     model: nn.Module,
     graph: ChannelGraph,
@@ -42,7 +45,7 @@ def decide(
     *,
     calibration: Calibration | None = None,
     images: ImagesLike | None = None,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> Plan:
     """Score the channels of every group, set its size, and choose its map. Nothing is written.
 
@@ -55,6 +58,7 @@ def decide(
         BudgetError: sizes that are no sizes.
     """
     model = unwrap(model)
+    check_graph(graph, model)
     unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
     units = [g for g in graph.groups if g.is_channel]
     groups = [g for g in units if g.reducible and g.name not in unwanted]
@@ -74,13 +78,14 @@ def decide(
         wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, inputs)
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
-    maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments, progress)
+    maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments)
     decisions = tuple(
         decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name), read=g.name in moments) for g in units
     )
     idle = missed or explain_idle_sizes(groups, wanted, graph, recipe)
     unused = explain_idle_selectors(graph, model, recipe.include, recipe.exclude)
-    return Plan(recipe, decisions, graph.shapes, maps, (*graph.warnings, *idle, *unused))
+    notes = *graph.warnings, *idle, *unused
+    return Plan(recipe, decisions, graph.shapes, maps, notes, describe_fixed(graph))
 
 
 def _solve_all(
@@ -91,17 +96,16 @@ def _solve_all(
     dead: Mapping[str, Tensor],
     recipe: Recipe,
     moments: Mapping[str, Moments],
-    progress: Progress,
 ) -> dict[str, ReductionMap]:
     """The map of every group that shrinks; with the order "backward", each leaves its mark in `weights`."""
     maps: dict[str, ReductionMap] = {}
     for index, group in enumerate(_in_order(groups, recipe)):
-        progress("reduce", index, len(groups))
+        report("choosing channels", index, len(groups))
         asked = scores(group, weights), wanted[group.name], dead.get(group.name)
         maps[group.name] = _solve(group, weights, *asked, recipe, moments)
         if recipe.order == "backward":
             hollow_(weights, group, maps[group.name])
-    progress("reduce", len(groups), len(groups))
+    report("choosing channels", len(groups), len(groups))
     return maps
 
 
@@ -112,12 +116,15 @@ def _in_order(groups: Sequence[ChannelGroup], recipe: Recipe) -> Sequence[Channe
 def _nothing_to_reduce(units: Iterable[ChannelGroup], unwanted: dict[str, str]) -> str:
     units = sorted(units, key=lambda g: unwanted.get(g.name) == NOT_INCLUDED)  # why what was meant is not reduced first
     reasons = [f"{g.name!r}: {g.reason or unwanted.get(g.name)}" for g in units]
-    shown = "; ".join(reasons[:5]) if reasons else "the network has no weights that follow one another"
+    shown = (
+        "; ".join(reasons[:5]) if reasons else "the network has no weights that follow one another; see print(graph)"
+    )
     if any(g.reducible for g in units):
         return f"include and exclude leave no channel group to reduce; select other layers. {shown}."
     return f"there is no channel group to reduce in this network. {shown}."
 
 
+@checked
 def fold_weights(model: nn.Module, graph: ChannelGraph, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
     """The tensors of these groups in float64, batch norms folded."""
     names = {m.tensor for g in groups for m in g.members}
@@ -157,9 +164,9 @@ def _check_map(reduction: ReductionMap, group: ChannelGroup) -> ReductionMap:
 def _check_scores(scores: object, group: ChannelGroup) -> Tensor:
     where = f"importance: group {group.name!r}: expected a tensor of {group.size} finite scores"
     if not isinstance(scores, Tensor) or scores.shape != (group.size,):
-        raise ValueError(f"{where}, got {list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__}.")
+        raise RecipeError(f"{where}, got {show(scores)}; a criterion gives one score per channel.")
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError(f"{where}, got NaN or infinity.")
+        raise RecipeError(f"{where}, got NaN or infinity; look at what it divides by.")
     return scores.detach().double()
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import yaml
 
 from intrafusion import importance as importances
 from intrafusion import reduce as reducers
+from intrafusion.arguments import Seed, checked, plain
 from intrafusion.asked import check_count, check_keep, check_target
+from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_yaml
-from intrafusion.errors import RecipeError, unknown_name
+from intrafusion.errors import RecipeError, show, unknown_name
 from intrafusion.importance import Importance
 from intrafusion.reduce import Reducer, ReducerTraits
-from intrafusion.registry import Foreign, plain, registry_of
+from intrafusion.registry import Foreign, registry_of
 from intrafusion.selectors import Selector, as_selectors
 
 Keep = float | Mapping[str, float]
@@ -29,6 +32,7 @@ class _Unshared(yaml.SafeDumper):
         return True
 
 
+@partial(checked, leaving=("keep", "target", "round_to", "min_channels", "order"))
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the result, apart from the network and its example input.
@@ -60,7 +64,9 @@ class Recipe:
     min_channels: int = 1
     restore: tuple[Any, ...] = ("auto",)
     order: str = "joint"
-    seed: int = 0
+    seed: Seed = 0
+
+    __repr__ = show_briefly
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -70,10 +76,8 @@ class Recipe:
         if self.target is not None:
             check_target(self.target)
         _check_levels(self.levels)
-        if self.order not in ORDERS:
-            raise RecipeError(unknown_name("order", str(self.order), ORDERS))
-        if type(self.seed) is not int:
-            raise RecipeError(f"seed: expected a whole number, got {self.seed!r}.")
+        if not isinstance(self.order, str) or self.order not in ORDERS:
+            raise RecipeError(unknown_name("order", self.order, ORDERS))
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -119,6 +123,7 @@ class Recipe:
         return yaml.dump(data, Dumper=_Unshared, sort_keys=False)
 
     @classmethod
+    @checked
     def from_yaml(cls, text: str) -> Recipe:
         """Read a recipe.
 
@@ -156,22 +161,24 @@ def _read(name: str, value: Any) -> Any:
 def _steps(restore: Any) -> tuple[Any, ...]:
     """The steps against the loss: words such as "auto" as they are, the others as restorers."""
     steps = list(restore) if isinstance(restore, (list, tuple)) else [restore]
-    if steps in ([None], ["none"]):
+    if len(steps) == 1 and (steps[0] is None or (isinstance(steps[0], str) and steps[0] == "none")):
         return ()
     registry = registry_of("restorer")
     found = tuple(registry.resolve(step, words=(*registry.words, "none")) for step in steps)
     if "none" in found:
-        raise RecipeError(f"restore: 'none' stands alone, got {steps!r}; leave it or the other steps out.")
+        raise RecipeError(f"restore: 'none' stands alone, got {show(steps)}; leave it or the other steps out.")
     return found
 
 
 def _check_levels(levels: tuple[str, ...]) -> None:
     words = registry_of("restorer").words
     if len(levels) > 1:
-        raise RecipeError(f"restore: expected at most one of {', '.join(words)}, got {list(levels)}.")
+        raise RecipeError(
+            f"restore: expected at most one of {', '.join(words)}, got {show(levels)}; leave the others out."
+        )
     for level in levels:
         if level not in words:
-            raise RecipeError(f"restore: expected {', '.join(words)} or restorers, got {level!r}; use Recipe.of.")
+            raise RecipeError(f"restore: expected {', '.join(words)} or restorers, got {show(level)}; use Recipe.of.")
 
 
 def _plain_values(value: Any) -> Any:

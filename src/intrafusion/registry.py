@@ -6,21 +6,13 @@ holds them: a recipe reads all three, and stands below the restorers.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, get_type_hints
 
-from intrafusion.errors import RecipeError, unknown_name
-
-_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
-    bool: ("True or False", lambda v: isinstance(v, bool)),
-    int: ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
-    float: ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
-    str: ("a name", lambda v: isinstance(v, str)),
-    type(None): ("None", lambda v: v is None),
-}
-"""Types of hyper-parameters: how a message calls them, and what is one. Values of other types are not looked at."""
+from intrafusion.arguments import find_fault, plain, takes
+from intrafusion.brief import show_briefly
+from intrafusion.errors import RecipeError, show, unknown_name
 
 
 @dataclass(frozen=True)
@@ -48,6 +40,8 @@ class Foreign:
 
     foreign: str
 
+    __repr__ = show_briefly
+
     mixes = True  # of the class, as of every reducer
     needs_data = False  # and of every restorer
 
@@ -66,6 +60,7 @@ class Registry:
         kind: as messages call it.
         methods: by name: a class, whose hyper-parameters are the fields of the dataclass, or an object of it.
         expected: what else can be given, for messages.
+        takes: with how many arguments it is called.
         traits: what its methods say of themselves.
         words: what a recipe may say instead of a method; it stays the word.
         adopt: makes an object of somebody else a method, or gives it back.
@@ -74,9 +69,12 @@ class Registry:
     kind: str
     methods: Mapping[str, Any]
     expected: str
+    takes: int
     traits: type[Traits]
     words: tuple[str, ...] = ()
     adopt: Callable[[Any], Any] = lambda found: found
+
+    __repr__ = show_briefly
 
     def resolve(self, wanted: Any, *, words: Iterable[str] = ()) -> Any:
         """The method that is wanted, with default hyper-parameters where it is a name; a method passes through.
@@ -92,12 +90,14 @@ class Registry:
         if isinstance(wanted, Mapping):
             return self._from_mapping(wanted, words)
         found = self.adopt(wanted)
-        if isinstance(found, type) or not callable(found) or not self.traits.are_told_by(found):
+        if not self.can_call(found) or not self.traits.are_told_by(found):
             expected = f"a name, a mapping with a name or {self.expected}"
-            raise RecipeError(f"{self.kind}: expected {expected}, got {wanted!r}.")
-        if type(found) in {type(self._default(name)) for name in self.methods}:
-            self._check_values(type(found).__name__, found, vars(found))
+            raise RecipeError(f"{self.kind}: expected {expected}, got {show(wanted)}.")
         return found
+
+    def can_call(self, method: Any) -> bool:
+        """Whether it is called as a method of this kind is."""
+        return callable(method) and not isinstance(method, type) and takes(method, (None,) * self.takes)
 
     def to_data(self, method: Any) -> str | dict[str, Any]:
         """What `resolve` makes the same method of; of a method that is not ours only the name, see `Foreign`."""
@@ -132,7 +132,7 @@ class Registry:
         options = {str(key): plain(value) for key, value in wanted.items()}
         name = options.pop("name", None)
         if not isinstance(name, str):
-            raise RecipeError(f'{self.kind}: expected a mapping such as {{"name": ...}}, got {dict(wanted)!r}.')
+            raise RecipeError(f'{self.kind}: expected a mapping such as {{"name": ...}}, got {show(dict(wanted))}.')
         if name in words and not self.knows(name):
             if options:
                 raise RecipeError(f"{self.kind} {name!r}: it takes no hyper-parameters, got {', '.join(options)}.")
@@ -154,21 +154,12 @@ class Registry:
             raise RecipeError(f"{self.kind} {name!r}: {error}") from error
 
     def _check_values(self, name: str, method: object, values: Mapping[str, Any]) -> None:
-        hints = get_type_hints(type(method))
+        hints = get_type_hints(type(method), include_extras=True)
         for option, value in values.items():
-            allowed = _alternatives(hints.get(option, Any))
-            if all(kind in _KINDS for kind in allowed) and not any(_KINDS[k][1](plain(value)) for k in allowed):
-                shown = " or ".join(_KINDS[kind][0] for kind in allowed)
-                raise RecipeError(f"{self.kind} {name!r}: {option}: expected {shown}, got {value!r}.")
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def plain(value: Any) -> Any:
-    """A number of NumPy or PyTorch as one of Python."""
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+            fault = find_fault(value, hints.get(option, Any))
+            if fault is not None:
+                path, expected, got = fault
+                raise RecipeError(f"{self.kind} {name!r}: {option}{path}: expected {expected}, got {show(got)}.")
 
 
 # ---- all kinds ------------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from intrafusion.errors import BudgetError, unknown_name
+from intrafusion.arguments import checked
+from intrafusion.errors import BudgetError, show, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 
 Match = str | type | Callable[[str, nn.Module], bool]
@@ -18,6 +19,7 @@ _SIDES = ("outputs", "inputs")
 _TYPE = "type:"  # before the name of a class, where the class itself cannot be given, as in a YAML recipe
 
 
+@checked
 @dataclass(frozen=True)
 class Selector:
     """Layers and the side of them that is meant: the channels they produce, or the channels they read."""
@@ -31,6 +33,7 @@ class Selector:
         name = getattr(self.match, "__qualname__", repr(self.match))
         return f"{_TYPE if isinstance(self.match, type) else ''}{name}:{self.side}"
 
+    @checked
     def layers(self, model: nn.Module) -> set[str]:
         """Names of the modules that match.
 
@@ -53,11 +56,13 @@ class Selector:
         return isinstance(module, self.match) if isinstance(self.match, type) else bool(self.match(name, module))
 
 
+@checked
 def outputs_of(match: Match) -> Selector:
     """The channels that these layers produce."""
     return Selector(match, "outputs")
 
 
+@checked
 def inputs_of(match: Match) -> Selector:
     """The channels that these layers read."""
     return Selector(match, "inputs")
@@ -70,7 +75,7 @@ def as_selectors(what: Any) -> tuple[Selector, ...] | None:
     """
     if what is None:
         return None
-    if isinstance(what, (str, type, Selector)) or not isinstance(what, Iterable):
+    if isinstance(what, (str, bytes, type, Selector, nn.Module, Tensor)) or not isinstance(what, Iterable):
         what = (what,)
     return tuple(_as_selector(item) for item in what)
 
@@ -83,10 +88,10 @@ def _as_selector(item: Any) -> Selector:
         return Selector(name, side) if name and side in _SIDES else Selector(item)
     if isinstance(item, type):
         return Selector(item)
-    if callable(item):
+    if callable(item) and not isinstance(item, nn.Module):
         return Selector(cast(Callable[[str, nn.Module], bool], item))
     raise BudgetError(
-        f"include/exclude: expected a name, a layer type or a function (name, module) -> bool, got {item!r}."
+        f"include/exclude: expected a name, a layer type or a function (name, module) -> bool, got {show(item)}."
     )
 
 

@@ -19,6 +19,7 @@ from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.measure.size import size_of
 from intrafusion.network.inputs import Inputs
 from intrafusion.recipe import Recipe
+from intrafusion.surgery.proof import Reference
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -89,7 +90,9 @@ def test_products_that_no_weight_explains_are_predicted_too(name: str) -> None:
     model, example = next(c for c in CASES if c.name == name).build()
     model, inputs = model.eval(), Inputs.of(example)
     graph = intrafusion.inspect(model, inputs)
-    groups, _ = targets._find_shrinkable(model, graph, [g for g in graph.reducible if g.kind == "channel"], inputs)
+    groups, _ = targets._find_shrinkable(
+        Reference(model, graph, inputs), [g for g in graph.reducible if g.kind == "channel"]
+    )
     cost, doubt = find_believed_cost(model, graph, groups, inputs, "macs")
     assert doubt is None
     assert cost({}) == size_of(model, inputs).macs

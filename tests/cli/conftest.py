@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import Result
@@ -47,6 +49,19 @@ class Words(nn.Module):
 """
 
 
+@pytest.fixture(scope="session")
+def option_script() -> ModuleType:
+    """docs/cli_options.py, which reads the options of all commands."""
+    path = Path(__file__).parents[2] / "docs" / "cli_options.py"
+    spec = importlib.util.spec_from_file_location("cli_options", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, which holds nets.py."""
@@ -58,7 +73,7 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     loaded = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - loaded:
-        if name.startswith("_intrafusion_model_"):
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(tmp_path):
             del sys.modules[name]
 
 

@@ -44,7 +44,7 @@ def test_the_saved_network_is_the_one_of_the_library(program: Program) -> None:
     assert result.exit_code == 0
     expected = intrafusion.compress(original(), read_inputs(["2,4"]), keep=0.5)
     assert torch.equal(intrafusion.load("small", original())(X), expected.model(X))
-    assert result.stdout.splitlines()[1].split() == ["first", "8", "->", "4", "mixed", "first,", "second"]
+    assert result.stdout.splitlines()[2].split() == ["first", "8", "->", "4", "mixed", "second"]
     assert "parameters 115 -> 47 (40.9%); MACs 196 -> 74 (37.8%)" in result.stdout
     assert torch.equal(outputs_of(result.stdout.splitlines()[-1]), expected.model(X))
 
@@ -222,7 +222,9 @@ def test_strict_is_content_where_nothing_was_rolled_back(program: Program) -> No
         ("--normalization sources", "unknown normalization 'sources'. Did you mean 'source'?"),
         ("--normalization source --reducer select", "--normalization goes with the reducer intrafusion, got Select()"),
         ("--order backwards", "unknown order 'backwards'. Did you mean 'backward'?"),
-        ("--round-to 0", "round_to: expected a whole number >= 1, got 0"),
+        ("--round-to 0", "Invalid value for '--round-to'"),
+        ("--keep =0.5", "--keep =0.5: expected a pattern in front of ="),
+        ("--target params=inf", "target['params']: expected a number above 0, got inf"),
         ("--exclude thrid", "unknown layer 'thrid'. Did you mean 'third'?"),
         ("--include third", "include and exclude leave no channel group to reduce"),
         ("--recipe nets.py", "recipe: "),
@@ -263,14 +265,18 @@ def test_a_saved_folder_wants_its_original_and_no_weights(program: Program) -> N
     assert "the plan is for another network" in other.stderr
 
 
-def test_an_error_of_the_program_ends_with_code_1(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_ends_with_code_1_and_says_how_to_report_it(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("unforeseen")
 
     monkeypatch.setattr("intrafusion.pipeline.decide", fails)
     result = program("compress nets.py:Net --input 2,4")
-    assert result.exit_code == 1
-    assert isinstance(result.exception, RuntimeError)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "error: RuntimeError at test_compress.py:" in result.stderr
+    assert "unforeseen\nThis is a defect of intrafusion, or of the network." in result.stderr
+    assert "Traceback" not in result.stderr
+    monkeypatch.setenv("INTRAFUSION_TRACEBACK", "1")
+    assert "Traceback (most recent call last)" in program("compress nets.py:Net --input 2,4").stderr
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,11 @@ def test_the_command(
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].startswith("test accuracy on 360 digits; the original has 9")
-    assert [line.split()[0] for line in lines[3:10]] == ["90%", "80%", "70%", "60%", "50%", "40%", "30%"]
+    assert [line.split()[0] for line in lines[4:11]] == ["90%", "80%", "70%", "60%", "50%", "40%", "30%"]
     with Path("out/accuracy.csv").open(newline="") as file:
         found = {(r["method"], r["keep"]): r for r in csv.DictReader(file)}
     row = [found[method, "0.9"] for method in ("pruned", "fused", "restored")]
-    assert lines[3].split() == ["90%", f"{int(row[0]['params']):,}", *(f"{float(r['accuracy']):.1%}" for r in row)]
+    assert lines[4].split() == ["90%", f"{int(row[0]['params']):,}", *(f"{float(r['accuracy']):.1%}" for r in row)]
     scope: dict[str, Any] = {}
     exec(lines[-1], scope)
     test = zoo.load_data("digits_resnet", "test")
@@ -134,8 +134,8 @@ def test_torch_runs_on_one_thread_in_the_demo(
 ) -> None:
     threads: list[int] = []
     monkeypatch.setattr(demo, "run", lambda *_: threads.append(torch.get_num_threads()) or [])
-    monkeypatch.setattr(demo, "show", lambda *_: None)
-    monkeypatch.setattr(zoo, "train_digits", lambda: None)
+    monkeypatch.setattr(demo, "show", lambda *_, **__: None)
+    monkeypatch.setattr(zoo, "train_digits", lambda: nn.Identity())
     torch.set_num_threads(2)
     assert program("demo").exit_code == 0
     assert threads == [1]

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import intrafusion
-from intrafusion.cli import experiment
+from intrafusion.cli.data import read_test_images, read_training_images
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import read_records
 from intrafusion.measure.accuracy import accuracy
 
-OWN = "--network nets.py:Net --input 2,4 --data images.safetensors"
+OWN = "--model nets.py:Net --input 2,4 --data images.safetensors"
 Program = Callable[[str], Result]
 
 
@@ -47,11 +47,11 @@ def net() -> nn.Module:
 
 
 def test_on_ones_own_network_the_records_are_what_the_library_gives(program: Program, images, monkeypatch) -> None:
-    line = f"experiment whole-model {OWN} --keep 0.5 --criterion l2 --images 30 -o out/r.jsonl"
+    line = f"experiment whole-model {OWN} --keep 0.5 --importance l2 --test-images 30 -o out/r.jsonl"
     monkeypatch.setattr("sys.argv", ["intrafusion", *line.split()])
     result = program(line)
     assert result.exit_code == 0, result.stderr
-    before, pruned, fused = read_records(Path("out/r.jsonl"))
+    before, pruned, fused, ours = read_records(Path("out/r.jsonl"))
     labels, chosen = images["test_labels"][:30], images["test_images"][:30]
     assert before.result["accuracy"] == accuracy(net(), chosen, labels)
     for record, reducer in ((pruned, "select"), (fused, "intrafusion")):
@@ -60,12 +60,18 @@ def test_on_ones_own_network_the_records_are_what_the_library_gives(program: Pro
         assert record.result["params"] == small.after.params
         assert record.setting["images"] == 30
         assert record.setting["network"] == "nets.py:Net"
+    train = [(images["train_images"], images["train_labels"])]
+    small = intrafusion.compress(net(), torch.randn(2, 4), 0.5, importance="l2", restore="images", images=train)
+    assert ours.setting["method"] == "pivot+images"
+    assert ours.result["accuracy"] == accuracy(small.model, chosen, labels)
     assert pruned.environment["command"] == f"intrafusion {line}"
     rows = [row.split() for row in result.stdout.splitlines()]
-    percent = [f"{100 * r.result['accuracy']:.1f}" for r in (pruned, fused)]
+    percent = [f"{100 * r.result['accuracy']:.1f}" for r in (pruned, fused, ours)]
     gain = f"{100 * (fused.result['accuracy'] - pruned.result['accuracy']):+.1f}"
-    assert ["whole", "network", "2", "groups", "50", "%", "l2", percent[0], "%", percent[1], "%", gain] in rows
-    assert "3 records in out/r.jsonl; as a page: intrafusion report out/r.jsonl" in result.stdout
+    shown = [part for number in percent for part in (number, "%")]
+    assert ["whole", "network", "2", "groups", "50", "%", "l2", *shown, gain] in rows
+    assert "ours (default)" in result.stdout
+    assert "4 records in out/r.jsonl; as a page: intrafusion report out/r.jsonl" in result.stdout
 
 
 def test_running_again_measures_only_what_is_new(program: Program, images) -> None:
@@ -73,17 +79,17 @@ def test_running_again_measures_only_what_is_new(program: Program, images) -> No
     first = Path("r.jsonl").read_text()
     result = program(f"experiment whole-model {OWN} --keep 0.5 --keep 0.7 -o r.jsonl --json")
     assert Path("r.jsonl").read_text().startswith(first)
-    assert len(read_records(Path("r.jsonl"))) == 5
-    shown = json.loads(result.stdout)
+    assert len(read_records(Path("r.jsonl"))) == 7
+    shown = json.loads(result.stdout)["records"]
     assert [(r["setting"]["keep"], r["setting"]["method"]) for r in shown] == [
         (1.0, "original"),
-        *((keep, method) for keep in (0.5, 0.7) for method in ("select", "intrafusion")),
+        *((keep, method) for keep in (0.5, 0.7) for method in ("select", "intrafusion", "pivot+images")),
     ]
 
 
 @pytest.mark.parametrize("name", ["data-free", "random-importance", "output-drift", "fine-tune"])
 def test_every_experiment_runs_and_says_something(program: Program, images, name: str) -> None:
-    few = "--epochs 1 --batch 20" if name == "fine-tune" else "--group first"
+    few = "--tune-epochs 1 --batch-size 20" if name == "fine-tune" else "--group first"
     result = program(f"experiment {name} {OWN} --keep 0.5 {few} -o r.jsonl")
     assert result.exit_code == 0, result.stderr
     assert "pruned" in result.stdout
@@ -110,34 +116,37 @@ def test_by_default_digits_networks_are_trained(program: Program, monkeypatch: p
         return zoo.build("digits_resnet", seed=seed)
 
     monkeypatch.setattr(zoo, "train_digits", trained)
-    result = program("experiment whole-model --keep 0.5 --images 20 -o r.jsonl --networks 2")
+    result = program("experiment whole-model --keep 0.5 --test-images 20 -o r.jsonl --networks 2")
     assert result.exit_code == 0, result.stderr
     assert seeds == [0, 1]
-    assert [r.setting["network"] for r in read_records(Path("r.jsonl"))] == ["digits_resnet"] * 3 + [
+    assert [r.setting["network"] for r in read_records(Path("r.jsonl"))] == ["digits_resnet"] * 4 + [
         "digits_resnet (seed 1)"
-    ] * 3
+    ] * 4
 
 
 def test_data_of_zoo_networks_are_normalised_for_them() -> None:
-    test, train = experiment.read_data_images("digits", "digits_resnet", 5, 7)
+    test, train = (read("digits", "zoo:digits_resnet", 5) for read in (read_test_images, read_training_images))
     assert torch.equal(test.images, zoo.load_data("digits_resnet", "test", limit=5).images)
     assert train is not None
-    assert len(train) == 7
+    assert torch.equal(train.images, zoo.load_data("digits_resnet", "train", limit=5).images)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("experiment whole-modl", "unknown experiment 'whole-modl'. Did you mean 'whole-model'"),
-        ("experiment whole-model --network nets.py:Net --input 2,4", "no data are known for it; name some with --data"),
-        (f"experiment whole-model {OWN} --points 3", "--points means nothing to whole-model, which uses --criterion"),
+        ("experiment whole-model --model nets.py:Net --input 2,4", "no data are known for it; name some with --data"),
+        (
+            f"experiment whole-model {OWN} --points 3",
+            "--points means nothing to whole-model, which uses --group, --importance",
+        ),
         (f"experiment whole-model {OWN} --method selct", "unknown reducer 'selct'"),
         (f"experiment data-free {OWN} --group third", "unknown group 'third'"),
         (f"experiment whole-model {OWN} --keep 1.5", "expected fractions in (0, 1], got 1.5"),
         (f"experiment whole-model {OWN} -o .", "this is a folder"),
         (f"experiment marginals {OWN}", "two or more networks"),
-        ("experiment whole-model --network nets.py:Net --input 2,4 --data none.safetensors", "there is none"),
-        ("experiment whole-model --network nets.py:Net --input 2,4 --data bad.safetensors", "test_images"),
+        ("experiment whole-model --model nets.py:Net --input 2,4 --data none.safetensors", "there is none"),
+        ("experiment whole-model --model nets.py:Net --input 2,4 --data bad.safetensors", "test_images"),
     ],
 )
 def test_bad_input_ends_with_2_and_no_records(program: Program, images, line: str, message: str) -> None:
@@ -160,11 +169,11 @@ def test_the_whole_command_killed_in_the_middle_goes_on_where_it_was(user_folder
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     before = path.read_bytes()
     finished = {r.key for r in read_records(path)}
-    assert 3 <= len(finished) < 31
+    assert 3 <= len(finished) < 46
     subprocess.run([sys.executable, *line.split()], check=True, capture_output=True)
     assert path.read_bytes().startswith(before)
     keys = [r.key for r in read_records(path)]
-    assert len(keys) == len(set(keys)) == 31
+    assert len(keys) == len(set(keys)) == 46
     assert finished <= set(keys)
 
 
@@ -182,4 +191,4 @@ def test_on_ray_a_network_out_of_a_file_gives_the_same_records(program: Program,
         for name in ("here.jsonl", "there.jsonl")
     ]
     assert content[0] == content[1]
-    assert len(content[1]) == 5
+    assert len(content[1]) == 7

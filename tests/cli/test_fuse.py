@@ -51,17 +51,27 @@ def test_as_json(program: Program, user_folder: Path) -> None:
 
 def test_networks_of_the_zoo_by_activations(program: Program) -> None:
     line = "fuse zoo:digits_resnet zoo:digits_resnet --arg pretrained=false"
-    result = program(f"{line} --using activations --data digits --images 20")
+    result = program(f"{line} --using activations --train-images 20")
     assert result.exit_code == 0, result.output
     assert "0% of the channels" in result.stdout
+    save_file({"images": torch.zeros(5, 1, 8, 8)}, "images.safetensors")
+    assert program(f"{line} --using activations --images images.safetensors").exit_code == 0
 
 
 def test_what_cannot_be_fused_ends_with_2(program: Program, user_folder: Path) -> None:
     written(user_folder)
     for line, message in (
         ("fuse nets.py:Net --input 1,4", "expected two networks or more"),
-        ("fuse nets.py:Net nets.py:Net --weights a.safetensors --input 1,4", "goes with one MODEL"),
-        ("fuse nets.py:Net nets.py:Literal --input 1,4 --using activations", "pass images="),
+        (
+            "fuse nets.py:Net nets.py:Net --weights a.safetensors --input 1,4",
+            "expected a file for each of 2 networks",
+        ),
+        (
+            "fuse nets.py:Net nets.py:Literal --input 1,4 --using activations",
+            "no data are known for it; name some with --data",
+        ),
+        ("fuse nets.py:Net nets.py:Net --input 1,4 --restore images", "--restore: expected one of none, least_squares"),
+        ("fuse nets.py:Net nets.py:Net --input 1,4 --data imagenet", "imagenet: expected training images, and it has"),
         ("fuse nets.py:Net nets.py:Words --input 1,4", "does not run on the example inputs"),
     ):
         result = program(line)

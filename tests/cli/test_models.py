@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from intrafusion.cli.models import ModelSpec, NetworkKind, import_torchvision, parse_arguments, resolve
+from intrafusion.cli.models import ModelSpec, NetworkKind, parse_arguments, resolve
+from intrafusion.cli.network import read_device, read_network, read_networks
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.lab import zoo
+from intrafusion.network.sources import import_torchvision
 
 needs_torchvision = pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="needs torchvision")
+needs_transformers = pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers")
 needs_timm = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="needs timm")
 
 SOURCE = """
@@ -123,6 +127,10 @@ def test_an_instance_is_copied_at_each_build(folder: Path) -> None:
     ("name", "arguments", "message"),
     [
         ("resnet18", [], "cannot tell which network 'resnet18' is; expected module:factory, path.py:factory, zoo:NAME"),
+        ("digits_resnet", [], "cannot tell which network 'digits_resnet' is; .* Did you mean 'zoo:digits_resnet'"),
+        ("zo:resnet18", [], "there is no module 'zo'. Did you mean 'zoo:resnet18'"),
+        ("net.py:make", [], r"there is no file /.*/net\.py; did you mean 'nets\.py'"),
+        ("nest:make", [], r"there is no module 'nest'; install it.* Did you mean 'nets'"),
         ("nets.py:", [], "cannot tell which network 'nets.py:' is"),
         ("absent.py:make", [], r"absent\.py:make: there is no file /.*/absent\.py"),
         ("absent:make", [], r"there is no module 'absent'; install it, .*path\.py:factory"),
@@ -317,7 +325,7 @@ def test_operators_of_others_are_still_described(torchvision_source: Callable[[s
         "torch.library.register_fake('others::an_operator_nobody_has')(id)\n"
     )
     register = torch.library.register_fake
-    with pytest.raises(RuntimeError, match="others::an_operator_nobody_has does not exist"):
+    with pytest.raises(ModelError, match=r"others::an_operator_nobody_has does not exist.*built for another PyTorch"):
         import_torchvision()
     assert torch.library.register_fake is register
 
@@ -327,7 +335,7 @@ def test_a_torchvision_that_imports_is_left_alone(torchvision_source: Callable[[
     assert import_torchvision().seen is torch.library.register_fake
 
 
-def test_other_failures_of_torchvision_are_passed_on(torchvision_source: Callable[[str], None]) -> None:
+def test_other_failures_of_torchvision_say_the_remedy(torchvision_source: Callable[[str], None]) -> None:
     torchvision_source(
         "from pathlib import Path\n"
         "tried = Path(__file__).with_name('tried')\n"
@@ -335,5 +343,102 @@ def test_other_failures_of_torchvision_are_passed_on(torchvision_source: Callabl
         "    tried.touch()\n"
         "    raise RuntimeError('no such device')\n"
     )
-    with pytest.raises(RuntimeError, match="no such device"):
+    with pytest.raises(ModelError, match=r"no such device\); .*pip install --force-reinstall torch torchvision"):
         import_torchvision()
+
+
+@pytest.fixture
+def bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A small BERT, saved in the folder `bert`."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    import_torchvision()
+    transformers = importlib.import_module("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    config = transformers.BertConfig(vocab_size=20, max_position_embeddings=10, **sizes)
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained("bert")
+    return model
+
+
+@needs_transformers
+def test_a_folder_of_transformers(bert: nn.Module) -> None:
+    spec = resolve("hf:bert")
+    example = spec.example_input()
+    assert isinstance(example, dict)
+    assert {name: tuple(t.shape) for name, t in example.items()} == {"input_ids": (1, 10), "attention_mask": (1, 10)}
+    assert 0 <= int(example["input_ids"].min()) <= int(example["input_ids"].max()) < 20
+    built = spec.build()
+    torch.testing.assert_close(built(**example).logits, bert(**example).logits)
+    assert not built.training
+    scope: dict[str, Any] = {}
+    imports, expression = spec.python()
+    exec(f"{imports}; original = {expression}", scope)
+    torch.testing.assert_close(scope["original"](**example).logits, bert(**example).logits)
+    random = resolve("hf:bert", trained=False).build()
+    assert not torch.allclose(random(**example).logits, bert(**example).logits)
+
+
+@needs_transformers
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "AutoModelForMaskedLM"])
+def test_another_head_of_a_folder(bert: nn.Module, head: str) -> None:
+    built = resolve(f"hf:bert:{head}").build()
+    assert type(built).__name__ == "BertForMaskedLM"
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf:brt", r"hf:brt: expected a folder with a config\.json.* Did you mean 'hf:bert'"),
+        ("hf:bert:BertForMaskedLN", "unknown architecture 'BertForMaskedLN'. Did you mean 'BertForMaskedLM'"),
+        ("hf:bert:AutoModelForImageClassification", "BertConfig has no AutoModelForImageClassification; leave it out"),
+    ],
+)
+def test_folders_and_heads_that_there_are_not(bert: nn.Module, name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        resolve(name).build()
+
+
+@needs_transformers
+def test_pixels_of_a_folder(bert: nn.Module) -> None:
+    transformers = importlib.import_module("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, num_channels=1, **sizes)
+    transformers.ViTForImageClassification(config).save_pretrained("vit")
+    example = resolve("hf:vit").example_input()
+    assert {name: tuple(t.shape) for name, t in example.items()} == {"pixel_values": (1, 1, 16, 16)}
+
+
+@needs_timm
+def test_an_example_of_timm_follows_the_arguments() -> None:
+    assert resolve("timm:test_resnet", ["in_chans=1"]).example_input().shape[1] == 1
+
+
+@pytest.mark.parametrize("text", ["cuda:99", "nowhere", "", "mps", "meta"])
+def test_devices_that_there_are_not(text: str) -> None:
+    with pytest.raises(ModelError, match=f"--device '{text}': expected a device of this machine"):
+        read_device(text)
+
+
+def test_a_network_and_its_inputs_go_to_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert read_device("auto") == read_device("cpu") == torch.device("cpu")
+    there: list[object] = []
+    monkeypatch.setattr("intrafusion.cli.network.read_device", lambda text: torch.device("meta"))
+    network = read_network("nets.py:make", inputs=["1,5"], device="any")
+    there += [next(network.model.parameters()).device, network.inputs.args[0].device]
+    assert there == [torch.device("meta")] * 2
+
+
+def test_files_of_weights_go_with_the_networks(folder: Path) -> None:
+    for index in range(2):
+        save_file({"weight": torch.full((2, 5), float(index)), "bias": torch.zeros(2)}, f"{index}.safetensors")
+    files = [Path("0.safetensors"), Path("1.safetensors")]
+    for names in (["nets.py:make"], ["nets.py:make", "nets.py:Net"]):
+        found = read_networks(names, weights=files, inputs=["1,5"])
+        assert [float(n.model.weight.detach()[0, 0]) for n in found] == [0.0, 1.0]
+    with pytest.raises(ModelError, match="--weights: expected a file for each of 3 networks, .* got 2"):
+        read_networks(["nets.py:make"] * 3, weights=files, inputs=["1,5"])
+    with pytest.raises(ModelError, match="--weights: expected one file for one network, got 2"):
+        read_network("nets.py:make", weights=files, inputs=["1,5"])

@@ -27,11 +27,13 @@ def test_a_module_that_ends_the_program(program: Program, user_folder: Path) -> 
     assert "ends.py:x: running ends.py raised SystemExit: 4" in result.stderr
 
 
-@pytest.mark.parametrize(("kind", "called"), [("meta", "a meta tensor"), ("sparse", "layout torch.sparse_coo")])
-def test_weights_without_dense_values(kind: str, called: str, program: Program, user_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("meta", "load its values first"), ("sparse", "make it one with .to_dense()")]
+)
+def test_weights_without_dense_values(kind: str, remedy: str, program: Program, user_folder: Path) -> None:
     weight = nn.Linear(4, 8).weight.detach()
     torch.save({"first.weight": weight.to("meta") if kind == "meta" else weight.to_sparse()}, user_folder / "w.pth")
     result = program("inspect nets.py:Net --input 2,4 --weights w.pth")
     assert result.exit_code == 2
-    assert "first.weight: expected a dense tensor for Net, got " in result.stderr
-    assert called in result.stderr
+    assert "'first.weight']: expected a dense tensor with values, got " in result.stderr
+    assert remedy in result.stderr

@@ -19,7 +19,7 @@ NAMES = ["mm.py:M: a", "a[b]", "[red]x[/red]", ":smile:", "[/]", "\\[b]", "[link
 def test_lines_and_tables_print_text_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     say(name)
     print_table(("n", name), [("1", name)])
-    line, header, row = capsys.readouterr().out.splitlines()
+    line, header, _, row = capsys.readouterr().out.splitlines()
     assert line == name
     assert header.split() == ["n", *name.split()]
     assert row.split() == ["1", *name.split()]

@@ -11,7 +11,7 @@ from click.testing import Result
 from intrafusion.lab.bench import read_records
 
 Program = Callable[[str], Result]
-QUICK = "split-train --limit 192 --epochs 1 --tune-epochs 1"
+QUICK = "split-train --train-images 192 --epochs 1 --tune-epochs 1"
 
 
 def test_all_schedules_are_recorded_drawn_and_saved(program: Program, user_folder: Path) -> None:

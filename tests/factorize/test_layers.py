@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import BudgetError, ModelError, PlanError
+from intrafusion import ArgumentError, BudgetError, ModelError, PlanError
 from intrafusion.factorize import Energy, Factorized, Global, Share, Smooth, Spectrum, factorize, spectra, spectrum
 from intrafusion.factorize.svd import factorize_layer
 from intrafusion.lab import zoo
@@ -109,7 +109,7 @@ def test_global_takes_the_largest_values_within_the_budget() -> None:
 @pytest.mark.parametrize("rule", [Share, Global, Energy])
 @pytest.mark.parametrize("value", [0.0, 1.1, float("nan")])
 def test_a_fraction_outside_of_0_to_1_is_refused(rule, value: float) -> None:
-    with pytest.raises(BudgetError, match=r"\(0, 1\]"):
+    with pytest.raises(ArgumentError, match=r"\(0, 1\]"):
         rule(value)
 
 

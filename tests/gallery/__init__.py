@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from gallery import across, attention, branching, convolution, movement, normalisation, recurrent, refusals, weights  # noqa: F401
+from gallery import (  # noqa: F401
+    across,
+    attention,
+    branching,
+    convolution,
+    gates,
+    movement,
+    normalisation,
+    quantisation,
+    recurrent,
+    refusals,
+    weights,
+)
 from gallery.core import CASES, Case, Expect, Inputs
 
 __all__ = ["CASES", "Case", "Expect", "Inputs"]

@@ -291,12 +291,11 @@ def stack_and_sum() -> Built:
     return Wired(wiring, a=nn.Linear(4, 8), b=nn.Linear(4, 8), head=nn.Linear(8, 2)), torch.randn(3, 4)
 
 
-@case({"squeeze": 3}, partial=True, blocked={"head": "output"})
+@case({"a b excite": 6, "squeeze": 3}, blocked={"head": "output"})
 def selective_kernel() -> Built:
     """SKNet: branches stacked, weighted by a softmax over the branches, summed.
 
-    The squeezed width is plain; partial, because whether the two halves of `excite` join `a` and `b` in one group or
-    in blocks is a matter of taste.
+    A channel of either branch goes with the two rows of `excite` that weigh it.
     """
 
     def wiring(net: Any, x: Tensor) -> Tensor:
@@ -439,7 +438,10 @@ def product_and_quotient() -> Built:
     )
 
 
-@case({"experts.0.0": 5, "experts.1.0": 5, "router": 4}, partial=True, blocked={"head": "output"})
+@case(
+    {"experts.0.0": 5, "experts.1.0": 5, "router": 4, "experts.0.2 experts.1.2": 6},
+    blocked={"gate": "several channels", "head": "output"},
+)
 def soft_mixture_of_experts() -> Built:
     """Every expert runs; their outputs are weighted by a router and summed. Each has hidden channels of its own."""
 

@@ -328,7 +328,7 @@ def repeated_channels() -> Built:
     return Wired(wiring, a=nn.Conv2d(3, 4, 3), head=nn.Conv2d(16, 2, 1)), image(size=8)
 
 
-@case(blocks={"a": 8}, blocked={"head": "output"})
+@case({"a": 8}, blocked={"head": "output"})
 def maxout() -> Built:
     """Pairs of channels, of which the larger counts: the pair moves as a whole."""
 
@@ -338,7 +338,7 @@ def maxout() -> Built:
     return Wired(wiring, a=nn.Linear(4, 16), head=nn.Linear(8, 2)), torch.randn(3, 4)
 
 
-@case(blocks={"a": 3}, blocked={"head": "output"})
+@case({"a": 3}, blocked={"head": "output"})
 def summed_in_threes() -> Built:
     """view and sum over a part of the channel axis, behind a nonlinearity."""
 
@@ -412,9 +412,9 @@ def pairs_summed(x: Tensor) -> Tensor:
     return x.sigmoid().unflatten(-1, (-1, 2)).sum(-1)
 
 
-@case(blocked={"head": "output"})
+@case({"a": 4}, unmixable=("a",), blocked={"head": "output"})
 def maxout_with_a_layer_norm() -> Built:
-    """The norm sees all pairs, but a channel may only change places within its own pair."""
+    """The norm sees all pairs; each is one channel."""
     net = chain(
         a=nn.Linear(4, 8),
         maxout=Wired(lambda net, x: x.unflatten(-1, (4, 2)).amax(-1)),
@@ -568,7 +568,7 @@ def pairs_added_to_their_channels() -> Built:
     return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 4)
 
 
-@case(blocked={"head": "output"})
+@case({"a": (2, 2)}, blocked={"head": "output"})
 def pairs_of_which_half_are_shifted() -> Built:
     """Whole pairs are interchangeable only where they come from the same step."""
 
@@ -652,3 +652,28 @@ def tokens_beside_the_input() -> Built:
         return net.b(torch.cat([x, net.a(x)], 1))
 
     return Wired(wiring, a=nn.Linear(5, 5), b=nn.Linear(5, 3)), torch.randn(2, 4, 5)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def written_between_rows_of_one_number() -> Built:
+    """The rest of what channels are written into is the same for all of them."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        rows = torch.full((len(x) + 2, 6), 0.5, dtype=x.dtype)
+        rows[1:-1] = net.a(x)
+        return net.head(rows.tanh())
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 4)
+
+
+@case(blocked={"a": "", "head": "output"})
+def written_between_rows_that_tell_channels_apart() -> Built:
+    """It was filled with one number, then changed channel by channel."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        rows = x.new_zeros(len(x) + 2, 6)
+        rows[:2].add_(torch.arange(6.0))
+        rows[1:-1] = net.a(x)
+        return net.head(rows.tanh())
+
+    return Wired(wiring, a=nn.Linear(4, 6), head=nn.Linear(6, 2)), torch.randn(3, 4)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from gallery.core import Inputs, Wired, case
 
@@ -70,6 +71,57 @@ def gru_cell_from_a_learned_state() -> Built:
     start = nn.Parameter(torch.randn(1, 6))
     net = Wired(wiring, e=nn.Linear(5, 7), rnn=nn.GRUCell(7, 6), start=start, head=nn.Linear(6, 3))
     return net, torch.randn(2, 4, 5)
+
+
+LENGTHS = torch.tensor([2, 4, 1])
+
+
+def packed(rnn: nn.Module, hidden: int, read: Any, lengths: Tensor = LENGTHS, **options: Any) -> Built:
+    """Sequences of unequal length, packed for a recurrent layer; `read` takes the padded outputs and the states."""
+
+    def wiring(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        first = getattr(rnn, "batch_first", True)
+        given = pack_padded_sequence(net.e(x).tanh(), lengths, batch_first=first, enforce_sorted=False)
+        outputs, states = net.rnn(given)
+        return net.head(read(pad_packed_sequence(outputs, batch_first=first, **options)[0], states))
+
+    net = Wired(wiring, e=nn.Linear(5, 7), rnn=rnn, head=nn.Linear(hidden, 3))
+    x = torch.randn(3, 4, 5)
+    return net, (x if getattr(rnn, "batch_first", True) else x.transpose(0, 1), lengths)
+
+
+@case({"e": 7, "rnn": 6}, blocked={"head": "output"})
+def packed_lstm() -> Built:
+    return packed(nn.LSTM(7, 6, batch_first=True), 6, lambda outputs, _: outputs)
+
+
+@case({"e": 7, "rnn": (6, 6)}, blocked={"head": "output"})
+def packed_gru_of_two_layers_in_order() -> Built:
+    """Already sorted, the step first, and the mean over all steps, those that were padded included."""
+    return packed(nn.GRU(7, 6, 2), 6, lambda outputs, _: outputs.mean(0), torch.tensor([4, 3, 1]))
+
+
+@case({"e": 7, "rnn": (6, 6)}, blocked={"head": "output"})
+def packed_elman_in_both_directions() -> Built:
+    """What is padded with is no zero, but the same for all channels."""
+    rnn = nn.RNN(7, 6, batch_first=True, bidirectional=True)
+    return packed(rnn, 12, lambda outputs, _: outputs.amax(1), padding_value=-2.0, total_length=6)
+
+
+@case({"e": 7, "rnn": 6}, blocked={"head": "output"})
+def packed_gru_of_which_the_last_state_is_read() -> Built:
+    return packed(nn.GRU(7, 6, batch_first=True), 6, lambda _, states: states[-1])
+
+
+@case(blocked={"e": "packed along channels", "head": "output"})
+def channels_that_are_taken_for_steps() -> Built:
+    def wiring(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        steps = net.e(x)[..., None]
+        data = pack_padded_sequence(steps, lengths, batch_first=True, enforce_sorted=False).data
+        return net.head(data.view(1, -1))
+
+    net = Wired(wiring, e=nn.Linear(5, 4), head=nn.Linear(7, 3))
+    return net, (torch.randn(3, 5), LENGTHS)
 
 
 @case({"into back": 6}, blocked={"head": "output"})

@@ -125,7 +125,7 @@ def difference_of_neighbours() -> Built:
     return between(lambda a: a[:, 1:].tanh() - a[:, :-1], read=5)
 
 
-@case(blocked={"head": "output"})
+@case({"a": 5}, blocked={"head": "output"})
 def one_channel_is_special() -> Built:
     """Channel 0 gates all others."""
     return between(lambda a: a[:, 1:] * a[:, :1].sigmoid(), read=5)

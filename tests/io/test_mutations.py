@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.util
 import json
 import os
 import random
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +25,12 @@ from bare import compress
 from torch import Tensor, nn
 
 from intrafusion import load
-from intrafusion.errors import IntrafusionError
+from intrafusion.errors import IntrafusionError, IntrafusionWarning
 from intrafusion.factorize import factorize
 from intrafusion.io.checksums import digest_document, digest_file
 from intrafusion.io.folder import load_plan, save_plan
+from intrafusion.lab import zoo
+from intrafusion.network.sources import import_transformers
 
 TIMES = int(os.environ.get("INTRAFUSION_FUZZ", "1"))
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -289,7 +294,8 @@ def test_damaged_networks_load_exactly_or_are_refused(folders: list[Folder], tmp
         before, expected = portrait(network), portrait(saved)
         counts["tried"] += 1
         try:
-            load(folder, network)
+            with warnings.catch_warnings(action="ignore", category=IntrafusionWarning):  # of a signed list of layers
+                load(folder, network)
         except IntrafusionError as error:
             counts["refused"] += 1
             if changed := difference(before, portrait(network)):
@@ -306,6 +312,72 @@ def test_damaged_networks_load_exactly_or_are_refused(folders: list[Folder], tmp
     assert failures == [], "\n".join(failures)
     assert counts["right"] > 10 * TIMES
     assert counts["refused"] > 200 * TIMES
+
+
+def change_record(folder: Path, rng: random.Random) -> None:
+    """What the folder says of its origin: other values anywhere in it."""
+    data = json.loads((folder / "plan.json").read_text())
+    key = rng.choice(["source", "source", "source", "original", "program", "made_with", "date"])
+    for _ in range(rng.randint(1, 2)):
+        container, entry = rng.choice([(data, key), *places(data.get(key))])
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # a part of what was changed before
+            container[entry] = odd(rng)
+    write_json(folder, data)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, nn.Module]]:
+    """Folders that name their network, and what they hold: of the zoo, and of transformers where it is installed."""
+    root, made = tmp_path_factory.mktemp("alone"), []
+    networks = {"zoo": (zoo.build("digits_resnet"), torch.randn(2, 1, 8, 8))}
+    if importlib.util.find_spec("transformers"):
+        transformers = import_transformers()
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+        config = transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=16)
+        networks["hf"] = (transformers.BertForSequenceClassification(config).eval(), torch.arange(10).reshape(2, 5))
+    for name, (network, x) in networks.items():
+        small = compress(network, x if name == "zoo" else {"input_ids": x}, 0.5)
+        small.save(root / name)
+        load(root / name)
+        made.append((root / name, small.model))
+    return made
+
+
+def test_damaged_folders_that_load_alone_load_exactly_or_are_refused(
+    alone: list[tuple[Path, nn.Module]], tmp_path: Path
+) -> None:
+    counts: Counter[str] = Counter()
+    failures = []
+    for seed in range(120 * TIMES):
+        rng = random.Random(seed)
+        source, saved = rng.choice(alone)
+        folder = tmp_path / "net"
+        shutil.copytree(source, folder)
+        if rng.random() < 0.7:
+            change_record(folder, rng)
+            done = "change_record"
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+                sign(folder)
+        else:
+            done = damage(folder, rng)
+        counts["tried"] += 1
+        try:
+            with warnings.catch_warnings(action="ignore", category=IntrafusionWarning):
+                found = portrait(load(folder))["tensors"]
+        except IntrafusionError:
+            counts["refused"] += 1
+        except Exception as error:
+            counts["crashed"] += 1
+            failures.append(f"{seed} ({done}): {type(error).__name__}: {error}"[:400])
+        else:
+            wrong = [name for name, tensor in portrait(saved)["tensors"].items() if found[name][0] != tensor[0]]
+            counts["wrong" if wrong else "right"] += 1
+            failures += [f"{seed} ({done}): loaded, but wrong in {wrong}"] if wrong else []
+        shutil.rmtree(folder)
+    print(f"\nnetworks that name themselves: {dict(counts)}")
+    assert failures == [], "\n".join(failures)
+    assert counts["refused"] > 30 * TIMES
+    assert counts["right"] > 10 * TIMES
 
 
 def test_damaged_plans_load_exactly_or_are_refused(tmp_path: Path) -> None:

@@ -238,3 +238,31 @@ def test_real_weights_are_read(data_dir: Path) -> None:
         "fc3.weight": (100, 200),
         "fc4.weight": (10, 100),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("fc.weight", torch.ones(2, 4, dtype=torch.complex64), "its imaginary part would be lost; save the real part"),
+        ("fc.weight", torch.ones(2, 4, dtype=torch.int8), "these look like quantized weights, whose scale would be"),
+        ("norm.num_batches_tracked", torch.tensor(1.5), "what is behind the point would be lost"),
+        ("norm.running_mean", torch.full((4,), 2**24 + 1), "numbers would be lost that do not fit"),
+    ],
+)
+def test_tensors_of_which_a_part_would_be_lost_are_refused(name: str, tensor: Tensor, message: str) -> None:
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = f"^{name}: expected {before[name].dtype}, got {tensor.dtype}: {message}"
+    with pytest.raises(FolderError, match=expected):
+        load_into(model, {**before, name: tensor})
+    assert same(model.state_dict(), before)
+
+
+def test_tensors_that_change_their_type_without_loss_are_taken() -> None:
+    model = network()
+    given = {**model.state_dict(), "norm.running_mean": torch.tensor([1, 2, 3, 4])}
+    given |= {"norm.num_batches_tracked": torch.tensor(3.0), "fc.bias": torch.tensor([0.5, 0.25], dtype=torch.float64)}
+    load_into(model, given)
+    assert model.norm.running_mean.tolist() == [1, 2, 3, 4]
+    assert model.norm.num_batches_tracked.item() == 3
+    assert model.fc.bias.tolist() == [0.5, 0.25]

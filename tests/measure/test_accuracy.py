@@ -86,7 +86,7 @@ def test_modes_and_statistics_are_as_before(fails: bool) -> None:
     model.norm.eval()
     images = IMAGES[:, :3] if fails else IMAGES
     if fails:
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        with pytest.raises(ModelError, match="does not run on the images .* shapes cannot be multiplied"):
             accuracy(model, images, LABELS)
     else:
         accuracy(model, images, LABELS)
@@ -113,7 +113,7 @@ def test_whole_numbers_stay_whole() -> None:
         (IMAGES[:0], LABELS[:0], 500, "got 0 images"),
         (IMAGES, LABELS[:7], 500, r"got 8 images, labels \(7,\)"),
         (IMAGES, LABELS[:, None], 500, r"got 8 images, labels \(8, 1\)"),
-        (IMAGES, LABELS, 0, "expected a batch_size of at least 1, got 0"),
+        (IMAGES, LABELS, 0, "batch_size: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments(images: Tensor, labels: Tensor, batch_size: int, message: str) -> None:

@@ -134,5 +134,5 @@ def test_the_plane_runs_through_its_corners_at_their_distances():
 def test_three_points_on_a_line_are_refused():
     on_line = [{"a": torch.tensor([1.0, 2.0]).double() * k} for k in (1, 2, 5)]
     for points in (on_line, [on_line[0], on_line[0], on_line[1]]):
-        with pytest.raises(ValueError, match="one line"):
+        with pytest.raises(ValueError, match="got two that are the same|got a line"):
             Plane.through(*points)

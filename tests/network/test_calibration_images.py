@@ -108,15 +108,15 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "one image alone": ([(image, 0) for image in A], r"batch 0 of images: expected a batch, .* one image alone; put a"),
     "empty": ([A, A[:0]], r"batch 1 of images: expected at least one image"),
     "unknown keys": ([{"picture": A}], r"batch 0 of images: .* forward \(image\), got the keys picture"),
-    "a text": ("folder", "images: expected a tensor, a dict or an iterable of batches, got str"),
+    "a text": ("folder", "images: expected a tensor, a dict or an iterable of batches, got 'folder'"),
     "texts": ([["a", "b"]], "batch 0 of images: expected batches that are .* got list"),
     "objects": ([np.array(["a"], object)], "batch 0 of images: expected arrays of numbers, got one of object"),
     "a file that is broken": (DataLoader(Pairs(), 10), "images: batch 2 cannot be read: OSError: truncated file"),
-    "a data set": (Pairs(), "got Pairs; put a DataLoader around a data set"),
+    "a data set": (Pairs(), "got a Pairs; put a DataLoader around a data set"),
     "another size": ([A[:, :2]], r"does not run on batch 0 of images \(float32\[40, 2, 8, 8\]\): RuntimeError"),
     "sizes that differ": ([A, A[..., :7]], r"images: expected batches of one shape"),
     "nothing": ([], "images: expected at least one batch, got none"),
-    "a number": (3, "images: expected a tensor.* got int"),
+    "a number": (3, "images: expected a tensor.* got 3"),
 }
 
 

@@ -310,8 +310,8 @@ def test_example_inputs_of_every_form() -> None:
         ((torch.randn(4, 3), 1.0, 2.0), ["TypeError", "positional argument"]),
         ({"y": torch.randn(4, 3)}, ["TypeError", "'y'"]),
         (torch.zeros(4, 3, dtype=torch.long), ["int64", "RuntimeError"]),
-        ("an image", ["example_inputs", "got str"]),
-        (None, ["example_inputs", "NoneType"]),
+        ("an image", ["example_inputs", "got 'an image'"]),
+        (None, ["example_inputs", "got None"]),
     ],
     ids=["shape", "too many", "unknown name", "dtype", "no tensor", "nothing"],
 )

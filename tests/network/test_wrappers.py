@@ -97,10 +97,10 @@ def scripted() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Net, r"got the class Net: that is a class; make a network of it, Net\(...\)"),
-        (lambda: Net().state_dict(), "got OrderedDict: build the network, and call load_state_dict"),
-        (lambda: "net.pt", "got str: build the network, and load its weights"),
-        (lambda: None, "got NoneType"),
+        (lambda: Net, r"got the class Net; that is a class; make an object of it, Net\(...\)"),
+        (lambda: Net().state_dict(), "got .*; build the network, and call load_state_dict"),
+        (lambda: "net.pt", "got 'net.pt'; build the network, and load its weights"),
+        (lambda: None, "got None; pass the network"),
         (scripted, "is TorchScript, .* expected an eager network"),
         (lambda: nn.Sequential(scripted(), nn.ReLU()), r"'0' \(RecursiveScriptModule\) is TorchScript"),
         (lambda: nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2)), "'0.weight' is not initialised yet"),

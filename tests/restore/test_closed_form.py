@@ -240,7 +240,7 @@ def test_structure_dtype_and_flags_survive() -> None:
 def test_nothing_reduced_nothing_written() -> None:
     model = plain()
     graph = intrafusion.inspect(model, torch.zeros(1, 3, 9, 9))
-    same = SimpleNamespace(model=copy.deepcopy(model), plan=SimpleNamespace(maps={}))
+    same = SimpleNamespace(model=copy.deepcopy(model), plan=SimpleNamespace(maps={}), inputs=None)
     ClosedForm()(same, model, graph)  # type: ignore[arg-type]
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in same.model.state_dict().items())
 

@@ -13,7 +13,7 @@ from oracle import randomise_
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import ModelError, Recipe
+from intrafusion import ChannelGraph, ModelError, Recipe
 from intrafusion.network.batches import rebatch
 from intrafusion.restore import Reestimate
 
@@ -41,7 +41,7 @@ def images(n: int = 40) -> Tensor:
 
 
 def restore(model: nn.Module, given: object, **options: int) -> None:
-    Reestimate(**options)(SimpleNamespace(model=model, plan=None), model, None, given)  # type: ignore[arg-type]
+    Reestimate(**options)(SimpleNamespace(model=model, plan=None, inputs=None), model, ChannelGraph(()), given)  # type: ignore[arg-type]
 
 
 def test_statistics_are_those_of_the_inputs() -> None:

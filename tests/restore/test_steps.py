@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import intrafusion
 import intrafusion.restore.calibration as calibration_module
-from intrafusion.errors import ModelError, RecipeError
+from intrafusion.compressed import Restoration
+from intrafusion.errors import IntrafusionWarning, ModelError, RecipeError
+from intrafusion.measure.closeness import Closeness, Yardstick
 from intrafusion.restore import LeastSquares, Noise, Reestimate
 from intrafusion.restore import steps as steps_module
 
@@ -43,7 +45,7 @@ def test_auto_takes_the_images_that_are_given_also_from_a_generator() -> None:
     assert step.error_before is not None
     assert step.error_after is not None
     assert step.error_after < step.error_before
-    assert f"output error {step.error_before:.3f} -> {step.error_after:.3f}" in str(small)
+    assert f"output error {step.error_before:.2g} -> {step.error_after:.2g}" in str(small)
     assert small.images is not None
     assert torch.equal(small.images.tensors()[0], IMAGES)
 
@@ -57,10 +59,12 @@ def test_auto_makes_images_where_it_can_afford_to(monkeypatch: pytest.MonkeyPatc
         "16 images made from the network",
         "no images were given",
     )
-    monkeypatch.setattr(calibration_module, "AFFORDABLE", 1.0)
-    (step,) = intrafusion.compress(network(), X, 0.5).restored
+    monkeypatch.setattr(calibration_module, "AFFORDABLE", 0.0)
+    with pytest.warns(IntrafusionWarning, match="Better: images=, a few hundred") as warned:
+        (step,) = intrafusion.compress(network(), X, 0.5).restored
+    assert warned[0].filename == __file__
     assert (step.step, step.on) == ("Noise", "512 noise images")
-    assert "making some would take" in str(step.note)
+    assert "making images from the network is left out: 8 in 2 steps would take about 0 s here" in str(step.note)
 
 
 def test_a_choice_of_channels_alone_takes_a_few_noise_images() -> None:
@@ -155,16 +159,51 @@ def test_noise_is_measured_with_its_own_statistics_in_the_norms(monkeypatch: pyt
     """With the ridge of images: that of noise fits the noise less."""
     monkeypatch.setattr(steps_module, "Noise", partial(Noise, scarcity=LeastSquares().scarcity))
     (step,) = intrafusion.compress(network(), X, 0.5, restore="noise").restored
-    assert step.error_after < 0.5 * step.error_before
+    assert step.error_after < 0.8 * step.error_before
+    assert (step.measured_on, step.unseen) == ("64 noise images", True)
     (closed, noise) = intrafusion.compress(network(), X, 0.5, restore=["closed_form", "noise"]).restored
     assert (closed.on, closed.error_before) == (None, None)
     assert noise.error_after == pytest.approx(step.error_after)
 
 
 def test_a_network_without_a_number_before_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_module.Calibration, "restore", lambda *_: (float("nan"), 0.5))
-    (step,) = intrafusion.compress(network(), X, 0.8, images=IMAGES).restored
-    assert step.note is None
-    monkeypatch.setattr(calibration_module.Calibration, "restore", lambda *_: (0.5, float("nan")))
-    (step,) = intrafusion.compress(network(), X, 0.8, images=IMAGES).restored
-    assert step.note == "undone, as the outputs were worse"
+    def restored(*errors: float) -> Restoration:
+        found = iter([*errors, 0.0])
+        monkeypatch.setattr(Yardstick, "measure", lambda *_: Closeness(next(found)))
+        return intrafusion.compress(network(), X, 0.8, images=IMAGES).restored[0]
+
+    assert restored(float("nan"), 0.5).note is None
+    assert restored(0.5, float("nan")).note == "undone, as the outputs were worse"
+
+
+def test_images_from_the_network_that_do_harm_give_way_to_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesis = calibration_module.Synthesis
+    monkeypatch.setattr(calibration_module, "AFFORDABLE", 1e9)
+    monkeypatch.setattr(calibration_module, "Synthesis", lambda **options: synthesis(images=50, steps=2, **options))
+    monkeypatch.setattr(calibration_module, "LeastSquares", Worse)
+    made, noise = intrafusion.compress(network(), X, 0.5).restored
+    assert (made.step, made.on, made.undone) == ("Worse", "80 images made from the network", True)
+    assert (noise.step, noise.on) == ("Noise", "512 noise images")
+    assert made.measured_on == noise.measured_on == "10 images made from the network"
+    assert made.unseen
+    assert noise.error_before == made.error_before
+    assert str(noise.note).startswith("in place of the step before")
+    assert noise.undone is (noise.error_after > noise.error_before)
+
+
+def test_noise_is_undone_by_images_at_hand_that_it_did_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Noise, "restore", lambda self, small, *_: [p.data.zero_() for p in small.model.parameters()])
+    small = intrafusion.compress(network(), X, 0.8, restore="noise", images=torch.cat([IMAGES, IMAGES + 1]))
+    (step,) = small.restored
+    assert (step.measured_on, step.unseen, step.undone) == ("16 images", True, True)
+    assert step.result is not None
+    assert step.result[0] == step.result[1]
+    assert bool(small.model.get_parameter("0.weight").any())
+
+
+def test_long_work_on_noise_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps_module, "AFFORDABLE", 0.0)
+    with pytest.warns(
+        IntrafusionWarning, match="solving the layers on noise takes about [0-9]+ s here. Better: images="
+    ):
+        intrafusion.compress(network(norm=False), X, 0.5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion.compressed import Compressed
-from intrafusion.errors import PlanError
+from intrafusion.errors import ModelError, PlanError
 from intrafusion.surgery import operate
 from intrafusion.surgery.numbers import find_numbers, write_number_
 
@@ -282,3 +282,57 @@ def test_writing_leaves_what_others_hold_alone() -> None:
     assert isinstance(module.held["a"][1][0], Pair)
     assert held == {"a": [1, (Pair(2, 3), config)]}
     assert config.dim == 4
+
+
+# ---- a state from the last call -------------------------------------------------------------------------------------
+
+
+class Keeping(nn.Module):
+    """Adds what it remembers of its last call, at the width of its hidden layer."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.a, self.back, self.b = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.where, self.last, self.queue, self.cache = where, None, [], {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = {"last": [self.last], "queue": self.queue, "cache": list(self.cache.values())}[self.where]
+        h = self.a(x).tanh() + sum(self.back(state) for state in held if state is not None)
+        if self.where == "last":
+            self.last = h.detach()
+        elif self.where == "queue":
+            self.queue[:] = [*self.queue, h.detach()][-2:]
+        else:
+            self.cache["state"] = h.detach()
+        return self.b(h)
+
+
+@pytest.mark.parametrize("where", ["last", "queue", "cache"])
+def test_a_state_that_is_made_by_the_first_call_has_the_new_width(where: str) -> None:
+    """The second call reads what the first left, also where that lies inside a list or a dict."""
+    model, x = Keeping(where).eval(), torch.randn(3, 5)
+    small = select(model, x).model
+    rows = kept_rows(small, model)
+    removed = torch.tensor([k for k in range(8) if k not in rows])
+    reference = copy.deepcopy(model)
+    for layer in (reference.back, reference.b):
+        layer.weight.data[:, removed] = 0
+    for _ in range(3):
+        torch.testing.assert_close(small(x), reference(x))
+    assert not model.queue
+    assert not model.cache
+
+
+@pytest.mark.parametrize(("where", "place"), [("last", "last"), ("queue", "queue.0"), ("cache", "cache.state")])
+def test_a_state_of_the_old_width_is_refused_in_words(where: str, place: str) -> None:
+    model, x = Keeping(where).eval(), torch.randn(3, 5)
+    model(x)
+    with pytest.raises(ModelError, match=rf"tensors of that width in attributes \({place}\): clear what it keeps"):
+        select(model, x)
+
+
+def test_a_state_of_zeros_is_refused_in_words_too() -> None:
+    """A permutation does not see it."""
+    model, x = Keeping("last").eval(), torch.randn(3, 5)
+    model.last = torch.zeros(3, 8)  # type: ignore[assignment]
+    assert "tensors of that width in attributes (last)" in select(model, x).rolled_back["a"]

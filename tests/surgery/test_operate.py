@@ -204,6 +204,32 @@ def test_a_network_that_amplifies_rounding_is_held_to_what_rounding_does() -> No
     assert set(reasons(verify_groups(model, false, Call.of(x)))) == {"0", "2"}
 
 
+def deep_sines(depth: int, gain: float) -> nn.Module:
+    """No norms, random weights: each layer makes small differences larger, rounding too."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for k in range(depth):
+        layer = nn.Linear(16 if k else 6, 16)
+        nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
+        layers += [layer, Wired(lambda n, x: x.sin())]
+    return nn.Sequential(*layers, nn.Linear(16, 3)).eval()
+
+
+@pytest.mark.parametrize(("depth", "gain"), [(9, 12.0), (12, 8.0), (14, 6.0)])
+def test_deep_networks_of_random_weights_are_held_to_what_rounding_does(depth: int, gain: float) -> None:
+    model, x = deep_sines(depth, gain), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    graph = trace(model, x)
+    inputs = Call.of(x)
+    check = _PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))
+    assert check.error([g for g in graph.reducible if g.is_channel]) > TOLERANCE, "a network that amplifies is needed"
+    assert len(reasons(verify_groups(model, graph, inputs))) == 1, "only the output layer"
+    false = without_member(graph, "0", "0.bias")
+    assert "0" in reasons(verify_groups(model, false, inputs))
+    small = compress(model, x, 0.5, reducer="select")
+    assert small.rolled_back == {}
+    assert set(small.plan.sizes.values()) == {8}
+
+
 class TwoHalves(nn.Module):
     """The halves of `c` are joined after unlike paths, so they shrink together; `literal` cannot shrink."""
 

@@ -542,14 +542,14 @@ def test_smoothed_labels() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"epochs": 0}, "epochs: expected at least 1"),
+        ({"epochs": 0}, "epochs: expected a whole number of at least 1"),
         ({"optimizer": "sgdd"}, "unknown optimizer 'sgdd'"),
         ({"decay": "steep"}, "unknown decay"),
-        ({"precision": "int8"}, "unknown precision"),
+        ({"precision": "int8"}, "precision: expected 'no' or 'bf16' or 'fp16'"),
         ({"warmup": 1.0}, "warmup"),
-        ({"patience": 0}, "patience: expected at least 1"),
-        ({"halve_every": 0}, "halve_every: expected at least 1, got 0"),
-        ({"shuffle": "streams"}, "unknown shuffle 'streams'"),
+        ({"patience": 0}, "patience: expected a whole number of at least 1"),
+        ({"halve_every": 0}, "halve_every: expected a whole number of at least 1, got 0"),
+        ({"shuffle": "streams"}, "shuffle: expected 'epoch' or 'stream', got 'streams'"),
     ],
 )
 def test_bad_options_say_so(options, match) -> None:

@@ -124,9 +124,9 @@ def test_errors():
         optimal_coupling(cost, half, torch.ones(3) / 3)
     with pytest.raises(ValueError, match="expected finite distances"):
         optimal_coupling(cost + torch.nan, half, half)
-    with pytest.raises(ValueError, match="b: expected masses >= 0, got -0.5"):
+    with pytest.raises(ValueError, match="b: expected finite masses >= 0, got -0.5"):
         optimal_coupling(cost, half, torch.tensor([1.5, -0.5]))
-    with pytest.raises(ValueError, match="a: expected masses >= 0, got nan"):
+    with pytest.raises(ValueError, match="a: expected finite masses >= 0, got nan"):
         optimal_coupling(cost, half * torch.nan, half)
     with pytest.raises(ValueError, match="same mass, got 1.0 and 2.0"):
         optimal_coupling(cost, half, torch.ones(2))

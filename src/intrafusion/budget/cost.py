@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph
 
 Along = tuple[tuple[str, float], ...]
@@ -28,6 +29,8 @@ class Cost:
     sizes: Mapping[str, int]
     parts: tuple[tuple[float, tuple[int, ...], tuple[Along, ...]], ...]
     constant: float = 0.0
+
+    __repr__ = show_briefly
 
     @classmethod
     def of(cls, graph: ChannelGraph, total: float, tensors: Mapping[str, tuple[tuple[int, ...], float]]) -> Cost:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
 from intrafusion.measure.drift import output_error
@@ -45,6 +46,8 @@ class Sensitivity:
     calibration: Calibration | None
     example_inputs: Inputs
     literals: Literals | None = None
+
+    __repr__ = show_briefly
 
     def curves(self, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
         r"""Predicted error when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.

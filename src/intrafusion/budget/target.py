@@ -25,8 +25,8 @@ from intrafusion.recipe import Recipe
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.reduce.select import selection_map
 from intrafusion.surgery.literals import Literals
-from intrafusion.surgery.operate import copy_reduced, operate
-from intrafusion.surgery.proof import FunctionCheck
+from intrafusion.surgery.operate import Surgery, copy_reduced, operate
+from intrafusion.surgery.proof import FunctionCheck, Reference
 
 _CLOSE_ENOUGH = 0.01  # trying stops this close to the target
 _MISSED = 0.02  # further off than this is said
@@ -72,16 +72,15 @@ def sizes_for_target(
     if goal >= whole:
         kept = f"target: {kind} {goal:,.4g} was asked for; the network has {whole:,.4g} as it is."
         return {}, (kept,) if goal > whole else ()
-    groups, literals = _find_shrinkable(model, graph, groups, inputs)
-    sensitivity = replace(sensitivity, literals=literals)
+    reference = Reference(model, graph, inputs)
+    groups, literals = _find_shrinkable(reference, groups)
+    sensitivity = replace(sensitivity, literals=literals) if literals.learned else sensitivity
     curves = sensitivity.curves(groups)
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS):
         search = _Search(model, graph, groups, curves, recipe, inputs, kind, goal, whole, literals)
         sizes, notes = search.find(sensitivity)
-        refused = operate(
-            model, graph, _select_maps(graph, sizes), inputs, FunctionCheck(model, graph, inputs)
-        ).rolled_back
+        refused = _try_sizes(reference, sizes).rolled_back
         if not refused:
             return sizes, notes
         groups = [g for g in groups if g.name not in refused]
@@ -276,13 +275,16 @@ class _Search:
         return min(group.size, least_size(self.recipe.min_channels, self.recipe.round_to))
 
 
-def _find_shrinkable(
-    model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], inputs: Inputs
-) -> tuple[list[ChannelGroup], Literals]:
+def _find_shrinkable(reference: Reference, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], Literals]:
     """The groups that would not be rolled back if all were halved, and which numbers in attributes follow."""
-    halved = _select_maps(graph, {g.name: (g.size + 1) // 2 for g in groups})
-    surgery = operate(model, graph, halved, inputs, FunctionCheck(model, graph, inputs))
+    surgery = _try_sizes(reference, {g.name: (g.size + 1) // 2 for g in groups})
     return [g for g in groups if g.name not in surgery.rolled_back], surgery.literals
+
+
+def _try_sizes(reference: Reference, sizes: Mapping[str, int]) -> Surgery:
+    """A network of these sizes, with whichever weights."""
+    graph, maps = reference.graph, _select_maps(reference.graph, sizes)
+    return operate(reference.model, graph, maps, reference.inputs, FunctionCheck(reference))
 
 
 _METERS: dict[str, Callable[[nn.Module, Inputs], float]] = {

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 
+from intrafusion.arguments import checked
 from intrafusion.asked import check_count, check_keep, least_size
 from intrafusion.errors import BudgetError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 
 
+@partial(checked, leaving=("keep", "round_to", "min_channels"))
 def uniform_sizes(
     groups: Iterable[ChannelGroup],
     keep: float | Mapping[str, float],

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.checks.laws import Checking, describe_kind, random_order
+from intrafusion.arguments import Seed, checked
+from intrafusion.checks.laws import Checking, adopt, describe_kind, random_order
 from intrafusion.checks.networks import Case, example_cases, user_case
 from intrafusion.checks.snapshot import copy_tensors, other_random_numbers, tensors_in
 from intrafusion.errors import IntrafusionError
@@ -20,13 +21,14 @@ from intrafusion.observe.observe import observe_for
 from intrafusion.planning import fold_weights
 
 
+@checked
 def check_importance(
     importance: Any,
     *,
     model: nn.Module | None = None,
     example_inputs: ExampleInputs | None = None,
     images: ImagesLike | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> tuple[str, ...]:
     """Hold a criterion to its laws, on every group of some networks, healthy and half dead.
 
@@ -40,6 +42,7 @@ def check_importance(
     Raises:
         LawError: the first law that does not.
     """
+    importance = adopt(importance, "importance")
     checking = Checking(importance)
     try:
         needs = needs_of(importance)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from intrafusion.errors import IntrafusionError
+from intrafusion.errors import IntrafusionError, RecipeError, show
 from intrafusion.importance.observation import importance_label
+from intrafusion.registry import registry_of
+
+
+def adopt(method: Any, kind: str) -> Any:
+    """The method itself; one of ours where it is named.
+
+    Raises:
+        RecipeError: an unknown name, or what cannot be called as a method of this kind is.
+    """
+    registry = registry_of(kind)
+    if isinstance(method, (str, Mapping)):
+        return registry.resolve(method)
+    if not registry.can_call(method):
+        raise RecipeError(f"check: expected {registry.expected}, or the name of a {kind}, got {show(method)}.")
+    return method
+
 
 ROUNDING = 1e-6  # numbers that should be equal but are computed in another order, relative to the largest
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from intrafusion.brief import show_briefly
+from intrafusion.errors import ArgumentError, ModelError
 from intrafusion.graph import READS, ChannelGraph, ChannelGroup
+from intrafusion.network.batches import read_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.pipeline import inspect
@@ -43,6 +46,8 @@ class Case:
     graph: ChannelGraph
     inputs: Inputs
     images: Any
+
+    __repr__ = show_briefly
 
     @property
     def groups(self) -> list[ChannelGroup]:
@@ -100,7 +105,12 @@ def example_cases(seed: int) -> list[Case]:
 
 def user_case(model: nn.Module, example_inputs: ExampleInputs | None, images: Any) -> Case:
     if example_inputs is None:
-        raise ValueError("example_inputs: expected what one call of the model takes, got None.")
+        raise ArgumentError(
+            "example_inputs: expected what one call of the model takes, got None; pass it beside model=."
+        )
+    for call in read_batches(images) if images is not None else ():
+        if not any(t.dim() for t in call.tensors()):
+            raise ModelError(f"images: expected batches (n, ...), got {call}; put a dimension of images in front.")
     inputs, model = Inputs.of(example_inputs), copy_model(model)  # a broken method may write to it
     return Case(type(model).__name__, model, inspect(model, inputs), inputs, inputs if images is None else images)
 

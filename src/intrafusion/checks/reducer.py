@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intrafusion.checks.laws import Checking, describe_kind, random_order
+from intrafusion.arguments import Seed, checked
+from intrafusion.checks.laws import Checking, adopt, describe_kind, random_order
 from intrafusion.checks.snapshot import copy_tensors, other_random_numbers, tensors_in
 from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem
 
 
-def check_reducer(reducer: Any, *, seed: int = 0) -> tuple[str, ...]:
+@checked
+def check_reducer(reducer: Any, *, seed: Seed = 0) -> tuple[str, ...]:
     """Hold a reducer to its laws, on random problems and on degenerate ones.
 
     Returns:
@@ -22,6 +24,7 @@ def check_reducer(reducer: Any, *, seed: int = 0) -> tuple[str, ...]:
     Raises:
         LawError: the first law that does not.
     """
+    reducer = adopt(reducer, "reducer")
     checking = Checking(reducer)
     checking.law("shape", ReducerTraits.are_told_by(reducer), "expected an attribute mixes, True or False")
     for n, m in ((8, 5), (12, 3), (7, 6), (6, 1), (1, 1), (9, 9)):

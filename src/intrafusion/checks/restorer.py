@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from intrafusion.checks.laws import ROUNDING, Checking
+from intrafusion.arguments import Seed, checked
+from intrafusion.checks.laws import ROUNDING, Checking, adopt
 from intrafusion.checks.networks import Case, example_cases, odd_modes_, user_case
 from intrafusion.checks.reducer import count_holes
 from intrafusion.checks.snapshot import Snapshot, copy_tensors, other_random_numbers, take_snapshot, tensors_in
@@ -25,13 +26,14 @@ from intrafusion.reduce import ReductionMap
 from intrafusion.restore import RestorerTraits
 
 
+@checked
 def check_restorer(
     restorer: Any,
     *,
     model: nn.Module | None = None,
     example_inputs: ExampleInputs | None = None,
     images: ImagesLike | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> tuple[str, ...]:
     """Hold a restorer to its laws: after plain pruning, and after a reduction that loses nothing.
 
@@ -46,6 +48,7 @@ def check_restorer(
     Raises:
         LawError: the first law that does not.
     """
+    restorer = adopt(restorer, "restorer")
     checking = Checking(restorer)
     checking.law("needs", RestorerTraits.are_told_by(restorer), "expected an attribute needs_data, True or False")
     cases = example_cases(seed) if model is None else [user_case(model, example_inputs, images)]

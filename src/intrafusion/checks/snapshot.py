@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.checks.laws import describe_kind
 from intrafusion.network.tensors import named_tensors
 
@@ -19,6 +20,8 @@ class Snapshot:
 
     described: dict[str, str]
     values: dict[str, Tensor]
+
+    __repr__ = show_briefly
 
 
 def take_snapshot(model: nn.Module) -> Snapshot:

@@ -11,23 +11,36 @@ import typer
 from torch import Tensor
 
 from intrafusion import pipeline
-from intrafusion.cli.console import ROLLED_BACK, check_output, progress_bar, working
+from intrafusion.cli.console import ROLLED_BACK, progress_bar, working
 from intrafusion.cli.inputs import read_images
 from intrafusion.cli.network import Network, read_network
-from intrafusion.cli.options import Arguments, AsJson, Base, InputShapes, Name, WeightFiles
+from intrafusion.cli.options import (
+    Arguments,
+    AsJson,
+    Base,
+    Criterion,
+    Device,
+    Fractions,
+    ImageFile,
+    InputShapes,
+    Name,
+    Order,
+    Output,
+    Seed,
+    Steps,
+    WeightFiles,
+    choice_option,
+    count_option,
+)
+from intrafusion.cli.outputs import check_file, check_saving, check_space
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
 from intrafusion.compressed import Compressed
-from intrafusion.importance import IMPORTANCES
+from intrafusion.errors import RecipeError
 from intrafusion.io.atomic import read_text
-from intrafusion.recipe import ORDERS, Keep, Recipe, RecipeError
+from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
-from intrafusion.restore import LEVELS, RESTORERS, save_images
-
-
-def _choice_option(names: Iterable[str], about: str) -> Any:
-    """An option whose value is one of these names."""
-    return typer.Option(metavar="NAME", help=f"{about}: {', '.join(names)}.")
+from intrafusion.restore import save_images
 
 
 def _layer_option(about: str) -> Any:
@@ -37,19 +50,13 @@ def _layer_option(about: str) -> Any:
 
 def compress_command(
     model: Name,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save to; none: only show.")] = None,
+    output: Output = None,
     base: Base = None,
     weights: WeightFiles = None,
     arguments: Arguments = None,
     inputs: InputShapes = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FRACTION",
-            help="Fraction of the channels to keep, 0.7 if not said, or PATTERN=FRACTION (repeatable): the first "
-            "pattern that matches counts, a fraction alone holds for the rest.",
-        ),
-    ] = None,
+    device: Device = "cpu",
+    keep: Fractions = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -58,37 +65,29 @@ def compress_command(
             "cut is then chosen for the least predicted error.",
         ),
     ] = None,
-    min_channels: Annotated[int | None, typer.Option(help="No group becomes smaller.")] = None,
+    min_channels: Annotated[int | None, count_option("No group becomes smaller.")] = None,
     reducer: Annotated[
-        str | None, _choice_option(REDUCERS, "How channels become fewer; select is plain pruning")
+        str | None, choice_option(REDUCERS, "How channels become fewer; select is plain pruning")
     ] = None,
-    normalization: Annotated[str | None, _choice_option(NORMALIZATIONS, "Of the reducer intrafusion")] = None,
-    importance: Annotated[str | None, _choice_option(IMPORTANCES, "How much a channel matters")] = None,
-    order: Annotated[str | None, _choice_option(ORDERS, "Order of the groups")] = None,
-    round_to: Annotated[int | None, typer.Option(help="Make every size a multiple of this.")] = None,
-    restore: Annotated[
-        list[str] | None,
-        _choice_option(
-            ("auto", *LEVELS, "none", *RESTORERS),
-            "What is done against the loss (repeatable, in order); auto takes the strongest that the images allow",
-        ),
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            help="Unlabelled images as the network takes them: .safetensors or .npz with an array `images`, or .npy."
-        ),
-    ] = None,
+    normalization: Annotated[str | None, choice_option(NORMALIZATIONS, "Of the reducer intrafusion")] = None,
+    importance: Criterion = None,
+    order: Order = None,
+    round_to: Annotated[int | None, count_option("Make every size a multiple of this.")] = None,
+    restore: Steps = None,
+    images: ImageFile = None,
     keep_images: Annotated[
         Path | None,
-        typer.Option(help="Write the images that the layers were solved on, for --images and report (.safetensors)."),
+        typer.Option(
+            metavar="FILE",
+            help="Write the images that the layers were solved on, for --images and report (.safetensors).",
+        ),
     ] = None,
     include: Annotated[list[str] | None, _layer_option("Reduce only the channels of this layer")] = None,
     exclude: Annotated[list[str] | None, _layer_option("Leave the channels of this layer alone")] = None,
-    seed: Annotated[int | None, typer.Option(help="For whatever draws random numbers.")] = None,
+    seed: Seed = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="recipe.yaml of an earlier run; options beside it count more."),
+        typer.Option(metavar="FILE", help="recipe.yaml of an earlier run; options beside it count more."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if a group had to be rolled back.")] = False,
     as_json: AsJson = False,
@@ -100,20 +99,30 @@ def compress_command(
     said = locals()
     with working():
         wanted = _read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
+        _check_outputs(output, keep_images)
+        network = read_network(
+            model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device
+        )
         if output:
-            check_output(output)
-        network = read_network(model, base=base, weights=weights, arguments=arguments or (), inputs=inputs or ())
-        small, rolled_back = _reduce_network(network, wanted, read_images(images) if images else None)
+            check_space(output, network.model)
+        small, rolled_back = _reduce_network(network, wanted, read_images(images, network.inputs) if images else None)
         if output:
             small.save(output)
         if keep_images and small.images:
             save_images(small.images.tensors()[0], keep_images)
     if as_json:
-        print_json(_summary(network, small, output, rolled_back))
+        print_json("compress", _summary(network, small, output, rolled_back))
     else:
         _show(network, small, output, rolled_back)
     if strict and rolled_back:
         raise typer.Exit(ROLLED_BACK)
+
+
+def _check_outputs(folder: Path | None, images: Path | None) -> None:
+    if folder:
+        check_saving(folder)
+    if images:
+        check_file(images)
 
 
 def _read_recipe(file: Path | None, options: dict[str, Any], normalization: str | None) -> Recipe:
@@ -154,7 +163,9 @@ def read_keep(texts: Iterable[str]) -> Keep:
     """
     keep: dict[str, float] = {}
     for text in sorted(texts, key=lambda t: "=" not in t):
-        pattern, _, number = text.rpartition("=")
+        pattern, equals, number = text.rpartition("=")
+        if equals and not pattern:
+            raise RecipeError(f"--keep {text}: expected a pattern in front of =, such as layer2.*=0.5, or 0.5 alone.")
         pattern = pattern or "*"
         if pattern in keep:
             raise RecipeError(f"--keep {text}: there is a fraction for {pattern!r} already; give one for each pattern.")
@@ -163,6 +174,18 @@ def read_keep(texts: Iterable[str]) -> Keep:
         except ValueError as error:
             raise RecipeError(f"--keep {text}: expected a fraction such as 0.7, or PATTERN=0.7.") from error
     return keep["*"] if keep.keys() == {"*"} else keep
+
+
+def read_fraction(text: str) -> float:
+    """One fraction for all groups.
+
+    Raises:
+        RecipeError: it is a pattern, or no number.
+    """
+    found = read_keep([text])
+    if not isinstance(found, float):
+        raise RecipeError(f"--keep {text}: expected a fraction alone here, such as 0.7; leave out the pattern.")
+    return found
 
 
 def _read_target(text: str) -> dict[str, float]:

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import nn
 
 from intrafusion import pipeline
-from intrafusion.cli.console import check_output, messages, progress_bar, working
+from intrafusion.cli.console import messages, progress_bar, working
 from intrafusion.cli.models import resolve
-from intrafusion.cli.network import loading_line
-from intrafusion.cli.show import print_table, say
+from intrafusion.cli.network import loading_line, read_device
+from intrafusion.cli.options import AsJson, Device, Output
+from intrafusion.cli.outputs import check_folder, check_saving
+from intrafusion.cli.show import print_json, print_table, say
 from intrafusion.compressed import Compressed
-from intrafusion.errors import FolderError
 from intrafusion.io.atomic import atomic_file
 from intrafusion.lab import zoo
 from intrafusion.lab.report.plot import accuracy_plot
 from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.size import size_of
+from intrafusion.network.batches import cast_like
 from intrafusion.network.inputs import Inputs
 from intrafusion.recipe import Recipe
 
@@ -36,7 +37,7 @@ _METHODS: Mapping[str, Mapping[str, Any]] = {
     "restored": {"reducer": "pivot", "restore": "noise"},
 }
 _SAVED = ("restored", 0.5)
-_TABLE, _PLOT, _SMALL = "accuracy.csv", "accuracy.png", "restored-50"
+_FOLDER, _TABLE, _PLOT, _SMALL = "intrafusion-demo", "accuracy.csv", "accuracy.png", "restored-50"
 
 
 @dataclass(frozen=True)
@@ -51,38 +52,30 @@ class Row:
 
 
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the table, the plot and one network.")
-    ] = Path("intrafusion-demo"),
+    output: Output = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Train a small residual CNN on scikit-learn's digits, then shrink it: pruned, fused, restored.
 
     It is shrunk without data and without retraining. This takes seconds and needs no file; running it again replaces
     the files it wrote, and no others.
     """
+    output = output or Path(_FOLDER)
     with working():
-        _check_folder(output)
+        check_folder(output)
+        check_saving(output / _SMALL)
+        place = read_device(device)
         torch.set_num_threads(1)  # for 8 x 8 images, more threads only wait for one another
         messages.print("training a small residual network on 1,197 digits ...")
-        rows = run(zoo.train_digits(), output)
-    show(rows, output)
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse, before the work, a folder that cannot be written to.
-
-    Raises:
-        FolderError: it is a file, or what lies in the place of the saved network is not ours.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FolderError(f"{folder}: expected a folder, but this is a file; choose another name with -o.")
-    check_output(folder / _SMALL)
+        rows = run(zoo.train_digits().to(place), output)
+    show(rows, output, as_json=as_json)
 
 
 def run(model: nn.Module, folder: Path, keeps: Sequence[float] = _KEEPS) -> list[Row]:
     """Measure the original and both methods at every keep; write the table, the plot and one network to the folder."""
     test = zoo.load_data(_NETWORK, "test")
-    inputs = Inputs.of(zoo.example_input(_NETWORK))
+    inputs = cast_like(Inputs.of(zoo.example_input(_NETWORK)), model)
     size = size_of(model, inputs)
     rows = [Row("original", 1.0, size.params, size.macs, accuracy(model, test.images, test.labels))]
     with progress_bar("demo") as progress:
@@ -112,13 +105,17 @@ def _write_table(path: Path, rows: Iterable[Row]) -> None:
         writer.writerows(astuple(row) for row in rows)
 
 
-def show(rows: Sequence[Row], folder: Path) -> None:
+def show(rows: Sequence[Row], folder: Path, *, as_json: bool = False) -> None:
     original, rest = rows[0], rows[1:]
+    line = loading_line(folder / _SMALL, *resolve(f"zoo:{_NETWORK}").python())
+    if as_json:
+        print_json("demo", {"output": str(folder), "load": line, "rows": [asdict(row) for row in rows]})
+        return
     keeps = sorted({row.keep for row in rest}, reverse=True)
     say(f"test accuracy on 360 digits; the original has {original.accuracy:.1%} and {original.params:,} parameters\n")
     print_table(("keep", "parameters", *_METHODS), [_line(keep, rest) for keep in keeps], numbers=True)
     say(f"\nwritten to {folder}: {_TABLE}, {_PLOT} and the network {_SMALL}; back in one line:")
-    say(loading_line(folder / _SMALL, *resolve(f"zoo:{_NETWORK}").python()))
+    say(line)
 
 
 def _line(keep: float, rows: Iterable[Row]) -> tuple[str, ...]:

@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
-from intrafusion.cli.console import check_output, progress_bar, working
-from intrafusion.cli.network import Network, loading_line, read_network
-from intrafusion.cli.options import Arguments, AsJson, InputShapes
+from intrafusion.cli.completion import complete_model
+from intrafusion.cli.compress import read_keep
+from intrafusion.cli.console import progress_bar, working
+from intrafusion.cli.data import data_of, require_training_images
+from intrafusion.cli.inputs import read_images
+from intrafusion.cli.network import Network, read_networks
+from intrafusion.cli.options import (
+    Arguments,
+    AsJson,
+    Base,
+    Data,
+    Device,
+    Fractions,
+    ImageFile,
+    InputShapes,
+    Output,
+    Seed,
+    Steps,
+    TrainImages,
+    Using,
+    WeightFiles,
+    choice_option,
+)
+from intrafusion.cli.outputs import check_saving, check_space
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.fusion import Alignment, Fused
 from intrafusion.fusion import fuse as fuse_networks
 from intrafusion.fusion.align import _COST_FUNCTIONS, _MEMBER_SIDES
 from intrafusion.fusion.networks import USING
-from intrafusion.lab import zoo
+from intrafusion.restore import RESTORERS
+
+_IMAGES = 200  # training images, where none are said
 
 
 def fuse_command(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Networks of one structure, as for compress; or one, and")
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Networks of one structure, as for compress; or one, and several --weights.",
+            autocompletion=complete_model,
+        ),
     ],
-    weights: Annotated[
-        list[Path] | None,
-        typer.Option(help="files of weights for it, two or more (repeatable): .safetensors or .pth."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save to; none: only show.")] = None,
+    output: Output = None,
+    base: Base = None,
+    weights: WeightFiles = None,
     arguments: Arguments = None,
     inputs: InputShapes = None,
-    using: Annotated[str, typer.Option(help=f"What channels are compared by: {', '.join(USING)}.")] = "weights",
-    data: Annotated[
-        str | None, typer.Option(help="Data set of the zoo to take images from: cifar10, cifar100, mnist, digits.")
+    device: Device = "cpu",
+    using: Using = None,
+    data: Data = None,
+    train_images: TrainImages = None,
+    images: ImageFile = None,
+    restore: Steps = None,
+    share: Annotated[
+        list[float] | None, typer.Option(metavar="NUMBER", help="What each network counts (once per network).")
     ] = None,
-    images: Annotated[int, typer.Option(help="How many of its training images to take; labels are not read.")] = 200,
-    restore: Annotated[str | None, typer.Option(help="Restorer to apply at the end, on the same images.")] = None,
-    share: Annotated[list[float] | None, typer.Option(help="What each network counts (once per network).")] = None,
-    cost: Annotated[str, typer.Option(help=f"Distance between channels: {', '.join(_COST_FUNCTIONS)}.")] = "distance",
-    sides: Annotated[str, typer.Option(help=f"Weights that describe a channel: {', '.join(_MEMBER_SIDES)}.")] = "both",
+    cost: Annotated[str, choice_option(_COST_FUNCTIONS, "Distance between channels")] = "distance",
+    sides: Annotated[str, choice_option(_MEMBER_SIDES, "Weights that describe a channel")] = "both",
     rescale: Annotated[bool, typer.Option(help="Make up for what averaging takes from the channels.")] = True,
-    keep: Annotated[float, typer.Option(help="Make the result narrower: fraction of the anchor's channels.")] = 1.0,
+    keep: Fractions = None,
+    seed: Seed = None,
     as_json: AsJson = False,
 ) -> None:
     """Fuse networks that were trained apart into one, channel by channel, and save it.
@@ -49,23 +80,29 @@ def fuse_command(
     The first is the anchor: the result has its channels and its widths.
     """
     with working():
+        step = _read_step(restore)
+        fractions = read_keep(keep) if keep else 1.0
         if output is not None:
-            check_output(output)
-        networks = _read_networks(models, weights or [], arguments or [], inputs or [])
-        found = (
-            None if data is None else zoo.load_data(_data_name(models[0], data), _data_split(data), limit=images).images
+            check_saving(output)
+        if len(models) == 1 and len(weights or ()) < 2:
+            raise ModelError("fuse: expected two networks or more; name several, or give --weights twice or more.")
+        networks = read_networks(
+            models, weights=weights or [], base=base, arguments=arguments or [], inputs=inputs or [], device=device
         )
+        if output is not None:
+            check_space(output, networks[0].model)
         with progress_bar("fuse") as progress:
             fused = fuse_networks(
                 [n.model for n in networks],
                 networks[0].inputs,
-                using=using,
-                images=found,
+                using=using or USING[0],
+                images=_read_images(networks[0], using, images, data, train_images),
                 weights=share or None,
-                keep=keep,
+                keep=fractions,
                 alignment=Alignment(cost=cost, sides=sides),
                 rescale=rescale,
-                restore=restore,
+                restore=step,
+                seed=seed or 0,
                 progress=progress,
             )
         if output is not None:
@@ -73,40 +110,55 @@ def fuse_command(
     _show(fused, networks[0], output, as_json=as_json)
 
 
-def _read_networks(models: list[str], weights: list[Path], arguments: list[str], inputs: list[str]) -> list[Network]:
-    """The anchor and the others.
+def _read_step(restore: Sequence[str] | None) -> str | None:
+    """The restorer at the end, if there is one.
 
     Raises:
-        ModelError: fewer than two networks, or files of weights for more than one.
+        RecipeError: several, or a level, which is for `compress`.
     """
-    if len(models) > 1 and weights:
-        raise ModelError("fuse: --weights goes with one MODEL; name one network and give all its files of weights.")
-    wanted = [(models[0], path) for path in weights] or [(name, None) for name in models]
-    if len(wanted) < 2:
-        raise ModelError("fuse: expected two networks or more; name several, or give --weights twice or more.")
-    return [read_network(name, weights=path, arguments=arguments, inputs=inputs) for name, path in wanted]
+    steps = [step for step in restore or () if step != "none"]
+    if len(steps) > 1 or not set(steps) <= set(RESTORERS):
+        valid = ", ".join(("none", *RESTORERS))
+        raise RecipeError(f"fuse: --restore: expected one of {valid}, got {', '.join(steps)}; name one of these.")
+    return steps[0] if steps else None
 
 
-def _data_name(model: str, data: str) -> str:
-    """The network of the zoo if it is one, for its normalisation; else the data set."""
-    name = model.removeprefix("zoo:")
-    return name if name in zoo.names() and zoo.entry(name).data == data else data
+def _read_images(
+    anchor: Network, using: str | None, file: Path | None, data: str | None, limit: int | None
+) -> Tensor | None:
+    """Images of a file, or training images of a data set; labels are not read.
 
-
-def _data_split(data: str) -> str:
-    return {"cifar100": "calibration", "imagenet": "sample"}.get(data, "train")
+    Raises:
+        ModelError: channels are to be compared by what they give, and there are neither.
+    """
+    if file is not None:
+        return read_images(file, anchor.inputs)
+    if data is None and using != "activations":
+        return None
+    return require_training_images(data_of(anchor.name, data), anchor.name, limit or _IMAGES).images
 
 
 def _show(fused: Fused, anchor: Network, output: Path | None, *, as_json: bool) -> None:
     moved = {name: _moved_share(fused, name) for name in fused.alignments[-1]}
     if as_json:
-        print_json({**plan_data(fused.plan, fused.before, fused.after), "moved": moved})
+        print_json("fuse", _summary(fused, anchor, output, moved))
         return
     print_plan(fused.plan, fused.before, fused.after)
     average = sum(moved.values()) / max(1, len(moved))
     say(f"\n{len(fused.weights)} networks; {average:.0%} of the channels of the others changed their place")
     if output is not None:
-        say(f"saved to {output}; back in one line:\n{loading_line(output, anchor.imports, anchor.original)}")
+        say(f"saved to {output}; back in one line:\n{anchor.loading(output)}")
+
+
+def _summary(fused: Fused, anchor: Network, output: Path | None, moved: dict[str, float]) -> dict[str, Any]:
+    return {
+        "model": anchor.name,
+        "output": str(output) if output else None,
+        "load": anchor.loading(output) if output else None,
+        "shares": list(fused.weights),
+        "moved": moved,
+        **plan_data(fused.plan, fused.before, fused.after),
+    }
 
 
 def _moved_share(fused: Fused, group: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -33,23 +34,38 @@ def read_inputs(texts: Iterable[str]) -> Inputs:
     return Inputs(tuple(args), kwargs)
 
 
-def read_images(path: Path) -> Tensor:
+def read_images(path: Path, inputs: Inputs | None = None) -> Tensor:
     """Images (n, ...) from .safetensors or .npz (an array `images`) or .npy; nothing is unpickled.
 
+    Args:
+        inputs: of the network that takes them; None where they are only looked at.
     Raises:
-        FolderError: no such file, or not one of these.
+        FolderError: no such file, not one of these, or images whose imaginary part the network would not see.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_images(path)
-        found = np.load(path, allow_pickle=False)
-        found = found if isinstance(found, np.ndarray) else found["images"]
-        return torch.from_numpy(np.ascontiguousarray(found)).float()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = _read_array(path)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, FolderError) as error:
         raise FolderError(
             f"--images {path}: expected .safetensors or .npz with an array `images`, or .npy, "
             f"got {type(error).__name__}: {error}."
         ) from error
+    if found.is_complex() and not any(t.is_complex() for t in (inputs.tensors() if inputs else ())):
+        raise FolderError(
+            f"--images {path}: expected real images, as the example input is, got {found.dtype}; save the part that is "
+            "meant, or give a complex example with --input SHAPE:complex64."
+        )
+    return found
+
+
+def _read_array(path: Path) -> Tensor:
+    """Double precision becomes single, everything else stays what it is."""
+    if path.suffix == ".safetensors":
+        return load_images(path)
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"a file with the suffix {path.suffix!r}")
+    found = np.load(path, allow_pickle=False)
+    found = torch.from_numpy(np.ascontiguousarray(found if isinstance(found, np.ndarray) else found["images"]))
+    return found.float() if found.dtype == torch.float64 else found
 
 
 def _read_input(text: str, shape: str) -> Tensor:
@@ -72,6 +88,9 @@ def _read_input(text: str, shape: str) -> Tensor:
 
 
 def _make_noise(dimensions: list[int], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if dtype.is_complex:
+        return torch.randn(dimensions, generator=generator, dtype=torch.complex64).to(dtype)
     if dtype.is_floating_point:
-        return torch.randn(dimensions, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return torch.randn(dimensions, generator=generator).to(dtype)
     return ((torch.arange(dimensions[-1]) + 1) % 2).expand(dimensions).to(dtype).contiguous()

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from intrafusion import pipeline, planning
+from intrafusion import pipeline
 from intrafusion.cli.console import progress_bar, working
-from intrafusion.cli.network import is_saved, read_network
-from intrafusion.cli.options import Arguments, AsJson, Base, InputShapes, Name, WeightFiles
-from intrafusion.cli.show import plan_data, print_json, print_plan, print_table, say
-from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.cli.network import Network, is_saved, read_network
+from intrafusion.cli.options import Arguments, AsJson, Base, Device, InputShapes, Name, WeightFiles
+from intrafusion.cli.show import plan_data, print_json, print_plan, say
+from intrafusion.graph import ChannelGraph, ChannelGroup, tabulate_graph
 from intrafusion.io.folder import read_document
 from intrafusion.measure.size import Size, size_of
 from intrafusion.plan import Plan, describe_members
-from intrafusion.recipe import Recipe
-from intrafusion.table import shown_layers
-
-_HEADER = ("group", "channels", "can be", "layers or reason")
 
 
 def inspect_command(
@@ -29,22 +24,29 @@ def inspect_command(
     weights: WeightFiles = None,
     arguments: Arguments = None,
     inputs: InputShapes = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Show the channel groups of a network and which can be reduced; of a saved folder without --base, what was done.
 
     Weights do not matter here: a network of the zoo is built with random ones.
     """
-    with working():
+    with working("nothing is ever written; the same command starts again."):
         saved = base is None and is_saved(model)
         if saved:
             plan, before, after = read_saved(Path(model))
         else:
-            graph, size = _read_graph(model, base, weights, arguments or (), inputs or ())
+            network = read_network(
+                model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
+                trained=False,
+            )  # fmt: skip
+            graph, size = _find_graph(network)
     if saved:
-        print_json({"model": model, **plan_data(plan, before, after)}) if as_json else print_plan(plan, before, after)
+        data = {"model": model, **plan_data(plan, before, after)}
+        print_json("inspect", data) if as_json else print_plan(plan, before, after)
     else:
-        print_json({"model": model, **_graph_data(graph, size)}) if as_json else _print_graph(graph, size)
+        data = {"model": model, **_graph_data(graph, size)}
+        print_json("inspect", data) if as_json else _print_graph(graph, size)
 
 
 def read_saved(folder: Path) -> tuple[Plan, Size | None, Size | None]:
@@ -54,17 +56,19 @@ def read_saved(folder: Path) -> tuple[Plan, Size | None, Size | None]:
     return Plan.from_json(json.dumps(data)), before, after
 
 
-def _read_graph(
-    name: str, base: str | None, weights: Path | None, arguments: Sequence[str], inputs: Sequence[str]
-) -> tuple[ChannelGraph, Size]:
-    network = read_network(name, base=base, weights=weights, arguments=arguments, inputs=inputs, trained=False)
+def _find_graph(network: Network) -> tuple[ChannelGraph, Size]:
     with progress_bar("inspect") as progress:
         graph = pipeline.inspect(network.model, network.inputs, progress=progress)
     return graph, size_of(network.model, network.inputs)
 
 
 def _graph_data(graph: ChannelGraph, size: Size) -> dict[str, Any]:
-    return {"size": asdict(size), "groups": [_group_data(g) for g in graph.groups], "warnings": list(graph.warnings)}
+    return {
+        "size": asdict(size),
+        "groups": [_group_data(g) for g in graph.groups],
+        "fixed": [asdict(side) for side in graph.fixed],
+        "warnings": list(graph.warnings),
+    }
 
 
 def _group_data(group: ChannelGroup) -> dict[str, Any]:
@@ -82,21 +86,4 @@ def _group_data(group: ChannelGroup) -> dict[str, Any]:
 
 
 def _print_graph(graph: ChannelGraph, size: Size) -> None:
-    families: dict[tuple[int, str | None], list[ChannelGroup]] = {}
-    for group in graph.groups:
-        families.setdefault((group.family, group.reason), []).append(group)
-    print_table(_HEADER, map(_group_row, families.values()))
-    say(
-        f"\n{len(graph.reducible)} of {len(graph.groups)} groups can be reduced; "
-        f"parameters {size.params:,}; MACs {size.macs:,}"
-    )
-    for warning in graph.warnings:
-        say(f"note: {warning}")
-
-
-def _group_row(twins: Sequence[ChannelGroup]) -> tuple[str, str, str, str]:
-    """One line for a group, or for twins such as the groups of one convolution."""
-    first, last = twins[0], twins[-1]
-    name, count = (first.name, "") if first is last else (f"{first.name} .. {last.name}", f"{len(twins)} x ")
-    fate = planning.decision(first, first.size, Recipe(), None, read=True)
-    return name, f"{count}{first.size}", "kept" if fate.reason else fate.mixing, fate.reason or shown_layers(fate)
+    say(str(tabulate_graph(graph, (f"parameters {size.params:,}; MACs {size.macs:,}",))))

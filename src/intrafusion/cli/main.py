@@ -13,10 +13,11 @@ from intrafusion.cli.demo import demo
 from intrafusion.cli.experiment import experiment
 from intrafusion.cli.fuse import fuse_command
 from intrafusion.cli.inspect import inspect_command
+from intrafusion.cli.program import Command, Program
 from intrafusion.cli.report import report
 from intrafusion.cli.split_train import split_train_command
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
+app = Program(no_args_is_help=True, pretty_exceptions_enable=False, epilog=EXIT_CODES)
 COMMANDS = {
     "inspect": inspect_command,
     "compress": compress_command,
@@ -27,7 +28,7 @@ COMMANDS = {
     "demo": demo,
 }
 for name, command in COMMANDS.items():
-    app.command(name, epilog=EXIT_CODES)(command)
+    app.command(name, cls=Command, epilog=EXIT_CODES)(command)
 
 
 def show_version(wanted: bool) -> None:

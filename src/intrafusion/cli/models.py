@@ -1,8 +1,9 @@
-"""The networks a command line can name: a factory in a module or a file, or a model of the zoo, torchvision or timm."""
+"""The networks a command line can name: a factory in a module or file, or one that has a name in zoo or package."""
 
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
 import importlib.util
 import re
@@ -18,10 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.cli import hugging_face
 from intrafusion.documents import parse_yaml
 from intrafusion.errors import IntrafusionError, ModelError, unknown_name
+from intrafusion.io.line import import_from_file, import_of
+from intrafusion.network.provenance import set_source_
+from intrafusion.network.sources import (
+    MISFIT,
+    find_timm,
+    find_torchvision,
+    find_zoo,
+    import_torchvision,
+    list_classifiers,
+)
 
-FORMS = "module:factory, path.py:factory, zoo:NAME, torchvision:NAME or timm:NAME"
+FORMS = "module:factory, path.py:factory, zoo:NAME, torchvision:NAME, timm:NAME or hf:NAME_OR_FOLDER"
 
 
 class NetworkKind(StrEnum):
@@ -32,6 +44,12 @@ class NetworkKind(StrEnum):
     ZOO = "zoo"
     TORCHVISION = "torchvision"
     TIMM = "timm"
+    HF = "hf"
+
+    @property
+    def named(self) -> bool:
+        """Whether networks have a name there, behind the kind and a colon."""
+        return self not in (NetworkKind.MODULE, NetworkKind.FILE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,8 @@ class ModelSpec:
         kind: where it comes from.
         target: its name there; for a module or a file, `module:factory` or `path.py:factory`.
         args: keyword arguments of the factory.
-        trained: whether a network of the zoo gets its trained weights, unless `args` say `pretrained`.
+        trained: whether a network of the zoo or of transformers gets its trained weights, unless `args` say
+            `pretrained`.
     """
 
     kind: NetworkKind
@@ -51,7 +70,7 @@ class ModelSpec:
     trained: bool = True
 
     def __str__(self) -> str:
-        return self.target if self.kind in (NetworkKind.MODULE, NetworkKind.FILE) else f"{self.kind}:{self.target}"
+        return f"{self.kind}:{self.target}" if self.kind.named else self.target
 
     def build(self) -> nn.Module:
         """A new network. The folder of a user's module or file is put on `sys.path`, as `python` does for its script.
@@ -59,7 +78,9 @@ class ModelSpec:
         Raises:
             ModelError: it cannot be found or its factory fails; says which step, and what to do.
         """
-        return _BUILDERS[self.kind](self)
+        model = _BUILDERS[self.kind](self)
+        named = self.kind not in (NetworkKind.MODULE, NetworkKind.FILE)
+        return set_source_(model, self.kind, self.target, self.args) if named else model
 
     def python(self) -> tuple[str, str]:
         """Import statements, and the expression behind them that `intrafusion.load` takes as the original network."""
@@ -73,20 +94,23 @@ class ModelSpec:
                 return "from torchvision.models import get_model", f"get_model({named})"
             case NetworkKind.TIMM:
                 return "import timm", f"timm.create_model({named})"
+            case NetworkKind.HF:
+                return "import transformers", hugging_face.python_expression(self.target, self.args)
             case NetworkKind.MODULE:
-                call = f"({', '.join(options)})" if options else ""
-                return f"from {place} import {factory.partition('.')[0]}", f"{factory}{call}"
+                found = import_of(place, factory) or f"from {place} import {factory.partition('.')[0]}"
             case NetworkKind.FILE:
-                arguments = f", {[f'{key}={value}' for key, value in self.args.items()]!r}" if options else ""
-                return "from intrafusion.cli.models import resolve", f"resolve({self.target!r}{arguments}).build"
+                found = import_from_file(Path(place), factory)
+        return found, f"{factory}({', '.join(options)})" if options else factory
 
-    def example_input(self) -> Tensor | None:
+    def example_input(self) -> Tensor | dict[str, Tensor] | None:
         """An input the network accepts, the same at each call; None where only the network's author knows one."""
         if self.kind is NetworkKind.ZOO:
-            return _zoo(self.target).example_input(self.target)
+            return find_zoo(self.target).example_input(self.target)
         if self.kind is NetworkKind.TIMM:
-            return _noise(_timm(self.target).get_pretrained_cfg(self.target).input_size)
-        if self.kind is NetworkKind.TORCHVISION and self.target in _classifiers(_torchvision(self.target)):
+            return _example_of_timm(self.target, self.args)
+        if self.kind is NetworkKind.HF:
+            return hugging_face.example_from_config(self.target, self.args)
+        if self.kind is NetworkKind.TORCHVISION and self.target in list_classifiers(find_torchvision(self.target)):
             return _noise((3, 224, 224))
         return None
 
@@ -102,12 +126,46 @@ def resolve(name: str, arguments: Iterable[str] = (), *, trained: bool = True) -
     """
     args = parse_arguments(arguments)
     kind, _, target = name.partition(":")
-    if kind in (NetworkKind.ZOO, NetworkKind.TORCHVISION, NetworkKind.TIMM):
+    if kind in _NAMED and target:
         return ModelSpec(NetworkKind(kind), target, args, trained)
     place, _, factory = name.rpartition(":")
-    if not (place and factory):
-        raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.")
+    if not (place and factory) or not (place.endswith(".py") or _is_module_name(place)):
+        raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.{_suggest(name)}")
+    if kind == place and (hint := _suggest(name)) and not _is_found(place):
+        raise ModelError(f"there is no module {place!r}.{hint} Expected {FORMS}.")
     return ModelSpec(NetworkKind.FILE if place.endswith(".py") else NetworkKind.MODULE, name, args)
+
+
+def list_names(place: str) -> list[str]:
+    """The names of the networks at a place such as "zoo"; none where they have none, or its package is missing."""
+    try:
+        match place:
+            case NetworkKind.ZOO:
+                return list(importlib.import_module("intrafusion.lab.zoo").names())
+            case NetworkKind.TORCHVISION:
+                return import_torchvision().models.list_models()
+            case NetworkKind.TIMM:
+                import_torchvision()
+                return importlib.import_module("timm").list_models()
+    except (ImportError, RuntimeError, ModelError):
+        pass
+    return []
+
+
+def _is_module_name(place: str) -> bool:
+    return all(part.isidentifier() for part in place.split("."))
+
+
+def _is_found(module: str) -> bool:
+    return (Path.cwd() / module).exists() or importlib.util.find_spec(module) is not None
+
+
+def _suggest(name: str) -> str:
+    """The place that was meant by a slip of the pen, or left out."""
+    kind, _, target = name.partition(":")
+    near = difflib.get_close_matches(kind, _NAMED, n=1) if target else []
+    found = [f"{near[0]}:{target}"] if near else [f"{k}:{name}" for k in _NAMED if name in list_names(k)]
+    return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
@@ -136,35 +194,7 @@ def _yaml_value(argument: str, text: str) -> Any:
         raise ModelError(f"--arg {argument!r}: the value is not YAML ({error}); put text in quotes.") from error
 
 
-def import_torchvision() -> ModuleType:
-    """torchvision, also where its compiled operators do not load beside this build of PyTorch.
-
-    Its published wheels are compiled for CUDA. Beside a CPU-only PyTorch the import fails as it describes its operators
-    (`nms`, `roi_align`, ...) to the compiler; without these descriptions everything but the operators works.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # what the failed import left half done
-    with _without_fake_operators("torchvision"):
-        return importlib.import_module("torchvision")
-
-
-@contextmanager
-def _without_fake_operators(namespace: str) -> Iterator[None]:
-    register = torch.library.register_fake
-
-    def skipping(op: Any, *args: Any, **kwargs: Any) -> Any:
-        return (lambda function: function) if str(op).startswith(f"{namespace}::") else register(op, *args, **kwargs)
-
-    torch.library.register_fake = skipping
-    try:
-        yield
-    finally:
-        torch.library.register_fake = register
+_NAMED = tuple(kind.value for kind in NetworkKind if kind.named)
 
 
 def _build_from_module(spec: ModelSpec) -> nn.Module:
@@ -179,7 +209,9 @@ def _build_from_file(spec: ModelSpec) -> nn.Module:
     name, _, attribute = spec.target.rpartition(":")
     path = Path(name).resolve()
     if not path.is_file():
-        raise ModelError(f"{spec}: there is no file {path}; check the path.")
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "check the path."
+        raise ModelError(f"{spec}: there is no file {path}; {hint}")
     _search_first(path.parent)
     with _blaming(spec, f"running {path.name}"):
         module = _run_file(path)
@@ -187,7 +219,7 @@ def _build_from_file(spec: ModelSpec) -> nn.Module:
 
 
 def _build_from_zoo(spec: ModelSpec) -> nn.Module:
-    zoo = _zoo(spec.target)
+    zoo = find_zoo(spec.target)
     options = {"pretrained": spec.trained, **spec.args}
     if options["pretrained"] and spec.target not in zoo.names(trained=True):
         raise ModelError(
@@ -197,13 +229,19 @@ def _build_from_zoo(spec: ModelSpec) -> nn.Module:
 
 
 def _build_from_torchvision(spec: ModelSpec) -> nn.Module:
-    models = _torchvision(spec.target)
+    models = find_torchvision(spec.target)
     return _call(spec, lambda **args: models.get_model(spec.target, **args))
 
 
 def _build_from_timm(spec: ModelSpec) -> nn.Module:
-    timm = _timm(spec.target)
+    timm = find_timm(spec.target)
     return _call(spec, lambda **args: timm.create_model(spec.target, **args))
+
+
+def _build_from_hf(spec: ModelSpec) -> nn.Module:
+    args = dict(spec.args)
+    trained = bool(args.pop("pretrained", spec.trained))
+    return _call(spec, lambda **_: hugging_face.build_from_folder(spec.target, trained=trained, args=args))
 
 
 _BUILDERS: dict[NetworkKind, Callable[[ModelSpec], nn.Module]] = {
@@ -212,51 +250,18 @@ _BUILDERS: dict[NetworkKind, Callable[[ModelSpec], nn.Module]] = {
     NetworkKind.ZOO: _build_from_zoo,
     NetworkKind.TORCHVISION: _build_from_torchvision,
     NetworkKind.TIMM: _build_from_timm,
+    NetworkKind.HF: _build_from_hf,
 }
 
 
-def _zoo(name: str) -> ModuleType:
-    """The zoo, which has a model of this name."""
-    from intrafusion.lab import zoo
-
-    if name not in zoo.names():
-        raise ModelError(unknown_name("zoo model", name, zoo.names()))
-    return zoo
-
-
-def _torchvision(name: str) -> ModuleType:
-    """torchvision.models, which has a model of this name."""
-    with _extra("torchvision"):
-        models = import_torchvision().models
-    if name not in models.list_models():
-        raise ModelError(unknown_name("torchvision model", name, models.list_models()))
-    return models
-
-
-def _classifiers(models: ModuleType) -> list[str]:
-    """Those of torchvision's models that read one image and return one label, not detectors or video networks."""
-    return models.list_models(module=models)
-
-
-def _timm(name: str) -> ModuleType:
-    """timm, which has a model of this name."""
-    with _extra("timm"):
-        import_torchvision()
-        timm = importlib.import_module("timm")
-    if not timm.is_model(name):
-        raise ModelError(unknown_name("timm model", name, timm.list_models()))
-    return timm
-
-
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Say how to install an optional package that is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in (name, "torchvision"):
-            raise
-        raise ModelError(f"{error.name} is not installed; run: pip install 'intrafusion[{name}]'") from error
+def _example_of_timm(name: str, args: Mapping[str, Any]) -> Tensor | None:
+    config = find_timm(name).get_pretrained_cfg(name)
+    if config is None:
+        return None
+    channels, height, width = config.input_size
+    size = args.get("img_size", (height, width))
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return _noise((args.get("in_chans", channels), height, width))
 
 
 def _noise(shape: tuple[int, ...]) -> Tensor:
@@ -274,9 +279,11 @@ def _import(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, something it imports is not
+        near = difflib.get_close_matches(name, [*_NAMED, *(p.stem for p in Path.cwd().glob("*.py"))], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ModelError(
             f"there is no module {error.name!r}; install it, start in the folder that holds it, "
-            "or name a file as path.py:factory."
+            f"or name a file as path.py:factory.{hint}"
         ) from error
 
 
@@ -325,4 +332,6 @@ def _blaming(spec: ModelSpec, step: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # a script that ends itself on import is no network
         wants_arguments = isinstance(error, TypeError) and "argument" in str(error)
         hint = "; pass its arguments as --arg key=value" if wants_arguments else ""
+        if "torchvision::" in str(error):
+            hint = f"; {MISFIT}"
         raise ModelError(f"{spec}: {step} raised {type(error).__name__}: {error}{hint}.") from error

@@ -1,18 +1,66 @@
-"""Options that several commands take."""
+"""Options that several commands take: a name means the same wherever it stands."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from intrafusion.cli.completion import complete_device, complete_from, complete_model
 from intrafusion.cli.models import FORMS
+from intrafusion.fusion.networks import USING
+from intrafusion.importance import IMPORTANCES
+from intrafusion.lab.zoo.data import DATA_SETS
+from intrafusion.recipe import ORDERS
+from intrafusion.restore import LEVELS, RESTORERS
 
-Name = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}, or a saved folder.")]
-Base = Annotated[str | None, typer.Option(metavar="MODEL", help="The original network of a saved folder.")]
+_MOST, MOST_EPOCHS, MOST_NETWORKS = 10**9, 10**6, 1000
+"""Largest counts: what is above is a slip of the pen, or never ends."""
+
+_STEPS = dict.fromkeys(("auto", *LEVELS, "none", *RESTORERS))
+
+
+def choice_option(names: Iterable[str], about: str) -> Any:
+    """An option whose value is one of these names."""
+    names = tuple(names)
+    return typer.Option(metavar="NAME", help=f"{about}: {', '.join(names)}.", autocompletion=complete_from(names))
+
+
+def count_option(about: str, *, least: int = 1, most: int = _MOST, **options: Any) -> Any:
+    """An option that is a whole number."""
+    return typer.Option(min=least, max=most, metavar="N", help=about, **options)
+
+
+def _check_rate(rate: float | None) -> float | None:
+    if rate is not None and not 0 < rate < math.inf:
+        raise typer.BadParameter(f"expected a number above 0, such as 0.01, got {rate!r}.")
+    return rate
+
+
+def rate_option(*names: str, about: str) -> Any:
+    """An option that is a learning rate."""
+    return typer.Option(*names, metavar="RATE", help=about, callback=_check_rate)
+
+
+# ---- the network ----------------------------------------------------------------------------------------------------
+
+Name = Annotated[
+    str, typer.Argument(metavar="MODEL", help=f"{FORMS}, or a saved folder.", autocompletion=complete_model)
+]
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="The original network of a saved folder.", autocompletion=complete_model),
+]
 WeightFiles = Annotated[
-    Path | None, typer.Option(help="Weights to load: .safetensors, or .pth if it holds tensors only.")
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Weights to load: .safetensors, or .pth if it holds tensors only (once per network, where a command takes "
+        "several).",
+    ),
 ]
 Arguments = Annotated[
     list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="Argument of the factory (repeatable).")
@@ -22,8 +70,79 @@ InputShapes = Annotated[
     typer.Option(
         "--input",
         metavar="SHAPE",
-        help="Example input, such as 1,3,224,224 or 2,7:int64 or mask=2,7:int64 (once per input). "
-        "Known for zoo and timm networks and torchvision classifiers.",
+        help="Example input, such as 1,3,224,224 or 2,7:int64 or mask=2,7:int64 (once per input). Known for zoo, timm "
+        "and transformers networks and torchvision classifiers.",
     ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where the network runs: cpu, cuda, cuda:1, or auto for a GPU where there is one.",
+        autocompletion=complete_device,
+    ),
+]
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+ImageFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Unlabelled images as the network takes them: .safetensors or .npz with an array `images`, or .npy.",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help=f"{', '.join(DATA_SETS)}, or a .safetensors file of train_images, train_labels, test_images, test_labels; "
+        "known for zoo networks.",
+        autocompletion=complete_from(DATA_SETS),
+    ),
+]
+TrainImages = Annotated[int | None, count_option("Take this many training images only.")]
+TestImages = Annotated[int | None, count_option("Take this many test images only.")]
+
+# ---- the method -----------------------------------------------------------------------------------------------------
+
+Fractions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        metavar="FRACTION",
+        help="Fraction of the channels to keep, or PATTERN=FRACTION (repeatable): the first pattern that matches "
+        "counts, a fraction alone holds for the rest. An experiment measures each fraction.",
+    ),
+]
+Criterion = Annotated[str | None, choice_option(IMPORTANCES, "How much a channel matters")]
+Criteria = Annotated[list[str] | None, choice_option(IMPORTANCES, "How much a channel matters")]
+Order = Annotated[str | None, choice_option(ORDERS, "Order of the groups")]
+Steps = Annotated[
+    list[str] | None,
+    choice_option(
+        _STEPS,
+        "What is done against the loss (repeatable, in order); auto takes the strongest that the images allow",
+    ),
+]
+Using = Annotated[str | None, choice_option(USING, "What channels are compared by in fusing")]
+Seed = Annotated[int | None, count_option("For whatever draws random numbers.", least=0, most=2**32 - 1)]
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+TuneEpochs = Annotated[int | None, count_option("Epochs of fine-tuning at the end.", least=0, most=MOST_EPOCHS)]
+TuneRate = Annotated[float | None, rate_option("--tune-lr", about="Learning rate of fine-tuning.")]
+BatchSize = Annotated[int | None, count_option("Images of one training step.", least=2)]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Run in parallel on Ray: local, or the address of a running cluster."),
+]
+Cores = Annotated[int | None, count_option("Of this machine for Ray; all if not said.", most=100_000)]
+
+# ---- what comes out -------------------------------------------------------------------------------------------------
+
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="PATH", help="Where to write: a folder; experiment and report: a file."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]

@@ -10,34 +10,47 @@ import typer
 
 import intrafusion
 from intrafusion.cli.console import working
+from intrafusion.cli.inputs import read_images
 from intrafusion.cli.inspect import read_saved
-from intrafusion.cli.show import say
+from intrafusion.cli.options import AsJson, ImageFile, Output
+from intrafusion.cli.outputs import check_page
+from intrafusion.cli.show import print_json, say
 from intrafusion.compressed import Restoration
 from intrafusion.errors import FolderError
 from intrafusion.io.folder import is_ours, read_document
 from intrafusion.lab.bench import Record, read_records
 from intrafusion.lab.report import html
 from intrafusion.lab.report.sheet import contact_sheet, data_address
-from intrafusion.restore import load_images
+
+_PAGE = "report.html"
 
 
 def report(
     sources: Annotated[
         list[Path], typer.Argument(metavar="RECORDS...", help="Files of records (.jsonl), or one saved folder.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
-    images: Annotated[
-        Path | None, typer.Option(help="Images made from the network (.safetensors), shown as a contact sheet.")
-    ] = None,
+    output: Output = None,
+    images: ImageFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write one page that needs no network: accuracy against size, tables, group sizes, drift, landscape, recipe.
 
-    It has the sections that its records allow.
+    It has the sections that its records allow; images, such as compress --keep-images writes, are a contact sheet.
     """
+    output = output or Path(_PAGE)
     with working():
-        sheet = data_address(contact_sheet(load_images(images))) if images else None
-        html.write(_page_of(sources, sheet), output)
-    say(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+        check_page(output)
+        sheet = data_address(contact_sheet(read_images(images))) if images else None
+        page = _page_of(sources, sheet)
+        html.write(page, output)
+    size = output.stat().st_size
+    if as_json:
+        sections = [section.name for section in page.sections]
+        print_json(
+            "report", {"sources": list(map(str, sources)), "output": str(output), "bytes": size, "sections": sections}
+        )
+        return
+    say(f"wrote {output}, {size / 1e6:.1f} MB")
 
 
 def _page_of(sources: list[Path], sheet: str | None) -> html.Page:

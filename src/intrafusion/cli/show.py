@@ -3,58 +3,51 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import typer
 import yaml
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+import intrafusion
 from intrafusion.cli.console import make_console
 from intrafusion.measure.size import Size
-from intrafusion.plan import Plan
-from intrafusion.table import HEADER, size_change, table_rows
+from intrafusion.plan import Plan, tabulate_plan
+from intrafusion.table import TextTable
 
-_PIPED_WIDTH = 160  # columns where there is no terminal to ask
-
-
-def _console() -> Console:
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return make_console(width=None if known else _PIPED_WIDTH)
+JSON_FORMAT = 1
+"""Of the documents that `--json` prints; another number wherever a reader would have to change."""
 
 
 def say(text: str) -> None:
     """One line of plain text, not wrapped."""
-    _console().print(text, soft_wrap=True)
+    make_console().print(text, soft_wrap=True)
 
 
 def print_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
-    """A borderless table as wide as the terminal; `numbers` puts all columns to the right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in header:
-        table.add_column(name, overflow="fold", justify="right" if numbers else "left")
-    for line in lines:
-        table.add_row(*map(Text, line))
-    _console().print(table)
+    """A table as wide as the terminal; `numbers` puts all columns to the right."""
+    say(str(TextTable(tuple(header), tuple(map(tuple, lines)), numbers=numbers)))
 
 
-def print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1))
+def print_json(command: str, data: Mapping[str, Any]) -> None:
+    """One document, as docs/cli.schema.json describes it: numbers that JSON does not have are null."""
+    head = {"intrafusion": intrafusion.__version__, "format": JSON_FORMAT, "command": command}
+    typer.echo(json.dumps(_finite({**head, **data}), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_plan(plan: Plan, before: Size | None, after: Size | None) -> None:
     """What was done to each group, and the sizes if they are known."""
-    print_table(HEADER, table_rows(plan))
-    if before and after:
-        say("")
-        say(f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}")
-    for warning in plan.warnings:
-        say(f"note: {warning}")
+    say(str(tabulate_plan(plan, before, after)))
 
 
 def plan_data(plan: Plan, before: Size | None, after: Size | None) -> dict[str, Any]:
@@ -63,6 +56,7 @@ def plan_data(plan: Plan, before: Size | None, after: Size | None) -> dict[str, 
         "before": asdict(before) if before else None,
         "after": asdict(after) if after else None,
         "groups": [asdict(decision) for decision in plan.decisions],
+        "fixed": list(plan.fixed),
         "warnings": list(plan.warnings),
         "recipe": yaml.safe_load(plan.recipe.to_yaml()),
     }

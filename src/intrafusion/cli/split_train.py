@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
+from torch import nn
 
+from intrafusion.asked import check_keep
+from intrafusion.cli.compress import read_fraction
 from intrafusion.cli.console import progress_bar, working
+from intrafusion.cli.data import data_of, read_test_images, require_training_images, zoo_data
 from intrafusion.cli.models import resolve
-from intrafusion.cli.network import loading_line
-from intrafusion.cli.options import AsJson
+from intrafusion.cli.network import Network, read_device, read_network
+from intrafusion.cli.options import (
+    MOST_EPOCHS,
+    Arguments,
+    AsJson,
+    BatchSize,
+    Cores,
+    Data,
+    Device,
+    Fractions,
+    InputShapes,
+    Name,
+    Output,
+    Ray,
+    Seed,
+    TestImages,
+    TrainImages,
+    TuneEpochs,
+    TuneRate,
+    Using,
+    choice_option,
+    count_option,
+    rate_option,
+)
+from intrafusion.cli.outputs import check_folder, check_records
 from intrafusion.cli.show import print_json, print_table, say
-from intrafusion.errors import FolderError
+from intrafusion.errors import FolderError, RecipeError, unknown_name
+from intrafusion.fusion.networks import USING
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Cluster, Record, append_record
 from intrafusion.lab.experiments.split import PAPER, SCHEDULES, SplitResult, SplitTraining, records_of, split_train
@@ -26,31 +52,35 @@ from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 
 _RECORDS, _FIGURE, _SMALL, _EXPERIMENT = "records.jsonl", "times.png", "network", "split_train"
+_FOLDER, _KEEP, _BATCH, _TUNE_EPOCHS = "split-train", 0.5, 64, 5
+_MOST_FOLDS = 12  # 924 members
 
 
 def split_train_command(
-    network: Annotated[str, typer.Argument(metavar="NETWORK", help="A network of the zoo.")] = "digits_resnet",
+    model: Name = "zoo:digits_resnet",
+    output: Output = None,
+    arguments: Arguments = None,
+    inputs: InputShapes = None,
+    device: Device = "cpu",
+    data: Data = None,
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
     schedule: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help=f"Order of the steps: {', '.join(SCHEDULES)} (repeatable; all if none)."),
+        list[str] | None, choice_option(SCHEDULES, "Order of the steps (repeatable; all if none)")
     ] = None,
-    folds: Annotated[int, typer.Option(help="Parts of the data, even: 2 makes 2 members, 4 make 6.")] = 2,
-    keep: Annotated[float, typer.Option(help="Fraction of the channels of every group to keep.")] = 0.5,
-    epochs: Annotated[int, typer.Option(help="Of training each member.")] = 10,
-    tune_epochs: Annotated[int, typer.Option(help="Of each fine-tuning.")] = 5,
-    lr: Annotated[float, typer.Option(help="Of training; SGD with momentum, halved every 30 epochs.")] = 0.05,
-    tune_lr: Annotated[float, typer.Option(help="Of fine-tuning.")] = PAPER.lr,
-    batch_size: Annotated[int, typer.Option(help="Images per update.")] = 64,
-    using: Annotated[str, typer.Option(help="What channels are compared by in fusing.")] = "activations",
-    limit: Annotated[int | None, typer.Option(help="Take this many training images only.")] = None,
-    ray: Annotated[
-        str | None, typer.Option(metavar="local|ADDRESS", help="Train members in parallel on Ray, one task each.")
-    ] = None,
-    cores: Annotated[int | None, typer.Option(help="Of this machine for Ray; all if not said.")] = None,
-    seed: Annotated[int, typer.Option(help="Of parts, networks and orders.")] = 0,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for checkpoints, records, figure and networks.")
-    ] = Path("split-train"),
+    folds: Annotated[
+        int, count_option("Parts of the data, even: 2 makes 2 members, 4 make 6.", least=2, most=_MOST_FOLDS)
+    ] = 2,
+    keep: Fractions = None,
+    epochs: Annotated[int, count_option("Of training each network.", most=MOST_EPOCHS)] = 10,
+    lr: Annotated[float, rate_option(about="Of training; SGD with momentum, halved every 30 epochs.")] = 0.05,
+    tune_epochs: TuneEpochs = None,
+    tune_lr: TuneRate = None,
+    batch_size: BatchSize = None,
+    using: Using = None,
+    ray: Ray = None,
+    cores: Cores = None,
+    seed: Seed = None,
     as_json: AsJson = False,
 ) -> None:
     """Train networks on parts of the data, fuse them into one and compress it; compare the run times.
@@ -58,31 +88,82 @@ def split_train_command(
     Run again with the same folder and options it goes on where it was stopped; at most one epoch is lost. Epochs are
     chosen on validation images; test images are looked at once, at the end.
     """
-    with working():
-        if output.is_file():
-            raise FolderError(f"{output}: expected a folder, but this is a file; choose another name with -o.")
-        torch.set_num_threads(1)
-        data, validation, test = _read_data(network, limit)
+    output = output or Path(_FOLDER)
+    batch_size = batch_size or _BATCH
+    with working(f"checkpoints and records are in {output}; the same command goes on from there."):
+        schedules = _check_schedules(schedule or SCHEDULES)
         train = replace(PAPER, epochs=epochs, lr=lr, batch_size=batch_size)
-        tune = replace(PAPER, epochs=tune_epochs, lr=tune_lr, batch_size=batch_size)
+        tune = replace(
+            PAPER,
+            epochs=_TUNE_EPOCHS if tune_epochs is None else tune_epochs,
+            lr=PAPER.lr if tune_lr is None else tune_lr,
+            batch_size=batch_size,
+        )
+        only = _read_one_fraction(keep)
+        hows = [
+            SplitTraining(name, folds, only, train, tune, using=using or USING[1], seed=seed or 0) for name in schedules
+        ]
+        check_folder(output)
+        check_records(output / _RECORDS)
+        torch.set_num_threads(1)
+        factory = _Factory(_name(model), tuple(arguments or ()), device)
+        example = read_network(
+            factory.name, arguments=factory.arguments, inputs=inputs or (), device=device, trained=False
+        )
+        chosen = _read_data(data_of(factory.name, data), factory.name, train_images, test_images)
         cluster = Cluster(ray, cores=cores) if ray else None
         rows: list[dict[str, Any]] = []
         with progress_bar("split-train") as progress:
-            for name in schedule or SCHEDULES:
-                how = SplitTraining(name, folds, keep, train, tune, using=using, seed=seed)
+            for how in hows:
                 folder = output.resolve() / _folder_label(how)
                 found = split_train(
-                    partial(_build_network, network), zoo.example_input(network), data, validation, how,
+                    factory, example.inputs, chosen[0], chosen[1], how,
                     folder=folder / "checkpoints", cluster=cluster, progress=progress,
                 )  # fmt: skip
                 found.compressed.save(folder / _SMALL)
-                rows.append(_note_result(found, how, network, test, output / _RECORDS))
+                rows.append(_note_result(found, how, factory.name, chosen[2], output / _RECORDS))
         run_times_plot(output / _FIGURE, {row["name"]: _times(row) for row in rows})
-    _show(rows, output, network, as_json=as_json)
+    _show(rows, output, example, as_json=as_json)
 
 
-def _build_network(network: str, seed: int) -> torch.nn.Module:
-    return zoo.build(network, seed=seed)
+@dataclass(frozen=True)
+class _Factory:
+    """seed -> a new network with random weights; pickles, so it can travel to workers."""
+
+    name: str
+    arguments: tuple[str, ...]
+    device: str
+
+    def __call__(self, seed: int) -> nn.Module:
+        arguments = self.arguments
+        if self.name.startswith("zoo:"):
+            arguments = (*arguments, f"seed={seed}")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return resolve(self.name, arguments, trained=False).build().to(read_device(self.device))
+
+
+def _name(model: str) -> str:
+    return f"zoo:{model}" if model in zoo.names() else model
+
+
+def _check_schedules(names: Sequence[str]) -> Sequence[str]:
+    for name in names:
+        if name not in SCHEDULES:
+            raise RecipeError(unknown_name("schedule", name, SCHEDULES))
+    return names
+
+
+def _read_one_fraction(keep: Sequence[str] | None) -> float:
+    """
+    Raises:
+        BudgetError, RecipeError: more than one, or no fraction.
+    """
+    if keep is not None and len(keep) > 1:
+        raise RecipeError(f"--keep: expected one fraction for all groups, got {', '.join(keep)}.")
+    fraction = read_fraction(keep[0]) if keep else _KEEP
+    check_keep(fraction)
+    return fraction
 
 
 def _folder_label(how: SplitTraining) -> str:
@@ -91,21 +172,21 @@ def _folder_label(how: SplitTraining) -> str:
     return f"{how.schedule}{folds}-keep{how.keep:g}-{how.train.epochs}+{how.tune.epochs}-seed{how.seed}"
 
 
-def _read_data(network: str, limit: int | None) -> tuple[Images, Images, Images]:
+def _read_data(data: str, model: str, train: int | None, test: int | None) -> tuple[Images, Images, Images]:
     """Images to train on, to choose on, and to report on. Where there is no validation split it is the last tenth.
 
     Raises:
-        ValueError: no data set to train on.
+        FolderError: no data to train on, or too few.
     """
-    if zoo.entry(network).data == "digits":
-        train, validation = (zoo.load_data(network, split) for split in ("train", "validation"))
-        train = Images(train.images[:limit], train.labels[:limit])
-    else:
-        found = zoo.load_data(network, "train", limit=limit)
-        held = max(1, len(found) // 10)
-        train = Images(found.images[:-held], found.labels[:-held])
-        validation = Images(found.images[-held:], found.labels[-held:])
-    return train, validation, zoo.load_data(network, "test")
+    found = require_training_images(data, model, train)
+    if data == "digits":
+        return found, zoo.load_data(zoo_data(data, model), "validation"), read_test_images(data, model, test)
+    held = max(1, len(found) // 10)
+    if len(found) <= held:
+        raise FolderError(f"--data {data}: expected two training images or more, got {len(found)}.")
+    parts = (slice(None, -held), slice(-held, None))
+    learn, choose = (Images(found.images[part], found.labels[part]) for part in parts)
+    return learn, choose, read_test_images(data, model, test)
 
 
 def _note_result(found: SplitResult, how: SplitTraining, network: str, test: Images, path: Path) -> dict[str, Any]:
@@ -115,7 +196,7 @@ def _note_result(found: SplitResult, how: SplitTraining, network: str, test: Ima
     tested = {"accuracy": right(found.compressed.model)}
     if found.whole is not None:
         tested["accuracy_before_compression"] = right(found.whole)
-    append_record(path, Record(_EXPERIMENT, {"network": network, **setting}, {**result, **tested}))
+    append_record(path, Record(_EXPERIMENT, {"network": network.removeprefix("zoo:"), **setting}, {**result, **tested}))
     return {
         "name": _folder_label(how).partition("-keep")[0],
         "folder": _folder_label(how),
@@ -129,9 +210,11 @@ def _times(row: dict[str, Any]) -> list[tuple[str, float, float]]:
     return [(p["name"], p["longest_s"], p["work_s"]) for p in row["phases"]]
 
 
-def _show(rows: Sequence[dict[str, Any]], output: Path, network: str, *, as_json: bool) -> None:
+def _show(rows: Sequence[dict[str, Any]], output: Path, network: Network, *, as_json: bool) -> None:
+    saved = [Path(os.path.join(output, row["folder"], _SMALL)) for row in rows]
     if as_json:
-        print_json({"output": str(output), "runs": list(rows)})
+        runs = [{**row, "load": network.loading(folder)} for row, folder in zip(rows, saved, strict=True)]
+        print_json("split-train", {"model": network.name, "output": str(output), "runs": runs})
         return
     lines = []
     for row in rows:
@@ -142,5 +225,4 @@ def _show(rows: Sequence[dict[str, Any]], output: Path, network: str, *, as_json
         ("schedule", "test accuracy before", "compressed", "s, a machine each", "s of work"), lines, numbers=True
     )
     say(f"\nwritten to {output}: {_RECORDS}, {_FIGURE}, checkpoints and networks; the first one back in one line:")
-    imports, original = resolve(f"zoo:{network}", ["pretrained=false"], trained=False).python()
-    say(loading_line(Path(os.path.join(output, rows[0]["folder"], _SMALL)), imports, original))
+    say(network.loading(saved[0]))

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from intrafusion.arguments import check_argument, checked
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
 from intrafusion.factorize.ranks import RankRule, get_rule
@@ -26,6 +28,7 @@ from intrafusion.surgery.lowrank import is_splittable, replace_module_
 from intrafusion.trace import trace
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Factorized(Compressed):
     """The factorised network.
@@ -36,11 +39,14 @@ class Factorized(Compressed):
 
     ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
+    __repr__ = show_briefly
+
     def __str__(self) -> str:
         lines = [f"{name}: rank {full} -> {rank}" for name, (rank, full) in self.ranks.items()]
         return "\n".join([super().__str__(), *lines])
 
 
+@checked
 def factorize(
     model: nn.Module | Compressed,
     example_inputs: ExampleInputs,
@@ -69,7 +75,8 @@ def factorize(
     check_weights(base.model)
     layers = spectra(base.model, include, exclude)
     small = copy_model(base.model)
-    wanted = dict(ranks) if isinstance(ranks, Mapping) else get_rule(ranks)(layers)
+    wanted = ranks if isinstance(ranks, Mapping) else get_rule(ranks)(layers)
+    check_argument(wanted, Mapping[str, int], "factorize: ranks", factorize)
     _check_layer_names(wanted, layers)
     chosen = {x.name: wanted[x.name] for x in layers if 1 <= wanted.get(x.name, 0) <= x.largest}
     for name, rank in chosen.items():
@@ -86,6 +93,7 @@ def _wrap_unreduced(model: nn.Module, inputs: Inputs) -> Compressed:
     return apply(model, Plan(Recipe.of(keep=1.0), (), graph.shapes, {}, graph.warnings), inputs, graph=graph)
 
 
+@checked
 def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[Spectrum]:
     """Singular values of every layer that can be split, in the order of the modules.
 
@@ -106,7 +114,9 @@ def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[
             if owners[id(module.weight)] == 1:
                 found.append(spectrum(name, module))
     if not found:
-        raise ModelError("factorize: there is no convolution or linear layer with a weight of its own to split.")
+        raise ModelError(
+            "factorize: there is no convolution or linear layer with a weight of its own to split; look at include=."
+        )
     return found
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import Matrix, NotNegative, checked
 from intrafusion.surgery.lowrank import is_splittable
 
 
+@checked
 @dataclass(frozen=True)
 class Smooth:
     r"""Towards low-rank or smooth weights.
@@ -22,16 +24,18 @@ class Smooth:
     Reference: Runkel et al. 2025.
     """
 
-    nuclear: float = 0.0
-    first: float = 0.0
-    second: float = 0.0
+    nuclear: NotNegative = 0.0
+    first: NotNegative = 0.0
+    second: NotNegative = 0.0
 
+    @checked
     def __call__(self, model: nn.Module) -> Tensor:
         """The penalty of a network, a scalar that can be differentiated; 0 where it has no such layer."""
         weights = [m.weight for m in model.modules() if is_splittable(m)]
         return sum((self.of(w.flatten(1)) for w in weights if isinstance(w, Tensor)), torch.zeros(()))
 
-    def of(self, rows: Tensor) -> Tensor:
+    @checked
+    def of(self, rows: Matrix) -> Tensor:
         total = rows.new_zeros(())
         if self.nuclear:
             total = total + self.nuclear * torch.linalg.matrix_norm(rows, "nuc")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from intrafusion.errors import BudgetError, unknown_name
+from intrafusion.arguments import Fraction, checked
+from intrafusion.errors import ArgumentError, BudgetError, unknown_name
 from intrafusion.factorize.svd import Spectrum
 
 
@@ -17,19 +18,19 @@ class RankRule(Protocol):
     def __call__(self, layers: Sequence[Spectrum], /) -> dict[str, int]: ...
 
 
+@checked
 @dataclass(frozen=True)
 class Share:
     """Every layer keeps the same fraction of its parameters."""
 
-    fraction: float = 0.5
+    fraction: Fraction = 0.5
 
-    def __post_init__(self) -> None:
-        _check_share("fraction", self.fraction)
-
+    @checked
     def __call__(self, layers: Sequence[Spectrum]) -> dict[str, int]:
         return {x.name: max(1, min(x.full, int(self.fraction * x.dense / x.step))) for x in layers}
 
 
+@checked
 @dataclass(frozen=True)
 class Global:
     """The singular values of all layers with the largest sigma^2 / (d + c_out), until the budget is used up.
@@ -38,11 +39,9 @@ class Global:
     Reference: Runkel et al. 2025.
     """
 
-    fraction: float = 0.5
+    fraction: Fraction = 0.5
 
-    def __post_init__(self) -> None:
-        _check_share("fraction", self.fraction)
-
+    @checked
     def __call__(self, layers: Sequence[Spectrum]) -> dict[str, int]:
         """Ranks with as many parameters as the budget allows.
 
@@ -67,15 +66,14 @@ class Global:
         return ranks
 
 
+@checked
 @dataclass(frozen=True)
 class Energy:
     """Every layer keeps the least rank that holds this fraction of its squared singular values."""
 
-    threshold: float = 0.9
+    threshold: Fraction = 0.9
 
-    def __post_init__(self) -> None:
-        _check_share("threshold", self.threshold)
-
+    @checked
     def __call__(self, layers: Sequence[Spectrum]) -> dict[str, int]:
         return {x.name: _least_rank(x, self.threshold) for x in layers}
 
@@ -86,11 +84,6 @@ def _least_rank(layer: Spectrum, threshold: float) -> int:
     return 1 + int(enough.double().argmax())
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise BudgetError(f"{name}: expected a number in (0, 1], got {value!r}.")
-
-
 RULES: dict[str, Callable[[], RankRule]] = {"share": Share, "global": Global, "energy": Energy}
 
 
@@ -98,10 +91,10 @@ def get_rule(rule: str | RankRule) -> RankRule:
     """The rule of this name with its default; a rule passes through.
 
     Raises:
-        ValueError: unknown name.
+        ArgumentError: unknown name.
     """
     if isinstance(rule, str):
         if rule not in RULES:
-            raise ValueError(unknown_name("rank rule", rule, RULES))
+            raise ArgumentError(unknown_name("rank rule", rule, RULES))
         return RULES[rule]()
     return rule

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
 from intrafusion.surgery.lowrank import LowRank, make_low_rank
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """What a rank costs and keeps in one layer.
@@ -24,6 +27,8 @@ class Spectrum:
     values: Tensor
     outputs: int
     inputs: int
+
+    __repr__ = show_briefly
 
     @property
     def groups(self) -> int:
@@ -53,6 +58,7 @@ class Spectrum:
         """(k,) sum over the groups of the squared singular values."""
         return self.values.square().sum(0)
 
+    @checked
     def cost(self, rank: int) -> int:
         """Parameters at a rank; a rank that saves none leaves the layer as it is."""
         return rank * self.step if rank <= self.largest else self.dense
@@ -66,6 +72,7 @@ def _matrices(layer: nn.Module) -> Tensor:
     return weight.detach().double().reshape(groups, len(weight) // groups, -1)
 
 
+@checked
 def spectrum(name: str, layer: nn.Module) -> Spectrum:
     flat = _matrices(layer)
     return Spectrum(name, torch.linalg.svdvals(flat), flat.shape[1], flat.shape[2])

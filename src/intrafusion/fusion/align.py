@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from intrafusion.errors import unknown_name
+from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.fusion.match import GroupPair
 from intrafusion.fusion.move import Move, move_channels
 from intrafusion.graph import READS, ChannelGraph, Member, Role
@@ -25,6 +27,7 @@ Passages = Mapping[str, list[tuple[GroupPair, Member, Member]]]
 """By tensor, the groups that run through it, and their members of it in both networks."""
 
 
+@checked
 @dataclass(frozen=True)
 class Alignment:
     """How channels are compared, and what becomes of the optimal transport plan between them.
@@ -44,6 +47,8 @@ class Alignment:
     rounds: int = 10
     normalization: str = "function"
 
+    __repr__ = show_briefly
+
     def __post_init__(self) -> None:
         for kind, name, valid in (
             ("cost", self.cost, _COST_FUNCTIONS),
@@ -51,9 +56,9 @@ class Alignment:
             ("normalization", self.normalization, NORMALIZATIONS),
         ):
             if name not in valid:
-                raise ValueError(unknown_name(kind, name, valid))
+                raise ArgumentError(unknown_name(kind, name, valid))
         if self.rounds < 1:
-            raise ValueError(f"rounds: expected at least 1, got {self.rounds!r}.")
+            raise ArgumentError(f"rounds: expected at least 1, got {self.rounds!r}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +72,8 @@ class FoldedNetwork:
     graph: ChannelGraph
     outputs: Mapping[str, Tensor]
     betas: Mapping[str, Tensor]
+
+    __repr__ = show_briefly
 
     @classmethod
     def of(cls, model: nn.Module, graph: ChannelGraph, outputs: Mapping[str, Tensor] | None = None) -> FoldedNetwork:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Slice
 
@@ -17,6 +18,8 @@ class GroupPair:
     own: ChannelGroup
     anchor: ChannelGroup
     members: tuple[tuple[Member, Member], ...]
+
+    __repr__ = show_briefly
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import Member
 from intrafusion.surgery.maps import map_rows, rewrite_along
 
@@ -23,6 +24,8 @@ class Move:
     source: Member
     target: Member
     matrix: Tensor
+
+    __repr__ = show_briefly
 
 
 def move_channels(tensor: Tensor, moves: Sequence[Move], shape: tuple[int, ...]) -> Tensor:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intrafusion import restore as restorers
+from intrafusion.arguments import Seed, checked
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
-from intrafusion.errors import ModelError, unknown_name
+from intrafusion.errors import ArgumentError, ModelError, unknown_name
 from intrafusion.fusion.align import Alignment, FoldedNetwork, align_groups, move_tensors
 from intrafusion.fusion.match import GroupPair, match_groups
 from intrafusion.fusion.outputs import record_outputs
@@ -25,7 +28,7 @@ from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import unwrap
 from intrafusion.pipeline import apply, inspect
 from intrafusion.planning import decide
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, prefix_stages, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
 from intrafusion.restore import Restorer
@@ -35,6 +38,7 @@ from intrafusion.surgery.write import write_weights_
 USING = ("weights", "activations")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Fused(Compressed):
     """The fused network; what the anchor became is in `plan`, as after `compress`.
@@ -47,7 +51,11 @@ class Fused(Compressed):
     alignments: tuple[Mapping[str, ReductionMap], ...] = field(default=())
     weights: tuple[float, ...] = ()
 
+    __repr__ = show_briefly
 
+
+@partial(checked, leaving=Recipe.options())
+@shows_progress("fuse")
 def fuse(
     models: Sequence[nn.Module],
     example_inputs: ExampleInputs,
@@ -60,8 +68,8 @@ def fuse(
     alignment: Alignment | None = None,
     rescale: bool = True,
     restore: str | Restorer | None = None,
-    seed: int = 0,
-    progress: Progress = silent,
+    seed: Seed = 0,
+    progress: ShowProgress = None,
     **recipe: Any,
 ) -> Fused:
     """Fuse trained networks of one structure, of equal or different widths, into one network.
@@ -88,20 +96,20 @@ def fuse(
         the fused network, in the anchor's dtype, on its device and in its mode.
     Raises:
         ModelError: networks of different depth or structure (with the first difference), or no images where needed.
-        ValueError: an unknown name, fewer than two networks, or weights that are no weights.
+        ArgumentError: an unknown name, fewer than two networks, or weights that are no weights.
 
     Reference: Singh and Jaggi 2020, Algorithm 1 (fusion); a residual stream has one coupling (Theus et al. 2024).
     """
+    wanted = Recipe.of(keep=keep, seed=seed, **{"reducer": "select", **recipe})
     shares = _find_shares(models, using, images, weights, anchor)
     restorer = None if restore is None else restorers.get_restorer(restore)
     inputs, calibration = Inputs.of(example_inputs), None if images is None else join_batches(read_batches(images))
     models = [unwrap(model) for model in models]
     graphs = []
     for index, model in enumerate(models):
-        progress("trace", index, len(models))
-        graphs.append(inspect(model, inputs))
+        with prefix_stages(f"network {index + 1} of {len(models)}"):
+            graphs.append(inspect(model, inputs))
     names = [f"network {index}" for index in range(len(models))]
-    wanted = Recipe.of(keep=keep, seed=seed, **{"reducer": "select", **recipe})
     plan = decide(models[anchor], graphs[anchor], wanted)
     for graph, name in zip(graphs, names, strict=True):
         match_groups(graph, graphs[anchor], name)
@@ -113,7 +121,7 @@ def fuse(
     mean = _WeightedMean(onto, base.model)
     alignments: list[Mapping[str, ReductionMap]] = []
     for index, (model, graph) in enumerate(zip(models, graphs, strict=True)):
-        progress("align", index, len(models))
+        report("aligning networks", index, len(models))
         own = onto if index == anchor and not narrowed else _fold_network(model, graph, by_outputs, seed)
         pairs = match_groups(graph, target, names[index])
         maps = _make_identities(pairs) if own is onto else align_groups(own, onto, pairs, alignment or Alignment())
@@ -124,7 +132,7 @@ def fuse(
     found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
     found |= {"model": fused, "after": size_of(fused, inputs)}
     result = Fused(**found, alignments=tuple(alignments), weights=tuple(shares))
-    progress("align", len(models), len(models))
+    report("aligning networks", len(models), len(models))
     if restorer is not None:
         restorer(result, models[anchor], graphs[anchor], images)
     return result
@@ -180,14 +188,14 @@ def _find_shares(
 ) -> list[float]:
     """The share of each network in the average."""
     if using not in USING:
-        raise ValueError(unknown_name("using", using, USING))
+        raise ArgumentError(unknown_name("using", using, USING))
     if len(models) < 2:
-        raise ValueError(f"fuse: expected at least two networks, got {len(models)}.")
+        raise ArgumentError(f"fuse: expected at least two networks, got {len(models)}.")
     if using == "activations" and images is None:
         raise ModelError('fuse: using="activations" compares what the networks give on images; pass images=.')
     if not 0 <= anchor < len(models):
-        raise ValueError(f"anchor: expected an index in 0..{len(models) - 1}, got {anchor}.")
+        raise ArgumentError(f"anchor: expected an index in 0..{len(models) - 1}, got {anchor}.")
     given = [1.0] * len(models) if weights is None else [float(w) for w in weights]
     if len(given) != len(models) or not all(w >= 0 for w in given) or not 0 < sum(given) < math.inf:
-        raise ValueError(f"weights: expected {len(models)} numbers >= 0, not all 0, got {given}.")
+        raise ArgumentError(f"weights: expected {len(models)} numbers >= 0, not all 0, got {given}.")
     return [w / sum(given) for w in given]

@@ -59,7 +59,7 @@ def _adopted(importance: Any) -> Any:
 
 
 _EXPECTED = "a callable (group, weights, observations) -> (n,)"
-REGISTRY = register(Registry("importance", IMPORTANCES, _EXPECTED, ImportanceTraits, adopt=_adopted))
+REGISTRY = register(Registry("importance", IMPORTANCES, _EXPECTED, 3, ImportanceTraits, adopt=_adopted))
 
 
 def get_importance(importance: Any) -> Importance:

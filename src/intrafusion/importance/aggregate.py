@@ -20,7 +20,7 @@ def aggregate(scores: Tensor, reduction: str, normalizer: str | None) -> Tensor:
             deviation 1, "lamp" divides each score by the sum of all that are not smaller; None leaves the scores alone.
             Scores that are all equal stay finite: a zero divisor is not applied.
     Raises:
-        ValueError: unknown name.
+        RecipeError: unknown name.
     """
     check_aggregation(reduction, normalizer)
     reduced = _MEMBER_REDUCTIONS[reduction](scores.double())

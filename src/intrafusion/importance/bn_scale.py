@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGroup, Member, Role
 from intrafusion.importance.aggregate import aggregate, check_aggregation
@@ -15,6 +16,7 @@ from intrafusion.importance.features import channel_rows
 from intrafusion.importance.observation import get_observed
 
 
+@checked
 @dataclass(frozen=True)
 class BNScale:
     """s_c = |gamma_c| of every norm that the group runs through, then over the norms.
@@ -37,6 +39,7 @@ class BNScale:
     def __post_init__(self) -> None:
         check_aggregation(self.reduction, self.normalizer)
 
+    @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         tensors = get_observed(observations, "tensors", self, group)
         rows = [channel_rows(tensors, member) for member in _norm_scales(group, tensors)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intrafusion.arguments import checked
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance.aggregate import aggregate, check_aggregation
 from intrafusion.importance.observation import get_observed
@@ -15,6 +16,7 @@ from intrafusion.importance.observation import get_observed
 CHUNK = 2**22  # entries of the Gram matrices that are held at a time
 
 
+@checked
 @dataclass(frozen=True)
 class CHIP:
     r"""s_c = || A ||_* - || A without row c ||_*, A (n, places) the channels of one image, mean over images.
@@ -35,6 +37,7 @@ class CHIP:
     def __post_init__(self) -> None:
         check_aggregation("mean", self.normalizer)
 
+    @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         maps = get_observed(observations, "feature_maps", self, group)
         return aggregate(channel_independence(maps)[None], "mean", self.normalizer)

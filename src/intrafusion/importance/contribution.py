@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from intrafusion.arguments import checked
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance.aggregate import aggregate, check_aggregation
 from intrafusion.importance.observation import get_observed
 
 
+@checked
 @dataclass(frozen=True)
 class RelativeContribution:
     r"""s_c = sum over the outgoing weights w_kc of E |w_kc x_c| / sum_j |w_kj x_j|, per reader, then over the readers.
@@ -33,5 +35,6 @@ class RelativeContribution:
     def __post_init__(self) -> None:
         check_aggregation(self.reduction, self.normalizer)
 
+    @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         return aggregate(get_observed(observations, "contributions", self, group), self.reduction, self.normalizer)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from intrafusion.errors import ModelError
+from intrafusion.errors import ArgumentError, ModelError
 from intrafusion.graph import READS, ChannelGroup, Member, Role
 
 
@@ -17,11 +17,20 @@ def channel_rows(weights: Mapping[str, Tensor], member: Member) -> Tensor:
     Returns:
         (n, d) float64, d = slots * (size of the other dimensions, inside `within` where the member has one).
     """
-    tensor = weights[member.tensor]
+    tensor = _find_weight(weights, member)
     positions = torch.as_tensor(member.positions, dtype=torch.long, device=tensor.device)
     if member.within is not None and member.within.dim != member.dim:
         tensor = tensor.narrow(member.within.dim, member.within.start, member.within.stop - member.within.start)
     return tensor.detach().movedim(member.dim, 0)[positions].flatten(1).double()
+
+
+def _find_weight(weights: Mapping[str, Tensor], member: Member) -> Tensor:
+    if member.tensor not in weights:
+        raise ArgumentError(
+            f"weights: expected the tensors of the group's network, got none of the name {member.tensor!r}; "
+            "`fold_weights(model, graph, groups)` gives them."
+        )
+    return weights[member.tensor]
 
 
 def linear_rows(group: ChannelGroup, weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -34,7 +43,7 @@ def linear_rows(group: ChannelGroup, weights: Mapping[str, Tensor]) -> list[Tens
 
 
 def weighs(member: Member, weights: Mapping[str, Tensor]) -> bool:
-    kernel = Role.SCALES in member.roles and weights[member.tensor].dim() > 1
+    kernel = Role.SCALES in member.roles and _find_weight(weights, member).dim() > 1
     return kernel or bool(member.roles & {Role.PRODUCES, *READS})
 
 

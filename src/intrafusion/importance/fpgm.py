@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intrafusion.arguments import checked
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance.aggregate import aggregate, check_aggregation
 from intrafusion.importance.features import linear_rows
 
 
+@checked
 @dataclass(frozen=True)
 class FPGM:
     r"""s_c = sum over c' of || w_c - w_c' ||_p, per member, then over the members.
@@ -38,6 +40,7 @@ class FPGM:
             raise RecipeError(f"p: expected p > 0, got {self.p}.")
         check_aggregation(self.reduction, self.normalizer)
 
+    @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         rows = linear_rows(group, weights)
         if not rows:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from intrafusion.arguments import checked
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance.magnitude import Magnitude
 
 
+@checked
 @dataclass(frozen=True)
 class LAMP:
     r"""s_c = w_c / sum of w_c' over all channels c' with w_c' >= w_c,  w_c = sum |entries of c|^p over the members.
@@ -34,5 +36,6 @@ class LAMP:
     def magnitude(self) -> Magnitude:
         return Magnitude(self.p, self.reduction, "lamp", self.bias)
 
+    @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         return self.magnitude(group, weights)

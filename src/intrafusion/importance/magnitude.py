@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intrafusion.arguments import checked
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup
 from intrafusion.importance.aggregate import aggregate, check_aggregation
 from intrafusion.importance.features import channel_biases, linear_rows
 
 
+@checked
 @dataclass(frozen=True)
 class Magnitude:
     r"""s_c = sum over the entries w of channel c of |w|^p (max |w| for p = inf), per member, then over the members.
@@ -40,6 +42,7 @@ class Magnitude:
             raise RecipeError(f"p: expected p > 0, got {self.p}.")
         check_aggregation(self.reduction, self.normalizer)
 
+    @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         rows = linear_rows(group, weights)
         added = channel_biases(group, weights)

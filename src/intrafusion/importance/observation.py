@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from intrafusion.errors import IntrafusionError, RecipeError, unknown_name
+from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import IntrafusionError, RecipeError, show, unknown_name
 from intrafusion.graph import ChannelGroup
 from intrafusion.registry import Traits
 
@@ -33,6 +35,7 @@ class ObservationError(IntrafusionError, ValueError):
     """A criterion was not given what it looks at."""
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Activations:
     """Statistics of n channels over images and places, (n,) float64 each."""
@@ -40,7 +43,10 @@ class Activations:
     mean: Tensor
     mean_square: Tensor
 
+    __repr__ = show_briefly
 
+
+@checked
 @dataclass(frozen=True, eq=False)
 class Observation:
     """What was seen of one group; a field is None if no criterion asked for it, or if it could not be seen.
@@ -64,12 +70,14 @@ class Observation:
     contributions: Tensor | None = None
     images: int = 0
 
+    __repr__ = show_briefly
+
 
 def needs_of(importance: object) -> frozenset[str]:
     """What a criterion asks for; nothing unless it says so.
 
     Raises:
-        ValueError: it asks for something that nobody observes.
+        RecipeError: it asks for something that nobody observes.
     """
     needs = frozenset(ImportanceTraits.of(importance).needs)
     for need in needs:
@@ -102,6 +110,11 @@ def get_observed(observation: Any, field: str, importance: object, group: Channe
         raise ObservationError(
             f"importance {importance_label(importance)}: group {group.name!r}: expected an Observation with {field}, "
             "got None; call the criterion with observe(model, graph, groups, images, needs)[group.name]."
+        )
+    if not isinstance(observation, Observation):
+        raise ObservationError(
+            f"importance {importance_label(importance)}: group {group.name!r}: expected an Observation, got "
+            f"{show(observation)}; observe(model, graph, groups, images, needs)[group.name] makes one."
         )
     value = getattr(observation, field)
     if value is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGroup, Role
 from intrafusion.importance.aggregate import aggregate, check_aggregation
@@ -15,6 +16,7 @@ from intrafusion.importance.features import channel_rows, weighs
 from intrafusion.importance.observation import get_observed
 
 
+@checked
 @dataclass(frozen=True)
 class Taylor:
     r"""s_c = sum over the entries w of channel c of |w dL/dw|, per member, then over the members.
@@ -43,6 +45,7 @@ class Taylor:
     def __post_init__(self) -> None:
         check_aggregation(self.reduction, self.normalizer)
 
+    @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         tensors = get_observed(observations, "tensors", self, group)
         gradients = get_observed(observations, "gradients", self, group)

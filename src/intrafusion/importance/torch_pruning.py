@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup, Member, Role
 from intrafusion.importance.observation import get_observed
@@ -18,6 +19,7 @@ from intrafusion.importance.observation import get_observed
 _ON_MODULES = ("accumulate_grad", "MatGradHandler", "compute_importance")  # of criteria that keep what they saw
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class TorchPruning:
     """An object of `torch_pruning.importance`, or of a class derived from one, as a criterion.
@@ -40,7 +42,7 @@ class TorchPruning:
 
     importance: Any
     gradients: bool | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if any(hasattr(self.importance, name) for name in _ON_MODULES):
@@ -66,6 +68,7 @@ class TorchPruning:
     def needs(self) -> frozenset[str]:
         return frozenset({"tensors", "gradients"} if self.reads_gradients else {"tensors"})
 
+    @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
         tensors = get_observed(observations, "tensors", self, group)
         gradients = get_observed(observations, "gradients", self, group) if self.reads_gradients else None

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from intrafusion.errors import FolderError
 from intrafusion.io.exchange import exchange
 from intrafusion.io.locks import is_open_at, lock
-from intrafusion.io.workspace import ASIDE, NEW, carry, settle, workspace
+from intrafusion.io.workspace import ASIDE, NEW, Owns, carry, owns_nothing, settle, workspace
 
 T = TypeVar("T")
 
@@ -57,7 +57,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(
-    path: str | os.PathLike[str], *, ours: Callable[[Path], bool], names: Collection[str]
+    path: str | os.PathLike[str],
+    *,
+    ours: Callable[[Path], bool],
+    names: Collection[str],
+    yours: Callable[[Path], bool] = owns_nothing,
 ) -> Iterator[Path]:
     """Yield an empty temporary folder to fill; it becomes `path` when the block ends, and vanishes if the block raises.
 
@@ -67,13 +71,15 @@ def atomic_folder(
     Args:
         ours: whether an existing folder was written by this library.
         names: what this library writes into such a folder: of these the new folder has what was written now.
+        yours: whether a file of such a name is the user's after all.
     Raises:
         FolderError: `path` is a file, or a folder that is neither empty nor ours, or cannot be written.
     """
     with report_unwritable(path):
         target = _resolve(path)
         _refuse_foreign(target, ours)
-        with workspace(target, names) as place:
+        replaced: Owns = lambda file: file.name in names and not yours(file)  # noqa: E731
+        with workspace(target, replaced) as place:
             new = place / NEW
             new.mkdir()
             yield new
@@ -82,7 +88,7 @@ def atomic_folder(
                 _flush(written)
             with lock(target.parent):
                 _refuse_foreign(target, ours)  # again: the block may have taken hours
-                _put_in_place(new, target, names)
+                _put_in_place(new, target, replaced)
 
 
 def read_whole(folder: Path, read: Callable[[Path], T]) -> T:
@@ -181,12 +187,12 @@ def _refuse_foreign(target: Path, ours: Callable[[Path], bool]) -> None:
         )
 
 
-def _put_in_place(new: Path, target: Path, names: Collection[str]) -> None:
+def _put_in_place(new: Path, target: Path, replaced: Owns) -> None:
     """The exchange leaves the old folder in the workspace, which looks once more for what is the user's in it."""
     numbered = new.rename(new.with_name(str(new.stat().st_ino)))
     if target.exists():
         shutil.copymode(target, numbered)
-        carry(target, numbered, names)
+        carry(target, numbered, replaced)
     for folder in (numbered, *(p for p in numbered.rglob("*") if p.is_dir())):
         _flush(folder)
     if target.exists():

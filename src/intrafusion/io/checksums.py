@@ -18,6 +18,10 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def digest_document(data: Mapping[str, Any]) -> str:
     """Of all entries but the checksums; of the values, however they are set."""
     rest = {key: value for key, value in data.items() if key != KEY}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,15 +18,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from intrafusion.arguments import checked
 from intrafusion.documents import parse_json
 from intrafusion.errors import FolderError, ModelError, PlanError
 from intrafusion.io.atomic import atomic_folder, read_whole
-from intrafusion.io.checksums import KEY, check_digests, digest_document, digest_file
+from intrafusion.io.card import CARD, Words, build_card, is_users_card
+from intrafusion.io.checksums import KEY, check_digests, digest_bytes, digest_document, digest_file
 from intrafusion.io.extra import PREFIX, extra_state, set_extra_state_
 from intrafusion.io.fits import check_finite, check_kinds, check_shapes, check_told, find_told, is_finite
+from intrafusion.io.origin import describe_origin, find_other_layers, read_source
+from intrafusion.io.program import PROGRAM, export_network, read_program
+from intrafusion.io.rebuild import find_source, rebuild
 from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.io.undo import untouched_on_error
 from intrafusion.measure.size import Size
+from intrafusion.network.calibration_images import warn_of
+from intrafusion.network.identity import Identity
+from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan, check_maps
@@ -34,7 +44,7 @@ from intrafusion.surgery.numbers import find_numbers
 from intrafusion.surgery.write import Repair, make_repairs_, put_data_
 
 _WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
-_OURS = (_WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE)
+_OURS = (_WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE, PROGRAM, CARD)
 _KIND = "intrafusion"
 
 
@@ -46,6 +56,7 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
+@checked
 def save(
     model: nn.Module,
     plan: Plan,
@@ -54,36 +65,75 @@ def save(
     repairs: tuple[Repair, ...],
     before: Size,
     after: Size,
+    original: Identity | None = None,
+    inputs: Inputs | None = None,
+    program: bool = False,
     told: Mapping[str, Any] | None = None,
+    words: Words | None = None,
 ) -> None:
-    """Write model.safetensors, plan.json and recipe.yaml. The folder appears complete or not at all.
+    """Write model.safetensors, plan.json, recipe.yaml and README.md. The folder appears complete or not at all.
 
-    Of an older folder of ours these files are replaced, and all others stay.
+    Of an older folder of ours these files are replaced, and all others stay; a README.md that is the user's own, too.
 
     Args:
+        original: what the network was made from; with `inputs`, its source is looked for.
+        inputs: one call of the network.
+        program: write program.pt2 too.
         told: more for plan.json, of values that JSON has.
+        words: for the model card.
     Raises:
         FolderError: the folder exists and is not one of ours, or cannot be written.
-        ModelError: a tensor without values, or a sparse one.
+        ModelError: a tensor without values, or a sparse one; a network that cannot be exported.
     """
     model = unwrap(model)
     state = {name: detach_dense(name, t) for name, t in named_tensors(model).items()}
     kept, tensors = extra_state(model)
-    extra = {
+    sizes = {"before": before, "after": after}
+    extra = {**_describe(model, plan, state, repairs, sizes), "extra_state": kept, **(told or {})}
+    files: dict[str, bytes] = {}
+    if program and inputs is not None:
+        files[PROGRAM], any_batch = export_network(model, inputs)
+        extra["program"] = {"any_batch": any_batch}
+    if original is not None and inputs is not None:
+        data = json.loads(_build_document(plan, extra))
+        fill = functools.partial(_fill_, folder=Path(folder), data=data, plan=plan, state={**state, **tensors})
+        extra |= describe_origin(original, find_source(model, original, plan, inputs, fill))
+    card = build_card(extra, plan, words or Words())
+    _write(folder, {**state, **tensors}, files, plan, extra, card)
+
+
+def _write(
+    folder: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    files: Mapping[str, bytes],
+    plan: Plan,
+    extra: dict[str, Any],
+    card: str,
+) -> None:
+    with atomic_folder(folder, ours=is_ours, names=_OURS, yours=is_users_card) as target:
+        save_file(tensors, target / _WEIGHTS)
+        for name, content in files.items():
+            (target / name).write_bytes(content)
+        digests = {name: digest_file(target / name) for name in (_WEIGHTS, *files)}
+        (target / _PLAN).write_text(_build_document(plan, {**extra, KEY: digests}))
+        (target / _RECIPE).write_text(plan.recipe.to_yaml())
+        if not is_users_card(Path(folder) / CARD) or not os.path.lexists(Path(folder) / CARD):
+            (target / CARD).write_text(card, encoding="utf-8")
+
+
+def _describe(
+    model: nn.Module, plan: Plan, state: Mapping[str, Tensor], repairs: tuple[Repair, ...], sizes: Mapping[str, Size]
+) -> dict[str, Any]:
+    """What loading needs beside the plan and the tensors, and the sizes."""
+    split = _ranks_before(model, plan)
+    return {
         "weights": _WEIGHTS,
-        "extra_state": kept,
         "repairs": [asdict(r) for r in repairs],
-        "before": asdict(before),
-        "after": asdict(after),
-        "split_before": (split := _ranks_before(model, plan)),
+        **{name: asdict(size) for name, size in sizes.items()},
+        "split_before": split,
         "split_after": {name: rank for name, rank in ranks_of(model).items() if name not in split},
         "not_finite": [name for name, tensor in state.items() if not is_finite(tensor)],
-        **(told or {}),
     }
-    with atomic_folder(folder, ours=is_ours, names=_OURS) as target:
-        save_file({**state, **tensors}, target / _WEIGHTS)
-        (target / _PLAN).write_text(_build_document(plan, {**extra, KEY: {_WEIGHTS: digest_file(target / _WEIGHTS)}}))
-        (target / _RECIPE).write_text(plan.recipe.to_yaml())
 
 
 def _ranks_before(model: nn.Module, plan: Plan) -> dict[str, int]:
@@ -99,7 +149,13 @@ def _build_document(plan: Plan, extra: dict[str, Any]) -> str:
     return json.dumps(data, indent=1)
 
 
-def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+@partial(checked, leaving=("model",))
+def load(
+    folder: str | os.PathLike[str],
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    trust_program: bool = False,
+) -> nn.Module:
     """A saved network back in one line.
 
     All is checked before anything is written: after an error the network is as it was.
@@ -107,26 +163,55 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
     Args:
         folder: what `Compressed.save` wrote.
         model: the original class or factory (called without arguments), or an instance of the original network,
-            which becomes the smaller one.
+            which becomes the smaller one. Networks of the zoo, torchvision, timm and transformers need none: they are
+            built from what the folder records, in evaluation mode.
+        trust_program: where there is no `model`, and none is recorded or can be built, load the program that
+            `save(program=True)` wrote. Only for folders of people you trust: loading a program can run code.
     Returns:
-        the smaller network, on the device and in the mode of the original; its weights have the saved dtype.
+        the smaller network, on the device and in the mode of the original; its weights have the saved dtype. Of a
+        program, a network that computes, in evaluation mode and on the CPU.
     Raises:
-        FolderError: not one of our folders, damaged, or it points outside itself.
+        FolderError: not one of our folders, damaged, it points outside itself, or it does not tell its network.
         PlanError: the original network is another one than the saved one was made from.
         ModelError: the original network has no values to be replaced, or cannot be built.
+    Warns:
+        IntrafusionWarning: layers of the network are of other classes, or were made otherwise, than when it was saved.
     """
     folder = Path(folder)
-    data, state, digests = read_whole(folder, _read_network)
+    data, state, program, digests = read_whole(folder, functools.partial(_read_network, program=trust_program))
     plan = Plan.from_json(json.dumps(data))
-    given = model if isinstance(model, nn.Module) else _build_from(model)
-    network = unwrap(given)
-    _check_has_values(network)
+    if model is not None:
+        given = model if isinstance(model, nn.Module) else _build_from(model)
+        _check_has_values(unwrap(given))
+        _fill_(unwrap(given), folder, data, plan, state, digests)
+        return given
+    check_digests(folder, data, digests)
+    try:
+        network = rebuild(read_source(folder, data), plan, sum(t.numel() for t in state.values()))
+    except ModelError:
+        if program is None:
+            raise
+        return read_program(folder / PROGRAM, program, state)
+    _fill_(network, folder, data, plan, state)
+    return network
+
+
+def _fill_(
+    network: nn.Module,
+    folder: Path,
+    data: dict[str, Any],
+    plan: Plan,
+    state: dict[str, Tensor],
+    digests: Mapping[str, str] | None = None,
+) -> None:
+    """Make an original network the saved one (in place), or leave it as it was."""
     extra = {name: t for name, t in state.items() if name.startswith(PREFIX)}
     state = {name: t for name, t in state.items() if name not in extra}
     try:
         with untouched_on_error(network):
-            tensors = _prepare_(network, folder, data, plan, state)
-            check_digests(folder, data, digests)
+            tensors, warning = _prepare_(network, folder, data, plan, state)
+            check_digests(folder, data, digests or {})
+            warn_of(warning)
             # Tried on a copy first: what a module does with its extra state cannot be undone.
             set_extra_state_(copy_model(network), data.get("extra_state", {}), extra)
             for name, tensor in tensors.items():
@@ -135,14 +220,20 @@ def load(folder: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Modu
             set_extra_state_(network, data.get("extra_state", {}), extra)
     except (AttributeError, RuntimeError, TypeError) as error:  # an attribute or a tensor that cannot be set
         raise ModelError(f"{folder}: {type(network).__name__} does not take its tensors: {error}.") from error
-    return given
 
 
-def _read_network(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """plan.json, the tensors, and checksums of both."""
+def _read_network(
+    folder: Path, *, program: bool
+) -> tuple[dict[str, Any], dict[str, Tensor], bytes | None, dict[str, str]]:
+    """plan.json, the tensors, the content of the program if it is wanted, and checksums of all."""
     data = read_document(folder)
     path = _weights_path(folder, data)
-    return data, read_tensors(path), {path.name: digest_file(path), _PLAN: digest_document(data)}
+    tensors, content = read_tensors(path), None
+    digests = {path.name: digest_file(path), _PLAN: digest_document(data)}
+    if program and (folder / PROGRAM).is_file():
+        content = (folder / PROGRAM).read_bytes()
+        digests[PROGRAM] = digest_bytes(content)
+    return data, tensors, content, digests
 
 
 def _check_has_values(network: nn.Module) -> None:
@@ -156,9 +247,14 @@ def _check_has_values(network: nn.Module) -> None:
 
 def _prepare_(
     network: nn.Module, folder: Path, data: dict[str, Any], plan: Plan, state: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Give a network the layers and sizes that were saved (in place), and return the tensors to write to."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Give a network the layers and sizes that were saved (in place).
+
+    Returns:
+        the tensors to write to, and what there is to warn of.
+    """
     _split_(network, _read_splits(data, "split_before"))
+    warning = find_other_layers(folder, data, network)
     tensors = named_tensors(network)
     before = {n: tuple(t.shape) for n, t in tensors.items()}
     plan.check_fits({n: before[n] for n, t in tensors.items() if t.is_floating_point()})
@@ -174,7 +270,7 @@ def _prepare_(
     check_told(folder, network, told, {n: tuple(t.shape) for n, t in state.items()})
     check_kinds(folder, tensors, state)
     check_finite(folder, state, _names(data, "not_finite"), {n for n, _ in network.named_parameters()})
-    return tensors
+    return tensors, warning
 
 
 def _split_(network: nn.Module, ranks: dict[str, int]) -> None:
@@ -302,6 +398,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int or (isinstance(value, tuple) and all(type(v) is int for v in value))
 
 
+@checked
 def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
     """Write a plan with its maps, to be carried out later with `intrafusion.apply`.
 
@@ -314,12 +411,13 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         for kind, tensor in vars(m).items()
         if tensor is not None
     }
-    with atomic_folder(folder, ours=is_ours, names=_OURS) as target:
+    with atomic_folder(folder, ours=is_ours, names=_OURS, yours=is_users_card) as target:
         save_file(tensors, target / _MAPS_FILE)
         (target / _PLAN).write_text(_build_document(plan, {KEY: {_MAPS_FILE: digest_file(target / _MAPS_FILE)}}))
         (target / _RECIPE).write_text(plan.recipe.to_yaml())
 
 
+@checked
 def load_plan(folder: str | os.PathLike[str]) -> Plan:
     """Read what `save_plan` wrote.
 

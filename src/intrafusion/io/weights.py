@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
 from intrafusion.errors import FolderError
 from intrafusion.io.atomic import report_unreadable
 
@@ -31,6 +32,7 @@ _SHOWN = 5
 _DEPTH = 10
 
 
+@checked
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a weight file by name, on the CPU.
 
@@ -60,6 +62,7 @@ def _read(path: Path) -> Any:
     )
 
 
+@checked
 def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy every tensor of `state` into the network, which must have exactly these names and shapes.
 
@@ -67,12 +70,14 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     untouched.
 
     Raises:
-        FolderError: names are missing or unexpected, shapes differ, tensors are meta or sparse, or tensors that the
-            network ties differ; lists them with the nearest names.
+        ArgumentError: tensors without values of their own, or sparse ones.
+        FolderError: names are missing or unexpected, shapes differ, tensors are of a kind of which a part would be
+            lost, or tensors that the network ties differ; lists them with the nearest names.
     """
-    for name, tensor in state.items():
-        _check_values(name, tensor, model)
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)  # with the parameters themselves, to see which are tied
+    for name, tensor in state.items():
+        if name in own:
+            _check_kind(name, tensor, own[name])
     differences = list(_differences(own, state))
     if differences:
         raise FolderError(
@@ -82,14 +87,24 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(dict(state), strict=False)
 
 
-def _check_values(name: str, tensor: Tensor, model: nn.Module) -> None:
-    """Raise FolderError for a tensor without values of its own, or in a form that no parameter takes."""
-    if tensor.is_meta or tensor.layout != torch.strided:
-        kind = "a meta tensor without values" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
-        raise FolderError(
-            f"{name}: expected a dense tensor for {type(model).__name__}, got {kind}; save the weights again, "
-            "with their values and as dense tensors (tensor.to_dense())."
-        )
+def _check_kind(name: str, saved: Tensor, own: Tensor) -> None:
+    """Raise FolderError for numbers that the network's tensor could not hold: of them a part would be lost."""
+    if saved.is_complex() > own.is_complex():
+        kept = "its imaginary part would be lost; save the real part, or build the complex network"
+    elif _is_inexact(saved) > _is_inexact(own):
+        whole = torch.equal(saved.to(own.dtype).to(saved.dtype), saved)
+        kept = "" if whole else "what is behind the point would be lost; save whole numbers"
+    elif isinstance(own, nn.Parameter) and _is_inexact(own) > _is_inexact(saved):
+        kept = "these look like quantized weights, whose scale would be lost; save them dequantized"
+    else:
+        exact = _is_inexact(saved) or torch.equal(saved.to(own.dtype).to(saved.dtype), saved)
+        kept = "" if exact else "numbers would be lost that do not fit; save them in that type"
+    if kept:
+        raise FolderError(f"{name}: expected {own.dtype}, got {saved.dtype}: {kept}.")
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

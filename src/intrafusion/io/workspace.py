@@ -13,7 +13,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,15 +21,20 @@ from intrafusion.errors import FolderError
 from intrafusion.io.locks import is_open_at, lock, try_lock, wait_for_lock
 
 NEW, ASIDE = "new", "aside"
+Owns = Callable[[Path], bool]
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
+def owns_nothing(path: Path) -> bool:
+    return False
+
+
 @contextmanager
-def workspace(target: Path, ours: Collection[str] = ()) -> Iterator[Path]:
+def workspace(target: Path, ours: Owns = owns_nothing) -> Iterator[Path]:
     """An empty folder of our own beside the target; parents that are made for it go away again on an error.
 
     Args:
-        ours: names in the folder at the target that a newer one replaces; all others are the user's, and stay.
+        ours: what in the folder at the target a newer one replaces; all else is the user's, and stays.
     """
     made = [folder for folder in target.parents if not folder.exists()]
     try:
@@ -50,7 +55,7 @@ def workspace(target: Path, ours: Collection[str] = ()) -> Iterator[Path]:
         raise
 
 
-def settle(target: Path, ours: Collection[str] = ()) -> None:
+def settle(target: Path, ours: Owns = owns_nothing) -> None:
     """Clean up after calls that were killed: the target has its name again, and nothing else is left."""
     left = sorted(target.parent.glob(f"{_mark(target)}*"))
     if left:
@@ -61,7 +66,7 @@ def settle(target: Path, ours: Collection[str] = ()) -> None:
                         _finish(place, target, ours)
 
 
-def carry(source: Path, target: Path, ours: Collection[str] = ()) -> None:
+def carry(source: Path, target: Path, ours: Owns = owns_nothing) -> None:
     """Give a folder the user's files of another one, as further names of the same files where that is possible.
 
     Raises:
@@ -69,7 +74,7 @@ def carry(source: Path, target: Path, ours: Collection[str] = ()) -> None:
     """
     for entry in os.scandir(source):
         goal = target / entry.name
-        if entry.name in ours:
+        if ours(Path(entry.path)):
             continue
         if entry.is_dir(follow_symlinks=False):
             goal.mkdir(exist_ok=True)
@@ -141,7 +146,7 @@ def _taken_over(place: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _finish(place: Path, target: Path, ours: Collection[str]) -> None:
+def _finish(place: Path, target: Path, ours: Owns) -> None:
     """Remove a workspace; the folder that was replaced first gives back the name, or what the user put into it."""
     for folder in place.iterdir():
         if folder.name == ASIDE and not target.exists():

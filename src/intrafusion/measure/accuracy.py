@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from intrafusion.errors import ModelError
-from intrafusion.network.inputs import output_tensors
+from intrafusion.arguments import Batch, Count, checked
+from intrafusion.errors import ArgumentError, ModelError
+from intrafusion.network.inputs import Inputs, output_tensors, told_of
 from intrafusion.network.state import preserve_state
 
 BATCH_SIZE = 25  # small enough for the activations of a layer to stay in a CPU's caches, and fastest there
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = BATCH_SIZE) -> float:
+@checked
+def accuracy(model: nn.Module, images: Batch, labels: Tensor, batch_size: Count = BATCH_SIZE) -> float:
     """Fraction, in [0, 1], of images whose largest output is the one of their label.
 
     Runs in evaluation mode, without gradients, on the device and in the precision of the network; the network is left
@@ -24,21 +26,34 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
         images: (n, ...), one per label.
         labels: class numbers (n,).
     Raises:
-        ValueError: no images, not one label per image, or `batch_size` below 1.
+        ArgumentError: no images, not one label per image, or `batch_size` below 1.
         ModelError: the output is not, and does not hold, one row of class scores per image.
     """
     if len(images) == 0 or labels.shape != (len(images),):
-        raise ValueError(f"expected one label per image, got {len(images)} images, labels {tuple(labels.shape)}.")
-    if batch_size < 1:
-        raise ValueError(f"expected a batch_size of at least 1, got {batch_size}.")
+        raise ArgumentError(
+            f"accuracy: expected one label per image, got {len(images)} images, labels {tuple(labels.shape)}; "
+            "give as many of both, and at least one."
+        )
     right = 0
     with preserve_state(model):
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            predicted = class_scores(model(as_parameters(model, batch)), len(batch)).argmax(1)
+            predicted = class_scores(answer(model, batch), len(batch)).argmax(1)
             right += int((predicted == target.to(predicted.device)).sum())
     return right / len(images)
 
 
+def answer(model: nn.Module, batch: Tensor) -> Any:
+    """What a network returns on a batch of images, on its device and in its precision.
+
+    Raises:
+        ModelError: it does not run on them.
+    """
+    given = as_parameters(model, batch)
+    with told_of(model, Inputs((given,), source="the images")):
+        return model(given)
+
+
+@checked
 def class_scores(output: Any, count: int) -> Tensor:
     """The (count, classes) tensor in what a classifier returned.
 
@@ -55,6 +70,7 @@ def class_scores(output: Any, count: int) -> Tensor:
     return scores
 
 
+@checked
 def as_parameters(model: nn.Module, batch: Tensor) -> Tensor:
     """A copy of the batch (a forward may write into it) on the device of the network, floats in its precision."""
     tensors = [*model.parameters(), *model.buffers()]

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from intrafusion.errors import ModelError
-from intrafusion.measure.accuracy import BATCH_SIZE, as_parameters
+from intrafusion.arguments import Batch, Count, Vector, checked
+from intrafusion.errors import ArgumentError, ModelError, show
+from intrafusion.measure.accuracy import BATCH_SIZE, answer
 from intrafusion.network.inputs import output_tensors
 from intrafusion.network.state import preserve_state
 
 
-def output_rows(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
+@checked
+def output_rows(model: nn.Module, images: Batch, batch_size: Count = BATCH_SIZE) -> Tensor:
     """All that a network answers, one row per image: (n, k) float64.
 
     Runs in evaluation mode on the device and in the precision of the network, which is left as it was.
@@ -21,15 +23,13 @@ def output_rows(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) 
     Args:
         images: (n, ...).
     Raises:
-        ValueError: no images.
+        ArgumentError: no images.
         ModelError: the network gives no floating-point tensor, or one that has no row for each image.
     """
     if len(images) == 0:
-        raise ValueError("outputs: expected at least one image, got none.")
+        raise ArgumentError("outputs: expected at least one image, got none; give some.")
     with preserve_state(model):
-        return torch.cat(
-            [_as_rows(model(as_parameters(model, batch)), len(batch)) for batch in images.split(batch_size)]
-        )
+        return torch.cat([_as_rows(answer(model, batch), len(batch)) for batch in images.split(batch_size)])
 
 
 def _as_rows(output: object, count: int) -> Tensor:
@@ -41,29 +41,40 @@ def _as_rows(output: object, count: int) -> Tensor:
     return torch.cat([t.reshape(count, -1) for t in parts], 1)
 
 
-def drift(model: nn.Module, reference: nn.Module, images: Tensor) -> Tensor:
+@checked
+def drift(model: nn.Module, reference: nn.Module, images: Batch) -> Tensor:
     """Euclidean distance of the two networks' outputs, (n,) float64, in the unit of the outputs.
 
     Reference: Theus et al. 2024, Figures 5 and 8 to 14.
     """
-    return (output_rows(model, images) - output_rows(reference, images)).norm(dim=1)
+    found, expected = output_rows(model, images), output_rows(reference, images)
+    if found.shape != expected.shape:
+        raise ModelError(
+            f"drift: expected two networks with outputs of one shape, got {list(found.shape)} and "
+            f"{list(expected.shape)} for {len(images)} images; compare a network with what it was made from."
+        )
+    return (found - expected).norm(dim=1)
 
 
-def histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
+@checked
+def histogram(values: Vector, edges: Sequence[float]) -> list[int]:
     """How many values lie in each bin edges[i] <= v < edges[i + 1], and at or above the last edge: len(edges) counts.
 
     >>> histogram(torch.tensor([0.0, 0.5, 1.0, 7.0]), [0.0, 1.0, 2.0])
     [2, 1, 1]
 
     Raises:
-        ValueError: a value lies below the first edge, or is not a number.
+        ArgumentError: a value lies below the first edge, or is not a number.
     """
+    if len(edges) == 0 or list(edges) != sorted(edges):
+        raise ArgumentError(f"histogram: expected edges in rising order, at least one, got {show(edges)}; sort them.")
     if bool((values < edges[0]).any()) or bool(values.isnan().any()):
-        raise ValueError(f"histogram: expected numbers from {edges[0]} on, got {values.min()}.")
+        raise ArgumentError(f"histogram: expected numbers from {edges[0]} on, got {values.min()}.")
     bins = torch.bucketize(values, torch.tensor(edges, dtype=values.dtype), right=True) - 1
     return torch.bincount(bins, minlength=len(edges)).tolist()
 
 
+@checked
 def output_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Mean squared difference of outputs as a fraction of the variance of the expected ones, over all tensors.
 
@@ -73,6 +84,11 @@ def output_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     >>> output_error([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 3.0]])])
     0.1
     """
+    if len(found) != len(expected):
+        raise ArgumentError(
+            f"output_error: expected as many outputs as expected ones, got {len(found)} and {len(expected)}; "
+            "compare the outputs of the same call."
+        )
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True) if not a.is_complex()]
     pairs += [parts for a, b in zip(found, expected, strict=True) if a.is_complex() for parts in _parts(a, b)]
     lost = sum(_squared_difference(a, b) for a, b in pairs if a.shape == b.shape)

@@ -14,11 +14,13 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from intrafusion.errors import ModelError
+from intrafusion.arguments import Count, NotNegative, checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import ArgumentError, ModelError, show
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.network.double import output_difference, run_in_double
 from intrafusion.network.inputs import ExampleInputs, Inputs
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import narrow_to, shorten
 from intrafusion.surgery.norms import fold_norms
@@ -28,11 +30,14 @@ _EMBEDDING_TOLERANCE = 1e-6
 WeightPoint = dict[str, Tensor]
 
 
+@checked
 def fold_tensors(model: nn.Module, graph: ChannelGraph) -> WeightPoint:
     """Every tensor by name, float64, batch norms folded: what a straight line between networks should run through."""
+    check_graph(graph, model, smaller=True)
     return fold_norms({name: t.detach() for name, t in named_tensors(model).items()}, graph.norms)
 
 
+@checked
 def match_places(
     maps: Mapping[str, ReductionMap], alike: Mapping[str, ReductionMap] | None = None
 ) -> dict[str, np.ndarray]:
@@ -73,6 +78,11 @@ def _embed_tensors(
     for name, tensor in full.items():
         index = _flat_indices(name, tensor.shape, groups, where)
         flat = tensor.clone().flatten() if name in scales else torch.zeros_like(tensor).flatten()
+        if index.numel() != small[name].numel():
+            raise ArgumentError(
+                f"where: expected the old channels of every group that was made smaller, got {show(sorted(where))}: "
+                f"{name!r} would have {index.numel()} entries, and has {small[name].numel()}; use `match_places`."
+            )
         flat[index.flatten()] = small[name].flatten().to(flat)
         wide[name] = flat.reshape(tensor.shape)
     return wide
@@ -94,14 +104,32 @@ def _move_back(index: Tensor, member: Member, old: np.ndarray) -> None:
     part[positions[: len(old)]] = part[positions[torch.from_numpy(old)]].clone()
 
 
+@checked
 def copy_with_tensors(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the network with these values, in the precision of the network."""
     copied = copy_model(model)
+    _check_points({name: t.detach() for name, t in named_tensors(model).items()}, weights)
     for name, tensor in named_tensors(copied).items():
         tensor.data = weights[name].to(tensor)
     return copied
 
 
+def _check_points(first: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        ArgumentError: weights that do not belong to one network.
+    """
+    for name, tensor in first.items():
+        for other in others:
+            if name not in other or other[name].shape != tensor.shape:
+                has = list(other[name].shape) if name in other else "none"
+                raise ArgumentError(
+                    f"landscape: expected weights of one network, with {name!r} of shape {list(tensor.shape)}, got "
+                    f"{has}; `fold_tensors` takes them from a network."
+                )
+
+
+@checked
 def embed_network(
     model: nn.Module,
     small: nn.Module,
@@ -115,6 +143,13 @@ def embed_network(
         ModelError: it does not, as behind a layer norm, which averages over channels that are gone.
     """
     inputs = Inputs.of(example_inputs)
+    for name, old in where.items():
+        group = next((g for g in graph.groups if g.name == name), None)
+        if group is None or old.ndim != 1 or not set(old.tolist()) <= set(range(group.size)):
+            raise ArgumentError(
+                f"where[{show(name)}]: expected the old channels of a group of the graph, got {show(old)}; "
+                "`match_places` finds them."
+            )
     wide = _embed_tensors(fold_tensors(small, graph), fold_tensors(model, graph), graph, where)
     found = run_in_double(copy_with_tensors(copy_model(model).double(), wide), inputs)
     error = output_difference(found, run_in_double(copy_model(small).double(), inputs))
@@ -126,6 +161,7 @@ def embed_network(
     return wide
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Plane:
     """The plane through three points of weight space, with `origin` at (0, 0) and the first other point at (length, 0).
@@ -140,26 +176,32 @@ class Plane:
     up: WeightPoint
     corners: tuple[tuple[float, float], ...]
 
+    __repr__ = show_briefly
+
     @classmethod
+    @checked
     def through(cls, origin: WeightPoint, first: WeightPoint, second: WeightPoint) -> Plane:
-        """Raises ValueError if the three points lie on one line."""
+        """Raises ArgumentError if the three points lie on one line."""
+        _check_points(origin, first, second)
         a, b = ({n: w[n] - origin[n] for n in origin} for w in (first, second))
         length = _vector_length(a)
         if length == 0:
-            raise ValueError("a plane needs three points that do not lie on one line, got two that are the same.")
+            raise ArgumentError("landscape: expected three different networks, got two that are the same; take others.")
         right = {n: t / length for n, t in a.items()}
         along = _dot_product(b, right)
         rest = {n: b[n] - along * right[n] for n in b}
         height = _vector_length(rest)
         if height <= 1e-12 * max(length, abs(along)):
-            raise ValueError("a plane needs three points that do not lie on one line, got three that do.")
+            raise ArgumentError("landscape: expected three points that span a plane, got a line; take other networks.")
         up = {n: t / height for n, t in rest.items()}
         return cls(origin, right, up, ((0.0, 0.0), (length, 0.0), (along, height)))
 
+    @checked
     def at(self, x: float, y: float) -> WeightPoint:
         return {n: t + x * self.right[n] + y * self.up[n] for n, t in self.origin.items()}
 
-    def axes(self, points: int, margin: float = 0.25) -> tuple[list[float], list[float]]:
+    @checked
+    def axes(self, points: Count, margin: NotNegative = 0.25) -> tuple[list[float], list[float]]:
         """Evenly spaced coordinates around the corners, with a margin as a share of their extent."""
         found = []
         for values in zip(*self.corners, strict=True):

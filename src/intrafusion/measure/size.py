@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from intrafusion.arguments import checked
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
@@ -15,6 +16,7 @@ from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.products import Factors, Product, Products
 
 
+@checked
 @dataclass(frozen=True)
 class Size:
     """Parameters, and multiply-accumulates for the example inputs as they were given (the whole batch)."""
@@ -23,6 +25,7 @@ class Size:
     macs: int
 
 
+@checked
 def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
     """Count parameters (shared ones once) and the MACs of convolutions and matrix products on these inputs.
 
@@ -37,6 +40,7 @@ def size_of(model: nn.Module, example_inputs: ExampleInputs) -> Size:
     return Size(params_of(model), macs)
 
 
+@checked
 def params_of(model: nn.Module) -> int:
     """Entries of all parameters, shared ones once.
 
@@ -46,6 +50,7 @@ def params_of(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@checked
 def factors_of_products(model: nn.Module, example_inputs: ExampleInputs) -> list[Factors]:
     """Of every convolution and matrix product of a forward pass, in order, the sizes of which its MACs are the product.
 
@@ -58,6 +63,7 @@ def factors_of_products(model: nn.Module, example_inputs: ExampleInputs) -> list
     return found
 
 
+@checked
 def macs_by_weight(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, float]:
     """Multiply-accumulates of the products that each weight enters, by its name; of several weights, the largest.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from intrafusion.errors import IntrafusionError, ModelError, RecipeError
+from intrafusion.arguments import check_by
+from intrafusion.errors import IntrafusionError, ModelError, RecipeError, show
 from intrafusion.network.inputs import Inputs
 
 ImagesLike = Tensor | np.ndarray | Mapping[str, Any] | Inputs | Iterable[Any]
@@ -54,16 +55,26 @@ def read_labelled(images: ImagesLike) -> Iterator[tuple[Inputs, Tensor | None]]:
     ):  # images and their labels as one object, as `zoo.Images`
         yield as_call(pair), _labels_of((pair, getattr(images, "labels", None)))
         return
-    if not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
-        advice = "; put a DataLoader around a data set" if hasattr(images, "__getitem__") else ""
-        raise ModelError(
-            f"images: expected a tensor, a dict or an iterable of batches, got {type(images).__name__}{advice}."
-        )
+    check_images_like(images)
     index = -1
     for index, batch in enumerate(_read(images)):
         yield as_call(batch, f"batch {index} of images"), _labels_of(batch)
     if index < 0:
         raise ModelError("images: expected at least one batch, got none; a generator can be read only once.")
+
+
+def check_images_like(images: Any) -> None:
+    """
+    Raises:
+        ModelError: something that holds no images, whatever is in it.
+    """
+    is_read = isinstance(images, (Tensor, Inputs, Iterable)) or isinstance(getattr(images, "images", None), Tensor)
+    if not is_read or isinstance(images, (str, bytes, type)):
+        advice = "put a DataLoader around a data set" if hasattr(images, "__getitem__") else "pass the images"
+        raise ModelError(f"images: expected a tensor, a dict or an iterable of batches, got {show(images)}; {advice}.")
+
+
+check_by(ImagesLike, check_images_like)
 
 
 def _read(images: Iterable[Any]) -> Iterator[Any]:
@@ -94,6 +105,17 @@ def _labels_of(batch: Any) -> Tensor | None:
 
 
 def as_call(batch: Any, source: str = "images") -> Inputs:
+    try:
+        call = _as_call(batch, source)
+    except RecursionError as error:
+        raise ModelError(f"{source}: expected tensors, got some that are nested too deeply; unpack them.") from error
+    for tensor in call.tensors():
+        if tensor.is_meta:
+            raise ModelError(f"{source}: expected tensors with values, got {show(tensor)} on meta; load them first.")
+    return call
+
+
+def _as_call(batch: Any, source: str) -> Inputs:
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping, np.ndarray)):
         batch = batch[0]
     if isinstance(batch, Inputs):
@@ -102,7 +124,7 @@ def as_call(batch: Any, source: str = "images") -> Inputs:
         return replace(Inputs.of(_tensors(batch, source)), source=source)
     raise ModelError(
         f"{source}: expected batches that are a tensor, a dict, or a tuple that starts with one, "
-        f"got {type(batch).__name__}."
+        f"got {show(batch)}; unpack what is around it."
     )
 
 
@@ -162,7 +184,7 @@ T = TypeVar("T")
 
 def make_reusable(images: T) -> T | list[Any]:
     """Images that can be read more than once: an iterator is read into a list."""
-    return list(images) if isinstance(images, Iterator) else images
+    return list(_read(images)) if isinstance(images, Iterator) else images
 
 
 # ---- batches of one size --------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import IntrafusionWarning, ModelError
 from intrafusion.network.batches import ImagesLike, as_call, count_images, read_labelled
 from intrafusion.network.inputs import Inputs
@@ -34,6 +35,8 @@ class Calls:
     like: Inputs
     forward: tuple[str, ...] | None
     notes: dict[str, str] = field(default_factory=dict)
+
+    __repr__ = show_briefly
 
     def __iter__(self) -> Iterator[Inputs]:
         total = 0
@@ -142,8 +145,13 @@ def _arguments(model: nn.Module) -> tuple[str, ...] | None:
 def warn_of(notes: Mapping[str, str]) -> tuple[str, ...]:
     """The notes, after a warning of each that points at the caller of the library."""
     for note in notes.values():
-        warnings.warn(note, IntrafusionWarning, stacklevel=_depth())
+        warn_caller(note)
     return tuple(notes.values())
+
+
+def warn_caller(message: str) -> None:
+    """An IntrafusionWarning that points at the caller of the library."""
+    warnings.warn(message, IntrafusionWarning, stacklevel=_depth())
 
 
 def _depth() -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from intrafusion.errors import IntrafusionError, ModelError
+from intrafusion.arguments import check_by, checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import IntrafusionError, ModelError, show
 from intrafusion.network.outputs import Opened, open_output, read_iterators
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """Positional and keyword arguments of one forward call.
@@ -29,20 +33,25 @@ class Inputs:
     source: str = "the example inputs"
     labels: Tensor | None = None
 
+    __repr__ = show_briefly
+
     @classmethod
     def of(cls, example: ExampleInputs) -> Inputs:
         """A tensor is one argument, a tuple or list is all positional ones, a dict is all keyword ones."""
         if isinstance(example, Inputs):
             return example
+        _check_depth(example)
         if isinstance(example, Mapping):
-            return cls((), dict(example))
+            return cls((), _check_keywords(example))
         if isinstance(example, (tuple, list)):
             return cls(tuple(example))
         if isinstance(example, Tensor):
             return cls((example,))
+        is_array = type(example).__module__ == "numpy"
+        advice = "torch.from_numpy(...) makes a tensor of it" if is_array else "pass what one call of the network takes"
         raise ModelError(
-            f"example_inputs: expected a tensor, a tuple of positional or a dict of keyword arguments, "
-            f"got {type(example).__name__}."
+            "example_inputs: expected a tensor, a tuple of positional or a dict of keyword arguments, "
+            f"got {show(example)}; {advice}."
         )
 
     def call(self, model: nn.Module) -> list[Tensor]:
@@ -73,15 +82,8 @@ class Inputs:
             ModelError: the forward pass fails on these inputs.
         """
         given = self.copied()
-        try:
+        with told_of(model, self):
             return read_iterators(model(*given.args, **(given.kwargs or {})))
-        except IntrafusionError:
-            raise
-        except Exception as error:
-            raise ModelError(
-                f"the network ({type(model).__name__}) does not run on {self.source} {self}: "
-                f"{type(error).__name__}: {error}. Pass inputs of the shape and type that `model(...)` takes."
-            ) from error
 
     def copied(self) -> Inputs:
         """The same call with arguments of its own, for a forward that writes into them; what was one tensor stays one.
@@ -111,7 +113,7 @@ class Inputs:
         generator = torch.Generator().manual_seed(seed)
 
         def vary(t: Tensor) -> Tensor:
-            if not t.is_floating_point() or t.numel() == 0:
+            if not t.is_floating_point() or t.numel() == 0 or t.layout is not torch.strided:
                 return t
             noise = torch.rand(t.shape, generator=generator).to(t) - 0.5
             return t + 0.2 * t.abs().mean().clamp(min=1e-3) * noise
@@ -121,6 +123,44 @@ class Inputs:
     def __str__(self) -> str:
         describe = lambda t: f"{str(t.dtype)[6:]}{list(t.shape)}"  # noqa: E731
         return f"({', '.join(map(describe, self.tensors()))})"
+
+
+@contextlib.contextmanager
+def told_of(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """What fails inside is told of a network that does not run on these inputs.
+
+    Raises:
+        ModelError: something failed.
+    """
+    try:
+        yield
+    except IntrafusionError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the network ({type(model).__name__}) does not run on {inputs.source} {inputs}: "
+            f"{type(error).__name__}: {error}. Pass inputs of the shape and type that `model(...)` takes."
+        ) from error
+
+
+def _check_depth(example: Any) -> None:
+    try:
+        tree_leaves(example)
+    except RecursionError as error:
+        raise ModelError(
+            "example_inputs: expected tensors in a tuple or a dict, got some that are nested too deeply, or within "
+            "themselves; pass what one call of the network takes."
+        ) from error
+
+
+def _check_keywords(example: Mapping[Any, Any]) -> dict[str, Any]:
+    for name in example:
+        if not isinstance(name, str):
+            raise ModelError(
+                f"example_inputs: expected the names of keyword arguments in a dict, got {show(name)}; "
+                "put positional arguments into a tuple."
+            )
+    return dict(example)
 
 
 def _own_copy(leaf: Any) -> Any:
@@ -138,3 +178,5 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | Inputs
+
+check_by(ExampleInputs, Inputs.of)

@@ -18,6 +18,7 @@ import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, FoldableNorm, Member
 from intrafusion.network.tensors import named_tensors
 
@@ -80,6 +81,8 @@ class Norm:
     variance: Tensor
     eps: float
 
+    __repr__ = show_briefly
+
     @classmethod
     def of(cls, norm: FoldableNorm, tensors: Mapping[str, Tensor]) -> Norm:
         get = lambda name: None if name is None else tensors[name]  # noqa: E731
@@ -109,6 +112,8 @@ class Layer:
     name: str
     module: LinearMap
     norm: Norm | None = None
+
+    __repr__ = show_briefly
 
     @property
     def weight_name(self) -> str:
@@ -261,6 +266,8 @@ class Port:
     weight: str
     reads: bool
     positions: Tensor
+
+    __repr__ = show_briefly
 
     @classmethod
     def of(cls, layer: Layer, member: Member) -> Port:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 
 LONGEST = 10_000
@@ -36,6 +37,8 @@ class Opened:
 
     tensors: list[Tensor] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+
+    __repr__ = show_briefly
 
 
 def open_output(output: Any) -> Opened:

@@ -30,13 +30,20 @@ def preserve_state(model: nn.Module) -> Iterator[Memory]:
     Random numbers inside do not depend on the state outside.
     """
     put_back = Memory(model)
-    with _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
+    with evaluate_alone(model):
         try:
-            for module in put_back.modules:
-                module.training = False
             yield put_back
         finally:
             put_back()
+
+
+@contextlib.contextmanager
+def evaluate_alone(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and random numbers of its own inside; for a copy to throw away: what is changed stays."""
+    with _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
+        for module in model.modules():
+            module.training = False
+        yield
 
 
 class Memory:
@@ -46,10 +53,11 @@ class Memory:
         self.modules = list(model.modules())
         self.attributes = [(m, {k: v for k, v in vars(m).items() if k != "training"}) for m in self.modules]
         self.steps: list[PutBack] = []
+        self.changed: list[Callable[[], bool]] = []  # of lists, dicts and plain objects that modules hold
         self.seen: set[int] = {id(m) for m in self.modules}
         self.kept: list[Any] = []  # alive, so that no id is given twice
         for module in self.modules:
-            self._remember_dict(module.__dict__)
+            self._remember_dict(module.__dict__, of_module=True)
 
     def __call__(self) -> None:
         with torch.inference_mode(False):
@@ -58,8 +66,8 @@ class Memory:
 
     @property
     def rebound(self) -> bool:
-        """Whether a module now has another object under some attribute, as where it keeps a state between calls."""
-        return any(
+        """Whether modules now hold other objects, in attributes or deeper, as where a state is kept between calls."""
+        return any(changed() for changed in self.changed) or any(
             not _same_items({k: v for k, v in vars(m).items() if k != "training"}, own) for m, own in self.attributes
         )
 
@@ -103,9 +111,11 @@ class Memory:
 
         self.steps.append(put_back)
 
-    def _remember_dict(self, found: dict[str, Any]) -> None:
+    def _remember_dict(self, found: dict[str, Any], *, of_module: bool = False) -> None:
         """Of a module or a plain object: attributes, by reference and by what lies in them."""
         before = dict(found)
+        if not of_module:
+            self.changed.append(lambda: not _same_items(found, before))
 
         def put_back() -> None:
             if not _same_items(found, before):
@@ -122,6 +132,8 @@ class Memory:
         except Exception:  # a mapping that computes its items
             return
 
+        self.changed.append(lambda: not _same_items(dict(found.items()), dict(before)))
+
         def put_back() -> None:
             if not _same_items(dict(found.items()), dict(before)):
                 found.clear()
@@ -134,9 +146,11 @@ class Memory:
 
     def _remember_sequence(self, found: Any) -> None:
         before = list(found)
+        changed = lambda: len(found) != len(before) or any(a is not b for a, b in zip(found, before, strict=True))  # noqa: E731
+        self.changed.append(changed)
 
         def put_back() -> None:
-            if len(found) != len(before) or any(a is not b for a, b in zip(found, before, strict=True)):
+            if changed():
                 found.clear()
                 found.extend(before)
 

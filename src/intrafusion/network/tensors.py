@@ -7,11 +7,30 @@ import copy
 from torch import Tensor, nn
 
 from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGraph
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer once, by its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def check_graph(graph: ChannelGraph, model: nn.Module, *, smaller: bool = False) -> None:
+    """
+    Args:
+        smaller: the network may have been made smaller since.
+    Raises:
+        ModelError: the graph is of another network.
+    """
+    tensors = named_tensors(model)
+    for name, shape in graph.shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found is None or (found != tuple(shape) and not smaller) or len(found) != len(shape):
+            raise ModelError(
+                f"graph: expected that of this network ({type(model).__name__}), got one in which {name!r} is "
+                f"{list(shape)}, where this one has {'none' if found is None else list(found)}; "
+                "intrafusion.inspect(model, example_inputs) finds the right one."
+            )
 
 
 def copy_model(model: nn.Module) -> nn.Module:

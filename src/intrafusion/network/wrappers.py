@@ -9,23 +9,13 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import check_module
 from intrafusion.errors import ModelError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
-_ADVICE = {
-    "type": "that is a class; make a network of it, {name}(...)",
-    "dict": "build the network, and call load_state_dict on it",
-    "OrderedDict": "build the network, and call load_state_dict on it",
-    "str": "build the network, and load its weights",
-    "PosixPath": "build the network, and load its weights",
-    "ExportedProgram": "that is a program; pass the eager network that it was exported from",
-    "ScriptFunction": "that is TorchScript; pass the eager network that it was made from",
-    "Compressed": "pass its `.model`",
-    "Fused": "pass its `.model`",
-}
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -34,7 +24,7 @@ def unwrap(model: Any) -> nn.Module:
     Raises:
         ModelError: no module, TorchScript, a network in shards, or one with parameters that have no size yet.
     """
-    _check_module(model)
+    check_module(model)
     core = model
     while (inner := _find_inside(core)) is not None:
         core = inner
@@ -49,19 +39,6 @@ def unwrap(model: Any) -> nn.Module:
             raise ModelError(f"{where} is in shards; gather it into one plain network first, and pass that.")
     _check_initialised(core)
     return core
-
-
-def _check_module(model: Any) -> None:
-    """
-    Raises:
-        ModelError: something that is no network.
-    """
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        advice = _ADVICE.get("type" if isinstance(model, type) else kind, "pass the network itself")
-        name = getattr(model, "__name__", kind)
-        got = f"the class {name}" if isinstance(model, type) else kind
-        raise ModelError(f"model: expected a torch.nn.Module, got {got}: {advice.format(name=name)}.")
 
 
 def _check_initialised(model: nn.Module) -> None:

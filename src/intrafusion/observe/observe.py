@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from intrafusion.errors import ModelError, unknown_name
+from intrafusion.arguments import Seed, checked
+from intrafusion.errors import ArgumentError, ModelError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.importance.observation import NEEDS, Activations, Observation, check_images, importance_label, needs_of
 from intrafusion.measure.accuracy import class_scores
@@ -26,12 +27,13 @@ from intrafusion.network.batches import ImagesLike, cast_like, read_labelled
 from intrafusion.network.inputs import Inputs, output_tensors
 from intrafusion.network.layers import Layer, Port, is_linear_map, watch_calls
 from intrafusion.network.state import preserve_state
-from intrafusion.network.tensors import named_tensors
+from intrafusion.network.tensors import check_graph, named_tensors
 
 MAPS = 16  # images of which feature maps are kept
 PLACES = 1024  # places of a feature map that are kept; of larger ones, a sample
 
 
+@checked
 def observe(
     model: nn.Module,
     graph: ChannelGraph,
@@ -39,7 +41,7 @@ def observe(
     images: ImagesLike | None,
     needs: Collection[str],
     *,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> dict[str, Observation]:
     """Watch these groups of a network.
 
@@ -56,13 +58,14 @@ def observe(
     Returns:
         by group name; empty if nothing is needed.
     Raises:
-        ValueError: an unknown need.
+        ArgumentError: an unknown need.
         ObservationError: something that takes images is needed and there are none.
         ModelError: the network does not run on the images, gives NaN, or has a loss without gradients.
     """
     for need in needs:
-        if need not in NEEDS:
-            raise ValueError(unknown_name("observation", need, NEEDS))
+        if not isinstance(need, str) or need not in NEEDS:
+            raise ArgumentError(unknown_name("observation", need, NEEDS))
+    check_graph(graph, model)
     wanted, groups = frozenset(needs), list(groups)
     check_images("observe", wanted, images)
     if not wanted:
@@ -80,6 +83,7 @@ def observe(
     return {g.name: views[g.name].observation(tensors, gradients, count) for g in groups}
 
 
+@checked
 def observe_for(
     importance: object,
     model: nn.Module,
@@ -87,7 +91,7 @@ def observe_for(
     groups: Iterable[ChannelGroup],
     images: ImagesLike | None,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> dict[str, Observation]:
     """What a criterion asks for in its `needs`; empty if it asks for nothing.
 

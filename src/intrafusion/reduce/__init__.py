@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from intrafusion.arguments import checked
 from intrafusion.reduce.fold import Fold, cluster_map
 from intrafusion.reduce.fuse import IntraFusion, intrafusion_map
 from intrafusion.reduce.pivot import Pivot
@@ -20,7 +21,7 @@ REDUCERS: dict[str, Callable[[], Reducer]] = {
 }
 
 
-REGISTRY = register(Registry("reducer", REDUCERS, "an object with `mixes` and `__call__`", ReducerTraits))
+REGISTRY = register(Registry("reducer", REDUCERS, "an object with `mixes` and `__call__(problem)`", 1, ReducerTraits))
 
 
 def get_reducer(reducer: str | Mapping[str, Any] | Reducer) -> Reducer:
@@ -32,6 +33,7 @@ def get_reducer(reducer: str | Mapping[str, Any] | Reducer) -> Reducer:
     return REGISTRY.resolve(reducer)
 
 
+@checked
 def selecting_form(reducer: Reducer) -> Reducer:
     """What stands in for a reducer where channels must not be mixed: its own selecting form, or plain pruning."""
     if not reducer.mixes:

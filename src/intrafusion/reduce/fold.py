@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from intrafusion.errors import RecipeError, unknown_name
+from intrafusion.arguments import Indices, checked
+from intrafusion.errors import ArgumentError, RecipeError, show, unknown_name
 from intrafusion.reduce.problem import ReductionMap, ReductionProblem
 from intrafusion.reduce.targets import k_means
 from intrafusion.transport import unit_rows
@@ -15,6 +15,7 @@ from intrafusion.transport import unit_rows
 _FEATURES = ("rows", "directions")
 
 
+@checked
 @dataclass(frozen=True)
 class Fold:
     """Cluster the channels by k-means; each cluster becomes one channel, its mean in and its sum out.
@@ -44,6 +45,7 @@ class Fold:
         if self.n_init < 1:
             raise RecipeError(f"n_init: expected at least 1 start of k-means, got {self.n_init!r}.")
 
+    @checked
     def __call__(self, problem: ReductionProblem) -> ReductionMap:
         rows = problem.features.double()
         if self.bias and problem.biases is not None:
@@ -53,7 +55,8 @@ class Fold:
         return cluster_map(k_means(rows, problem.size, seed=problem.seed, n_init=self.n_init))
 
 
-def cluster_map(labels: Tensor) -> ReductionMap:
+@checked
+def cluster_map(labels: Indices) -> ReductionMap:
     """M = (C^T C)^-1 C^T, U = C, for the membership C_ic = 1 where channel i belongs to cluster c.
 
     Args:
@@ -62,5 +65,7 @@ def cluster_map(labels: Tensor) -> ReductionMap:
         means in, sums out, float64.
     Reference: Wang et al. 2025, section 3.
     """
+    if sorted(set(labels.tolist())) != list(range(int(labels.max()) + 1 if len(labels) else 1)):
+        raise ArgumentError(f"labels: expected numbers 0..m-1, each at least once, got {show(labels.tolist())}.")
     member = torch.nn.functional.one_hot(labels).double()
     return ReductionMap(merge=(member / member.sum(0)).T.contiguous(), unmerge=member)

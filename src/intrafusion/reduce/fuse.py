@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from intrafusion.errors import RecipeError, unknown_name
+from intrafusion.arguments import Indices, Matrix, Vector, checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import ArgumentError, RecipeError, show, unknown_name
 from intrafusion.reduce.problem import ReductionMap, ReductionProblem
 from intrafusion.reduce.select import most_important, selection_map
 from intrafusion.reduce.targets import gaussian_mixture, k_means
@@ -23,6 +25,7 @@ from intrafusion.transport import (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class IntraFusion:
     """Fuse n channels into m along an optimal transport plan between all channels and m targets.
@@ -55,6 +58,8 @@ class IntraFusion:
     epsilon: float = 0.01
     n_init: int = 1
 
+    __repr__ = show_briefly
+
     mixes = True  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
@@ -71,6 +76,7 @@ class IntraFusion:
         if self.n_init < 1:
             raise RecipeError(f"n_init: expected at least 1 start of the clustering, got {self.n_init!r}.")
 
+    @checked
     def __call__(self, problem: ReductionProblem) -> ReductionMap:
         kept = most_important(problem.importance, problem.size)
         if problem.size == len(problem.importance):
@@ -95,13 +101,14 @@ class IntraFusion:
         )
 
 
+@checked
 def intrafusion_map(
-    features: Tensor,
-    targets: Tensor,
-    a: Tensor,
-    b: Tensor,
+    features: Matrix,
+    targets: Matrix,
+    a: Vector,
+    b: Vector,
     *,
-    own: Tensor | None = None,
+    own: Indices | None = None,
     normalization: str = "source",
     p: float = 1.0,
     cost: str = "lp",
@@ -130,13 +137,14 @@ def intrafusion_map(
     Returns:
         merge M (m, n) and unmerge U (n, m), float64.
     Raises:
-        ValueError: shapes or masses that do not fit, an unknown name, p < 1.
+        ArgumentError: shapes or masses that do not fit, an unknown name, p < 1.
         IntrafusionError: the solver stopped before the optimum, or did not converge.
     Reference: Theus et al. 2024, Algorithm 2.
     """
     _check_name("normalization", normalization, NORMALIZATIONS)
     _check_name("cost", cost, _COSTS)
     _check_name("solver", solver, _SOLVERS)
+    _check_fit(features, targets, a, b, own)
     coupling = torch.zeros(len(a), len(b), dtype=torch.float64, device=features.device)
     a_left, b_left = a, b
     if own is not None and cost == "lp" and solver == "exact":
@@ -146,6 +154,21 @@ def intrafusion_map(
         costs = _COSTS[cost](features[rows], targets[columns], p)
         coupling[rows[:, None], columns] += _SOLVERS[solver](costs, a_left[rows], b_left[columns], epsilon)
     return NORMALIZATIONS[normalization](coupling, a, b)
+
+
+def _check_fit(features: Tensor, targets: Tensor, a: Tensor, b: Tensor, own: Tensor | None) -> None:
+    if len(features) != len(a) or len(targets) != len(b):
+        raise ArgumentError(
+            f"intrafusion_map: expected one mass per row, got {len(features)} and {len(targets)} rows, {len(a)} and "
+            f"{len(b)} masses."
+        )
+    for name, mass in (("a", a), ("b", b)):
+        if not bool(((mass > 0) & torch.isfinite(mass)).all()):
+            raise ArgumentError(f"{name}: expected finite masses > 0, got others; `marginal` makes such.")
+    if own is not None and (len(own) != len(b) or not set(own.tolist()) <= set(range(len(a)))):
+        raise ArgumentError(
+            f"own: expected the channel that each of the {len(b)} targets is, got {show(own.tolist())}."
+        )
 
 
 def _keep_mass_in_place(a: Tensor, b: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
 from intrafusion.errors import BudgetError, RecipeError
 from intrafusion.network.gram import find_scale
 from intrafusion.reduce.principal import principal_map
@@ -18,6 +20,7 @@ BLOCK = 32  # picks after which the matrices are brought up to date
 _KNOWN = 1e-5  # a channel with less than this fraction of its variance left is known already; float32 is off by less
 
 
+@checked
 @dataclass(frozen=True)
 class Pivot:
     """Keep the channels from which the others can best be told, and let the consumers read the others off them.
@@ -49,6 +52,7 @@ class Pivot:
     def selecting(self) -> Pivot:
         return replace(self, unmerge=False)
 
+    @checked
     def __call__(self, problem: ReductionProblem) -> ReductionMap:
         moments = problem.moments
         if moments is None or problem.size == len(problem.importance):
@@ -73,6 +77,8 @@ class Pivots:
 
     order: Tensor
     missing: Tensor
+
+    __repr__ = show_briefly
 
 
 _PICKED: WeakKeyDictionary[Moments, Pivots] = WeakKeyDictionary()

@@ -8,10 +8,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from intrafusion.arguments import Seed, checked
+from intrafusion.brief import show_briefly
 from intrafusion.network.gram import find_scale
 from intrafusion.registry import Traits
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Moments:
     """What consumers read of n channels, at each of the p points where they read them, float64.
@@ -27,6 +30,8 @@ class Moments:
     means: Tensor
     covariances: Tensor
     reader: Tensor
+
+    __repr__ = show_briefly
 
     def scaled(self) -> Moments:
         """The same in units in which the largest covariance and the largest reading are about 1, for float32."""
@@ -49,6 +54,7 @@ class Moments:
         return weights @ self.means, torch.einsum("p,pij->ij", weights, self.covariances)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ReductionProblem:
     """Reduce n channels to m. Knows no network.
@@ -66,12 +72,15 @@ class ReductionProblem:
     features: Tensor
     importance: Tensor
     size: int
-    seed: int = 0
+    seed: Seed = 0
     biases: Tensor | None = None
     moments: Moments | None = None
     linear: bool = False
 
+    __repr__ = show_briefly
 
+
+@checked
 @dataclass(frozen=True, eq=False)
 class ReductionMap:
     """Two small matrices that reduce a group, float64.
@@ -85,6 +94,8 @@ class ReductionMap:
     unmerge: Tensor
     shift: Tensor | None = None
     scale: Tensor | None = None
+
+    __repr__ = show_briefly
 
 
 @runtime_checkable

@@ -28,7 +28,12 @@ RESTORERS: dict[str, type[Any]] = {
 
 REGISTRY = register(
     Registry(
-        "restorer", RESTORERS, "an object with `needs_data` and `__call__`", RestorerTraits, words=("auto", *LEVELS)
+        "restorer",
+        RESTORERS,
+        "an object with `needs_data` and `__call__(compressed, reference, graph, images)`",
+        4,
+        RestorerTraits,
+        words=("auto", *LEVELS),
     )
 )
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intrafusion.brief import show_briefly
+
 _NAMES = frozenset(
     (
         *("celu", "clamp", "clamp_max", "clamp_min", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh"),
@@ -27,6 +29,8 @@ class Activation:
     """A function of each entry."""
 
     function: Callable[[Tensor], Tensor]
+
+    __repr__ = show_briefly
 
     @classmethod
     def of(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Activation | None:

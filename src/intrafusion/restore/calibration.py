@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
+from intrafusion.arguments import Seed, checked
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGraph
-from intrafusion.measure.drift import output_error
-from intrafusion.measure.size import size_of
-from intrafusion.network.batches import ImagesLike, cast_like, channels_last, join_batches, read_batches
-from intrafusion.network.inputs import Inputs
-from intrafusion.network.state import preserve_state
+from intrafusion.measure.closeness import Yardstick
+from intrafusion.network.batches import ImagesLike, channels_last, join_batches, read_batches
+from intrafusion.network.calibration_images import warn_caller
+from intrafusion.network.held_out import held_out_places
+from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.observe.moments import MomentTaker, measure_moments
-from intrafusion.progress import Progress
 from intrafusion.reduce.problem import Moments
+from intrafusion.restore.affordable import find_affordable
 from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.noise import Noise, batch_norms, image_like, standardise
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.synthesize import Synthesis
 
 LEVELS = ("noise", "synthetic", "images")
-AFFORDABLE = 1e13  # multiply-accumulates that "auto" spends on making images: minutes on two cores
+AFFORDABLE = 20.0  # seconds that "auto" spends on making images
+
+_HELD_OUT = 64  # images of noise
+_KINDS = {"noise": "noise images", "synthetic": "images made from the network", "images": "images"}
+
+T = TypeVar("T")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Images, and what is to be known of the original network on them, found when it is first asked for.
@@ -40,6 +50,7 @@ class Calibration:
         seconds: what making the images took.
         why: why not a better level, where "auto" chose.
         seed: for the sampling of rows.
+        held_out: images of the same kind that nothing is solved on; None where there are too few.
     """
 
     level: str
@@ -48,8 +59,11 @@ class Calibration:
     restorer: LeastSquares | Noise
     seconds: float = 0.0
     why: str | None = None
-    seed: int = 0
+    seed: Seed = 0
+    held_out: Inputs | None = None
     _moments: dict[ChannelGraph, Mapping[str, Moments]] = field(default_factory=dict, repr=False)
+
+    __repr__ = show_briefly
 
     @cached_property
     def reference(self) -> nn.Module:
@@ -57,8 +71,9 @@ class Calibration:
 
         On noise, that is a copy whose batch norms have the statistics of the noise.
         """
-        return standardise(self.original, self.images) if self._is_standardised else self.original
+        return standardise(self.original, self.images) if self.is_standardised else self.original
 
+    @checked
     def moments_of(self, graph: ChannelGraph) -> Mapping[str, Moments]:
         """What is read of the channels of every group of the original network's graph, by group.
 
@@ -70,11 +85,12 @@ class Calibration:
         return self._moments[graph]
 
     @property
-    def _is_standardised(self) -> bool:
+    def is_standardised(self) -> bool:
+        """Whether the batch norms have the statistics of the noise while layers are solved."""
         return self.level == "noise" and bool(batch_norms(self.original))
 
     def _measure_moments(self, graph: ChannelGraph) -> Mapping[str, Moments]:
-        if not self._is_standardised:
+        if not self.is_standardised:
             return measure_moments(self.original, graph, self.images, seed=self.seed)
         takers: list[MomentTaker] = []
 
@@ -87,42 +103,51 @@ class Calibration:
         return takers[0].moments()
 
     @cached_property
-    def expected(self) -> list[Tensor]:
-        """What the original network gives on these images."""
-        return self.run(self.reference)
+    def yardstick(self) -> Yardstick:
+        """What smaller networks are measured by: the images held out, or all where none are."""
+        measured = self.images if self.held_out is None else self.held_out
+        return Yardstick(self.reference, measured, self.kind, unseen=self.held_out is not None)
 
-    def run(self, model: nn.Module) -> list[Tensor]:
-        with preserve_state(model):
-            return cast_like(self.images, model).call(model)
+    @property
+    def plain_yardstick(self) -> Yardstick | None:
+        """The same for a network as it is; None on noise, which is no measure of one with statistics of its own."""
+        return None if self.is_standardised else self.yardstick
 
-    def error(self, model: nn.Module) -> float:
-        """Mean squared difference of the outputs to the original's, as a fraction of the variance of the original's."""
-        return output_error(self.run(model), self.expected)
+    @property
+    def kind(self) -> str:
+        """What the images are, in the plural."""
+        if self.level == "noise" and not any(t.is_floating_point() for t in self.images.tensors()[:1]):
+            return "sequences of random tokens"
+        return _KINDS[self.level]
 
-    def restore(self, small: Reduced, original: nn.Module, graph: ChannelGraph) -> tuple[float, float]:
-        """Solve the layers of a smaller network, in place; the error of its outputs before and after."""
-        return self.restorer.restore(small, original, graph, self.images, self.reference, self.error)
+    def restore(
+        self, small: Reduced, original: nn.Module, graph: ChannelGraph, measure: Callable[[nn.Module], T]
+    ) -> tuple[T, T]:
+        """Solve the layers of a smaller network, in place; what `measure` gives of it before and after.
+
+        On noise, it is given the network with the statistics of the noise in its batch norms.
+        """
+        return self.restorer.restore(small, original, graph, self.images, self.reference, measure)
 
     def __str__(self) -> str:
         count = len(self.images.tensors()[0]) if self.images.tensors() else 0
-        if self.level == "noise" and not any(t.is_floating_point() for t in self.images.tensors()[:1]):
-            return f"{count} sequences of random tokens"
-        kind = {"noise": "noise images", "synthetic": "images made from the network", "images": "images"}[self.level]
-        return f"{count} {kind}"
+        return f"{count} {self.kind}"
 
 
+@checked
 def calibrate(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: ExampleInputs,
     level: str = "auto",
     images: ImagesLike | None = None,
     *,
     synthesis: Synthesis | None = None,
     noise: Noise | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
+    seed: Seed = 0,
 ) -> Calibration:
     """Take or make images of a level; "auto" takes those given, else makes the best that it can afford.
+
+    Of images that are made, some are held out.
 
     Args:
         inputs: one call of the network; the shape of an image.
@@ -130,49 +155,75 @@ def calibrate(
         noise: which noise.
     Raises:
         ModelError: level "images" without images; a network that no image can be made for.
-        ValueError: unknown level.
+        RecipeError: unknown level.
+    Warns:
+        IntrafusionWarning: "auto" cannot afford the images that it would make.
     """
+    inputs = Inputs.of(inputs)
     if level not in ("auto", *LEVELS):
         raise RecipeError(unknown_name("restore", level, ("auto", *LEVELS)))
-    asked, start, synthesis, why = level, time.perf_counter(), synthesis or Synthesis(seed=seed), None
+    start, synthesis, noise = time.perf_counter(), synthesis or Synthesis(seed=seed), noise or Noise(seed=seed)
+    made, why = None, None
     if level == "auto":
-        level, why = _choose_level(model, inputs, images, synthesis)
-    restorer: LeastSquares | Noise = LeastSquares(seed=seed)
-    call = inputs
+        level, made, why = _choose_level(model, inputs, images, synthesis)
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
-        call = join_batches(read_batches(images))
-    elif level == "synthetic":
-        try:
-            call = _make_images(model, inputs, synthesis, progress)
-        except ModelError as error:
-            if asked != "auto":
-                raise
-            level, why = "noise", f"no images were given, and none could be made: {error}"
-    if level == "noise":
-        restorer = noise or Noise(seed=seed)
-        call = restorer.make(inputs, model)
-    return Calibration(level, call.map(channels_last), model, restorer, time.perf_counter() - start, why, seed)
+        made = join_batches(read_batches(images)), None
+    elif level == "noise":
+        made = _make_noise(model, inputs, noise)
+    elif made is None:
+        made = _make_images(model, inputs, synthesis)
+    seen, apart = (None if call is None else call.map(channels_last) for call in made)
+    assert seen is not None
+    restorer = noise if level == "noise" else LeastSquares(seed=seed)
+    return Calibration(level, seen, model, restorer, time.perf_counter() - start, why, seed, apart)
 
 
-def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis, progress: Progress | None) -> Inputs:
+_Parts = tuple[Inputs, Inputs | None]
+"""Images to solve layers on, and those that are held out."""
+
+
+def _make_noise(model: nn.Module, inputs: Inputs, noise: Noise) -> _Parts:
+    few = replace(noise, images=min(noise.images, _HELD_OUT), seed=noise.seed + 1)
+    return noise.make(inputs, model), few.make(inputs, model)
+
+
+def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Parts:
+    """Mirror images are made of those that the layers are solved on only."""
     like = image_like(inputs)
-    made = synthesis(model, inputs, **({} if progress is None else {"progress": progress}))
-    return inputs.map(lambda t: made if t is like else t)
+    made = replace(synthesis, mirrored=False)(model, inputs)
+    apart = torch.zeros(len(made), dtype=torch.bool, device=made.device)
+    apart[held_out_places(len(made)).to(made.device)] = True
+    seen, held = synthesis.mirror(made[~apart]), made[apart]
+    as_call = lambda images: inputs.map(lambda t: images if t is like else t)  # noqa: E731
+    return as_call(seen), as_call(held) if len(held) else None
 
 
 def _choose_level(
     model: nn.Module, inputs: Inputs, images: ImagesLike | None, synthesis: Synthesis
-) -> tuple[str, str | None]:
-    """The best level for what there is, and why not a better one."""
+) -> tuple[str, _Parts | None, str | None]:
+    """The best level for what there is, the images where some were made, and why not a better one."""
     if images is not None:
-        return "images", None
+        return "images", None, None
     if all(not t.is_floating_point() for t in inputs.tensors()):
-        return "noise", "no inputs were given, so their tokens are random within the range of their embeddings"
+        return "noise", None, "no inputs were given, so their tokens are random within the range of their embeddings"
     if not batch_norms(model):
-        return "noise", "no images were given, and without batch norms images that are made keep no more than noise"
-    work = synthesis.work(size_of(model, inputs).macs / max(1, len(image_like(inputs))))
-    if work > AFFORDABLE:
-        return "noise", f"no images were given, and making some would take {work:.0e} MACs (restore='synthetic' does)"
-    return "synthetic", "no images were given"
+        why = "no images were given, and without batch norms images that are made keep no more than noise"
+        return "noise", None, why
+    try:
+        found = find_affordable(model, inputs, synthesis, AFFORDABLE)
+        if not found.is_whole:
+            warn_caller(f"no images were given, and {found.explain()}. {_BETTER}")
+        if found.synthesis is not None:
+            made = _make_images(model, inputs, found.synthesis)
+            return "synthetic", made, "no images were given" + ("" if found.is_whole else f"; {found.explain()}")
+    except ModelError as error:
+        return "noise", None, f"no images were given, and none could be made: {error}"
+    return "noise", None, f"no images were given; {found.explain()}"
+
+
+_BETTER = (
+    "Better: images=, a few hundred unlabelled ones; or restore='synthetic', which takes that time; "
+    "restore='noise' if this is what is meant."
+)

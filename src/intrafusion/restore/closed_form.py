@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
 from intrafusion.errors import RecipeError
 from intrafusion.graph import ChannelGraph, ChannelGroup, FoldableNorm, Member, Role
 from intrafusion.network.batches import ImagesLike
-from intrafusion.network.tensors import named_tensors
+from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.statistics import correlations, find_merge, merge_variances, patch_products
@@ -22,6 +23,7 @@ from intrafusion.surgery.write import write_weights_
 Tensors = Mapping[str, Tensor]
 
 
+@checked
 @dataclass(frozen=True)
 class ClosedForm:
     r"""Give merged channels the mean and the variance that the channels they were made of had.
@@ -59,10 +61,12 @@ class ClosedForm:
         if not 0 < self.floor <= 1:
             raise RecipeError(f"floor: expected a fraction in (0, 1], got {self.floor!r}.")
 
+    @checked
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
     ) -> None:
         """Write statistics, scales and shifts of the batch norms behind merged channels; `images` are not used."""
+        check_graph(graph, reference)
         original = {name: tensor.detach() for name, tensor in named_tensors(reference).items()}
         present = named_tensors(compressed.model)
         fresh = reduce_weights(original, graph, compressed.plan.maps)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import find_layers
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.restore.solver import LayerSolver
 from intrafusion.surgery.write import write_weights_
 
+T = TypeVar("T")
 
+
+@checked
 @dataclass(frozen=True)
 class LeastSquares:
     r"""Solve every layer of the smaller network for the outputs of the original one, on unlabelled images.
@@ -56,7 +61,7 @@ class LeastSquares:
     steps: int = 3
     rows: int = 20_000
     drift: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
     needs_data = True  # of the class, not a hyper-parameter
 
@@ -67,6 +72,7 @@ class LeastSquares:
     def solver(self) -> LayerSolver:
         return LayerSolver(self.strength, self.scarcity, self.steps, self.rows, self.drift, self.seed)
 
+    @checked
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None
     ) -> None:
@@ -79,6 +85,7 @@ class LeastSquares:
         Raises:
             ModelError: no images, images of different shapes, or a network that gives NaN on them.
         """
+        check_graph(graph, reference)
         inputs = join_batches(read_batches(require_images(images, self)))
         small = copy_model(compressed.model).eval()
         solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)
@@ -93,16 +100,16 @@ class LeastSquares:
         graph: ChannelGraph,
         images: Inputs,
         reference: nn.Module,
-        error: Callable[[nn.Module], float],
-    ) -> tuple[float, float]:
+        measure: Callable[[nn.Module], T],
+    ) -> tuple[T, T]:
         """The same on images in one call, measured.
 
         Args:
             reference: the original network as it is to be seen on these images; here, itself.
-            error: of a network on the images.
+            measure: of a network, such as its error.
         Returns:
-            the error of the smaller network before and after.
+            what that is of the smaller network before and after.
         """
-        before = error(compressed.model)
+        before = measure(compressed.model)
         self(compressed, reference, graph, images)
-        return before, error(compressed.model)
+        return before, measure(compressed.model)

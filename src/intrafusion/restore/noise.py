@@ -6,18 +6,20 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.layers import Layer, find_layers
 from intrafusion.network.state import preserve_state
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.solver import LayerSolver
@@ -29,9 +31,11 @@ from intrafusion.surgery.write import write_weights_
 _PIXELS = 2**19  # of all noise images together, unless that would leave fewer than _FEWEST
 _FEWEST = 32
 
+T = TypeVar("T")
 Watch = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 
 
+@checked
 @dataclass(frozen=True)
 class Noise:
     r"""Least squares without data, in seconds: the images are noise, and every batch norm standardises its input.
@@ -57,7 +61,7 @@ class Noise:
     steps: int = 3
     rows: int = 20_000
     drift: bool = True
-    seed: int = 0
+    seed: Seed = 0
     images: int = 512
     slope: float = 1.5
 
@@ -72,6 +76,7 @@ class Noise:
     def solver(self) -> LayerSolver:
         return LayerSolver(self.strength, self.scarcity, self.steps, self.rows, self.drift, self.seed)
 
+    @checked
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
     ) -> None:
@@ -82,8 +87,9 @@ class Noise:
         Raises:
             ModelError: the network does not take a single image tensor, or gives NaN on noise.
         """
+        check_graph(graph, reference)
         noise = self.make(compressed.inputs, reference) if images is None else join_batches(read_batches(images))
-        self.restore(compressed, reference, graph, noise, standardise(reference, noise), lambda _: math.nan)
+        self.restore(compressed, reference, graph, noise, standardise(reference, noise), lambda _: None)
 
     def restore(
         self,
@@ -92,21 +98,21 @@ class Noise:
         graph: ChannelGraph,
         images: Inputs,
         reference: nn.Module,
-        error: Callable[[nn.Module], float],
-    ) -> tuple[float, float]:
+        measure: Callable[[nn.Module], T],
+    ) -> tuple[T, T]:
         """The same on noise in one call, measured.
 
         Args:
             reference: what `standardise(original, images)` gave.
-            error: of a network on the noise.
+            measure: of a network, such as its error.
         Returns:
-            the error of the smaller network with the statistics of the noise in its batch norms, before and after.
+            what that is of the smaller network with the statistics of the noise in its batch norms, before and after.
         """
         maps = compressed.plan.maps
         small, result = copy_model(compressed.model).eval(), copy_model(compressed.model)
         write_weights_(small, _reduce_tensors(reference, graph, maps))
         write_weights_(result, _reduce_tensors(original, graph, maps))
-        before = error(small)
+        before = measure(small)
         changes = self.solver.solve_(small, maps, reference, graph, images)
         small_seen, small_own, seen, own = (find_layers(m, graph) for m in (small, result, reference, original))
         for name, (change, shift) in changes.items():
@@ -114,8 +120,9 @@ class Noise:
             rows = _find_gains(small_seen[name], small_own[name], seen[name], own[name], merge)
             small_own[name].add_(rows[:, None] * change, rows * shift)
         write_weights_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
-        return before, error(small)
+        return before, measure(small)
 
+    @checked
     def make(self, example_inputs: ExampleInputs, model: nn.Module | None = None) -> Inputs:
         """Noise in the shape, on the device and in the precision of the one image tensor of a call.
 

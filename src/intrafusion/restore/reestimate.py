@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like, check_batch, rebatch
 from intrafusion.network.layers import watch_calls
 from intrafusion.network.state import preserve_state
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.surgery.write import write_weights_
 
 
+@checked
 @dataclass(frozen=True)
 class Reestimate:
     """Set the mean and variance of every batch norm to what its inputs have on unlabelled images.
@@ -41,6 +43,7 @@ class Reestimate:
     def __post_init__(self) -> None:
         check_batch(self.batch)
 
+    @checked
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
     ) -> None:
@@ -49,6 +52,7 @@ class Reestimate:
         Raises:
             ModelError: no images, or the network gives NaN on them.
         """
+        check_graph(graph, reference)
         chunks = rebatch(require_images(images, self), self.batch)
         small = copy_model(compressed.model)
         names = {id(tensor): name for name, tensor in named_tensors(small).items()}

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like, check_batch, make_reusable, rebatch
 from intrafusion.network.layers import Layer, find_layers, is_convolution_or_linear, watch_calls
 from intrafusion.network.state import preserve_state
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.restore.statistics import find_output_merge
@@ -24,6 +25,7 @@ from intrafusion.surgery.write import write_weights_
 _DEAD = 1e-4  # a channel that varies less than this fraction of what it should is not blown up
 
 
+@checked
 @dataclass(frozen=True)
 class ActivationRepair:
     r"""Set mean and standard deviation of every layer's channels to the average of the original channels they merge.
@@ -50,6 +52,7 @@ class ActivationRepair:
     def __post_init__(self) -> None:
         check_batch(self.batch)
 
+    @checked
     def __call__(
         self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None = None
     ) -> None:
@@ -58,6 +61,7 @@ class ActivationRepair:
         Raises:
             ModelError: no images, or one of the networks gives NaN on them.
         """
+        check_graph(graph, reference)
         images = make_reusable(require_images(images, self))  # they are read twice
         small = copy_model(compressed.model)
         layers = find_layers(small, graph, is_convolution_or_linear)

@@ -15,6 +15,7 @@ from intrafusion.plan import Plan
 from intrafusion.registry import Traits
 
 
+@runtime_checkable
 class Reduced(Protocol):
     """A smaller network, the plan that made it, and one call of it."""
 

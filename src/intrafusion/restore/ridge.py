@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from intrafusion.errors import ArgumentError
 from intrafusion.network.gram import multiply_rows, square_rows
 
 Lacking = Callable[[Tensor | None], Tensor]
@@ -31,7 +32,7 @@ class Ridge:
     def __init__(self, x: Tensor, strength: float, *, scarcity: float = 0.0, intercept: bool = True) -> None:
         k, d = x.shape
         if not k:
-            raise ValueError("ridge: expected at least one row, got none.")
+            raise ArgumentError("ridge: expected at least one row, got none.")
         self.intercept, self.few = intercept, k <= d
         x = x if x.dtype == torch.float64 else x.float()
         mean = x.mean(0) if intercept else x.new_zeros(d)

@@ -7,19 +7,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.layers import Port, find_layers
+from intrafusion.network.tensors import check_graph
 from intrafusion.observe.moments import find_readers
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.statistics import find_output_merge
 
 
+@checked
 def add_shifts_(small: nn.Module, reference: nn.Module, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> None:
     """Give every consumer of a reduced group what it is owed: the sum over its original kernel of W_c shift (in place).
 
     It goes to the consumer's bias or to the norm behind it; a consumer with neither gets none. At the border of padded
     images the constant is that of the inside.
     """
+    check_graph(graph, reference)
     owing = [(g, shift) for g in graph.groups if g.name in maps and (shift := maps[g.name].shift) is not None]
     originals, layers = (find_layers(m, graph) for m in (reference, small)) if owing else ({}, {})
     for group, shift in owing:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import cast_like, channels_last
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, find_layers, watch_calls
 from intrafusion.network.state import preserve_state
+from intrafusion.progress import report
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.activation import Activation
 from intrafusion.restore.ridge import Lacking, Ridge
@@ -88,6 +90,8 @@ class Targets:
     summed: set[str] = field(default_factory=set)
     activations: dict[str, Activation] = field(default_factory=dict)
 
+    __repr__ = show_briefly
+
 
 def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, solver: LayerSolver) -> Targets:
     """One forward pass of the original network."""
@@ -141,11 +145,13 @@ class _SolvingPass:
         self.uses = UseWatcher(layers, before_sum=self.entered)
         self.waiting: dict[str, Tensor] = {}
         self.changes: dict[str, Change] = {}
+        self.solved = 0
 
     def run(self, model: nn.Module, inputs: Inputs) -> None:
         modules = {name: layer.module for name, layer in self.layers.items()}
         with watch_calls(modules, self.called, reached=self.reached), self.uses:
             inputs.call(model)
+        report("restoring layers", len(self.layers), len(self.layers))
 
     def reached(self, name: str, x: Tensor) -> None:
         if name in self.targets.summed:
@@ -169,6 +175,8 @@ class _SolvingPass:
 
     def solve_layer_(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
         """Solve one layer, which gives `given` of these inputs, and write it; False if that is right already."""
+        report("restoring layers", self.solved, len(self.layers))
+        self.solved += 1
         rows, activation = self.targets.rows[layer.name], self.targets.activations.get(layer.name)
         target, solver = self.merge(layer.name, rows), self.solver
         if float((target - given).norm()) <= _RIGHT * float(target.norm()):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -11,15 +11,35 @@ from torch import nn
 from intrafusion.compressed import Compressed, Restoration
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
+from intrafusion.importance.observation import needs_of
+from intrafusion.measure.closeness import Closeness, Yardstick
+from intrafusion.measure.comparison import HeldOut, compare_networks
 from intrafusion.network.batches import ImagesLike
+from intrafusion.network.calibration_images import Calls, warn_caller
+from intrafusion.network.held_out import Split, hold_out, take_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import report
 from intrafusion.recipe import Recipe
-from intrafusion.restore import Calibration, Noise, calibrate
+from intrafusion.restore import Calibration, Noise, Restorer, calibrate
+from intrafusion.restore.calibration import AFFORDABLE
 from intrafusion.surgery.write import write_weights_
 
+_SOLVING = 5  # times the pass in which it is found out what is read of channels; 3 to 6 of a perceptron, ViT, ResNet-50
 ENOUGH_TO_CHOOSE = 32  # noise images, where no layer is solved and no size is chosen on them
+
+
+def split_images(images: Calls | None, model: nn.Module, recipe: Recipe) -> Split:
+    """The images that a recipe may be fitted to, and those that its result is measured on.
+
+    Some are held out where all are read at once, as for solving layers; what streams through restorers and criteria one
+    batch after another is not kept, and is measured where it was seen.
+    """
+    if images is None:
+        return Split()
+    if recipe.levels or recipe.needs_moments:
+        return hold_out(images, model)
+    return take_first(images, unseen=not recipe.restore and not needs_of(recipe.importance) - {"tensors"})
 
 
 def calibrate_for(
@@ -28,8 +48,6 @@ def calibrate_for(
     inputs: Inputs,
     recipe: Recipe,
     images: ImagesLike | None = None,
-    *,
-    progress: Progress | None = None,
 ) -> Calibration | None:
     """What the channels are chosen and the layers solved on; None if a recipe needs nothing, or "auto" finds nothing.
 
@@ -45,14 +63,25 @@ def calibrate_for(
     noise = Noise(seed=recipe.seed, images=ENOUGH_TO_CHOOSE) if only_chosen else Noise(seed=recipe.seed)
     may_give_up = images is None and (not levels or levels[0] == "auto")
     try:
-        found = calibrate(model, inputs, level, images, noise=noise, seed=recipe.seed, progress=progress)
+        found = calibrate(model, inputs, level, images, noise=noise, seed=recipe.seed)
         if may_give_up:  # find out now whether the network runs on what was made
+            start = time.perf_counter()
             _ = found.moments_of(graph) if chosen else found.reference
+            if chosen and levels and found.level == "noise":
+                _warn_of_long_work(_SOLVING * (time.perf_counter() - start))
     except ModelError:
         if not may_give_up:
             raise
         return None  # no image can be made for such inputs
     return found
+
+
+def _warn_of_long_work(seconds: float) -> None:
+    if seconds > AFFORDABLE:
+        warn_caller(
+            f"no images were given, and solving the layers on noise takes about {seconds:.0f} s here. Better: images=, "
+            "a few hundred unlabelled ones; or restore=None."
+        )
 
 
 def run_restorers(
@@ -62,53 +91,132 @@ def run_restorers(
     calibration: Calibration | None,
     images: ImagesLike | None = None,
     *,
-    progress: Progress | None = None,
+    yardstick: Yardstick | None = None,
 ) -> Compressed:
     """Carry out the steps of the recipe against the loss, writing the smaller network's weights.
 
+    Args:
+        yardstick: what errors are measured by, rather than by the calibration's own.
     Returns:
         the same smaller network, with what was done and what it gained.
     Raises:
         ModelError: a restorer that needs images, and there are none.
     """
-    show = progress or silent
-    steps, done, notes = small.plan.recipe.restore, [], []
+    steps, done, notes = small.plan.recipe.restore, list[Restoration](), list[str]()
     for index, step in enumerate(steps):
-        show("restore", index, len(steps))
-        start = time.perf_counter()
-        if isinstance(step, str):
-            if calibration is None:
-                notes.append("not restored: no images were given, and none can be made for inputs like these")
-                continue
-            restorer, note = calibration.restorer, calibration.why if step == "auto" else None
-            before, after, undone = _restore_or_undo(small, model, graph, calibration)
-            seconds = calibration.seconds + time.perf_counter() - start
-            note = "; ".join(filter(None, (note, "undone, as the outputs were worse" if undone else None))) or None
+        report("restoring", index, len(steps))
+        if not isinstance(step, str):
+            by = calibration.plain_yardstick if yardstick is None and calibration is not None else yardstick
+            on = None if images is None or calibration is None else str(calibration)
+            done.append(_run_restorer(step, small, model, graph, images, by, on))
+        elif calibration is None:
+            notes.append("not restored: no images were given, and none can be made for inputs like these")
         else:
-            restorer, note = step, None
-            before = _measure_error(small.model, calibration)
-            restorer(small, model, graph, images)
-            after = _measure_error(small.model, calibration)
-            seconds = time.perf_counter() - start
-        on = str(calibration) if before is not None else None
-        done.append(Restoration(type(restorer).__name__, on, seconds, before, after, note))
-    show("restore", len(steps), len(steps))
+            done += _solve_on_level(step, small, model, graph, calibration, yardstick)
+    report("restoring", len(steps), len(steps))
     seen = calibration.images if calibration else None
     return replace(small, restored=tuple(done), images=seen, notes=(*small.notes, *notes))
 
 
-def _restore_or_undo(
-    small: Compressed, model: nn.Module, graph: ChannelGraph, calibration: Calibration
-) -> tuple[float, float, bool]:
-    """The error of the outputs before and after, and whether the weights were put back, as it grew."""
+def _solve_on_level(
+    step: str,
+    small: Compressed,
+    model: nn.Module,
+    graph: ChannelGraph,
+    calibration: Calibration,
+    yardstick: Yardstick | None,
+) -> list[Restoration]:
+    """The layers solved on a level; where "auto" made images and they do harm, then on noise."""
+    done = [_solve_or_undo(small, model, graph, calibration, yardstick, calibration.why if step == "auto" else None)]
+    if step == "auto" and calibration.level == "synthetic" and done[0].undone:
+        noise = calibrate(model, small.inputs, "noise", seed=calibration.seed)
+        by = yardstick or calibration.yardstick
+        done.append(_solve_or_undo(small, model, graph, noise, by, "in place of the step before"))
+    return done
+
+
+def _solve_or_undo(
+    small: Compressed,
+    model: nn.Module,
+    graph: ChannelGraph,
+    calibration: Calibration,
+    yardstick: Yardstick | None,
+    why: str | None,
+) -> Restoration:
+    """The layers solved, and put back as they were if the outputs on what was held out are worse then."""
+    start = time.perf_counter()
+    by = yardstick or calibration.yardstick
     weights = {name: tensor.detach().clone() for name, tensor in named_tensors(small.model).items()}
-    before, after = calibration.restore(small, model, graph)
-    if not (after > before or math.isnan(after)):
-        return before, after, False
-    write_weights_(small.model, weights)
-    return before, after, True
+    if (
+        calibration.is_standardised and yardstick is None
+    ):  # noise is no measure of networks with statistics of their own
+        before, after = calibration.restore(small, model, graph, by.measure)
+    else:
+        before = by.measure(small.model)
+        calibration.restore(small, model, graph, lambda _: None)
+        after = by.measure(small.model)
+    if undone := after.is_worse_than(before):
+        write_weights_(small.model, weights)
+    note = "; ".join(filter(None, (why, "undone, as the outputs were worse" if undone else None))) or None
+    seconds = calibration.seconds + time.perf_counter() - start
+    done = Restoration(type(calibration.restorer).__name__, str(calibration), seconds, note=note, undone=undone)
+    return _add_figures(done, before, after, by)
 
 
-def _measure_error(small: nn.Module, calibration: Calibration | None) -> float | None:
-    """Noise is no measure of what a network does with its own statistics."""
-    return None if calibration is None or calibration.level == "noise" else calibration.error(small)
+def _run_restorer(
+    restorer: Restorer,
+    small: Compressed,
+    model: nn.Module,
+    graph: ChannelGraph,
+    images: ImagesLike | None,
+    yardstick: Yardstick | None,
+    on: str | None,
+) -> Restoration:
+    """One that was named: it is not undone."""
+    start = time.perf_counter()
+    before = yardstick.measure(small.model) if yardstick else None
+    restorer(small, model, graph, images)
+    done = Restoration(type(restorer).__name__, on, time.perf_counter() - start)
+    if yardstick is None or before is None:
+        return done
+    return _add_figures(done, before, yardstick.measure(small.model), yardstick)
+
+
+def _add_figures(done: Restoration, before: Closeness, after: Closeness, yardstick: Yardstick) -> Restoration:
+    figures = {
+        "error_before": before.error,
+        "error_after": after.error,
+        "agreement_before": before.agreement,
+        "agreement_after": after.agreement,
+    }
+    return replace(done, **figures, measured_on=str(yardstick), unseen=yardstick.unseen)
+
+
+def add_comparison(small: Compressed, model: nn.Module, split: Split, held_out: HeldOut | None = None) -> Compressed:
+    """With what both networks take, and how close their outputs are.
+
+    Args:
+        held_out: that, where it is known; else it is measured now, if there are images for it.
+    """
+    found = compare_networks(model, small.model, small.inputs, small.before, small.after)
+    yardstick = find_yardstick(split, model)
+    if held_out is None and yardstick is not None:
+        try:
+            held_out = HeldOut(str(yardstick), split.unseen, yardstick.measure(small.model))
+        except ModelError as error:
+            found = replace(found, failed=f"outputs could not be compared: {error}")
+    return replace(small, comparison=replace(found, held_out=held_out))
+
+
+def find_held_out(steps: Sequence[Restoration]) -> HeldOut | None:
+    """How close the outputs are, from before the first step to behind the last; None if no step was measured."""
+    results = [(step, result) for step in steps if (result := step.result) is not None]
+    if not results:
+        return None
+    (_, (before, _)), (last, (_, after)) = results[0], results[-1]
+    return HeldOut(last.measured_on or "", last.unseen, after, before)
+
+
+def find_yardstick(split: Split, model: nn.Module) -> Yardstick | None:
+    """What a network made of this one is measured by; None without images that were held out."""
+    return None if split.measured is None else Yardstick(model, split.measured, unseen=split.unseen)

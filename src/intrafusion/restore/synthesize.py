@@ -12,23 +12,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from intrafusion.errors import FolderError, ModelError, RecipeError
-from intrafusion.io.atomic import atomic_file
-from intrafusion.io.tensors import detach_dense
+from intrafusion.arguments import Seed, checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import FolderError, ModelError, RecipeError, show
+from intrafusion.io.atomic import atomic_file, report_unreadable
+from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.network.batches import channels_last
-from intrafusion.network.inputs import ExampleInputs, output_tensors
+from intrafusion.network.inputs import ExampleInputs, Inputs, output_tensors, told_of
 from intrafusion.network.layers import is_convolution_or_linear, watch_calls
 from intrafusion.network.state import preserve_state
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.restore.noise import Noise, batch_norms, image_like
 
 _TINY = 1e-12  # added to variances where batch norm divides by them
 
 
+@checked
 @dataclass(frozen=True)
 class Synthesis:
     r"""Make calibration images out of a network, without data.
@@ -61,13 +63,17 @@ class Synthesis:
     smoothness: float = 0.1
     roll: int = 2
     seconds: float | None = None
-    seed: int = 0
+    seed: Seed = 0
+
+    __repr__ = show_briefly
 
     def __post_init__(self) -> None:
         if self.images < 2 or self.steps < 1:
             raise RecipeError(f"expected at least 2 images and 1 step, got {self.images} and {self.steps}.")
 
-    def __call__(self, model: nn.Module, example_inputs: ExampleInputs, *, progress: Progress = silent) -> Tensor:
+    @checked
+    @shows_progress("synthesis")
+    def __call__(self, model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowProgress = None) -> Tensor:
         """The images (n, ...), on the device and in the precision of the example; the network is left as it was.
 
         Args:
@@ -86,22 +92,22 @@ class Synthesis:
         end = float("inf") if self.seconds is None else time.monotonic() + self.seconds
         with preserve_state(model), torch.enable_grad():
             for step in range(self.steps):
-                progress("images", step, self.steps)
+                report("making images", step, self.steps)
                 images = channels_last(self.roll_pixels(pixels, generator))
                 (pixels.grad,) = torch.autograd.grad(_check_loss(self.loss(model, wanted, images)), pixels)
                 optimizer.step()
                 if time.monotonic() > end:
                     break
-        progress("images", self.steps, self.steps)
-        made = pixels.detach()
-        return torch.cat([made, made.flip(-1)]) if self.mirrored and made.dim() > 3 else made
+        report("making images", self.steps, self.steps)
+        return self.mirror(pixels.detach())
 
-    def work(self, macs: float) -> float:
-        """Multiply-accumulates in all, for a network that needs `macs` for one image: forward, and twice that back."""
-        return 3 * macs * self.images * self.steps
+    def mirror(self, images: Tensor) -> Tensor:
+        """The images and, if they are to be `mirrored`, their mirror images."""
+        return torch.cat([images, images.flip(-1)]) if self.mirrored and images.dim() > 3 else images
 
     def loss(self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor) -> Tensor:
-        with collect_mismatches(wanted) as found:
+        told = told_of(model, Inputs((pixels,), source="the images that are made"))
+        with collect_mismatches(wanted) as found, told:
             outputs = output_tensors(model(pixels.clone()))  # a forward may write into its input
         total = self.statistics * torch.stack(found).sum() + self.smoothness * total_variation(pixels)
         if (
@@ -141,6 +147,8 @@ class ChannelStatistics:
     deviation: Tensor
     dim: int = 1
     reads: bool = True
+
+    __repr__ = show_briefly
 
     def measure_mismatch(self, x: Tensor) -> Tensor:
         mean, deviation = take_statistics(x, self.dim)
@@ -207,6 +215,7 @@ def collect_mismatches(wanted: Sequence[ChannelStatistics]) -> Iterator[list[Ten
         yield found
 
 
+@checked
 def save_images(images: Tensor, path: str | os.PathLike[str], synthesis: Synthesis | None = None) -> None:
     """Write images as safetensors, with how they were made."""
     how = {} if synthesis is None else {name: str(value) for name, value in asdict(synthesis).items()}
@@ -214,14 +223,18 @@ def save_images(images: Tensor, path: str | os.PathLike[str], synthesis: Synthes
         save_file({"images": detach_dense("images", images)}, temporary, metadata=how)
 
 
+@checked
 def load_images(path: str | os.PathLike[str]) -> Tensor:
     """Read what `save_images` wrote.
 
     Raises:
         FolderError: no such file, or not one of ours.
     """
-    try:
-        return load_file(Path(path))["images"]
-    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError, TypeError) as error:
-        message = f"{path}: expected images saved by intrafusion, got {type(error).__name__}: {error}."
-        raise FolderError(message) from error
+    path = Path(path)
+    with report_unreadable(path):
+        if not path.is_file():
+            raise FolderError(f"{path}: expected images saved by intrafusion, found no such file; check its name.")
+        tensors = read_tensors(path)
+    if "images" not in tensors:
+        raise FolderError(f"{path}: expected images saved by intrafusion, got {show([*tensors])}; see save_images.")
+    return tensors["images"]

@@ -28,9 +28,9 @@ from intrafusion.surgery.write import Repair, find_own_tensors, make_repairs_
 
 _TRIES = 24  # networks that are run for one set of groups
 _PART_TRIES = 12  # for some groups of these
-_ALL_TRIES = 256  # and in all
+_ALL_TRIES = 96  # and in all
 _OPTIONS = 12  # at one failure
-_IN_VAIN = 2  # failures in modules of one class that nothing mended, after which they are not looked at again
+_IN_VAIN = 3  # failures at one place that nothing mended, after which they are not looked at again
 
 Place = tuple[str, str]
 """A module's name, and a place in it; see `numbers`."""
@@ -42,13 +42,14 @@ _Pairs = set[tuple[int, int]]  # old size, new size
 
 
 @dataclass(frozen=True)
-class Failure:
+class Breakdown:
     """What went wrong with a network: in words, and the modules that were running, the innermost first.
 
     Attributes:
         named: what the code of each of these modules mentions: in the expression that failed, in the whole function.
         place: where in the code.
         final: whether no number can mend it.
+        runs: whether it runs, and shows other groups or gives something else.
     """
 
     why: str
@@ -56,9 +57,10 @@ class Failure:
     named: tuple[tuple[set[str], set[str]], ...] = ()
     place: tuple[tuple[int, int], ...] = ()
     final: bool = False
+    runs: bool = False
 
     @classmethod
-    def of(cls, why: str, error: Exception, model: nn.Module) -> Failure:
+    def of(cls, why: str, error: Exception, model: nn.Module) -> Breakdown:
         names = {id(m): n for n, m in model.named_modules()}
         found: dict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
         for step in list_steps(error):
@@ -71,7 +73,7 @@ class Failure:
         place = tuple((id(step.tb_frame.f_code), step.tb_lasti) for step in list_steps(error))
         return cls(why, tuple(found), tuple(found.values()), place)
 
-    def is_like(self, other: Failure) -> bool:
+    def is_like(self, other: Breakdown) -> bool:
         """Whether a network came no further than another."""
         if self.running or other.running:
             return (self.running, self.place) == (other.running, other.place)
@@ -89,7 +91,7 @@ def _find_names_near(step: TracebackType) -> set[str]:
     }
 
 
-Check = Callable[[nn.Module, tuple[Repair, ...]], Failure | None]
+Check = Callable[[nn.Module, tuple[Repair, ...]], Breakdown | None]
 """What is wrong with a smaller network that was given these repairs; None if nothing is."""
 
 
@@ -99,14 +101,14 @@ class Literals:
 
     Attributes:
         learned: (class of a module, place) of numbers that had to follow before: tried first.
-        in_vain: how often nothing helped where a module of a class failed; None: where nothing failed to run.
+        in_vain: how often nothing led past a place in the code; the empty place: where nothing failed to run.
     """
 
     model: nn.Module
     graph: ChannelGraph
     inputs: Inputs
     learned: set[tuple[type, str]] = field(default_factory=set)
-    in_vain: Counter[type | None] = field(default_factory=Counter)
+    in_vain: Counter[tuple[tuple[int, int], ...]] = field(default_factory=Counter)
     left: int = _ALL_TRIES
 
     def __post_init__(self) -> None:
@@ -119,7 +121,12 @@ class Literals:
         with preserve_state(self.model):
             return [tuple(t.shape) for t in self.inputs.call(self.model)]
 
-    def search(self, small: nn.Module, sizes: Mapping[str, int], failure: Failure, check: Check) -> Numbers | None:
+    def holds_any_of(self, sizes: Mapping[str, int]) -> bool:
+        """Whether an attribute somewhere holds the old size of a group that is reduced, and there are tries left."""
+        old = {g.size for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
+        return self.left > 0 and any(n in old for own in self.numbers.values() for n in own.values())
+
+    def search(self, small: nn.Module, sizes: Mapping[str, int], failure: Breakdown, check: Check) -> Numbers | None:
         """Numbers with which a smaller network passes a check; None if none were found.
 
         Args:
@@ -128,13 +135,13 @@ class Literals:
             failure: what is wrong with it as it is.
             check: looks at `small` with the numbers written.
         """
-        if failure.final or (not failure.running and self.in_vain[None] >= _IN_VAIN):
+        if failure.final or self.in_vain[failure.place] >= _IN_VAIN:
             return None
         search = _Search(self, small, self._find_pairs(small, sizes), check, min(_TRIES, self.left))
         found = search.run(failure)
         self.left -= min(_TRIES, self.left) - search.left
         if found is None:
-            self.in_vain.update([type(self.modules[name]) for name in failure.running] or [None])
+            self.in_vain.update(search.stuck)
         else:
             self.learned |= {(type(self.modules[name]), place) for name, place in found}
         return found
@@ -155,15 +162,15 @@ class Literals:
             search = _Search(self, small, self._find_pairs(small, sizes), self._run, _PART_TRIES)
             make_repairs_(small, self.repairs(search.run_from(search.recall()) or {}))
 
-    def _run(self, small: nn.Module, _: tuple[Repair, ...]) -> Failure | None:
+    def _run(self, small: nn.Module, _: tuple[Repair, ...]) -> Breakdown | None:
         """What goes wrong where a network is simply called: it fails, or gives outputs of other shapes."""
         try:
             with preserve_state(small):
                 found = [tuple(t.shape) for t in self.inputs.call(small)]
         except Exception as error:  # anything that a forward may raise
-            return Failure.of("does not run", error, small)
+            return Breakdown.of("does not run", error, small)
         expected = self.shapes_of_outputs
-        return None if found == expected else Failure(f"gives outputs {found} instead of {expected}")
+        return None if found == expected else Breakdown(f"gives outputs {found} instead of {expected}")
 
     def find_old_sizes(self, small: nn.Module, sizes: Mapping[str, int]) -> set[int]:
         """Sizes of the original that are no sizes of a smaller network."""
@@ -208,6 +215,7 @@ class _Search:
     pairs: Mapping[str, _Pairs]
     check: Check
     left: int
+    stuck: set[tuple[tuple[int, int], ...]] = field(default_factory=set)  # places that nothing led past
 
     def __post_init__(self) -> None:
         now = _find_all_numbers(self.small)  # what surgery itself repaired differs
@@ -216,7 +224,7 @@ class _Search:
             for name, own in self.known.numbers.items()
         }
 
-    def run(self, failure: Failure) -> Numbers | None:
+    def run(self, failure: Breakdown) -> Numbers | None:
         start = self.recall()
         if start and (found := self.run_from(start)) is not None:
             return found
@@ -226,7 +234,7 @@ class _Search:
     def run_from(self, start: Numbers) -> Numbers | None:
         """Begin with these numbers."""
         found = self._try(start)
-        if not isinstance(found, Failure):
+        if not isinstance(found, Breakdown):
             return found
         found = self._descend(start, found)
         return found and self._without_idle(found)
@@ -235,7 +243,7 @@ class _Search:
         """Only what has to follow: another number of that size may be one of pixels, used where nobody looked."""
         for kind in {self._kind(place): None for place in numbers}:
             fewer = {place: n for place, n in numbers.items() if self._kind(place) != kind}
-            if fewer and self.left > 0 and not isinstance(self._try(fewer), Failure):
+            if fewer and self.left > 0 and not isinstance(self._try(fewer), Breakdown):
                 numbers = fewer
         return numbers
 
@@ -247,7 +255,7 @@ class _Search:
         places = [(n, p) for n, own in self.numbers.items() for p in own if self._kind((n, p)) in self.known.learned]
         return {(n, p): targets[0] for n, p in places if (targets := self.find_targets(n, p, own=True))}
 
-    def _try(self, numbers: Numbers) -> Numbers | Failure:
+    def _try(self, numbers: Numbers) -> Numbers | Breakdown:
         """The numbers, if the network passes with them, else what is wrong."""
         self.left -= 1
         modules, repairs = dict(self.small.named_modules()), self.known.repairs(numbers)
@@ -259,18 +267,24 @@ class _Search:
             for repair in repairs:
                 write_number_(modules[repair.module], repair.attribute, repair.old)
 
-    def _descend(self, numbers: Numbers, failure: Failure) -> Numbers | None:
+    def _descend(self, numbers: Numbers, failure: Breakdown) -> Numbers | None:
+        if self.known.in_vain[failure.place] >= _IN_VAIN:
+            return None
+        further = False
         for option in itertools.islice(self._list_options(numbers, failure), _OPTIONS):
             if self.left <= 0:
                 return None
             found = self._try({**numbers, **option})
-            if isinstance(found, Failure):
+            if isinstance(found, Breakdown):
+                further |= not found.is_like(failure)
                 found = None if found.is_like(failure) else self._descend({**numbers, **option}, found)
             if found is not None:
                 return found
+        if not further:
+            self.stuck.add(failure.place)
         return None
 
-    def _list_options(self, numbers: Numbers, failure: Failure) -> Iterator[Numbers]:
+    def _list_options(self, numbers: Numbers, failure: Breakdown) -> Iterator[Numbers]:
         """What may mend a failure, the likeliest first, each choice once."""
         seen: list[Numbers] = []
         for option in self._propose(numbers, failure):
@@ -278,12 +292,10 @@ class _Search:
                 seen.append(option)
                 yield option
 
-    def _propose(self, numbers: Numbers, failure: Failure) -> Iterator[Numbers]:
+    def _propose(self, numbers: Numbers, failure: Breakdown) -> Iterator[Numbers]:
         if failure.final:
             return
         for name, named in zip(failure.running, failure.named, strict=True):
-            if self.known.in_vain[type(self.known.modules[name])] >= _IN_VAIN:
-                continue
             own = {p: t for p in self.numbers.get(name, ()) if (t := self.find_targets(name, p))}
             own = {p: t for p, t in own.items() if (name, p) not in numbers}
             for mentioned in named:

@@ -1,4 +1,4 @@
-"""Whole numbers that modules hold in attributes, also in lists, dicts and configs there, and writing to them.
+"""Whole numbers and tensors that modules hold in attributes, also in lists, dicts and configs there.
 
 A place is a path from a module: "size", "sizes.1" (an entry of a list or tuple), "cfg.dim" (of a config or a dict).
 """
@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,27 @@ _CLOSED = (
 
 def find_numbers(module: nn.Module) -> dict[str, int]:
     """Every whole number in the attributes of a module itself, by its place; those of its class included."""
-    found: dict[str, int] = {}
-    for name, value in {**_list_class_attributes(type(module)), **vars(module)}.items():
+    return _find_held({**_list_class_attributes(type(module)), **vars(module)}, lambda value: type(value) is int)
+
+
+def find_held_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of floating numbers that modules hold in attributes, as a state from the last call; no buffers."""
+    return {
+        f"{name}.{place}" if name else place: tensor
+        for name, module in model.named_modules()
+        for place, tensor in _find_held(vars(module), _is_state).items()
+    }
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _find_held(attributes: Mapping[str, Any], wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in attributes.items():
         if name not in _PLUMBING:
-            found |= _walk(name, value, frozenset(), _DEPTH)
+            found |= _walk(name, value, wanted, frozenset(), _DEPTH)
     return found
 
 
@@ -44,14 +61,14 @@ def _list_class_attributes(kind: type) -> dict[str, Any]:
     }
 
 
-def _walk(place: str, value: Any, above: frozenset[int], depth: int) -> dict[str, int]:
-    if type(value) is int:
+def _walk(place: str, value: Any, wanted: Callable[[Any], bool], above: frozenset[int], depth: int) -> dict[str, Any]:
+    if wanted(value):
         return {place: value}
     if depth == 0 or id(value) in above:
         return {}
     above, found = above | {id(value)}, {}
     for key, item in _list_items(value):
-        found |= _walk(f"{place}.{key}", item, above, depth - 1)
+        found |= _walk(f"{place}.{key}", item, wanted, above, depth - 1)
     return found
 
 
@@ -88,3 +105,12 @@ def _replace_at(holder: Any, keys: list[str], value: Any) -> Any:
     else:  # past the `__setattr__` of frozen configs
         object.__setattr__(new, key, _replace_at(getattr(new, key), rest, value) if rest else value)
     return new
+
+
+def explain_state(model: nn.Module, sizes: Container[int]) -> str:
+    """What to say where channels of these sizes cannot shrink and tensors of that size are held in attributes."""
+    names = [name for name, tensor in find_held_tensors(model).items() if any(n in sizes for n in tensor.shape)]
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"; the network holds tensors of that width in attributes ({shown}): clear what it keeps from earlier calls"

@@ -17,6 +17,7 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import reduce_weights
+from intrafusion.surgery.numbers import explain_state
 from intrafusion.surgery.operate import tolerance_of
 from intrafusion.surgery.search import find_largest_passing
 from intrafusion.surgery.write import write_weights_
@@ -125,8 +126,9 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     passed, failed = find_largest_passing(
         families_of(groups), lambda gs: None if check.passes(e := check.error(gs)) else e
     )
+    why = "permuting its channels changes the output by"
     drawn = f"; the forward draws random numbers ({', '.join(check.draws)})" if check.draws else ""
-    reasons = {g.name: f"permuting its channels changes the output by {e:.1e} (relative){drawn}" for g, e in failed}
+    reasons = {g.name: f"{why} {e:.1e} (relative){drawn}{explain_state(model, {g.size})}" for g, e in failed}
     graph = _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed), _DRAWN)
     return _prove_linear(graph, check)
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
 from intrafusion.network.double import DoublePrecision, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import (
     find_averaged_biases,
@@ -37,7 +38,7 @@ from intrafusion.surgery.maps import (
 from intrafusion.surgery.norms import fold_norms
 from intrafusion.surgery.operate import Maps, RepairsOf, tolerance_of
 from intrafusion.surgery.search import FamilyKind, family_kind
-from intrafusion.surgery.write import make_repairs_, write_weights_
+from intrafusion.surgery.write import weights_written
 from intrafusion.trace.call import name_operation
 from intrafusion.trace.dispatch import Tracer
 from intrafusion.trace.info import Weight
@@ -59,26 +60,17 @@ _Place = tuple[str, int, Slice | None]
 
 
 @dataclass(eq=False)
-class FunctionCheck:
-    """Compares smaller networks with the original one without the channels that they lack.
+class Reference:
+    """A network in float64, and what it gives: one for all checks of networks that are made from it.
 
-    Groups of which something looks at all channels together (`ChannelGroup.together`) have no such original: for them
-    it is only checked that no number that meets their channels differs between the two networks.
-
-    Attributes:
-        scales: what the maps of a group must be multiplied by, (merge, unmerge), found so far; by group name.
-        proved: groups that passed together, and how: "function" or "symmetry".
+    The copy is the only one; what is checked is written into it for the time of a run.
     """
 
     model: nn.Module
     graph: ChannelGraph
     inputs: Inputs
-    scales: dict[str, _Scale] = field(default_factory=dict)
-    proved: dict[str, str] = field(default_factory=dict)
-    explained: set[int] = field(default_factory=set)  # factors that differ and do no harm, by place
-    revision: int = 0
-    alike: dict[tuple[FamilyKind, int], _Scale] = field(default_factory=dict)  # tried first on groups like those
-    repairs_of: RepairsOf = lambda _: ()  # what must follow in the attributes of a smaller network
+
+    __repr__ = show_briefly
 
     @cached_property
     def double(self) -> nn.Module:
@@ -93,12 +85,47 @@ class FunctionCheck:
         return self.inputs.varied(seed=1)
 
     @cached_property
-    def groups(self) -> dict[str, ChannelGroup]:
-        return {g.name: g for g in self.graph.groups}
+    def outputs(self) -> list[Tensor]:
+        return self.run()
 
     @cached_property
     def tolerance(self) -> float:
-        return tolerance_of(self.double, self._outputs, self._outputs(self.double), _CLOSE)
+        return tolerance_of(self.double, lambda _: self.run(), self.outputs, _CLOSE)
+
+    def run(self) -> list[Tensor]:
+        """Outputs over the calls that were traced; random numbers at their mean, as other widths draw others."""
+        return run_in_double(self.double, self.probe, self.graph.calls, Draws(mean=True))
+
+
+@dataclass(eq=False)
+class FunctionCheck:
+    """Compares smaller networks with the original one without the channels that they lack.
+
+    Groups of which something looks at all channels together (`ChannelGroup.together`) have no such original: for them
+    it is only checked that no number that meets their channels differs between the two networks.
+
+    Attributes:
+        scales: what the maps of a group must be multiplied by, (merge, unmerge), found so far; by group name.
+        proved: groups that passed together, and how: "function" or "symmetry".
+    """
+
+    reference: Reference
+    scales: dict[str, _Scale] = field(default_factory=dict)
+    proved: dict[str, str] = field(default_factory=dict)
+    explained: set[int] = field(default_factory=set)  # factors that differ and do no harm, by place
+    revision: int = 0
+    alike: dict[tuple[FamilyKind, int], _Scale] = field(default_factory=dict)  # tried first on groups like those
+    repairs_of: RepairsOf = lambda _: ()  # what must follow in the attributes of a smaller network
+
+    __repr__ = show_briefly
+
+    @property
+    def graph(self) -> ChannelGraph:
+        return self.reference.graph
+
+    @cached_property
+    def groups(self) -> dict[str, ChannelGroup]:
+        return {g.name: g for g in self.graph.groups}
 
     def settled(self, maps: Maps) -> Maps:
         """The maps with the scales that were found for their groups."""
@@ -148,40 +175,33 @@ class FunctionCheck:
         return [f"{m.tensor} is used through {derived[m.tensor]}" for m in members if m.tensor in derived]
 
     def passes(self, error: float) -> bool:
-        return error <= _CLOSE or error <= self.tolerance
+        return error <= _CLOSE or error <= self.reference.tolerance
 
     def error(self, maps: Maps) -> float:
         """Largest difference of the outputs, relative to the largest output."""
         if not maps:
             return 0.0
-        small = copy_model(self.double)
-        write_weights_(small, reduce_weights(self.weights, self.graph, maps))
-        make_repairs_(small, self.repairs_of(maps) or ())
-        found = self._outputs(small)
+        weights = reduce_weights(self.reference.weights, self.graph, maps)
+        with weights_written(self.reference.double, weights, self.repairs_of(maps) or ()):
+            found = self.reference.run()
         return output_difference(found, self.expected({name: _scale_map(m, None) for name, m in maps.items()}))
 
     def is_same_without(self, maps: Maps) -> bool:
         """Whether the original network gives the same where nothing comes in from the channels that maps remove."""
-        return self.passes(output_difference(self.expected(maps), self._outputs(self.double)))
-
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        """In float64, over the calls that were traced; random numbers at their mean, as other widths draw others."""
-        return run_in_double(model, self.probe, self.graph.calls, Draws(mean=True))
+        return self.passes(output_difference(self.expected(maps), self.reference.outputs))
 
     def expected(self, maps: Maps) -> list[Tensor]:
         """What the original network gives where nothing comes in from the channels that these maps remove."""
-        weights, masks = _zero_removed(self.weights, self.graph, maps)
-        write_weights_(self.double, weights)
-        try:
+        reference = self.reference
+        weights, masks = _zero_removed(reference.weights, self.graph, maps)
+        with weights_written(reference.double, weights):
             if not masks:
-                return self._outputs(self.double)
-            tracer, inputs = _Masking(self.double, masks), self.probe.double()
-            with follow_run(tracer, self.double, inputs), DoublePrecision(), tracer:
+                return reference.run()
+            tracer, inputs = _Masking(reference.double, masks), reference.probe.double()
+            with follow_run(tracer, reference.double, inputs), tracer, DoublePrecision():
                 calls = range(self.graph.calls)
                 with Draws(mean=True):
-                    return [output for _ in calls for output in inputs.call(self.double)]
-        finally:
-            write_weights_(self.double, {name: self.weights[name] for name in weights})
+                    return [output for _ in calls for output in inputs.call(reference.double)]
 
     # ---- numbers that the forward takes from the width ---------------------------------------------------------------
 
@@ -200,7 +220,9 @@ class FunctionCheck:
             return True
         if matched or len({self.groups[n].family for n in names}) > 1:
             names = matched
-        return any(self.is_undone_by(dict.fromkeys(names, scale), exact) for scale in _list_candidates(changed))
+        plain = all(maps[n].scale is None for n in names)  # and was tried already
+        scales = itertools.islice(_list_candidates(changed), int(plain), None)
+        return any(self.is_undone_by(dict.fromkeys(names, scale), exact) for scale in scales)
 
     def is_undone_by(self, scales: Mapping[str, _Scale], exact: Maps) -> bool:
         """Whether maps that are scaled by these numbers make up for all that changed; if so, they are kept."""
@@ -211,6 +233,11 @@ class FunctionCheck:
         self.alike |= {self._kind(n, exact[n]): scale for n, scale in scales.items()}
         self.revision += 1
         return True
+
+
+def _lies_in(name: str, modules: set[str]) -> bool:
+    """Whether a module is one of these, or inside one."""
+    return any(not m or name == m or name.startswith(f"{m}.") for m in modules)
 
 
 def _list_candidates(changed: Mapping[int, tuple[Factor, Factor]]) -> Iterator[_Scale]:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Role
 from intrafusion.importance.features import channel_biases, channel_rows, weighs
 from intrafusion.network.inputs import Inputs
 from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import selection_map
-from intrafusion.surgery.proof import FunctionCheck
+from intrafusion.surgery.proof import FunctionCheck, Reference
 
 _DEAD = -1
 _MAKES = (Role.PRODUCES, Role.SHIFTS, Role.MEAN)
@@ -36,6 +37,8 @@ class Classes:
 
     first: Tensor
     owner: Tensor
+
+    __repr__ = show_briefly
 
     @property
     def spare(self) -> bool:
@@ -98,7 +101,7 @@ def find_dead(
     empty = {g.name: _find_empty(graph, g, weights) & ~unread[g.name] for g in groups}
     tried = {name: mask for name, mask in empty.items() if mask.any() and inputs is not None}
     if tried and inputs is not None:
-        check = FunctionCheck(model, graph, inputs)
+        check = FunctionCheck(Reference(model, graph, inputs))
         if not _is_unnoticed(check, tried):
             tried = {name: mask for name, mask in tried.items() if _is_unnoticed(check, {name: mask})}
     none = torch.zeros(1, dtype=torch.bool)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,23 @@ def write_weights_(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[Rep
     repairs = find_repairs(model, {id(tensors[name]): shapes[name] for name in changed})
     make_repairs_(model, repairs)
     return repairs
+
+
+@contextlib.contextmanager
+def weights_written(
+    model: nn.Module, weights: Mapping[str, Tensor], numbers: tuple[Repair, ...] = ()
+) -> Iterator[None]:
+    """As `write_weights_`, and these repairs, as long as this lasts; afterwards the network is as it was."""
+    tensors = named_tensors(model)
+    own = {name: tensors[name].data for name in weights}
+    repairs = (*write_weights_(model, weights), *numbers)
+    make_repairs_(model, numbers)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            put_data_(tensors[name], value)
+        make_repairs_(model, tuple(replace(repair, new=repair.old) for repair in repairs))
 
 
 def put_data_(target: Tensor, value: Tensor) -> None:

@@ -42,8 +42,9 @@ class Blocks:
     def __init__(self, relations: Relations, table: ChannelTable) -> None:
         self.relations, self.table = relations, table
         self._content = _list_pairs(relations, table.slot, relations.block_members)  # a channel, a block that it is in
-        self._met = _list_pairs(relations, table.slot, relations.meetings)  # a channel, a block that it meets
-        both = np.concatenate([self._content, self._met])
+        met = _list_pairs(relations, table.slot, relations.meetings)  # a channel, a block or a gate that it meets
+        self._met = np.concatenate([met, _list_gated(relations, table.slot)])
+        both = np.concatenate([self._content, self._met, _list_dissolved(relations, table.slot)])
         self.key = sum_facts(relations.count, both[:, 0], mix(both[:, 1], 0) ^ both[:, 2].view(np.uint64))
         # A block of nothing but blocks does not join them: heads that are averaged are still heads.
         above = self._is_of_blocks_only()
@@ -125,6 +126,26 @@ def _list_pairs(relations: Relations, slot: np.ndarray, found: list[tuple[np.nda
     calls = np.repeat([call for *_, call in found], sizes)
     what = (mix(calls, 0) ^ slot[labels]).view(np.int64)
     return np.unique(np.stack([relations.roots(labels), blocks, what], axis=1), axis=0)
+
+
+def _list_gated(relations: Relations, slot: np.ndarray) -> np.ndarray:
+    """The same rows for gates; each meets itself too, so that no two of them are alike."""
+    rows = [np.zeros((0, 3), np.int64)]
+    for members, gates, call, _ in relations.gates:
+        names = np.where(slot[gates], slot[gates], mix(gates, 1))  # which of its places, where it has several
+        what = (mix(np.full(len(members), call), 0) ^ slot[members]) + mix(names, 1)
+        met, own = relations.roots(members), relations.roots(gates)
+        rows += [np.stack([met, own, what.view(np.int64)], 1), np.stack([own, own, np.full(len(own), call)], 1)]
+    return np.unique(np.concatenate(rows), axis=0)
+
+
+def _list_dissolved(relations: Relations, slot: np.ndarray) -> np.ndarray:
+    """The same rows for blocks that are one channel: which of its places something saw together."""
+    rows = [np.zeros((0, 3), np.int64)]
+    for labels, _, call in relations.dissolved:
+        seen = mix(np.array([call]), 0) + mix(np.unique(slot[labels]), 1).sum(keepdims=True)
+        rows.append(np.stack([relations.roots(labels[:1]), np.zeros(1, np.int64), seen.view(np.int64)], 1))
+    return np.concatenate(rows)
 
 
 def _list_ties(relations: Relations) -> np.ndarray:

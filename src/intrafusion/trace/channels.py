@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import Role
 from intrafusion.trace.arrays import rank_within
 from intrafusion.trace.fingerprints import hash_words, mix, start_sums
@@ -34,6 +35,8 @@ class ChannelTable:
     reasons: Reasons
     first: np.ndarray  # (use index, position) of the first use, packed
     used: np.ndarray
+
+    __repr__ = show_briefly
 
 
 def describe_channels(relations: Relations) -> ChannelTable:
@@ -67,10 +70,10 @@ def _sum_colours(relations: Relations, slot: np.ndarray) -> np.ndarray:
     colour = start_sums(relations.count)
     for labels, values in relations.colours:
         roots = relations.roots(labels)
-        # The k-th slot of a channel meets the k-th value: which slot meets which matters, so the place is mixed in.
+        # The k-th slot of a channel meets the k-th value: which slot meets which matters, so both are mixed in.
         nth = rank_within(np.unique(roots, return_inverse=True)[1]).astype(np.uint64)
         for salt in (0, 1):
-            np.add.at(colour[:, salt], roots, mix(mix(values, 0) + nth, salt))
+            np.add.at(colour[:, salt], roots, mix((mix(values, 0) + nth) ^ slot[labels], salt))
     for labels, place in relations.passes:
         for salt in (0, 1):
             np.add.at(colour[:, salt], relations.roots(labels), mix(slot[labels] ^ hash_words(place, salt), salt))
@@ -94,6 +97,8 @@ def _name_slots(relations: Relations, uses: list[Use]) -> np.ndarray:
             names[use.found[new]] = mix(rank[new], 0) ^ hash_words(use.key[:2])
     for copies, origins, places in relations.copies:
         names[copies] = mix(names[origins] + places.astype(np.uint64), 1)
+    for labels, result, call in relations.dissolved:  # what something made of several places of a channel
+        names[result] = mix(names[labels].sum(keepdims=True) + np.array([call]).astype(np.uint64), 2)[0]
     return names
 
 

@@ -20,6 +20,7 @@ from intrafusion.trace.labels import FIRST, narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.rules import find_rule, refuse
 
+_FILLS = tuple(form.format(what) for what in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like"))
 _ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow", "addmm", "baddbmm", "addcmul", "addcdiv")
 
 
@@ -39,14 +40,23 @@ class Tracer(TorchDispatchMode):
         out = self.execute(func, args, kwargs)
         call = Call(func, args, kwargs, out, self.modules[-1] if self.modules else "")
         if any(map(self.ledger.knows, call.tensors)):
-            self._follow(call)
+            self.follow(call)
+        if call.name in _FILLS or not any(map(self.ledger.knows, call.tensors)):
+            self._note_constants(call)
         return out
+
+    def _note_constants(self, call: Call) -> None:
+        """Of tensors of which nothing is known: which hold one number everywhere."""
+        for tensor in call.tensors if call.in_place else ():
+            self.ledger.note_filled(tensor, False)
+        if call.name in _FILLS:
+            self.ledger.note_filled(call.out, True)
 
     def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute what an operation gives."""
         return func(*args, **kwargs)
 
-    def _follow(self, call: Call) -> None:
+    def follow(self, call: Call) -> None:
         """Apply the rule of an operation and keep what it says of the outputs."""
         self.ledger.relations.where = call.where
         for tensor in call.tensors:

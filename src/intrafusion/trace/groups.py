@@ -22,6 +22,8 @@ from intrafusion.trace.left_over import find_rows_left_over
 from intrafusion.trace.relations import Cause, Relations
 from intrafusion.trace.shared import settle_shared
 from intrafusion.trace.sides import find_second_sides, turn_roles
+from intrafusion.trace.singles import Singles
+from intrafusion.trace.units import settle_units
 from intrafusion.trace.uses import Use, decode_roles
 
 # Channels that these see together may change places, but two equal ones are more than one: a softmax, a norm or a
@@ -33,7 +35,9 @@ def build_graph(
     relations: Relations, shapes: dict[str, tuple[int, ...]], origins: list[Origin], warnings: tuple[str, ...]
 ) -> ChannelGraph:
     """Every group of interchangeable channels, in execution order."""
-    entries = settle_shared(relations)  # first: it unites channels, and everything below goes by representatives
+    settle_units(relations)  # first: these unite channels, and everything below goes by representatives
+    entries = settle_shared(relations)
+    settle_units(relations)
     table = describe_channels(relations)
     blocks = Blocks(relations, table)
     found = [*_find_channel_groups(blocks), *find_block_groups(blocks, entries)]
@@ -72,11 +76,11 @@ def _find_channel_groups(blocks: Blocks) -> list[ChannelGroup]:
     buckets = _sort_into_buckets(blocks, labels)
     second = find_second_sides(blocks.relations)
     members, notes = _collect_members(table.uses, buckets, second), _collect_notes(blocks.relations, buckets)
-    families: dict[object, int] = {}
+    families, singles = dict[object, int](), Singles(blocks.relations, table)
     found: list[tuple[int, ChannelGroup]] = []
     for index, rows in buckets:
         family = families.setdefault((table.family[rows[0]].tobytes(), len(rows)), len(families))
-        group = _make_group(blocks, rows, members[index], notes[index], family)
+        group = _make_group(blocks, singles, rows, members[index], notes[index], family)
         group = replace(group, linear=group.reducible and group.unmixable is None and not bent[rows].any())
         found.append((int(table.first[rows].min()), group))
     return _share_reasons([group for _, group in sorted(found, key=lambda item: item[0])])
@@ -132,13 +136,13 @@ def _collect_notes(relations: Relations, buckets: _Buckets) -> dict[int, list[st
 
 
 def _make_group(
-    blocks: Blocks, labels: np.ndarray, members: list[Member], notes: list[str], family: int
+    blocks: Blocks, singles: Singles, labels: np.ndarray, members: list[Member], notes: list[str], family: int
 ) -> ChannelGroup:
     one = int(labels[0])  # the channels of a bucket have all in common, so one speaks for them
     notes = list(dict.fromkeys([*blocks.list_notes(one), *notes]))
     reason = blocks.table.reasons.text_of(one)
     if reason is None and len(labels) == 1:
-        reason = "a single channel" + (f" ({notes[-1]})" if notes else "")
+        reason = singles.explain(one, notes)
     unmixable = _explain_unmixable(blocks.relations, members, blocks.list_causes(one))
     seen = blocks.explain_together(one)
     return ChannelGroup("", len(labels), tuple(members), reason, tuple(notes), unmixable, family, together=seen)

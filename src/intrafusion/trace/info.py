@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from intrafusion.brief import show_briefly
 from intrafusion.trace.labels import FIXED, compact, fill, find_varying
 
 
@@ -22,6 +23,8 @@ class Origin:
     reads: int = 0
     norm: tuple[str | None, ...] | None = None
     eps: float = 0.0
+
+    __repr__ = show_briefly
 
 
 class Axis(NamedTuple):

@@ -36,7 +36,7 @@ def compact(t: Tensor) -> Tensor:
 def narrow(t: Tensor) -> np.ndarray:
     """The labels as an array, of size 1 along every dimension that does not vary."""
     keep = find_varying(t)
-    return t.numpy()[tuple(slice(None) if d in keep else slice(0, 1) for d in range(t.dim()))]
+    return t.numpy()[(*(slice(None) if d in keep else slice(0, 1) for d in range(t.dim())), ...)]
 
 
 def fill(value: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -46,7 +46,7 @@ def fill(value: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 def _as_tensor(array: np.ndarray) -> Tensor:
     """A tensor of an array that may be a read-only view."""
-    array = np.ascontiguousarray(array)
+    array = np.ascontiguousarray(array).reshape(array.shape)  # which would make one dimension of none
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

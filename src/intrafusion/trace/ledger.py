@@ -41,6 +41,7 @@ class Ledger:
         # Weak: a tensor that the network drops is forgotten, and its memory is not held until the end of the pass.
         self._known = WeakTensorKeyDictionary()
         self._written = WeakTensorKeyDictionary()  # labels of tensors that parts were written into
+        self._alike = WeakTensorKeyDictionary()  # tensors that hold one number everywhere
         # By identity: the network holds its parameters for as long as the ledger lives, so no id is reused.
         self._parameters: dict[int, str] = {}
         self._buffers = {name for name, _ in model.named_buffers()}
@@ -80,13 +81,25 @@ class Ledger:
         elif tensor in self._known:
             del self._known[tensor]
 
+    def note_filled(self, tensor: Tensor, filled: bool) -> None:
+        """Whether a tensor of which nothing is known holds one number everywhere, the same for all channels."""
+        base = tensor if tensor._base is None else tensor._base
+        if filled:
+            self._alike[base] = True
+        elif base in self._alike:
+            del self._alike[base]
+
     def write_part(self, view: Tensor, labels: Tensor) -> LabelledTensor:
-        """Labels written into part of a tensor, of which every view then knows; the rest of an unknown one is fixed."""
+        """Labels written into part of a tensor, of which every view then knows.
+
+        The rest of an unknown one is fixed, unless it was filled with one number.
+        """
         base = view._base
         assert base is not None
         if base not in self._written:
             known = self.look_up(base)
-            start = known.labels if isinstance(known, LabelledTensor) else torch.full(base.shape, FIXED)
+            rest = UNIFORM if base in self._alike else FIXED
+            start = known.labels if isinstance(known, LabelledTensor) else torch.full(base.shape, rest)
             self._written[base] = torch.empty_strided(base.shape, base.stride(), dtype=torch.long).copy_(start)
         _view_labels(self._written[base], base, view).copy_(labels)
         self._known[base] = LabelledTensor(compact(self._written[base].clone()))
@@ -154,7 +167,9 @@ class Ledger:
                 positions, channels = pair_up(axis.coordinates, labels, 0, FIXED)
                 self.relations.share(axis.tensor, axis.dim, role, positions, channels)
             else:
-                self.relations.pin(axis.tensor, axis.dim, "laid along a dimension that is no channel dimension")
+                self.relations.pin(
+                    axis.tensor, axis.dim, f"meets what has no channels along it: {self.relations.where}"
+                )
             # A constant that meets different entries of a parameter is the same for all channels no longer.
             if bool((narrow(labels) == UNIFORM).any()):
                 labels = torch.where(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from intrafusion.brief import show_briefly
 from intrafusion.network.inputs import Inputs
 from intrafusion.trace.dispatch import is_composite
 
@@ -46,6 +47,8 @@ class Product:
     out: Tensor
     factors: Factors
     sides: tuple[tuple[Tensor, _Origins | None], ...]
+
+    __repr__ = show_briefly
 
     @property
     def contracted(self) -> tuple[int, int] | None:

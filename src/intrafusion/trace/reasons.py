@@ -43,6 +43,8 @@ def _find_unread(relations: Relations, uses: list[Use]) -> np.ndarray:
     for use in uses:
         produced[use.channels] = True
         seen[use.channels[use.roles & ROLE_BITS[Role.CONSUMES] > 0]] = True
-    for labels, *_ in relations.block_members:
+    for labels, *_ in (*relations.block_members, *relations.dissolved):
         seen[relations.roots(labels)] = True
+    for met in relations.gates:
+        seen[relations.roots(met.gates)] = True
     return np.flatnonzero(produced & ~seen & ~relations.is_block[: relations.count])

@@ -6,12 +6,16 @@ a set of channels that were seen together, such as a head, a norm group or a gro
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 
 from intrafusion.graph import Factor, Role, Slice, WeightNorm
+from intrafusion.trace.arrays import split_runs
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM
 
 Key = tuple[str, int, Slice | None]
@@ -57,6 +61,15 @@ class Cause(StrEnum):
     PRODUCT = "contracted between two activations"
 
 
+class Gates(NamedTuple):
+    """members[i] met gates[i], a channel that is one value for several others; `gates` decides what that means."""
+
+    members: np.ndarray
+    gates: np.ndarray
+    call: int
+    where: str
+
+
 class Relations:
     """Collects relations during the forward pass; `groups.build_graph` turns them into a ChannelGraph."""
 
@@ -71,16 +84,18 @@ class Relations:
         self.calls = 0  # operations so far
         self.where = ""  # the present operation, for messages
         self.tied: list[tuple[np.ndarray, str]] = []  # channels that met fixed data, and where
+        self.unions: list[tuple[np.ndarray, np.ndarray, str]] = []  # labels that became one, in order, and where
         self.block_members: list[tuple[np.ndarray, int, int]] = []
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.meetings: list[tuple[np.ndarray, int, int]] = []
+        self.gates: list[Gates] = []
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
+        self.dissolved: list[tuple[np.ndarray, int, int]] = []  # blocks that turned out to be one channel
         self.causes: dict[int, tuple[Cause, str]] = {}
         self.colours: list[tuple[np.ndarray, np.ndarray]] = []
         self.next_colour = 0
-        self.sides: UnionFind | None = None  # `sets` without what only a product of two activations united
         self.bent: list[np.ndarray] = []  # channels that something not linear was done to
-        self.contracted: list[np.ndarray] = []  # pairs (2, k) of labels that such a product multiplied and summed
+        self.products: set[str] = set()  # where two activations were multiplied and summed, as in `unions`
         self.passes: list[tuple[np.ndarray, tuple[int, int]]] = []
         self.blocked: list[tuple[np.ndarray, str]] = []
         self.pins: dict[tuple[str, int], str] = {}
@@ -94,15 +109,11 @@ class Relations:
         """New labels, one per channel."""
         start, self.count = self.count, self.count + count
         self.births.append(start)
-        for sets in self._all_sets():
-            sets.reserve(self.count)
+        self.sets.reserve(self.count)
         if self.count > len(self.is_block):
             self.is_block = np.concatenate([self.is_block, np.zeros(max(self.count, len(self.is_block)), bool)])
         self.is_block[start : self.count] = block
         return np.arange(start, self.count)
-
-    def _all_sets(self) -> list[UnionFind]:
-        return [self.sets] if self.sides is None else [self.sets, self.sides]
 
     def roots(self, labels: np.ndarray) -> np.ndarray:
         return self.sets.find(labels)
@@ -132,21 +143,12 @@ class Relations:
         met = (x == FIXED) != (y == FIXED)
         if met.any():
             self.tied.append((np.maximum(x[met], y[met]), self.where))
-        for sets in self._all_sets():
-            sets.unite(x[~blocks], y[~blocks])
+        self.join(x[~blocks], y[~blocks])
 
-    def contract(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """As `merge`, of the two sides of a product: they move together, yet are transformed in opposite ways."""
-        if self.sides is None:
-            self.sides = UnionFind(0)
-            self.sides.parent = self.sets.parent.copy()
-        both = (x >= FIRST) & (y >= FIRST) & ~self.is_block[x] & ~self.is_block[y]
-        self.contracted.append(np.unique(np.stack([x[both], y[both]]), axis=1))
-        sides, self.sides = self.sides, None
-        result = self.merge(x, y)
-        self.sides = sides
-        sides.reserve(len(self.sets.parent))
-        return result
+    def join(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Labels of channels that are one from now on, and what made them so."""
+        self.unions.append((x, y, self.where))
+        self.sets.unite(x, y)
 
     def copy(self, labels: np.ndarray, places: np.ndarray | int) -> np.ndarray:
         """New labels of the same channels, apart for each place: what follows may treat the places differently."""
@@ -159,8 +161,7 @@ class Relations:
         self.is_block[fresh] = blocks
         self.ties.append((origins[blocks], fresh[blocks]))
         # Copies are the same channel from birth; they only have names of their own, so that slots can be told apart.
-        for sets in self._all_sets():
-            sets.parent[fresh[~blocks]] = sets.find(origins[~blocks])
+        self.sets.parent[fresh[~blocks]] = self.roots(origins[~blocks])
         self.copies.append((fresh, origins, (distinct & 0xFFFFFF) + (self.calls << 24)))
         result = labels.copy()
         result[named] = fresh[which]
@@ -178,6 +179,33 @@ class Relations:
         result = np.where(weaker, y, x)
         result[blocks] = self._of_two_blocks(x[blocks], y[blocks])
         return result
+
+    def gate(self, x: np.ndarray, y: np.ndarray, along: Sequence[int]) -> np.ndarray:
+        """As `merge`, where x has one value for all channels that y holds along some dimensions: a gate.
+
+        One channel that meets many does not make them one: they may still change places, as all see the same. The two
+        arrays need only broadcast to one shape, and so does what is returned.
+        """
+        plain_x, plain_y = ((z >= FIRST) & ~self.is_block[z] for z in (x, y))
+        self._note_gates(np.where(plain_x, x, UNIFORM), np.where(plain_y, y, UNIFORM), along)
+        if plain_x.all() and plain_y.all():
+            return y
+        x, y = np.broadcast_arrays(x, y)
+        return self.merge(np.where(plain_x & plain_y, UNIFORM, x), y)
+
+    def _note_gates(self, x: np.ndarray, y: np.ndarray, along: Sequence[int]) -> None:
+        """Which labels of y each label of x meets, 0 left out."""
+        rest = [d for d in range(y.ndim) if d not in along]
+        moved = y.transpose(*rest, *along)
+        rows, which = np.unique(moved.reshape(math.prod(moved.shape[: len(rest)]), -1), axis=0, return_inverse=True)
+        gates = x.transpose(*rest, *along)[(..., *(0 for _ in along))]
+        pairs = np.stack([a.ravel() for a in np.broadcast_arrays(gates, which.reshape(moved.shape[: len(rest)]))])
+        for gate, found in split_runs(*np.unique(pairs[:, pairs[0] > UNIFORM], axis=1)):
+            # What one gate meets in several rows may meet another value of it in each: those rows move together.
+            for row in found[1:]:
+                self.merge(rows[found[0]], rows[row])
+            met = np.unique(rows[found][rows[found] >= FIRST])
+            self.gates.append(Gates(met, np.full(len(met), gate), self.calls, self.where))
 
     def _of_two_blocks(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """A new block for each distinct pair of blocks, tied to both."""

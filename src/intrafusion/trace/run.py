@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -16,12 +17,14 @@ from intrafusion.network.state import Memory, preserve_state
 from intrafusion.network.wrappers import unwrap
 from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.dispatch import Tracer
+from intrafusion.trace.fixed import find_fixed_sides
 from intrafusion.trace.groups import build_graph
 from intrafusion.trace.info import LabelledTensor
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.random import Draws
 
 
+@checked
 def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None = None) -> ChannelGraph:
     """Find the coupled channel groups of a network from one run on an example input.
 
@@ -41,7 +44,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None 
     run = _run_first_possible(model, inputs, calls)
     warnings = (*_warn_of_unreached(model, run.ledger), *_warn_of_unopened(run), *_warn_of_draws(run))
     graph = build_graph(run.ledger.relations, run.ledger.shapes, run.ledger.origins, warnings)
-    return replace(graph, calls=run.calls)
+    return replace(graph, calls=run.calls, fixed=find_fixed_sides(run.ledger, graph))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from intrafusion.graph import Role
 from intrafusion.trace.arrays import is_increasing
 from intrafusion.trace.relations import Relations
+from intrafusion.trace.units import list_memberships
 
 _Records = list[tuple[Role, np.ndarray, np.ndarray]]
 
@@ -49,17 +50,18 @@ def _settle_by_blocks(
         return False
     positions = np.concatenate([p for _, p, _ in records])
     labels = relations.roots(np.concatenate([c for _, _, c in records]))
-    served, membership = _list_served(positions, labels), _list_memberships(relations)
+    served, membership = _list_served(positions, labels), _list_memberships(relations, labels)
     owners = _find_owners(served, membership)
     if owners is not None:
         for position, block in owners.items():
             found[block].append(BlockEntry(tensor, dim, position, records[0][0]))
         return True
-    if not _runs_across_blocks(relations, served, membership):
+    if not _runs_across_blocks(relations, served, membership) and not _are_gates(served):
         return False
-    # One entry for the k-th channel of every head: it cannot follow one channel, so it only sets channels apart.
+    # One entry for the k-th channel of every head, or for a whole branch of channels that meet others elsewhere: it
+    # cannot follow one channel, so it only sets channels apart.
     relations.colour(labels, positions)
-    relations.note(labels, f"one entry of {tensor} serves several blocks")
+    relations.note(labels, f"one entry of {tensor} serves several channels")
     return True
 
 
@@ -67,6 +69,7 @@ def _use_by_channels(relations: Relations, tensor: str, dim: int, records: _Reco
     """One entry is one channel: all that it serves move together."""
     table = relations.tables.get((tensor, dim, None))
     size = max(int(p.max()) for _, p, _ in records) + 1 if table is None else len(table)
+    relations.where = f"one entry of {tensor} serves them all"
     for role, positions, labels in records:
         relations.use((tensor, dim, None), size, role, positions, labels)
 
@@ -86,13 +89,14 @@ def _list_served(positions: np.ndarray, labels: np.ndarray) -> dict[int, set[int
     return served
 
 
-def _list_memberships(relations: Relations) -> dict[int, set[int]]:
-    """Which blocks a channel is in, by representatives."""
-    membership: dict[int, set[int]] = defaultdict(set)
-    for labels, block, _ in (*relations.block_members, *relations.meetings):
-        root = int(relations.roots(np.array([block]))[0])
-        for label in np.unique(relations.roots(labels)).tolist():
-            membership[label].add(root)
+def _list_memberships(relations: Relations, channels: np.ndarray) -> dict[int, set[int]]:
+    """Which blocks these are in, by representatives; a gate is like a block for the channels that it meets."""
+    membership = list_memberships(relations, channels)
+    for met in relations.gates:
+        for member, gate in zip(
+            relations.roots(met.members).tolist(), relations.roots(met.gates).tolist(), strict=True
+        ):
+            membership[member].add(gate)
     return membership
 
 
@@ -102,6 +106,12 @@ def _find_owners(served: dict[int, set[int]], membership: dict[int, set[int]]) -
     owners = {p: min(c) for p, c in common.items() if c}
     several = len(served) > 1 and len(owners) == len(served)
     return owners if several and len(set(owners.values())) == len(owners) else None
+
+
+def _are_gates(served: dict[int, set[int]]) -> bool:
+    """Whether all entries serve the same several channels, as the weights of branches that are summed do."""
+    each = list(served.values())
+    return len(each) > 1 and len(each[0]) > 1 and all(channels == each[0] for channels in each)
 
 
 def _runs_across_blocks(relations: Relations, served: dict[int, set[int]], membership: dict[int, set[int]]) -> bool:

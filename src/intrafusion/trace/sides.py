@@ -11,7 +11,8 @@ from collections import defaultdict, deque
 import numpy as np
 
 from intrafusion.graph import Role
-from intrafusion.trace.relations import Relations
+from intrafusion.trace.labels import FIRST
+from intrafusion.trace.relations import Relations, UnionFind
 
 _OPPOSITE = {Role.PRODUCES: Role.MATCHES, Role.SHIFTS: Role.MATCHES}
 
@@ -22,12 +23,19 @@ def find_second_sides(relations: Relations) -> np.ndarray:
     The side that was computed first is the first. Where a label is multiplied with its own side, as in a Gram matrix,
     nothing is said.
     """
-    second = np.zeros(relations.count, bool)
-    if relations.sides is None:
-        return second
-    roots = relations.sides.find(np.arange(relations.count))
-    second[:] = np.isin(roots, _colour(roots[np.concatenate(relations.contracted, axis=1)]))
-    return second
+    if not relations.products:
+        return np.zeros(relations.count, bool)
+    sides, met = UnionFind(relations.count), []
+    for copies, origins, _ in relations.copies:
+        sides.unite(copies, origins)
+    for x, y, where in relations.unions:
+        if where in relations.products:
+            met.append(np.stack([x, y]))
+        else:
+            sides.unite(x, y)
+    roots = sides.find(np.arange(relations.count))
+    edges = np.concatenate([np.zeros((2, 0), np.int64), *met], axis=1)
+    return np.isin(roots, _colour(np.unique(roots[edges[:, edges.min(0) >= FIRST]], axis=1)))
 
 
 def _colour(edges: np.ndarray) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import Role
 from intrafusion.trace.arrays import classify, is_increasing
 from intrafusion.trace.labels import FIRST
@@ -26,6 +27,8 @@ class Use:
     which: np.ndarray  # index into channels, for each position
     slots: np.ndarray  # number of positions of each channel
     roles: np.ndarray  # role bits of each channel
+
+    __repr__ = show_briefly
 
 
 def list_uses(relations: Relations) -> list[Use]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from intrafusion.errors import ModelError, unknown_name
+from intrafusion.arguments import Count, Positive, Seed, checked
+from intrafusion.errors import ArgumentError, ModelError, unknown_name
 
 KINDS = ("full", "unfrozen", "biases", "norms", "head", "lora")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -21,14 +22,14 @@ def kinds_of(trainable: str | Sequence[str]) -> tuple[str, ...]:
     """("biases", "norms") from "biases+norms" or a sequence.
 
     Raises:
-        ValueError: an unknown kind, or none.
+        ArgumentError: an unknown kind, or none.
     """
     kinds = tuple(trainable.split("+") if isinstance(trainable, str) else trainable)
     for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(unknown_name("kind of parameters", kind, KINDS))
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ArgumentError(unknown_name("kind of parameters", kind, KINDS))
     if not kinds:
-        raise ValueError(f"trainable: expected at least one of {', '.join(KINDS)}, got none.")
+        raise ArgumentError(f"trainable: expected at least one of {', '.join(KINDS)}, got none.")
     return kinds
 
 
@@ -70,16 +71,17 @@ class _Masked(nn.Module):
         return weight * self.mask
 
 
+@checked
 @contextmanager
 def adapt(
     model: nn.Module,
     trainable: str | Sequence[str] = "full",
     *,
-    rank: int = 32,
-    alpha: float = 16.0,
+    rank: Count = 32,
+    alpha: Positive = 16.0,
     masks: Mapping[str, Tensor] | None = None,
     within: str = "",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Iterator[list[nn.Parameter]]:
     """Only these parameters can be trained inside the block; afterwards adapters are merged into the weights.
 
@@ -121,7 +123,9 @@ def adapt(
                 parts.append(layer)
         if not trained:
             where = repr(within) if within else "the network"
-            raise ModelError(f"train: {where} has no parameters of the kind {' or '.join(kinds)} to train.")
+            raise ModelError(
+                f"train: {where} has no parameters of the kind {' or '.join(kinds)} to train; choose others."
+            )
         yield trained
     finally:
         for layer in parts:
@@ -164,4 +168,4 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         weight = weights.get(name)
         if not isinstance(weight, Tensor) or weight.shape != mask.shape:
             has = "no such weight" if not isinstance(weight, Tensor) else f"a weight {list(weight.shape)}"
-            raise ModelError(f"masks: {name!r} is {list(mask.shape)}, the network has {has}.")
+            raise ModelError(f"masks: {name!r} is {list(mask.shape)}, the network has {has}; `masks_of` makes some.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import Batch, checked
 from intrafusion.graph import ChannelGraph
 from intrafusion.plan import Plan
 from intrafusion.train.loop import train_
@@ -26,10 +27,11 @@ class _Unlabelled:
         return torch.zeros(len(self.images), dtype=torch.long)
 
 
+@checked
 def reconstruct_(
     model: nn.Module,
     reference: nn.Module,
-    images: Tensor,
+    images: Batch,
     blocks: Sequence[str],
     how: Training | None = None,
     *,
@@ -52,6 +54,7 @@ def reconstruct_(
     }
 
 
+@checked
 def merges_of(graph: ChannelGraph, plan: Plan, blocks: Sequence[str]) -> dict[str, Tensor]:
     """The merge of the group of channels that leaves each block, for blocks whose output was reduced.
 

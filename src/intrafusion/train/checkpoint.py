@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import FolderError
-from intrafusion.io.atomic import atomic_file
+from intrafusion.io.atomic import atomic_file, report_unreadable
 from intrafusion.train.training import Epoch, Training
 
 _FILE = "checkpoint.pt"
@@ -34,6 +35,8 @@ class Course:
     steps: int = 0
     best: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    __repr__ = show_briefly
 
 
 def write_checkpoint(
@@ -65,8 +68,9 @@ def resume_(
         FolderError: it is damaged, or of another training.
     """
     path = folder / _FILE
-    if not path.is_file():
-        return None
+    with report_unreadable(path):
+        if not path.is_file():
+            return None
     made_with, images, saved, optimizer_state, course = _read(path)
     if (made_with, images) != (how, count):
         raise FolderError(f"{path}: is of a training with other data or options; remove it, or choose another folder.")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from intrafusion.errors import IntrafusionError
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError, IntrafusionError, show
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.train.accelerator import find_accelerator
 from intrafusion.train.adapters import adapt
@@ -29,6 +30,7 @@ from intrafusion.train.training import Epoch, History, Labelled, Training
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
+@checked
 def train_(
     model: nn.Module,
     data: Labelled,
@@ -60,7 +62,7 @@ def train_(
         folder: keep a checkpoint there after every epoch, and resume from it.
         on_epoch: called as (index, epoch) after every epoch.
     Raises:
-        ValueError: no images, or patience without validation images.
+        ArgumentError: no images, or patience without validation images.
         ModelError: nothing to train, labels that are missing, or masks that do not fit.
         FolderError: a checkpoint of another training.
         IntrafusionError: the loss is NaN, or Accelerate is needed and not installed.
@@ -77,9 +79,9 @@ def train_(
 
 def _check_data(data: Labelled, how: Training, validation: Labelled | None) -> None:
     if not len(data.images) or len(data.images) != len(data.labels):
-        raise ValueError(f"expected one label per image, got {len(data.images)} images, {len(data.labels)} labels.")
+        raise ArgumentError(f"expected one label per image, got {len(data.images)} images, {len(data.labels)} labels.")
     if how.patience is not None and validation is None:
-        raise ValueError("patience: stopping early needs validation images; give some, out of the training set.")
+        raise ArgumentError("patience: stopping early needs validation images; give some, out of the training set.")
 
 
 @dataclass(eq=False)
@@ -181,7 +183,7 @@ class _Run:
         """The images of a batch, augmented, and their labels: this process's share."""
         images, labels = self.data.images[chosen], self.data.labels[chosen]
         if self.augment is not None:
-            images = self.augment(images, generator)
+            images = _check_tensor(self.augment(images, generator), "augment")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         return images[rank::world], labels[rank::world]
 
@@ -198,9 +200,9 @@ class _Run:
         first = self.trained[0]
         images = images.to(first.device, first.dtype if images.is_floating_point() else None)
         with self.accelerator.autocast():
-            loss = self.objective(self.called, images, labels.to(first.device)) * share
+            loss = _check_tensor(self.objective(self.called, images, labels.to(first.device)), "objective") * share
             if self.penalty is not None:
-                loss = loss + self.penalty(self.model).to(loss) * share
+                loss = loss + _check_tensor(self.penalty(self.model), "penalty").to(loss) * share
         if not bool(torch.isfinite(loss)):
             raise IntrafusionError(
                 f"train: the loss is {loss.item()} after {self.course.steps} updates; lower lr (now {self.how.lr})."
@@ -226,6 +228,13 @@ class _Run:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes: parameters, adapters and buffers."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+
+def _check_tensor(value: Any, name: str) -> Tensor:
+    """What a function of the caller gave."""
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"train: {name}: expected a function that returns a tensor, got {show(value)} from it.")
+    return value
 
 
 # ---- order of the images --------------------------------------------------------------------------------------------

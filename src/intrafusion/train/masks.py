@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from intrafusion.errors import FolderError, ModelError, unknown_name
+from intrafusion.arguments import Count, Seed, checked
+from intrafusion.errors import ArgumentError, FolderError, ModelError, show, unknown_name
 from intrafusion.io.atomic import atomic_file, report_unreadable
 from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
@@ -22,14 +23,15 @@ from intrafusion.trace import trace
 Masks = dict[str, Tensor]
 
 
+@checked
 def masks_of(
     model: nn.Module,
     sparsity: float,
     criterion: str = "magnitude",
     images: ImagesLike | None = None,
     *,
-    rows: int = 4096,
-    seed: int = 0,
+    rows: Count = 4096,
+    seed: Seed = 0,
 ) -> Masks:
     """For every convolution with one group and every linear layer, which entries of its weight stay.
 
@@ -45,13 +47,13 @@ def masks_of(
     Returns:
         boolean masks, True where an entry stays, by name of the weight.
     Raises:
-        ValueError: an unknown criterion, or a sparsity outside [0, 1).
+        ArgumentError: an unknown criterion, or a sparsity outside [0, 1).
         ModelError: no images where they are needed.
     """
     if criterion not in _CRITERIA:
-        raise ValueError(unknown_name("criterion", criterion, _CRITERIA))
+        raise ArgumentError(unknown_name("criterion", criterion, _CRITERIA))
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: expected a fraction in [0, 1), got {sparsity!r}.")
+        raise ArgumentError(f"sparsity: expected a fraction in [0, 1), got {show(sparsity)}; 0.5 drops half.")
     if criterion == "magnitude":
         weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
         flat = {n: w.detach().abs().reshape(1, -1) for n, w in weights.items() if isinstance(w, Tensor)}
@@ -98,6 +100,7 @@ def contribution(weight: Tensor, read: Tensor) -> Tensor:
     return weight.abs() * (shares.T @ read.abs()) / len(read)
 
 
+@checked
 def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set the entries that do not stay to zero (in place).
 
@@ -113,12 +116,14 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             tensors[name].masked_fill_(~mask.to(tensors[name].device), 0.0)
 
 
+@checked
 def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Write masks to a safetensors file: a zero weight does not say that it was dropped."""
     with atomic_file(path) as temporary:
         save_file({name: detach_dense(name, mask) for name, mask in masks.items()}, temporary)
 
 
+@checked
 def load_masks(path: str | os.PathLike[str]) -> Masks:
     """Read what `save_masks` wrote.
 

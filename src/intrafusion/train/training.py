@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from intrafusion.errors import unknown_name
+from intrafusion.arguments import Count, Natural, NotNegative, Positive, Seed, checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.train.adapters import kinds_of
 
 _OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float, float], Optimizer]] = {
@@ -27,6 +29,7 @@ _DECAYS: dict[str, Callable[[float, float], float]] = {
 }
 
 
+@runtime_checkable
 class Labelled(Protocol):
     """Images (k, ...) and their class numbers (k,), such as `zoo.Images`."""
 
@@ -36,6 +39,7 @@ class Labelled(Protocol):
     def labels(self) -> Tensor: ...
 
 
+@checked
 @dataclass(frozen=True)
 class Training:
     """How a network is trained.
@@ -64,51 +68,49 @@ class Training:
         shuffle: "epoch" draws the order of each epoch from a seed of its own, "stream" all orders from one stream.
     """
 
-    epochs: int = 10
-    steps: int | None = None
-    batch_size: int = 128
+    epochs: Count = 10
+    steps: Count | None = None
+    batch_size: Count = 128
     optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
+    lr: NotNegative = 1e-3
+    weight_decay: NotNegative = 0.0
     warmup: float = 0.1
     decay: str = "linear"
     trainable: str = "full"
-    rank: int = 32
-    alpha: float = 16.0
-    accumulate: int = 1
+    rank: Count = 32
+    alpha: Positive = 16.0
+    accumulate: Count = 1
     precision: Literal["no", "bf16", "fp16"] = "no"
-    patience: int | None = None
-    clip: float | None = None
-    seed: int = 0
-    halve_every: int = 30
+    patience: Count | None = None
+    clip: Positive | None = None
+    seed: Seed = 0
+    halve_every: Count = 30
     drop_last: bool = True
     shuffle: Literal["epoch", "stream"] = "epoch"
+
+    __repr__ = show_briefly
 
     def __post_init__(self) -> None:
         kinds_of(self.trainable)
         self._check_names()
-        self._check_counts()
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup: expected a fraction in [0, 1), got {self.warmup!r}.")
+            raise ArgumentError(f"warmup: expected a fraction in [0, 1), got {self.warmup!r}.")
 
     def _check_names(self) -> None:
-        valid = {"optimizer": _OPTIMIZERS, "decay": _DECAYS}
-        valid |= {"precision": ("no", "bf16", "fp16"), "shuffle": ("epoch", "stream")}
-        for field, names in valid.items():
+        for field, names in {"optimizer": _OPTIMIZERS, "decay": _DECAYS}.items():
             if getattr(self, field) not in names:
-                raise ValueError(unknown_name(field, getattr(self, field), names))
+                raise ArgumentError(unknown_name(field, getattr(self, field), names))
 
-    def _check_counts(self) -> None:
-        fields = ["epochs", "batch_size", "accumulate", "rank", "halve_every"]
-        fields += [field for field in ("patience", "steps") if getattr(self, field) is not None]
-        for field in fields:
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)!r}.")
-
+    @checked
     def build_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        if not parameters:
+            raise ArgumentError(
+                "parameters: expected at least one to train, got none; `adapt` gives those of a network."
+            )
         return _OPTIMIZERS[self.optimizer](parameters, self.lr, self.weight_decay)
 
-    def find_rate(self, step: int, total: int, per_epoch: int) -> float:
+    @checked
+    def find_rate(self, step: Natural, total: Count, per_epoch: Count) -> float:
         """Learning rate of update `step` out of `total`, counted from 0: a linear rise, then the decay."""
         rise = round(self.warmup * total)
         if step < rise:
@@ -142,6 +144,8 @@ class History:
     trained: int
     steps: int
     best: int
+
+    __repr__ = show_briefly
 
     @property
     def seconds(self) -> float:

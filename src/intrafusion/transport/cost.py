@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from intrafusion.arguments import Matrix, checked
+from intrafusion.errors import ArgumentError
+
 _BLOCK = 128
 
 
-def unit_rows(x: Tensor) -> Tensor:
+@checked
+def unit_rows(x: Matrix) -> Tensor:
     """Rows scaled to unit l2 length; a zero row stays zero.
 
     >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
@@ -21,7 +25,8 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / torch.where(length > 0, length, 1.0)
 
 
-def direction_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> Tensor:
+@checked
+def direction_cost(x: Matrix, y: Matrix, *, p: float = 1.0) -> Tensor:
     r"""Distance between directions: C_ij = || x_i / |x_i|_2 - y_j / |y_j|_2 ||_p.
 
     Args:
@@ -31,11 +36,11 @@ def direction_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> Tensor:
     Returns:
         (n, m) float64, finite for finite rows: the direction of a zero row is zero.
     Raises:
-        ValueError: p < 1, or the rows differ in length.
+        ArgumentError: p < 1, or the rows differ in length.
     Reference: Theus et al. 2024, section 3.2.
     """
     if not p >= 1:
-        raise ValueError(f"p: expected 1 <= p <= inf, got {p}.")
+        raise ArgumentError(f"p: expected 1 <= p <= inf, got {p}.")
     _check_lengths(x, y)
     x, y = unit_rows(x), unit_rows(y)
     if p == 1:  # additive over columns: blocks that stay in the cache are twice as fast
@@ -44,7 +49,8 @@ def direction_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> Tensor:
     return _distance(x, y, p)
 
 
-def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
+@checked
+def cosine_cost(x: Matrix, y: Matrix) -> Tensor:
     r"""C_ij = 1 - <x_i, y_j> / (|x_i|_2 |y_j|_2), from 0 (one direction) to 2 (opposite); 1 for a zero row.
 
     Half the square of `direction_cost` with p = 2, so no metric: leaving a channel where it is need not be cheapest.
@@ -55,7 +61,7 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         (n, m) float64, finite for finite rows.
     Raises:
-        ValueError: the rows differ in length.
+        ArgumentError: the rows differ in length.
     """
     _check_lengths(x, y)
     return (1 - unit_rows(x) @ unit_rows(y).T).clamp(0, 2)
@@ -63,7 +69,7 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
 
 def _check_lengths(x: Tensor, y: Tensor) -> None:
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"rows to compare differ in length: {x.shape[1]} and {y.shape[1]}.")
+        raise ArgumentError(f"rows to compare differ in length: {x.shape[1]} and {y.shape[1]}; describe both alike.")
 
 
 def _distance(x: Tensor, y: Tensor, p: float) -> Tensor:

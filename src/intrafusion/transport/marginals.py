@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from intrafusion.errors import unknown_name
+from intrafusion.arguments import Indices, Vector, checked
+from intrafusion.errors import ArgumentError, unknown_name
 
 _LEAST = 1e-6  # of a uniform share: no channel is ever without mass, so plans can be divided by their marginals
 
 
-def marginal(name: str, importance: Tensor, kept: Tensor) -> Tensor:
+@checked
+def marginal(name: str, importance: Vector, kept: Indices) -> Tensor:
     """Positive masses of k channels that sum to 1.
 
     Args:
@@ -21,11 +23,15 @@ def marginal(name: str, importance: Tensor, kept: Tensor) -> Tensor:
         importance: (k,) scores of the channels.
         kept: indices among the k of the channels that stay; only "radical" looks at them.
     Raises:
-        ValueError: unknown name, or "importance" with a negative score.
+        ArgumentError: unknown name, or "importance" with a negative score.
     Reference: Theus et al. 2024, Table 4; "softmax" from the paper's text, "radical" from its released code.
     """
     if name not in MARGINALS:
-        raise ValueError(unknown_name("marginal", name, MARGINALS))
+        raise ArgumentError(unknown_name("marginal", name, MARGINALS))
+    if len(importance) == 0 or not bool(torch.isfinite(importance).all()):
+        raise ArgumentError("marginal: expected finite scores of at least one channel; look at the criterion.")
+    if len(kept) == 0 or not 0 <= int(kept.min()) <= int(kept.max()) < len(importance):
+        raise ArgumentError(f"kept: expected some of {len(importance)} channels, got {kept.tolist()!r:.80}.")
     mass = MARGINALS[name](importance.double(), kept).clamp_min(_LEAST / len(importance))
     return mass / mass.sum()
 
@@ -36,7 +42,7 @@ def _uniform(importance: Tensor, kept: Tensor) -> Tensor:
 
 def _proportional(importance: Tensor, kept: Tensor) -> Tensor:
     if bool((importance < 0).any()):
-        raise ValueError(
+        raise ArgumentError(
             f"marginal 'importance': expected scores >= 0, got {importance.min().item():.4g}; use 'softmax'."
         )
     largest = importance.max()

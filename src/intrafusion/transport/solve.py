@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intrafusion.errors import IntrafusionError
+from intrafusion.arguments import Count, Matrix, Positive, Vector, checked
+from intrafusion.errors import ArgumentError, IntrafusionError
 
 
-def optimal_coupling(cost: Tensor, a: Tensor, b: Tensor, *, max_iterations: int = 10_000_000) -> Tensor:
+@checked
+def optimal_coupling(cost: Matrix, a: Vector, b: Vector, *, max_iterations: Count = 10_000_000) -> Tensor:
     r"""The cheapest way to move mass a to mass b.
 
     T = argmin <T, C>  subject to  T 1 = a,  T^T 1 = b,  T >= 0.
@@ -24,7 +26,7 @@ def optimal_coupling(cost: Tensor, a: Tensor, b: Tensor, *, max_iterations: int 
     Returns:
         T (n, m) float64, at most n + m - 1 entries of it non-zero.
     Raises:
-        ValueError: shapes that do not fit, a cost that is not finite, masses that are negative or differ in sum.
+        ArgumentError: shapes that do not fit, a cost that is not finite, masses that are negative or differ in sum.
         IntrafusionError: the solver stopped before the optimum.
     Reference: Bonneel et al. 2011 (the solver); Theus et al. 2024, Algorithm 2.
 
@@ -45,14 +47,15 @@ def optimal_coupling(cost: Tensor, a: Tensor, b: Tensor, *, max_iterations: int 
     return torch.as_tensor(coupling, dtype=torch.float64, device=cost.device)
 
 
+@checked
 def entropic_coupling(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
+    cost: Matrix,
+    a: Vector,
+    b: Vector,
     *,
     epsilon: float = 0.01,
-    max_iterations: int = 10_000,
-    tolerance: float = 1e-3,
+    max_iterations: Count = 10_000,
+    tolerance: Positive = 1e-3,
 ) -> Tensor:
     r"""A nearly cheapest way to move mass a to mass b, for groups of thousands of channels.
 
@@ -72,13 +75,15 @@ def entropic_coupling(
     Returns:
         T (n, m) float64, dense.
     Raises:
-        ValueError: as `optimal_coupling`, or epsilon <= 0.
+        ArgumentError: as `optimal_coupling`, or epsilon <= 0.
         IntrafusionError: no convergence.
     Reference: Cuturi 2013; Schmitzer 2019 (logarithms); Altschuler et al. 2017, Algorithm 2 (exact sums).
     """
     _check(cost, a, b)
     if not epsilon > 0:
-        raise ValueError(f"epsilon: expected a number > 0, got {epsilon!r}; for an exact plan take the exact solver.")
+        raise ArgumentError(
+            f"epsilon: expected a number > 0, got {epsilon!r}; for an exact plan take the exact solver."
+        )
     import ot
 
     cost, a, b = (x.double() for x in (cost, a.to(cost.device), b.to(cost.device)))
@@ -111,13 +116,15 @@ def _round_coupling(coupling: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _check(cost: Tensor, a: Tensor, b: Tensor) -> None:
     if cost.dim() != 2 or a.shape != cost.shape[:1] or b.shape != cost.shape[1:]:
-        raise ValueError(
+        raise ArgumentError(
             f"expected cost (n, m), a (n,), b (m,); got {tuple(cost.shape)}, {tuple(a.shape)}, {tuple(b.shape)}."
         )
     if not bool(torch.isfinite(cost).all()):
-        raise ValueError("cost: expected finite distances, got NaN or infinity; are all weights finite?")
+        raise ArgumentError("cost: expected finite distances, got NaN or infinity; are all weights finite?")
     for name, mass in (("a", a), ("b", b)):
-        if not bool((mass >= 0).all()):
-            raise ValueError(f"{name}: expected masses >= 0, got {mass.min().item():.4g}.")
+        if not bool((mass >= 0).all() and torch.isfinite(mass).all()):
+            raise ArgumentError(
+                f"{name}: expected finite masses >= 0, got {mass.min().item():.4g} to {mass.max().item():.4g}."
+            )
     if not torch.isclose(a.double().sum(), b.double().sum(), rtol=1e-9, atol=0.0):
-        raise ValueError(f"expected a and b to carry the same mass, got {a.sum().item()} and {b.sum().item()}.")
+        raise ArgumentError(f"expected a and b to carry the same mass, got {a.sum().item()} and {b.sum().item()}.")

@@ -13,6 +13,8 @@ from intrafusion.lab.bench import read_records
 from intrafusion.lab.bench.records import INNER, WHOLE, Record
 from intrafusion.lab.experiments import EXPERIMENTS, Subject, get_experiment, run_experiment
 from intrafusion.lab.experiments.subject import fingerprint
+from intrafusion.lab.report.figures import figures
+from intrafusion.lab.report.records import tables
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.drift import drift
 from intrafusion.recipe import Recipe
@@ -37,7 +39,7 @@ def test_data_free_measures_every_group_alone(digits, tmp_path):
         (group, criterion, method)
         for group in groups
         for criterion in ("l1", "l2")
-        for method in ("select", "intrafusion")
+        for method in ("select", "intrafusion", "pivot+noise")
     ]
     assert records[0].result["accuracy"] == accuracy(digits.model, digits.test.images, digits.test.labels)
     group = digits.graph[groups[2]]
@@ -86,7 +88,8 @@ def test_marginals_compares_networks(digits, tmp_path):
 
 
 def test_output_drift_counts_every_image(digits, tmp_path):
-    records = ran("output-drift", [digits], tmp_path, keep=(0.7, 0.3), group=(WHOLE,))
+    paper = ("select", "intrafusion")
+    records = ran("output-drift", [digits], tmp_path, keep=(0.7, 0.3), group=(WHOLE,), method=paper)
     for record in records:
         small = by_hand(digits, record.setting["keep"], record.setting["method"])
         distances = drift(small.model, digits.model, digits.test.images)
@@ -120,8 +123,9 @@ def test_fine_tune_reduces_in_steps_and_trains(digits, tmp_path):
     before = fingerprint(digits.model)
     options = {"keep": (0.5,), "steps": 2, "step_epochs": 1, "epochs": 2, "lr": 0.02, "batch": 25}
     records = ran("fine-tune", [digits], tmp_path, **options)
-    assert [r.setting["method"] for r in records] == ["original", "select", "intrafusion"]
-    for record in records[1:]:
+    assert [r.setting["method"] for r in records] == ["original", "select", "intrafusion", "pivot+images"]
+    assert records[3].result["accuracy_reduced"] > max(r.result["accuracy_reduced"] for r in records[1:3])
+    for record in records[1:3]:
         stages = record.result["stages"]
         assert [(s["stage"], s["epoch"]) for s in stages] == [
             ("original", 0),
@@ -166,7 +170,40 @@ def test_a_second_run_measures_nothing(digits, tmp_path, monkeypatch):
     first = ran("whole-model", [digits], tmp_path, keep=(0.9,))
     monkeypatch.setattr(Subject, "accuracy", lambda *_: pytest.fail("measured again"))
     assert ran("whole-model", [digits], tmp_path, keep=(0.9,)) == first
-    assert len(read_records(tmp_path / "whole-model.jsonl")) == 3
+    assert len(read_records(tmp_path / "whole-model.jsonl")) == 4
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_our_default_stands_beside_the_method_of_the_paper(digits, tmp_path, images):
+    subject = digits if images else replace(digits, train=None)
+    *_, ours = ran("whole-model", [subject], tmp_path, keep=(0.7,))
+    assert ours.setting["method"] == ("pivot+images" if images else "pivot+noise")
+    given = {"restore": "images", "images": digits.labelled()} if images else {"restore": "noise"}
+    small = intrafusion.compress(digits.model, zoo.example_input("digits_resnet"), 0.7, **given)
+    assert ours.result["accuracy"] == accuracy(small.model, digits.test.images, digits.test.labels)
+    (table,) = tables([ours])
+    assert table.header[-1] == ("ours (default)" if images else "ours (default, on noise)")
+
+
+def test_records_from_before_our_default_stay_and_are_drawn(digits, tmp_path):
+    older = ran("whole-model", [digits], tmp_path, keep=(0.7,), method=("select", "intrafusion"))
+    assert "ours (default)" not in tables(older)[0].header
+    newer = ran("whole-model", [digits], tmp_path, keep=(0.7,))
+    assert newer[:3] == older
+    (table,) = tables([*older[1:2], *newer])
+    assert table.header[-4:] == ("pruned", "fused", "ours (default)", "gain")
+    assert "sizes" in figures(older)
+
+
+def test_wrong_options_are_refused_before_anything_is_measured(digits, tmp_path):
+    for option, message in (
+        ({"criterion": ("l3",)}, "unknown importance 'l3'"),
+        ({"order": "sideways"}, "unknown order 'sideways'"),
+        ({"method": ("ourz",)}, "unknown reducer 'ourz'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ran("whole-model", [digits], tmp_path, **option)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_weights_are_another_subject(digits):

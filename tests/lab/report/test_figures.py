@@ -20,7 +20,7 @@ def test_there_is_a_figure_for_every_experiment(records):
 
 
 def test_plotly_knows_every_property(records):
-    go = pytest.importorskip("plotly.graph_objects", reason="needs plotly: pip install 'intrafusion[report]'")
+    go = pytest.importorskip("plotly.graph_objects", reason="needs plotly: pip install 'intrafusion[dev]'")
     for figure in figures(records).values():
         assert figure.variants
         for shown in figure.variants.values():

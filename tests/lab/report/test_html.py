@@ -14,7 +14,6 @@ import torch
 from lab.report.samples import ENVIRONMENT, original, reduction
 from PIL import Image
 
-from intrafusion.errors import IntrafusionError
 from intrafusion.lab.report import html
 from intrafusion.lab.report.html import Page, plan_page, records_page, render, script_json, write
 from intrafusion.lab.report.sheet import contact_sheet, data_address
@@ -27,8 +26,8 @@ NASTY = "<script>alert(1)</script>&\"'</title><img src=x onerror=alert(2)>"
 
 @pytest.fixture(autouse=True)
 def no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page without the five megabytes that draw the figures."""
-    monkeypatch.setattr(html, "plotly_js", lambda: "/* plotly */")
+    """The page without the library that draws the figures."""
+    monkeypatch.setattr(html, "_packed_plotly", lambda: "")
 
 
 class Parsed(HTMLParser):
@@ -137,9 +136,9 @@ def test_the_page_of_a_saved_folder_shows_its_plan():
     plan = Plan(Recipe.of(keep=0.5), decisions, {}, warnings=("a & b",))
     page = plan_page(plan, Size(1000, 8000), Size(250, 2000), folder="some/small", version="1")
     text = Parsed(render(page))
-    rows = [text.texts["td"][i : i + 7] for i in (0, 7)]
-    assert rows[0] == ["conv1", "1", "16", "8", "50 %", "mixed", "conv1"]
-    assert text.texts["td"][7:] == ["fc", "10", "10", "100 %", "kept", "it is the <output>"]
+    rows = [text.texts["td"][i : i + 6] for i in (0, 6)]
+    assert rows[0] == ["conv1", "16", "8", "50 %", "mixed", "conv1"]
+    assert text.texts["td"][6:] == ["fc", "10", "10", "100 %", "kept", "it is the <output>"]
     assert ("25.0 %", "of the parameters: 1,000 → 250") in page.tiles
     assert plan.recipe.to_yaml().strip() in text.texts["pre"]
     assert any("intrafusion.load('some/small'" in block for block in text.texts["pre"])
@@ -147,7 +146,7 @@ def test_the_page_of_a_saved_folder_shows_its_plan():
 
 
 def test_a_page_without_figures_holds_no_plotting_library_and_needs_none(monkeypatch):
-    monkeypatch.setattr(html, "plotly_js", lambda: pytest.fail("asked for plotly"))
+    monkeypatch.setattr(html, "_packed_plotly", lambda: pytest.fail("asked for plotly"))
     assert "<h1>empty</h1>" in render(Page("empty", "", "", (), ()))
 
 
@@ -158,10 +157,10 @@ def test_it_is_written_whole_or_not_at_all(records, tmp_path, monkeypatch):
     path.write_text("old")
 
     def missing():
-        raise IntrafusionError("plotly is not installed")
+        raise OSError("cannot be read")
 
-    monkeypatch.setattr(html, "plotly_js", missing)
-    with pytest.raises(IntrafusionError, match="plotly"):
+    monkeypatch.setattr(html, "_packed_plotly", missing)
+    with pytest.raises(OSError, match="cannot be read"):
         write(records_page(records), path)
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]

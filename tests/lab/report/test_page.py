@@ -12,10 +12,12 @@ import torch
 from lab.report.samples import some_of_every_experiment
 
 from intrafusion.lab.bench import Record
-from intrafusion.lab.report.html import records_page, write
+from intrafusion.lab.report.html import plan_page, records_page, write
 from intrafusion.lab.report.sheet import contact_sheet, data_address
+from intrafusion.measure.size import Size
+from intrafusion.plan import Decision, Plan
+from intrafusion.recipe import Recipe
 
-pytest.importorskip("plotly", reason="needs plotly: pip install 'intrafusion[report]'")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 
 
@@ -71,6 +73,20 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
     sheet = data_address(contact_sheet(torch.rand(9, 3, 8, 8)))
     write(records_page(some_of_every_experiment(), sources=["r.jsonl"], sheet=sheet, version="1"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a saved folder: thirty groups with long names, one of them with a long reason."""
+    path = tmp_path_factory.mktemp("page") / "folder.html"
+    name = "stages.{}.transformer.blocks.attention.output_projection"
+    decisions = [
+        Decision(name.format(i), 64, 40, (f"{name.format(i)}.weight[0] produces",), "mixed") for i in range(30)
+    ]
+    reason = "an operation that this library does not follow, aten.something_long.default, " * 4
+    decisions.append(Decision("head", 10, 10, ("head.weight[0] produces",), "mixed", reason))
+    write(plan_page(Plan(Recipe.of(keep=0.6), tuple(decisions), {}), Size(9, 9), Size(4, 4), folder="small"), path)
     return path
 
 
@@ -168,6 +184,38 @@ def test_it_fits_a_phone(browser, path):
     assert max(rights) < 360
     assert phone.said == []
     phone.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_of_a_folder_fits_and_shows_that_its_table_goes_on(browser, folder, width, scheme):
+    page = Opened(browser, folder, viewport={"width": width, "height": 740}, color_scheme=scheme)
+    assert page.number("document.documentElement.scrollWidth") == width
+    paper = luminance(page.number("getComputedStyle(document.body).backgroundColor"))
+    assert (paper < 80) == (scheme == "dark")
+    more = "document.querySelector('.scroller').dataset.more"
+    assert ("right" in page.number(more)) == (width == 360)
+    assert "below" in page.number(more)
+    assert page.number("getComputedStyle(document.querySelector('.scroller'), '::before').content") == '"⌄"'
+    page.page.evaluate("document.querySelector('.scroll').scrollTo(1e4, 1e4)")
+    page.until(f"{more} === {'left' if width == 360 else ''!r}")
+    reason = page.page.locator("td", has_text="does not follow").bounding_box()
+    assert reason is not None
+    assert reason["width"] < 500
+    assert page.said == []
+    page.context.close()
+
+
+def test_long_names_of_bars_are_told_apart_on_a_phone(browser, folder):
+    page = Opened(browser, folder, viewport={"width": 360, "height": 740})
+    shown = page.page.evaluate("[...document.querySelectorAll('#plot-sizes .ytick text')].map(t => t.textContent)")
+    assert shown[:2] == ["s.0.t.b.a.output_projection", "s.1.t.b.a.output_projection"]
+    assert len(set(shown)) == 31
+    page.context.close()
+
+
+def test_a_page_is_small(path, folder):
+    assert max(p.stat().st_size for p in (path, folder)) < 1.5e6
 
 
 def test_print_is_light_narrow_and_complete(desktop):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from intrafusion.cli.models import import_torchvision
 from intrafusion.errors import FolderError
 from intrafusion.lab.zoo import Normalisation, open_folder
 from intrafusion.lab.zoo.folder import read_cropped
+from intrafusion.network.sources import import_torchvision
 
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), white=1.0)
 

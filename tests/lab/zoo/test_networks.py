@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from intrafusion.cli.models import import_torchvision
 from intrafusion.lab import zoo
 from intrafusion.lab.zoo.networks import BasicBlock, ResNet, ViT, cifar_resnet, resnet18, resnet50
 from intrafusion.lab.zoo.networks.mobilenet import SamePadConv2d
 from intrafusion.lab.zoo.networks.padded_resnet import PaddedResNet, PadShortcut
 from intrafusion.lab.zoo.networks.vit import Attention
 from intrafusion.measure.accuracy import accuracy
+from intrafusion.network.sources import import_torchvision
 
 # accuracy in percent and the number of test images to measure it on; the published ones are of the full test sets,
 # but for cifar10_vgg11_bn (first 2,000) and imagenet_mobilenetv1_025 (1,000 images)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from intrafusion.io.atomic import report_unwritable
+from intrafusion.io.atomic import report_unreadable, report_unwritable
 from intrafusion.io.locks import is_open_at, lock, try_lock, wait_for_lock
 from intrafusion.lab.bench.records import parse_lines
 
@@ -64,7 +64,7 @@ class Claims:
 
     def look(self) -> None:
         """Read what was added to the records since the last time, whole lines only."""
-        with self._path.open("rb") as file:
+        with report_unreadable(self._path), self._path.open("rb") as file:
             file.seek(self._offset)
             added = file.read()
         whole = added[: added.rfind(b"\n") + 1]

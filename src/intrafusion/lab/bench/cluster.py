@@ -11,11 +11,13 @@ from itertools import islice
 from types import ModuleType
 from typing import Any
 
+from intrafusion.arguments import checked
 from intrafusion.errors import IntrafusionError
 
 _LOCAL = "local"
 
 
+@checked
 @dataclass(frozen=True)
 class Cluster:
     """Where settings run as Ray tasks. A task whose worker dies is tried again on another one.
@@ -33,6 +35,7 @@ class Cluster:
     retries: int = 3
     by_value: tuple[ModuleType, ...] = ()
 
+    @checked
     def outcomes(
         self, run: Callable[[Any], Any], settings: Iterable[Any]
     ) -> Iterator[tuple[Any, Any, Mapping[str, Any]]]:

@@ -14,7 +14,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_json
+from intrafusion.errors import ArgumentError
 from intrafusion.io.atomic import report_unreadable, report_unwritable
 from intrafusion.io.locks import lock
 
@@ -25,6 +28,7 @@ WHOLE, INNER = "whole network", "block-inner channels"  # scopes of more than on
 _PACKAGES = ("intrafusion", "torch", "numpy", "POT", "torch-pruning", "timm")
 
 
+@checked
 @dataclass(frozen=True)
 class Record:
     """One measurement.
@@ -41,6 +45,8 @@ class Record:
     result: Mapping[str, Any]
     environment: Mapping[str, Any] = field(default_factory=lambda: environment())
 
+    __repr__ = show_briefly
+
     @property
     def key(self) -> str:
         return key_of(self.experiment, self.setting)
@@ -50,7 +56,7 @@ def key_of(experiment: str, setting: Mapping[str, Any]) -> str:
     try:
         return json.dumps([experiment, setting], sort_keys=True)
     except (TypeError, RecursionError) as error:
-        raise ValueError(f"{experiment}: a setting has values that JSON does not have ({error}).") from error
+        raise ArgumentError(f"{experiment}: a setting has values that JSON does not have ({error}).") from error
 
 
 def environment() -> dict[str, Any]:
@@ -74,11 +80,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+@checked
 def append_record(path: Path, record: Record) -> None:
     """Add one line in a single write, so that a kill leaves whole lines or none; several may write to one file.
 
     Raises:
-        ValueError: the record has values that JSON does not have.
+        ArgumentError: the record has values that JSON does not have.
         FolderError: the file cannot be written; it is as it was.
     """
     line = _encode(asdict(record)).encode() + b"\n"
@@ -105,12 +112,12 @@ def _encode(value: Any) -> str:
     """JSON.
 
     Raises:
-        ValueError: a value that JSON does not have.
+        ArgumentError: a value that JSON does not have.
     """
     try:
         return json.dumps(value)
     except (TypeError, RecursionError) as error:
-        raise ValueError(f"expected values that JSON has, got others ({error}): {value!r:.200}.") from error
+        raise ArgumentError(f"expected values that JSON has, got others ({error}): {value!r:.200}.") from error
 
 
 def _ends_with_newline(path: Path) -> bool:
@@ -119,6 +126,7 @@ def _ends_with_newline(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
+@checked
 def read_records(path: Path) -> list[Record]:
     """Every whole line; a line that a kill cut short is passed over."""
     with report_unreadable(path):
@@ -139,6 +147,7 @@ def _parse_line(line: bytes) -> Record | None:
     return record if whole and isinstance(record.experiment, str) else None
 
 
+@checked
 def finished_keys(records: Iterable[Record]) -> set[str]:
     """Keys of what has been measured already."""
     return {record.key for record in records}

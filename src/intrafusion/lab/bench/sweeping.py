@@ -7,11 +7,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from intrafusion.errors import IntrafusionError
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError, IntrafusionError
 from intrafusion.lab.bench.claims import Claims, claims
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.bench.records import Record, append_record, environment, key_of, read_records
-from intrafusion.progress import Progress, silent
+from intrafusion.progress import ShowProgress, report, show_progress, shows_progress
 
 Setting = Mapping[str, Any]
 """What was varied, of values that JSON has: it identifies a measurement."""
@@ -22,6 +23,8 @@ SweepOutcome = Mapping[str, Any]
 RunSetting = Callable[[Setting], SweepOutcome]
 
 
+@checked
+@shows_progress("sweep")
 def sweep(
     experiment: str,
     settings: Iterable[Setting],
@@ -30,7 +33,7 @@ def sweep(
     *,
     cluster: Cluster | None = None,
     provenance: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
+    progress: ShowProgress = None,
 ) -> list[Record]:
     """Measure the settings that the file has no record of, and return the records of all of them, in their order.
 
@@ -46,19 +49,19 @@ def sweep(
     Raises:
         IntrafusionError: settings failed; names the first ones, with their errors.
         FolderError: the file cannot be read or written.
-        ValueError: a setting stands twice, or has values that JSON does not have.
+        ArgumentError: a setting stands twice, or has values that JSON does not have.
     """
     wanted = _index_by_key(experiment, settings)
     failed: dict[str, Exception] = {}
     with claims(path) as own:
         own.look()
         todo = [key for key in wanted if key not in own.finished]
-        progress(experiment, 0, len(todo))
+        report(experiment, 0, len(todo))
         while not all(key in own.finished or key in failed for key in todo):
             for key, error in _measure(experiment, run, _take(own, wanted, failed), path, cluster, provenance or {}):
                 failed |= {} if error is None else {key: error}
                 own.release(key, measured=error is None)
-                progress(experiment, sum(key in own.finished or key in failed for key in todo), len(todo))
+                report(experiment, sum(key in own.finished or key in failed for key in todo), len(todo))
             own.wait()  # for others, who measure the rest; what they give up, or die on, is ours
     if failed:
         message = _describe_failure([(wanted[key], error) for key, error in failed.items()], len(wanted), path)
@@ -106,7 +109,7 @@ def _index_by_key(experiment: str, settings: Iterable[Setting]) -> dict[str, Set
     for setting in settings:
         key = key_of(experiment, setting)
         if key in wanted:
-            raise ValueError(f"{experiment}: the setting {dict(setting)} stands twice; leave one of them out.")
+            raise ArgumentError(f"{experiment}: the setting {dict(setting)} stands twice; leave one of them out.")
         wanted[key] = setting
     return wanted
 
@@ -126,7 +129,8 @@ def _outcomes(
 
 def _attempt(run: RunSetting, setting: Setting) -> SweepOutcome | Exception:
     try:
-        return run(setting)
+        with show_progress(False, ""):  # a setting is one step
+            return run(setting)
     except Exception as error:
         return error
 

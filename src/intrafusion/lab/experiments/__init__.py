@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from intrafusion.errors import unknown_name
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.lab.experiments.data_free import DATA_FREE
 from intrafusion.lab.experiments.experiment import Experiment, Options, run_experiment
 from intrafusion.lab.experiments.fine_tune import FINE_TUNE
 from intrafusion.lab.experiments.landscape import LANDSCAPE
 from intrafusion.lab.experiments.marginals import MARGINALS_EXPERIMENT
+from intrafusion.lab.experiments.method import OURS
 from intrafusion.lab.experiments.output_drift import OUTPUT_DRIFT
 from intrafusion.lab.experiments.random_importance import RANDOM_IMPORTANCE
 from intrafusion.lab.experiments.subject import Subject
@@ -24,11 +26,12 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+@checked
 def get_experiment(name: str) -> Experiment:
-    """Raises ValueError for an unknown name."""
+    """Raises ArgumentError for an unknown name."""
     if name not in EXPERIMENTS:
-        raise ValueError(unknown_name("experiment", name, EXPERIMENTS))
+        raise ArgumentError(unknown_name("experiment", name, EXPERIMENTS))
     return EXPERIMENTS[name]
 
 
-__all__ = ["EXPERIMENTS", "Experiment", "Options", "Subject", "get_experiment", "run_experiment"]
+__all__ = ["EXPERIMENTS", "OURS", "Experiment", "Options", "Subject", "get_experiment", "run_experiment"]

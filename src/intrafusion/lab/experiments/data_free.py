@@ -11,7 +11,7 @@ from intrafusion.lab.experiments.subject import Subject, select_groups
 
 
 def _settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
-    return reduction_settings(subject, options, select_groups(subject, options.group))
+    return reduction_settings(subject, options, select_groups(subject, options.group), data_free=True)
 
 
 DATA_FREE = Experiment(

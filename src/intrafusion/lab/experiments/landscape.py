@@ -10,8 +10,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from intrafusion.errors import ArgumentError
 from intrafusion.lab.bench.records import ORIGINAL, WHOLE
 from intrafusion.lab.experiments.experiment import Experiment, Options
+from intrafusion.lab.experiments.method import spell_ours
 from intrafusion.lab.experiments.reduction import reduce_subject, reduction_settings
 from intrafusion.lab.experiments.subject import Subject, select_groups
 from intrafusion.measure.drift import output_rows
@@ -22,17 +24,19 @@ def _settings(subject: Subject, options: Options) -> Iterator[dict[str, Any]]:
     """One for each row of the grid, so that a kill loses a row at most.
 
     Raises:
-        ValueError: not exactly two methods, or fewer than two points.
+        ArgumentError: not exactly two methods, or fewer than two points.
     """
     if len(options.method) != 2 or options.points < 2:
-        raise ValueError(
+        raise ArgumentError(
             f"landscape: expected two methods to span the plane with the original and at least 2 points, "
             f"got {len(options.method)} and {options.points}."
         )
     spanning = replace(options, method=options.method[:1])
     for setting in reduction_settings(subject, spanning, select_groups(subject, options.group)):
         if setting["method"] != ORIGINAL:
-            plane = {**setting, "method": " | ".join(options.method), "points": options.points}
+            images = subject.train is not None
+            both = [spell_ours(method, images=images) for method in options.method]
+            plane = {**setting, "method": " | ".join(both), "points": options.points}
             yield from ({**plane, "row": row} for row in range(options.points))
 
 
@@ -78,6 +82,6 @@ LANDSCAPE = Experiment(
     title="accuracy over the plane through original, pruned and fused weights",
     settings=_settings,
     measure=_measure,
-    defaults=Options(keep=(0.7,), group=(WHOLE,), points=15),
+    defaults=Options(keep=(0.7,), method=("select", "intrafusion"), group=(WHOLE,), points=15),
     uses=frozenset({"keep", "criterion", "method", "group", "order", "points"}),
 )

@@ -10,6 +10,11 @@ from intrafusion.errors import RecipeError
 from intrafusion.reduce import Reducer
 from intrafusion.registry import registry_of
 
+OURS = "ours"
+"""The word for the default of `compress`, pivoted and then solved by least squares on the best that there is."""
+
+_OURS_ON = {True: "pivot+images", False: "pivot+noise"}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -17,6 +22,15 @@ class Method:
 
     reducer: Reducer
     restore: tuple[Any, ...] = ()
+
+
+def spell_ours(method: str, *, images: bool) -> str:
+    """The method that the word stands for where there are images to solve the layers on, or none; others as they are.
+
+    >>> spell_ours("ours", images=False), spell_ours("fold", images=False)
+    ('pivot+noise', 'fold')
+    """
+    return _OURS_ON[images] if method == OURS else method
 
 
 def parse_method(text: str) -> Method:

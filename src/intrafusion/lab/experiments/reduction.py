@@ -11,7 +11,7 @@ from intrafusion import importance
 from intrafusion.compressed import Compressed
 from intrafusion.lab.bench.records import ORIGINAL
 from intrafusion.lab.experiments.experiment import Options
-from intrafusion.lab.experiments.method import parse_method
+from intrafusion.lab.experiments.method import parse_method, spell_ours
 from intrafusion.lab.experiments.subject import Subject
 from intrafusion.recipe import Recipe
 
@@ -21,14 +21,22 @@ def original_setting(subject: Subject) -> dict[str, Any]:
     return {**subject.setting, "group": "none", "keep": 1.0, "method": ORIGINAL}
 
 
-def reduction_settings(subject: Subject, options: Options, groups: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The original, then every group x keep x criterion x seed x method."""
+def reduction_settings(
+    subject: Subject, options: Options, groups: Iterable[str], *, data_free: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The original, then every group x keep x criterion x seed x method.
+
+    Args:
+        data_free: solve the layers of our default on noise, also where there are images.
+    """
     yield original_setting(subject)
+    images = subject.train is not None and not data_free
+    methods = list(dict.fromkeys(spell_ours(method, images=images) for method in options.method))
     for group in groups:
         for keep in options.keep:
             for criterion in options.criterion:
                 for seed in range(options.seeds):
-                    for method in options.method:
+                    for method in methods:
                         yield {
                             **subject.setting,
                             "group": group,

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
-from intrafusion.errors import IntrafusionError, unknown_name
+from intrafusion.errors import ArgumentError, IntrafusionError, unknown_name
 from intrafusion.fusion import fuse
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.zoo import Images
@@ -23,7 +24,7 @@ from intrafusion.measure.accuracy import accuracy
 from intrafusion.network.inputs import ExampleInputs
 from intrafusion.pipeline import apply, inspect
 from intrafusion.planning import decide
-from intrafusion.progress import Progress
+from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Recipe
 from intrafusion.train import History, Labelled, Training, train_
 
@@ -65,11 +66,13 @@ class SplitTraining:
     images: int = 200
     seed: int = 0
 
+    __repr__ = show_briefly
+
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(unknown_name("schedule", self.schedule, SCHEDULES))
+            raise ArgumentError(unknown_name("schedule", self.schedule, SCHEDULES))
         if self.folds < 2 or self.folds % 2:
-            raise ValueError(f"folds: expected an even number of at least 2, got {self.folds!r}.")
+            raise ArgumentError(f"folds: expected an even number of at least 2, got {self.folds!r}.")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class Phase:
     members: int
     validation: float | None
 
+    __repr__ = show_briefly
+
 
 @dataclass(frozen=True, eq=False)
 class SplitResult:
@@ -105,6 +110,8 @@ class SplitResult:
     compressed: Compressed
     phases: tuple[Phase, ...]
     whole: nn.Module | None = None
+
+    __repr__ = show_briefly
 
     @property
     def work_s(self) -> float:
@@ -122,14 +129,15 @@ def subsets(count: int, folds: int, seed: int = 0) -> list[Tensor]:
     [4, 4, 4, 4, 4, 4]
 
     Raises:
-        ValueError: fewer images than parts.
+        ArgumentError: fewer images than parts.
     """
     if count < folds:
-        raise ValueError(f"expected at least one image for each of {folds} parts, got {count}.")
+        raise ArgumentError(f"expected at least one image for each of {folds} parts, got {count}.")
     parts = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tensor_split(folds)
     return [torch.cat(union).sort().values for union in itertools.combinations(parts, folds // 2)]
 
 
+@shows_progress("split training")
 def split_train(
     factory: Callable[[int], nn.Module],
     example_inputs: ExampleInputs,
@@ -139,7 +147,7 @@ def split_train(
     *,
     folder: Path | None = None,
     cluster: Cluster | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: ShowProgress = None,
 ) -> SplitResult:
     """Run a schedule.
 
@@ -157,7 +165,7 @@ def split_train(
         IntrafusionError: a member failed; gives its error.
     """
     how = how or SplitTraining()
-    run = _Runner(factory, example_inputs, data, validation, how, folder, cluster, progress)
+    run = _Runner(factory, example_inputs, data, validation, how, folder, cluster)
     return {"fap": run.fap, "paf": run.paf, "whole": run.whole}[how.schedule]()
 
 
@@ -172,35 +180,34 @@ class _Runner:
     how: SplitTraining
     folder: Path | None
     cluster: Cluster | None
-    progress: Progress
     phases: list[Phase] = field(default_factory=list)
 
     def fap(self) -> SplitResult:
-        self.progress("train members", 0, 5)
+        report("train members", 0, 5)
         fused = self.fused(self.trained("train members", self.members(), self.how.train, self.parts()))
-        self.progress("fine-tune", 2, 5)
+        report("fine-tune", 2, 5)
         [whole] = self.trained("fine-tune", [fused], self.how.tune)
         small = self.compressed("compress", [whole])[0]
-        self.progress("fine-tune compressed", 4, 5)
+        report("fine-tune compressed", 4, 5)
         [tuned] = self.trained("fine-tune compressed", [small.model], self.how.tune)
         return self.result(small, tuned, whole)
 
     def paf(self) -> SplitResult:
-        self.progress("train members", 0, 5)
+        report("train members", 0, 5)
         members = self.trained("train members", self.members(), self.how.train, self.parts())
         small = self.compressed("compress members", members)
-        self.progress("fine-tune members", 2, 5)
+        report("fine-tune members", 2, 5)
         tuned = self.trained("fine-tune members", [s.model for s in small], self.how.tune, self.parts())
         fused = self.fused(tuned)
-        self.progress("fine-tune", 4, 5)
+        report("fine-tune", 4, 5)
         [final] = self.trained("fine-tune", [fused], self.how.tune)
         return self.result(small[0], final, None)
 
     def whole(self) -> SplitResult:
-        self.progress("train", 0, 3)
+        report("train", 0, 3)
         [whole] = self.trained("train", [self.factory(self.how.seed)], self.how.train)
         small = self.compressed("compress", [whole])[0]
-        self.progress("fine-tune compressed", 2, 3)
+        report("fine-tune compressed", 2, 3)
         longer = replace(self.how.tune, epochs=2 * self.how.tune.epochs)
         [tuned] = self.trained("fine-tune compressed", [small.model], longer)
         return self.result(small, tuned, whole)
@@ -274,7 +281,7 @@ class _Runner:
         wall = time.perf_counter() - start
         work = wall if work is None else work
         self.phases.append(Phase(name, wall, work, work if longest is None else longest, members, score))
-        self.progress(name, len(self.phases), 3 if self.how.schedule == "whole" else 5)
+        report(name, len(self.phases), 3 if self.how.schedule == "whole" else 5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +295,8 @@ class MemberTask:
     parts: Sequence[Tensor] | None
     folder: Path | None
     seed: int
+
+    __repr__ = show_briefly
 
     def __call__(self, index: int) -> tuple[dict[str, Tensor], History]:
         model, data = copy.deepcopy(self.models[index]), self.data

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
-from intrafusion.errors import unknown_name
+from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.importance.observation import needs_of
 from intrafusion.lab.bench.records import INNER, WHOLE
@@ -31,6 +33,7 @@ from intrafusion.restore.steps import calibrate_for, run_restorers
 _CALIBRATION = 256  # training images that criteria and restorers may look at
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A trained network and the images that it is measured on.
@@ -47,6 +50,8 @@ class Subject:
     inputs: Inputs
     test: LabelledImages
     train: LabelledImages | None = None
+
+    __repr__ = show_briefly
 
     @cached_property
     def graph(self) -> ChannelGraph:
@@ -81,7 +86,7 @@ class Subject:
         """Options of a recipe that reduce this group only, or those of a scope.
 
         Raises:
-            ValueError: neither a group of this network nor a scope.
+            ArgumentError: neither a group of this network nor a scope.
         """
         if group == WHOLE:
             return {}
@@ -89,14 +94,14 @@ class Subject:
             return {"include": [g.producers[0] for g in self.graph.reducible if len(g.producers) == 1]}
         known = {g.name: g for g in self.groups()}
         if group not in known:
-            raise ValueError(f"{self.name}: {unknown_name('group', group, [WHOLE, INNER, *known])}")
+            raise ArgumentError(f"{self.name}: {unknown_name('group', group, [WHOLE, INNER, *known])}")
         return {"include": [known[group].producers[0]]}
 
     def reduced(self, recipe: Recipe) -> Compressed:
         """The smaller network, as `compress` makes it; images are shown only to what cannot do without.
 
         Raises:
-            ValueError: images are needed and there are no training images.
+            ArgumentError: images are needed and there are no training images.
         """
         images = self.labelled() if _needs_images(recipe) else None
         calibration = self.calibration(recipe, images)
@@ -122,7 +127,7 @@ class Subject:
 
     def training(self) -> LabelledImages:
         if self.train is None:
-            raise ValueError(f"{self.name}: training images are wanted, and there are none; name some with --data.")
+            raise ArgumentError(f"{self.name}: training images are wanted, and there are none; name some with --data.")
         return self.train
 
 
@@ -143,11 +148,11 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def index_by_name(subjects: Iterable[Subject]) -> dict[str, Subject]:
-    """Raises ValueError if two have the same name."""
+    """Raises ArgumentError if two have the same name."""
     found: dict[str, Subject] = {}
     for subject in subjects:
         if subject.name in found:
-            raise ValueError(f"two networks are called {subject.name!r}; name each once.")
+            raise ArgumentError(f"two networks are called {subject.name!r}; name each once.")
         found[subject.name] = subject
     return found
 
@@ -161,6 +166,8 @@ class Measurement:
 
     subjects: dict[str, Subject]
     measure: Measure
+
+    __repr__ = show_briefly
 
     def __call__(self, setting: Any) -> dict[str, Any]:
         return self.measure(self.subjects[setting["network"]], setting)

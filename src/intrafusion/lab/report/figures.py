@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from intrafusion.brief import show_briefly
 from intrafusion.lab.bench.records import ORIGINAL
 from intrafusion.lab.report.records import (
     FUSED,
@@ -36,6 +37,8 @@ class Choice:
     name: str
     values: tuple[str, ...]
 
+    __repr__ = show_briefly
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -47,6 +50,8 @@ class Variant:
     data: tuple[Trace, ...]
     layout: Mapping[str, Any]
 
+    __repr__ = show_briefly
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -57,6 +62,8 @@ class Figure:
     text: str
     choices: tuple[Choice, ...]
     variants: Mapping[tuple[int, ...], Variant]
+
+    __repr__ = show_briefly
 
 
 _AGAINST = ("channels kept", "parameters", "MACs")

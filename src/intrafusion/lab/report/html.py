@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from intrafusion.errors import IntrafusionError
+from intrafusion.brief import show_briefly
+from intrafusion.errors import ArgumentError
 from intrafusion.io.atomic import atomic_file
 from intrafusion.lab.bench.records import WHOLE
 from intrafusion.lab.report import figures as figures_of
@@ -36,12 +39,13 @@ from intrafusion.lab.report.records import (
     stages,
 )
 from intrafusion.measure.size import Size
-from intrafusion.plan import Decision, Plan
-from intrafusion.table import shown_layers
+from intrafusion.names import name_some
+from intrafusion.plan import Decision, Plan, list_layers
 
 _HERE = Path(__file__).parent
 _MARKUP = {"name", "text", "x", "y"}  # strings in which Plotly looks for markup
 _LONG = 20  # rows after which a table scrolls
+_WRAPPED = 30  # letters after which the text of a cell goes on in a new line
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Section:
     figure: Figure | None = None
     table: Table | None = None
     body: str = ""
+
+    __repr__ = show_briefly
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,13 @@ class Page:
     methods: tuple[str, ...] = ()
     footer: str = ""
 
+    __repr__ = show_briefly
+
 
 def write(page: Page, path: Path) -> None:
     """Write the page; the file appears complete or not at all.
 
     Raises:
-        IntrafusionError: Plotly is not installed, and there are figures.
         FolderError: the path is a folder.
     """
     text = render(page)
@@ -100,7 +107,7 @@ def render(page: Page) -> str:
         toggles=_toggles(page.methods) if drawn else "",
         sections="\n".join(map(_section, page.sections)),
         figures=script_json(data),
-        plotly=f"<script>{plotly_js()}</script>" if drawn else "",
+        plotly=f'<script type="text/plain" id="plotly">{_packed_plotly()}</script>' if drawn else "",
         footer=html.escape(page.footer),
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
         js=(_HERE / "page.js").read_text(encoding="utf-8"),
@@ -111,15 +118,9 @@ def _e(text: object) -> str:
     return html.escape(str(text))
 
 
-def plotly_js() -> str:
-    """Raises IntrafusionError where Plotly is not installed."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        if error.name != "plotly":
-            raise
-        raise IntrafusionError("plotly is not installed; run: pip install 'intrafusion[report]'") from error
-    return get_plotlyjs().replace("</script", "<\\/script")
+def _packed_plotly() -> str:
+    """The plotting library, compressed for the page to unpack: as it is, it would be most of the page."""
+    return base64.b64encode((_HERE / "plotly-cartesian.min.js.gz").read_bytes()).decode("ascii")
 
 
 def script_json(data: Any) -> str:
@@ -197,8 +198,9 @@ def _table_html(table: Table) -> str:
     )
     kind = "scroll long" if len(table.rows) > _LONG else "scroll"
     return (
-        f'<div class="{kind}" tabindex="0"><table class="sortable" aria-label="{_e(table.title)}">'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+        f'<div class="scroller"><div class="{kind}" tabindex="0">'
+        f'<table class="sortable" aria-label="{_e(table.title)}">'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div></div>"
     )
 
 
@@ -206,10 +208,15 @@ def _cell_html(cell: Cell, column: int, table: Table) -> str:
     classes = ["number"] if column in table.numeric else []
     if table.header[column] == "gain" and cell.value:
         classes.append("up" if cell.value > 0 else "down")
-    if column == len(table.header) - 1 and len(cell.text) > 30:
+    if len(cell.text) > _WRAPPED:
         classes.append("wide")
     value = f' data-value="{cell.value!r}"' if cell.value is not None and math.isfinite(cell.value) else ""
-    return f'<td class="{" ".join(classes)}"{value}>{_e(cell.text)}</td>'
+    return f'<td class="{" ".join(classes)}"{value}>{_breakable(cell.text)}</td>'
+
+
+def _breakable(text: str) -> str:
+    """Names may go on in a new line after a dot."""
+    return re.sub(r"(?<=\w)\.(?=\w)", ".<wbr>", _e(text))
 
 
 # ---- out of records -------------------------------------------------------------------------------------------------
@@ -224,10 +231,10 @@ def records_page(
         sources: names of the files.
         sheet: a contact sheet of images, as a data address.
     Raises:
-        ValueError: there are no records.
+        ArgumentError: there are no records.
     """
     if not records:
-        raise ValueError("report: expected records, got none; give files that an experiment wrote.")
+        raise ArgumentError("report: expected records, got none; give files that an experiment wrote.")
     drawn = figures_of.figures(records)
     table = comparison(accuracy_records(records))
     sections = [
@@ -445,17 +452,16 @@ def _plan_table(decisions: Sequence[Decision]) -> Table:
     rows = tuple(
         (
             Cell(d.group),
-            Cell("" if d.depth is None else str(d.depth), d.depth),
             Cell(str(d.n), d.n),
             Cell(str(d.m), d.m),
             Cell(f"{100 * d.m / d.n:.0f} %", d.m / d.n),
             Cell(d.mixing if d.reduced else "kept"),
-            Cell(shown_layers(d) if d.reduced else d.reason or "all kept"),
+            Cell(name_some(list_layers(d)) if d.reduced else d.reason or "all kept"),
         )
         for d in decisions
     )
-    header = ("group", "from output", "before", "after", "kept", "how", "layers or reason")
-    return Table("Groups", header, rows, frozenset({1, 2, 3, 4}))
+    header = ("group", "before", "after", "kept", "how", "layers or reason")
+    return Table("Groups", header, rows, frozenset({1, 2, 3}))
 
 
 def _notes(warnings: Iterable[str]) -> str:

@@ -5,6 +5,7 @@
   const shown = new Map(); // figure name -> its current variant
   const PRINT = window.matchMedia("print");
   let printing = false;
+  let loaded = false; // the plotting library
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
   const own = (method) => colour("m" + (Math.max(0, page.methods.indexOf(method)) % 8));
@@ -50,6 +51,21 @@
     return named.length ? Math.ceil(named.length / Math.max(1, Math.floor((width - 80) / each))) : 0;
   }
 
+  // Long names lose letters from the front, "layers.0.attn.proj" -> "l.0.attn.proj"; hovering shows them whole.
+  function abbreviated(name, room) {
+    const parts = name.split(".");
+    for (let i = 0; i < parts.length - 1 && parts.join(".").length > room; i++) {
+      if (!/^\d+$/.test(parts[i])) parts[i] = parts[i][0] || "";
+    }
+    return parts.join(".");
+  }
+
+  function named(layout, traces, width) {
+    if (!layout.yaxis || layout.yaxis.type !== "category") return {};
+    const names = [...new Set(traces.flatMap((t) => t.y || []))].map(String);
+    return { tickmode: "array", tickvals: names, ticktext: names.map((n) => abbreviated(n, Math.floor(width / 14))) };
+  }
+
   function themed(layout, width, rows) {
     const axis = { gridcolor: colour("grid"), linecolor: colour("line"), zerolinecolor: colour("line"), automargin: true };
     const narrow = width < 560;
@@ -73,10 +89,12 @@
     const width = printing ? 660 : Math.max(240, box.clientWidth);
     const config = { displaylogo: false, responsive: false, displayModeBar: false, scrollZoom: false };
     const traces = variant.data.map((trace) => coloured(trace, width));
-    Plotly.react(box, traces, themed(variant.layout, width, legendRows(traces, width)), config);
+    const layout = themed(variant.layout, width, legendRows(traces, width));
+    layout.yaxis = { ...layout.yaxis, ...named(layout, variant.data, width) };
+    Plotly.react(box, traces, layout, config);
   }
 
-  const drawAll = () => page.figures.forEach(draw);
+  const drawAll = () => { if (loaded) page.figures.forEach(draw); };
 
   // ---- menus: a combination that does not exist falls back to the nearest one that does ------------------------------
 
@@ -92,7 +110,7 @@
 
   for (const figure of page.figures) {
     document.querySelectorAll(`[data-figure="${figure.name}"] select`).forEach((menu, i) => {
-      menu.addEventListener("change", () => { choose(figure, i); draw(figure); });
+      menu.addEventListener("change", () => { choose(figure, i); drawAll(); });
     });
     choose(figure, -1);
   }
@@ -147,6 +165,37 @@
   window.addEventListener("beforeprint", () => print(true));
   window.addEventListener("afterprint", () => print(false));
   PRINT.addEventListener("change", (event) => print(event.matches));
-  drawAll();
-  document.documentElement.dataset.ready = "true";
+
+  // ---- tables wider or longer than their place say so -----------------------------------------------------------------
+
+  const scrolls = [...document.querySelectorAll(".scroll")];
+  const hint = (box) => {
+    const more = { left: box.scrollLeft > 1, right: box.scrollLeft + box.clientWidth < box.scrollWidth - 1,
+      below: box.scrollTop + box.clientHeight < box.scrollHeight - 1 };
+    box.parentElement.dataset.more = Object.keys(more).filter((side) => more[side]).join(" ");
+  };
+  scrolls.forEach((box) => { box.addEventListener("scroll", () => hint(box), { passive: true }); hint(box); });
+  window.addEventListener("resize", () => scrolls.forEach(hint));
+
+  // ---- the plotting library is unpacked, then everything is drawn -----------------------------------------------------
+
+  async function unpack(packed) {
+    const bytes = Uint8Array.from(atob(packed.textContent), (c) => c.charCodeAt(0));
+    const script = document.createElement("script");
+    script.textContent = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+    document.head.append(script);
+  }
+
+  async function start() {
+    const packed = document.getElementById("plotly");
+    if (packed && typeof DecompressionStream === "undefined") {
+      document.querySelectorAll(".plot").forEach((box) => { box.textContent = "This figure needs a browser of 2023 or later."; });
+    } else if (packed) {
+      await unpack(packed);
+      loaded = true;
+      drawAll();
+    }
+    document.documentElement.dataset.ready = "true";
+  }
+  start();
 })();

@@ -7,12 +7,14 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from intrafusion.brief import show_briefly
 from intrafusion.lab.bench.records import INNER, ORIGINAL, WHOLE
 from intrafusion.measure.significance import kruskal_wallis
 
 PRUNED, FUSED = "select", "intrafusion"
 SCOPES = (WHOLE, INNER)
 _METHOD_NAMES = {"select": "pruned", "intrafusion": "fused", "fold": "folded"}
+_OURS_NAMES = {"pivot+images": "ours (default)", "pivot+noise": "ours (default, on noise)"}
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
@@ -47,12 +49,16 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     numeric: frozenset[int] = frozenset()
 
+    __repr__ = show_briefly
+
     def texts(self) -> list[tuple[str, ...]]:
         return [tuple(cell.text for cell in row) for row in self.rows]
 
 
 def method_label(method: str) -> str:
-    """How a method is called in tables: "fused (bias=false) + closed_form"."""
+    """How a method is called in tables: "fused (bias=false) + closed_form", or "ours (default)"."""
+    if method in _OURS_NAMES:
+        return _OURS_NAMES[method]
     first, *steps = method.split("+")
     name, _, options = first.partition(":")
     shown = _METHOD_NAMES.get(name, name) + (f" ({options.replace(',', ', ')})" if options else "")

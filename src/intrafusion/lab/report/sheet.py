@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from intrafusion.errors import ArgumentError
+
 _SHOWN = 64
 
 
@@ -19,10 +21,10 @@ def contact_sheet(images: Tensor, *, shown: int = _SHOWN, gap: int = 1) -> Tenso
         images: (n, 1 or 3, h, w), any range of values.
         shown: how many of them at most.
     Raises:
-        ValueError: they are no images.
+        ArgumentError: they are no images.
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"images: expected (n, 1 or 3, height, width), got {list(images.shape)}.")
+        raise ArgumentError(f"images: expected (n, 1 or 3, height, width), got {list(images.shape)}.")
     images = images[:shown].detach().double().cpu().expand(-1, 3, -1, -1)
     low, high = (f(images.flatten(1), 1, keepdim=True).values[..., None, None] for f in (torch.min, torch.max))
     images = ((images - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from intrafusion.errors import FolderError, unknown_name
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError, FolderError, unknown_name
 from intrafusion.lab.zoo.downloading import DownloadProgress, download
 from intrafusion.lab.zoo.images import Images, Normalisation, window
 
@@ -57,11 +58,12 @@ ARCHIVES: dict[str, _Archive] = {
 }
 
 
+@checked
 def fetch_cifar(name: str, folder: Path, *, progress: DownloadProgress | None = None) -> Path:
     """Download the archive of "cifar10" or "cifar100" into a folder, unless it is there, and return its path.
 
     Raises:
-        ValueError: unknown data set.
+        ArgumentError: unknown data set.
         IntrafusionError: the download failed.
     """
     archive = _archive(name)
@@ -69,6 +71,7 @@ def fetch_cifar(name: str, folder: Path, *, progress: DownloadProgress | None = 
     return download(archive.url, file, sha256=archive.sha256, progress=progress)
 
 
+@checked
 def load_cifar(
     name: str,
     path: Path,
@@ -83,12 +86,12 @@ def load_cifar(
     Nothing is unpacked to disk, and the pickles can create nothing but arrays, numbers, bytes, lists and dicts.
 
     Raises:
-        ValueError: unknown data set or split, or `start` and `limit` select nothing.
+        ArgumentError: unknown data set or split, or `start` and `limit` select nothing.
         FolderError: a batch is missing, damaged, or refers to a forbidden class.
     """
     archive = _archive(name)
     if split not in archive.splits:
-        raise ValueError(f"{name}: {unknown_name('split', split, archive.splits)}")
+        raise ArgumentError(f"{name}: {unknown_name('split', split, archive.splits)}")
     read = _read_folder if path.is_dir() else _read_tar
     batches = [_batch(data, archive.label_key, where) for where, data in read(path, archive, archive.splits[split])]
     pixels = np.concatenate([pixels for pixels, _ in batches])
@@ -99,7 +102,7 @@ def load_cifar(
 
 def _archive(name: str) -> _Archive:
     if name not in ARCHIVES:
-        raise ValueError(unknown_name("CIFAR data set", name, ARCHIVES))
+        raise ArgumentError(unknown_name("CIFAR data set", name, ARCHIVES))
     return ARCHIVES[name]
 
 

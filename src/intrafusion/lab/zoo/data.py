@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from intrafusion.errors import unknown_name
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.lab.zoo import registry
 from intrafusion.lab.zoo.digits import load_digits
 from intrafusion.lab.zoo.images import Images, Normalisation
@@ -48,6 +49,7 @@ DATA_SETS: dict[str, _DataSet] = {
 }
 
 
+@checked
 def load_data(name: str, split: str, limit: int | None = None, *, start: int = 0) -> Images:
     """Images of the data set of a network, normalised as this network expects.
 
@@ -58,7 +60,7 @@ def load_data(name: str, split: str, limit: int | None = None, *, start: int = 0
         name: a network, or a data set for its usual normalisation.
         limit: read this many images, from `start` on; None for all.
     Raises:
-        ValueError: unknown name or split, or `start` and `limit` select nothing.
+        ArgumentError: unknown name or split, or `start` and `limit` select nothing.
         FolderError: INTRAFUSION_DATA is unset, or the file is missing or damaged.
     """
     if name in registry.NETWORKS:
@@ -67,5 +69,5 @@ def load_data(name: str, split: str, limit: int | None = None, *, start: int = 0
     elif name in DATA_SETS:
         data, normalisation = DATA_SETS[name], DATA_SETS[name].normalisation
     else:
-        raise ValueError(unknown_name("network or data set", name, [*registry.NETWORKS, *DATA_SETS]))
+        raise ArgumentError(unknown_name("network or data set", name, [*registry.NETWORKS, *DATA_SETS]))
     return data.read(split, normalisation, start=start, limit=limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from intrafusion.errors import unknown_name
+from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.lab.zoo.images import Images, Normalisation, window
 
 # positions in one fixed random order
@@ -16,12 +16,12 @@ def load_digits(split: str, normalisation: Normalisation, *, start: int = 0, lim
     """Read digits of "train" (1,197), "validation" (240) or "test" (360).
 
     Raises:
-        ValueError: no such split, or `start` and `limit` select nothing.
+        ArgumentError: no such split, or `start` and `limit` select nothing.
     """
     from sklearn.datasets import load_digits as read_digits
 
     if split not in _SPLITS:
-        raise ValueError(f"digits: {unknown_name('split', split, _SPLITS)}")
+        raise ArgumentError(f"digits: {unknown_name('split', split, _SPLITS)}")
     pixels, labels = read_digits(return_X_y=True)
     order = np.random.RandomState(0).permutation(len(labels))[_SPLITS[split]]
     order = order[window(len(order), start, limit)]

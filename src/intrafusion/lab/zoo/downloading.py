@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from intrafusion.errors import FolderError, IntrafusionError
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError, FolderError, IntrafusionError
 from intrafusion.io.atomic import atomic_file
 
 DownloadProgress = Callable[[int, int | None], None]
@@ -19,6 +20,7 @@ DownloadProgress = Callable[[int, int | None], None]
 _CHUNK = 1 << 18
 
 
+@checked
 def download(
     url: str,
     path: Path,
@@ -32,12 +34,12 @@ def download(
     The bytes go to a temporary file beside `path`, which takes its place only when complete and verified.
 
     Raises:
-        ValueError: not an http or https address.
+        ArgumentError: not an http or https address.
         IntrafusionError: the server cannot be reached or answers with an error.
         FolderError: fewer bytes than announced, or another checksum than expected.
     """
     if urlsplit(url).scheme not in ("http", "https"):
-        raise ValueError(f"expected an http or https address, got {url!r}.")
+        raise ArgumentError(f"expected an http or https address, got {url!r}.")
     if path.is_file() and (sha256 is None or _sha256(path) == sha256):
         return path
     with atomic_file(path) as part:

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from intrafusion.errors import FolderError
+from intrafusion.arguments import Count, Seed, checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import ArgumentError, FolderError
 from intrafusion.lab.zoo.images import Images, Normalisation, read_rgb
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
+@checked
 @dataclass(frozen=True)
 class ImageFolder:
     """Images of a folder, not read before they are asked for.
@@ -32,15 +35,19 @@ class ImageFolder:
     resize: int = 256
     crop: int = 224
 
+    __repr__ = show_briefly
+
     def __len__(self) -> int:
         return len(self.files)
 
-    def sample(self, size: int, *, seed: int = 0) -> ImageFolder:
+    @checked
+    def sample(self, size: Count, *, seed: Seed = 0) -> ImageFolder:
         """A random part of the folder, in random order (all of it if there are fewer than `size` images)."""
         chosen = np.random.RandomState(seed).permutation(len(self))[:size]
         return replace(self, files=tuple(self.files[i] for i in chosen))
 
-    def batches(self, size: int) -> Iterator[Images]:
+    @checked
+    def batches(self, size: Count) -> Iterator[Images]:
         """Read, at most `size` images at a time.
 
         Raises:
@@ -52,15 +59,16 @@ class ImageFolder:
             yield Images(self.normalisation(pixels), torch.tensor([label for _, label in part]))
 
 
+@checked
 def open_folder(root: Path, normalisation: Normalisation, *, resize: int = 256, crop: int = 224) -> ImageFolder:
     """List the images below `root`, one subfolder per class.
 
     Raises:
         FolderError: no class subfolder with an image.
-        ValueError: `crop` is larger than `resize`.
+        ArgumentError: `crop` is larger than `resize`.
     """
     if not 1 <= crop <= resize:
-        raise ValueError(f"expected 1 <= crop <= resize, got crop {crop} and resize {resize}.")
+        raise ArgumentError(f"expected 1 <= crop <= resize, got crop {crop} and resize {resize}.")
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     files = tuple(
         (path, label)

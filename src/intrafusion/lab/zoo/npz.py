@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
 
-from intrafusion.errors import FolderError, unknown_name
+from intrafusion.errors import ArgumentError, FolderError, unknown_name
 from intrafusion.lab.zoo.images import Images, Normalisation, read_rgb, window
 
 _DAMAGES = (OSError, ValueError, EOFError, BadZipFile, zlib.error, MemoryError, RecursionError, NotImplementedError)
@@ -29,7 +29,7 @@ def load_packed(
 
     Raises:
         FolderError: the file is missing, or is no such file.
-        ValueError: no such split, or `start` and `limit` select nothing.
+        ArgumentError: no such split, or `start` and `limit` select nothing.
     """
     with _open(path) as file:
         offset = _array(path, file, split, "_offset")
@@ -53,7 +53,7 @@ def load_mnist(
 
     Raises:
         FolderError: the file is missing, or is no such file.
-        ValueError: no such split, or `start` and `limit` select nothing.
+        ArgumentError: no such split, or `start` and `limit` select nothing.
     """
     with _open(path) as file:
         labels = _array(path, file, split, "_y")
@@ -76,7 +76,7 @@ def _array(path: Path, file: NpzFile, split: str, suffix: str) -> np.ndarray:
     name = split + suffix
     if name not in file:
         splits = [known.removesuffix(suffix) for known in file if known.endswith(suffix)]
-        raise ValueError(f"{path.name}: {unknown_name('split', split, splits)}")
+        raise ArgumentError(f"{path.name}: {unknown_name('split', split, splits)}")
     try:
         return file[name]
     except _DAMAGES as error:

@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from intrafusion.errors import unknown_name
+from intrafusion.arguments import Count, Seed, checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.io.weights import load_into, read_state
 from intrafusion.lab.zoo.images import Normalisation
 from intrafusion.lab.zoo.networks import (
@@ -25,6 +27,7 @@ from intrafusion.lab.zoo.networks import (
     resnet50,
 )
 from intrafusion.lab.zoo.root import data_file
+from intrafusion.network.provenance import set_source_
 
 
 class Factory(Protocol):
@@ -49,6 +52,8 @@ class Entry:
     input_shape: tuple[int, int, int]
     num_classes: int = 10
     weights: str | None = None
+
+    __repr__ = show_briefly
 
 
 CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -89,23 +94,26 @@ NETWORKS: dict[str, Entry] = {
 }
 
 
+@checked
 def names(*, trained: bool = False) -> tuple[str, ...]:
     """Names of the networks; with `trained`, of those that have trained weights."""
     return tuple(name for name, entry in NETWORKS.items() if entry.weights or not trained)
 
 
+@checked
 def entry(name: str) -> Entry:
     """What is known of a network.
 
     Raises:
-        ValueError: unknown network.
+        ArgumentError: unknown network.
     """
     if name not in NETWORKS:
-        raise ValueError(unknown_name("network", name, NETWORKS))
+        raise ArgumentError(unknown_name("network", name, NETWORKS))
     return NETWORKS[name]
 
 
-def build(name: str, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
+@checked
+def build(name: str, *, pretrained: bool = False, seed: Seed = 0) -> nn.Module:
     """Build a network, in evaluation mode, with random or trained float32 weights.
 
     Trained weights are read from `$INTRAFUSION_DATA/models`. The random numbers of the program are left alone.
@@ -113,7 +121,7 @@ def build(name: str, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
     Args:
         seed: of the random weights.
     Raises:
-        ValueError: unknown network, or `pretrained` and it has no trained weights.
+        ArgumentError: unknown network, or `pretrained` and it has no trained weights.
         FolderError: INTRAFUSION_DATA is unset, or the weight file is missing, damaged or of another network.
     """
     found = entry(name)
@@ -124,18 +132,19 @@ def build(name: str, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
     if pretrained:
         if found.weights is None:
             trained = ", ".join(names(trained=True))
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} has no trained weights; build it with pretrained=False, or take one of {trained}."
             )
         load_into(model, read_state(data_file("models", f"{found.weights}.safetensors")))
-    return model
+    return set_source_(model, "zoo", name, {})
 
 
-def example_input(name: str, *, batch: int = 1, seed: int = 0) -> Tensor:
+@checked
+def example_input(name: str, *, batch: Count = 1, seed: Seed = 0) -> Tensor:
     """Random images (batch, C, H, W), standard normal, of the shape a network takes.
 
     Raises:
-        ValueError: unknown network.
+        ArgumentError: unknown network.
     """
     return torch.randn(batch, *entry(name).input_shape, generator=torch.Generator().manual_seed(seed))
 

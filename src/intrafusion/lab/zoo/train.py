@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from intrafusion.arguments import Seed, checked
 from intrafusion.lab.zoo.data import load_data
 from intrafusion.lab.zoo.registry import build
 from intrafusion.train import Training, train_
@@ -25,7 +26,8 @@ _DIGITS = Training(
 )
 
 
-def train_digits(*, seed: int = 0) -> nn.Module:
+@checked
+def train_digits(*, seed: Seed = 0) -> nn.Module:
     """The zoo's `digits_resnet`, trained on the digits for a few seconds on one processor core; needs no file."""
     model = build("digits_resnet", seed=seed)
     with _one_thread():  # faster for 8 x 8 images, and the same weights whatever the number of cores

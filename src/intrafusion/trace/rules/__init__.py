@@ -8,14 +8,26 @@ and the call and returns what is known about each output (None: nothing, a const
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from intrafusion.arguments import checked
+from intrafusion.errors import ArgumentError
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Outcome
 from intrafusion.trace.ledger import Ledger
-from intrafusion.trace.rules import across, contraction, convolution, elementwise, movement, norm, reduction
-from intrafusion.trace.rules.refusal import refuse
+from intrafusion.trace.rules import (
+    across,
+    contraction,
+    convolution,
+    elementwise,
+    movement,
+    norm,
+    quantisation,
+    reduction,
+)
+from intrafusion.trace.rules.refusal import READS, refuse
 
 __all__ = ["Rule", "find_rule", "refuse", "register_rule"]
 
@@ -44,15 +56,22 @@ _BY_OPERATION: dict[str, Rule] = {
     "segment_reduce": across.reduce_segments,
     **dict.fromkeys(across.TRANSFORMS, across.transform),
     **dict.fromkeys(across.SAMPLERS, across.sample),
+    "_pack_padded_sequence": across.pack,
+    **dict.fromkeys(quantisation.PER_TENSOR, quantisation.round_alike),
+    **dict.fromkeys(quantisation.PER_CHANNEL, quantisation.round_by_channel),
+    **dict.fromkeys(quantisation.OBSERVED, quantisation.round_observed),
+    "aminmax": quantisation.observe,
     **dict.fromkeys(across.BAGS, across.embed_bags),
     **dict.fromkeys(across.DISTANCES, across.compare_rows),
     "glu": elementwise.gate,
     **dict.fromkeys(("tril", "triu"), elementwise.mask_triangle),
     "rrelu_with_noise": elementwise.keep_first,
+    **dict.fromkeys(READS, partial(refuse, why="its values are read by Python")),
     **dict.fromkeys(elementwise.UNTAGGED, elementwise.combine_elementwise),
 }
 
 
+@checked
 def register_rule(operation: str, rule: Rule, *, replace: bool = False) -> None:
     """Say what an operation does to channels, for every trace from now on.
 
@@ -64,18 +83,20 @@ def register_rule(operation: str, rule: Rule, *, replace: bool = False) -> None:
         rule: takes the ledger and the call, and returns what is known of the output; a list for several outputs.
         replace: an existing rule may be replaced.
     Raises:
-        ValueError: the operation has a rule already, and `replace` is not set.
+        ArgumentError: the operation has a rule already, and `replace` is not set.
     """
     operation = operation.removeprefix("aten::")
     if operation in _BY_OPERATION and not replace:
-        raise ValueError(f"register_rule: {operation!r} has a rule already; pass replace=True to replace it.")
+        raise ArgumentError(f"register_rule: {operation!r} has a rule already; pass replace=True to replace it.")
     _BY_OPERATION[operation] = rule
 
 
 def find_rule(call: Call) -> Rule:
     """The rule of an operation; operations that torch tags as pointwise are element-wise, unknown ones are refused."""
-    if "out" in call.kwargs or call.func._overloadname == "dtype":
-        return refuse
+    if "out" in call.kwargs:
+        return partial(refuse, why="written into a tensor that was given as out=")
+    if call.func._overloadname == "dtype":
+        return partial(refuse, why="bits read as numbers of another kind")
     if call.name in _BY_OPERATION:
         return _BY_OPERATION[call.name]
     if torch.Tag.pointwise in call.func.tags:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor, Outcome, Weight
-from intrafusion.trace.labels import UNIFORM, compact, find_varying, narrow, widen
+from intrafusion.trace.labels import compact, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.elementwise import combine, find_extent
-from intrafusion.trace.rules.reduction import find_channel_dims, reduce_labels
+from intrafusion.trace.rules.reduction import fill_gaps, find_channel_dims, reduce_labels
 from intrafusion.trace.rules.refusal import refuse
 
 WRITES = ("index_add", "index_copy", "index_fill", "index_reduce", "scatter", "scatter_add", "scatter_reduce")
@@ -110,12 +109,11 @@ def _pass_across(ledger: Ledger, call: Call, x: Tensor, dims: set[int], indices:
     info, dims = ledger.look_up(x), {d % x.dim() for d in dims}
     if not isinstance(info, LabelledTensor) or not all(_names_rows(ledger, i, set()) for i in indices):
         return refuse(ledger, call)
-    array = narrow(info.labels)
-    highest = array.max(axis=tuple(dims), keepdims=True)
-    # Zeros beside a channel, as where a spectrum was padded, are no channel of their own.
-    if (ledger.relations.roots(np.where(array == UNIFORM, highest, array)) != ledger.relations.roots(highest)).any():
+    filled = fill_gaps(ledger, info.labels, dims)  # a spectrum may have been padded
+    if find_channel_dims(ledger, LabelledTensor(filled)) & dims:
         return refuse(ledger, call, "transformed along channels")
-    return LabelledTensor(widen(highest, call.out.shape))
+    first = filled[tuple(slice(0, 1) if d in dims else slice(None) for d in range(x.dim()))]
+    return LabelledTensor(widen(narrow(first), call.out.shape))
 
 
 def sample(ledger: Ledger, call: Call) -> Outcome:
@@ -144,6 +142,18 @@ def embed_bags(ledger: Ledger, call: Call) -> Outcome:
     ledger.forbid(ledger.look_up(call["per_sample_weights"]), f"weights of rows: {call.where}")
     row = ledger.settle(table.labels)[:1]
     return [LabelledTensor(row.expand(o.shape)) if o.shape == call.outputs[0].shape else None for o in call.outputs]
+
+
+def pack(ledger: Ledger, call: Call) -> Outcome:
+    """Sequences of unequal length laid one into another: (time, batch, ...) -> (rows, ...) and how many rows a step."""
+    x, lengths = call["input"], call["lengths"]
+    info = ledger.look_up(x)
+    if not isinstance(info, LabelledTensor) or not _names_rows(ledger, lengths, set()):
+        return refuse(ledger, call)
+    if find_channel_dims(ledger, info) & {0, 1}:
+        return refuse(ledger, call, "packed along channels")
+    row = ledger.settle(info.labels)[0, :1]
+    return [LabelledTensor(compact(row.expand(call.outputs[0].shape))), None]
 
 
 def compare_rows(ledger: Ledger, call: Call) -> Outcome:

@@ -12,8 +12,14 @@ from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight
 from intrafusion.trace.labels import UNIFORM, fill, find_varying, lay_along, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
-from intrafusion.trace.rules.elementwise import combine, find_extent, keep_channels
-from intrafusion.trace.rules.reduction import find_channel_dims, reduce_labels, unite_per_index
+from intrafusion.trace.rules.elementwise import colour_by_value, combine, find_extent, keep_channels, meet
+from intrafusion.trace.rules.reduction import (
+    are_branches,
+    find_channel_dims,
+    reduce_labels,
+    unite_over,
+    unite_per_index,
+)
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "_sparse_addmm")
 
@@ -122,23 +128,27 @@ def _contract(ledger: Ledger, call: Call, a: Info | None, b: Info | None, x: Ten
     if x.shape[2] == 1 and not (isinstance(b, Weight) and b.transposed):
         outer = [(i and i.map(lambda c: c.expand(shape)), v.expand(shape)) for i, v in ((a, x), (b, y))]
         return combine(ledger, call, outer, shape)
+    turned = torch.Size((shape[0], shape[2], shape[1]))
     if isinstance(b, Weight):
-        return _map_linearly(ledger, call, a, b, shape)
+        return _map_linearly(ledger, call, a, (b, y), shape)
     if isinstance(a, Weight):
-        turned = _map_linearly(
-            ledger, call, b and b.map(_flip), a.map(_flip), torch.Size((shape[0], shape[2], shape[1]))
-        )
-        return turned.map(_flip)
+        return _map_linearly(ledger, call, b and b.map(_flip), (a.map(_flip), _flip(x)), turned).map(_flip)
     if isinstance(a, LabelledTensor) and isinstance(b, LabelledTensor):
         return _multiply_activations(ledger, call, (a, x), (b, y), shape)
-    return _multiply_constant(ledger, call, a or b, 2 if a else 1, shape)
+    if isinstance(a, LabelledTensor):
+        return _multiply_constant(ledger, call, a, y, shape)
+    assert isinstance(b, LabelledTensor)
+    return _multiply_constant(ledger, call, b.map(_flip), _flip(x), turned).map(_flip)
 
 
-def _map_linearly(ledger: Ledger, call: Call, a: Info | None, b: Weight, shape: torch.Size) -> LabelledTensor:
-    """An activation (batch, rows, inner) times a weight (batch, inner, columns)."""
-    if isinstance(a, LabelledTensor) and ledger.is_of_buffers(b) and _lie_across(ledger, a):
-        ledger.pin(b, f"a constant matrix along another axis than the channels': {call.where}")
-        return _multiply_constant(ledger, call, a, 2, shape)
+def _map_linearly(
+    ledger: Ledger, call: Call, a: Info | None, by: tuple[Weight, Tensor], shape: torch.Size
+) -> LabelledTensor:
+    """An activation (batch, rows, inner) times a weight (batch, inner, columns) of these values."""
+    b, values = by
+    if isinstance(a, LabelledTensor) and _runs_across(ledger, a, b):
+        ledger.pin(b, f"runs along another axis than the channels': {call.where}")
+        return _multiply_constant(ledger, call, a, values, shape)
     inner = None
     if isinstance(a, LabelledTensor):
         inner = _gather_inputs(ledger, a.labels)
@@ -153,14 +163,23 @@ def _map_linearly(ledger: Ledger, call: Call, a: Info | None, b: Weight, shape: 
         for axis in in_axes:
             ledger.record(b, axis, Role.CONSUMES, inner)
         if not in_axes and 1 in find_varying(inner):
-            ledger.relations.forbid(narrow(inner).ravel(), f"contracted with a constant: {call.where}")
+            ledger.relations.forbid(narrow(inner).ravel(), f"multiplied by a constant matrix: {call.where}")
     return LabelledTensor(_make_outputs(ledger, b, out_axes, shape))
 
 
-def _lie_across(ledger: Ledger, info: LabelledTensor) -> bool:
-    """Whether an activation (batch, rows, inner) holds channels along its rows, and none along `inner`."""
-    channels = find_channel_dims(ledger, info)
-    return 1 in channels and 2 not in channels
+def _runs_across(ledger: Ledger, a: LabelledTensor, b: Weight) -> bool:
+    """Whether a matrix mixes rows, or branches, of an activation (batch, rows, inner) that has its channels elsewhere.
+
+    Buffers do where there are channels along the rows at all. A weight that training made has channels of its own,
+    unless what it mixes are branches of several layers, or it makes one sum of what are no channels.
+    """
+    dims = find_channel_dims(ledger, a)
+    if 1 not in dims or ledger.is_of_buffers(b):
+        return 1 in dims
+    if 2 not in dims and not any(2 in axis.varies for axis in b.axes):
+        return True
+    labels = narrow(ledger.settle(a.labels))
+    return 2 in dims and are_branches(ledger, np.unique(labels.reshape(-1, labels.shape[2]), axis=0))
 
 
 def _gather_inputs(ledger: Ledger, labels: Tensor) -> Tensor:
@@ -223,18 +242,27 @@ def _multiply_activations(
         call.where,
     )
     # Over (batch, rows, inner, columns) the product is element-wise: labels meet there, then `inner` is summed away.
-    labels = narrow(met[0])
-    for other in met[1:]:
-        labels = ledger.relations.contract(*np.broadcast_arrays(labels, narrow(other)))
+    labels = meet(ledger, met)
+    ledger.relations.products.add(call.where)
     four = (shape[0], *labels.shape[1:])
     reduced = reduce_labels(ledger, widen(labels, four), {2}, Cause.PRODUCT, call.where).squeeze(2)
     return LabelledTensor(widen(narrow(reduced), shape))
 
 
-def _multiply_constant(ledger: Ledger, call: Call, info: Info | None, inner: int, shape: torch.Size) -> LabelledTensor:
-    """A constant mixing matrix: fine over tokens, refused over channels."""
-    assert isinstance(info, LabelledTensor)
-    labels = widen(ledger.relations.roots(narrow(info.labels)), info.labels.shape)
-    if inner in find_varying(labels):
-        ledger.relations.forbid(narrow(labels).ravel(), f"contracted with a constant: {call.where}")
-    return LabelledTensor(reduce_labels(ledger, labels, {inner}, Cause.REDUCTION, call.where).expand(shape))
+def _multiply_constant(
+    ledger: Ledger, call: Call, info: LabelledTensor, matrix: Tensor, shape: torch.Size
+) -> LabelledTensor:
+    """An activation (batch, rows, inner) times a constant matrix (batch, inner, columns).
+
+    Fine over tokens. Over the branches of the channels that lie along the rows, each branch meets numbers of its own,
+    and the branches of a channel move together. Over the channels alone it is refused.
+    """
+    dims = find_channel_dims(ledger, info)
+    labels = ledger.settle(info.labels)
+    if 2 in dims and 1 in dims:
+        whole = (*labels.shape, matrix.shape[2])
+        labels = colour_by_value(ledger, labels[..., None].expand(whole), matrix[:, None], call.where)[..., 0]
+        labels = unite_over(ledger, labels, {2})
+    elif 2 in dims:
+        ledger.relations.forbid(narrow(labels).ravel(), f"multiplied by a constant matrix: {call.where}")
+    return LabelledTensor(reduce_labels(ledger, labels, {2}, Cause.REDUCTION, call.where).expand(shape))

@@ -12,7 +12,7 @@ from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, lay_along, narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.elementwise import colour_by_value
-from intrafusion.trace.rules.reduction import unite_per_index
+from intrafusion.trace.rules.reduction import find_channel_dims, unite_per_index
 
 
 def convolve(ledger: Ledger, call: Call) -> Info:
@@ -20,6 +20,8 @@ def convolve(ledger: Ledger, call: Call) -> Info:
     info, weight = ledger.look_up(x), ledger.look_up(call["weight"])
     if isinstance(info, Weight):
         info = ledger.activate(info, {1})
+    if info is not None and _slides_over_channels(ledger, info):
+        ledger.forbid(info, f"convolved along channels: {call.where}")
     inputs = unite_per_index(ledger, info.labels, 1) if info else np.zeros(x.shape[1], np.int64)
     depthwise = groups == x.shape[1] and groups > 1
     if not isinstance(weight, Weight):
@@ -33,6 +35,12 @@ def convolve(ledger: Ledger, call: Call) -> Info:
         shape = [1, -1] + [1] * (out.dim() - 2)
         labels = ledger.lay(bias.map(lambda c: c.reshape(shape).broadcast_to(out.shape)), labels, Role.SHIFTS)
     return LabelledTensor(labels, _note_kernel_origin(ledger, call, weight, bias))
+
+
+def _slides_over_channels(ledger: Ledger, info: LabelledTensor) -> bool:
+    """Whether the channels lie where a convolution has its space or time, and nowhere else."""
+    dims = find_channel_dims(ledger, info)
+    return 1 not in dims and bool(dims - {0})
 
 
 def _convolve_unknown(

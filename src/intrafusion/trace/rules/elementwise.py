@@ -70,12 +70,9 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
             constants += [values.real, values.imag] if values.is_complex() else [values]
     if not activations:
         return _combine_weights(ledger, call, weights, constants, shape)
-    met = keep_channels(ledger, activations, call.where)
     if call.name not in _LINEAR or (len(activations) > 1 and call.name in ("mul", "div")):
         ledger.relations.bent += [np.unique(narrow(labels)) for labels, _ in activations]
-    labels = met[0]
-    for other in met[1:]:
-        labels = _unite_labels(ledger, labels, other)
+    labels = widen(meet(ledger, keep_channels(ledger, activations, call.where)), shape)
     for weight in weights:
         labels = ledger.lay(weight, labels, _OPERATION_ROLES.get(call.name, Role.FOLLOWS))
     for values in constants:
@@ -94,8 +91,10 @@ def find_extent(x: Tensor, rank: int) -> set[int]:
     return {d + rank - x.dim() for d in find_varying(x)}
 
 
-def keep_channels(ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]], where: str) -> list[Tensor]:
-    """Labels of operands that meet, without fixed data that treats all channels alike.
+def keep_channels(
+    ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]], where: str
+) -> list[tuple[Tensor, set[int]]]:
+    """Operands that meet (labels, and their `find_extent`), without fixed data that treats all channels alike.
 
     An operand that names no channel (fixed data, a single map, one value per block) but varies along the channels of
     another tells them apart in a way that only its data know: those are blocked.
@@ -107,24 +106,44 @@ def keep_channels(ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]], w
         array = narrow(labels)
         what = "an input, or fixed data," if (array == FIXED).all() else "an activation"
         if ((array >= FIRST) & ~ledger.relations.is_block[array]).any():
-            kept.append(labels)
+            kept.append((labels, dims))
             continue
         for (other, _), channels in zip(operands, spread_out, strict=True):
             if (channels - own) & dims:
                 ledger.relations.forbid(narrow(other).ravel(), f"meets {what} that varies along its channels: {where}")
         if (array >= FIRST).any() or not any((narrow(other) >= FIRST).any() for other, _ in operands):
-            kept.append(labels)
+            kept.append((labels, dims))
     return kept
+
+
+def meet(ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]]) -> np.ndarray:
+    """Labels of operands (as in `keep_channels`) put together element by element, not broadcast where none varies.
+
+    Channels at the same position are one, but where one operand is a single value for several channels of the other.
+    """
+    labels, extent = narrow(operands[0][0]), set(operands[0][1])
+    for other, dims in operands[1:]:
+        x, y = labels, narrow(other)
+        gated, gating = _find_gated(ledger, y, extent), _find_gated(ledger, x, dims)
+        if gated and not gating:
+            labels = ledger.relations.gate(x, y, gated)
+        elif gating and not gated:
+            labels = ledger.relations.gate(y, x, gating)
+        else:
+            labels = ledger.relations.merge(*np.broadcast_arrays(x, y))
+        extent |= dims
+    return labels
+
+
+def _find_gated(ledger: Ledger, labels: np.ndarray, extent: set[int]) -> list[int]:
+    """Dimensions along which labels name several channels, and what they meet has one value."""
+    roots = ledger.relations.roots(labels)
+    spread = (d for d, size in enumerate(labels.shape) if size > 1 and d not in extent)
+    return [d for d in spread if (roots != roots.take([0], d)).any()]
 
 
 def _needs_broadcast(weight: Weight, shape: torch.Size) -> bool:
     return bool(weight.axes) and weight.axes[0].coordinates.shape != shape
-
-
-def _unite_labels(ledger: Ledger, a: Tensor, b: Tensor) -> Tensor:
-    """Unite two label tensors of one shape."""
-    x, y = np.broadcast_arrays(narrow(a), narrow(b))
-    return widen(ledger.relations.merge(x, y), a.shape)
 
 
 def keep_first(ledger: Ledger, call: Call) -> Info | None:

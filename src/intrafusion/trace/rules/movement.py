@@ -13,8 +13,8 @@ from intrafusion.trace.call import Call
 from intrafusion.trace.info import Axis, Info, LabelledTensor, Outcome, Weight
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, compact, fill, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
-from intrafusion.trace.rules.elementwise import combine
-from intrafusion.trace.rules.reduction import find_channel_dims
+from intrafusion.trace.rules.elementwise import combine, find_extent
+from intrafusion.trace.rules.reduction import fill_gaps, find_channel_dims, unite_over
 from intrafusion.trace.rules.refusal import refuse
 
 IDENTITIES = (
@@ -106,11 +106,18 @@ def forget(ledger: Ledger, call: Call) -> None:
 def move(ledger: Ledger, call: Call) -> Outcome:
     source = call.args[0]
     info = ledger.look_up(source)
+    indices = [ledger.look_up(t) for t in call.tensors[1:]]
+    if isinstance(info, LabelledTensor) and any(isinstance(i, LabelledTensor) for i in indices):
+        info = LabelledTensor(fill_gaps(ledger, info.labels, _find_picked_dims(call)))
     # An index that the data computed may pick another channel for every input; one from a buffer is the same always.
     for tensor in call.tensors[1:]:
         index = ledger.look_up(tensor)
-        if isinstance(index, LabelledTensor) and (find_varying(index.labels) or _picks_channels(ledger, call, info)):
-            return refuse(ledger, call, "data-dependent index")
+        if isinstance(index, LabelledTensor):
+            picked = _find_picked_channels(ledger, call, info)
+            if find_varying(index.labels) or (picked and not _picks_branches(ledger, call, info, tensor)):
+                return refuse(ledger, call, "data-dependent index")
+            if isinstance(info, LabelledTensor):
+                info = LabelledTensor(unite_over(ledger, info.labels, picked))
     if info is None:
         depends = any(map(ledger.look_up, call.tensors))
         return refuse(ledger, call, "index that depends on channels") if depends else None
@@ -138,8 +145,16 @@ def _find_picked_dims(call: Call) -> set[int]:
     return {d % call.args[0].dim() for d in dims}
 
 
-def _picks_channels(ledger: Ledger, call: Call, info: Info | None) -> bool:
-    return isinstance(info, LabelledTensor) and bool(_find_picked_dims(call) & find_channel_dims(ledger, info))
+def _find_picked_channels(ledger: Ledger, call: Call, info: Info | None) -> set[int]:
+    return _find_picked_dims(call) & find_channel_dims(ledger, info) if isinstance(info, LabelledTensor) else set()
+
+
+def _picks_branches(ledger: Ledger, call: Call, info: Info | None, index: Tensor) -> bool:
+    """Whether one index picks for all channels, along another dimension of theirs: an expert, a branch."""
+    if not isinstance(info, LabelledTensor):
+        return False
+    rest = find_channel_dims(ledger, info) - _find_picked_dims(call)
+    return bool(rest) and (call.name in ("index", "index_select") or not find_extent(index, index.dim()) & rest)
 
 
 def _split(info: Info, call: Call) -> list[Info | None]:

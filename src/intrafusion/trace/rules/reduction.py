@@ -11,7 +11,7 @@ from torch import Tensor
 from intrafusion.graph import Factor
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Axis, Info, LabelledTensor, Outcome, Weight
-from intrafusion.trace.labels import FIRST, find_varying, narrow, widen
+from intrafusion.trace.labels import FIRST, UNIFORM, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.refusal import refuse
@@ -56,7 +56,7 @@ def reduce_labels(ledger: Ledger, labels: Tensor, dims: set[int], cause: Cause, 
     # Symmetric: only which channels are in a row matters, so rows are sets, and equal sets get one block label.
     rows = np.sort(moved.reshape(int(np.prod([array.shape[d] for d in rest])), -1), axis=-1)
     distinct, which = np.unique(rows, axis=0, return_inverse=True)
-    if cause == Cause.REDUCTION and len(distinct) > 1 and all(_are_branches(ledger, row) for row in distinct):
+    if cause == Cause.REDUCTION and len(distinct) > 1 and are_branches(ledger, distinct):
         for one, other in itertools.pairwise(distinct.T):
             ledger.relations.unite(one, other)
     results = np.array([_name_together(ledger, np.unique(row), cause, where) for row in distinct])
@@ -64,13 +64,16 @@ def reduce_labels(ledger: Ledger, labels: Tensor, dims: set[int], cause: Cause, 
     return widen(reduced, shape)
 
 
-def _are_branches(ledger: Ledger, row: np.ndarray) -> bool:
-    """Whether labels are channels of as many layers: branches that were stacked, and are summed as by a plus."""
+def are_branches(ledger: Ledger, rows: np.ndarray) -> bool:
+    """Whether the labels of each row are channels of as many layers: branches that are summed, as by a plus."""
+    return all(_are_of_layers(ledger, row) for row in rows)
+
+
+def _are_of_layers(ledger: Ledger, row: np.ndarray) -> bool:
     channels = np.unique(ledger.relations.roots(row))
     makers = ledger.relations.makers(channels)
-    return bool(channels[0] >= FIRST and not ledger.relations.is_block[channels].any()) and len(makers) == len(
-        np.unique(makers)
-    )
+    named = bool(channels[0] >= FIRST and not ledger.relations.is_block[channels].any())
+    return named and len(makers) == len(np.unique(makers))
 
 
 def _name_together(ledger: Ledger, labels: np.ndarray, cause: Cause, where: str) -> int:
@@ -101,8 +104,8 @@ def unite_per_index(ledger: Ledger, labels: Tensor, dim: int) -> np.ndarray:
     return np.broadcast_to(united, (size,))
 
 
-def _unite_over(ledger: Ledger, labels: Tensor, dims: set[int]) -> Tensor:
-    """Labels of which those along some dimensions are one channel: the map that a linear layer computed, resampled."""
+def unite_over(ledger: Ledger, labels: Tensor, dims: set[int]) -> Tensor:
+    """Labels of which those along some dimensions are one channel: a resampled map, branches mixed by a matrix."""
     array = narrow(labels)
     for dim in sorted(dims):
         united = array.take([0], dim)
@@ -139,6 +142,18 @@ def summarise(ledger: Ledger, call: Call) -> Outcome:
 def find_channel_dims(ledger: Ledger, info: LabelledTensor) -> set[int]:
     """Dimensions along which an activation holds different channels."""
     return find_varying(widen(ledger.relations.roots(narrow(info.labels)), info.labels.shape))
+
+
+def fill_gaps(ledger: Ledger, labels: Tensor, dims: set[int]) -> Tensor:
+    """Constants beside a channel along these dimensions are that channel's: zeros that sequences were padded with.
+
+    The labels as they are where several channels lie along them.
+    """
+    array = narrow(labels)
+    highest = array.max(axis=tuple(dims), keepdims=True)
+    filled = np.where(array == UNIFORM, highest, array)
+    alike = (ledger.relations.roots(filled) == ledger.relations.roots(highest)).all()
+    return widen(highest, labels.shape) if alike else labels
 
 
 def _summarise_weight(weight: Weight, dims: set[int], where: str) -> Weight:
@@ -180,7 +195,7 @@ def pool(ledger: Ledger, call: Call) -> Outcome:
     crossed = {d for d in find_channel_dims(ledger, info) & dims if out.shape[d] != 1}
     if crossed and not find_varying(info.labels) - dims:
         return refuse(ledger, call, "pooling across channels")
-    maps = _unite_over(ledger, info.labels, crossed)
+    maps = unite_over(ledger, info.labels, crossed)
     labels = reduce_labels(ledger, maps, dims, Cause.REDUCTION, call.where).expand(out.shape)
     return (
         [LabelledTensor(labels), *[None] * (len(call.outputs) - 1)] if len(call.outputs) > 1 else LabelledTensor(labels)

@@ -8,6 +8,8 @@ from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor
 from intrafusion.trace.ledger import Ledger
 
+READS = ("_local_scalar_dense", "is_nonzero", "equal")  # float(x), x.item(), if x: ..., x.equal(y)
+
 
 def refuse(ledger: Ledger, call: Call, why: str = "operation without a rule") -> list[Info | None]:
     for tensor in call.tensors:

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intrafusion.errors import ArgumentError
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut."""
@@ -102,7 +104,7 @@ def cifar_resnet(depth: int, *, num_classes: int = 10) -> ResNet:
     """ResNet of 6k + 2 layers and widths 16, 32, 64 for 32 x 32 images (He et al. 2016, section 4.2).
 
     Raises:
-        ValueError: `depth` is not 6k + 2.
+        ArgumentError: `depth` is not 6k + 2.
     """
     return ResNet(BasicBlock, [blocks_per_stage(depth)] * 3, [16, 32, 64], num_classes=num_classes)
 
@@ -125,7 +127,7 @@ def digits_resnet(*, num_classes: int = 10) -> ResNet:
 def blocks_per_stage(depth: int) -> int:
     """k of a CIFAR ResNet of 6k + 2 layers."""
     if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"CIFAR ResNet: expected a depth of 6k + 2 (8, 14, 20, 32, 44, 56, 110), got {depth}.")
+        raise ArgumentError(f"CIFAR ResNet: expected a depth of 6k + 2 (8, 14, 20, 32, 44, 56, 110), got {depth}.")
     return (depth - 2) // 6
 
 

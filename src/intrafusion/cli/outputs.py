@@ -1,0 +1,104 @@
+"""Where results go, checked before the work is done."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+from intrafusion.errors import FolderError
+from intrafusion.io.atomic import report_unwritable
+from intrafusion.io.folder import is_ours
+from intrafusion.lab.bench import read_records
+from intrafusion.network.tensors import named_tensors
+
+
+def check_saving(folder: Path) -> None:
+    """Refuse a folder that saving a network would refuse.
+
+    Raises:
+        FolderError: it is a file, holds what intrafusion did not write, or cannot be written.
+    """
+    check_writable(folder)
+    taken = folder.exists() and not is_ours(folder)
+    if taken and (not folder.is_dir() or any(folder.iterdir())):
+        raise FolderError(f"{folder}: exists and was not written by intrafusion; choose another name, or move it away.")
+
+
+def check_folder(folder: Path) -> None:
+    """
+    Raises:
+        FolderError: it is a file, or cannot be written.
+    """
+    check_writable(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"{folder}: expected a folder, but this is a file; choose another name with -o.")
+
+
+def check_file(path: Path) -> None:
+    """
+    Raises:
+        FolderError: it is a folder, or cannot be written.
+    """
+    check_writable(path)
+    if path.is_dir():
+        raise FolderError(f"{path}: expected the name of a file, but this is a folder; choose another name with -o.")
+
+
+def check_records(path: Path) -> None:
+    """
+    Raises:
+        FolderError: it is a folder, a file of something else, or cannot be written.
+    """
+    check_file(path)
+    if path.exists() and path.stat().st_size and not read_records(path):
+        raise FolderError(f"{path}: exists and holds no records; choose another name with -o, or move it away.")
+
+
+def check_page(path: Path) -> None:
+    """
+    Raises:
+        FolderError: it is a folder, a file of something else, or cannot be written.
+    """
+    check_file(path)
+    if path.exists() and not _is_page(path):
+        raise FolderError(f"{path}: exists and is no report of intrafusion; choose another name with -o.")
+
+
+def _is_page(path: Path) -> bool:
+    text = path.read_bytes()
+    return not text or (text.lstrip()[:15].lower() == b"<!doctype html>" and b"intrafusion" in text)
+
+
+def check_writable(path: Path) -> None:
+    """Try to write beside the path, in the nearest folder that exists already; nothing stays.
+
+    Raises:
+        FolderError: there is no permission, no space, or it is no name of a file.
+    """
+    try:
+        with report_unwritable(path):
+            target = path.resolve()
+            target.exists()
+            place = target if target.is_dir() else next(p for p in target.parents if p.exists())
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"\0")
+    except (ValueError, RuntimeError) as error:  # a null character; links that lead in a circle
+        raise FolderError(f"{str(path)!r}: is no name of a file or folder ({error}); choose another one.") from error
+
+
+def check_space(path: Path, *models: nn.Module) -> None:
+    """
+    Raises:
+        FolderError: the disk has no room for the weights of one of these networks.
+    """
+    place = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    needed = max(sum(t.nbytes for t in named_tensors(model).values()) for model in models)
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise FolderError(
+            f"{path}: expected room for {needed / 1e6:,.0f} MB, got {free / 1e6:,.0f} MB free on this disk; "
+            "free some space, or choose another place with -o."
+        )

@@ -1,0 +1,46 @@
+"""How the commands are called: completion by the shell, and what options were called before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from intrafusion.cli.completion import join_words_at_colons
+from intrafusion.cli.console import messages
+
+OLD_OPTIONS = {
+    "experiment": {
+        "--batch": "--batch-size",
+        "--criterion": "--importance",
+        "--network": "--model",
+        "--training-images": "--train-images",
+    },
+    "split-train": {"--limit": "--train-images"},
+}
+"""Options of version 0.1 by command, and what they are called now."""
+
+
+class Program(typer.Typer):
+    """The program, which understands the words of every shell that completes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        join_words_at_colons()
+        return super().__call__(*args, **kwargs)
+
+
+class Command(TyperCommand):
+    """A command that also takes the old names of its options, and says the new one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = OLD_OPTIONS.get(self.name or "", {})
+        return super().parse_args(ctx, [_rename(word, known) for word in args])
+
+
+def _rename(word: str, known: dict[str, str]) -> str:
+    name, equals, value = word.partition("=")
+    if name not in known:
+        return word
+    messages.print(f"note: {name} is called {known[name]} now.", soft_wrap=True)
+    return f"{known[name]}{equals}{value}"

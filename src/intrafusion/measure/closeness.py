@@ -1,0 +1,89 @@
+"""How close the outputs of a smaller network are to the original's, on inputs of which it is known what they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.measure.drift import output_error
+from intrafusion.network.batches import cast_like, count_images
+from intrafusion.network.inputs import Inputs, output_tensors
+from intrafusion.network.state import preserve_state
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How close outputs are to the original's.
+
+    Attributes:
+        error: the output error: mean squared difference as a fraction of the variance of the original's.
+        agreement: share of the rows whose largest output, the label, is the same; None where no class scores are seen.
+    """
+
+    error: float
+    agreement: float | None = None
+
+    def is_worse_than(self, other: Closeness) -> bool:
+        """By the output error; one that is no number is worse than any."""
+        return self.error > other.error or math.isnan(self.error)
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """Inputs, and what the original network gives on them.
+
+    Attributes:
+        original: the original network, as it is to be seen on these inputs.
+        inputs: all of them, as one call.
+        kind: what they are, in the plural.
+        unseen: whether they were kept from the solver.
+    """
+
+    original: nn.Module
+    inputs: Inputs
+    kind: str = "images"
+    unseen: bool = True
+
+    @cached_property
+    def _expected(self) -> tuple[list[Tensor], Tensor | None]:
+        return self._run(self.original)
+
+    def measure(self, model: nn.Module) -> Closeness:
+        """How close a network is to the original here.
+
+        Raises:
+            ModelError: one of them does not run on these inputs.
+        """
+        (found, scores), (expected, labels) = self._run(model), self._expected
+        agreement = None
+        if scores is not None and labels is not None and scores.shape == labels.shape:
+            agreement = float((scores.argmax(1) == labels.argmax(1)).double().mean())
+        return Closeness(output_error(found, expected), agreement)
+
+    def _run(self, model: nn.Module) -> tuple[list[Tensor], Tensor | None]:
+        with preserve_state(model):
+            output = cast_like(self.inputs, model).run(model)
+        tensors = [t.detach() for t in output_tensors(output)]
+        return tensors, find_scores(output, tensors)
+
+    def __str__(self) -> str:
+        return f"{count_images(self.inputs)} {self.kind}"
+
+
+def find_scores(output: Any, tensors: list[Tensor]) -> Tensor | None:
+    """What looks like class scores (n, classes) in an output: its `logits`, or else its only tensor; None if neither.
+
+    >>> find_scores(torch.zeros(3, 2, 2), [torch.zeros(3, 2, 2)]) is None
+    True
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    found = logits if isinstance(logits, Tensor) else tensors[0] if len(tensors) == 1 else None
+    if found is None or found.dim() != 2 or found.shape[1] < 2 or not torch.is_floating_point(found):
+        return None
+    return found.detach()

@@ -1,0 +1,71 @@
+"""Options mean the same wherever they stand, the page says what the program does, and old names still work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+from click.testing import Result
+
+from intrafusion.cli.main import COMMANDS
+from intrafusion.cli.program import OLD_OPTIONS
+
+Program = Callable[[str], Result]
+
+
+def test_a_name_means_the_same_in_every_command(option_script: ModuleType) -> None:
+    meanings: dict[str, set[tuple[object, ...]]] = {}
+    places: dict[str, list[str]] = {}
+    for command, function in COMMANDS.items():
+        for option in option_script.options_of(function):
+            for name in option.names:
+                meaning = (option.about, option.kind, option.metavar, option.limits, option.names)
+                meanings.setdefault(name, set()).add(meaning)
+                places.setdefault(name, []).append(command)
+    several = {"MODEL..."}  # of networks of one structure
+    assert {name: found for name, found in meanings.items() if len(found) > 1 and name not in several} == {}
+    assert {"--images", "--keep", "--output", "--json", "--device"} <= {n for n, p in places.items() if len(p) > 2}
+
+
+def test_a_meaning_has_one_name(option_script: ModuleType) -> None:
+    names: dict[str, set[str]] = {}
+    for function in COMMANDS.values():
+        for option in option_script.options_of(function):
+            names.setdefault(option.about, set()).add(option.names[0])
+    assert {about: found for about, found in names.items() if len(found) > 1} == {}
+
+
+def test_every_option_is_explained(option_script: ModuleType) -> None:
+    for command, function in COMMANDS.items():
+        for option in option_script.options_of(function):
+            assert option.about, f"{command} {option.names[0]}"
+            assert option.kind is bool or option.metavar, f"{command} {option.names[0]}"
+
+
+def test_the_page_is_what_the_program_says(option_script: ModuleType) -> None:
+    text = option_script.PAGE.read_text(encoding="utf-8")
+    assert option_script.page(text) == text, "run: python docs/cli_options.py"
+    assert option_script.page(text.replace("| `--json` |", "| `--yaml` |")) == text
+    assert all(f"`intrafusion {command}" in text for command in COMMANDS)
+
+
+def test_old_names_lead_to_options_that_exist(option_script: ModuleType) -> None:
+    for command, renamed in OLD_OPTIONS.items():
+        known = {name for option in option_script.options_of(COMMANDS[command]) for name in option.names}
+        assert set(renamed.values()) <= known
+        assert not set(renamed) & known
+
+
+@pytest.mark.parametrize("line", ["--criterion l2 --batch 0", "--criterion=l2 --batch=0"])
+def test_an_old_name_is_taken_and_the_new_one_said(program: Program, line: str) -> None:
+    result = program(f"experiment whole-model {line}")
+    assert result.exit_code == 2
+    assert "note: --criterion is called --importance now." in result.stderr
+    assert "--batch-size" in result.stderr.partition("Invalid value")[2]
+
+
+def test_an_option_that_there_is_not_is_answered_with_the_nearest(program: Program) -> None:
+    result = program("experiment whole-model --images 3")
+    assert result.exit_code == 2
+    assert "--test-images, --train-images" in " ".join(result.stderr.replace("│", "").split())
