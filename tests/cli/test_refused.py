@@ -28,9 +28,9 @@ def test_a_module_that_ends_the_program(program: Program, user_folder: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "called"), [("meta", "load its values first"), ("sparse", "make it one with .to_dense()")]
+    ("kind", "remedy"), [("meta", "load its values first"), ("sparse", "make it one with .to_dense()")]
 )
-def test_weights_without_dense_values(kind: str, called: str, program: Program, user_folder: Path) -> None:
+def test_weights_without_dense_values(kind: str, remedy: str, program: Program, user_folder: Path) -> None:
     weight = nn.Linear(4, 8).weight.detach()
     torch.save({"first.weight": weight.to("meta") if kind == "meta" else weight.to_sparse()}, user_folder / "w.pth")
     result = program("inspect nets.py:Net --input 2,4 --weights w.pth")
