@@ -215,9 +215,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "restore.ActivationRepair.__call__": {"self": intrafusion.restore.ActivationRepair(), **RESTORING},
     "restore.Calibration": parts(calibration(), _moments={}),
     "restore.Calibration.moments_of": {"self": calibration, "graph": GRAPH},
-    "restore.Calibration.run": {"self": calibration, "model": MODEL},
-    "restore.Calibration.error": {"self": calibration, "model": MODEL},
-    "restore.Calibration.restore": {"self": calibration, "small": small, "original": MODEL, "graph": GRAPH},
+    "restore.Calibration.restore": {
+        "self": calibration, "small": small, "original": MODEL, "graph": GRAPH, "measure": lambda _: 0.0
+    },
     "restore.ClosedForm": {"reach": 1.0, "floor": 1e-3},
     "restore.ClosedForm.__call__": {"self": intrafusion.restore.ClosedForm(), **RESTORING},
     "restore.LeastSquares": {"strength": 1e-3, "scarcity": 0.2, "steps": 1, "rows": 20, "drift": True, "seed": 0},
@@ -237,7 +237,6 @@ CALLS: dict[str, dict[str, Any]] = {
         "self": intrafusion.restore.Synthesis(images=2, steps=1), "model": MODEL, "example_inputs": X,
         "progress": lambda *_: None,
     },
-    "restore.Synthesis.work": {"self": intrafusion.restore.Synthesis(), "macs": 10.0},
     "restore.add_shifts_": {"small": small_model, "reference": MODEL, "graph": GRAPH, "maps": PLAN.maps},
     "restore.calibrate": {
         "model": MODEL, "inputs": Inputs.of(X), "level": "noise", "images": X, "seed": 0, "progress": None,
@@ -569,6 +568,7 @@ UNASKED = {
     "Weight": "is made by rules", "refuse": "is called by rules",
     "TorchPruning": "needs Torch-Pruning, see its own tests",
     "Entry": "a row of the zoo", "ImageFolder": "is made by open_folder", "Experiment": "a row of the experiments",
+    "time_turns": "is called by latencies_ms, which checks",
     "download": "reaches for the network", "fetch_cifar": "reaches for the network", "train_digits": "trains",
     "environment": "takes nothing", "answer": "is called by measurements",
     "Epoch": "is made by trainings", "History": "is made by trainings",

@@ -411,12 +411,14 @@ def plan_page(
     version: str = "",
     restored: Sequence[str] = (),
     comparison: Comparison | None = None,
+    loads_alone: bool = False,
 ) -> Page:
     """The page of a network that was made smaller and saved.
 
     Args:
         restored: what was done against the loss.
         comparison: what both networks take, and how close their outputs are.
+        loads_alone: whether the folder tells what network it is of.
     """
     reduced = [d for d in plan.decisions if d.reduced]
     tiles = [(f"{len(reduced)} of {len(plan.decisions)}", "groups reduced")]
@@ -437,7 +439,9 @@ def plan_page(
         lead = f"{before.params:,} parameters became {after.params:,}. {lead}"
     tiles = [*tiles, *_compared_tiles(comparison)]
     bars = figures_of.sizes_of_plan(plan.decisions)
-    load = f"model = intrafusion.load({folder!r}, OriginalNetwork)  # the original class, a factory, or an instance"
+    given = "" if loads_alone else ", OriginalNetwork"
+    of_what = "" if loads_alone else "  # the original class, a factory, or an instance"
+    load = f"model = intrafusion.load({folder!r}{given}){of_what}"
     body = (
         f"<h3>Recipe</h3><pre>{_e(plan.recipe.to_yaml().strip())}</pre>"
         f"<h3>Load it</h3><pre>import intrafusion\n{_e(load)}</pre>"
