@@ -215,9 +215,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "restore.ActivationRepair.__call__": {"self": intrafusion.restore.ActivationRepair(), **RESTORING},
     "restore.Calibration": parts(calibration(), _moments={}),
     "restore.Calibration.moments_of": {"self": calibration, "graph": GRAPH},
-    "restore.Calibration.restore": {
-        "self": calibration, "small": small, "original": MODEL, "graph": GRAPH, "measure": lambda _: 0.0
-    },
     "restore.ClosedForm": {"reach": 1.0, "floor": 1e-3},
     "restore.ClosedForm.__call__": {"self": intrafusion.restore.ClosedForm(), **RESTORING},
     "restore.LeastSquares": {"strength": 1e-3, "scarcity": 0.2, "steps": 1, "rows": 20, "drift": True, "seed": 0},

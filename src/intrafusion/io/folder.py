@@ -170,7 +170,8 @@ def load(
             `save(program=True)` wrote. Only for folders of people you trust: loading a program can run code.
     Returns:
         the smaller network, on the device of the original; its weights have the saved dtype. An instance stays in its
-        mode; a network that was saved in evaluation mode and is built here is in evaluation mode. Of a program, a network that computes, in evaluation mode and on the CPU.
+        mode; what was saved in evaluation mode and is built here is in evaluation mode. Of a program, a network that
+        computes, in evaluation mode and on the CPU.
     Raises:
         FolderError: not one of our folders, damaged, it points outside itself, or it does not tell its network.
         PlanError: the original network is another one than the saved one was made from.

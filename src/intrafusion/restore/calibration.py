@@ -121,6 +121,7 @@ class Calibration:
             return "sequences of random tokens"
         return _KINDS[self.level]
 
+    @checked
     def restore(
         self, small: Reduced, original: nn.Module, graph: ChannelGraph, measure: Callable[[nn.Module], T]
     ) -> tuple[T, T]:
