@@ -184,7 +184,7 @@ def _list_warnings(small: Compressed) -> Iterator[str]:
     if found.failed is not None:
         yield f"warning: {found.failed}"
     if found.is_faster is False:
-        yield f"warning: the smaller network is not faster here. {_advise_on_speed(small.plan)}"
+        yield f"warning: the smaller network is not noticeably faster here. {_advise_on_speed(small.plan)}"
 
 
 def _advise_on_speed(plan: Plan) -> str:

@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 class Literal(Net):
     def forward(self, x):
-        return self.third(self.second(self.first(x).relu().view(-1, self.width)).relu())
+        return self.third(self.second(self.first(x).relu().view(-1, 8)).relu())
 
 class Words(nn.Module):
     def __init__(self):

@@ -31,7 +31,7 @@ def test_it_says_what_was_done_and_how_to_load_it(small: Compressed, tmp_path: P
         'model = intrafusion.load("this/folder", Sequential)',
         "- restored: ",
         "output error",
-        "| 0 | 8 -> 4 | mixed | 0, 2 |",
+        "| 0 | 8 -> 4 | mixed | 2 |",
         "keep: 0.5",
         f"torch {torch.__version__}",
         time.strftime("%Y-", time.gmtime()),

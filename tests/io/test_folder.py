@@ -393,3 +393,13 @@ def test_long_names_and_no_networks(saved: Path) -> None:
         load(saved, 3)  # type: ignore[arg-type]
     with pytest.raises(IntrafusionError, match="cannot be called without arguments.*give a factory"):
         load(saved, nn.Linear)
+
+
+def test_what_was_saved_in_evaluation_mode_is_built_in_it(tmp_path: Path) -> None:
+    make = lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))  # noqa: E731
+    small = intrafusion.compress(make().eval(), torch.randn(2, 4), 0.5, restore=None)
+    small.save(tmp_path / "small")
+    loaded = intrafusion.load(tmp_path / "small", make)
+    assert not loaded.training
+    assert torch.equal(loaded(torch.ones(1, 4)), small.model(torch.ones(1, 4)))
+    assert intrafusion.load(tmp_path / "small", make().train()).training

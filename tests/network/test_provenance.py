@@ -46,7 +46,7 @@ def test_building_is_in_evaluation_mode_and_draws_no_random_number_of_the_progra
         (SourceKind.HF, "BertModel", {"use_pretrained_backbone": True}),
         (SourceKind.HF, "BertModel", {"n_layers": 10**6}),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" object at")[0][:60],
 )
 def test_what_no_network_needs_is_refused(kind: SourceKind, name: str, args: dict[str, object]) -> None:
     with pytest.raises(ModelError, match="refused|expected the name of a network"):

@@ -82,7 +82,7 @@ def test_a_channel_that_two_others_tell_is_told_with_a_bare_weight_too(way: str)
         model.first.bias[4:] = 0.5
     small = intrafusion.compress(model, x[:2], 0.5, images=x, restore=None)
     assert small.plan.sizes == {"first": 4}
-    assert "mixed" in str(small)
+    assert "mixed" in " ".join(str(small).split())
     plain = intrafusion.compress(model, x[:2], 0.5, reducer="select", restore=None)
     with torch.no_grad():
         wanted = model(x)
@@ -98,5 +98,5 @@ def test_groups_of_which_nothing_was_seen_are_selected_and_the_table_says_so() -
     small = intrafusion.compress(model, x, {"0*": 0.5}, restore=None)
     plain = intrafusion.compress(model, x, {"0*": 0.5}, reducer="select", restore=None)
     assert small.plan.sizes
-    assert "what is read of these channels was not seen" in str(small)
+    assert "what is read of these channels was not seen" in " ".join(str(small).split())
     torch.testing.assert_close(small.model(x), plain.model(x))

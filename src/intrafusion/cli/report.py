@@ -21,6 +21,7 @@ from intrafusion.io.folder import is_ours, read_document
 from intrafusion.lab.bench import Record, read_records
 from intrafusion.lab.report import html
 from intrafusion.lab.report.sheet import contact_sheet, data_address
+from intrafusion.measure.comparison import Comparison
 
 _PAGE = "report.html"
 
@@ -60,9 +61,16 @@ def _page_of(sources: list[Path], sheet: str | None) -> html.Page:
         if not is_ours(folder):
             raise FolderError(f"{folder}: this folder was not saved by intrafusion; expected one, or files of records.")
         plan, before, after = read_saved(folder)
-        restored = [str(Restoration(**step)) for step in read_document(folder).get("restored", [])]
+        data = read_document(folder)
+        told = data.get("comparison")
         return html.plan_page(
-            plan, before, after, folder=str(folder), sheet=sheet, version=intrafusion.__version__, restored=restored
+            *(plan, before, after),
+            folder=str(folder),
+            sheet=sheet,
+            version=intrafusion.__version__,
+            restored=[str(Restoration(**step)) for step in data.get("restored", [])],
+            comparison=None if told is None else Comparison.from_data(told),
+            loads_alone="source" in data,
         )
     records = [record for source in sources for record in _read_record_file(source)]
     names = [source.name for source in sources]

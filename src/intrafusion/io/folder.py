@@ -128,6 +128,7 @@ def _describe(
     split = _ranks_before(model, plan)
     return {
         "weights": _WEIGHTS,
+        "training": model.training,
         "repairs": [asdict(r) for r in repairs],
         **{name: asdict(size) for name, size in sizes.items()},
         "split_before": split,
@@ -168,8 +169,9 @@ def load(
         trust_program: where there is no `model`, and none is recorded or can be built, load the program that
             `save(program=True)` wrote. Only for folders of people you trust: loading a program can run code.
     Returns:
-        the smaller network, on the device and in the mode of the original; its weights have the saved dtype. Of a
-        program, a network that computes, in evaluation mode and on the CPU.
+        the smaller network, on the device of the original; its weights have the saved dtype. An instance stays in its
+        mode; what was saved in evaluation mode and is built here is in evaluation mode. Of a program, a network that
+        computes, in evaluation mode and on the CPU.
     Raises:
         FolderError: not one of our folders, damaged, it points outside itself, or it does not tell its network.
         PlanError: the original network is another one than the saved one was made from.
@@ -184,6 +186,8 @@ def load(
         given = model if isinstance(model, nn.Module) else _build_from(model)
         _check_has_values(unwrap(given))
         _fill_(unwrap(given), folder, data, plan, state, digests)
+        if given is not model and data.get("training") is False:  # older folders do not say
+            given.eval()
         return given
     check_digests(folder, data, digests)
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.measure.drift import output_error
 from intrafusion.network.batches import cast_like, count_images
 from intrafusion.network.inputs import Inputs, output_tensors
@@ -28,6 +29,8 @@ class Closeness:
 
     error: float
     agreement: float | None = None
+
+    __repr__ = show_briefly
 
     def is_worse_than(self, other: Closeness) -> bool:
         """By the output error; one that is no number is worse than any."""
@@ -49,6 +52,8 @@ class Yardstick:
     inputs: Inputs
     kind: str = "images"
     unseen: bool = True
+
+    __repr__ = show_briefly
 
     @cached_property
     def _expected(self) -> tuple[list[Tensor], Tensor | None]:

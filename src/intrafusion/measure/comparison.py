@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.measure.closeness import Closeness
 from intrafusion.measure.latency import time_turns
 from intrafusion.measure.size import Size
@@ -38,6 +39,8 @@ class Footprint:
     bytes: int
     latency_ms: float | None = None
 
+    __repr__ = show_briefly
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -55,12 +58,11 @@ class HeldOut:
     after: Closeness
     before: Closeness | None = None
 
+    __repr__ = show_briefly
+
     def row(self) -> tuple[str, str]:
         """A name, and the rest in words."""
         return "outputs", f"{self._where()} {self._how_far()}{self._agreement()}"
-
-    def __str__(self) -> str:
-        return " ".join(self.row())
 
     def _where(self) -> str:
         if not self.unseen:
@@ -98,6 +100,8 @@ class Comparison:
     runs: int = 0
     held_out: HeldOut | None = None
     failed: str | None = None
+
+    __repr__ = show_briefly
 
     @property
     def speedup(self) -> float | None:

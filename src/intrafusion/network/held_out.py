@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.network.batches import ImagesLike, cast_like, count_images, join_batches, take_images
 from intrafusion.network.inputs import Inputs
@@ -31,6 +32,8 @@ class Split:
     seen: ImagesLike | None = None
     measured: Inputs | None = None
     unseen: bool = False
+
+    __repr__ = show_briefly
 
 
 def hold_out(images: Iterable[Inputs], model: nn.Module) -> Split:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.network.tensors import named_tensors
 
 _LONGEST = 200
@@ -29,6 +30,8 @@ class Identity:
     name: str
     layers: Mapping[str, str]
     sha256: str
+
+    __repr__ = show_briefly
 
 
 def identify(model: nn.Module) -> Identity:

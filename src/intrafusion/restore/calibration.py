@@ -21,6 +21,7 @@ from intrafusion.network.calibration_images import warn_caller
 from intrafusion.network.held_out import held_out_places
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.observe.moments import MomentTaker, measure_moments
+from intrafusion.progress import ShowProgress, shows_progress
 from intrafusion.reduce.problem import Moments
 from intrafusion.restore.affordable import find_affordable
 from intrafusion.restore.least_squares import LeastSquares
@@ -120,6 +121,7 @@ class Calibration:
             return "sequences of random tokens"
         return _KINDS[self.level]
 
+    @checked
     def restore(
         self, small: Reduced, original: nn.Module, graph: ChannelGraph, measure: Callable[[nn.Module], T]
     ) -> tuple[T, T]:
@@ -135,6 +137,7 @@ class Calibration:
 
 
 @checked
+@shows_progress("calibrate")
 def calibrate(
     model: nn.Module,
     inputs: ExampleInputs,
@@ -144,6 +147,7 @@ def calibrate(
     synthesis: Synthesis | None = None,
     noise: Noise | None = None,
     seed: Seed = 0,
+    progress: ShowProgress = None,
 ) -> Calibration:
     """Take or make images of a level; "auto" takes those given, else makes the best that it can afford.
 

@@ -18,6 +18,7 @@ from types import TracebackType
 
 from torch import nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import preserve_state
@@ -110,6 +111,8 @@ class Literals:
     learned: set[tuple[type, str]] = field(default_factory=set)
     in_vain: Counter[tuple[tuple[int, int], ...]] = field(default_factory=Counter)
     left: int = _ALL_TRIES
+
+    __repr__ = show_briefly
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())

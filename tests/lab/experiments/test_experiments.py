@@ -17,7 +17,10 @@ from intrafusion.lab.report.figures import figures
 from intrafusion.lab.report.records import tables
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.drift import drift
+from intrafusion.network.inputs import Inputs
+from intrafusion.pipeline import follow
 from intrafusion.recipe import Recipe
+from intrafusion.restore import calibrate
 
 
 def ran(name: str, subjects, folder, **options) -> list[Record]:
@@ -179,7 +182,10 @@ def test_our_default_stands_beside_the_method_of_the_paper(digits, tmp_path, ima
     *_, ours = ran("whole-model", [subject], tmp_path, keep=(0.7,))
     assert ours.setting["method"] == ("pivot+images" if images else "pivot+noise")
     given = {"restore": "images", "images": digits.labelled()} if images else {"restore": "noise"}
-    small = intrafusion.compress(digits.model, zoo.example_input("digits_resnet"), 0.7, **given)
+    recipe, example = Recipe.of(keep=0.7, restore=given["restore"]), Inputs.of(zoo.example_input("digits_resnet"))
+    graph = intrafusion.inspect(digits.model, example)
+    calibration = calibrate(digits.model, example, given["restore"], given.get("images"))  # all of the images
+    small = follow(recipe, digits.model, graph, example, given.get("images"), calibration=calibration)
     assert ours.result["accuracy"] == accuracy(small.model, digits.test.images, digits.test.labels)
     (table,) = tables([ours])
     assert table.header[-1] == ("ours (default)" if images else "ours (default, on noise)")

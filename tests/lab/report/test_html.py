@@ -17,6 +17,8 @@ from PIL import Image
 from intrafusion.lab.report import html
 from intrafusion.lab.report.html import Page, plan_page, records_page, render, script_json, write
 from intrafusion.lab.report.sheet import contact_sheet, data_address
+from intrafusion.measure.closeness import Closeness
+from intrafusion.measure.comparison import Comparison, Footprint, HeldOut
 from intrafusion.measure.size import Size
 from intrafusion.plan import Decision, Plan
 from intrafusion.recipe import Recipe
@@ -143,6 +145,18 @@ def test_the_page_of_a_saved_folder_shows_its_plan():
     assert plan.recipe.to_yaml().strip() in text.texts["pre"]
     assert any("intrafusion.load('some/small'" in block for block in text.texts["pre"])
     assert text.texts["li"] == ["a & b"]
+
+
+def test_the_page_of_a_saved_folder_says_how_fast_and_how_close_it_is():
+    held_out = HeldOut("51 images", True, Closeness(0.14, 0.94), Closeness(0.71, 0.6))
+    takes = Footprint(1000, 8000, 4000, 20.0), Footprint(250, 2000, 1000, 8.0)
+    compared = Comparison(*takes, batch=1, threads=2, device="cpu", runs=17, held_out=held_out)
+    page = plan_page(Plan(Recipe.of(keep=0.5), (), {}), None, None, folder="small", comparison=compared)
+    assert ("2.50 ×", "as fast as the original, on the machine it was made on") in page.tiles
+    assert ("14.0 %", "of their variance is how far outputs differ (51 images, unseen by the solver)") in page.tiles
+    told = Parsed(render(page)).texts["dd"]
+    assert any("20 ms -> 8 ms" in text and "2 threads" in text for text in told), told
+    assert any("on 51 unseen images differ by 14 % of their variance" in text for text in told)
 
 
 def test_a_page_without_figures_holds_no_plotting_library_and_needs_none(monkeypatch):

@@ -38,6 +38,7 @@ from intrafusion.lab.report.records import (
     significance,
     stages,
 )
+from intrafusion.measure.comparison import Comparison
 from intrafusion.measure.size import Size
 from intrafusion.names import name_some
 from intrafusion.plan import Decision, Plan, list_layers
@@ -409,8 +410,16 @@ def plan_page(
     sheet: str | None = None,
     version: str = "",
     restored: Sequence[str] = (),
+    comparison: Comparison | None = None,
+    loads_alone: bool = False,
 ) -> Page:
-    """The page of a network that was made smaller and saved; `restored` says what was done against the loss."""
+    """The page of a network that was made smaller and saved.
+
+    Args:
+        restored: what was done against the loss.
+        comparison: what both networks take, and how close their outputs are.
+        loads_alone: whether the folder tells what network it is of.
+    """
     reduced = [d for d in plan.decisions if d.reduced]
     tiles = [(f"{len(reduced)} of {len(plan.decisions)}", "groups reduced")]
     lead = f"{len(reduced)} of {len(plan.decisions)} channel groups were reduced."
@@ -428,14 +437,18 @@ def plan_page(
             else tiles
         )
         lead = f"{before.params:,} parameters became {after.params:,}. {lead}"
+    tiles = [*tiles, *_compared_tiles(comparison)]
     bars = figures_of.sizes_of_plan(plan.decisions)
-    load = f"model = intrafusion.load({folder!r}, OriginalNetwork)  # the original class, a factory, or an instance"
+    given = "" if loads_alone else ", OriginalNetwork"
+    of_what = "" if loads_alone else "  # the original class, a factory, or an instance"
+    load = f"model = intrafusion.load({folder!r}{given}){of_what}"
     body = (
         f"<h3>Recipe</h3><pre>{_e(plan.recipe.to_yaml().strip())}</pre>"
         f"<h3>Load it</h3><pre>import intrafusion\n{_e(load)}</pre>"
         f"<h3>Make it again</h3><pre>intrafusion compress NETWORK --recipe {_e(folder)}/recipe.yaml -o FOLDER</pre>"
     )
     sections = [
+        _compared_section(comparison),
         replace(bars_section, table=_plan_table(plan.decisions)) if (bars_section := _from_figure(bars)) else None,
         Section("restored", "Restored without training", body=_notes(restored)) if restored else None,
         _sheet_section(sheet) if sheet else None,
@@ -445,6 +458,27 @@ def plan_page(
     found = tuple(s for s in sections if s is not None)
     footer = f"intrafusion {version}. This page is complete in itself and opens without a network."
     return Page(Path(folder).name, "a smaller network", lead, tuple(tiles), found, (), footer)
+
+
+def _compared_tiles(comparison: Comparison | None) -> list[tuple[str, str]]:
+    """How fast the smaller network is, and how far its outputs are off."""
+    if comparison is None:
+        return []
+    tiles, held_out = [], comparison.held_out
+    if comparison.speedup is not None:
+        tiles.append((f"{comparison.speedup:.2f} ×", "as fast as the original, on the machine it was made on"))
+    if held_out is not None:
+        on = f"{held_out.on}, unseen by the solver" if held_out.unseen else f"the {held_out.on} it was solved on"
+        tiles.append((format_percent(held_out.after.error).text, f"of their variance is how far outputs differ ({on})"))
+    return tiles
+
+
+def _compared_section(comparison: Comparison | None) -> Section | None:
+    if comparison is None:
+        return None
+    rows = comparison.rows() if comparison.held_out is None else [*comparison.rows(), comparison.held_out.row()]
+    failed = "" if comparison.failed is None else f"<p>{_e(comparison.failed)}</p>"
+    return Section("compared", "Before and after", body=_definitions(dict(rows)) + failed)
 
 
 def _plan_table(decisions: Sequence[Decision]) -> Table:
