@@ -6,6 +6,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def test_a_long_stage_says_now_and_then_how_far_it_is(monkeypatch: pytest.Monkey
     from intrafusion.cli import console
 
     times = iter([0.0, 5.0, 40.0, 41.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
     monkeypatch.setattr(console, "messages", console.make_console(stderr=True, force_terminal=False))
     with console.progress_bar("work") as progress:
         for stage, done in (("one", 0), ("one", 1), ("one", 2), ("two", 0)):
