@@ -4,6 +4,7 @@ computes on the CPU and refuses, as a GPU does, what mixes devices; with one, th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,15 @@ def network() -> nn.Module:
     return Network().eval()
 
 
+@dataclass(frozen=True)
+class FewImages(Synthesis):
+    images: int = 8
+    steps: int = 2
+
+
 @pytest.fixture(params=["elsewhere", GPU])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    synthesis = calibration.Synthesis
-    monkeypatch.setattr(calibration, "Synthesis", lambda **options: synthesis(images=8, steps=2, **options))
+    monkeypatch.setattr(calibration, "Synthesis", FewImages)
     if request.param == "cuda":
         yield Place(torch.device("cuda", 0), lambda model: model.cuda())
     else:

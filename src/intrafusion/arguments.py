@@ -77,7 +77,7 @@ def checked(door: F, *, leaving: Collection[str] = ()) -> F:
 def _guard(function: Any, annotated: Any, where: str, leaving: Collection[str]) -> Callable[..., Any]:
     """The function, which is called once its arguments are what `annotated` says."""
     signature = inspect.signature(function)
-    hints = functools.cache(lambda: _read_hints(annotated))
+    hints = functools.cache(lambda: get_type_hints(annotated, include_extras=True))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -87,14 +87,6 @@ def _guard(function: Any, annotated: Any, where: str, leaving: Collection[str]) 
         return function(*args, **kwargs)
 
     return call
-
-
-def _read_hints(annotated: Any) -> dict[str, Any]:
-    """Nothing where a name in them is no type any more, as where a test has put a stand-in in its place."""
-    try:
-        return get_type_hints(annotated, include_extras=True)
-    except TypeError:
-        return {}
 
 
 def _bind(signature: inspect.Signature, args: Any, kwargs: Any) -> inspect.BoundArguments | None:

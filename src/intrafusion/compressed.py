@@ -166,14 +166,13 @@ def _count_reduced(plan: Plan) -> str:
 
 def _list_figures(small: Compressed) -> list[tuple[str, str]]:
     """What was measured, and both values in words."""
-    rows = _size_rows(small) if small.comparison is None else small.comparison.rows()
-    held_out = None if small.comparison is None else small.comparison.held_out
-    return rows if held_out is None else [*rows, held_out.row()]
-
-
-def _size_rows(small: Compressed) -> list[tuple[str, str]]:
-    pairs = {name: (getattr(small.before, name), getattr(small.after, name)) for name in ("params", "macs")}
-    return [("parameters", describe_change(*pairs["params"])), ("MACs", describe_change(*pairs["macs"]))]
+    if small.comparison is not None:
+        return small.comparison.figures()
+    before, after = small.before, small.after
+    return [
+        ("parameters", describe_change(before.params, after.params)),
+        ("MACs", describe_change(before.macs, after.macs)),
+    ]
 
 
 def _list_warnings(small: Compressed) -> Iterator[str]:

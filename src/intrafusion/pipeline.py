@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
+from intrafusion.names import name_some
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.calibration_images import as_calls, warn_of
 from intrafusion.network.held_out import Split
@@ -48,7 +49,7 @@ from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
 from intrafusion.surgery.proof import FunctionCheck, Reference
 from intrafusion.surgery.ties import tie_heads
-from intrafusion.surgery.write import make_repairs_, write_weights_
+from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
 from intrafusion.trace import trace
 
 _UNFIT = {
@@ -234,6 +235,17 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
+def _tell_of_numbers(numbers: Sequence[Repair]) -> tuple[str, ...]:
+    """What the example cannot tell: whether a number that follows the channels means something else elsewhere."""
+    if not numbers:
+        return ()
+    shown = name_some([f"{r.module}.{r.attribute} {r.old} -> {r.new}".lstrip(".") for r in numbers])
+    return (
+        f"numbers in attributes follow the channels: {shown}. If one is also a length or a number of pixels, which the "
+        "example did not show, exclude these layers.",
+    )
+
+
 def _check_written(small: nn.Module, model: nn.Module) -> None:
     """
     Raises:
@@ -310,6 +322,7 @@ def apply(
         *(surgery.model, plan, before, after, inputs, surgery.repairs),
         rolled_back=surgery.rolled_back,
         original=identify(core),
+        notes=_tell_of_numbers(surgery.numbers),
     )
     report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)

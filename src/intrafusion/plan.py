@@ -14,6 +14,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_json
 from intrafusion.errors import PlanError
 from intrafusion.graph import ChannelGraph, ChannelGroup, layers_of, sort_by_role
+from intrafusion.measure.comparison import describe_change
 from intrafusion.measure.size import Size
 from intrafusion.names import name_some
 from intrafusion.recipe import Recipe
@@ -201,7 +202,7 @@ def tabulate_plan(
 
 
 def size_change(label: str, before: int, after: int) -> str:
-    return f"{label} {before:,} -> {after:,} ({after / before:.1%})" if before else f"{label} {before:,}"
+    return f"{label} {describe_change(before, after) if before else format(before, ',')}"
 
 
 def _describe_decision(decision: Decision) -> GroupLine:

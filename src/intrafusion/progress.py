@@ -17,9 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from intrafusion.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, steps done and steps in all."""
@@ -101,6 +104,11 @@ def _open(progress: ShowProgress, title: str, outer: Progress | None) -> context
     return contextlib.nullcontext(StageLines(title, _print_line if progress else LOGGER.info))
 
 
+def open_bar(title: str, console: Console) -> contextlib.AbstractContextManager[Progress]:
+    """A bar on this console, at once."""
+    return _Bar(title, _TerminalPicture(console), 0.0)
+
+
 @contextlib.contextmanager
 def prefix_stages(prefix: str) -> Iterator[None]:
     """Stages reported inside are part of a larger one: "step 2 of 4: tracing"."""
@@ -127,14 +135,14 @@ def print_stages() -> None:
 class StageLines:
     """A line for each stage, and for a long one how far it is, now and then."""
 
-    def __init__(self, title: str, say: Callable[[str], None]) -> None:
-        self.title, self.say, self.stage, self.said = title, say, "", 0.0
+    def __init__(self, title: str, say: Callable[[str], None], far: str = ", {} of {}") -> None:
+        self.title, self.say, self.far, self.stage, self.said = title, say, far, "", 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if stage == self.stage and (now - self.said < _QUIET_S or done >= total):
             return
-        far = f", {done} of {total}" if stage == self.stage and total > 1 else ""
+        far = self.far.format(done, total) if stage == self.stage and total > 1 else ""
         self.stage, self.said = stage, now
         self.say(f"{self.title}: {stage}{far}")
 
@@ -171,7 +179,10 @@ class _Bar:
         context = contextvars.copy_context()  # a notebook tells by it to which cell the bar belongs
         self.timer = threading.Timer(self.patience, lambda: context.run(self._appear))
         self.timer.daemon = True
-        self.timer.start()
+        if self.patience > 0:
+            self.timer.start()
+        else:
+            self._appear()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -214,13 +225,16 @@ class _Bar:
 class _TerminalPicture:
     """A bar of rich's on standard error, and what else is printed meanwhile above it; nothing of it remains."""
 
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console
+
     def open(self) -> None:
         from rich.console import Console
         from rich.file_proxy import FileProxy
         from rich.progress import BarColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as Rich
 
-        console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        console = self.console or Console(stderr=True, markup=False, emoji=False, highlight=False)
         text = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[far]}")
         # rich would send standard output to standard error, also where it goes to a file: streams are replaced below
         self.bar = Rich(

@@ -54,7 +54,7 @@ def test_a_saved_folder_makes_a_page_of_its_plan(program: Program) -> None:
     assert '<td class="number" data-value="8">8</td><td class="number" data-value="4">4</td>' in text
     assert "<h1>small</h1>" in text
     assert Path("small/recipe.yaml").read_text().splitlines()[0] in text
-    assert "intrafusion.load(&#x27;small&#x27;" in text
+    assert "intrafusion.load(&#x27;small&#x27;, OriginalNetwork)" in text
     assert "restored: Noise on 512 noise images" in text
 
 

@@ -15,6 +15,8 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from intrafusion.io.checksums import digest_document, digest_file
 from intrafusion.io.folder import load_plan, save_plan
 from intrafusion.lab import zoo
 from intrafusion.network.sources import import_transformers
+from intrafusion.plan import Plan
 
 TIMES = int(os.environ.get("INTRAFUSION_FUZZ", "1"))
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -281,9 +284,60 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 # ---- the laws -------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Tally:
+    """How damaged folders were read: exactly, refused, wrong or with a crash."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def judge(
+        self,
+        what: str,
+        read: Callable[[], object],
+        when_refused: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Read one folder; `read` gives what is wrong with what was loaded, `when_refused` what changed still."""
+        self.counts["tried"] += 1
+        try:
+            wrong = read()
+        except IntrafusionError as error:
+            self.counts["refused"] += 1
+            if changed := when_refused():
+                self.failures.append(f"{what}: refused, but changed {changed}: {error}")
+        except Exception as error:
+            self.counts["crashed"] += 1
+            self.failures.append(f"{what}: {type(error).__name__}: {error}"[:400])
+        else:
+            self.counts["wrong" if wrong else "right"] += 1
+            self.failures += [f"{what}: loaded, but wrong in {wrong}"] if wrong else []
+
+    def show(self, title: str) -> None:
+        print(f"\n{title}: {dict(self.counts)}")
+        assert self.failures == [], "\n".join(self.failures)
+
+
+def misread_network(folder: Path, network: nn.Module, expected: dict[str, Any]) -> list[str]:
+    with warnings.catch_warnings(action="ignore", category=IntrafusionWarning):  # of a signed list of layers
+        load(folder, network)
+    return difference(expected, portrait(network))
+
+
+def misread_alone(folder: Path, saved: nn.Module) -> list[str]:
+    with warnings.catch_warnings(action="ignore", category=IntrafusionWarning):
+        found = portrait(load(folder))["tensors"]
+    return [name for name, tensor in portrait(saved)["tensors"].items() if found[name][0] != tensor[0]]
+
+
+def misread_plan(folder: Path, plan: Plan, done: str) -> str:
+    found = load_plan(folder)
+    maps = found.maps.items()
+    sound = found == plan or (done.endswith("signed") and all(m.merge.isfinite().all() for _, m in maps))
+    return "" if sound else "its plan"
+
+
 def test_damaged_networks_load_exactly_or_are_refused(folders: list[Folder], tmp_path: Path) -> None:
-    counts: Counter[str] = Counter()
-    failures = []
+    tally = Tally()
     for seed in range(400 * TIMES):
         rng = random.Random(seed)
         source, original, saved = rng.choice(folders)
@@ -292,26 +346,12 @@ def test_damaged_networks_load_exactly_or_are_refused(folders: list[Folder], tmp
         done = damage(folder, rng)
         network = original()
         before, expected = portrait(network), portrait(saved)
-        counts["tried"] += 1
-        try:
-            with warnings.catch_warnings(action="ignore", category=IntrafusionWarning):  # of a signed list of layers
-                load(folder, network)
-        except IntrafusionError as error:
-            counts["refused"] += 1
-            if changed := difference(before, portrait(network)):
-                failures.append(f"{seed} ({done}): refused, but changed {changed}: {error}")
-        except Exception as error:
-            counts["crashed"] += 1
-            failures.append(f"{seed} ({done}): {type(error).__name__}: {error}"[:400])
-        else:
-            wrong = difference(expected, portrait(network))
-            counts["wrong" if wrong else "right"] += 1
-            failures += [f"{seed} ({done}): loaded, but wrong in {wrong}"] if wrong else []
+        again = partial(misread_network, folder, network, expected)
+        tally.judge(f"{seed} ({done})", again, lambda n=network, b=before: difference(b, portrait(n)))
         shutil.rmtree(folder)
-    print(f"\nnetworks: {dict(counts)}")
-    assert failures == [], "\n".join(failures)
-    assert counts["right"] > 10 * TIMES
-    assert counts["refused"] > 200 * TIMES
+    tally.show("networks")
+    assert tally.counts["right"] > 10 * TIMES
+    assert tally.counts["refused"] > 200 * TIMES
 
 
 def change_record(folder: Path, rng: random.Random) -> None:
@@ -346,8 +386,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, nn.Modul
 def test_damaged_folders_that_load_alone_load_exactly_or_are_refused(
     alone: list[tuple[Path, nn.Module]], tmp_path: Path
 ) -> None:
-    counts: Counter[str] = Counter()
-    failures = []
+    tally = Tally()
     for seed in range(120 * TIMES):
         rng = random.Random(seed)
         source, saved = rng.choice(alone)
@@ -360,51 +399,24 @@ def test_damaged_folders_that_load_alone_load_exactly_or_are_refused(
                 sign(folder)
         else:
             done = damage(folder, rng)
-        counts["tried"] += 1
-        try:
-            with warnings.catch_warnings(action="ignore", category=IntrafusionWarning):
-                found = portrait(load(folder))["tensors"]
-        except IntrafusionError:
-            counts["refused"] += 1
-        except Exception as error:
-            counts["crashed"] += 1
-            failures.append(f"{seed} ({done}): {type(error).__name__}: {error}"[:400])
-        else:
-            wrong = [name for name, tensor in portrait(saved)["tensors"].items() if found[name][0] != tensor[0]]
-            counts["wrong" if wrong else "right"] += 1
-            failures += [f"{seed} ({done}): loaded, but wrong in {wrong}"] if wrong else []
+        tally.judge(f"{seed} ({done})", partial(misread_alone, folder, saved))
         shutil.rmtree(folder)
-    print(f"\nnetworks that name themselves: {dict(counts)}")
-    assert failures == [], "\n".join(failures)
-    assert counts["refused"] > 30 * TIMES
-    assert counts["right"] > 10 * TIMES
+    tally.show("networks that name themselves")
+    assert tally.counts["refused"] > 30 * TIMES
+    assert tally.counts["right"] > 10 * TIMES
 
 
 def test_damaged_plans_load_exactly_or_are_refused(tmp_path: Path) -> None:
     plan = compress(Net(), X, {"stem": 0.5, "*": 0.1}).plan
     save_plan(plan, tmp_path / "plan")
     assert load_plan(tmp_path / "plan") == plan
-    counts: Counter[str] = Counter()
-    failures = []
+    tally = Tally()
     for seed in range(200 * TIMES):
         rng = random.Random(seed)
         folder = tmp_path / "damaged"
         shutil.copytree(tmp_path / "plan", folder)
         done = damage(folder, rng)
-        counts["tried"] += 1
-        try:
-            found = load_plan(folder)
-        except IntrafusionError:
-            counts["refused"] += 1
-        except Exception as error:
-            counts["crashed"] += 1
-            failures.append(f"{seed} ({done}): {type(error).__name__}: {error}"[:400])
-        else:
-            maps = found.maps.items()
-            sound = found == plan or (done.endswith("signed") and all(m.merge.isfinite().all() for _, m in maps))
-            counts["right" if sound else "wrong"] += 1
-            failures += [] if sound else [f"{seed} ({done}): loaded, but wrong"]
+        tally.judge(f"{seed} ({done})", partial(misread_plan, folder, plan, done))
         shutil.rmtree(folder)
-    print(f"\nplans: {dict(counts)}")
-    assert failures == [], "\n".join(failures)
-    assert counts["refused"] > 100 * TIMES
+    tally.show("plans")
+    assert tally.counts["refused"] > 100 * TIMES

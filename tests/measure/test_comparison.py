@@ -115,7 +115,7 @@ def test_what_is_said() -> None:
 )
 def test_the_outputs_in_words(changes: dict[str, Any], said: str) -> None:
     assert MADE.held_out is not None
-    assert str(replace(MADE.held_out, **changes)) == said
+    assert " ".join(replace(MADE.held_out, **changes).row()) == said
 
 
 @pytest.mark.parametrize("milliseconds", [2.0, 2.99, 3.1])

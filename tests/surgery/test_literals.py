@@ -336,3 +336,65 @@ def test_a_state_of_zeros_is_refused_in_words_too() -> None:
     model, x = Keeping("last").eval(), torch.randn(3, 5)
     model.last = torch.zeros(3, 8)  # type: ignore[assignment]
     assert "tensors of that width in attributes (last)" in select(model, x).rolled_back["a"]
+
+
+# ---- a number that means two things ---------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """The width, which a norm sees together, is also what `also` takes it for."""
+
+    def __init__(self, also: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.n, self.also = 16, also
+        self.a, self.norm, self.b = nn.Linear(5, 16), nn.LayerNorm(16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.also(self.a(x).reshape(len(x), -1, self.n), self.n)
+        return self.b(self.norm(x).mean(1))
+
+
+@pytest.mark.parametrize(
+    "also",
+    [
+        lambda x, n: x[:, :n],
+        lambda x, n: x.clamp(-n / 16, n / 16),
+        lambda x, n: x * (torch.arange(x.shape[1]) < n)[:, None],
+    ],
+    ids=["length", "limit", "mask"],
+)
+def test_a_number_does_not_follow_channels_of_which_no_function_is_proved(also: Any) -> None:
+    """Nothing would compare what else it does."""
+    model, x = Tokens(also).eval(), torch.randn(2, 16, 5)
+    small = select(model, x)
+    assert small.plan.maps == {}
+    assert model.n == small.model.n == 16
+    torch.testing.assert_close(small.model(x), model(x))
+
+
+class Step(nn.Module):
+    """Of one class, once the number is the width, once it is a number of pixels."""
+
+    def __init__(self, inputs: int, *, crops: bool) -> None:
+        super().__init__()
+        self.n, self.crops, self.a = 16, crops, nn.Conv2d(inputs, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.crops:
+            return self.a(x[:, :, : self.n, : self.n]).relu()
+        return self.a(x).relu().view(len(x), self.n, *x.shape[2:])
+
+
+def test_only_the_module_that_needs_it_is_given_another_number() -> None:
+    parts = Step(3, crops=True), Step(16, crops=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)
+    model = nn.Sequential(*parts).eval()
+    with torch.no_grad():
+        for step in (model[0], model[1]):
+            step.a.weight[1::2], step.a.bias[1::2] = 0, 0  # type: ignore[union-attr]
+    small = select(model, torch.randn(2, 3, 8, 8))
+    assert (small.model[0].n, small.model[1].n) == (16, 8)  # type: ignore[index]
+    large = torch.randn(2, 3, 20, 20)  # larger than the crop, as the example was not
+    torch.testing.assert_close(small.model(large), model(large))
+    (note,) = (note for note in small.notes if "numbers in attributes" in note)
+    assert "1.n 16 -> 8" in note
+    assert "exclude these layers" in note

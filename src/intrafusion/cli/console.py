@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from intrafusion.errors import IntrafusionError
-from intrafusion.progress import Progress as Callback
+from intrafusion.progress import Progress, StageLines, open_bar, show_progress
 
 _DEFECT, _BAD_INPUT, ROLLED_BACK, _INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = (
@@ -24,7 +22,6 @@ EXIT_CODES = (
     "3 done, but a group had to be rolled back (compress --strict); 130 interrupted."
 )
 _SHOW_TRACEBACK = "INTRAFUSION_TRACEBACK"
-_QUIET_S = 30.0  # seconds after which a stage without a terminal says again how far it is
 
 
 def make_console(**options: Any) -> Console:
@@ -74,31 +71,9 @@ def _describe_defect(error: Exception) -> str:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callback]:
+def progress_bar(title: str) -> Iterator[Progress]:
     """A bar on standard error where that is a terminal, else a line for each stage."""
-    if not messages.is_terminal:
-        yield _Lines(title)
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=messages, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task(title, total=None)
-
-        def show(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{title}: {stage}", completed=done, total=total)
-
-        yield show
-
-
-class _Lines:
-    """A line for each stage, and for a long one how far it is, now and then."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self.stage, self.said = title, "", 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage == self.stage and now - self.said < _QUIET_S:
-            return
-        far = f" {done}/{total}" if stage == self.stage else ""
-        self.stage, self.said = stage, now
-        messages.print(f"{self.title}: {stage}{far}", soft_wrap=True)
+    lines = StageLines(title, lambda line: messages.print(line, soft_wrap=True), far=" {}/{}")
+    shown = open_bar(title, messages) if messages.is_terminal else nullcontext(lines)
+    with shown as watcher, show_progress(watcher, title) as progress:
+        yield progress

@@ -83,7 +83,9 @@ def run(model: nn.Module, folder: Path, keeps: Sequence[float] = _KEEPS) -> list
         for index, keep in enumerate(keeps):
             progress(f"keep {keep:.0%}", index, len(keeps))
             recipes = {name: Recipe.of(keep=keep, **options) for name, options in _METHODS.items()}
-            smaller = {name: pipeline.follow(recipe, model, graph, inputs) for name, recipe in recipes.items()}
+            smaller = {
+                name: pipeline.follow(recipe, model, graph, inputs, progress=False) for name, recipe in recipes.items()
+            }
             rows += [_measure_row(name, keep, small, test) for name, small in smaller.items()]
             if keep == _SAVED[1]:
                 smaller[_SAVED[0]].save(folder / _SMALL)

@@ -70,7 +70,7 @@ def _page_of(sources: list[Path], sheet: str | None) -> html.Page:
             version=intrafusion.__version__,
             restored=[str(Restoration(**step)) for step in data.get("restored", [])],
             comparison=None if told is None else Comparison.from_data(told),
-            loads_alone="source" in data,
+            loads_alone=bool(data.get("source")),
         )
     records = [record for source in sources for record in _read_record_file(source)]
     names = [source.name for source in sources]

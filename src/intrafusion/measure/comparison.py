@@ -129,6 +129,10 @@ class Comparison:
         found = {"before": Footprint(**data["before"]), "after": Footprint(**data["after"])}
         return cls(**{**data, **found, "held_out": None if held is None else _read_held_out(held)})
 
+    def figures(self) -> list[tuple[str, str]]:
+        """The rows, and how close the outputs are."""
+        return self.rows() if self.held_out is None else [*self.rows(), self.held_out.row()]
+
     def rows(self) -> list[tuple[str, str]]:
         """What is compared, and both values in words."""
         before, after = self.before, self.after

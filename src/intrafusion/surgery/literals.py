@@ -8,6 +8,7 @@ only if the network then runs and bears out all that is asked of it.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import itertools
 from collections import Counter, defaultdict
@@ -151,9 +152,9 @@ class Literals:
 
     def search_part(self, small: nn.Module, sizes: Mapping[str, int], numbers: Numbers) -> Numbers | None:
         """Numbers with which a network runs in which only some groups were reduced, given those where all are."""
-        search = _Search(self, small, self._find_pairs(small, sizes), self._run, _PART_TRIES)
+        search = _Search(self, small, self._find_pairs(small, sizes), self.run, _PART_TRIES)
         likely = {p: n for p, n in numbers.items() if n in search.find_targets(*p, own=True, exact=True)}
-        return search.run_from({}) if self._run(small, ()) is None else search.run_from(likely)
+        return search.run_from({}) if self.run(small, ()) is None else search.run_from(likely)
 
     def fit_(self, small: nn.Module, sizes: Mapping[str, int]) -> None:
         """Let numbers of the kinds that had to follow before do so in another smaller network, as far as it then runs.
@@ -162,10 +163,10 @@ class Literals:
             sizes: of the groups that were reduced in it.
         """
         if self.learned:
-            search = _Search(self, small, self._find_pairs(small, sizes), self._run, _PART_TRIES)
+            search = _Search(self, small, self._find_pairs(small, sizes), self.run, _PART_TRIES)
             make_repairs_(small, self.repairs(search.run_from(search.recall()) or {}))
 
-    def _run(self, small: nn.Module, _: tuple[Repair, ...]) -> Breakdown | None:
+    def run(self, small: nn.Module, _: tuple[Repair, ...]) -> Breakdown | None:
         """What goes wrong where a network is simply called: it fails, or gives outputs of other shapes."""
         try:
             with preserve_state(small):
@@ -230,7 +231,7 @@ class _Search:
     def run(self, failure: Breakdown) -> Numbers | None:
         start = self.recall()
         if start and (found := self.run_from(start)) is not None:
-            return found
+            return self._without_idle(found)
         found = self._descend({}, failure)
         return found and self._without_idle(found)
 
@@ -248,7 +249,16 @@ class _Search:
             fewer = {place: n for place, n in numbers.items() if self._kind(place) != kind}
             if fewer and self.left > 0 and not isinstance(self._try(fewer), Breakdown):
                 numbers = fewer
+        for place in numbers:  # one module of a class may need what another does not
+            fewer = {other: n for other, n in numbers.items() if other != place}
+            if fewer and self._runs(fewer) and not isinstance(self._try(fewer), Breakdown):
+                numbers = fewer
         return numbers
+
+    def _runs(self, numbers: Numbers) -> bool:
+        """Whether the network gives outputs of the same shapes with these numbers, which takes one call."""
+        with self._written(numbers):
+            return self.known.run(self.small, ()) is None
 
     def _kind(self, place: Place) -> tuple[type, str]:
         return type(self.known.modules[place[0]]), place[1]
@@ -261,11 +271,16 @@ class _Search:
     def _try(self, numbers: Numbers) -> Numbers | Breakdown:
         """The numbers, if the network passes with them, else what is wrong."""
         self.left -= 1
+        with self._written(numbers) as repairs:
+            return self.check(self.small, repairs) or numbers
+
+    @contextlib.contextmanager
+    def _written(self, numbers: Numbers) -> Iterator[tuple[Repair, ...]]:
         modules, repairs = dict(self.small.named_modules()), self.known.repairs(numbers)
         for repair in repairs:
             write_number_(modules[repair.module], repair.attribute, repair.new)
         try:
-            return self.check(self.small, repairs) or numbers
+            yield repairs
         finally:
             for repair in repairs:
                 write_number_(modules[repair.module], repair.attribute, repair.old)

@@ -87,7 +87,8 @@ class Surgery:
     """The smaller network, what had to follow, and the groups that had to be left alone with the reason.
 
     maps: as they were carried out, for every group that is reduced.
-    literals: which numbers in attributes had to follow.
+    literals: which numbers in attributes had to follow, for the next network.
+    numbers: those of the repairs that are such numbers.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class Surgery:
     rolled_back: dict[str, str]
     maps: Maps
     literals: Literals
+    numbers: tuple[Repair, ...] = ()
 
     __repr__ = show_briefly
 
@@ -139,7 +141,8 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
     small, repairs = attempts.find_made(passed)
     why = {**known, **unproved}
     rolled_back = {g.name: why[g.name] for g in groups if g.name in why}
-    return Surgery(small, repairs, rolled_back, attempts.settle(passed), attempts.literals)
+    numbers = attempts.numbers.get(_names_of(passed), ())
+    return Surgery(small, repairs, rolled_back, attempts.settle(passed), attempts.literals, numbers)
 
 
 def _search(

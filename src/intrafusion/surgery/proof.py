@@ -143,6 +143,9 @@ class FunctionCheck:
         changed = _find_changed_factors(self.graph.factors, found.factors)
         fresh = {i: pair for i, pair in changed.items() if i not in self.explained}
         exact = self._select_exact(maps)
+        unproved = self._find_unproved_numbers(maps, exact)
+        if unproved:
+            return unproved
         error = self.error(exact)
         if not self.passes(error) and not self.compensate(maps, exact, fresh):
             return _explain(error, fresh, self._derived(maps))
@@ -167,6 +170,21 @@ class FunctionCheck:
         modules = {repair.module for repair in self.repairs_of(maps) or ()}
         apart = {n: m for n, m in exact.items() if not any(_lies_in(x.module, modules) for x in self.groups[n].members)}
         return {} if self.repairs_of(apart) is None else apart
+
+    def _find_unproved_numbers(self, maps: Maps, exact: Maps) -> str:
+        """Numbers in attributes that followed groups of which no function is proved, in words.
+
+        Whatever else such a number means to the forward, a length or a limit, would change unseen.
+        """
+        known = {(r.module, r.attribute, r.new) for r in self.repairs_of(exact) or ()}
+        others = [r for r in self.repairs_of(maps) or () if (r.module, r.attribute, r.new) not in known]
+        if not others:
+            return ""
+        shown = ", ".join(f"{r.module}.{r.attribute}".lstrip(".") for r in others[:3])
+        return (
+            f"the width stands as a number in an attribute ({shown}), and what that does besides cannot be proved "
+            "where something looks at all channels; take it from a shape"
+        )
 
     def _derived(self, maps: Maps) -> list[str]:
         """What the new groups are read through, in words."""

@@ -476,9 +476,8 @@ def _compared_tiles(comparison: Comparison | None) -> list[tuple[str, str]]:
 def _compared_section(comparison: Comparison | None) -> Section | None:
     if comparison is None:
         return None
-    rows = comparison.rows() if comparison.held_out is None else [*comparison.rows(), comparison.held_out.row()]
     failed = "" if comparison.failed is None else f"<p>{_e(comparison.failed)}</p>"
-    return Section("compared", "Before and after", body=_definitions(dict(rows)) + failed)
+    return Section("compared", "Before and after", body=_definitions(dict(comparison.figures())) + failed)
 
 
 def _plan_table(decisions: Sequence[Decision]) -> Table:
