@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -177,9 +178,12 @@ def test_a_network_without_a_number_before_is_not_put_back(monkeypatch: pytest.M
 
 
 def test_images_from_the_network_that_do_harm_give_way_to_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    synthesis = calibration_module.Synthesis
+    class Small(calibration_module.Synthesis):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{"images": 50, "steps": 2, **options})
+
     monkeypatch.setattr(calibration_module, "AFFORDABLE", 1e9)
-    monkeypatch.setattr(calibration_module, "Synthesis", lambda **options: synthesis(images=50, steps=2, **options))
+    monkeypatch.setattr(calibration_module, "Synthesis", Small)
     monkeypatch.setattr(calibration_module, "LeastSquares", Worse)
     made, noise = intrafusion.compress(network(), X, 0.5).restored
     assert (made.step, made.on, made.undone) == ("Worse", "80 images made from the network", True)

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 slow = pytest.mark.slow
 # Name, image size, number of reducible channel groups and of their channels. Counted by hand from the published
-# widths: one group per residual stream, one per inner width, one per squeezed width, each convolution group apart.
+# widths: one group per residual stream, one per inner width, one per squeezed width, each convolution group apart,
+# two per head.
 TIMM = [
     ("resnet18", 64, 12, 2880),
     pytest.param("resnet50", 64, 37, 11456, marks=slow),
@@ -39,9 +40,9 @@ TIMM = [
     ("ghostnet_050", 64, 31, 4064),  # not counted by hand
     pytest.param("densenet121", 64, 1 + 2 * 58 + 3, 64 + 160 * 58 + 896, marks=slow),
     pytest.param("inception_v3", 96, 94, 17216, marks=slow),  # every convolution alone
-    ("vit_tiny_patch16_224", 64, 1 + 12, 192 + 12 * 768),
+    ("vit_tiny_patch16_224", 64, 1 + 12 + 2 * 36, 192 + 12 * 768 + 2 * 36 * 64),
     ("mixer_s32_224", 224, 2 * 8, 8 * (256 + 2048)),  # all but the stream, which the token layers tie together
-    pytest.param("swin_tiny_patch4_window7_224", 224, 4 + 12, 19104, marks=slow),
+    pytest.param("swin_tiny_patch4_window7_224", 224, 4 + 12 + 2 * 138, 19104 + 2 * 138 * 32, marks=slow),
 ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from intrafusion.graph import ChannelGraph, Role
+from intrafusion.graph import ChannelGraph, Member, Role
 from intrafusion.network.layers import Layer
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import compose_merges, matrix_for
@@ -36,11 +36,17 @@ def find_output_merge(layer: Layer, graph: ChannelGraph, maps: Mapping[str, Redu
     Keys, say, are transformed as what reads the channels; factors that were put on a map count. None for nothing.
     """
     touching = [
-        (member, matrix_for(member, maps[group.name], average=False)) for group in graph.groups if group.name in maps
-        for member in group.with_role(Role.PRODUCES, Role.MATCHES)
+        (member, _output_map(member, maps[group.name])) for group in graph.groups if group.name in maps
+        for member in group.with_role(*_PER_CHANNEL, Role.MATCHES)
         if member.tensor == layer.weight_name and member.dim == 0 and member.within is None
     ]  # fmt: skip
     return compose_merges(touching, len(layer.module.weight)) if touching else None
+
+
+def _output_map(member: Member, reduction: ReductionMap) -> Tensor:
+    """Of a kernel of one channel each (depthwise) the map of its channels, which its weights are averaged by."""
+    mixes = member.roles & {Role.PRODUCES, Role.MATCHES}
+    return matrix_for(member, reduction, average=False) if mixes else reduction.merge
 
 
 def likeness(shape: Sequence[int], reach: float) -> Tensor:
