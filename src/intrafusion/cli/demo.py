@@ -52,7 +52,7 @@ class Row:
 
 
 def demo(
-    output: Output = None,
+    output: Output = Path(_FOLDER),
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +61,6 @@ def demo(
     It is shrunk without data and without retraining. This takes seconds and needs no file; running it again replaces
     the files it wrote, and no others.
     """
-    output = output or Path(_FOLDER)
     with working():
         check_folder(output)
         check_saving(output / _SMALL)
