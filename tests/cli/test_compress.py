@@ -418,6 +418,7 @@ def test_timm_without_pretrained_weights_is_told() -> None:
     [
         ("nets.py:Nit --input what", "unknown attribute 'Nit'. Did you mean 'Net'?"),
         ("nits.py:Net --input what", "did you mean 'nets.py'?"),
+        ("nets.py", "Did you mean 'nets.py:Net' or 'nets.py:Literal' or 'nets.py:Words'?"),
         ("nowhere.net:Net", "there is no module 'nowhere'"),
         ("nets.py:torch", "expected a function, a class or a network, got a module"),
         ("zoo:resnet81 --input what", "unknown zoo model 'resnet81'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import difflib
 import importlib
@@ -182,7 +183,8 @@ def resolve(name: str, arguments: Iterable[str] = (), *, trained: bool = True) -
         return ModelSpec(NetworkKind(kind), target, args, trained)
     place, _, factory = name.rpartition(":")
     if not (place and factory) or not (place.endswith(".py") or _is_module_name(place)):
-        raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.{_suggest(name)}")
+        hint = _suggest(name) or _suggest_inside(Path(name))
+        raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.{hint}")
     if kind == place and (hint := _suggest(name)) and not _is_found(place):
         raise ModelError(f"there is no module {place!r}.{hint} Expected {FORMS}.")
     return ModelSpec(NetworkKind.FILE if place.endswith(".py") else NetworkKind.MODULE, name, args)
@@ -202,6 +204,19 @@ def list_names(place: str) -> list[str]:
     except (ImportError, RuntimeError, ModelError):
         pass
     return []
+
+
+def _suggest_inside(path: Path) -> str:
+    """What a file of Python, named without a class, defines; it is read, not run."""
+    if path.suffix != ".py" or not path.is_file():
+        return ""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError, OSError):
+        return ""
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    found = [f"{path}:{n.name}" for kind in kinds for n in body if isinstance(n, kind) and n.name[0] != "_"]
+    return f" Did you mean {' or '.join(map(repr, found[-_SHOWN:]))}?" if found else ""
 
 
 def _is_module_name(place: str) -> bool:
@@ -302,7 +317,7 @@ _FINDERS: dict[NetworkKind, Callable[[ModelSpec], Any]] = {
     NetworkKind.TIMM: _find_in_timm,
     NetworkKind.HF: _find_in_hf,
 }
-_OTHER_SEED = 20_231_117
+_OTHER_SEED, _SHOWN = 20_231_117, 5
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
