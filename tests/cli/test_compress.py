@@ -383,7 +383,10 @@ ready = trained()
         ("drawn.py:trained", None),
         ("drawn.py:ready", None),
         ("drawn.py:Drawn --weights w.safetensors", None),
-        ("zoo:digits_resnet --arg pretrained=false", "zoo:digits_resnet has random weights"),
+        (
+            "zoo:digits_resnet --arg pretrained=false",
+            "zoo:digits_resnet has random weights: the zoo has no trained ones of it, --weights FILE",
+        ),
     ],
 )
 def test_random_weights_are_told(line: str, doubt: str | None, program: Program) -> None:

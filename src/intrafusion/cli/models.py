@@ -130,6 +130,8 @@ class ModelSpec:
                 return bool(self.args.get("weights")), "--arg weights=DEFAULT fetches trained ones"
             case NetworkKind.TIMM:
                 return bool(self.args.get("pretrained")), "--arg pretrained=true fetches trained ones"
+            case NetworkKind.ZOO if self.target not in find_zoo(self.target).names(trained=True):
+                return False, "the zoo has no trained ones of it"
             case _:
                 return bool(
                     self.args.get("pretrained", self.trained)
