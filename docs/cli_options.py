@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from typer.models import ArgumentInfo, OptionInfo
 
+from intrafusion.cli.defaults import told_defaults
 from intrafusion.cli.main import COMMANDS
 from intrafusion.io.atomic import atomic_file
 
@@ -40,12 +41,13 @@ class Option:
     limits: tuple[Any, Any]
     metavar: str | None
     about: str
-    default: Any
+    default: str | None
     argument: bool
 
 
 def options_of(command: Callable[..., Any]) -> Iterator[Option]:
     """What a command takes, as its signature says."""
+    told = told_defaults(command)
     defaults = {name: p.default for name, p in inspect.signature(command).parameters.items()}
     for name, hint in get_type_hints(command, include_extras=True).items():
         found = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, (OptionInfo, ArgumentInfo))]
@@ -64,9 +66,14 @@ def options_of(command: Callable[..., Any]) -> Iterator[Option]:
             limits=(info.min, info.max),
             metavar=info.metavar,
             about=info.help or "",
-            default=None if defaults[name] in (inspect.Parameter.empty, None, False) else defaults[name],
+            default=told.get(name, None if _is_none(defaults[name]) else str(defaults[name])),
             argument=argument,
         )
+
+
+def _is_none(default: Any) -> bool:
+    """No default, or that of a flag; 0 is one."""
+    return default is inspect.Parameter.empty or default is None or isinstance(default, bool)
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -85,7 +92,7 @@ def table() -> str:
         first = next(iter(users[name].values()))
         shown = " ".join(f"`{n}`" for n in first.names) + (f" {first.metavar}" if first.kind is not bool else "")
         commands = ", ".join(
-            command if option.default is None or option.default is True else f"{command} ({option.default})"
+            command if option.default is None else f"{command} ({option.default})"
             for command, option in users[name].items()
         )
         lines.append(f"| {shown} | {'all' if len(users[name]) == len(COMMANDS) else commands} | {first.about} |")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -18,12 +18,13 @@ from intrafusion.io.line import write_line_of
 from intrafusion.measure.closeness import Closeness
 from intrafusion.measure.comparison import Comparison, describe_change
 from intrafusion.measure.size import Size
+from intrafusion.names import name_some
 from intrafusion.network.identity import Identity
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.wrappers import unwrap
-from intrafusion.plan import Plan, tabulate_plan
+from intrafusion.plan import Plan, is_miss, tabulate_plan
 from intrafusion.surgery.write import Repair
-from intrafusion.table import find_width, show_lines
+from intrafusion.table import TextTable, find_width, show_lines
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,24 @@ class Compressed:
     __repr__ = show_briefly
 
     def __str__(self) -> str:
-        return "\n".join([*_summarise(self), "", str(self.plan)])
+        tables = (part for table in self._tables() for part in ("", str(table)))
+        return "\n".join([*_summarise(self), *tables])
 
     def _repr_html_(self) -> str:
-        return show_lines(_summarise(self)) + tabulate_plan(self.plan).to_html()
+        return show_lines(_summarise(self)) + "".join(table.to_html() for table in self._tables())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against using the smaller network as it is; `print` shows it."""
+        return tuple(_list_warnings(self))
+
+    def _headline(self) -> str:
+        """What was done, in half a sentence."""
+        return f"{len(self.plan.sizes)} of {len(self.plan.decisions)} channel groups are smaller"
+
+    def _tables(self) -> tuple[TextTable, ...]:
+        """What was done to each part; without the warnings, which stand above."""
+        return (tabulate_plan(replace(self.plan, warnings=_list_plan_notes(self.plan))),)
 
     @checked
     def save(self, folder: str | os.PathLike[str], *, program: bool = False) -> None:
@@ -128,9 +143,11 @@ class Compressed:
             "notes": list(self.notes),
             "rolled_back": dict(self.rolled_back),
             "comparison": None if self.comparison is None else self.comparison.to_data(),
+            "inputs": self.inputs.shapes(),
         }
         made = {"repairs": self.repairs, "before": self.before, "after": self.after, "original": self.original}
-        words = Words(_list_figures(self), [*map(str, self.restored), *_list_warnings(self), *self.notes])
+        said = [*map(str, self.restored), *_label(self.warnings), *self.notes]
+        words = Words(_list_figures(self), said)
         folders.save(self.model, self.plan, folder, inputs=self.inputs, program=program, told=told, words=words, **made)
 
     @checked
@@ -155,13 +172,17 @@ def _summarise(small: Compressed) -> list[str]:
     rows = _list_figures(small)
     label = max(len(name) for name, _ in rows) + 2
     lines = [line for name, text in rows for line in _wrap(name.ljust(label) + text, " " * label)]
-    said = [*map(str, small.restored), *_list_warnings(small)]
+    said = [*map(str, small.restored), *_label(small.warnings)]
     said += [f"note: {note}" for note in dict.fromkeys(small.notes) if note not in small.plan.warnings]
-    return [f"{type(small.model).__name__}: {_count_reduced(small.plan)}", *lines, *(x for t in said for x in _wrap(t))]
+    return [f"{type(small.model).__name__}: {small._headline()}", *lines, *(x for t in said for x in _wrap(t))]
 
 
-def _count_reduced(plan: Plan) -> str:
-    return f"{len(plan.sizes)} of {len(plan.decisions)} channel groups are smaller"
+def _label(warnings: Iterable[str]) -> Iterator[str]:
+    return (f"warning: {text}" for text in warnings)
+
+
+def _list_plan_notes(plan: Plan) -> tuple[str, ...]:
+    return tuple(text for text in plan.warnings if not is_miss(text))
 
 
 def _list_figures(small: Compressed) -> list[tuple[str, str]]:
@@ -169,6 +190,8 @@ def _list_figures(small: Compressed) -> list[tuple[str, str]]:
     if small.comparison is not None:
         return small.comparison.figures()
     before, after = small.before, small.after
+    if before == after:
+        return [("parameters", f"{before.params:,}"), ("MACs", f"{before.macs:,}")]
     return [
         ("parameters", describe_change(before.params, after.params)),
         ("MACs", describe_change(before.macs, after.macs)),
@@ -176,14 +199,16 @@ def _list_figures(small: Compressed) -> list[tuple[str, str]]:
 
 
 def _list_warnings(small: Compressed) -> Iterator[str]:
-    """What speaks against using the smaller network as it is."""
+    yield from filter(is_miss, small.plan.warnings)
+    if small.rolled_back:
+        yield f"rolled back: {name_some(tuple(small.rolled_back))}; the table says why."
     found = small.comparison
     if found is None:
         return
     if found.failed is not None:
-        yield f"warning: {found.failed}"
+        yield found.failed
     if found.is_faster is False:
-        yield f"warning: the smaller network is not noticeably faster here. {_advise_on_speed(small.plan)}"
+        yield f"the smaller network is not noticeably faster here. {_advise_on_speed(small.plan)}"
 
 
 def _advise_on_speed(plan: Plan) -> str:

@@ -120,8 +120,9 @@ def compress(
         BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing.
         RecipeError: a method, a hyper-parameter or another option that means nothing.
     Warns:
-        IntrafusionWarning: fewer than 32 images, whole numbers where the example has floating ones, or no images, and
-            "auto" would take long for the best that it can do without; what it does then depends on the machine.
+        IntrafusionWarning: fewer than 32 images, whole numbers where the example has floating ones, a target that is
+            missed, or no images, and "auto" would take long for the best that it can do without; what it does then
+            depends on the machine.
     """
     said = locals()
     recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})

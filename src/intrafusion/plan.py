@@ -22,6 +22,8 @@ from intrafusion.reduce import ReductionMap
 from intrafusion.table import GroupLine, TextTable, tabulate_groups
 
 _FORMAT = 1
+MISSED = "target missed: "
+"""How a warning begins that sizes are not what was asked for."""
 _HEADER = ("group", "channels", "how", "other layers, or reason")
 T = TypeVar("T")
 
@@ -196,9 +198,14 @@ def tabulate_plan(
             f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}",
         )
     )
-    notes = (f"note: {w}" for w in (*plan.warnings, *_list_proofs(plan)))
+    notes = (f"{'warning' if is_miss(w) else 'note'}: {w}" for w in (*plan.warnings, *_list_proofs(plan)))
     fixed = (f"in no group, {line}" for line in plan.fixed)
     return tabulate_groups(_HEADER, map(_describe_decision, plan.decisions), (*sizes, *fixed, *notes, *below))
+
+
+def is_miss(warning: str) -> bool:
+    """Whether it says that the sizes are not what was asked for."""
+    return warning.startswith(MISSED)
 
 
 def size_change(label: str, before: int, after: int) -> str:

@@ -16,11 +16,12 @@ from intrafusion.errors import ModelError, RecipeError, show
 from intrafusion.graph import ChannelGraph, ChannelGroup, describe_fixed
 from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
+from intrafusion.network.calibration_images import warn_caller
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.observe.observe import observe_for
-from intrafusion.plan import Decision, Plan, describe_members
+from intrafusion.plan import Decision, Plan, describe_members, is_miss
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
@@ -76,6 +77,8 @@ def decide(
         own = {g.name: scores(g, weights) for g in groups}
         sensitivity = Sensitivity(model, graph, own, moments, calibration, inputs)
         wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, inputs)
+        for note in filter(is_miss, missed):
+            warn_caller(note)
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
     maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments)

@@ -138,9 +138,19 @@ def test_what_cannot_be_reduced_is_left_out_of_the_reckoning() -> None:
 
 def test_min_channels_and_excludes_hold_and_an_impossible_target_comes_as_close_as_it_can() -> None:
     options = {"target": {"params": 0.01}, "min_channels": 4, "exclude": "3", "restore": None}
-    small = intrafusion.compress(chain(3, 16, 16), X, **options)  # type: ignore[arg-type]
+    with pytest.warns(intrafusion.IntrafusionWarning, match="target missed: ") as seen:
+        small = intrafusion.compress(chain(3, 16, 16), X, **options)  # type: ignore[arg-type]
     assert small.plan.sizes == {"0": 4}
-    assert "the closest reachable" in str(small)
+    share = 100 * small.after.params / small.before.params
+    said = f"target missed: {small.after.params:,} parameters ({share:.3g} %) instead of "
+    (text,) = small.warnings
+    assert text.startswith(said)
+    assert "(1 %)" in text
+    assert [str(w.message) for w in seen] == [text]
+    assert seen[0].filename == __file__
+    shown = " ".join(str(small).split())
+    assert shown.count(f"warning: {text}") == 1
+    assert f"warning: {text}" in " ".join(str(small.plan).split())
 
 
 @pytest.mark.parametrize(

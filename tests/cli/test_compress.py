@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from inspect import signature
@@ -18,9 +19,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import intrafusion
+from intrafusion import ModelError, pipeline
+from intrafusion.cli import compress as compress_module
+from intrafusion.cli import console
 from intrafusion.cli.compress import compress_command, read_keep
+from intrafusion.cli.console import messages, working
 from intrafusion.cli.inputs import read_inputs
-from intrafusion.cli.models import resolve
+from intrafusion.cli.models import ModelSpec, resolve
+from intrafusion.cli.outputs import save_network
 from intrafusion.recipe import Recipe
 from intrafusion.restore import load_images
 
@@ -44,8 +50,14 @@ def test_the_saved_network_is_the_one_of_the_library(program: Program) -> None:
     assert result.exit_code == 0
     expected = intrafusion.compress(original(), read_inputs(["2,4"]), keep=0.5)
     assert torch.equal(intrafusion.load("small", original())(X), expected.model(X))
-    assert result.stdout.splitlines()[2].split() == ["first", "8", "->", "4", "mixed", "second"]
-    assert "parameters 115 -> 47 (40.9%); MACs 196 -> 74 (37.8%)" in result.stdout
+    shown = result.stdout.splitlines()
+    start = shown.index("")
+    assert shown[start + 3].split() == ["first", "8", "->", "4", "mixed", "second"]
+    assert "\n".join(shown[start:]).startswith(str(expected).partition("\n\n")[2].join(["\n", "\n\nsaved to small"]))
+    assert "\nparameters  115 -> 47 (40.9%)\nMACs        196 -> 74 (37.8%)\n" in result.stdout
+    kinds = [line.split()[0] for line in str(expected).splitlines()[:start] if line[0] != " "]
+    assert [line.split()[0] for line in shown[:start] if line[0] != " "] == kinds
+    assert {"latency", "outputs", "restored:"} <= set(kinds)
     assert torch.equal(outputs_of(result.stdout.splitlines()[-1]), expected.model(X))
 
 
@@ -256,7 +268,10 @@ def test_a_saved_folder_wants_its_original_and_no_weights(program: Program) -> N
     program("compress nets.py:Net --input 2,4 -o small")
     alone = program("compress small -o smaller")
     assert (alone.exit_code, alone.stdout) == (2, "")
-    assert "a saved folder holds no code; name the original network with --base (module:factory" in alone.stderr
+    assert (
+        "holds weights, not the code of its network. Name the original network, nets.Net, with --base (module:"
+        in alone.stderr
+    )
     weighted = program("compress small --base nets.py:Net --input 2,4 --weights x.pth")
     assert weighted.exit_code == 2
     assert "a saved folder has weights of its own; leave out --weights" in weighted.stderr
@@ -299,3 +314,206 @@ def test_every_option_of_the_recipe_is_an_option_of_the_command() -> None:
     arguments = signature(compress_command).parameters
     assert set(Recipe.options()) <= set(arguments)
     assert all(arguments[name].default is None for name in Recipe.options())
+
+
+def test_what_print_warns_of_is_in_the_json(program: Program) -> None:
+    data = json.loads(program("compress nets.py:Literal --input 2,4 --json").stdout)
+    assert "rolled back: first; the table says why." in data["warnings"]
+    comparison = data["comparison"]
+    assert (comparison["before"]["params"], comparison["batch"]) == (115, 2)
+    assert comparison["after"]["latency_ms"] > 0
+    held = comparison["held_out"]
+    assert (held["unseen"], held["after"]["error"]) == (
+        True,
+        pytest.approx(data["restored"][0]["error_after"], rel=0.1),
+    )
+
+
+def test_a_missed_target_is_told_while_it_works_and_in_the_result(program: Program) -> None:
+    line = "compress nets.py:Net --input 2,4 --restore none --target params=0.01 --min-channels 3"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("intrafusion.planning.warn_caller", lambda text: messages.print(f"warning: {text}"))
+        result = program(line)
+    said = "warning: target missed: 39 parameters (33.9 %) instead of 1 (1 %)"  # 5 * 3 + 4 * 3 + 4 * 3
+    assert said in " ".join(result.stdout.split())
+    assert said in " ".join(result.stderr.split())
+    assert any(
+        text.startswith(said.removeprefix("warning: "))
+        for text in json.loads(program(f"{line} --json").stdout)["warnings"]
+    )
+
+
+def test_warnings_of_the_library_are_one_line_without_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch, working(), warnings.catch_warnings(action="always"):
+        patch.setattr(console, "messages", console.make_console(stderr=True))
+        warnings.warn("so it is", intrafusion.IntrafusionWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: so it is\n"
+
+
+RANDOM = """
+import torch
+from torch import nn
+
+class Drawn(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def trained():
+    net = Drawn()
+    for p in net.parameters():
+        nn.init.constant_(p, 0.1)
+    with torch.no_grad():
+        net[0].weight.copy_(torch.arange(32.).view(8, 4).sin())
+    return net
+
+def headless():
+    net = trained()
+    nn.init.normal_(net[2].weight)
+    return net
+
+ready = trained()
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "doubt"),
+    [
+        ("drawn.py:Drawn", "drawn.py:Drawn: 4 of 4 parameters are random ({0,2}.weight, {0,2}.bias)"),
+        ("drawn.py:headless", "drawn.py:headless: 1 of 4 parameters are random (2.weight)"),
+        ("drawn.py:trained", None),
+        ("drawn.py:ready", None),
+        ("drawn.py:Drawn --weights w.safetensors", None),
+        (
+            "zoo:digits_resnet --arg pretrained=false",
+            "zoo:digits_resnet has random weights: the zoo has no trained ones of it, --weights FILE",
+        ),
+    ],
+)
+def test_random_weights_are_told(line: str, doubt: str | None, program: Program) -> None:
+    Path("drawn.py").write_text(RANDOM)
+    shapes = {"0.weight": (8, 4), "0.bias": (8,), "2.weight": (3, 8), "2.bias": (3,)}
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, "w.safetensors")
+    shape = "" if line.startswith("zoo") else " --input 2,4"
+    result = program(f"compress {line}{shape} --restore none -o small --json")
+    assert result.exit_code == 0, result.stderr
+    notes = json.loads(result.stdout)["notes"]
+    told = [note for note in notes if "random" in note]
+    assert len(told) == (doubt is not None)
+    assert (doubt is not None) == ("warning: " in result.stderr)
+    if doubt is not None:
+        assert f"warning: {doubt}" in result.stderr
+        assert told[0].startswith(doubt)
+        assert doubt in json.loads(Path("small/plan.json").read_text())["notes"][-1]
+
+
+def test_timm_without_pretrained_weights_is_told() -> None:
+    pytest.importorskip("timm", reason="needs timm: pip install 'intrafusion[timm]'")
+    doubt = resolve("timm:resnet18").doubt_weights(nn.Linear(1, 1))
+    assert doubt is not None
+    assert doubt.startswith("timm:resnet18 has random weights: --arg pretrained=true fetches trained ones")
+    assert resolve("timm:resnet18", ["pretrained=true"]).doubt_weights(nn.Linear(1, 1)) is None
+    assert resolve("torchvision:resnet18", ["weights=DEFAULT"]).doubt_weights(nn.Linear(1, 1)) is None
+    assert resolve("torchvision:resnet18").doubt_weights(nn.Linear(1, 1)) is not None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nets.py:Nit --input what", "unknown attribute 'Nit'. Did you mean 'Net'?"),
+        ("nits.py:Net --input what", "did you mean 'nets.py'?"),
+        ("nets.py", "Did you mean 'nets.py:Net' or 'nets.py:Literal' or 'nets.py:Words'?"),
+        ("nowhere.net:Net", "there is no module 'nowhere'"),
+        ("nets.py:torch", "expected a function, a class or a network, got a module"),
+        ("zoo:resnet81 --input what", "unknown zoo model 'resnet81'"),
+        ("nets.py:Net --input what --weights w.pth", "--input 'what': expected sizes"),
+        ("nets.py:Net --input 2,4 --images absent.npy", "absent.npy: expected"),
+    ],
+)
+def test_what_is_cheap_to_see_is_told_before_anything_is_built(
+    line: str, message: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelSpec, "build", lambda _: pytest.fail("it was built"))
+    result = program(f"compress {line}")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+# ---- folders that load alone ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_names_its_network_needs_nothing_beside_it(program: Program) -> None:
+    made = "zoo:digits_resnet --arg pretrained=false --arg seed=3"
+    assert program(f"compress {made} --keep 0.5 --restore none -o small").exit_code == 0
+    once = intrafusion.load("small")
+    data = json.loads(program("compress small --keep 0.5 --restore none -o smaller --json").stdout)
+    x = torch.randn(2, 1, 8, 8)
+    expected = intrafusion.compress(once, torch.randn(1, 1, 8, 8), keep=0.5, restore=None)
+    scope: dict[str, Any] = {}
+    exec(data["load"], scope)
+    assert torch.equal(scope["model"](x), expected.model(x))
+    assert data["notes"] == list(expected.notes)  # its weights are in the folder: nothing is known against them
+    assert program("fuse small small -o fused").exit_code == 0
+    assert program("inspect small --json").exit_code == 0
+
+
+def test_the_program_in_a_folder_is_read_where_it_is_trusted(program: Program) -> None:
+    made = program("compress nets.py:Net --input 2,4 --keep 0.7 -o small --program")
+    assert Path("small/program.pt2").is_file()
+    assert "or without the code of the network:\n" in made.stdout
+    assert torch.equal(outputs_of(made.stdout.splitlines()[-1]), outputs_of(made.stdout.splitlines()[-3]))
+    refused = program("compress small")
+    assert refused.exit_code == 2
+    assert "Name the original network, nets.Net, with --base" in refused.stderr
+    assert (
+        "if you trust who wrote the folder, load its program, which can run code, with --trust-program."
+        in refused.stderr
+    )
+    assert [g["n"] for g in json.loads(program("inspect small --trust-program --json").stdout)["groups"]] == [5, 4, 3]
+    data = json.loads(program("compress small --trust-program --keep 0.5 --restore none -o smaller --json").stdout)
+    once = intrafusion.load("small", trust_program=True)
+    expected = intrafusion.compress(once, read_inputs(["2,4"]), keep=0.5, restore=None)
+    assert torch.equal(outputs_of(data["load"]), expected.model(X))
+
+
+def test_what_torch_export_does_not_take_is_told_before_the_work(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("odd.py").write_text(
+        "from nets import Net\nclass Odd(Net):\n def forward(self, x):\n"
+        "  return super().forward(x) * (2 if float(x.sum()) > 1e9 else 1)\n"
+    )
+    monkeypatch.setattr(pipeline, "inspect", lambda *_, **__: pytest.fail("the work was begun"))
+    result = program("compress odd.py:Odd --input 2,4 -o small --program")
+    assert result.exit_code == 2
+    assert "error: --program: but" not in result.stderr
+    assert "--program: torch.export does not take Odd" in result.stderr
+    assert not Path("small").exists()
+    assert (
+        "--program: expected a folder to keep it in; give one with -o."
+        in program("compress nets.py:Net --input 2,4 --program").stderr
+    )
+
+
+def test_a_smaller_network_that_is_not_exported_is_saved_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = intrafusion.compress(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), X, 0.5, restore=None)
+
+    def refuse(*_: Any) -> None:
+        raise ModelError("save: program=True, but torch.export does not take it.")
+
+    monkeypatch.setattr("intrafusion.io.folder.export_network", refuse)
+    with pytest.raises(ModelError, match="--program: torch.export does not take it. .*small was written without it."):
+        save_network(small, tmp_path / "small", program=True)
+    assert (tmp_path / "small" / "model.safetensors").is_file()
+
+
+def test_an_interruption_after_saving_says_what_is_there(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress_module, "save_images", interrupt)
+    result = program("compress nets.py:Net --input 2,4 --restore noise -o small --keep-images seen.safetensors")
+    assert result.exit_code == 130
+    assert "interrupted: small is written; the rest is not" in result.stderr
+    assert torch.isfinite(intrafusion.load("small", original())(X)).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import intrafusion
+from intrafusion.cli import demo
 from intrafusion.cli.main import COMMANDS
 from intrafusion.cli.show import print_json
 from intrafusion.lab import zoo
@@ -45,6 +47,7 @@ def files(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     images = {"test_images": torch.randn(12, 4), "train_images": torch.randn(12, 4)}
     save_file({**images, "test_labels": labels, "train_labels": labels.clone()}, "d.safetensors")
     monkeypatch.setattr(zoo, "train_digits", lambda **_: zoo.build("digits_resnet"))
+    monkeypatch.setattr(demo, "run", partial(demo.run, keeps=(0.5,)))
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 from click.testing import Result
 
+from intrafusion.cli.compress import compress_command
+from intrafusion.cli.defaults import join_defaults, told_defaults
 from intrafusion.cli.main import COMMANDS
 from intrafusion.cli.program import OLD_OPTIONS
+from intrafusion.lab.experiments import EXPERIMENTS
 
 Program = Callable[[str], Result]
 
@@ -69,3 +73,49 @@ def test_an_option_that_there_is_not_is_answered_with_the_nearest(program: Progr
     result = program("experiment whole-model --images 3")
     assert result.exit_code == 2
     assert "--test-images, --train-images" in " ".join(result.stderr.replace("│", "").split())
+
+
+# ---- defaults -------------------------------------------------------------------------------------------------------
+
+WITHOUT = {
+    *("--base", "--weights", "--arg", "--input", "--images", "--keep-images", "--recipe", "--ray", "--cores"),
+    *("--target", "--round-to", "--include", "--exclude", "--test-images"),
+}
+"""Options that nothing stands for where they are left out."""
+ONLY_SOMETIMES = {("fuse", "--data"), ("compress", "--output"), ("fuse", "--output")} | {
+    (command, "--train-images") for command in ("split-train", "experiment")
+}
+
+
+def test_every_default_is_shown(option_script: ModuleType, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The help of every command shows the default of every option; what has none is known here by name."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    for command, function in COMMANDS.items():
+        lines = {w: line for line in program(f"{command} --help").stdout.splitlines() for w in line.split()[1:3]}
+        for option in option_script.options_of(function):
+            name = option.names[0]
+            if option.argument or option.kind is bool or name in WITHOUT or (command, name) in ONLY_SOMETIMES:
+                continue
+            assert option.default is not None, f"{command} {name} shows no default"
+            assert f"[default: {option.default}]" in lines[name].replace("(", "").replace(")", ""), f"{command} {name}"
+
+
+def test_the_defaults_shown_are_the_real_ones(program: Program) -> None:
+    """A line with all of them is the line without."""
+    options = (f"--{name.replace('_', '-')} {text}" for name, text in told_defaults(compress_command).items())
+    spelt = " ".join(options).replace("--normalization source", "")
+    bare, full = (program(f"compress nets.py:Net --input 2,4 {line} --json") for line in ("", spelt))
+    assert spelt.count("--") == len(told_defaults(compress_command)) - 1
+    assert json.loads(full.stdout)["recipe"] == json.loads(bare.stdout)["recipe"]
+    fused = "fuse nets.py:Net nets.py:Net --input 2,4 --json"
+    spelt = " --keep 1 --restore none --using weights --seed 0 --cost distance --sides both --share 1 --share 1"
+    assert json.loads(program(fused + spelt).stdout) == json.loads(program(fused).stdout)
+
+
+def test_defaults_that_differ_by_case_are_all_told() -> None:
+    assert join_defaults({"a": 0.5, "b": (0.9, 0.7), "c": 0.5, "d": ("x",)}) == "0.5; b: 0.9, 0.7; d: x"
+    assert join_defaults({"a": {"name": "pivot"}}) == "pivot"
+    keep = {name: e.defaults.keep for name, e in EXPERIMENTS.items()}
+    told = told_defaults(COMMANDS["experiment"])["keep"]
+    assert told.startswith("0.7; ")
+    assert all(f"{n}: {', '.join(map(str, k))}" in told for n, k in keep.items() if k != (0.7,))

@@ -102,7 +102,7 @@ def interrupt(*_: Any, **__: Any) -> None:
             "experiment whole-model -o r.jsonl",
             "what was measured, if anything, is in r.jsonl; the same command goes on",
         ),
-        ("demo -o out", "nothing was written"),
+        ("demo -o out", "no table was written to out, perhaps the network restored-50; the same command starts again"),
     ],
 )
 def test_an_interrupted_command_says_what_is_left(

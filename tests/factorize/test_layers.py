@@ -255,3 +255,21 @@ def test_digits_keep_their_accuracy_at_sixty_percent_of_the_parameters() -> None
     assert shared.after.params < 0.61 * shared.before.params
     assert right(shared.model) > right(model) - 0.04
     assert right(uniform.model) < 0.5
+
+
+def test_printed_it_says_which_layers_became_two_and_nothing_of_another_network() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20)), torch.randn(2, 20)
+    whole = factorize(model, x, {"0": 3})
+    lines = str(whole).splitlines()
+    assert lines[0] == "Sequential: 1 layer of low rank, in two thinner parts each"
+    assert lines[1].split()[1:4] == ["1,250", "->", "800"]  # 30 * 21 + 20 * 31; 3 * 50 + 30 + 20 * 31
+    assert lines[-1].split() == ["0", "20", "3"]
+    assert "channel group" not in str(whole)
+    narrow = intrafusion.compress(model, x, 0.5, restore=None)
+    assert narrow.comparison is not None
+    both = factorize(narrow, x, {"2": 2})
+    assert both.comparison is None  # that of the network before is not of this one
+    assert "1 layer of low rank, in two thinner parts each; 1 of 2 channel groups are smaller" in str(both)
+    assert f"1,250 -> {sum(p.numel() for p in both.model.parameters()):,} " in str(both)
+    assert str(narrow.plan) in str(both)

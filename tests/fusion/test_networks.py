@@ -313,3 +313,24 @@ def test_two_mnist_networks_fuse_far_above_their_average(data_dir) -> None:
     assert plain < 0.8
     assert right(fuse(networks, x).model) > 0.93
     assert right(fuse(networks, x, using="activations", images=some.images).model) > 0.93
+
+
+def test_printed_it_says_what_was_fused_not_that_nothing_became_smaller() -> None:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    order = torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])  # two of eight change their place
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second[0].weight.copy_(first[0].weight[order])
+        second[0].bias.copy_(first[0].bias[order])
+        second[2].weight.copy_(first[2].weight[:, order])
+    for anchor, models in ((0, [first, second]), (1, [second, first])):
+        fused = fuse(models, torch.randn(2, 4), anchor=anchor)
+        assert fused.moved == {"0": 0.25}
+        lines = str(fused).splitlines()
+        assert lines[0].startswith("Sequential: 2 networks fused into one of the same size; 25% of the channels")
+        assert lines[1].split() == ["parameters", "67"]  # 5 * 8 + 9 * 3
+        assert [line.split() for line in lines if line.startswith("0 ")] == [["0", "8", "25%", "2"]]
+        assert "leaves every group as it is" not in str(fused)
+    narrow = str(fuse([first, second], torch.randn(2, 4), keep=0.5))
+    assert "2 networks fused into one, narrower than network 1: 1 of 2 channel groups are smaller" in narrow

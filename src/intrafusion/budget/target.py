@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from intrafusion.asked import check_target, least_size
 from intrafusion.budget.allocate import allocate
 from intrafusion.budget.cost import Cost
+from intrafusion.budget.missed import describe_amount, explain_miss
 from intrafusion.budget.sensitivity import Sensitivity
 from intrafusion.budget.uniform import uniform_sizes
 from intrafusion.errors import BudgetError, ModelError
@@ -21,6 +22,7 @@ from intrafusion.measure.latency import latencies_ms, latency_ms
 from intrafusion.measure.size import factors_of_products, macs_by_weight, params_of, size_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
+from intrafusion.plan import MISSED
 from intrafusion.recipe import Recipe
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.reduce.select import selection_map
@@ -70,7 +72,8 @@ def sizes_for_target(
         raise BudgetError(f"target: this network has no {kind} to save on these example inputs.")
     goal = wanted * whole if kind != "latency_ms" and wanted <= 1 else wanted
     if goal >= whole:
-        kept = f"target: {kind} {goal:,.4g} was asked for; the network has {whole:,.4g} as it is."
+        asked, there = describe_amount(kind, goal), describe_amount(kind, whole)
+        kept = f"target: up to {asked} were asked for; the network has {there} as it is, and stays so."
         return {}, (kept,) if goal > whole else ()
     reference = Reference(model, graph, inputs)
     groups, literals = _find_shrinkable(reference, groups)
@@ -84,7 +87,8 @@ def sizes_for_target(
         if not refused:
             return sizes, notes
         groups = [g for g in groups if g.name not in refused]
-    return sizes, (*notes, f"target: missed, as groups do not shrink to the sizes that it takes: {', '.join(refused)}.")
+    stuck = f"{MISSED}groups do not shrink to the sizes that it takes: {', '.join(refused)}."
+    return sizes, (*notes, stuck)
 
 
 def require_inputs(example_inputs: ExampleInputs | None, recipe: Recipe) -> Inputs:
@@ -124,12 +128,11 @@ class _Search:
             ours, theirs = sensitivity.error(sizes), sensitivity.error(same)
             if theirs < ours:
                 sizes, reached = same, reached if timed else self.measure(same)
-                error = f"{theirs:.2g} of its variance instead of {ours:.2g}"
+                error = f"by {theirs:.2%} of its variance instead of {ours:.2%}"
                 notes.append(f"target: every group keeps the same share, as that changes the output less ({error}).")
         if (reached - self.goal if timed else abs(reached - self.goal)) > _MISSED * self.goal:
             self.check_sensible()
-            asked = f"target: {self.kind} {self.goal:,.4g} was asked for"
-            notes.append(f"{asked}; the closest reachable here is {reached:,.4g}.")
+            notes.append(explain_miss(self.kind, reached, self.goal, self.whole))
         return sizes, tuple(notes)
 
     # ---- cost -------------------------------------------------------------------------------------------------------
@@ -165,8 +168,9 @@ class _Search:
         slip = self.kind != "latency_ms" and 1 < wanted <= _PERCENT
         if slip and self.goal < (least := self.measure(self.fit(0.0))):
             raise BudgetError(
-                f"target[{self.kind!r}]: {self.goal:,.4g} was asked for, and the smallest network of these groups has "
-                f"{least:,.4g}; give a fraction, at most 1 (0.5 is half of {self.whole:,.4g}), or a larger count."
+                f"target[{self.kind!r}]: {self.goal:g} was asked for, and the smallest network of these groups has "
+                f"{describe_amount(self.kind, least)}; give a fraction, at most 1 (0.5 is half of "
+                f"{describe_amount(self.kind, self.whole)}), or a larger count."
             )
 
     # ---- parameters and MACs ----------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from torch import Tensor
 
 from intrafusion import pipeline
-from intrafusion.cli.console import ROLLED_BACK, progress_bar, working
-from intrafusion.cli.inputs import read_images
-from intrafusion.cli.network import Network, read_network
+from intrafusion.cli.console import ROLLED_BACK, Kept, progress_bar, working
+from intrafusion.cli.defaults import tells_defaults
+from intrafusion.cli.inputs import check_there, read_images
+from intrafusion.cli.network import Network, annotated, read_network, say_saved, tell_doubt
 from intrafusion.cli.options import (
     Arguments,
     AsJson,
@@ -23,17 +25,19 @@ from intrafusion.cli.options import (
     Fractions,
     ImageFile,
     InputShapes,
+    KeepProgram,
     Name,
+    OptionalOutput,
+    OptionalSeed,
     Order,
-    Output,
-    Seed,
     Steps,
+    TrustProgram,
     WeightFiles,
     choice_option,
     count_option,
 )
-from intrafusion.cli.outputs import check_file, check_saving, check_space
-from intrafusion.cli.show import plan_data, print_json, print_plan, say
+from intrafusion.cli.outputs import check_file, check_program, check_saving, check_space, save_network
+from intrafusion.cli.show import plan_data, print_json, say
 from intrafusion.compressed import Compressed
 from intrafusion.errors import RecipeError
 from intrafusion.io.atomic import read_text
@@ -48,9 +52,16 @@ def _layer_option(about: str) -> Any:
     return typer.Option(metavar="LAYER", help=f"{about}: name or pattern, NAME:inputs for what it reads (repeatable).")
 
 
+def _list_defaults() -> dict[str, Any]:
+    """Of the recipe, as far as it has any."""
+    recipe: dict[str, Any] = yaml.safe_load(Recipe().to_yaml())
+    return {"normalization": IntraFusion().normalization, **{k: v for k, v in recipe.items() if v not in (None, [])}}
+
+
+@tells_defaults(_list_defaults())
 def compress_command(
     model: Name,
-    output: Output = None,
+    output: OptionalOutput = None,
     base: Base = None,
     weights: WeightFiles = None,
     arguments: Arguments = None,
@@ -84,7 +95,9 @@ def compress_command(
     ] = None,
     include: Annotated[list[str] | None, _layer_option("Reduce only the channels of this layer")] = None,
     exclude: Annotated[list[str] | None, _layer_option("Leave the channels of this layer alone")] = None,
-    seed: Seed = None,
+    seed: OptionalSeed = None,
+    program: KeepProgram = False,
+    trust_program: TrustProgram = False,
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="recipe.yaml of an earlier run; options beside it count more."),
@@ -97,23 +110,31 @@ def compress_command(
     A group is rolled back if the smaller network does not run with it, or no longer shows it; the others stay reduced.
     """
     said = locals()
-    with working():
+    kept = Kept()
+    with working(kept):
         wanted = _read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
         _check_outputs(output, keep_images)
+        check_there(images)
         network = read_network(
-            model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device
-        )
+            model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
+            trust_program=trust_program,
+        )  # fmt: skip
+        found = read_images(images, network.inputs) if images else None
+        tell_doubt(network)
         if output:
             check_space(output, network.model)
-        small, rolled_back = _reduce_network(network, wanted, read_images(images, network.inputs) if images else None)
+        if program:
+            check_program(output, network.model, network.inputs)
+        small, rolled_back = _reduce_network(network, wanted, found)
         if output:
-            small.save(output)
+            save_network(small, output, program=program)
+            kept.add(output)
         if keep_images and small.images:
             save_images(small.images.tensors()[0], keep_images)
     if as_json:
         print_json("compress", _summary(network, small, output, rolled_back))
     else:
-        _show(network, small, output, rolled_back)
+        _show(network, small, output)
     if strict and rolled_back:
         raise typer.Exit(ROLLED_BACK)
 
@@ -213,7 +234,7 @@ def _reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> 
     with progress_bar("compress") as progress:
         graph = pipeline.inspect(network.model, network.inputs, progress=progress)
         small = pipeline.follow(recipe, network.model, graph, network.inputs, images, progress=progress)
-    return small, list(small.rolled_back)
+    return annotated(small, network), list(small.rolled_back)
 
 
 def _summary(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> dict[str, Any]:
@@ -223,18 +244,13 @@ def _summary(network: Network, small: Compressed, folder: Path | None, rolled_ba
         "load": network.loading(folder) if folder else None,
         "rolled_back": rolled_back,
         "restored": [asdict(step) for step in small.restored],
+        "comparison": small.comparison.to_data() if small.comparison else None,
         "notes": list(small.notes),
         **plan_data(small.plan, small.before, small.after),
+        "warnings": list(dict.fromkeys((*small.plan.warnings, *small.warnings))),
     }
 
 
-def _show(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> None:
-    print_plan(small.plan, small.before, small.after)
-    for line in (*map(str, small.restored), *(f"note: {note}" for note in small.notes)):
-        say(line)
-    if rolled_back:
-        say(f"rolled back: {', '.join(rolled_back)}")
-    if folder:
-        say(f"\nsaved to {folder}; back in one line:\n{network.loading(folder)}")
-    else:
-        say("\nnothing was written; -o FOLDER saves it")
+def _show(network: Network, small: Compressed, folder: Path | None) -> None:
+    say(str(small))
+    say_saved(network, folder)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 
-from intrafusion.errors import IntrafusionError
+from intrafusion.errors import IntrafusionError, IntrafusionWarning
 from intrafusion.progress import Progress, StageLines, open_bar, show_progress
 
 _DEFECT, _BAD_INPUT, ROLLED_BACK, _INTERRUPTED = 1, 2, 3, 130
@@ -32,24 +34,48 @@ def make_console(**options: Any) -> Console:
 messages = make_console(stderr=True)
 
 
+class Kept:
+    """What a command that writes at its end has written so far."""
+
+    def __init__(self) -> None:
+        self._paths: list[Path] = []
+
+    def add(self, path: Path) -> None:
+        self._paths.append(path)
+
+    def __str__(self) -> str:
+        if not self._paths:
+            return "nothing was written; the same command starts again."
+        return f"{', '.join(map(str, self._paths))} is written; the rest is not, and the same command starts again."
+
+
 @contextmanager
-def working(kept: str = "nothing was written; the same command starts again.") -> Iterator[None]:
+def working(kept: object = Kept()) -> Iterator[None]:
     """Errors of the input end with one message and exit code 2; what a user's network prints goes to standard error.
 
     Args:
-        kept: what is left where the work is interrupted (exit code 130), and how to go on.
+        kept: says as text what is left where the work is interrupted (exit code 130), and how to go on.
     """
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
             yield
     except (IntrafusionError, ValueError, OSError) as error:
         _end("error:", str(error), _BAD_INPUT, error)
     except KeyboardInterrupt as error:
-        _end("interrupted:", kept, _INTERRUPTED, error)
+        _end("interrupted:", str(kept), _INTERRUPTED, error)
     except MemoryError as error:
         _end("error:", "there is not enough memory; give smaller inputs or fewer images.", _DEFECT, error)
     except Exception as error:
         _end("error:", _describe_defect(error), _DEFECT, error)
+
+
+def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Ours in one line, without the place in the code of a command, which tells nobody anything."""
+    if issubclass(category, IntrafusionWarning):
+        messages.print(f"warning: {message}", soft_wrap=True)
+    else:
+        otherwise(message, category, *place)
 
 
 def _end(title: str, text: str, code: int, error: BaseException) -> None:

@@ -52,7 +52,7 @@ class Row:
 
 
 def demo(
-    output: Output = None,
+    output: Output = Path(_FOLDER),
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -61,8 +61,7 @@ def demo(
     It is shrunk without data and without retraining. This takes seconds and needs no file; running it again replaces
     the files it wrote, and no others.
     """
-    output = output or Path(_FOLDER)
-    with working():
+    with working(f"no table was written to {output}, perhaps the network {_SMALL}; the same command starts again."):
         check_folder(output)
         check_saving(output / _SMALL)
         place = read_device(device)

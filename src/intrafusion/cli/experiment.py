@@ -17,7 +17,8 @@ from intrafusion.cli.completion import complete_from, complete_model
 from intrafusion.cli.compress import read_fraction
 from intrafusion.cli.console import messages, progress_bar, working
 from intrafusion.cli.data import data_of, read_test_images, read_training_images
-from intrafusion.cli.models import FORMS
+from intrafusion.cli.defaults import join_defaults, tells_defaults
+from intrafusion.cli.models import FILE_PREFIX, FORMS
 from intrafusion.cli.network import Network, read_device, read_networks
 from intrafusion.cli.options import (
     MOST_EPOCHS,
@@ -25,20 +26,21 @@ from intrafusion.cli.options import (
     Arguments,
     AsJson,
     Base,
-    BatchSize,
     Cores,
     Criteria,
     Data,
     Device,
     Fractions,
     InputShapes,
+    OptionalBatchSize,
+    OptionalOutput,
+    OptionalTuneEpochs,
+    OptionalTuneRate,
     Order,
-    Output,
     Ray,
     TestImages,
     TrainImages,
-    TuneEpochs,
-    TuneRate,
+    TrustProgram,
     WeightFiles,
     count_option,
 )
@@ -68,13 +70,41 @@ def _several(metavar: str, about: str, **options: Any) -> Any:
     return typer.Option(metavar=metavar, help=f"{about} (repeatable).", **options)
 
 
+_OPTIONS: dict[str, str] = {
+    "keep": "keep",
+    "importance": "criterion",
+    "method": "method",
+    "group": "group",
+    "order": "order",
+    "seeds": "seeds",
+    "points": "points",
+    "steps": "steps",
+    "step_epochs": "step_epochs",
+    "tune_epochs": "epochs",
+    "tune_lr": "lr",
+    "halve_every": "halve_every",
+    "batch_size": "batch",
+}
+"""What experiments and their records call the options."""
+
+
+def _list_defaults() -> dict[str, Any]:
+    """Of every option, by experiment where they differ."""
+    found: dict[str, Any] = {"output": "NAME.jsonl", "model": _DIGITS_NAME, "data": "that of a zoo network"}
+    for option, old in _OPTIONS.items():
+        by_name = {n: getattr(e.defaults, old) for n, e in experiments.EXPERIMENTS.items() if old in e.uses}
+        found[option] = join_defaults({n: "all" if value is None else value for n, value in by_name.items()})
+    return {**found, "networks": join_defaults({n: e.networks for n, e in experiments.EXPERIMENTS.items()})}
+
+
+@tells_defaults(_list_defaults())
 def experiment(
     name: Names,
     model: Annotated[
         list[str] | None,
         _several("MODEL", f"{FORMS}; by default a small one trained on digits", autocompletion=complete_model),
     ] = None,
-    output: Output = None,
+    output: OptionalOutput = None,
     base: Base = None,
     weights: WeightFiles = None,
     arguments: Arguments = None,
@@ -107,12 +137,13 @@ def experiment(
     step_epochs: Annotated[
         int | None, count_option("Of training after each step but the last.", least=0, most=MOST_EPOCHS)
     ] = None,
-    tune_epochs: TuneEpochs = None,
-    tune_lr: TuneRate = None,
+    tune_epochs: OptionalTuneEpochs = None,
+    tune_lr: OptionalTuneRate = None,
     halve_every: Annotated[int | None, count_option("Epochs between halvings of the rate.")] = None,
-    batch_size: BatchSize = None,
+    batch_size: OptionalBatchSize = None,
     ray: Ray = None,
     cores: Cores = None,
+    trust_program: TrustProgram = False,
     as_json: AsJson = False,
 ) -> None:
     """Run an experiment of Theus et al. 2024 and keep its records; what is in the records is not measured again.
@@ -135,6 +166,7 @@ def experiment(
             arguments=arguments or (),
             inputs=inputs or (),
             device=device,
+            trust_program=trust_program,
         )
         cluster = Cluster(ray, cores=cores, by_value=tuple(_modules_of_files())) if ray else None
         with progress_bar("experiment") as progress:
@@ -149,24 +181,6 @@ def experiment(
                 progress=progress,
             )
     _show(name, records, path, as_json=as_json)
-
-
-_OPTIONS: dict[str, str] = {
-    "keep": "keep",
-    "importance": "criterion",
-    "method": "method",
-    "group": "group",
-    "order": "order",
-    "seeds": "seeds",
-    "points": "points",
-    "steps": "steps",
-    "step_epochs": "step_epochs",
-    "tune_epochs": "epochs",
-    "tune_lr": "lr",
-    "halve_every": "halve_every",
-    "batch_size": "batch",
-}
-"""What experiments and their records call the options."""
 
 
 def _read_options(name: str, chosen: Experiment, given: dict[str, Any]) -> Options:
@@ -198,6 +212,8 @@ def _read_subjects(
     """The networks with their images; digits networks are trained on the spot."""
     trained = [name in ("digits", f"zoo:{_DIGITS_NAME}") and not weights for name in names]
     others = [name for name, here in zip(names, trained, strict=True) if not here]
+    for name in others:
+        data_of(name, data)  # what is not known is told before anything is built
     read = read_networks(others, weights=weights, **options) if others else []
     several = len(weights) > len(others)
     found = [
@@ -231,7 +247,7 @@ def _read_subject(network: Network, which: str, data: str | None, limits: tuple[
 
 def _modules_of_files() -> Iterator[ModuleType]:
     """Modules that were run from a path.py:factory, which workers cannot import."""
-    yield from (module for name, module in sys.modules.items() if name.startswith("_intrafusion_model_"))
+    yield from (module for name, module in sys.modules.items() if name.startswith(FILE_PREFIX))
 
 
 def _show(name: str, records: Sequence[Record], path: Path, *, as_json: bool) -> None:

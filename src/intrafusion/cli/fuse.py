@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import Tensor
 
@@ -14,8 +13,9 @@ from intrafusion.cli.completion import complete_model
 from intrafusion.cli.compress import read_keep
 from intrafusion.cli.console import progress_bar, working
 from intrafusion.cli.data import data_of, require_training_images
-from intrafusion.cli.inputs import read_images
-from intrafusion.cli.network import Network, read_networks
+from intrafusion.cli.defaults import tells_defaults
+from intrafusion.cli.inputs import check_there, read_images
+from intrafusion.cli.network import Network, annotated, read_networks, say_saved, tell_doubt
 from intrafusion.cli.options import (
     Arguments,
     AsJson,
@@ -25,26 +25,31 @@ from intrafusion.cli.options import (
     Fractions,
     ImageFile,
     InputShapes,
-    Output,
+    KeepProgram,
+    OptionalOutput,
     Seed,
     Steps,
     TrainImages,
+    TrustProgram,
     Using,
     WeightFiles,
     choice_option,
 )
-from intrafusion.cli.outputs import check_saving, check_space
-from intrafusion.cli.show import plan_data, print_json, print_plan, say
-from intrafusion.errors import ModelError, RecipeError
+from intrafusion.cli.outputs import check_program, check_saving, check_space, save_network
+from intrafusion.cli.show import plan_data, print_json, say
+from intrafusion.errors import ModelError, RecipeError, unknown_name
 from intrafusion.fusion import Alignment, Fused
 from intrafusion.fusion import fuse as fuse_networks
 from intrafusion.fusion.align import _COST_FUNCTIONS, _MEMBER_SIDES
 from intrafusion.fusion.networks import USING
 from intrafusion.restore import RESTORERS
 
-_IMAGES = 200  # training images, where none are said
+_IMAGES, _KEEP = 200, 1.0  # training images, and what is kept, where nothing is said
 
 
+@tells_defaults(
+    {"keep": _KEEP, "restore": "none", "share": "the same for all", "train_images": f"{_IMAGES}, where --data is read"}
+)
 def fuse_command(
     models: Annotated[
         list[str],
@@ -54,13 +59,13 @@ def fuse_command(
             autocompletion=complete_model,
         ),
     ],
-    output: Output = None,
+    output: OptionalOutput = None,
     base: Base = None,
     weights: WeightFiles = None,
     arguments: Arguments = None,
     inputs: InputShapes = None,
     device: Device = "cpu",
-    using: Using = None,
+    using: Using = USING[0],
     data: Data = None,
     train_images: TrainImages = None,
     images: ImageFile = None,
@@ -72,7 +77,9 @@ def fuse_command(
     sides: Annotated[str, choice_option(_MEMBER_SIDES, "Weights that describe a channel")] = "both",
     rescale: Annotated[bool, typer.Option(help="Make up for what averaging takes from the channels.")] = True,
     keep: Fractions = None,
-    seed: Seed = None,
+    seed: Seed = 0,
+    program: KeepProgram = False,
+    trust_program: TrustProgram = False,
     as_json: AsJson = False,
 ) -> None:
     """Fuse networks that were trained apart into one, channel by channel, and save it.
@@ -81,33 +88,47 @@ def fuse_command(
     """
     with working():
         step = _read_step(restore)
-        fractions = read_keep(keep) if keep else 1.0
+        fractions = read_keep(keep) if keep else _KEEP
+        alignment = Alignment(cost=cost, sides=sides)
+        if using not in USING:
+            raise RecipeError(unknown_name("using", using, USING))
         if output is not None:
             check_saving(output)
+        check_there(images)
         if len(models) == 1 and len(weights or ()) < 2:
             raise ModelError("fuse: expected two networks or more; name several, or give --weights twice or more.")
         networks = read_networks(
-            models, weights=weights or [], base=base, arguments=arguments or [], inputs=inputs or [], device=device
-        )
+            models, weights=weights or [], base=base, arguments=arguments or [], inputs=inputs or [], device=device,
+            trust_program=trust_program,
+        )  # fmt: skip
+        found = _read_images(networks[0], using, images, data, train_images)
+        tell_doubt(*networks)
         if output is not None:
             check_space(output, networks[0].model)
+        if program:
+            check_program(output, networks[0].model, networks[0].inputs)
         with progress_bar("fuse") as progress:
             fused = fuse_networks(
                 [n.model for n in networks],
                 networks[0].inputs,
-                using=using or USING[0],
-                images=_read_images(networks[0], using, images, data, train_images),
+                using=using,
+                images=found,
                 weights=share or None,
                 keep=fractions,
-                alignment=Alignment(cost=cost, sides=sides),
+                alignment=alignment,
                 rescale=rescale,
                 restore=step,
-                seed=seed or 0,
+                seed=seed,
                 progress=progress,
             )
+        fused = annotated(fused, *networks)
         if output is not None:
-            fused.save(output)
-    _show(fused, networks[0], output, as_json=as_json)
+            save_network(fused, output, program=program)
+    if as_json:
+        print_json("fuse", _summary(fused, networks[0], output))
+    else:
+        say(str(fused))
+        say_saved(networks[0], output)
 
 
 def _read_step(restore: Sequence[str] | None) -> str | None:
@@ -123,9 +144,7 @@ def _read_step(restore: Sequence[str] | None) -> str | None:
     return steps[0] if steps else None
 
 
-def _read_images(
-    anchor: Network, using: str | None, file: Path | None, data: str | None, limit: int | None
-) -> Tensor | None:
+def _read_images(anchor: Network, using: str, file: Path | None, data: str | None, limit: int | None) -> Tensor | None:
     """Images of a file, or training images of a data set; labels are not read.
 
     Raises:
@@ -138,31 +157,13 @@ def _read_images(
     return require_training_images(data_of(anchor.name, data), anchor.name, limit or _IMAGES).images
 
 
-def _show(fused: Fused, anchor: Network, output: Path | None, *, as_json: bool) -> None:
-    moved = {name: _moved_share(fused, name) for name in fused.alignments[-1]}
-    if as_json:
-        print_json("fuse", _summary(fused, anchor, output, moved))
-        return
-    print_plan(fused.plan, fused.before, fused.after)
-    average = sum(moved.values()) / max(1, len(moved))
-    say(f"\n{len(fused.weights)} networks; {average:.0%} of the channels of the others changed their place")
-    if output is not None:
-        say(f"saved to {output}; back in one line:\n{anchor.loading(output)}")
-
-
-def _summary(fused: Fused, anchor: Network, output: Path | None, moved: dict[str, float]) -> dict[str, Any]:
+def _summary(fused: Fused, anchor: Network, output: Path | None) -> dict[str, Any]:
     return {
         "model": anchor.name,
         "output": str(output) if output else None,
         "load": anchor.loading(output) if output else None,
         "shares": list(fused.weights),
-        "moved": moved,
+        "moved": fused.moved,
+        "notes": list(fused.notes),
         **plan_data(fused.plan, fused.before, fused.after),
     }
-
-
-def _moved_share(fused: Fused, group: str) -> float:
-    """Fraction of the channels that are not where they were, over all networks but the anchor."""
-    maps = [own[group].merge for own in fused.alignments[1:]]
-    stay = [float(torch.diagonal(m).sum() / len(m)) for m in maps]
-    return 1 - sum(stay) / len(stay)

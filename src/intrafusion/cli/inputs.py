@@ -34,6 +34,14 @@ def read_inputs(texts: Iterable[str]) -> Inputs:
     return Inputs(tuple(args), kwargs)
 
 
+def check_there(images: Path | None) -> None:
+    """Raise FolderError for a file of images that does not exist, before anything is built."""
+    if images is not None and not images.is_file():
+        raise FolderError(
+            f"--images {images}: expected .safetensors or .npz with an array `images`, or .npy; there is no such file."
+        )
+
+
 def read_images(path: Path, inputs: Inputs | None = None) -> Tensor:
     """Images (n, ...) from .safetensors or .npz (an array `images`) or .npy; nothing is unpickled.
 

@@ -10,7 +10,7 @@ from typing import Any
 from intrafusion import pipeline
 from intrafusion.cli.console import progress_bar, working
 from intrafusion.cli.network import Network, is_saved, read_network
-from intrafusion.cli.options import Arguments, AsJson, Base, Device, InputShapes, Name, WeightFiles
+from intrafusion.cli.options import Arguments, AsJson, Base, Device, InputShapes, Name, TrustProgram, WeightFiles
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
 from intrafusion.graph import ChannelGraph, ChannelGroup, tabulate_graph
 from intrafusion.io.folder import read_document
@@ -25,20 +25,21 @@ def inspect_command(
     arguments: Arguments = None,
     inputs: InputShapes = None,
     device: Device = "cpu",
+    trust_program: TrustProgram = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the channel groups of a network and which can be reduced; of a saved folder without --base, what was done.
+    """Show the channel groups of a network and which can be reduced; of a saved folder alone, what was done.
 
     Weights do not matter here: a network of the zoo is built with random ones.
     """
     with working("nothing is ever written; the same command starts again."):
-        saved = base is None and is_saved(model)
+        saved = base is None and not trust_program and is_saved(model)
         if saved:
             plan, before, after = read_saved(Path(model))
         else:
             network = read_network(
                 model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
-                trained=False,
+                trained=False, trust_program=trust_program,
             )  # fmt: skip
             graph, size = _find_graph(network)
     if saved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import difflib
 import importlib
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,7 @@ from intrafusion.cli import hugging_face
 from intrafusion.documents import parse_yaml
 from intrafusion.errors import IntrafusionError, ModelError, unknown_name
 from intrafusion.io.line import import_from_file, import_of
+from intrafusion.names import name_some
 from intrafusion.network.provenance import set_source_
 from intrafusion.network.sources import (
     MISFIT,
@@ -33,6 +36,8 @@ from intrafusion.network.sources import (
     list_classifiers,
 )
 
+FILE_PREFIX = "_intrafusion_model_"
+"""Of the names of modules that were run from a file."""
 FORMS = "module:factory, path.py:factory, zoo:NAME, torchvision:NAME, timm:NAME or hf:NAME_OR_FOLDER"
 
 
@@ -78,9 +83,59 @@ class ModelSpec:
         Raises:
             ModelError: it cannot be found or its factory fails; says which step, and what to do.
         """
-        model = _BUILDERS[self.kind](self)
-        named = self.kind not in (NetworkKind.MODULE, NetworkKind.FILE)
-        return set_source_(model, self.kind, self.target, self.args) if named else model
+        model = _call(self)
+        return set_source_(model, self.kind, self.target, self.args) if self.kind.named else model
+
+    @cached_property
+    def factory(self) -> Any:
+        """What gives the network: found, not called yet.
+
+        Raises:
+            ModelError: there is no such file, module, class or name; says which, and what to do.
+        """
+        return _FINDERS[self.kind](self)
+
+    def check(self) -> None:
+        """Raise ModelError, as `build` would, for a name that leads nowhere; the network is not built."""
+        found = self.factory
+        if not isinstance(found, nn.Module) and not callable(found):
+            raise ModelError(f"{self}: expected a function, a class or a network, got a {type(found).__name__}.")
+
+    def doubt_weights(self, model: nn.Module) -> str | None:
+        """Why the weights of a network that was built, with none loaded on top, are not trained ones, if that is known.
+
+        A class or a function of the user's is called once more: what it draws at random is not the same twice.
+        """
+        if self.kind.named:
+            asked, how = self._asks_for_weights()
+            return None if asked else f"{self} has random weights: {how}, --weights FILE loads your own."
+        if isinstance(self.factory, nn.Module):
+            return None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(_OTHER_SEED)
+                again = dict(self.build().named_parameters())
+        except ModelError:  # it is built only once
+            return None
+        drawn = [n for n, p in model.named_parameters() if n in again and not _is_same(p, again[n])]
+        if not drawn:
+            return None
+        count = f"{len(drawn)} of {len(again)} parameters are random ({name_some(drawn)})"
+        return f"{self}: {count}: others each time it is built; --weights FILE loads trained ones."
+
+    def _asks_for_weights(self) -> tuple[bool, str]:
+        """Whether a network that has a name is one with trained weights, and what would ask for them."""
+        match self.kind:
+            case NetworkKind.TORCHVISION:
+                return bool(self.args.get("weights")), "--arg weights=DEFAULT fetches trained ones"
+            case NetworkKind.TIMM:
+                return bool(self.args.get("pretrained")), "--arg pretrained=true fetches trained ones"
+            case NetworkKind.ZOO if self.target not in find_zoo(self.target).names(trained=True):
+                return False, "the zoo has no trained ones of it"
+            case _:
+                return bool(
+                    self.args.get("pretrained", self.trained)
+                ), "without --arg pretrained=false it has trained ones"
 
     def python(self) -> tuple[str, str]:
         """Import statements, and the expression behind them that `intrafusion.load` takes as the original network."""
@@ -130,7 +185,8 @@ def resolve(name: str, arguments: Iterable[str] = (), *, trained: bool = True) -
         return ModelSpec(NetworkKind(kind), target, args, trained)
     place, _, factory = name.rpartition(":")
     if not (place and factory) or not (place.endswith(".py") or _is_module_name(place)):
-        raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.{_suggest(name)}")
+        hint = _suggest(name) or _suggest_inside(Path(name))
+        raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.{hint}")
     if kind == place and (hint := _suggest(name)) and not _is_found(place):
         raise ModelError(f"there is no module {place!r}.{hint} Expected {FORMS}.")
     return ModelSpec(NetworkKind.FILE if place.endswith(".py") else NetworkKind.MODULE, name, args)
@@ -150,6 +206,19 @@ def list_names(place: str) -> list[str]:
     except (ImportError, RuntimeError, ModelError):
         pass
     return []
+
+
+def _suggest_inside(path: Path) -> str:
+    """What a file of Python, named without a class, defines; it is read, not run."""
+    if path.suffix != ".py" or not path.is_file():
+        return ""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError, OSError):
+        return ""
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    found = [f"{path}:{n.name}" for kind in kinds for n in body if isinstance(n, kind) and n.name[0] != "_"]
+    return f" Did you mean {' or '.join(map(repr, found[-_SHOWN:]))}?" if found else ""
 
 
 def _is_module_name(place: str) -> bool:
@@ -197,15 +266,15 @@ def _yaml_value(argument: str, text: str) -> Any:
 _NAMED = tuple(kind.value for kind in NetworkKind if kind.named)
 
 
-def _build_from_module(spec: ModelSpec) -> nn.Module:
+def _find_in_module(spec: ModelSpec) -> Any:
     name, _, attribute = spec.target.rpartition(":")
     _search_first(Path.cwd())
     with _blaming(spec, f"importing {name!r}"):
         module = _import(name)
-    return _call(spec, _attribute(spec, module, attribute))
+    return _attribute(spec, module, attribute)
 
 
-def _build_from_file(spec: ModelSpec) -> nn.Module:
+def _find_in_file(spec: ModelSpec) -> Any:
     name, _, attribute = spec.target.rpartition(":")
     path = Path(name).resolve()
     if not path.is_file():
@@ -215,43 +284,46 @@ def _build_from_file(spec: ModelSpec) -> nn.Module:
     _search_first(path.parent)
     with _blaming(spec, f"running {path.name}"):
         module = _run_file(path)
-    return _call(spec, _attribute(spec, module, attribute))
+    return _attribute(spec, module, attribute)
 
 
-def _build_from_zoo(spec: ModelSpec) -> nn.Module:
+def _find_in_zoo(spec: ModelSpec) -> Any:
     zoo = find_zoo(spec.target)
     options = {"pretrained": spec.trained, **spec.args}
     if options["pretrained"] and spec.target not in zoo.names(trained=True):
         raise ModelError(
             f"{spec} has no trained weights; give some with --weights, or --arg pretrained=false for random ones."
         )
-    return _call(spec, lambda **_: zoo.build(spec.target, **options))
+    return lambda **_: zoo.build(spec.target, **options)
 
 
-def _build_from_torchvision(spec: ModelSpec) -> nn.Module:
-    models = find_torchvision(spec.target)
-    return _call(spec, lambda **args: models.get_model(spec.target, **args))
+def _find_in_torchvision(spec: ModelSpec) -> Any:
+    return partial(find_torchvision(spec.target).get_model, spec.target)
 
 
-def _build_from_timm(spec: ModelSpec) -> nn.Module:
-    timm = find_timm(spec.target)
-    return _call(spec, lambda **args: timm.create_model(spec.target, **args))
+def _find_in_timm(spec: ModelSpec) -> Any:
+    return partial(find_timm(spec.target).create_model, spec.target)
 
 
-def _build_from_hf(spec: ModelSpec) -> nn.Module:
+def _find_in_hf(spec: ModelSpec) -> Any:
     args = dict(spec.args)
     trained = bool(args.pop("pretrained", spec.trained))
-    return _call(spec, lambda **_: hugging_face.build_from_folder(spec.target, trained=trained, args=args))
+    return lambda **_: hugging_face.build_from_folder(spec.target, trained=trained, args=args)
 
 
-_BUILDERS: dict[NetworkKind, Callable[[ModelSpec], nn.Module]] = {
-    NetworkKind.MODULE: _build_from_module,
-    NetworkKind.FILE: _build_from_file,
-    NetworkKind.ZOO: _build_from_zoo,
-    NetworkKind.TORCHVISION: _build_from_torchvision,
-    NetworkKind.TIMM: _build_from_timm,
-    NetworkKind.HF: _build_from_hf,
+_FINDERS: dict[NetworkKind, Callable[[ModelSpec], Any]] = {
+    NetworkKind.MODULE: _find_in_module,
+    NetworkKind.FILE: _find_in_file,
+    NetworkKind.ZOO: _find_in_zoo,
+    NetworkKind.TORCHVISION: _find_in_torchvision,
+    NetworkKind.TIMM: _find_in_timm,
+    NetworkKind.HF: _find_in_hf,
 }
+_OTHER_SEED, _SHOWN = 20_231_117, 5
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 def _example_of_timm(name: str, args: Mapping[str, Any]) -> Tensor | None:
@@ -288,7 +360,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _run_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_intrafusion_model_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{FILE_PREFIX}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not Python source")
     module = importlib.util.module_from_spec(spec)
@@ -307,14 +379,14 @@ def _attribute(spec: ModelSpec, module: ModuleType, dotted: str) -> Any:
     return found
 
 
-def _call(spec: ModelSpec, factory: Any) -> nn.Module:
+def _call(spec: ModelSpec) -> nn.Module:
     """The network that a function, a class or a ready instance gives."""
+    factory = spec.factory
     if isinstance(factory, nn.Module):
         if spec.args:
             raise ModelError(f"{spec} is a network already and takes no --arg; got {', '.join(spec.args)}.")
         return copy.deepcopy(factory)
-    if not callable(factory):
-        raise ModelError(f"{spec}: expected a function, a class or a network, got a {type(factory).__name__}.")
+    spec.check()
     with _blaming(spec, "calling it"):
         model = factory(**spec.args)
     if not isinstance(model, nn.Module):

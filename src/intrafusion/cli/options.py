@@ -52,7 +52,18 @@ Name = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="The original network of a saved folder.", autocompletion=complete_model),
+    typer.Option(
+        metavar="MODEL",
+        help="The original network of a saved folder, where the folder does not name it.",
+        autocompletion=complete_model,
+    ),
+]
+TrustProgram = Annotated[
+    bool,
+    typer.Option(
+        "--trust-program",
+        help="Load the program that --program kept in a saved folder. It can run code: only from people you trust.",
+    ),
 ]
 WeightFiles = Annotated[
     list[Path] | None,
@@ -125,14 +136,22 @@ Steps = Annotated[
         "What is done against the loss (repeatable, in order); auto takes the strongest that the images allow",
     ),
 ]
-Using = Annotated[str | None, choice_option(USING, "What channels are compared by in fusing")]
-Seed = Annotated[int | None, count_option("For whatever draws random numbers.", least=0, most=2**32 - 1)]
+Using = Annotated[str, choice_option(USING, "What channels are compared by in fusing")]
+_SEED = count_option("For whatever draws random numbers.", least=0, most=2**32 - 1)
+Seed = Annotated[int, _SEED]
+OptionalSeed = Annotated[int | None, _SEED]
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-TuneEpochs = Annotated[int | None, count_option("Epochs of fine-tuning at the end.", least=0, most=MOST_EPOCHS)]
-TuneRate = Annotated[float | None, rate_option("--tune-lr", about="Learning rate of fine-tuning.")]
-BatchSize = Annotated[int | None, count_option("Images of one training step.", least=2)]
+_TUNE_EPOCHS = count_option("Epochs of fine-tuning at the end.", least=0, most=MOST_EPOCHS)
+_TUNE_RATE = rate_option("--tune-lr", about="Learning rate of fine-tuning.")
+_BATCH_SIZE = count_option("Images of one training step.", least=2)
+TuneEpochs = Annotated[int, _TUNE_EPOCHS]
+OptionalTuneEpochs = Annotated[int | None, _TUNE_EPOCHS]
+TuneRate = Annotated[float, _TUNE_RATE]
+OptionalTuneRate = Annotated[float | None, _TUNE_RATE]
+BatchSize = Annotated[int, _BATCH_SIZE]
+OptionalBatchSize = Annotated[int | None, _BATCH_SIZE]
 Ray = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Run in parallel on Ray: local, or the address of a running cluster."),
@@ -141,8 +160,17 @@ Cores = Annotated[int | None, count_option("Of this machine for Ray; all if not 
 
 # ---- what comes out -------------------------------------------------------------------------------------------------
 
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="PATH", help="Where to write: a folder; experiment and report: a file."),
+_OUTPUT = typer.Option(
+    "--output", "-o", metavar="PATH", help="Where to write: a folder; experiment and report: a file."
+)
+Output = Annotated[Path, _OUTPUT]
+OptionalOutput = Annotated[Path | None, _OUTPUT]
+KeepProgram = Annotated[
+    bool,
+    typer.Option(
+        "--program",
+        help="Save a torch.export program too, which runs without the code of the network: "
+        "intrafusion.load(folder, trust_program=True).",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]

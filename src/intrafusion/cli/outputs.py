@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
-from intrafusion.errors import FolderError
+from intrafusion.compressed import Compressed
+from intrafusion.errors import FolderError, ModelError
 from intrafusion.io.atomic import report_unwritable
 from intrafusion.io.folder import is_ours
+from intrafusion.io.program import export_network
 from intrafusion.lab.bench import read_records
+from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
 
 
@@ -25,6 +30,39 @@ def check_saving(folder: Path) -> None:
     taken = folder.exists() and not is_ours(folder)
     if taken and (not folder.is_dir() or any(folder.iterdir())):
         raise FolderError(f"{folder}: exists and was not written by intrafusion; choose another name, or move it away.")
+
+
+def check_program(folder: Path | None, network: nn.Module, inputs: Inputs) -> None:
+    """
+    Raises:
+        ModelError: there is no folder to keep a program in, or `torch.export` does not take the network.
+    """
+    if folder is None:
+        raise ModelError("--program: expected a folder to keep it in; give one with -o.")
+    with _report_program():
+        export_network(network, inputs)
+
+
+@contextmanager
+def _report_program() -> Iterator[None]:
+    """Say what is not exported in words of the command line."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace("save: program=True, but", "--program:")) from error
+
+
+def save_network(small: Compressed, folder: Path, *, program: bool) -> None:
+    """
+    Raises:
+        ModelError: the smaller network is not exported, as its original was; it is saved all the same.
+    """
+    try:
+        with _report_program():
+            small.save(folder, program=program)
+    except ModelError as error:
+        small.save(folder)
+        raise ModelError(f"{error} {folder} was written without it.") from error
 
 
 def check_folder(folder: Path) -> None:

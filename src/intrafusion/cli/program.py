@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 
 from intrafusion.cli.completion import join_words_at_colons
 from intrafusion.cli.console import messages
+from intrafusion.cli.defaults import told_defaults
 
 OLD_OPTIONS = {
     "experiment": {
@@ -31,7 +32,14 @@ class Program(typer.Typer):
 
 
 class Command(TyperCommand):
-    """A command that also takes the old names of its options, and says the new one."""
+    """A command that shows all defaults, and also takes the old names of its options, and says the new one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        told = told_defaults(self.callback)
+        for option in self.params:
+            if option.name in told:
+                option.show_default = told[option.name]  # pyright: ignore[reportAttributeAccessIssue]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         known = OLD_OPTIONS.get(self.name or "", {})

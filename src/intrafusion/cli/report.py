@@ -30,7 +30,7 @@ def report(
     sources: Annotated[
         list[Path], typer.Argument(metavar="RECORDS...", help="Files of records (.jsonl), or one saved folder.")
     ],
-    output: Output = None,
+    output: Output = Path(_PAGE),
     images: ImageFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +38,6 @@ def report(
 
     It has the sections that its records allow; images, such as compress --keep-images writes, are a contact sheet.
     """
-    output = output or Path(_PAGE)
     with working():
         check_page(output)
         sheet = data_address(contact_sheet(read_images(images))) if images else None

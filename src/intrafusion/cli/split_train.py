@@ -15,8 +15,9 @@ from intrafusion.asked import check_keep
 from intrafusion.cli.compress import read_fraction
 from intrafusion.cli.console import progress_bar, working
 from intrafusion.cli.data import data_of, read_test_images, require_training_images, zoo_data
+from intrafusion.cli.defaults import tells_defaults
 from intrafusion.cli.models import resolve
-from intrafusion.cli.network import Network, read_device, read_network
+from intrafusion.cli.network import Network, is_saved, read_device, read_network
 from intrafusion.cli.options import (
     MOST_EPOCHS,
     Arguments,
@@ -42,7 +43,7 @@ from intrafusion.cli.options import (
 )
 from intrafusion.cli.outputs import check_folder, check_records
 from intrafusion.cli.show import print_json, print_table, say
-from intrafusion.errors import FolderError, RecipeError, unknown_name
+from intrafusion.errors import FolderError, ModelError, RecipeError, unknown_name
 from intrafusion.fusion.networks import USING
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Cluster, Record, append_record
@@ -52,13 +53,14 @@ from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 
 _RECORDS, _FIGURE, _SMALL, _EXPERIMENT = "records.jsonl", "times.png", "network", "split_train"
-_FOLDER, _KEEP, _BATCH, _TUNE_EPOCHS = "split-train", 0.5, 64, 5
+_FOLDER, _KEEP = "split-train", 0.5
 _MOST_FOLDS = 12  # 924 members
 
 
+@tells_defaults({"keep": _KEEP, "schedule": SCHEDULES, "data": "that of a zoo network"})
 def split_train_command(
     model: Name = "zoo:digits_resnet",
-    output: Output = None,
+    output: Output = Path(_FOLDER),
     arguments: Arguments = None,
     inputs: InputShapes = None,
     device: Device = "cpu",
@@ -74,13 +76,13 @@ def split_train_command(
     keep: Fractions = None,
     epochs: Annotated[int, count_option("Of training each network.", most=MOST_EPOCHS)] = 10,
     lr: Annotated[float, rate_option(about="Of training; SGD with momentum, halved every 30 epochs.")] = 0.05,
-    tune_epochs: TuneEpochs = None,
-    tune_lr: TuneRate = None,
-    batch_size: BatchSize = None,
-    using: Using = None,
+    tune_epochs: TuneEpochs = 5,
+    tune_lr: TuneRate = PAPER.lr,
+    batch_size: BatchSize = 64,
+    using: Using = USING[1],
     ray: Ray = None,
     cores: Cores = None,
-    seed: Seed = None,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train networks on parts of the data, fuse them into one and compress it; compare the run times.
@@ -88,25 +90,20 @@ def split_train_command(
     Run again with the same folder and options it goes on where it was stopped; at most one epoch is lost. Epochs are
     chosen on validation images; test images are looked at once, at the end.
     """
-    output = output or Path(_FOLDER)
-    batch_size = batch_size or _BATCH
     with working(f"checkpoints and records are in {output}; the same command goes on from there."):
         schedules = _check_schedules(schedule or SCHEDULES)
         train = replace(PAPER, epochs=epochs, lr=lr, batch_size=batch_size)
-        tune = replace(
-            PAPER,
-            epochs=_TUNE_EPOCHS if tune_epochs is None else tune_epochs,
-            lr=PAPER.lr if tune_lr is None else tune_lr,
-            batch_size=batch_size,
-        )
+        tune = replace(PAPER, epochs=tune_epochs, lr=tune_lr, batch_size=batch_size)
         only = _read_one_fraction(keep)
-        hows = [
-            SplitTraining(name, folds, only, train, tune, using=using or USING[1], seed=seed or 0) for name in schedules
-        ]
+        hows = [SplitTraining(name, folds, only, train, tune, using=using, seed=seed) for name in schedules]
         check_folder(output)
         check_records(output / _RECORDS)
         torch.set_num_threads(1)
         factory = _Factory(_name(model), tuple(arguments or ()), device)
+        if is_saved(factory.name):
+            raise ModelError(
+                f"{factory.name}: split-train trains anew; name the code of a network, not a saved folder."
+            )
         example = read_network(
             factory.name, arguments=factory.arguments, inputs=inputs or (), device=device, trained=False
         )

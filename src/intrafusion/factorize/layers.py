@@ -25,6 +25,7 @@ from intrafusion.plan import Plan
 from intrafusion.recipe import Recipe
 from intrafusion.selectors import as_selectors
 from intrafusion.surgery.lowrank import is_splittable, replace_module_
+from intrafusion.table import TextTable
 from intrafusion.trace import trace
 
 
@@ -41,9 +42,19 @@ class Factorized(Compressed):
 
     __repr__ = show_briefly
 
-    def __str__(self) -> str:
-        lines = [f"{name}: rank {full} -> {rank}" for name, (rank, full) in self.ranks.items()]
-        return "\n".join([super().__str__(), *lines])
+    def _headline(self) -> str:
+        groups = f"; {super()._headline()}" if self.plan.sizes else ""
+        return f"{_count_layers(len(self.ranks))} of low rank, in two thinner parts each{groups}"
+
+    def _tables(self) -> tuple[TextTable, ...]:
+        """The ranks, and the channel groups where some are smaller."""
+        rows = tuple((name, str(full), str(rank)) for name, (rank, full) in self.ranks.items())
+        ranks = TextTable(("layer", "full rank", "rank"), rows)
+        return (ranks, *super()._tables()) if self.plan.sizes else (ranks,)
+
+
+def _count_layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count or 'no'} layers"
 
 
 @checked
@@ -84,7 +95,8 @@ def factorize(
     found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
     full = {x.name: x.full for x in layers}
     after = size_of(small, inputs)
-    return Factorized(**{**found, "model": small, "after": after}, ranks={n: (r, full[n]) for n, r in chosen.items()})
+    found |= {"model": small, "after": after, "comparison": None}  # which was with the network before
+    return Factorized(**found, ranks={n: (r, full[n]) for n, r in chosen.items()})
 
 
 def _wrap_unreduced(model: nn.Module, inputs: Inputs) -> Compressed:

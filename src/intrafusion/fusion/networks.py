@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import unwrap
 from intrafusion.pipeline import apply, inspect
+from intrafusion.plan import Decision, list_layers
 from intrafusion.planning import decide
 from intrafusion.progress import ShowProgress, prefix_stages, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
@@ -34,6 +35,7 @@ from intrafusion.reduce import ReductionMap
 from intrafusion.restore import Restorer
 from intrafusion.surgery.norms import unfold_norms
 from intrafusion.surgery.write import write_weights_
+from intrafusion.table import GroupLine, TextTable, tabulate_groups
 
 USING = ("weights", "activations")
 
@@ -46,12 +48,52 @@ class Fused(Compressed):
     Attributes:
         alignments: for every network that was fused, its map onto the result's channels by name of the group.
         weights: what each network counted, sum 1.
+        anchor: index of the network onto whose channels the others were moved.
     """
 
     alignments: tuple[Mapping[str, ReductionMap], ...] = field(default=())
     weights: tuple[float, ...] = ()
+    anchor: int = 0
 
     __repr__ = show_briefly
+
+    @property
+    def moved(self) -> dict[str, float]:
+        """By name of the group, the share of the channels that changed their place, of all networks but the anchor."""
+        others = [own for index, own in enumerate(self.alignments) if index != self.anchor]
+        return {name: _find_moved([own[name] for own in others]) for name in (others[0] if others else ())}
+
+    def _headline(self) -> str:
+        what = f"{len(self.weights)} networks fused into one"
+        if self.plan.sizes:
+            return f"{what}, narrower than network {self.anchor + 1}: {super()._headline()}"
+        moved = list(self.moved.values())
+        share = sum(moved) / max(1, len(moved))
+        return f"{what} of the same size; {share:.0%} of the channels of the others changed their place"
+
+    def _tables(self) -> tuple[TextTable, ...]:
+        """Every group, with the share of the channels that changed their place."""
+        moved = self.moved
+        lines = [_describe_group(d, moved.get(d.group)) for d in self.plan.decisions]
+        fixed = (f"in no group, {line}" for line in self.plan.fixed)
+        notes = (f"note: {warning}" for warning in self.plan.warnings)
+        return (tabulate_groups(_HEADER, lines, (*fixed, *notes)),)
+
+
+_HEADER = ("group", "channels", "moved", "other layers, or reason")
+
+
+def _find_moved(maps: Sequence[ReductionMap]) -> float:
+    """A channel that goes to several places counts in shares."""
+    stay = [float(torch.diagonal(m.merge).sum() / len(m.merge)) for m in maps]
+    return 1 - sum(stay) / len(stay)
+
+
+def _describe_group(decision: Decision, moved: float | None) -> GroupLine:
+    if decision.reduced:  # places among fewer channels are others for all networks
+        return GroupLine(decision.group, f"{decision.n} -> {decision.m}", "all", list_layers(decision))
+    how = "none" if moved is None else f"{moved:.0%}"
+    return GroupLine(decision.group, str(decision.n), how, list_layers(decision), decision.reason or "")
 
 
 @partial(checked, leaving=Recipe.options())
@@ -111,6 +153,8 @@ def fuse(
             graphs.append(inspect(model, inputs))
     names = [f"network {index}" for index in range(len(models))]
     plan = decide(models[anchor], graphs[anchor], wanted)
+    if wanted.keep == 1.0:  # nothing was to become smaller: no reason to note that nothing does
+        plan = replace(plan, warnings=graphs[anchor].warnings)
     for graph, name in zip(graphs, names, strict=True):
         match_groups(graph, graphs[anchor], name)
     base = apply(models[anchor], plan, inputs, graph=graphs[anchor])
@@ -131,7 +175,7 @@ def fuse(
     write_weights_(fused, mean.finish(rescale=rescale))
     found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
     found |= {"model": fused, "after": size_of(fused, inputs)}
-    result = Fused(**found, alignments=tuple(alignments), weights=tuple(shares))
+    result = Fused(**found, alignments=tuple(alignments), weights=tuple(shares), anchor=anchor)
     report("aligning networks", len(models), len(models))
     if restorer is not None:
         restorer(result, models[anchor], graphs[anchor], images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import warnings
@@ -37,6 +38,10 @@ class Program(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of how PyTorch copies its own programs
+            return Program(copy.deepcopy(self.network, memo))
 
     def train(self, mode: bool = True) -> Program:
         """

@@ -120,6 +120,17 @@ class Inputs:
 
         return self.map(vary)
 
+    def shapes(self) -> list[str] | None:
+        """Shape and dtype of every argument, as `--input` of the command line takes them; None if one is no tensor.
+
+        >>> Inputs((torch.zeros(2, 4),), {"mask": torch.zeros(2, 7, dtype=torch.int64)}).shapes()
+        ['2,4:float32', 'mask=2,7:int64']
+        """
+        named = [("", value) for value in self.args] + [(f"{k}=", value) for k, value in (self.kwargs or {}).items()]
+        if not all(isinstance(value, Tensor) for _, value in named):
+            return None
+        return [f"{name}{','.join(map(str, t.shape))}:{str(t.dtype).removeprefix('torch.')}" for name, t in named]
+
     def __str__(self) -> str:
         describe = lambda t: f"{str(t.dtype)[6:]}{list(t.shape)}"  # noqa: E731
         return f"({', '.join(map(describe, self.tensors()))})"
