@@ -23,7 +23,7 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan, tabulate_plan
 from intrafusion.surgery.write import Repair
-from intrafusion.table import find_width, show_lines
+from intrafusion.table import TextTable, find_width, show_lines
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ class Compressed:
         return "\n".join([*_summarise(self), "", str(self.plan)])
 
     def _repr_html_(self) -> str:
-        return show_lines(_summarise(self)) + tabulate_plan(self.plan).to_html()
+        figures = TextTable(("measured", "before -> after"), tuple(_list_figures(self)))
+        said = show_lines(_list_said(self))
+        return show_lines([_title(self)]) + figures.to_html() + said + tabulate_plan(self.plan).to_html()
 
     @checked
     def save(self, folder: str | os.PathLike[str], *, program: bool = False) -> None:
@@ -155,9 +157,17 @@ def _summarise(small: Compressed) -> list[str]:
     rows = _list_figures(small)
     label = max(len(name) for name, _ in rows) + 2
     lines = [line for name, text in rows for line in _wrap(name.ljust(label) + text, " " * label)]
+    return [_title(small), *lines, *(x for t in _list_said(small) for x in _wrap(t))]
+
+
+def _title(small: Compressed) -> str:
+    return f"{type(small.model).__name__}: {_count_reduced(small.plan)}"
+
+
+def _list_said(small: Compressed) -> list[str]:
+    """What was done against the loss, and what the user should know."""
     said = [*map(str, small.restored), *_list_warnings(small)]
-    said += [f"note: {note}" for note in dict.fromkeys(small.notes) if note not in small.plan.warnings]
-    return [f"{type(small.model).__name__}: {_count_reduced(small.plan)}", *lines, *(x for t in said for x in _wrap(t))]
+    return said + [f"note: {note}" for note in dict.fromkeys(small.notes) if note not in small.plan.warnings]
 
 
 def _count_reduced(plan: Plan) -> str:

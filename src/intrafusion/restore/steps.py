@@ -165,7 +165,8 @@ def _solve_or_undo(
         after = by.measure(small.model)
     if undone := after.is_worse_than(before):
         write_weights_(small.model, weights)
-    note = "; ".join(filter(None, (why, "undone, as the outputs were worse" if undone else None))) or None
+    said = why, calibration.explain_counts(), "undone, as the outputs were worse" if undone else None
+    note = "; ".join(filter(None, said)) or None
     seconds = calibration.seconds + time.perf_counter() - start
     done = Restoration(type(calibration.restorer).__name__, str(calibration), seconds, note=note, undone=undone)
     return _add_figures(done, before, after, by)
