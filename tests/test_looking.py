@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
@@ -182,6 +183,9 @@ def test_notebooks_show_the_result_as_a_table() -> None:
     model, x = Net().eval(), torch.randn(2, 3, 8, 8)
     small = intrafusion.compress(model, x, keep=0.5, reducer="select", restore=None)
     page = small._repr_html_()
-    assert page.count("<tr>") == 1 + 3
+    figures, plan = re.findall(r"<table.*?</table>", page)
+    assert (figures.count("<tr>"), plan.count("<tr>")) == (1 + 4, 1 + 3)
+    (latency,) = re.findall(r">latency</td><td[^>]*>([^<]*medians of \d+ runs in turn\))", figures.replace("<wbr>", ""))
+    assert "\n" not in latency, "the page breaks lines, where it is narrow"
     assert "8 -&gt; 4" in page
     assert f"{small.after.params:,}" in page

@@ -110,7 +110,9 @@ class Compressed:
         return "\n".join([*_summarise(self), *tables])
 
     def _repr_html_(self) -> str:
-        return show_lines(_summarise(self)) + "".join(table.to_html() for table in self._tables())
+        figures = TextTable(("measured", "before -> after"), tuple(_list_figures(self)))
+        head = show_lines([_title(self)]) + figures.to_html() + show_lines(_list_said(self))
+        return head + "".join(table.to_html() for table in self._tables())
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -172,9 +174,17 @@ def _summarise(small: Compressed) -> list[str]:
     rows = _list_figures(small)
     label = max(len(name) for name, _ in rows) + 2
     lines = [line for name, text in rows for line in _wrap(name.ljust(label) + text, " " * label)]
+    return [_title(small), *lines, *(x for t in _list_said(small) for x in _wrap(t))]
+
+
+def _title(small: Compressed) -> str:
+    return f"{type(small.model).__name__}: {small._headline()}"
+
+
+def _list_said(small: Compressed) -> list[str]:
+    """What was done against the loss, and what the user should know."""
     said = [*map(str, small.restored), *_label(small.warnings)]
-    said += [f"note: {note}" for note in dict.fromkeys(small.notes) if note not in small.plan.warnings]
-    return [f"{type(small.model).__name__}: {small._headline()}", *lines, *(x for t in said for x in _wrap(t))]
+    return said + [f"note: {note}" for note in dict.fromkeys(small.notes) if note not in small.plan.warnings]
 
 
 def _label(warnings: Iterable[str]) -> Iterator[str]:

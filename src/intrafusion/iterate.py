@@ -18,7 +18,7 @@ from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError, RecipeError, show, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, make_reusable
-from intrafusion.network.calibration_images import as_calls, warn_of
+from intrafusion.network.calibration_images import as_calls
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.network.wrappers import outside_inference
@@ -101,7 +101,7 @@ def compress_in_steps(
         graph, present = _shrunken_graph(small, graph), small.model
         done.append(small)
     small = _join_steps(done, recipe)
-    small = replace(small, notes=(*small.notes, *warn_of(calls.notes if calls is not None else {})))
+    small = replace(small, notes=(*small.notes, *(calls.warn() if calls is not None else ())))
     return wrap_result(model, add_comparison(small, core, split))
 
 

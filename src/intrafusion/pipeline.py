@@ -17,7 +17,7 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.names import name_some
 from intrafusion.network.batches import ImagesLike, make_reusable
-from intrafusion.network.calibration_images import as_calls, warn_of
+from intrafusion.network.calibration_images import as_calls
 from intrafusion.network.held_out import Split
 from intrafusion.network.identity import identify
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -174,7 +174,7 @@ def follow(
     calls = as_calls(make_reusable(images), model, inputs)
     split = Split(calls) if calibration is not None else split_images(calls, model, recipe)
     small = reduce_and_restore(recipe, model, graph, inputs, split, calibration=calibration)
-    small = replace(small, notes=(*small.notes, *warn_of(calls.notes if calls is not None else {})))
+    small = replace(small, notes=(*small.notes, *(calls.warn() if calls is not None else ())))
     return add_comparison(small, model, split, find_held_out(small.restored))
 
 

@@ -35,6 +35,12 @@ _Scores = Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]
 """How much each channel of a group matters in these weights, (n,) finite."""
 
 
+_BLIND = (
+    "channels are only selected, as nothing was seen of what is read of them. compress() looks by itself; decide() "
+    "does with calibration=intrafusion.restore.calibrate(model, example_inputs, images=...)."
+)
+
+
 @checked
 @outside_inference
 @shows_progress("decide")
@@ -52,7 +58,8 @@ def decide(
 
     Args:
         example_inputs: only needed for a target in MACs or latency.
-        calibration: what reducers that look at what is read of the channels, and targets, measure it on.
+        calibration: what reducers that look at what is read of the channels, and targets, measure it on, see
+            `intrafusion.restore.calibrate`; None: "pivot" only selects.
         images: for criteria that need data.
     Raises:
         ModelError: no group can be reduced; gives the most frequent reasons.
@@ -87,7 +94,9 @@ def decide(
     )
     idle = missed or explain_idle_sizes(groups, wanted, graph, recipe)
     unused = explain_idle_selectors(graph, model, recipe.include, recipe.exclude)
-    notes = *graph.warnings, *idle, *unused
+    traits = ReducerTraits.of(recipe.reducer)
+    blind = [_BLIND] if calibration is None and traits.mixes and traits.needs_moments and smaller else []
+    notes = *graph.warnings, *idle, *unused, *blind
     return Plan(recipe, decisions, graph.shapes, maps, notes, describe_fixed(graph))
 
 

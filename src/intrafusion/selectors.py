@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from intrafusion.arguments import checked
 from intrafusion.errors import BudgetError, show, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.names import name_some
 
 Match = str | type | Callable[[str, nn.Module], bool]
 NOT_INCLUDED = "not included"
@@ -28,25 +29,55 @@ class Selector:
     side: str = "outputs"
 
     def __str__(self) -> str:
+        """As recipes write it down."""
         if isinstance(self.match, str):
             return f"{self.match}:{self.side}"
         name = getattr(self.match, "__qualname__", repr(self.match))
         return f"{_TYPE if isinstance(self.match, type) else ''}{name}:{self.side}"
 
+    def describe(self) -> str:
+        """As a caller says it.
+
+        >>> inputs_of("head").describe(), outputs_of("stem.*").describe(), inputs_of(nn.Conv2d).describe()
+        ('head:inputs', 'stem.*', 'inputs_of(Conv2d)')
+        """
+        reads = self.side == "inputs"
+        if isinstance(self.match, str):
+            return f"{self.match}:inputs" if reads else self.match
+        name = getattr(self.match, "__qualname__", repr(self.match))
+        return f"inputs_of({name})" if reads else name
+
     @checked
-    def layers(self, model: nn.Module) -> set[str]:
+    def layers(self, model: nn.Module, option: str = "include/exclude") -> set[str]:
         """Names of the modules that match.
 
+        Args:
+            option: that the layers are selected for.
         Raises:
             BudgetError: none does; the nearest name is suggested.
         """
         modules = dict(model.named_modules())
         found = {name for name, module in modules.items() if self._matches(name, module)}
-        if not found and isinstance(self.match, str):
-            raise BudgetError(f"include/exclude: {unknown_name('layer', self.match, [n for n in modules if n])}")
         if not found:
-            raise BudgetError(f"include/exclude: no layer of the network matches {self}.")
+            raise BudgetError(f"{option}: {self._explain_none(modules)}")
         return found
+
+    def _explain_none(self, modules: Mapping[str, nn.Module]) -> str:
+        kinds = {type(m).__qualname__ for n, m in modules.items() if n}
+        if isinstance(self.match, str):
+            is_type = self.match.startswith(_TYPE)
+            wanted = self.match.removeprefix(_TYPE)
+            return (
+                unknown_name("type of layer", wanted, kinds)
+                if is_type
+                else unknown_name("layer", wanted, [n for n in modules if n])
+            )
+        if isinstance(self.match, type):
+            shown = name_some(sorted(kinds))
+            return f"no layer of the network is a {self.match.__qualname__}; there are {shown}."
+        return (
+            f"the function {self.describe()} says yes to none of the {len(modules)} layers; it is called (name, layer)."
+        )
 
     def _matches(self, name: str, module: nn.Module) -> bool:
         if isinstance(self.match, str) and self.match.startswith(_TYPE):
@@ -105,15 +136,15 @@ def find_left_alone(
     graph: ChannelGraph, model: nn.Module, include: Iterable[Selector] | None, exclude: Iterable[Selector]
 ) -> dict[str, str]:
     """Why each group that the user does not want reduced is left alone, by name."""
-    excluded = [(s, s.layers(model)) for s in exclude]
-    included = None if include is None else [(s, s.layers(model)) for s in include]
+    excluded = [(s, s.layers(model, "exclude")) for s in exclude]
+    included = None if include is None else [(s, s.layers(model, "include")) for s in include]
     reasons: dict[str, str] = {}
     for group in graph.groups:
         if included is not None and not any(_is_meant(group, s, layers) for s, layers in included):
             reasons[group.name] = NOT_INCLUDED
         for selector, layers in excluded:
             if _is_meant(group, selector, layers):
-                reasons[group.name] = f"excluded ({selector})"
+                reasons[group.name] = f"excluded ({selector.describe()})"
     return reasons
 
 
@@ -123,11 +154,11 @@ def explain_idle_selectors(
     """Notes on selectors without effect: included layers without channels to reduce, excluded ones without channels."""
     reducible = [g for g in graph.groups if g.is_channel and g.reducible]
     notes = [
-        f"include {str(s)!r} changes nothing: none of its channels can be reduced"
+        f"include {s.describe()!r} changes nothing: none of its channels can be reduced"
         for s in include or () if not _touches(reducible, s, model)
     ]  # fmt: skip
     notes += [
-        f"exclude {str(s)!r} changes nothing: these layers have no channels of their own"
+        f"exclude {s.describe()!r} changes nothing: these layers have no channels of their own"
         for s in exclude if not _touches(graph.groups, s, model)
     ]  # fmt: skip
     return tuple(f"{note}; name the layers whose weights they are." for note in notes)

@@ -33,8 +33,8 @@ def notes_of(**options: Any) -> tuple[str, ...]:
         ({"keep": 0.99, "include": "2", "min_channels": 6}, "min_channels=6 leaves every group as it is: 2 (6); "),
         ({"keep": {"0": 0.5, "4": 0.5}}, "keep['4'] changes nothing: no group that can be reduced goes by it."),
         ({"keep": {"*": 0.5, "2": 0.9}}, "keep['2'] changes nothing: no group that can be reduced goes by it."),
-        ({"keep": 0.5, "include": ["0", "4"]}, "include '4:outputs' changes nothing: none of its channels can be "),
-        ({"keep": 0.5, "exclude": "1"}, "exclude '1:outputs' changes nothing: these layers have no channels of "),
+        ({"keep": 0.5, "include": ["0", "4"]}, "include '4' changes nothing: none of its channels can be "),
+        ({"keep": 0.5, "exclude": "1"}, "exclude '1' changes nothing: these layers have no channels of "),
         ({"target": {"params": 1.0}}, "target {'params': 1.0}: no group becomes smaller."),
     ],
 )

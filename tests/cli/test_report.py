@@ -56,6 +56,8 @@ def test_a_saved_folder_makes_a_page_of_its_plan(program: Program) -> None:
     assert Path("small/recipe.yaml").read_text().splitlines()[0] in text
     assert "intrafusion.load(&#x27;small&#x27;, OriginalNetwork)" in text
     assert "restored: Noise on 512 noise images" in text
+    assert "Mixed: new channels may combine old ones" in text
+    assert "The output error is the mean squared difference" in text
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ if __name__ == "__main__":
 """
 
 
+WITHOUT_CLASS = "what is saved with program=True loads without it"
+
+
 def run(code: str, folder: Path) -> list[str]:
     environment = os.environ | {"PYTHONPATH": str(SOURCES)}
     flag, _, rest = code.partition(" ")
@@ -95,7 +98,9 @@ def test_a_class_that_needs_arguments_is_left_to_be_filled_in(work: Path) -> Non
         (work / "mynet.py").write_text(text)
         (work / "run.py").write_text(f"from mynet import Net\n{WORK.format(name='(lambda: Net(8))')}")
         line, _ = run("run.py", work)
-        assert line.endswith("lambda: Net(...))  # Net with its arguments")
+        assert line.endswith(f"lambda: Net(...))  # Net: put its arguments in place of ...; {WITHOUT_CLASS}")
+        with_arguments = line.replace("Net(...)", "Net(8)")
+        assert run(f"-c {with_arguments}", work.parent / "else") == [] == run(f"-c {with_arguments}", work)
 
 
 def test_a_network_that_names_itself_needs_nothing(work: Path) -> None:
@@ -118,7 +123,11 @@ def test_a_class_that_nothing_imports(work: Path) -> None:
     small.save(work / "net")
     line = small.loading_line(work / "net")
     assert "lambda: Local(...))  # " in line
-    assert line.endswith(", where no import finds it")
+    assert line.endswith(f": no import finds it, as it is of {__name__}: paste it; {WITHOUT_CLASS}")
+    small.save(work / "net", program=True)
+    line = small.loading_line(work / "net")
+    code = f"-c {line}; import torch; print(model(torch.ones(1, 4)).tolist())"
+    assert run(code, work.parent / "else") == [str(small.model(torch.ones(1, 4)).tolist())]
 
 
 @pytest.mark.parametrize(

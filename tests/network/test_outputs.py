@@ -6,7 +6,7 @@ import itertools
 from collections import OrderedDict, UserDict, UserList, deque, namedtuple
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -136,6 +136,46 @@ def test_features_that_leave_the_network_keep_their_size(wrap: str) -> None:
     small = compress(model, x, 0.5, restore=None)
     assert (small.model.a.out_channels, small.model.b.out_channels) == (8, 4)
     assert inspect(model, x)["a"].reason == "output of the network"
+
+
+@dataclass
+class Answer:
+    scores: Tensor
+    state: Any
+
+
+class KeyValueCache:
+    def __init__(self, x: Tensor) -> None:
+        self.layers = [x]
+
+
+class ScoresAndState(NamedTuple):
+    scores: Tensor
+    state: Any
+
+
+@pytest.mark.parametrize("form", [Answer, ScoresAndState, lambda a, b: {"scores": a, "state": b}])
+def test_reasons_name_the_part_of_the_output(form: Any) -> None:
+    class Parts(Net):
+        def forward(self, x: Tensor) -> Any:
+            return form(*super().forward(x))
+
+    graph = inspect(Parts(lambda x: (x, x)).eval(), torch.randn(2, 3, 6, 6))
+    assert graph["a"].reason == "output of the network (state)"
+    assert graph["c"].reason == "output of the network (scores)"
+
+
+@pytest.mark.parametrize(("name", "make"), [("state", KeyValueCache), ("past_key_values", lambda x: ((x, x),))])
+def test_a_cache_for_the_next_call_says_what_it_is_and_how_to_do_without(name: str, make: Any) -> None:
+    class Cached(Net):
+        def forward(self, x: Tensor) -> Any:
+            scores, features = super().forward(x)
+            return {"scores": scores, name: features}
+
+    reason = inspect(Cached(make).eval(), torch.randn(2, 3, 6, 6))["a"].reason
+    assert reason is not None
+    assert reason.startswith(f"output of the network ({name}: the cache for a next call; ")
+    assert "use_cache=False" in reason
 
 
 def test_what_was_not_looked_into_is_in_the_warnings() -> None:

@@ -11,7 +11,7 @@ import intrafusion.restore.calibration as calibration_module
 from intrafusion import ChannelGraph, ModelError, Recipe
 from intrafusion.network.inputs import Inputs
 from intrafusion.observe.moments import measure_moments
-from intrafusion.restore import Noise, calibrate
+from intrafusion.restore import Noise, Synthesis, calibrate
 from intrafusion.restore.steps import calibrate_for
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -112,3 +112,17 @@ def test_a_network_that_runs_on_no_noise_is_given_up_unless_noise_was_asked_for(
 )
 def test_which_recipes_look_at_moments(options: dict, expected: bool) -> None:
     assert Recipe.of(**options).needs_moments is expected
+
+
+def test_where_images_that_are_made_go_is_told() -> None:
+    model, _ = network()
+    told = [
+        calibrate(model, Inputs.of(X), "synthetic", synthesis=Synthesis(images=n, steps=1, mirrored=m)).explain_counts()
+        for n, m in ((50, True), (50, False), (8, True))
+    ]
+    assert told == [
+        "50 were made: 40 and their mirror images to solve on, 10 to measure on",
+        "50 were made: 40 to solve on, 10 to measure on",
+        "8 were made: 8 and their mirror images to solve on",
+    ]
+    assert calibrate(model, Inputs.of(X), "images", IMAGES).explain_counts() is None

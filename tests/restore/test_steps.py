@@ -58,7 +58,7 @@ def test_auto_makes_images_where_it_can_afford_to(monkeypatch: pytest.MonkeyPatc
     assert (step.step, step.on, step.note) == (
         "LeastSquares",
         "16 images made from the network",
-        "no images were given",
+        "no images were given; 8 were made: 8 and their mirror images to solve on",
     )
     monkeypatch.setattr(calibration_module, "AFFORDABLE", 0.0)
     with pytest.warns(IntrafusionWarning, match="Better: images=, a few hundred") as warned:
@@ -189,6 +189,7 @@ def test_images_from_the_network_that_do_harm_give_way_to_noise(monkeypatch: pyt
     assert (made.step, made.on, made.undone) == ("Worse", "80 images made from the network", True)
     assert (noise.step, noise.on) == ("Noise", "512 noise images")
     assert made.measured_on == noise.measured_on == "10 images made from the network"
+    assert "; 50 were made: 40 and their mirror images to solve on, 10 to measure on; undone" in str(made.note)
     assert made.unseen
     assert noise.error_before == made.error_before
     assert str(noise.note).startswith("in place of the step before")

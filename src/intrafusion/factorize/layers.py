@@ -113,8 +113,8 @@ def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[
         ModelError: there is none.
     """
     wanted, unwanted = as_selectors(include), as_selectors(exclude) or ()
-    chosen = None if wanted is None else set().union(*(s.layers(model) for s in wanted))
-    left = set().union(*(s.layers(model) for s in unwanted))
+    chosen = None if wanted is None else set().union(*(s.layers(model, "include") for s in wanted))
+    left = set().union(*(s.layers(model, "exclude") for s in unwanted))
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found = []
     for name, module in model.named_modules():

@@ -16,6 +16,8 @@ from torch import nn
 
 from intrafusion.network.tensors import named_tensors
 
+_WITHOUT_CLASS = "what is saved with program=True loads without it"
+
 
 def write_line(folder: str | os.PathLike[str], statements: str = "", original: str = "", *, trust: bool = False) -> str:
     """
@@ -43,8 +45,10 @@ def write_line_of(folder: str | os.PathLike[str], data: Mapping[str, Any], kind:
         return write_line(folder, place, name)
     if data.get("program"):
         return write_line(folder, trust=True)
-    told = "with its arguments" if place else f"of {kind.__module__}, where no import finds it"
-    return f"{write_line(folder, place or '', f'lambda: {kind.__name__}(...)')}  # {name} {told}"
+    told = (
+        "put its arguments in place of ..." if place else f"no import finds it, as it is of {kind.__module__}: paste it"
+    )
+    return f"{write_line(folder, place or '', f'lambda: {kind.__name__}(...)')}  # {name}: {told}; {_WITHOUT_CLASS}"
 
 
 def import_of(module: str, name: str) -> str | None:

@@ -18,6 +18,7 @@ from intrafusion.network.batches import ImagesLike, as_call, count_images, read_
 from intrafusion.network.inputs import Inputs
 
 _FEW = 32  # images, below which a layer is solved for the images themselves rather than for what they stand for
+_SAMPLE = 64  # images that are looked at
 
 
 @dataclass(eq=False)
@@ -29,12 +30,15 @@ class Calls:
         like: the example inputs, which say how many arguments a call has, and of which kind.
         forward: names of the arguments that the network takes; None for any.
         notes: what the user should know, once all batches were read.
+        sample: the first of the batches that were read, with a few dozen images.
     """
 
     given: ImagesLike
     like: Inputs
     forward: tuple[str, ...] | None
     notes: dict[str, str] = field(default_factory=dict)
+    sample: list[Inputs] = field(default_factory=list)
+    _warned: set[str] = field(default_factory=set)
 
     __repr__ = show_briefly
 
@@ -42,12 +46,20 @@ class Calls:
         total = 0
         for call, labels in read_labelled(self._opened()):
             call = self._checked(call if call.labels is not None else replace(call, labels=labels))
+            if total < _SAMPLE and sum(map(count_images, self.sample)) <= total:
+                self.sample.append(call)
             total += count_images(call)
             yield call
         if total < _FEW:
             self.notes["few"] = (
                 f"images: {total} are few for solving layers on them; give a few hundred, or restore='synthetic'"
             )
+
+    def warn(self) -> tuple[str, ...]:
+        """All notes, after a warning of each that was not warned of before."""
+        warn_of({k: note for k, note in self.notes.items() if note not in self._warned})
+        self._warned.update(self.notes.values())
+        return tuple(self.notes.values())
 
     def _opened(self) -> Any:
         if isinstance(self.given, (Tensor, np.ndarray, Mapping, Inputs)):
@@ -118,7 +130,7 @@ class Calls:
         like = next((like for found, like in pairs if found is t), None)
         if like is None or not like.is_floating_point() or t.is_floating_point() or t.is_complex():
             return t
-        self.notes["integers"] = (
+        self.notes["scale"] = (
             f"{where}: {str(t.dtype)[6:]} where the example inputs are {str(like.dtype)[6:]}; taken as numbers up to "
             f"{int(t.max())}: normalise images as the network was trained on them"
         )

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from intrafusion.arguments import check_by, checked
 from intrafusion.brief import show_briefly
 from intrafusion.errors import IntrafusionError, ModelError, show
-from intrafusion.network.outputs import Opened, open_output, read_iterators
+from intrafusion.network.outputs import Opened, name_entries, open_output, read_iterators
 
 
 @checked
@@ -68,6 +68,7 @@ class Inputs:
         """The same, with what of the output could not be looked into."""
         output = self.run(model)
         opened = open_output(output)
+        opened.entries = name_entries(output)
         if not opened.tensors:
             holds = f" that holds {', '.join(opened.closed)}" if opened.closed else ""
             raise ModelError(

@@ -28,15 +28,25 @@ _PLAIN = (
 )
 """What holds no tensor."""
 
+_CACHE = "the cache for a next call; to reduce these, let the example ask for none: use_cache=False in transformers"
+"""What is said of the part of an output that keeps keys, values or states for the next call."""
+
+_CACHES = ("past_key_values", "cache_params")
+
 _CLOSED = (nn.Module, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, np.ndarray)
 
 
 @dataclass(eq=False)
 class Opened:
-    """The tensors of an output in a fixed order, and the kinds of objects in it that could not be opened."""
+    """The tensors of an output in a fixed order, and the kinds of objects in it that could not be opened.
+
+    Attributes:
+        entries: where the output has names for its parts, what each part is called and its tensors.
+    """
 
     tensors: list[Tensor] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+    entries: list[tuple[str, list[Tensor]]] = field(default_factory=list)
 
     __repr__ = show_briefly
 
@@ -67,6 +77,29 @@ def open_output(output: Any) -> Opened:
             opened.closed.extend([] if items or attributes or _is_open(value) else [type(value).__name__])
     opened.closed = list(dict.fromkeys(opened.closed))
     return opened
+
+
+def name_entries(output: Any) -> list[tuple[str, list[Tensor]]]:
+    """What the parts of an output are called, of a dict, a named tuple or an object, and the tensors in each.
+
+    A cache for the next call is called one, by its class or by the name that transformers gives it.
+
+    >>> name_entries({"boxes": [torch.zeros(2)], "scale": 3})
+    [('boxes', [tensor([0., 0.])])]
+    """
+    if isinstance(output, Mapping):
+        named = {str(key): item for key, item in output.items()}
+    elif isinstance(output, tuple):
+        named = dict(zip(getattr(output, "_fields", ()), output, strict=False))
+    else:
+        named = _attributes_of(output) if _is_open(output) and not isinstance(output, (Tensor, Collection)) else {}
+    found = [(_call_cache(name, item), open_output(item).tensors) for name, item in named.items()]
+    return [(name, tensors) for name, tensors in found if tensors]
+
+
+def _call_cache(name: str, item: Any) -> str:
+    is_cache = type(item).__name__.endswith("Cache") or name in _CACHES
+    return f"{name}: {_CACHE}" if is_cache else name
 
 
 def _parts_of(value: Any) -> tuple[list[Any], list[Any]]:

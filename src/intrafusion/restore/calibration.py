@@ -52,6 +52,7 @@ class Calibration:
         why: why not a better level, where "auto" chose.
         seed: for the sampling of rows.
         held_out: images of the same kind that nothing is solved on; None where there are too few.
+        made: how many were made from the network, before they were parted and mirrored.
     """
 
     level: str
@@ -62,6 +63,7 @@ class Calibration:
     why: str | None = None
     seed: Seed = 0
     held_out: Inputs | None = None
+    made: int | None = None
     _moments: dict[ChannelGraph, Mapping[str, Moments]] = field(default_factory=dict, repr=False)
 
     __repr__ = show_briefly
@@ -121,6 +123,15 @@ class Calibration:
             return "sequences of random tokens"
         return _KINDS[self.level]
 
+    def explain_counts(self) -> str | None:
+        """Where the images went that were made from the network; None where none were."""
+        if self.made is None:
+            return None
+        apart = 0 if self.held_out is None else _count(self.held_out)
+        mirrored = " and their mirror images" if _count(self.images) > self.made - apart else ""
+        measured = f", {apart} to measure on" if apart else ""
+        return f"{self.made} were made: {self.made - apart}{mirrored} to solve on{measured}"
+
     @checked
     def restore(
         self, small: Reduced, original: nn.Module, graph: ChannelGraph, measure: Callable[[nn.Module], T]
@@ -132,8 +143,11 @@ class Calibration:
         return self.restorer.restore(small, original, graph, self.images, self.reference, measure)
 
     def __str__(self) -> str:
-        count = len(self.images.tensors()[0]) if self.images.tensors() else 0
-        return f"{count} {self.kind}"
+        return f"{_count(self.images)} {self.kind}"
+
+
+def _count(call: Inputs) -> int:
+    return len(call.tensors()[0]) if call.tensors() else 0
 
 
 @checked
@@ -181,7 +195,8 @@ def calibrate(
     seen, apart = (None if call is None else call.map(channels_last) for call in made)
     assert seen is not None
     restorer = noise if level == "noise" else LeastSquares(seed=seed)
-    return Calibration(level, seen, model, restorer, time.perf_counter() - start, why, seed, apart)
+    count = _count_made(synthesis, seen, apart) if level == "synthetic" else None
+    return Calibration(level, seen, model, restorer, time.perf_counter() - start, why, seed, apart, count)
 
 
 _Parts = tuple[Inputs, Inputs | None]
@@ -202,6 +217,11 @@ def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Par
     seen, held = synthesis.mirror(made[~apart]), made[apart]
     as_call = lambda images: inputs.map(lambda t: images if t is like else t)  # noqa: E731
     return as_call(seen), as_call(held) if len(held) else None
+
+
+def _count_made(synthesis: Synthesis, seen: Inputs, apart: Inputs | None) -> int:
+    copies = 2 if synthesis.mirrored and image_like(seen).dim() > 3 else 1  # as `Synthesis.mirror`
+    return _count(seen) // copies + (0 if apart is None else _count(apart))
 
 
 def _choose_level(

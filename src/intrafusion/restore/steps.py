@@ -23,6 +23,7 @@ from intrafusion.progress import report
 from intrafusion.recipe import Recipe
 from intrafusion.restore import Calibration, Noise, Restorer, calibrate
 from intrafusion.restore.calibration import AFFORDABLE
+from intrafusion.restore.implausible import find_implausible
 from intrafusion.surgery.write import write_weights_
 
 _SOLVING = 5  # times the pass in which it is found out what is read of channels; 3 to 6 of a perceptron, ViT, ResNet-50
@@ -34,12 +35,19 @@ def split_images(images: Calls | None, model: nn.Module, recipe: Recipe) -> Spli
 
     Some are held out where all are read at once, as for solving layers; what streams through restorers and criteria one
     batch after another is not kept, and is measured where it was seen.
+
+    Warns:
+        IntrafusionWarning: what the images show already, such as that they are on another scale than the network knows.
     """
     if images is None:
         return Split()
     if recipe.levels or recipe.needs_moments:
-        return hold_out(images, model)
-    return take_first(images, unseen=not recipe.restore and not needs_of(recipe.importance) - {"tensors"})
+        split = hold_out(images, model)
+    else:
+        split = take_first(images, unseen=not recipe.restore and not needs_of(recipe.importance) - {"tensors"})
+    images.notes = find_implausible(model, images.sample, images.like) | images.notes  # the type is told first
+    images.warn()
+    return split
 
 
 def calibrate_for(
@@ -157,7 +165,8 @@ def _solve_or_undo(
         after = by.measure(small.model)
     if undone := after.is_worse_than(before):
         write_weights_(small.model, weights)
-    note = "; ".join(filter(None, (why, "undone, as the outputs were worse" if undone else None))) or None
+    said = why, calibration.explain_counts(), "undone, as the outputs were worse" if undone else None
+    note = "; ".join(filter(None, said)) or None
     seconds = calibration.seconds + time.perf_counter() - start
     done = Restoration(type(calibration.restorer).__name__, str(calibration), seconds, note=note, undone=undone)
     return _add_figures(done, before, after, by)

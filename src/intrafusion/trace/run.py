@@ -95,8 +95,9 @@ def _run(model: nn.Module, inputs: Inputs, calls: int | None) -> _Run:
                 *_call_again(run, model, inputs, memory.rebound if calls is None else calls > 1),
             ]
         run.closed, run.draws = opened.closed, draws.names
+        names = {id(t): name for name, tensors in reversed(opened.entries) for t in tensors}
         for output in outputs:
-            _fix_output(run.ledger, output)
+            _fix_output(run.ledger, output, names.get(id(output)))
     return run
 
 
@@ -109,10 +110,10 @@ def _call_again(run: _Run, model: nn.Module, inputs: Inputs, wanted: bool) -> li
     return outputs
 
 
-def _fix_output(ledger: Ledger, output: Tensor) -> None:
-    info = ledger.look_up(output)
-    ledger.note_read(info, "output of the network")
-    ledger.forbid(info, "output of the network")
+def _fix_output(ledger: Ledger, output: Tensor, name: str | None) -> None:
+    info, reason = ledger.look_up(output), "output of the network" + (f" ({name})" if name else "")
+    ledger.note_read(info, reason)
+    ledger.forbid(info, reason)
 
 
 def _warn_of_unreached(model: nn.Module, ledger: Ledger) -> tuple[str, ...]:

@@ -449,8 +449,10 @@ def plan_page(
     )
     sections = [
         _compared_section(comparison),
-        replace(bars_section, table=_plan_table(plan.decisions)) if (bars_section := _from_figure(bars)) else None,
-        Section("restored", "Restored without training", body=_notes(restored)) if restored else None,
+        replace(bars_section, table=_plan_table(plan.decisions), text=f"{bars_section.text} {_HOW}")
+        if (bars_section := _from_figure(bars))
+        else None,
+        Section("restored", "Restored without training", _ERROR, body=_notes(restored)) if restored else None,
         _sheet_section(sheet) if sheet else None,
         Section("notes", "Notes", body=_notes(plan.warnings)) if plan.warnings else None,
         Section("reproduce", "How to reproduce", body=body),
@@ -458,6 +460,16 @@ def plan_page(
     found = tuple(s for s in sections if s is not None)
     footer = f"intrafusion {version}. This page is complete in itself and opens without a network."
     return Page(Path(folder).name, "a smaller network", lead, tuple(tiles), found, (), footer)
+
+
+_HOW = (
+    "Mixed: new channels may combine old ones, those of pivot are kept channels that stand for others too. "
+    "Selected: each is an old one. Kept: the group is left alone."
+)
+_ERROR = (
+    "The output error is the mean squared difference of the outputs from the original's, "
+    "as a fraction of the variance of the original's."
+)
 
 
 def _compared_tiles(comparison: Comparison | None) -> list[tuple[str, str]]:
