@@ -126,6 +126,11 @@ class Forecast:
                     labels = relations.roots(relations.tables[member.key()][member.positions])
                     self.owner[labels] = number
                     self.channel[labels] = np.arange(group.size)[:, None]
+        self.blocks = [
+            (group.name, relations.roots(relations.tables[member.key()][member.positions]))
+            for group in graph.groups if not group.is_channel
+            for member in group.members if member.key() in relations.tables
+        ]  # fmt: skip
         roots = lambda labels: None if labels is None else relations.roots(labels)  # noqa: E731
         self.steps = [_Step(s.name, [*map(relations.roots, s.read)], [*map(roots, s.given)]) for s in recorder.steps]
 
@@ -184,7 +189,10 @@ class Forecast:
     def _find_left(self, sizes: Mapping[str, int]) -> np.ndarray:
         """Whether the channel of each label is left."""
         size = np.array([sizes.get(g.name, g.size) for g in self.graph.groups] + [np.iinfo(np.int64).max])
-        return self.channel < size[self.owner]
+        left = self.channel < size[self.owner]
+        for name, labels in self.blocks:
+            left[labels[sizes.get(name, len(labels)) :]] = False
+        return left
 
     def _list_seen(self, index: int) -> tuple[str, ...]:
         """Groups that an operation sees: what only its outputs show first, as what it pads with."""

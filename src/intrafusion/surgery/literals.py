@@ -353,17 +353,24 @@ class _Search:
 
     def _propose_anywhere(self, numbers: Numbers) -> Iterator[Numbers]:
         """Where a network does not say what is wrong with it, or where what it says came too late."""
-        kinds: dict[tuple[type, str], dict[Place, int]] = defaultdict(dict)
-        for name, own in self.numbers.items():
-            for place in own:
-                targets = self.find_targets(name, place, own=True, exact=True)
-                if targets and (name, place) not in numbers:
-                    kinds[self._kind((name, place))][name, place] = next(iter(targets))
+        kinds = self._find_all_targets(numbers, exact=True)
         yield from kinds.values()
+        yield from self._find_all_targets(numbers, exact=False).values()
         for a, b in itertools.combinations(kinds.values(), 2):
             yield a | b
         for option in kinds.values():
             yield from ({place: n} for place, n in option.items())
+
+    def _find_all_targets(self, numbers: Numbers, *, exact: bool) -> dict[tuple[type, str], dict[Place, int]]:
+        """What all other numbers may become, by kind; without `exact`, those that follow groups in their modules."""
+        kinds: dict[tuple[type, str], dict[Place, int]] = defaultdict(dict)
+        for name, own in self.numbers.items():
+            for place in own:
+                targets = self.find_targets(name, place, own=True, exact=exact)
+                likely = next((n for n, inside in targets.items() if exact or inside), None)
+                if likely is not None and (name, place) not in numbers:
+                    kinds[self._kind((name, place))][name, place] = likely
+        return kinds
 
     def _extended(self, name: str, choice: Mapping[str, int], numbers: Numbers) -> Numbers:
         """The same places in all modules of one class at once, where they hold sizes that changed."""

@@ -292,7 +292,7 @@ class _Attempts:
         except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
             return Breakdown.of(self._explain(error, self.literals.find_old_sizes(small, sizes)), error, small)
         expected = shrink_graph(self.graph, sizes)
-        why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(self.graph))
+        why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(self.graph, sizes))
         return found if why is None else Breakdown(why, runs=True)
 
     def _explain(self, error: Exception, old: set[int]) -> str:
