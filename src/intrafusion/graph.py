@@ -18,6 +18,7 @@ from intrafusion.names import plain_name, plain_text
 from intrafusion.table import WIDTH, GroupLine, TextTable, tabulate_groups, wrap_text
 
 BLOCKS = ":blocks"  # what the names of groups end with whose units are whole blocks
+SHARING = ":sharing"  # and of those whose units are blocks that share channels with others, as query heads a key
 _MEMBERS = 25  # of a group, that are printed
 _HEADER = ("group", "channels", "can be", "other layers, or reason")
 _ASK = f'whole only where asked for, as by keep={{"*{BLOCKS}": 0.5}}'

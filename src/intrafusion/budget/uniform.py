@@ -10,7 +10,7 @@ from functools import partial
 from intrafusion.arguments import checked
 from intrafusion.asked import check_count, check_keep, least_size
 from intrafusion.errors import BudgetError, unknown_name
-from intrafusion.graph import BLOCKS, ChannelGraph, ChannelGroup
+from intrafusion.graph import ChannelGraph, ChannelGroup
 
 
 @partial(checked, leaving=("keep", "round_to", "min_channels"))
@@ -31,7 +31,7 @@ def uniform_sizes(
         groups: the groups to reduce.
         keep: one fraction, or {pattern: fraction}; a pattern is matched against a group's name and against the names
             of all layers that produce it, and the first that matches counts. Groups of whole blocks only go by patterns
-            that end as their names do, in ":blocks", and neither `round_to` nor `min_channels` is about them.
+            that end as their names do, as in ":blocks", and neither `round_to` nor `min_channels` is about them.
         graph: for the names that a pattern may mean.
         min_channels: smallest size of a group (of the whole group where it has fewer).
     Raises:
@@ -67,13 +67,18 @@ def _check_patterns(patterns: Mapping[str, float], graph: ChannelGraph) -> None:
 
 def _list_names(group: ChannelGroup) -> tuple[str, ...]:
     """What a group may be called by."""
-    return (group.name, *group.producers) if group.is_channel else (group.name,)
+    return (group.name, *group.producers) if group.is_channel else (group.name, group.name.partition("#")[0])
 
 
 def find_pattern(group: ChannelGroup, patterns: Iterable[str]) -> str | None:
     """The first pattern that matches a group's name, or a layer that produces it."""
-    meant = (p for p in patterns if group.is_channel or p.partition("#")[0].endswith(BLOCKS))
+    meant = (p for p in patterns if group.is_channel or _find_suffix(p) == _find_suffix(group.name))
     return next((p for p in meant if any(fnmatchcase(name, p) for name in _list_names(group))), None)
+
+
+def _find_suffix(name: str) -> str:
+    """What comes after the colon of a name such as "q:blocks#1"."""
+    return name.partition("#")[0].rpartition(":")[2]
 
 
 def _fraction_for(group: ChannelGroup, patterns: Mapping[str, float]) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from intrafusion.graph import BLOCKS, ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.trace.arrays import split_runs
 from intrafusion.trace.block_groups import find_block_groups
 from intrafusion.trace.blocks import Blocks
@@ -42,7 +42,7 @@ def build_graph(
     blocks = Blocks(relations, table)
     found = _find_channel_groups(blocks)
     first = max((group.family for group in found), default=-1) + 1
-    found += [replace(g, family=first + k) for k, g in enumerate(find_block_groups(blocks, entries))]
+    found += [replace(group, family=first + group.family) for group in find_block_groups(blocks, entries)]
     groups = _name([*found, *find_rows_left_over(relations, shapes, found)])
     return ChannelGraph(
         _count_depths(groups, table.uses),
@@ -186,10 +186,10 @@ def _share_reasons(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 def _name(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     """Give every group the name of its first producer, with `#k` where one module has several groups.
 
-    Those of whole blocks are called `name:blocks`.
+    Those of whole blocks are called `name:blocks`, say: what they were called so far is put behind.
     """
     base = [(g.producers or (g.members[0].module,))[0] or g.members[0].tensor for g in groups]
-    base = [name if g.is_channel else f"{name}{BLOCKS}" for g, name in zip(groups, base, strict=True)]
+    base = [f"{name}{group.name}" for group, name in zip(groups, base, strict=True)]
     total, seen, result = Counter(base), Counter[str](), []
     for group, name in zip(groups, base, strict=True):
         result.append(replace(group, name=f"{name}#{seen[name]}" if total[name] > 1 else name))
