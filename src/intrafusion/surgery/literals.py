@@ -346,7 +346,8 @@ class _Search:
             own = {p: t for p, t in own.items() if (name, p) not in numbers}
             for mentioned in named:
                 places = {p: own.pop(p) for p in list(own) if mentioned & set(p.split("."))}
-                for choice in _list_choices(places):
+                exact = {p: t for p, t in places.items() if self.find_targets(name, p, exact=True)}
+                for choice in itertools.chain(itertools.islice(_list_choices(exact), 1), _list_choices(places)):
                     yield self._extended(name, choice, numbers)
                     yield {(name, place): n for place, n in choice.items()}
         yield from self._propose_anywhere(numbers)
