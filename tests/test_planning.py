@@ -82,6 +82,26 @@ def test_whole_heads_go_with_their_keys_and_values(kind: str, shared: int) -> No
     assert "4 -> 2 blocks" in str(small.plan) or shared == 2
 
 
+@pytest.mark.parametrize("blocks", [1.0, 0.5])
+def test_query_heads_go_from_those_that_share_a_key(blocks: float) -> None:
+    """As many of each key's; also together with whole groups of them."""
+    model = make("shape", 2)
+    small = intrafusion.compress(model, X[:2], keep={"*:sharing": 0.5, "*:blocks": blocks}, restore=None)
+    assert small.rolled_back == {}
+    assert {d.group: d.m for d in small.plan.decisions if d.group.startswith("q:sharing")} == {
+        "q:sharing#0": 1,
+        "q:sharing#1": 1,
+    }
+    kept = find_kept(small.model, model, "q", DIM)
+    keys = find_kept(small.model, model, "k", DIM)
+    assert [k // 2 for k in kept] == keys
+    assert len(keys) == 2 * blocks
+    assert small.model.shared == 1
+    reference = copy.deepcopy(model)
+    reference.o.weight.data.unflatten(1, (-1, DIM))[:, [k for k in range(HEADS) if k not in kept]] = 0
+    torch.testing.assert_close(small.model(X), reference(X))
+
+
 def test_without_data_the_heads_with_the_smallest_weights_go() -> None:
     model = make()
     with torch.no_grad():
