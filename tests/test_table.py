@@ -70,7 +70,12 @@ def test_a_graph() -> None:
     assert table.rows == (
         ("blocks.0.up", "16", "mixed", "blocks.0.down"),
         ("tied", "8", "selected", "blocks.2.up, blocks.2.down\nnot mixed: softmax over channels"),
-        ("heads", "4 blocks", "kept", "whole blocks, such as heads, are not reduced yet"),
+        (
+            "heads",
+            "4 blocks",
+            "kept",
+            'whole only where asked for, as by keep={"*:blocks": 0.5}',
+        ),
         ("blocks.1.up", "16", "kept", "an output"),
     )
     assert table.below == ("", "2 of 4 groups can be reduced", "4 parameters", "note: unused.weight")

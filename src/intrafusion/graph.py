@@ -17,8 +17,11 @@ from intrafusion.brief import show_briefly
 from intrafusion.names import plain_name, plain_text
 from intrafusion.table import WIDTH, GroupLine, TextTable, tabulate_groups, wrap_text
 
+BLOCKS = ":blocks"  # what the names of groups end with whose units are whole blocks
+SHARING = ":sharing"  # and of those whose units are blocks that share channels with others, as query heads a key
 _MEMBERS = 25  # of a group, that are printed
 _HEADER = ("group", "channels", "can be", "other layers, or reason")
+_ASK = f'whole only where asked for, as by keep={{"*{BLOCKS}": 0.5}}'
 
 
 class Role(StrEnum):
@@ -245,7 +248,7 @@ class ChannelGraph:
 
     @property
     def reducible(self) -> tuple[ChannelGroup, ...]:
-        """Groups without a reason against it, blocks included: those are permuted to prove them, and left whole."""
+        """Groups without a reason against it, blocks included."""
         return tuple(g for g in self.groups if g.reducible)
 
     def __getitem__(self, name: str) -> ChannelGroup:
@@ -285,7 +288,7 @@ def _describe_group(group: ChannelGroup) -> GroupLine:
         how, why = ("selected", f"not mixed: {group.unmixable}") if group.unmixable else ("mixed", "")
         return GroupLine(group.name, str(group.size), how, layers, why)
     size = str(group.size) if group.is_channel else f"{group.size} blocks"
-    return GroupLine(group.name, size, "kept", why=group.reason or "whole blocks, such as heads, are not reduced yet")
+    return GroupLine(group.name, size, "kept", why=group.reason or _ASK)
 
 
 def sort_by_role(members: Iterable[Member]) -> list[Member]:

@@ -38,6 +38,7 @@ class Decision:
         mixing: "mixed" (new channels may combine old ones), "selected", or "selected: " and why they must not be mixed.
         family: twins share this number and their size.
         depth: index counted from the output, None where the group cannot be reduced.
+        kind: "channel", or "block" where whole blocks are meant, such as heads; see `ChannelGroup.kind`.
         proof: once it is carried out, "function" where the smaller network gave what the original gives without the
             removed channels, "symmetry" where there is no such original, as where a norm sees the channels together.
     """
@@ -50,6 +51,7 @@ class Decision:
     reason: str | None = None
     family: int = 0
     depth: int | None = None
+    kind: str = "channel"
     proof: str | None = field(default=None, compare=False)  # no part of what was decided
 
     __repr__ = show_briefly
@@ -216,7 +218,7 @@ def _describe_decision(decision: Decision) -> GroupLine:
     if not decision.reduced:
         return GroupLine(decision.group, str(decision.n), "kept", why=decision.reason or "all kept")
     how, _, why = decision.mixing.partition(": ")
-    size = f"{decision.n} -> {decision.m}"
+    size = f"{decision.n} -> {decision.m}" + ("" if decision.kind == "channel" else " blocks")
     return GroupLine(decision.group, size, how, list_layers(decision), f"not mixed: {why}" if why else "")
 
 
@@ -268,7 +270,7 @@ def _read_decision(data: Mapping[str, Any]) -> Decision:
     """Raises TypeError or ValueError for what is no decision."""
     entries: dict[str, Any] = {**data, "members": tuple(_as(str, member) for member in data["members"])}
     decision = Decision(**entries)
-    for text in (decision.group, decision.mixing, decision.reason or "", decision.proof or ""):
+    for text in (decision.group, decision.mixing, decision.reason or "", decision.proof or "", decision.kind):
         _as(str, text)
     for number in (decision.family, decision.depth or 0, decision.n, decision.m):
         _count(number)

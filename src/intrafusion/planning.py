@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from intrafusion.budget import uniform_sizes
 from intrafusion.budget.idle import explain_idle_sizes
 from intrafusion.budget.sensitivity import Sensitivity
 from intrafusion.budget.target import require_inputs, sizes_for_target
+from intrafusion.budget.uniform import find_pattern
 from intrafusion.errors import ModelError, RecipeError, show
-from intrafusion.graph import ChannelGraph, ChannelGroup, describe_fixed
+from intrafusion.graph import ChannelGraph, ChannelGroup, Role, describe_fixed
 from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import warn_caller
@@ -24,7 +26,8 @@ from intrafusion.observe.observe import observe_for
 from intrafusion.plan import Decision, Plan, describe_members, is_miss
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Recipe
-from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
+from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form, selection_map
+from intrafusion.reduce.eliminate import eliminate
 from intrafusion.restore import Calibration
 from intrafusion.selectors import NOT_INCLUDED, explain_idle_selectors, find_left_alone
 from intrafusion.surgery.maps import hollow_
@@ -68,11 +71,13 @@ def decide(
     model = unwrap(model)
     check_graph(graph, model)
     unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
-    units = [g for g in graph.groups if g.is_channel]
+    units = [g for g in graph.groups if g.is_channel or is_asked_for(g, recipe)]
     groups = [g for g in units if g.reducible and g.name not in unwanted]
     if not groups:
         raise ModelError(_nothing_to_reduce(units, unwanted))
     moments = calibration.moments_of(graph) if calibration is not None and recipe.needs_moments else {}
+    if moments and calibration is not None and (blocks := [g for g in groups if not g.is_channel]):
+        moments = {**moments, **calibration.moments_of(flatten_blocks(graph, blocks))}
     weights = fold_weights(model, graph, groups)
     seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
     scores = lambda g, w: _check_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
@@ -121,6 +126,24 @@ def _solve_all(
     return maps
 
 
+def is_asked_for(group: ChannelGroup, recipe: Recipe) -> bool:
+    """Whether sizes for whole blocks are asked for by name."""
+    return recipe.target is None and isinstance(recipe.keep, Mapping) and find_pattern(group, recipe.keep) is not None
+
+
+def flatten_blocks(graph: ChannelGraph, blocks: Sequence[ChannelGroup]) -> ChannelGraph:
+    """The graph of the readers of these blocks, in which every slot of a block is a channel, block by block.
+
+    Blocks are not in it that several layers read as different numbers of channels.
+    """
+    groups = []
+    for block in blocks:
+        read = [replace(m, positions=m.positions.reshape(-1, 1)) for m in block.with_role(Role.CONSUMES)]
+        if len({len(m.positions) for m in read}) == 1:
+            groups.append(replace(block, size=len(read[0].positions), members=tuple(read), kind="channel"))
+    return replace(graph, groups=tuple(groups))
+
+
 def _in_order(groups: Sequence[ChannelGroup], recipe: Recipe) -> Sequence[ChannelGroup]:
     return groups if recipe.order == "joint" else sorted(groups, key=lambda g: g.depth if g.depth is not None else -1)
 
@@ -155,7 +178,13 @@ def _solve(
     recipe: Recipe,
     moments: Mapping[str, Moments],
 ) -> ReductionMap:
-    """The map of one group; channels that must not be mixed are selected, dead ones and exact copies go first."""
+    """The map of one group; channels that must not be mixed are selected, dead ones and exact copies go first.
+
+    Of whole blocks those stay that the layer which reads them misses most where it is solved anew.
+    """
+    if not group.is_channel and group.name in moments:
+        read = moments[group.name]
+        return selection_map(eliminate(read, len(read.reader) // group.size).kept(m), group.size)
     rows, added = channel_features(group, weights), channel_biases(group, weights)
     problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name), group.linear)
     reducer = selecting_form(recipe.reducer) if group.unmixable else recipe.reducer
@@ -196,4 +225,6 @@ def decision(group: ChannelGroup, m: int, recipe: Recipe, unwanted: str | None, 
         mixing = "selected: what is read of these channels was not seen"
     reason = group.reason or unwanted
     kept = group.size if reason else m
-    return Decision(group.name, group.size, kept, describe_members(group), mixing, reason, group.family, group.depth)
+    return Decision(
+        group.name, group.size, kept, describe_members(group), mixing, reason, group.family, group.depth, group.kind
+    )

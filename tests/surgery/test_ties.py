@@ -17,7 +17,8 @@ class Attention(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.head_dim = 8 if kind == "number" else 0
+        self.head_dim = 8 if kind in ("number", "product", "rotary") else 0
+        self.width = 32 if kind == "product" else -1  # that of the stream, too
         self.qkv = nn.Linear(32, 96) if kind == "fused" else None
         self.q, self.k, self.v = (None if kind == "fused" else nn.Linear(32, 32) for _ in range(3))
         self.o = nn.Linear(32, 32)
@@ -26,9 +27,19 @@ class Attention(nn.Module):
         if self.qkv is not None:
             q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            shape = (-1, self.head_dim) if self.kind == "number" else (4, -1)
+            shape = (-1, self.head_dim) if self.head_dim else (4, -1)
             q, k, v = (layer(x).unflatten(-1, shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.kind == "rotary":
+            q, k = turn(q), turn(k)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.o(x.reshape(*x.shape[:2], self.width if self.kind == "product" else -1))
+
+
+def turn(x: Tensor) -> Tensor:
+    """A rotary embedding, which tells the halves of a head apart and every pair of it."""
+    angle = torch.arange(x.shape[2])[:, None] * torch.tensor([1.0, 0.5, 0.25, 0.125]).repeat(2)
+    a, b = x.chunk(2, -1)
+    return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
 
 
 class Net(nn.Module):
@@ -75,7 +86,7 @@ def test_queries_are_twins_of_the_values_only_where_one_width_serves_both(kind, 
     assert families(intrafusion.inspect(make(kind), X[:2])) == expected
 
 
-@pytest.mark.parametrize("kind", ["number", "fused", "shape"])
+@pytest.mark.parametrize("kind", ["number", "fused", "shape", "product"])
 @pytest.mark.parametrize(
     "how", [{"keep": {"attn*": 0.5, "*": 1.0}}, {"target": {"params": 0.6}}], ids=["keep", "target"]
 )
@@ -87,9 +98,29 @@ def test_heads_are_cut_and_run_and_are_proved(kind, how):
     assert any(d.reduced for d in heads)
     if kind != "shape":
         assert len({d.m for d in heads}) == 1
-    if kind == "number":
+    if kind in ("number", "product"):
         assert small.model.attn.head_dim == heads[0].m
     assert small.model(X).shape == (64, 3)
+
+
+@pytest.mark.parametrize("stream", [0.5, 0.75])
+def test_numbers_that_go_together_follow_beside_the_stream(stream):
+    """`width` is heads times `head_dim`, and as large as the stream, which is cut to another size."""
+    small = intrafusion.compress(make("product"), X[:2], keep={"attn.[qkv]*": 0.25, "*": stream}, restore=None)
+    assert small.rolled_back == {}
+    assert (small.model.attn.head_dim, small.model.attn.width) == (2, 8)
+    assert small.model.norm.weight.shape == (32 * stream,)
+    proofs = {d.group.partition("#")[0]: d.proof for d in small.plan.decisions if d.reduced}
+    assert proofs["stem"] == "symmetry"
+    assert {proof for name, proof in proofs.items() if name != "stem"} == {"function"}
+
+
+def test_values_that_share_their_number_with_turned_queries_say_so():
+    small = intrafusion.compress(make("rotary"), X[:2], keep=0.5, exclude=["stem"], restore=None)
+    values = [small.rolled_back[d.group] for d in small.plan.decisions if d.group in small.rolled_back]
+    assert len(values) == 4
+    assert all("attn.head_dim is the width of attn.k and attn.q too, which stay: " in why for why in values)
+    torch.testing.assert_close(small.model(X), make("rotary")(X))
 
 
 def test_saved_heads_load_with_their_width(tmp_path):

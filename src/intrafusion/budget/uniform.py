@@ -30,7 +30,8 @@ def uniform_sizes(
     Args:
         groups: the groups to reduce.
         keep: one fraction, or {pattern: fraction}; a pattern is matched against a group's name and against the names
-            of all layers that produce it, and the first that matches counts.
+            of all layers that produce it, and the first that matches counts. Groups of whole blocks only go by patterns
+            that end as their names do, as in ":blocks", and neither `round_to` nor `min_channels` is about them.
         graph: for the names that a pattern may mean.
         min_channels: smallest size of a group (of the whole group where it has fewer).
     Raises:
@@ -46,7 +47,10 @@ def uniform_sizes(
     groups = list(groups)
     least = least_size(min_channels, round_to)
     wanted = {
-        g.name: max(_round_size(g.size, _fraction_for(g, patterns), round_to), min(g.size, least)) for g in groups
+        g.name: max(_round_size(g.size, _fraction_for(g, patterns), round_to), min(g.size, least))
+        if g.is_channel
+        else _round_size(g.size, _fraction_for(g, patterns), None)
+        for g in groups
     }
     largest: dict[int, int] = {}
     for group in groups:
@@ -55,19 +59,26 @@ def uniform_sizes(
 
 
 def _check_patterns(patterns: Mapping[str, float], graph: ChannelGraph) -> None:
-    names = sorted({name for g in graph.groups for name in _layer_names(g)})
+    names = sorted({name for g in graph.groups for name in _list_names(g)})
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise BudgetError(f"keep: {unknown_name('group', pattern, names)}")
 
 
-def _layer_names(group: ChannelGroup) -> tuple[str, ...]:
-    return (group.name, *group.producers)
+def _list_names(group: ChannelGroup) -> tuple[str, ...]:
+    """What a group may be called by."""
+    return (group.name, *group.producers) if group.is_channel else (group.name, group.name.partition("#")[0])
 
 
 def find_pattern(group: ChannelGroup, patterns: Iterable[str]) -> str | None:
     """The first pattern that matches a group's name, or a layer that produces it."""
-    return next((p for p in patterns if any(fnmatchcase(name, p) for name in _layer_names(group))), None)
+    meant = (p for p in patterns if group.is_channel or _find_suffix(p) == _find_suffix(group.name))
+    return next((p for p in meant if any(fnmatchcase(name, p) for name in _list_names(group))), None)
+
+
+def _find_suffix(name: str) -> str:
+    """What comes after the colon of a name such as "q:blocks#1"."""
+    return name.partition("#")[0].rpartition(":")[2]
 
 
 def _fraction_for(group: ChannelGroup, patterns: Mapping[str, float]) -> float:

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from intrafusion.graph import ChannelGraph, ChannelGroup, Slice
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Slice
 
 
 def shrink_graph(graph: ChannelGraph, sizes: dict[str, int]) -> ChannelGraph:
-    """The graph that the smaller network must show: the same groups, n turned into m, positions moved up."""
-    renumber = _Renumbering(graph, sizes)
+    """The graph that the smaller network must show: the same groups, n turned into m, positions moved up.
+
+    Groups inside blocks that are gone are not in it.
+    """
+    renumber, gone = _Renumbering(graph, sizes), _find_gone(graph, sizes)
     groups = []
     for group in graph.groups:
         if group.is_channel:
             m = sizes.get(group.name, group.size)
-            members = tuple(renumber(replace(x, positions=x.positions[:m])) for x in group.members)
-            groups.append(replace(group, size=m, members=members))
+            left = (_leave_out(replace(x, positions=x.positions[:m]), gone) for x in group.members)
+            members = tuple(renumber(member) for member in left if member.positions.size)
+            groups += [replace(group, size=m, members=members)] if members or not group.members else []
     return replace(graph, groups=tuple(groups))
+
+
+def _find_gone(graph: ChannelGraph, sizes: dict[str, int]) -> dict[tuple[str, int], np.ndarray]:
+    """Places along dimensions of tensors that go with whole blocks."""
+    gone: dict[tuple[str, int], np.ndarray] = {}
+    for group in graph.groups:
+        if group.name in sizes and not group.is_channel:
+            for m in group.members:
+                before = gone.get((m.tensor, m.dim), np.zeros(0, np.int64))
+                gone[m.tensor, m.dim] = np.union1d(before, m.positions[sizes[group.name] :])
+    return gone
+
+
+def _leave_out(member: Member, gone: dict[tuple[str, int], np.ndarray]) -> Member:
+    """What is left of a member: the slots of each channel that lie in blocks that stay."""
+    places = gone.get((member.tensor, member.dim))
+    if places is None or member.within is not None:
+        return member
+    stays = ~np.isin(member.positions, places)
+    slots = int(stays[0].sum())
+    return replace(member, positions=member.positions[stays].reshape(len(stays) if slots else 0, slots))
 
 
 class _Renumbering:
@@ -32,7 +58,7 @@ class _Renumbering:
                 for member in group.members:
                     gone = member.positions[sizes[group.name] :].ravel()
                     before = self.dropped.get(member.key(), np.zeros(0, np.int64))
-                    self.dropped[member.key()] = np.sort(np.concatenate([before, gone]))
+                    self.dropped[member.key()] = np.union1d(before, gone)
 
     def shift(self, key: tuple[str, int, Slice | None], index: Any) -> Any:
         gone = self.dropped.get(key)
@@ -79,10 +105,17 @@ def find_confusion(expected: ChannelGraph, found: ChannelGraph, alike: list[set[
     return None
 
 
-def find_siblings(graph: ChannelGraph) -> list[set[str]]:
-    """Names of the channel groups that lie in the same interchangeable blocks."""
+def find_siblings(graph: ChannelGraph, sizes: Mapping[str, int] | None = None) -> list[set[str]]:
+    """Names of the channel groups that lie in the same interchangeable blocks.
+
+    Args:
+        sizes: of groups that are reduced. What lies in blocks of which some go may join across these: what told it
+            apart, such as the other head, may be gone.
+    """
     blocks, channels = ([g for g in graph.groups if g.is_channel is wanted] for wanted in (False, True))
-    return [{g.name for g in channels if _is_inside(g, block)} for block in blocks]
+    inside = {block.name: {g.name for g in channels if _is_inside(g, block)} for block in blocks}
+    cut = [names for block, names in inside.items() if block in (sizes or {})]
+    return [*inside.values(), *([set().union(*cut)] if cut else [])]
 
 
 def _is_inside(group: ChannelGroup, block: ChannelGroup) -> bool:

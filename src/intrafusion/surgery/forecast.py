@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, Member
+from intrafusion.network.grouped import is_grouped_product, multiply_in_groups
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import evaluate_alone
 from intrafusion.network.tensors import copy_model, named_tensors
@@ -96,6 +97,9 @@ class _Follower(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **(kwargs or {}))
+        if is_grouped_product(func, args):
+            with self:
+                return multiply_in_groups(*args)
         self.names.append(name_operation(func))
         out = func(*args, **(kwargs or {}))
         self.shapes.append([tuple(t.shape) if isinstance(t, Tensor) else () for t in _as_list(out)])
@@ -126,6 +130,11 @@ class Forecast:
                     labels = relations.roots(relations.tables[member.key()][member.positions])
                     self.owner[labels] = number
                     self.channel[labels] = np.arange(group.size)[:, None]
+        self.blocks = [
+            (group.name, relations.roots(relations.tables[member.key()][member.positions]))
+            for group in graph.groups if not group.is_channel
+            for member in group.members if member.key() in relations.tables
+        ]  # fmt: skip
         roots = lambda labels: None if labels is None else relations.roots(labels)  # noqa: E731
         self.steps = [_Step(s.name, [*map(relations.roots, s.read)], [*map(roots, s.given)]) for s in recorder.steps]
 
@@ -184,7 +193,10 @@ class Forecast:
     def _find_left(self, sizes: Mapping[str, int]) -> np.ndarray:
         """Whether the channel of each label is left."""
         size = np.array([sizes.get(g.name, g.size) for g in self.graph.groups] + [np.iinfo(np.int64).max])
-        return self.channel < size[self.owner]
+        left = self.channel < size[self.owner]
+        for name, labels in self.blocks:
+            left[labels[sizes.get(name, len(labels)) :]] = False
+        return left
 
     def _list_seen(self, index: int) -> tuple[str, ...]:
         """Groups that an operation sees: what only its outputs show first, as what it pads with."""

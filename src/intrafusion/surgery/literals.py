@@ -12,10 +12,11 @@ import contextlib
 import dis
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
+from typing import NamedTuple
 
 from torch import nn
 
@@ -26,6 +27,7 @@ from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.surgery.blame import find_lines, list_steps
 from intrafusion.surgery.numbers import find_numbers, write_number_
+from intrafusion.surgery.scopes import find_scope, is_inside
 from intrafusion.surgery.write import Repair, find_own_tensors, make_repairs_
 
 _TRIES = 24  # networks that are run for one set of groups
@@ -40,7 +42,17 @@ Place = tuple[str, str]
 Numbers = Mapping[Place, int]
 """What is written to places."""
 
-_Pairs = set[tuple[int, int]]  # old size, new size
+
+class _Change(NamedTuple):
+    """A size that became another. scope: the smallest module around all groups that made it so."""
+
+    old: int
+    new: int
+    scope: str
+
+
+_Targets = dict[int, bool]
+"""What a number may become, the likeliest first, and whether groups that lie inside its module say so."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +114,15 @@ class Literals:
     """Searches numbers that make smaller networks of one original right, and remembers which kinds of them did.
 
     Attributes:
-        learned: (class of a module, place) of numbers that had to follow before: tried first.
+        learned: (class of a module, place) of numbers that had to follow before: tried first; and whether they followed
+            groups inside the module.
         in_vain: how often nothing led past a place in the code; the empty place: where nothing failed to run.
     """
 
     model: nn.Module
     graph: ChannelGraph
     inputs: Inputs
-    learned: set[tuple[type, str]] = field(default_factory=set)
+    learned: dict[tuple[type, str], bool] = field(default_factory=dict)
     in_vain: Counter[tuple[tuple[int, int], ...]] = field(default_factory=Counter)
     left: int = _ALL_TRIES
 
@@ -141,18 +154,18 @@ class Literals:
         """
         if failure.final or self.in_vain[failure.place] >= _IN_VAIN:
             return None
-        search = _Search(self, small, self._find_pairs(small, sizes), check, min(_TRIES, self.left))
+        search = _Search(self, small, self._find_changes(small, sizes), check, min(_TRIES, self.left))
         found = search.run(failure)
         self.left -= min(_TRIES, self.left) - search.left
         if found is None:
             self.in_vain.update(search.stuck)
         else:
-            self.learned |= {(type(self.modules[name]), place) for name, place in found}
+            self.learned |= search.find_kinds(found)
         return found
 
     def search_part(self, small: nn.Module, sizes: Mapping[str, int], numbers: Numbers) -> Numbers | None:
         """Numbers with which a network runs in which only some groups were reduced, given those where all are."""
-        search = _Search(self, small, self._find_pairs(small, sizes), self.run, _PART_TRIES)
+        search = _Search(self, small, self._find_changes(small, sizes), self.run, _PART_TRIES)
         likely = {p: n for p, n in numbers.items() if n in search.find_targets(*p, own=True, exact=True)}
         return search.run_from({}) if self.run(small, ()) is None else search.run_from(likely)
 
@@ -163,7 +176,7 @@ class Literals:
             sizes: of the groups that were reduced in it.
         """
         if self.learned:
-            search = _Search(self, small, self._find_pairs(small, sizes), self.run, _PART_TRIES)
+            search = _Search(self, small, self._find_changes(small, sizes), self.run, _PART_TRIES)
             make_repairs_(small, self.repairs(search.run_from(search.recall()) or {}))
 
     def run(self, small: nn.Module, _: tuple[Repair, ...]) -> Breakdown | None:
@@ -178,22 +191,26 @@ class Literals:
 
     def find_old_sizes(self, small: nn.Module, sizes: Mapping[str, int]) -> set[int]:
         """Sizes of the original that are no sizes of a smaller network."""
-        return {old for pairs in self._find_pairs(small, sizes).values() for old, _ in pairs}
+        return {change.old for changes in self._find_changes(small, sizes).values() for change in changes}
 
     def repairs(self, numbers: Numbers) -> tuple[Repair, ...]:
         return tuple(Repair(name, place, self.numbers[name][place], new) for (name, place), new in numbers.items())
 
-    def _find_pairs(self, small: nn.Module, sizes: Mapping[str, int]) -> Mapping[str, _Pairs]:
+    def _find_changes(self, small: nn.Module, sizes: Mapping[str, int]) -> Mapping[str, set[_Change]]:
         """Sizes that changed, by the module that owns a tensor of that size."""
-        pairs: dict[str, _Pairs] = defaultdict(set)
+        changes: dict[str, set[_Change]] = defaultdict(set)
+        reduced = [g for g in self.graph.groups if sizes.get(g.name, g.size) < g.size]
+        around: dict[tuple[str, int], set[str]] = defaultdict(set)
+        for group in reduced:
+            modules = {member.module for member in group.members}
+            for member in group.members:
+                changes[member.module].add(_Change(group.size, sizes[group.name], find_scope(modules)))
+                around[member.tensor, member.dim] |= modules
         for name, tensor in named_tensors(small).items():
-            changed = {(o, n) for o, n in zip(self.shapes[name], tensor.shape, strict=False) if o != n}
-            pairs[name.rpartition(".")[0]] |= changed
-        for group in self.graph.groups:
-            if sizes.get(group.name, group.size) < group.size:
-                for member in group.members:
-                    pairs[member.module].add((group.size, sizes[group.name]))
-        return pairs
+            for dim, (old, new) in enumerate(zip(self.shapes[name], tensor.shape, strict=False)):
+                if old != new:
+                    changes[name.rpartition(".")[0]].add(_Change(old, new, find_scope(around[name, dim])))
+        return changes
 
 
 def _find_all_numbers(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -216,7 +233,7 @@ class _Search:
 
     known: Literals
     small: nn.Module
-    pairs: Mapping[str, _Pairs]
+    changes: Mapping[str, set[_Change]]
     check: Check
     left: int
     stuck: set[tuple[tuple[int, int], ...]] = field(default_factory=set)  # places that nothing led past
@@ -265,8 +282,19 @@ class _Search:
 
     def recall(self) -> Numbers:
         """Numbers of the kinds that had to follow before."""
-        places = [(n, p) for n, own in self.numbers.items() for p in own if self._kind((n, p)) in self.known.learned]
-        return {(n, p): targets[0] for n, p in places if (targets := self.find_targets(n, p, own=True))}
+        learned = self.known.learned
+        places = [(n, p) for n, own in self.numbers.items() for p in own if self._kind((n, p)) in learned]
+        wanted = {(n, p): self._find_likely(n, p, inside=learned[self._kind((n, p))]) for n, p in places}
+        return {place: n for place, n in wanted.items() if n is not None}
+
+    def find_kinds(self, numbers: Numbers) -> dict[tuple[type, str], bool]:
+        """The kinds of these numbers, and whether they follow groups inside their modules."""
+        return {self._kind(place): self.find_targets(*place, own=True).get(n, False) for place, n in numbers.items()}
+
+    def _find_likely(self, name: str, place: str, *, inside: bool) -> int | None:
+        """What a number becomes where it follows as one of its kind did; None where there is nothing for it to."""
+        targets = self.find_targets(name, place, own=True)
+        return next((n for n, is_inside in targets.items() if is_inside or not inside), None)
 
     def _try(self, numbers: Numbers) -> Numbers | Breakdown:
         """The numbers, if the network passes with them, else what is wrong."""
@@ -318,40 +346,50 @@ class _Search:
             own = {p: t for p, t in own.items() if (name, p) not in numbers}
             for mentioned in named:
                 places = {p: own.pop(p) for p in list(own) if mentioned & set(p.split("."))}
-                for choice in _list_choices(places):
+                exact = {p: t for p, t in places.items() if self.find_targets(name, p, exact=True)}
+                for choice in itertools.chain(itertools.islice(_list_choices(exact), 1), _list_choices(places)):
                     yield self._extended(name, choice, numbers)
                     yield {(name, place): n for place, n in choice.items()}
         yield from self._propose_anywhere(numbers)
 
     def _propose_anywhere(self, numbers: Numbers) -> Iterator[Numbers]:
         """Where a network does not say what is wrong with it, or where what it says came too late."""
-        kinds: dict[tuple[type, str], dict[Place, int]] = defaultdict(dict)
-        for name, own in self.numbers.items():
-            for place in own:
-                targets = self.find_targets(name, place, own=True, exact=True)
-                if targets and (name, place) not in numbers:
-                    kinds[self._kind((name, place))][name, place] = targets[0]
+        kinds = self._find_all_targets(numbers, exact=True)
         yield from kinds.values()
+        yield from self._find_all_targets(numbers, exact=False).values()
         for a, b in itertools.combinations(kinds.values(), 2):
             yield a | b
         for option in kinds.values():
             yield from ({place: n} for place, n in option.items())
 
+    def _find_all_targets(self, numbers: Numbers, *, exact: bool) -> dict[tuple[type, str], dict[Place, int]]:
+        """What all other numbers may become, by kind; without `exact`, those that follow groups in their modules."""
+        kinds: dict[tuple[type, str], dict[Place, int]] = defaultdict(dict)
+        for name, own in self.numbers.items():
+            for place in own:
+                targets = self.find_targets(name, place, own=True, exact=exact)
+                likely = next((n for n, inside in targets.items() if exact or inside), None)
+                if likely is not None and (name, place) not in numbers:
+                    kinds[self._kind((name, place))][name, place] = likely
+        return kinds
+
     def _extended(self, name: str, choice: Mapping[str, int], numbers: Numbers) -> Numbers:
         """The same places in all modules of one class at once, where they hold sizes that changed."""
         option = {(name, place): n for place, n in choice.items()}
+        inside = {place: self.find_targets(name, place)[n] for place, n in choice.items()}
         for other, own in self.numbers.items():
             if other != name and type(self.known.modules[other]) is type(self.known.modules[name]):
                 for place in choice.keys() & own.keys():
-                    targets = self.find_targets(other, place, own=True)
-                    if targets and (other, place) not in numbers:
-                        option[other, place] = targets[0]
+                    likely = self._find_likely(other, place, inside=inside[place])
+                    if likely is not None and (other, place) not in numbers:
+                        option[other, place] = likely
         return option
 
-    def find_targets(self, name: str, place: str, *, own: bool = False, exact: bool = False) -> list[int]:
+    def find_targets(self, name: str, place: str, *, own: bool = False, exact: bool = False) -> _Targets:
         """What a number of a module may become: the new sizes of what had its size, from the nearest module that has.
 
-        Else in proportion to a size that it is a multiple or a fraction of.
+        Else in proportion to a size that it is a multiple or a fraction of. What groups make it that lie inside the
+        module comes first: an attention's own width may be that of the stream that it reads, too.
 
         Args:
             own: look no further than the module itself and what is in it.
@@ -359,21 +397,26 @@ class _Search:
         """
         old = self.numbers[name][place]
         scopes = [name] if own else _list_ancestors(name)
-        for scope in scopes:
-            found = {new for was, new in self._pairs_in(scope) if was == old}
-            if found:
-                return sorted(found)
-        for scope in () if exact else scopes:
-            near = self._pairs_in(scope)
-            found = {old * new // was for was, new in near if (old % was == 0 or was % old == 0) and was > 1}
-            found = {n for n in found if n and any(n * was == old * new for was, new in near)}
-            if found:
-                return sorted(found)
-        return []
+        for find in (_follow,) if exact else (_follow, _follow_in_proportion):
+            for scope in scopes:
+                if found := find(old, self._changes_in(scope)):
+                    inside = {n: any(is_inside(s, name) for m, s in found if m == n) for n, _ in found}
+                    return dict(sorted(inside.items(), key=lambda item: (not item[1], item[0])))
+        return {}
 
-    def _pairs_in(self, scope: str) -> _Pairs:
-        inside = (p for n, p in self.pairs.items() if not scope or n == scope or n.startswith(f"{scope}."))
-        return set().union(*inside)
+    def _changes_in(self, scope: str) -> set[_Change]:
+        return set().union(*(changes for name, changes in self.changes.items() if is_inside(name, scope)))
+
+
+def _follow(old: int, changes: Iterable[_Change]) -> set[tuple[int, str]]:
+    """The new sizes of what had this one, each with where its groups are."""
+    return {(c.new, c.scope) for c in changes if c.old == old}
+
+
+def _follow_in_proportion(old: int, changes: Iterable[_Change]) -> set[tuple[int, str]]:
+    """The same for a multiple or a fraction of a size."""
+    near = [c for c in changes if c.old > 1 and (old % c.old == 0 or c.old % old == 0)]
+    return {(old * c.new // c.old, c.scope) for c in near if old * c.new >= c.old and old * c.new % c.old == 0}
 
 
 def _list_ancestors(name: str) -> list[str]:
@@ -382,11 +425,11 @@ def _list_ancestors(name: str) -> list[str]:
     return [".".join(parts[:k]) for k in range(len(parts), -1, -1)]
 
 
-def _list_choices(places: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+def _list_choices(places: Mapping[str, _Targets]) -> Iterator[dict[str, int]]:
     """All places at once, each alone, two at a time."""
     if not places:
         return
-    yield {place: targets[0] for place, targets in places.items()}
+    yield {place: next(iter(targets)) for place, targets in places.items()}
     for count in (1, 2):
         for some in itertools.combinations(places, count):
             for targets in itertools.product(*(places[place] for place in some)):

@@ -24,6 +24,7 @@ from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.memory import recall
 from intrafusion.surgery.numbers import explain_state
 from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects, take_back, take_back_by_kind
+from intrafusion.surgery.ties import explain_shared_width
 from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
 from intrafusion.trace import trace
 
@@ -140,7 +141,8 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
     known = findings.keep(sizes, inputs, {**known, **stopped})
     small, repairs = attempts.find_made(passed)
     why = {**known, **unproved}
-    rolled_back = {g.name: why[g.name] for g in groups if g.name in why}
+    shared = {n: explain_shared_width(graph[n], graph, model) for n in known}
+    rolled_back = {g.name: shared.get(g.name, "") + why[g.name] for g in groups if g.name in why}
     numbers = attempts.numbers.get(_names_of(passed), ())
     return Surgery(small, repairs, rolled_back, attempts.settle(passed), attempts.literals, numbers)
 
@@ -290,7 +292,7 @@ class _Attempts:
         except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
             return Breakdown.of(self._explain(error, self.literals.find_old_sizes(small, sizes)), error, small)
         expected = shrink_graph(self.graph, sizes)
-        why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(self.graph))
+        why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(self.graph, sizes))
         return found if why is None else Breakdown(why, runs=True)
 
     def _explain(self, error: Exception, old: set[int]) -> str:

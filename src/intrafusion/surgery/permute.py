@@ -130,7 +130,14 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     drawn = f"; the forward draws random numbers ({', '.join(check.draws)})" if check.draws else ""
     reasons = {g.name: f"{why} {e:.1e} (relative){drawn}{explain_state(model, {g.size})}" for g, e in failed}
     graph = _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed), _DRAWN)
-    return _prove_linear(graph, check)
+    return _prove_linear(_prove_blocks(graph, check), check)
+
+
+def _prove_blocks(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph:
+    """The graph, in which whole blocks whose order matters have that as their reason."""
+    blocks = [g for g in graph.reducible if not g.is_channel]
+    _, failed = find_largest_passing(families_of(blocks), lambda gs: None if check.passes(e := check.error(gs)) else e)
+    return add_reasons(graph, {g.name: f"permuting its blocks changes the output by {e:.1e}" for g, e in failed})
 
 
 _DRAWN = "random numbers are drawn for each of its channels"

@@ -37,6 +37,7 @@ from intrafusion.surgery.maps import (
 )
 from intrafusion.surgery.norms import fold_norms
 from intrafusion.surgery.operate import Maps, RepairsOf, tolerance_of
+from intrafusion.surgery.scopes import is_inside
 from intrafusion.surgery.search import FamilyKind, family_kind
 from intrafusion.surgery.write import weights_written
 from intrafusion.trace.call import name_operation
@@ -46,7 +47,7 @@ from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.random import Draws
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.contraction import PRODUCTS
-from intrafusion.trace.run import follow_run
+from intrafusion.trace.run import follow_run, trace
 
 FUNCTION = "function"
 _SYMMETRY = "symmetry"
@@ -57,6 +58,7 @@ _OUTPUTS = frozenset([Role.PRODUCES, Role.SHIFTS, Role.MEAN])
 _MULTIPLIES = ("mul", "mean", "addmm", "baddbmm")
 _Scale = tuple[float, float]
 _Place = tuple[str, int, Slice | None]
+_Changes = Mapping[int, tuple[Factor, Factor]]  # numbers that differ between two networks, by their place
 
 
 @dataclass(eq=False)
@@ -150,8 +152,8 @@ class FunctionCheck:
         if not self.passes(error) and not self.compensate(maps, exact, fresh):
             return _explain(error, fresh, self._derived(maps))
         odd = {i: pair for i, pair in fresh.items() if pair[0].operation != "mean"}  # a norm's own mean may change
-        if odd and maps.keys() - exact.keys() - self.proved.keys():
-            return _explain(None, odd, [])
+        if odd and maps.keys() - exact.keys() - self.proved.keys() and (left := self._find_other(odd, exact)):
+            return _explain(None, left, [])
         self.explained |= fresh.keys()
         self.proved = {n: FUNCTION if n in exact else _SYMMETRY for n in maps}
         for name, reduction in maps.items():  # what passed stays as it is, whatever is found for others like it
@@ -168,8 +170,24 @@ class FunctionCheck:
         if self.repairs_of(exact) is not None:
             return exact
         modules = {repair.module for repair in self.repairs_of(maps) or ()}
-        apart = {n: m for n, m in exact.items() if not any(_lies_in(x.module, modules) for x in self.groups[n].members)}
+        apart = {
+            n: m
+            for n, m in exact.items()
+            if not any(is_inside(x.module, o) for x in self.groups[n].members for o in modules)
+        }
         return {} if self.repairs_of(apart) is None else apart
+
+    def _find_other(self, changed: _Changes, exact: Maps) -> _Changes:
+        """Changed factors that are not the same where only these groups are reduced, whose function is proved."""
+        if not exact:
+            return changed
+        reference = self.reference
+        weights = reduce_weights(reference.weights, self.graph, self.settled(exact))
+        with weights_written(reference.double, weights, self.repairs_of(exact) or ()):
+            alone = trace(reference.double, reference.probe.double(), calls=self.graph.calls).factors
+        alike = _find_changed_factors(self.graph.factors, alone)
+        is_same = lambda i, new: i in alike and math.isclose(alike[i][1].value, new.value, rel_tol=1e-6)  # noqa: E731
+        return {i: pair for i, pair in changed.items() if not is_same(i, pair[1])}
 
     def _find_unproved_numbers(self, maps: Maps, exact: Maps) -> str:
         """Numbers in attributes that followed groups of which no function is proved, in words.
@@ -223,14 +241,14 @@ class FunctionCheck:
 
     # ---- numbers that the forward takes from the width ---------------------------------------------------------------
 
-    def compensate(self, maps: Maps, exact: Maps, changed: Mapping[int, tuple[Factor, Factor]]) -> bool:
+    def compensate(self, maps: Maps, exact: Maps, changed: _Changes) -> bool:
         """Find what the maps of what is new must be scaled by to undo these changes.
 
         First the root of the width that attention divides by, for all heads at once: they may only run with all that is
         in them cut. Then, for one family, every number that may be it.
         """
-        names = [n for n in maps if n not in self.proved]
-        if not names or not set(names) <= exact.keys():
+        names = [n for n in exact if n not in self.proved]
+        if not names:
             return False
         matched = [n for n in names if self.groups[n].with_role(Role.MATCHES)]
         roots = {n: (1.0, math.sqrt(len(exact[n].merge) / self.groups[n].size)) for n in matched}
@@ -253,12 +271,7 @@ class FunctionCheck:
         return True
 
 
-def _lies_in(name: str, modules: set[str]) -> bool:
-    """Whether a module is one of these, or inside one."""
-    return any(not m or name == m or name.startswith(f"{m}.") for m in modules)
-
-
-def _list_candidates(changed: Mapping[int, tuple[Factor, Factor]]) -> Iterator[_Scale]:
+def _list_candidates(changed: _Changes) -> Iterator[_Scale]:
     """Scales of (merge, unmerge) that may undo changed factors.
 
     Behind a product of the channels with each other or before a reader, or at a producer, which readers before the
@@ -281,7 +294,7 @@ def _find_ratio(old: Factor, new: Factor) -> float | None:
     return new.value / old.value if old.operation == "div" else None
 
 
-def _find_changed_factors(old: Sequence[Factor], new: Sequence[Factor]) -> dict[int, tuple[Factor, Factor]]:
+def _find_changed_factors(old: Sequence[Factor], new: Sequence[Factor]) -> _Changes:
     """Numbers that differ between two traces of one forward, by their place; none where the traces are not alike."""
     if [(f.operation, f.where) for f in old] != [(f.operation, f.where) for f in new]:
         return {}
@@ -289,7 +302,7 @@ def _find_changed_factors(old: Sequence[Factor], new: Sequence[Factor]) -> dict[
     return {i: (a, b) for i, (a, b) in enumerate(pairs) if not math.isclose(a.value, b.value, rel_tol=1e-6)}
 
 
-def _explain(error: float | None, changed: Mapping[int, tuple[Factor, Factor]], derived: Sequence[str]) -> str:
+def _explain(error: float | None, changed: _Changes, derived: Sequence[str]) -> str:
     """Why a group is left alone, in words."""
     off = "" if error is None else f"; the output is off by {error:.1e} (relative)"
     if changed:

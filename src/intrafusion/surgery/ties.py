@@ -8,7 +8,9 @@ from dataclasses import replace
 from torch import nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role, families_of
+from intrafusion.names import plain_name
 from intrafusion.surgery.numbers import find_numbers
+from intrafusion.surgery.scopes import find_scope, is_inside
 
 
 def tie_heads(graph: ChannelGraph, model: nn.Module) -> ChannelGraph:
@@ -31,28 +33,39 @@ def _share_width(heads: Sequence[ChannelGroup], values: Sequence[ChannelGroup], 
         return False
     if _list_tensors(heads) & _list_tensors(values):
         return True
-    scope = _find_scope([m for g in heads for m in g.producers])
-    inside = all(any(_is_in(p, scope) for p in g.producers) for g in values)
-    return inside and any(
-        heads[0].size in find_numbers(module).values() for name, module in model.named_modules() if _is_in(name, scope)
-    )
+    scope = find_scope(m for g in heads for m in g.producers)
+    inside = all(any(is_inside(p, scope) for p in g.producers) for g in values)
+    return inside and bool(_list_holders(model, heads[0].size, scope))
+
+
+def _list_holders(model: nn.Module, size: int, scope: str) -> list[str]:
+    """Attributes of a module, and of those in it, that hold this number."""
+    modules = ((name, module) for name, module in model.named_modules() if is_inside(name, scope))
+    found = ((name, place, n) for name, module in modules for place, n in find_numbers(module).items())
+    return [f"{name}.{place}".lstrip(".") for name, place, n in found if n == size]
+
+
+def explain_shared_width(group: ChannelGroup, graph: ChannelGraph, model: nn.Module) -> str:
+    """What to say where channels of heads cannot be cut alone: whose width the number that holds theirs is, too.
+
+    Values and the queries and keys that a rotary embedding turns, which lose no channels, may take it from one number.
+    """
+    own = _list_tensors([group])
+    blocks = [g for g in graph.groups if not g.is_channel and own & _list_tensors([g])]
+    others = {
+        m.tensor
+        for b in blocks
+        for m in b.with_role(Role.PRODUCES, Role.MATCHES)
+        if m.tensor not in own and m.positions.shape[1] % group.size == 0 and not m.tensor.endswith("bias")
+    }
+    kept = {t: g.reason for g in graph.groups if g.reason for t in sorted(others & _list_tensors([g]))}
+    holders = _list_holders(model, group.size, find_scope(sorted({t.rpartition(".")[0] for t in own | kept.keys()})))
+    if not kept or not holders:
+        return ""
+    layers = " and ".join(sorted({plain_name(t).rpartition(".")[0] for t in kept}))
+    return f"{min(holders, key=len)} is the width of {layers} too, which stay: {next(iter(kept.values()))}; "
 
 
 def _list_tensors(groups: Sequence[ChannelGroup]) -> set[str]:
     """What computes the channels."""
     return {m.tensor for g in groups for m in g.with_role(Role.PRODUCES, Role.MATCHES)}
-
-
-def _find_scope(modules: Sequence[str]) -> str:
-    """The smallest module around several; of a single one, that in which it lies."""
-    paths = [m.split(".") for m in dict.fromkeys(modules)]
-    if len(paths) == 1:
-        return ".".join(paths[0][:-1])
-    shared = 0
-    while all(len(p) > shared and p[shared] == paths[0][shared] for p in paths):
-        shared += 1
-    return ".".join(paths[0][:shared])
-
-
-def _is_in(name: str, scope: str) -> bool:
-    return not scope or name == scope or name.startswith(f"{scope}.")

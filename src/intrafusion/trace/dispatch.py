@@ -14,6 +14,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.graph import Factor
+from intrafusion.network.grouped import is_grouped_product, multiply_in_groups
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor, Outcome
 from intrafusion.trace.labels import FIRST, narrow
@@ -37,6 +38,11 @@ class Tracer(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+        if is_grouped_product(func, args):
+            if args[0].dtype != torch.float64:
+                func(*args, **kwargs)  # it refuses widths that are no multiple of 16 bytes
+            with self:
+                return multiply_in_groups(*args)
         out = self.execute(func, args, kwargs)
         call = Call(func, args, kwargs, out, self.modules[-1] if self.modules else "")
         if any(map(self.ledger.knows, call.tensors)):

@@ -40,7 +40,9 @@ def build_graph(
     settle_units(relations)
     table = describe_channels(relations)
     blocks = Blocks(relations, table)
-    found = [*_find_channel_groups(blocks), *find_block_groups(blocks, entries)]
+    found = _find_channel_groups(blocks)
+    first = max((group.family for group in found), default=-1) + 1
+    found += [replace(group, family=first + group.family) for group in find_block_groups(blocks, entries)]
     groups = _name([*found, *find_rows_left_over(relations, shapes, found)])
     return ChannelGraph(
         _count_depths(groups, table.uses),
@@ -182,8 +184,12 @@ def _share_reasons(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 
 
 def _name(groups: list[ChannelGroup]) -> list[ChannelGroup]:
-    """Give every group the name of its first producer, with `#k` where one module has several groups."""
+    """Give every group the name of its first producer, with `#k` where one module has several groups.
+
+    Those of whole blocks are called `name:blocks`, say: what they were called so far is put behind.
+    """
     base = [(g.producers or (g.members[0].module,))[0] or g.members[0].tensor for g in groups]
+    base = [f"{name}{group.name}" for group, name in zip(groups, base, strict=True)]
     total, seen, result = Counter(base), Counter[str](), []
     for group, name in zip(groups, base, strict=True):
         result.append(replace(group, name=f"{name}#{seen[name]}" if total[name] > 1 else name))

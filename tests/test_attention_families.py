@@ -1,0 +1,129 @@
+"""A tiny random network of each kind of attention: what is cut, that it is exact, and why the rest stays."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vision import import_torchvision
+
+import intrafusion
+from intrafusion.graph import READS
+from intrafusion.network.inputs import Inputs
+
+with contextlib.suppress(ImportError):
+    import_torchvision()  # where its compiled part does not load, transformers and timm do not import either
+transformers = pytest.importorskip("transformers")
+
+TOKENS = torch.randint(2, 40, (2, 7), generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+TEXT = {"input_ids": TOKENS, "use_cache": False}
+
+
+class Tokens(nn.Module):
+    """Something on tokens between two layers, so that its channels are neither input nor output."""
+
+    def __init__(self, inner: nn.Module, width: int) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(5, width), inner, nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return self.head(self.inner(self.stem(x), *map(self.stem, others)).tanh())
+
+
+def make_bert() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return transformers.BertModel(transformers.BertConfig(vocab_size=40, max_position_embeddings=16, **sizes))
+
+
+def make_gpt2() -> nn.Module:
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    return transformers.GPT2Model(config)
+
+
+def make_bloom() -> nn.Module:
+    return transformers.BloomModel(transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2))
+
+
+def make_llama() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=40, num_key_value_heads=2, max_position_embeddings=16, **sizes)
+    return transformers.LlamaModel(config)
+
+
+def make_mixtral() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(vocab_size=40, num_local_experts=4, num_key_value_heads=2, **sizes)
+    return transformers.MixtralModel(config)
+
+
+def make_swin() -> nn.Module:
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[2], window_size=4, hidden_size=8
+    )
+    return transformers.SwinModel(config)
+
+
+def make_vit() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 4}
+    return timm.create_model("vit_tiny_patch16_224", **sizes)
+
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, str, int, str]] = {
+    # network, example, heads by the names of their groups, how many of these groups are cut, why others are not
+    "BERT": (make_bert, {"input_ids": TOKENS}, "attention", 4, ""),
+    "GPT-2, fused": (make_gpt2, TEXT, "attn", 4, ""),
+    "BLOOM, ALiBi": (make_bloom, TEXT, "attention", 4, ""),
+    "timm's ViT, class token": (make_vit, PIXELS, "attn", 6, ""),
+    "Swin, windows and their biases": (make_swin, PIXELS, "attention", 8, ""),
+    "Llama, rotary": (make_llama, TEXT, "self_attn.v_proj", 0, "head_dim is the width of"),
+    "Mixtral": (make_mixtral, TEXT, "self_attn.v_proj", 0, "head_dim is the width of"),
+    "nn.TransformerEncoderLayer": (
+        lambda: Tokens(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 16),
+        torch.randn(2, 6, 5),
+        "self_attn",
+        0,
+        "unflatten",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_of(family: str) -> None:
+    make, example, heads, count, why = FAMILIES[family]
+    torch.manual_seed(0)
+    model = make().eval()
+    graph = intrafusion.inspect(model, example)
+    names = {g.name for g in graph.reducible if g.is_channel and heads in g.name and g.together is None}
+    small = intrafusion.compress(model, example, keep={**dict.fromkeys(names, 0.5), "*": 1.0}, restore=None)
+    reduced = {d.group for d in small.plan.decisions if d.reduced}
+    assert len(reduced & names) == count, small.rolled_back
+    assert all(d.proof == "function" for d in small.plan.decisions if d.reduced)
+    assert all(why in small.rolled_back[name] for name in names - reduced)
+    assert reduced or why
+    if reduced:
+        _compare_with_dead_channels(make, example, names)
+
+
+def _compare_with_dead_channels(make: Callable[[], nn.Module], example: Any, names: set[str]) -> None:
+    """Where half of the channels are read as zero, the smaller network gives what the original gives."""
+    torch.manual_seed(0)
+    model = make().eval()
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for group in intrafusion.inspect(model, example).groups:
+            if group.name in names:
+                for member in group.members:
+                    if member.roles & READS:
+                        places = torch.from_numpy(member.positions[1::2].ravel())
+                        tensors[member.tensor].index_fill_(member.dim, places, 0.0)
+    expected = Inputs.of(example).call(model)
+    small = intrafusion.compress(model, example, keep={**dict.fromkeys(names, 0.5), "*": 1.0}, restore=None)
+    assert len([d for d in small.plan.decisions if d.reduced]) == len(names)
+    for found, wanted in zip(Inputs.of(example).call(small.model), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
