@@ -83,6 +83,35 @@ class Member:
 
 
 @checked
+@dataclass(frozen=True)
+class StreamNorm:
+    """A norm over all channels of a group, which gives scale * normalised + shift, and what alone reads that.
+
+    Attributes:
+        scale, shift: names of tensors with one entry per channel; None where it has none.
+        readers: weights, and the dimension along which they read.
+    """
+
+    scale: str | None
+    shift: str | None
+    readers: tuple[tuple[str, int], ...]
+
+
+@checked
+@dataclass(frozen=True)
+class Rotation:
+    """How a group whose channels only norms see together may be rotated.
+
+    Attributes:
+        norms: those that have a scale or a shift, which go into their readers first.
+        centred: whether the rotation must leave the mean of the channels alone, as a LayerNorm takes it off.
+    """
+
+    norms: tuple[StreamNorm, ...]
+    centred: bool = False
+
+
+@checked
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """`size` interchangeable channels and every tensor dimension that must change with them.
@@ -100,6 +129,8 @@ class ChannelGroup:
         kind: "channel", or "block" where the unit is a whole head or convolution group.
         linear: whether nothing but linear maps lies between what produces the channels and what reads them, so that any
             invertible matrix may be put there; proved by one, see `surgery.permute`.
+        rotation: how the channels may be rotated although norms see them together; proved by a random one. None where
+            they may not, or where `linear` says more.
         together: what looks at all channels together so that a channel of zeros is not the same as no channel (the
             statistics of a norm, a softmax, a maximum), in words; None where it is.
         depth: index counted from the output of the network by the last layer that produces the group, 0 = nearest,
@@ -117,6 +148,7 @@ class ChannelGroup:
     depth: int | None = None
     together: str | None = None
     linear: bool = False
+    rotation: Rotation | None = None
 
     __repr__ = show_briefly
 
@@ -286,6 +318,8 @@ def _describe_group(group: ChannelGroup) -> GroupLine:
     layers = layers_of(member.tensor for member in sort_by_role(group.members))
     if group.reason is None and group.is_channel:
         how, why = ("selected", f"not mixed: {group.unmixable}") if group.unmixable else ("mixed", "")
+        if group.rotation is not None:
+            how, why = "rotated", ""
         return GroupLine(group.name, str(group.size), how, layers, why)
     size = str(group.size) if group.is_channel else f"{group.size} blocks"
     return GroupLine(group.name, size, "kept", why=group.reason or _ASK)

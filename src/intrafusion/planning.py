@@ -87,7 +87,8 @@ def decide(
     else:
         inputs = require_inputs(example_inputs, recipe)
         own = {g.name: scores(g, weights) for g in groups}
-        sensitivity = Sensitivity(model, graph, own, moments, calibration, inputs)
+        rotates = ReducerTraits.of(recipe.reducer).rotates
+        sensitivity = Sensitivity(model, graph, own, moments, calibration, inputs, rotates=rotates)
         wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, inputs)
         for note in filter(is_miss, missed):
             warn_caller(note)
@@ -186,10 +187,20 @@ def _solve(
         read = moments[group.name]
         return selection_map(eliminate(read, len(read.reader) // group.size).kept(m), group.size)
     rows, added = channel_features(group, weights), channel_biases(group, weights)
-    problem = ReductionProblem(rows, scores, m, recipe.seed, added, moments.get(group.name), group.linear)
+    problem = ReductionProblem(
+        rows, scores, m, recipe.seed, added, moments.get(group.name), group.linear, group.rotation
+    )
+    if _rotates(group, recipe, moments):
+        return _check_map(recipe.reducer(problem), group)
     reducer = selecting_form(recipe.reducer) if group.unmixable else recipe.reducer
     classes = find_classes(group, weights, dead, copies=reducer.mixes)
     return _check_map(reduce_distinct(reducer, group, weights, problem, classes), group)
+
+
+def _rotates(group: ChannelGroup, recipe: Recipe, moments: Mapping[str, Moments]) -> bool:
+    """Whether a group is rotated where it shrinks."""
+    seen = moments.get(group.name)
+    return group.rotation is not None and seen is not None and ReducerTraits.of(recipe.reducer).rotates
 
 
 def _check_map(reduction: ReductionMap, group: ChannelGroup) -> ReductionMap:
@@ -219,7 +230,9 @@ def decision(group: ChannelGroup, m: int, recipe: Recipe, unwanted: str | None, 
     """
     traits = ReducerTraits.of(recipe.reducer)
     mixing = "mixed" if traits.mixes else "selected"
-    if traits.mixes and group.unmixable:
+    if group.rotation is not None and traits.rotates and read:
+        mixing = "rotated"
+    elif traits.mixes and group.unmixable:
         mixing = f"selected: {group.unmixable}"
     elif traits.mixes and traits.needs_moments and not read:
         mixing = "selected: what is read of these channels was not seen"

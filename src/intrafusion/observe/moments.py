@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,9 @@ class MomentTaker(contextlib.ExitStack):
         """By group; norms are folded as they are now."""
         weights = _fold_all(self.model, self.graph)
         found = {group: _join_reads(reads, weights) for group, reads in self.found.items() if reads}
+        for group in (g for g in self.graph.reducible if g.rotation is not None and g.name in found):
+            bare = _join_bare_reads(group, self.found[group.name], weights)
+            found[group.name] = replace(found[group.name], bare=bare)
         return found | {group: moments for group, side in self.sides.items() if (moments := side.moments()) is not None}
 
 
@@ -203,7 +206,7 @@ class _Read:
         positions: (n, slots) along it.
         rows: how many were seen.
         mean: (n,) over rows and slots, float64.
-        covariance: (n, n) likewise.
+        covariance: (n, n) likewise, shrunk; sample: as it was seen.
         shifts: whether the reader may have a place for a constant.
     """
 
@@ -212,6 +215,7 @@ class _Read:
     rows: int
     mean: Tensor
     covariance: Tensor
+    sample: Tensor
     shifts: bool = True
 
     @property
@@ -223,9 +227,12 @@ class _Read:
         """What was read at both calls together."""
         rows = self.rows + other.rows
         mean = (self.rows * self.mean + other.rows * other.mean) / rows
-        second = (self.rows * self.uncentred[1] + other.rows * other.uncentred[1]) / rows
-        shifts = self.shifts and other.shifts
-        return _Read(self.dim, self.positions, rows, mean, second - torch.outer(mean, mean), shifts)
+        between = torch.outer(self.mean - other.mean, self.mean - other.mean) * self.rows * other.rows / rows**2
+        covariance, sample = (
+            (self.rows * own + other.rows * others) / rows + between
+            for own, others in ((self.covariance, other.covariance), (self.sample, other.sample))
+        )
+        return _Read(self.dim, self.positions, rows, mean, covariance, sample, self.shifts and other.shifts)
 
     def square_columns(self, weight: Tensor) -> Tensor:
         """Sum of W_c W_c^T over outputs, kernel positions and slots, (n, n)."""
@@ -244,6 +251,28 @@ def _join_reads(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Mo
     return Moments(means, covariances, reader)
 
 
+def _join_bare_reads(group: ChannelGroup, reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Moments:
+    """The moments of what norms give before gain and shift, if they have such; a gain of zero hides a channel."""
+    norms = group.rotation.norms if group.rotation is not None else ()
+    places = {m.tensor: m.positions[:, 0] for m in group.with_role(Role.SCALES, Role.SHIFTS)}
+    bare: dict[str, _Read] = {}
+    readers: list[Tensor] = []
+    behind = {name: norm for norm in norms for name, _ in norm.readers if name in reads}
+    for name, norm in behind.items():
+        read = reads[name]
+        one = torch.ones_like(read.mean)
+        gain = one if norm.scale is None else weights[norm.scale].flatten()[places[norm.scale]].to(one)
+        shift = 0 * one if norm.shift is None else weights[norm.shift].flatten()[places[norm.shift]].to(one)
+        inverse = torch.where(gain != 0, 1 / gain, 0.0)
+        covariance = inverse[:, None] * read.sample * inverse  # not shrunk: that would turn the directions
+        bare[name] = replace(read, mean=(read.mean - shift) * inverse, covariance=covariance)
+        readers.append(gain[:, None] * read.square_columns(weights[name]).to(one) * gain)
+    if not bare:
+        bare = {name: replace(read, covariance=read.sample) for name, read in reads.items()}
+        return _join_reads(bare, weights)
+    return replace(_join_reads(bare, weights), reader=torch.stack(readers).sum(0))
+
+
 def _index_along(coordinates: Tensor, dim: int) -> Tensor | None:
     """The coordinates along one dimension, (k,), if they are the same all along the others."""
     rows = coordinates.movedim(dim, -1).flatten(0, -2)
@@ -258,8 +287,8 @@ def _find_places(positions: Tensor, index: Tensor) -> Tensor | None:
     return None if bool((places < 0).any()) else places
 
 
-def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the channels at positions (n, slots) of rows, over rows and slots, float64."""
+def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, shrunk and sample covariance of the channels at positions (n, slots) of rows, over both, float64."""
     positions = positions.to(rows.device)
     every = len(positions) == rows.shape[1] and torch.equal(
         positions.flatten(), torch.arange(len(positions)).to(positions)
@@ -270,8 +299,8 @@ def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     channels = channels / scale
     mean = channels.mean(0)
     centred = channels - mean
-    covariance = shrink(square_rows(centred) / len(centred), len(centred))
-    return mean.double() * scale, covariance * scale**2
+    sample = square_rows(centred) / len(centred)
+    return mean.double() * scale, shrink(sample, len(centred)) * scale**2, sample * scale**2
 
 
 def shrink(covariance: Tensor, rows: int) -> Tensor:

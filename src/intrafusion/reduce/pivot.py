@@ -14,6 +14,7 @@ from intrafusion.errors import BudgetError, RecipeError
 from intrafusion.network.gram import find_scale
 from intrafusion.reduce.principal import principal_map
 from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
+from intrafusion.reduce.rotation import rotation_map
 from intrafusion.reduce.select import Select, selection_map
 
 BLOCK = 32  # picks after which the matrices are brought up to date
@@ -26,7 +27,8 @@ class Pivot:
     """Keep the channels from which the others can best be told, and let the consumers read the others off them.
 
     Where nothing but linear maps lies between the channels and what reads them (queries and keys, values and the layer
-    behind them, linear bottlenecks), the best directions are kept instead, see `principal_map`.
+    behind it, linear bottlenecks), the best directions are kept instead, see `principal_map`. So they are of streams
+    that norms see, as far as a rotation reaches, see `rotation_map`.
 
     Works on what the consumers read of the channels (`ReductionProblem.moments`) and ignores importance. Groups for
     which that is unknown, such as those that only grouped convolutions read, are selected by importance.
@@ -34,10 +36,12 @@ class Pivot:
     Attributes:
         strength: of the ridge of the unmerge, as a fraction of the channels' mean variance.
         unmerge: mix the consumers' columns; False only selects.
+        rotate: keep directions of streams; False selects channels of them.
     """
 
     strength: float = 1e-3
     unmerge: bool = True
+    rotate: bool = True
 
     needs_moments = True  # of the class, not a hyper-parameter
 
@@ -49,6 +53,10 @@ class Pivot:
     def mixes(self) -> bool:
         return self.unmerge
 
+    @property
+    def rotates(self) -> bool:
+        return self.unmerge and self.rotate
+
     def selecting(self) -> Pivot:
         return replace(self, unmerge=False)
 
@@ -57,6 +65,8 @@ class Pivot:
         moments = problem.moments
         if moments is None or problem.size == len(problem.importance):
             return Select()(problem)
+        if problem.rotation is not None and self.rotates and moments.bare is not None:
+            return rotation_map(moments.bare, problem.size, centred=problem.rotation.centred)
         if problem.linear and self.unmerge:
             return principal_map(moments, problem.size)
         kept = pick_channels(moments, problem.size).order[: problem.size].sort().values

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
+from intrafusion.graph import Rotation
 from intrafusion.network.gram import find_scale
 from intrafusion.registry import Traits
 
@@ -25,11 +26,13 @@ class Moments:
         means: (p, n).
         covariances: (p, n, n).
         reader: (n, n), sum over the consumers of W_c^T W_c, norms folded: squared change of what they give.
+        bare: the same of what norms over the channels give before their gain, for groups that may be rotated.
     """
 
     means: Tensor
     covariances: Tensor
     reader: Tensor
+    bare: Moments | None = None
 
     __repr__ = show_briefly
 
@@ -67,6 +70,7 @@ class ReductionProblem:
         biases: (n, k) float64, what is added to the channels.
         moments: what the consumers read of the channels, where that is known; only for reducers with `needs_moments`.
         linear: whether any invertible matrix may be put between producers and readers, see `ChannelGroup.linear`.
+        rotation: how they may be rotated, see `ChannelGroup.rotation`; only for reducers that say that they do.
     """
 
     features: Tensor
@@ -76,6 +80,7 @@ class ReductionProblem:
     biases: Tensor | None = None
     moments: Moments | None = None
     linear: bool = False
+    rotation: Rotation | None = None
 
     __repr__ = show_briefly
 
@@ -127,10 +132,12 @@ class ReducerTraits(Traits):
         mixes: whether a new channel may combine several old ones.
         needs_moments: whether it looks at `ReductionProblem.moments`.
         absorbs_duplicates: a promise: merging exact duplicates changes nothing.
+        rotates: whether it rotates groups that allow it, see `ReductionProblem.rotation`.
         random: whether its answer belongs to the channels' numbers, not to what they are.
     """
 
     mixes: bool
     needs_moments: bool = False
     absorbs_duplicates: bool = False
+    rotates: bool = False
     random: bool = False

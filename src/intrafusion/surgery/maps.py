@@ -18,6 +18,7 @@ from intrafusion.errors import PlanError
 from intrafusion.graph import READS, ChannelGraph, ChannelGroup, FoldableNorm, Member, Role, Slice, WeightNorm
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.norms import fold_norms, unfold_norms
+from intrafusion.surgery.streams import find_turned, fold_streams_
 
 T = TypeVar("T")
 
@@ -27,7 +28,8 @@ def reduce_weights(
 ) -> dict[str, Tensor]:
     """The tensors that change when groups are reduced, in their own dtype.
 
-    Foldable batch norms are folded for the computation and get statistics back afterwards.
+    Foldable batch norms are folded for the computation and get statistics back afterwards. Norms of streams that are
+    rotated stay folded into their readers.
 
     Args:
         weights: the network's tensors by name; not modified.
@@ -42,8 +44,10 @@ def reduce_weights(
     lengths = [w for w in graph.weight_norms if w.direction in names]
     names |= {w.length for w in lengths}
     original = {name: weights[name] for name in names}
-    centred = find_averaged_biases(groups, norms)
+    turned = find_turned(groups, maps)
+    centred = find_averaged_biases([g for g in groups if g not in turned], norms)
     folded = fold_norms(original, norms)
+    fold_streams_(folded, turned)
     reduced = {name: _remap(name, folded[name], groups, maps, centred) for name in names}
     for pair in lengths:
         reduced |= _set_length(pair, folded, reduced, groups, maps)
@@ -103,11 +107,12 @@ def find_picks(matrix: Tensor) -> Tensor | None:
     return entries.long().argmax(1) if picks else None
 
 
-def hollow_(weights: Mapping[str, Tensor], group: ChannelGroup, reduction: ReductionMap) -> None:
+def hollow_(weights: dict[str, Tensor], group: ChannelGroup, reduction: ReductionMap) -> None:
     """Reduce one group of folded weights without moving anything: the places given up become zero (in place).
 
     Scores and distances of other groups then see what they would see in the smaller network.
     """
+    fold_streams_(weights, find_turned([group], {group.name: reduction}))
     for member in group.members:
         tensor = mix_channels(weights[member.tensor], member, reduction)
         part = tensor if member.within is None else narrow_to(tensor, member.within)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from intrafusion.graph import ChannelGraph
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import _remap, mean_weights
+from intrafusion.surgery.streams import find_turned
 
 
 def find_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -25,13 +26,15 @@ def carry_state_(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, Reduc
     """Take what optimizers remember of the parameters through the same maps; to be called before these are written.
 
     A momentum becomes that of the new weights, M V U; second moments (nothing negative) become weighted means. What has
-    another shape than the parameter cannot follow and is forgotten: the optimizer starts anew there.
+    another shape than the parameter cannot follow and is forgotten: the optimizer starts anew there. So it does where
+    channels were rotated, as gains went from norms into readers.
 
     Returns:
         a note for each optimizer.
     """
     groups = [g for g in graph.groups if g.name in maps]
     changed = {m.tensor for g in groups for m in g.members}
+    turned = {m.tensor for g in find_turned(groups, maps) for m in g.members}
     names = {p: name for name, p in model.named_parameters() if name in changed}
     means = {name: _make_averaging(reduction) for name, reduction in maps.items()}
     notes = []
@@ -40,7 +43,8 @@ def carry_state_(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, Reduc
         for parameter, name in names.items():
             state = optimizer.state.get(parameter, {})
             tensors = {k: t for k, t in state.items() if isinstance(t, Tensor) and t.dim() > 0}
-            if any(t.shape != parameter.shape for t in tensors.values()) or _keeps_more(state):
+            odd = any(t.shape != parameter.shape for t in tensors.values()) or _keeps_more(state)
+            if odd or (state and name in turned):
                 optimizer.state.pop(parameter)
                 reset.append(name)
                 continue
@@ -69,5 +73,5 @@ def _describe(optimizer: torch.optim.Optimizer, reset: list[str]) -> str:
         return f"the optimizer {kind} of this network goes on: its state went through the same maps as the weights"
     return (
         f"the optimizer {kind} of this network goes on, but starts anew for {reset[0]!r} and {len(reset) - 1} more: "
-        "what it remembers of them has not the shape of a weight"
+        "what it remembers of them has not the shape of a weight, or their channels were rotated"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.numbers import explain_state
 from intrafusion.surgery.operate import tolerance_of
 from intrafusion.surgery.search import find_largest_passing
+from intrafusion.surgery.streams import random_turn
 from intrafusion.surgery.write import write_weights_
 from intrafusion.trace.random import Draws
 
@@ -90,7 +91,9 @@ class _PermutationCheck:
         """
         generator = np.random.default_rng(self.seed)
         maps = {g.name: make(g, generator) for g in groups}
-        permuted = reduce_weights(self.weights, self.graph, maps)
+        tried = {g.name: g for g in groups}
+        graph = replace(self.graph, groups=tuple(tried.get(g.name, g) for g in self.graph.groups))
+        permuted = reduce_weights(self.weights, graph, maps)
         write_weights_(self.double, permuted)
         worst = _find_worst(self._outputs(mean=False), self.expected)
         if self.draws and worst > TOLERANCE and not random:
@@ -130,7 +133,7 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     drawn = f"; the forward draws random numbers ({', '.join(check.draws)})" if check.draws else ""
     reasons = {g.name: f"{why} {e:.1e} (relative){drawn}{explain_state(model, {g.size})}" for g, e in failed}
     graph = _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed), _DRAWN)
-    return _prove_linear(_prove_blocks(graph, check), check)
+    return _prove_rotations(_prove_linear(_prove_blocks(graph, check), check), check)
 
 
 def _prove_blocks(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph:
@@ -155,6 +158,35 @@ def _prove_linear(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph
     names = {g.name for g in passed}
     graph = replace(graph, groups=tuple(replace(g, linear=g.name in names) for g in graph.groups))
     return _forbid_mixing(graph, {g.name for g in graph.groups if g.with_role(Role.MATCHES)} - names, _NOT_LINEAR)
+
+
+def _prove_rotations(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph:
+    """The graph, in which only those groups have a `rotation` of which a random one leaves the output as it is.
+
+    First any rotation is tried, then those that leave the mean of the channels alone. Other groups get the reason.
+    """
+    found: dict[str, ChannelGroup] = {}
+    errors: dict[str, float] = {}
+    for centred in (False, True):
+        tried = [_centre(g, centred) for g in graph.reducible if g.rotation is not None and g.name not in found]
+        passed, failed = find_largest_passing(
+            families_of(tried), lambda groups: None if check.passes(e := check.error(groups, random_turn)) else e
+        )
+        found |= {g.name: g for g in passed}
+        errors |= {g.name: e for g, e in failed}
+    return replace(graph, groups=tuple(found.get(g.name) or _leave_unrotated(g, errors) for g in graph.groups))
+
+
+def _centre(group: ChannelGroup, centred: bool) -> ChannelGroup:
+    assert group.rotation is not None
+    return replace(group, rotation=replace(group.rotation, centred=centred))
+
+
+def _leave_unrotated(group: ChannelGroup, errors: Mapping[str, float]) -> ChannelGroup:
+    if group.rotation is None or group.name not in errors:
+        return replace(group, rotation=None)
+    why = f"not rotated: that changes the output by {errors[group.name]:.1e} (relative)"
+    return replace(group, rotation=None, unmixable=f"{group.unmixable}; {why}")
 
 
 def add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:

@@ -39,6 +39,7 @@ from intrafusion.surgery.norms import fold_norms
 from intrafusion.surgery.operate import Maps, RepairsOf, tolerance_of
 from intrafusion.surgery.scopes import is_inside
 from intrafusion.surgery.search import FamilyKind, family_kind
+from intrafusion.surgery.streams import find_turned, fold_streams_, is_turned, widen_turn
 from intrafusion.surgery.write import weights_written
 from intrafusion.trace.call import name_operation
 from intrafusion.trace.dispatch import Tracer
@@ -104,7 +105,8 @@ class FunctionCheck:
     """Compares smaller networks with the original one without the channels that they lack.
 
     Groups of which something looks at all channels together (`ChannelGroup.together`) have no such original: for them
-    it is only checked that no number that meets their channels differs between the two networks.
+    it is only checked that no number that meets their channels differs between the two networks. A group that is
+    rotated has one: that in which its channels are confined to the directions that are kept.
 
     Attributes:
         scales: what the maps of a group must be multiplied by, (merge, unmerge), found so far; by group name.
@@ -166,7 +168,8 @@ class FunctionCheck:
         Where a number in an attribute is the size of such groups and of others, no network has only the former reduced:
         then those go that run through modules with such numbers.
         """
-        exact = {n: m for n, m in maps.items() if self.groups[n].together is None}
+        groups = self.groups
+        exact = {n: m for n, m in maps.items() if groups[n].together is None or is_turned(groups[n], m)}
         if self.repairs_of(exact) is not None:
             return exact
         modules = {repair.module for repair in self.repairs_of(maps) or ()}
@@ -334,10 +337,15 @@ def _zero_removed(
     norms = [n for n in graph.norms if names & set(norm_tensors(n))]
     names |= {name for norm in norms for name in norm_tensors(norm)}
     new = fold_norms({name: weights[name] for name in names}, norms)
-    centred = find_averaged_biases(groups, norms)
+    turned = find_turned(groups, maps)
+    fold_streams_(new, turned)
+    centred = find_averaged_biases([g for g in groups if g not in turned], norms)
     identity = {name for norm in norms for name in (norm.weight, norm.variance)}  # what folding left of the norms
     masks: dict[_Place, np.ndarray] = {}
     for group in groups:
+        if group in turned:
+            _confine_(new, group, widen_turn(maps[group.name]))
+            continue
         members = [m for m in group.members if m.tensor not in identity]
         removed = _remove_(new, replace(group, members=tuple(members)), maps[group.name], centred)
         zeroed = _INPUTS | (_OUTPUTS if any(note.startswith(_SUMMED) for note in group.notes) else frozenset())
@@ -362,6 +370,12 @@ def _remove_(weights: dict[str, Tensor], group: ChannelGroup, reduction: Reducti
             weights[member.tensor], member, reduction, average=member.tensor in centred
         )
     return np.arange(len(reduction.merge), group.size)
+
+
+def _confine_(weights: dict[str, Tensor], group: ChannelGroup, wide: ReductionMap) -> None:
+    """Confine the channels of a rotated group, its norms folded, to the directions that are kept (in place)."""
+    for member in group.members:
+        weights[member.tensor] = mix_channels(weights[member.tensor], member, wide)
 
 
 def _zero_(tensor: Tensor, member: Member, places: np.ndarray) -> None:

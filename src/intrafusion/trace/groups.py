@@ -23,6 +23,7 @@ from intrafusion.trace.relations import Cause, Relations
 from intrafusion.trace.shared import settle_shared
 from intrafusion.trace.sides import find_second_sides, turn_roles
 from intrafusion.trace.singles import Singles
+from intrafusion.trace.streams import find_rotation
 from intrafusion.trace.units import settle_units
 from intrafusion.trace.uses import Use, decode_roles
 
@@ -84,6 +85,7 @@ def _find_channel_groups(blocks: Blocks) -> list[ChannelGroup]:
         family = families.setdefault((table.family[rows[0]].tobytes(), len(rows)), len(families))
         group = _make_group(blocks, singles, rows, members[index], notes[index], family)
         group = replace(group, linear=group.reducible and group.unmixable is None and not bent[rows].any())
+        group = find_rotation(group, blocks.list_causes(int(rows[0])), blocks.relations)
         found.append((int(table.first[rows].min()), group))
     return _share_reasons([group for _, group in sorted(found, key=lambda item: item[0])])
 

@@ -39,18 +39,36 @@ class Axis(NamedTuple):
         return find_varying(self.coordinates)
 
 
+class Tail(NamedTuple):
+    """What channels were last multiplied with and then shifted by, one entry each, before they were read.
+
+    Names of whole parameters, as those of a norm; None: by nothing. Movements in between do not count.
+    """
+
+    scale: str | None = None
+    shift: str | None = None
+
+
 class LabelledTensor:
     """A tensor computed from the input; labels name the channel of each element.
 
     `indices_of`: the channels whose positions this tensor holds, as after an argmax; whoever reads it sees their order.
+    `tail`: by what each channel was just multiplied and shifted, if by anything.
     """
 
-    __slots__ = ("indices_of", "labels", "origin")
+    __slots__ = ("indices_of", "labels", "origin", "tail")
 
-    def __init__(self, labels: Tensor, origin: Origin | None = None, indices_of: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        labels: Tensor,
+        origin: Origin | None = None,
+        indices_of: np.ndarray | None = None,
+        tail: Tail | None = None,
+    ) -> None:
         self.labels = labels
         self.origin = origin
         self.indices_of = indices_of
+        self.tail = tail
 
     @classmethod
     def fixed(cls, shape: tuple[int, ...]) -> LabelledTensor:
@@ -58,7 +76,7 @@ class LabelledTensor:
         return cls(fill(FIXED, shape))
 
     def map(self, move: Callable[[Tensor], Tensor]) -> LabelledTensor:
-        return LabelledTensor(compact(move(self.labels)))
+        return LabelledTensor(compact(move(self.labels)), tail=self.tail)
 
 
 class Weight:

@@ -16,6 +16,7 @@ import numpy as np
 
 from intrafusion.graph import Factor, Role, Slice, WeightNorm
 from intrafusion.trace.arrays import split_runs
+from intrafusion.trace.info import Tail
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM
 
 Key = tuple[str, int, Slice | None]
@@ -104,6 +105,8 @@ class Relations:
         self.norm_calls: Counter[str] = Counter()
         self.weight_norms: dict[str, WeightNorm] = {}
         self.factors: list[Factor] = []
+        self.tails: dict[tuple[str, int], set[Tail | None]] = defaultdict(set)  # behind what weights read, by dim
+        self.strays: dict[Tail, str] = {}  # of channels that something else than a linear map reads as well, and where
 
     def fresh(self, count: int, *, block: bool = False) -> np.ndarray:
         """New labels, one per channel."""

@@ -162,6 +162,8 @@ def _map_linearly(
     if inner is not None:
         for axis in in_axes:
             ledger.record(b, axis, Role.CONSUMES, inner)
+            if isinstance(a, LabelledTensor):
+                ledger.relations.tails[axis.tensor, axis.dim].add(a.tail)
         if not in_axes and 1 in find_varying(inner):
             ledger.relations.forbid(narrow(inner).ravel(), f"multiplied by a constant matrix: {call.where}")
     return LabelledTensor(_make_outputs(ledger, b, out_axes, shape))

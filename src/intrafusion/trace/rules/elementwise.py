@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intrafusion.graph import Role
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Info, LabelledTensor, Outcome, Weight
+from intrafusion.trace.info import Info, LabelledTensor, Outcome, Tail, Weight
 from intrafusion.trace.labels import FIRST, FIXED, compact, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
 
@@ -60,8 +60,10 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
     activations: list[tuple[Tensor, set[int]]] = []
     weights: list[Weight] = []
     constants: list[Tensor] = []
+    tails: list[Tail | None] = []
     for info, values in (_look_up(ledger, operand) for operand in operands):
         if isinstance(info, LabelledTensor):
+            tails.append(info.tail)
             labels = info.labels.broadcast_to(shape)
             activations.append((labels, set(range(len(shape))) if values is None else find_extent(values, len(shape))))
         elif isinstance(info, Weight):
@@ -77,7 +79,27 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
         labels = ledger.lay(weight, labels, _OPERATION_ROLES.get(call.name, Role.FOLLOWS))
     for values in constants:
         labels = colour_by_value(ledger, labels, values, call.where)
-    return LabelledTensor(compact(labels) if weights else labels)
+    tail = _extend_tail(ledger, call, tails, weights, constants)
+    return LabelledTensor(compact(labels) if weights else labels, tail=tail)
+
+
+def _extend_tail(
+    ledger: Ledger, call: Call, tails: list[Tail | None], weights: list[Weight], constants: list[Tensor]
+) -> Tail | None:
+    """What channels were multiplied and shifted by, if that is all that is done to them here."""
+    names = [w.single for w in weights if w.single is not None and _is_vector(ledger.shapes[w.single])]
+    alone = len(tails) == len(names) == len(weights) == 1 and not constants
+    if alone and call.name == "mul" and tails[0] is None:
+        return Tail(names[0])
+    if alone and call.name == "add" and tails[0] is not None and tails[0].shift is None:
+        return Tail(tails[0].scale, names[0])
+    for tail in filter(None, tails):
+        ledger.relations.strays.setdefault(tail, call.where)
+    return None
+
+
+def _is_vector(shape: tuple[int, ...]) -> bool:
+    return sum(size > 1 for size in shape) == 1
 
 
 def _look_up(ledger: Ledger, operand: _Operand) -> tuple[Info | None, Tensor | None]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from intrafusion.graph import Role, WeightNorm
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Info, LabelledTensor, Weight
+from intrafusion.trace.info import Info, LabelledTensor, Tail, Weight
 from intrafusion.trace.labels import compact, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
@@ -51,7 +51,8 @@ def normalise(ledger: Ledger, call: Call) -> list[Info | None]:
         labels = _lay_own_tensor(ledger, labels, tensor, _OWN_ROLES[name], x, last)
     if "batch" in call.name:
         _note_norm(ledger, call, info, tensors)
-    return [LabelledTensor(compact(labels)), *rest]
+    names = [_find_owner(ledger, tensors.get(name)) for name in ("weight", "bias")] if last else []
+    return [LabelledTensor(compact(labels), tail=Tail(*names) if any(names) else None), *rest]
 
 
 def _lay_own_tensor(ledger: Ledger, labels: Tensor, tensor: Tensor, role: Role, x: Tensor, last: bool) -> Tensor:

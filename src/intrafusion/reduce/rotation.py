@@ -1,0 +1,69 @@
+"""The principal directions of a stream of channels that only norms and linear maps see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from intrafusion.errors import BudgetError
+from intrafusion.network.gram import find_scale
+from intrafusion.reduce.problem import Moments, ReductionMap
+
+
+def rotation_map(moments: Moments, m: int, *, centred: bool) -> ReductionMap:
+    r"""Rotate n channels and keep the directions in which what the norms give is largest.
+
+    With S the mean over the readers of E[h h^T], h what the norms give before their gain, and P its r leading
+    eigenvectors, V = P and r = m where the norms are RMS norms. A LayerNorm takes off the mean: with 1 the vectors of
+    ones, of length 1, S is centred, r = m - 1, and V = E P + 1_m 1_n^T, E an isometry into the vectors of R^m with sum
+    zero. With s = tr(P S P^T) / tr(S), the share of the energy that is kept,
+
+        M = c V,    U = V^T / c,    c^2 = m / (n s),
+
+    so that a norm over m channels divides by what that over n channels divided by, its eps included.
+
+    Args:
+        moments: of what the norms give, see `Moments.bare`.
+        centred: whether there is a LayerNorm.
+    Raises:
+        BudgetError: m is not in 1..n.
+    Reference: Ashkboos et al. 2024 (SliceGPT); one rotation for all layers, the constant c, and LayerNorms that stay
+        such are OURS.
+    """
+    n = len(moments.reader)
+    if not 1 <= m <= n:
+        raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
+    values, vectors = _find_directions(moments, centred=centred)
+    r = m - 1 if centred else m
+    kept = vectors[:, :r].T
+    if centred:
+        ones = kept.new_full((m, 1), m**-0.5)
+        kept = torch.linalg.svd(ones.T)[2][1:].T @ kept + ones * n**-0.5
+    share = float(values[:r].sum() / values.sum()) if r else 0.0
+    c = (m / (n * share)) ** 0.5 if share > 0 else 1.0
+    return ReductionMap(c * kept, (kept.T / c).contiguous())
+
+
+def list_rotation_losses(moments: Moments, *, centred: bool) -> Tensor:
+    """The share of the readers' signal that is lost where k channels are kept, for k = 0..n; float64."""
+    values, vectors = _find_directions(moments, centred=centred)
+    signal = values * ((vectors.T @ moments.reader / find_scale(moments.reader)) * vectors.T).sum(1)
+    left = signal.flip(0).cumsum(0).flip(0)
+    left = torch.cat([left[:1], left]) if centred else torch.cat([left, left.new_zeros(1)])
+    return left / left[0].clamp(min=1e-300)
+
+
+def _find_directions(moments: Moments, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """Energies in descending order, and the directions, as columns; the last one is that of the mean if `centred`."""
+    second = moments.covariances + moments.means[:, :, None] * moments.means[:, None, :]
+    n = len(moments.reader)
+    if centred:
+        second = second - second.mean(1, keepdim=True)
+        second = second - second.mean(2, keepdim=True)
+    total = second.diagonal(dim1=1, dim2=2).sum(1)
+    total = torch.where(total > 0, total, 1.0)
+    second = (second / total[:, None, None]).mean(0)
+    if centred:  # below all others
+        second = second - torch.full_like(second, 1 / n)
+    values, vectors = torch.linalg.eigh((second + second.T) / 2)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
