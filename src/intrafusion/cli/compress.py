@@ -11,7 +11,8 @@ import typer
 from torch import Tensor
 
 from intrafusion import pipeline
-from intrafusion.cli.console import ROLLED_BACK, progress_bar, working
+from intrafusion.cli import hugging_face
+from intrafusion.cli.console import ROLLED_BACK, messages, progress_bar, working
 from intrafusion.cli.inputs import read_images
 from intrafusion.cli.network import Network, read_network
 from intrafusion.cli.options import (
@@ -37,10 +38,13 @@ from intrafusion.cli.show import plan_data, print_json, print_plan, say
 from intrafusion.compressed import Compressed
 from intrafusion.errors import RecipeError
 from intrafusion.io.atomic import read_text
+from intrafusion.io.folder import read_document
+from intrafusion.io.pretrained import check_apart, find_network_part
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
 from intrafusion.restore import save_images
+from intrafusion.surgery.configuration import is_loadable
 
 
 def _layer_option(about: str) -> Any:
@@ -85,6 +89,14 @@ def compress_command(
     include: Annotated[list[str] | None, _layer_option("Reduce only the channels of this layer")] = None,
     exclude: Annotated[list[str] | None, _layer_option("Leave the channels of this layer alone")] = None,
     seed: Seed = None,
+    uniform: Annotated[
+        bool | None,
+        typer.Option(
+            "--uniform",
+            help="Of a network of transformers: only sizes that its configuration can say, so that from_pretrained "
+            "opens the folder.",
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="recipe.yaml of an earlier run; options beside it count more."),
@@ -105,9 +117,14 @@ def compress_command(
         )
         if output:
             check_space(output, network.model)
+            if network.folder:
+                check_apart(output, network.folder)
+        dtypes = hugging_face.lift_precision_(network.model) if network.folder else {}
         small, rolled_back = _reduce_network(network, wanted, read_images(images, network.inputs) if images else None)
+        small = hugging_face.lower_precision_(small, dtypes)
+        opens = network.folder is not None and is_loadable(small.model)
         if output:
-            small.save(output)
+            small.save(output, pretrained=network.folder if opens else None)
         if keep_images and small.images:
             save_images(small.images.tensors()[0], keep_images)
     if as_json:
@@ -212,6 +229,12 @@ def _reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> 
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
         graph = pipeline.inspect(network.model, network.inputs, progress=progress)
+        if network.folder and (why := pipeline.explain_unsaid(recipe, network.model, graph)):
+            messages.print(
+                f"note: intrafusion.load will be needed, not from_pretrained: {why}; --uniform makes sizes that a "
+                "configuration says.",
+                soft_wrap=True,
+            )
         small = pipeline.follow(recipe, network.model, graph, network.inputs, images, progress=progress)
     return small, list(small.rolled_back)
 
@@ -221,11 +244,19 @@ def _summary(network: Network, small: Compressed, folder: Path | None, rolled_ba
         "model": network.name,
         "output": str(folder) if folder else None,
         "load": network.loading(folder) if folder else None,
+        "from_pretrained": bool(folder and _list_opening(folder)),
         "rolled_back": rolled_back,
         "restored": [asdict(step) for step in small.restored],
         "notes": list(small.notes),
         **plan_data(small.plan, small.before, small.after),
     }
+
+
+def _list_opening(folder: Path) -> list[str]:
+    """The line that opens a folder without intrafusion, if there is one."""
+    kind, part = read_document(folder).get("pretrained"), find_network_part(folder)
+    place = str((folder / part).resolve())
+    return [f"or: import transformers; model = transformers.{kind}.from_pretrained({place!r})"] if kind else []
 
 
 def _show(network: Network, small: Compressed, folder: Path | None, rolled_back: list[str]) -> None:
@@ -235,6 +266,6 @@ def _show(network: Network, small: Compressed, folder: Path | None, rolled_back:
     if rolled_back:
         say(f"rolled back: {', '.join(rolled_back)}")
     if folder:
-        say(f"\nsaved to {folder}; back in one line:\n{network.loading(folder)}")
+        say("\n".join([f"\nsaved to {folder}; back in one line:\n{network.loading(folder)}", *_list_opening(folder)]))
     else:
         say("\nnothing was written; -o FOLDER saves it")

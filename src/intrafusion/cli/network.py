@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafusion.cli import hugging_face
 from intrafusion.cli.inputs import read_inputs
-from intrafusion.cli.models import FORMS, resolve
+from intrafusion.cli.models import FORMS, NetworkKind, resolve
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.io.folder import is_ours, load, read_document
 from intrafusion.io.line import write_line
@@ -28,6 +29,7 @@ class Network:
         inputs: of one forward call.
         imports: import statements, and
         original: the expression behind them that builds it again in Python.
+        folder: in the format of Hugging Face, that it was read from.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Network:
     inputs: Inputs
     imports: str
     original: str
+    folder: Path | None = None
 
     def loading(self, folder: Path) -> str:
         """One line of Python that loads what `compress` saved from this network."""
@@ -147,7 +150,8 @@ def read_network(
     imports, original = spec.python()
     if saved:
         model, original = load(name, model), _loading(Path(name), original)
-    return Network(name, model.to(place), Inputs.of(example).map(lambda t: t.to(place)), imports, original)
+    folder = hugging_face.find_folder(spec.target) if spec.kind is NetworkKind.HF and not saved else None
+    return Network(name, model.to(place), Inputs.of(example).map(lambda t: t.to(place)), imports, original, folder)
 
 
 def _misfit(name: str, base: str | None, *, saved: bool, weights: Sequence[Path]) -> str:
