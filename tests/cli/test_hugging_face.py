@@ -96,6 +96,17 @@ def test_what_will_need_intrafusion_is_said_before_the_work(bert: Path, program:
     assert found.encoder.layer[0].attention.self.attention_head_size == 4
 
 
+def test_the_work_is_not_lost_where_from_pretrained_opens_another_network(
+    bert: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("intrafusion.io.pretrained.output_difference", lambda a, b: 0.5)
+    result = program("compress hf:bert --keep 0.5 --uniform --restore none -o small")
+    assert result.exit_code == 0, result.stderr
+    assert "note: intrafusion.load is needed: BertModel: from_pretrained opens" in result.stderr
+    assert not (bert.parent / "small" / "config.json").exists()
+    assert intrafusion.load("small").config.intermediate_size == 12
+
+
 def test_the_original_s_folder_is_no_place_for_the_result(bert: Path, program: Program) -> None:
     before = {p.name: p.read_bytes() for p in bert.iterdir()}
     for place in ("bert", "bert/small"):

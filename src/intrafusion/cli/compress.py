@@ -36,7 +36,7 @@ from intrafusion.cli.options import (
 from intrafusion.cli.outputs import check_file, check_saving, check_space
 from intrafusion.cli.show import plan_data, print_json, print_plan, say
 from intrafusion.compressed import Compressed
-from intrafusion.errors import RecipeError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.io.atomic import read_text
 from intrafusion.io.folder import read_document
 from intrafusion.io.pretrained import check_apart, find_network_part
@@ -124,7 +124,7 @@ def compress_command(
         small = hugging_face.lower_precision_(small, dtypes)
         opens = network.folder is not None and is_loadable(small.model)
         if output:
-            small.save(output, pretrained=network.folder if opens else None)
+            _save(small, output, network.folder if opens else None)
         if keep_images and small.images:
             save_images(small.images.tensors()[0], keep_images)
     if as_json:
@@ -133,6 +133,17 @@ def compress_command(
         _show(network, small, output, rolled_back)
     if strict and rolled_back:
         raise typer.Exit(ROLLED_BACK)
+
+
+def _save(small: Compressed, output: Path, pretrained: Path | None) -> None:
+    """Where `from_pretrained` turns out not to open the network, that is said, and the work is not lost."""
+    try:
+        small.save(output, pretrained=pretrained)
+    except ModelError as error:
+        if pretrained is None:
+            raise
+        messages.print(f"note: intrafusion.load is needed: {error}", soft_wrap=True)
+        small.save(output)
 
 
 def _check_outputs(folder: Path | None, images: Path | None) -> None:
