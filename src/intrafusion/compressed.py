@@ -128,7 +128,13 @@ class Compressed:
         return (tabulate_plan(replace(self.plan, warnings=_list_plan_notes(self.plan))),)
 
     @checked
-    def save(self, folder: str | os.PathLike[str], *, program: bool = False) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        program: bool = False,
+        pretrained: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Write weights (safetensors), plan.json, recipe.yaml and a model card; `intrafusion.load` reads them.
 
         Where the network is one of the zoo, torchvision, timm or transformers, the folder says so, and loads alone.
@@ -136,9 +142,12 @@ class Compressed:
         Args:
             program: write program.pt2 too, of `torch.export`, which runs without the class of the network: in
                 evaluation mode, and on batches of every size where the network takes them.
+            pretrained: folder of the original in the format of Hugging Face. The new folder has that format too:
+                `from_pretrained` opens it, which is tried; tokenizer and other files are copied.
         Raises:
             FolderError: the folder exists and was not written by intrafusion.
-            ModelError: `torch.export` does not take the network; nothing is written.
+            ModelError: `torch.export` does not take the network, or no configuration says its sizes for
+                `from_pretrained`; nothing is written.
         """
         told = {
             "restored": [asdict(step) for step in self.restored],
@@ -148,9 +157,9 @@ class Compressed:
             "inputs": self.inputs.shapes(),
         }
         made = {"repairs": self.repairs, "before": self.before, "after": self.after, "original": self.original}
-        said = [*map(str, self.restored), *_label(self.warnings), *self.notes]
-        words = Words(_list_figures(self), said)
-        folders.save(self.model, self.plan, folder, inputs=self.inputs, program=program, told=told, words=words, **made)
+        words = Words(_list_figures(self), [*map(str, self.restored), *_label(self.warnings), *self.notes])
+        made |= {"program": program, "pretrained": None if pretrained is None else Path(pretrained)}
+        folders.save(self.model, self.plan, folder, inputs=self.inputs, told=told, words=words, **made)
 
     @checked
     def loading_line(self, folder: str | os.PathLike[str]) -> str:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from intrafusion.arguments import checked
-from intrafusion.budget import uniform_sizes
 from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError, RecipeError, show, unknown_name
 from intrafusion.graph import ChannelGraph
@@ -24,11 +23,12 @@ from intrafusion.network.tensors import named_tensors
 from intrafusion.network.wrappers import outside_inference
 from intrafusion.pipeline import inspect, make_workable, reduce_and_restore, wrap_result
 from intrafusion.plan import Decision, Plan
+from intrafusion.planning import list_sizes
 from intrafusion.progress import ShowProgress, prefix_stages, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
 from intrafusion.restore.steps import add_comparison, split_images
-from intrafusion.selectors import find_left_alone
+from intrafusion.surgery.configuration import tie_by_config
 from intrafusion.surgery.expect import shrink_graph
 from intrafusion.surgery.memory import hand_on
 from intrafusion.surgery.proof import FUNCTION
@@ -89,7 +89,8 @@ def compress_in_steps(
     calls = as_calls(make_reusable(images), core, inputs)
     split = split_images(calls, core, recipe)
     graph = inspect(core, inputs)
-    fractions = _schedule(graph, _final_sizes(core, graph, recipe), steps)
+    graph = tie_by_config(graph, core) if recipe.uniform else graph
+    fractions = _schedule(graph, list_sizes(core, graph, recipe), steps)
     done: list[Compressed] = []
     present = core
     for index, fraction in enumerate(fractions):
@@ -111,13 +112,6 @@ def _check_options(options: Iterable[str]) -> None:
         if name not in Recipe.options():
             valid = ({*Recipe.options()} | {*signature(compress_in_steps).parameters}) - {"options", "target"}
             raise RecipeError(f"compress_in_steps: {unknown_name('option', name, valid)}")
-
-
-def _final_sizes(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> dict[str, int]:
-    """Size after the last step of every group that is to be reduced."""
-    unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
-    groups = [g for g in graph.reducible if g.is_channel and g.name not in unwanted]
-    return uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
 
 
 def _schedule(graph: ChannelGraph, final: Mapping[str, int], steps: int) -> list[dict[str, float]]:

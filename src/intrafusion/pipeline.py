@@ -21,6 +21,7 @@ from intrafusion.network.calibration_images import as_calls
 from intrafusion.network.held_out import Split
 from intrafusion.network.identity import identify
 from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.provenance import keep_config_
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import (
     check_inplace,
@@ -31,7 +32,7 @@ from intrafusion.network.wrappers import (
     wrap_like,
 )
 from intrafusion.plan import Plan
-from intrafusion.planning import decide
+from intrafusion.planning import decide, list_sizes
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer
@@ -43,6 +44,14 @@ from intrafusion.restore.steps import (
     find_yardstick,
     run_restorers,
     split_images,
+)
+from intrafusion.surgery.configuration import (
+    find_config,
+    fit_config_,
+    is_configured,
+    shrink_shapes,
+    take_config_,
+    tie_by_config,
 )
 from intrafusion.surgery.operate import operate
 from intrafusion.surgery.optimizers import carry_state_
@@ -78,6 +87,7 @@ def compress(
     exclude: Any = None,
     order: str = "joint",
     seed: Seed = 0,
+    uniform: bool = False,
     inplace: bool = False,
     progress: ShowProgress = None,
 ) -> Compressed:
@@ -109,6 +119,9 @@ def compress(
         order: "joint" (every group is described by the original weights) or "backward" (one after another from the
             output, each described by what the ones before left; the authors' released code).
         seed: for whatever draws random numbers.
+        uniform: of a network of transformers, only sizes that its configuration can say, so that `from_pretrained`
+            opens what `save_pretrained` writes: groups that one number there sets become one size, and groups that none
+            sets alone are left alone.
         inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
             remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
         progress: None: a bar in a terminal or a notebook, once the work lasts, else lines of `logging`; False: nothing;
@@ -178,6 +191,22 @@ def follow(
     return add_comparison(small, model, split, find_held_out(small.restored))
 
 
+@checked
+@outside_inference
+def explain_unsaid(recipe: Recipe, model: nn.Module, graph: ChannelGraph) -> str | None:
+    """Why `from_pretrained` will not open the smaller network, before it is made; None if it will, or is not known to.
+
+    Of a target, which chooses the size of every group by itself, that it may not.
+    """
+    model = unwrap(model)
+    if recipe.uniform or not is_configured(model):
+        return None
+    if recipe.target is not None:
+        return "a target chooses the size of every group by itself"
+    sizes = list_sizes(model, graph, recipe)
+    return find_config(model, shrink_shapes(graph, sizes))[1] or None
+
+
 def reduce_and_restore(
     recipe: Recipe,
     model: nn.Module,
@@ -188,6 +217,7 @@ def reduce_and_restore(
     calibration: Calibration | None = None,
 ) -> Compressed:
     """The same with images that were split before, and no comparison of the two networks."""
+    graph = tie_by_config(graph, model) if recipe.uniform else graph
     calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen)
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
     small = apply(model, plan, inputs, graph=graph)
@@ -204,6 +234,8 @@ def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Comp
         new = {n: t.data.clone() if inference else t.data for n, t in named_tensors(small.model).items()}
         write_weights_(core, new)
     make_repairs_(core, small.repairs)
+    keep_config_(core, core)
+    take_config_(core, small.model)
     return replace(small, model=model, notes=(*small.notes, *notes))
 
 
@@ -245,6 +277,10 @@ def _tell_of_numbers(numbers: Sequence[Repair]) -> tuple[str, ...]:
         f"numbers in attributes follow the channels: {shown}. If one is also a length or a number of pixels, which the "
         "example did not show, exclude these layers.",
     )
+
+
+def _tell_of_config(why: str) -> str:
+    return f"intrafusion.load is needed, not from_pretrained: {why}; uniform=True makes sizes that a configuration says"
 
 
 def _check_written(small: nn.Module, model: nn.Module) -> None:
@@ -311,6 +347,7 @@ def apply(
         plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(core).items() if t.is_floating_point()})
         graph = inspect(core, inputs)
     plan.check_fits(graph.shapes, graph)
+    graph = tie_by_config(graph, core) if plan.recipe.uniform else graph
     report("checking the smaller network", 0)
     before = size_of(core, inputs)
     check = FunctionCheck(Reference(core, graph, inputs))
@@ -319,11 +356,13 @@ def apply(
     add_shifts_(surgery.model, core, graph, plan.maps)
     _check_written(surgery.model, core)
     after = size_of(surgery.model, inputs)
+    keep_config_(surgery.model, core)
+    unsaid = fit_config_(surgery.model, inputs) if plan.sizes else None
     small = Compressed(
         *(surgery.model, plan, before, after, inputs, surgery.repairs),
         rolled_back=surgery.rolled_back,
         original=identify(core),
-        notes=_tell_of_numbers(surgery.numbers),
+        notes=(*_tell_of_numbers(surgery.numbers), *([_tell_of_config(unsaid)] if unsaid else [])),
     )
     report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)

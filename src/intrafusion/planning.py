@@ -15,7 +15,7 @@ from intrafusion.budget.sensitivity import Sensitivity
 from intrafusion.budget.target import require_inputs, sizes_for_target
 from intrafusion.budget.uniform import find_pattern
 from intrafusion.errors import ModelError, RecipeError, show
-from intrafusion.graph import ChannelGraph, ChannelGroup, Role, describe_fixed
+from intrafusion.graph import ChannelGraph, ChannelGroup, Role, describe_fixed, families_of
 from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import warn_caller
@@ -30,6 +30,7 @@ from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionPr
 from intrafusion.reduce.eliminate import eliminate
 from intrafusion.restore import Calibration
 from intrafusion.selectors import NOT_INCLUDED, explain_idle_selectors, find_left_alone
+from intrafusion.surgery.configuration import round_sizes, tie_by_config
 from intrafusion.surgery.maps import hollow_
 from intrafusion.surgery.norms import fold_norms
 from intrafusion.surgery.spare import find_classes, find_dead, reduce_distinct
@@ -70,7 +71,8 @@ def decide(
     """
     model = unwrap(model)
     check_graph(graph, model)
-    unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
+    graph = tie_by_config(graph, model) if recipe.uniform else graph
+    unwanted = _find_unwanted(graph, model, recipe)
     units = [g for g in graph.groups if g.is_channel or is_asked_for(g, recipe)]
     groups = [g for g in units if g.reducible and g.name not in unwanted]
     if not groups:
@@ -92,6 +94,7 @@ def decide(
         wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, inputs)
         for note in filter(is_miss, missed):
             warn_caller(note)
+    wanted, rounded = round_sizes(wanted, graph, recipe.round_to) if recipe.uniform else (wanted, ())
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
     maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments)
@@ -102,8 +105,28 @@ def decide(
     unused = explain_idle_selectors(graph, model, recipe.include, recipe.exclude)
     traits = ReducerTraits.of(recipe.reducer)
     blind = [_BLIND] if calibration is None and traits.mixes and traits.needs_moments and smaller else []
-    notes = *graph.warnings, *idle, *unused, *blind
+    notes = *graph.warnings, *idle, *unused, *blind, *rounded
     return Plan(recipe, decisions, graph.shapes, maps, notes, describe_fixed(graph))
+
+
+def _find_unwanted(graph: ChannelGraph, model: nn.Module, recipe: Recipe) -> dict[str, str]:
+    """Groups to be left alone, and why; where sizes must be uniform, their twins too."""
+    found = find_left_alone(graph, model, recipe.include, recipe.exclude)
+    for family in families_of(g for g in graph.reducible if g.is_channel) if recipe.uniform else ():
+        first = next((g for g in family if g.name in found), None)
+        if first is not None:
+            found |= {g.name: f"like {first.name}: {found[first.name]}" for g in family if g.name not in found}
+    return found
+
+
+@checked
+def list_sizes(model: nn.Module, graph: ChannelGraph, recipe: Recipe) -> dict[str, int]:
+    """The size of every group that `keep` asks for."""
+    graph = tie_by_config(graph, model) if recipe.uniform else graph
+    unwanted = _find_unwanted(graph, model, recipe)
+    groups = [g for g in graph.reducible if (g.is_channel or is_asked_for(g, recipe)) and g.name not in unwanted]
+    found = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
+    return round_sizes(found, graph, recipe.round_to)[0] if recipe.uniform else found
 
 
 def _solve_all(

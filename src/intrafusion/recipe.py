@@ -52,6 +52,8 @@ class Recipe:
         order: "joint": every group is described by the original weights; "backward": one after another from the
             output, each described by what the ones before it left, as the released code of Theus et al. does.
         seed: for whatever draws random numbers.
+        uniform: only sizes that the configuration of a network of transformers can say, so that `from_pretrained`
+            opens what `save_pretrained` writes: what one number there sets becomes one size.
     """
 
     keep: Keep = 0.7
@@ -65,6 +67,7 @@ class Recipe:
     restore: tuple[Any, ...] = ("auto",)
     order: str = "joint"
     seed: Seed = 0
+    uniform: bool = False
 
     __repr__ = show_briefly
 

@@ -12,10 +12,11 @@ import yaml
 from torch import Tensor
 
 from intrafusion import pipeline
-from intrafusion.cli.console import ROLLED_BACK, Kept, progress_bar, working
+from intrafusion.cli import hugging_face
+from intrafusion.cli.console import ROLLED_BACK, Kept, messages, progress_bar, working
 from intrafusion.cli.defaults import tells_defaults
 from intrafusion.cli.inputs import check_there, read_images
-from intrafusion.cli.network import Network, annotated, read_network, say_saved, tell_doubt
+from intrafusion.cli.network import Network, annotated, list_opening, read_network, say_saved, tell_doubt
 from intrafusion.cli.options import (
     Arguments,
     AsJson,
@@ -41,10 +42,12 @@ from intrafusion.cli.show import plan_data, print_json, say
 from intrafusion.compressed import Compressed
 from intrafusion.errors import RecipeError
 from intrafusion.io.atomic import read_text
+from intrafusion.io.pretrained import check_apart
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
 from intrafusion.restore import save_images
+from intrafusion.surgery.configuration import is_loadable
 
 
 def _layer_option(about: str) -> Any:
@@ -96,6 +99,14 @@ def compress_command(
     include: Annotated[list[str] | None, _layer_option("Reduce only the channels of this layer")] = None,
     exclude: Annotated[list[str] | None, _layer_option("Leave the channels of this layer alone")] = None,
     seed: OptionalSeed = None,
+    uniform: Annotated[
+        bool | None,
+        typer.Option(
+            "--uniform",
+            help="Of a network of transformers: only sizes that its configuration can say, so that from_pretrained "
+            "opens the folder.",
+        ),
+    ] = None,
     program: KeepProgram = False,
     trust_program: TrustProgram = False,
     recipe: Annotated[
@@ -123,11 +134,16 @@ def compress_command(
         tell_doubt(network)
         if output:
             check_space(output, network.model)
+            if network.folder:
+                check_apart(output, network.folder)
         if program:
             check_program(output, network.model, network.inputs)
+        dtypes = hugging_face.lift_precision_(network.model) if network.folder else {}
         small, rolled_back = _reduce_network(network, wanted, found)
+        small = hugging_face.lower_precision_(small, dtypes)
         if output:
-            save_network(small, output, program=program)
+            opens = network.folder is not None and is_loadable(small.model)
+            save_network(small, output, program=program, pretrained=network.folder if opens else None)
             kept.add(output)
         if keep_images and small.images:
             save_images(small.images.tensors()[0], keep_images)
@@ -233,6 +249,12 @@ def _reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> 
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
         graph = pipeline.inspect(network.model, network.inputs, progress=progress)
+        if network.folder and (why := pipeline.explain_unsaid(recipe, network.model, graph)):
+            messages.print(
+                f"note: intrafusion.load will be needed, not from_pretrained: {why}; --uniform makes sizes that a "
+                "configuration says.",
+                soft_wrap=True,
+            )
         small = pipeline.follow(recipe, network.model, graph, network.inputs, images, progress=progress)
     return annotated(small, network), list(small.rolled_back)
 
@@ -242,6 +264,7 @@ def _summary(network: Network, small: Compressed, folder: Path | None, rolled_ba
         "model": network.name,
         "output": str(folder) if folder else None,
         "load": network.loading(folder) if folder else None,
+        "from_pretrained": bool(folder and list_opening(folder)),
         "rolled_back": rolled_back,
         "restored": [asdict(step) for step in small.restored],
         "comparison": small.comparison.to_data() if small.comparison else None,

@@ -1,6 +1,7 @@
 """Networks of Hugging Face transformers: what `hf:` names, built from a local folder or the cache, and example inputs.
 
-No code out of a folder is run: the architecture is one of the installed package.
+No code out of a folder is run unless the user says so (`--arg trust_remote_code=true`): the architecture is one of the
+installed package.
 """
 
 from __future__ import annotations
@@ -9,17 +10,26 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, unknown_name
+from intrafusion.io.pretrained import find_network_part, without_bars
+from intrafusion.names import hide_numbers, name_some
+from intrafusion.network.calibration_images import warn_of
+from intrafusion.network.double import output_difference
 from intrafusion.network.sources import import_torchvision, needing
+from intrafusion.network.tensors import named_tensors
 
 _TOKENS, _SAMPLES = 16, 16_000
+_TRUST = "trust_remote_code"
+_HEAVY = ["*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]
 
 
 def split_target(target: str) -> tuple[str, str | None]:
@@ -36,27 +46,32 @@ def build_from_folder(target: str, *, trained: bool, args: Mapping[str, Any]) ->
     """The network in evaluation mode, as its configuration says; with random weights unless `trained`.
 
     Args:
-        args: change the configuration.
+        args: change the configuration; `trust_remote_code=True` runs the code that the folder brings.
     Raises:
-        ModelError: there is no such folder or model, it is damaged, or it names no architecture that is installed.
+        ModelError: there is no such folder or model, it is damaged, its weights are quantised or others than its
+            configuration says, or it names no architecture that is installed.
     """
-    name, _ = split_target(target)
+    name, trust = _place_of(target), bool(args.get(_TRUST, False))
     config, architecture = _find_architecture(target, args)
     try:
         if not trained:
             return architecture(config).eval()
-        return architecture.from_pretrained(name, config=config, trust_remote_code=False).eval()
+        with without_bars():
+            found, told = architecture.from_pretrained(
+                name, config=config, dtype="auto", trust_remote_code=trust, output_loading_info=True
+            )
     except Exception as error:  # whatever damaged weights and odd configurations make it raise
         raise ModelError(
             f"hf:{target}: {architecture.__name__} cannot be built ({_first_line(error)}); "
             "check the folder, or name another architecture as hf:FOLDER:ARCHITECTURE."
         ) from error
+    _check_complete(target, found, told)
+    return found.eval()
 
 
 def python_expression(target: str, args: Mapping[str, Any]) -> str:
     """What builds the same network in Python, where `transformers` is imported."""
-    name, _ = split_target(target)
-    _, architecture = _find_architecture(target, args)
+    name, (_, architecture) = _place_of(target), _find_architecture(target, args)
     options = "".join(f", {key}={value!r}" for key, value in args.items())
     return f"transformers.{architecture.__name__}.from_pretrained({name!r}{options})"
 
@@ -81,11 +96,23 @@ def _find_architecture(target: str, args: Mapping[str, Any]) -> tuple[Any, Any]:
     """
     name, wanted = split_target(target)
     transformers = _import_transformers()
-    config = _read_config(transformers, target, name, args)
+    config = _read_config(transformers, target, _place_of(target), args)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"hf:{target}: its weights are quantised, which cannot be solved anew; name the folder that they were "
+            "quantised from, and quantise the smaller network."
+        )
+    if args.get(_TRUST, False) and (brought := _find_brought(transformers, config, name)) is not None:
+        return config, brought
     named = wanted or next(iter(getattr(config, "architectures", None) or ()), None)
     if named is None:
         raise ModelError(f"hf:{target}: config.json names no architecture; name one as hf:{name}:ARCHITECTURE.")
     if not hasattr(transformers, named) or not hasattr(getattr(transformers, named), "from_pretrained"):
+        if getattr(config, "auto_map", None):
+            raise ModelError(
+                f"hf:{target}: {named} is code that the folder brings, which is not run; if you trust who wrote it, "
+                f"add --arg {_TRUST}=true."
+            )
         known = [n for n in dir(transformers) if n.startswith(("Auto", type(config).__name__.removesuffix("Config")))]
         raise ModelError(f"hf:{target}: {unknown_name('architecture', named, known)}")
     found = getattr(transformers, named)
@@ -102,13 +129,101 @@ def _import_transformers() -> Any:
 
 def _read_config(transformers: Any, target: str, name: str, args: Mapping[str, Any]) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **args)
+        return transformers.AutoConfig.from_pretrained(name, **{_TRUST: False, **args})
     except Exception as error:  # no promise of narrower ones
         near = "" if Path(name).exists() else _nearest_folder(name)
         raise ModelError(
             f"hf:{target}: expected a folder with a config.json, or the name of a model in the cache or on the hub, "
             f"got {type(error).__name__}: {_first_line(error)}{near}"
         ) from error
+
+
+def _find_brought(transformers: Any, config: Any, name: str) -> Any:
+    """The class of the network that a folder brings the code of, ready to be saved with it; None if it brings none."""
+    brought = {k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if k.startswith("AutoModel")}
+    for auto, reference in brought.items():
+        load = importlib.import_module("transformers.dynamic_module_utils").get_class_from_dynamic_module
+        found = load(reference if isinstance(reference, str) else reference[0], name)
+        if len(brought) == 1 or found.__name__ in (getattr(config, "architectures", None) or ()):
+            found.register_for_auto_class(auto)
+            type(config).register_for_auto_class()
+            return found
+    return None
+
+
+def _check_complete(target: str, model: nn.Module, told: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ModelError: the configuration says more layers than there are weights, or fewer.
+    Warns:
+        IntrafusionWarning: a part of the network is not in the folder, and has random weights.
+    """
+    missing, extra = sorted(told.get("missing_keys", ())), sorted(told.get("unexpected_keys", ()))
+    there = {name for name in model.state_dict() if name not in missing}
+    lost, left = _find_alike(missing, there), _find_alike(extra, there)
+    if lost or left:
+        what = (
+            f"no weights of {name_some(lost)}" if lost else f"weights of {name_some(left)}, which it has no place for"
+        )
+        raise ModelError(
+            f"hf:{target}: config.json and the weights contradict each other: there are {what}; fetch the folder again."
+        )
+    if missing:
+        warn_of({"missing": f"hf:{target} has no weights of {name_some(missing)}: these are random."})
+
+
+def _find_alike(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Names that are those of others but for the number of the layer."""
+    kinds = {hide_numbers(name) for name in others}
+    return [name for name in names if hide_numbers(name) in kinds and hide_numbers(name) != name]
+
+
+def _place_of(target: str) -> str:
+    """The folder that holds the network: of sentence-transformers, a part of what was named."""
+    name, _ = split_target(target)
+    return str(Path(name) / find_network_part(Path(name))) if Path(name).is_dir() else name
+
+
+def find_folder(target: str) -> Path:
+    """The folder that was named; of a model on the hub, its folder in the cache.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    name, _ = split_target(target)
+    if Path(name).is_dir():
+        return Path(name)
+    fetch = importlib.import_module("huggingface_hub").snapshot_download
+    try:
+        return Path(fetch(name, ignore_patterns=_HEAVY))
+    except Exception as error:  # no network, no such model
+        raise ModelError(f"hf:{target}: cannot be fetched ({_first_line(error)}); name a folder.") from error
+
+
+# ---- half precision -------------------------------------------------------------------------------------------------
+
+
+def lift_precision_(model: nn.Module) -> dict[str, torch.dtype]:
+    """A network of half precision in single precision, in which it is solved (in place), and what its tensors were."""
+    dtypes = {name: t.dtype for name, t in named_tensors(model).items() if t.dtype in (torch.float16, torch.bfloat16)}
+    if dtypes:
+        model.float()
+    return dtypes
+
+
+def lower_precision_(small: Compressed, dtypes: Mapping[str, torch.dtype]) -> Compressed:
+    """The smaller network with the precision that the original came in, which is said."""
+    if not dtypes:
+        return small
+    before = small.inputs.call(small.model)
+    for name, tensor in named_tensors(small.model).items():
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    after = small.inputs.map(lambda t: t.to(next(iter(dtypes.values()))) if t.is_floating_point() else t)
+    small = replace(small, inputs=after)
+    lost = output_difference([t.float() for t in after.call(small.model)], [t.float() for t in before])
+    kind = str(next(iter(dtypes.values()))).removeprefix("torch.")
+    note = f"solved in float32 and written in {kind}, as it came: rounding changes outputs by {lost:.2g} of the largest"
+    return replace(small, notes=(*small.notes, note))
 
 
 def _resolve_auto(target: str, config: Any, auto: Any) -> Any:

@@ -11,14 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from intrafusion.cli import hugging_face
 from intrafusion.cli.console import messages
 from intrafusion.cli.inputs import read_inputs
-from intrafusion.cli.models import FILE_PREFIX, FORMS, ModelSpec, resolve
+from intrafusion.cli.models import FILE_PREFIX, FORMS, ModelSpec, NetworkKind, resolve
 from intrafusion.cli.show import say
 from intrafusion.compressed import Compressed
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.io.folder import is_ours, load, read_document
 from intrafusion.io.line import write_line
+from intrafusion.io.pretrained import find_network_part
 from intrafusion.io.program import Program
 from intrafusion.io.weights import load_into, read_state
 from intrafusion.network.inputs import Inputs
@@ -36,6 +38,7 @@ class Network:
         imports: import statements, and
         original: the expression behind them that builds it again in Python.
         doubt: why its weights are not trained ones, if that is known.
+        folder: in the format of Hugging Face, that it was read from.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Network:
     imports: str
     original: str
     doubt: str | None = None
+    folder: Path | None = None
 
     def on(self, device: torch.device) -> Network:
         """The same network on a device."""
@@ -75,6 +79,15 @@ def say_saved(network: Network, folder: Path | None) -> None:
     say(f"\nsaved to {folder}; back in one line:\n{network.loading(folder)}")
     if read_document(folder).get("program"):
         say(f"or without the code of the network:\n{write_line(folder, trust=True)}")
+    for line in list_opening(folder):
+        say(line)
+
+
+def list_opening(folder: Path) -> list[str]:
+    """The line that opens a folder without intrafusion, if there is one."""
+    kind, part = read_document(folder).get("pretrained"), find_network_part(folder)
+    place = str((folder / part).resolve())
+    return [f"or: import transformers; model = transformers.{kind}.from_pretrained({place!r})"] if kind else []
 
 
 def loading_line(folder: Path, imports: str, original: str) -> str:
@@ -188,7 +201,8 @@ def read_network(
     if saved:
         return Network(name, load(name, model), example, imports, _write_loading(Path(name), original)).on(place)
     doubt = spec.doubt_weights(model) if trained and not weights else None
-    return Network(name, model, example, imports, original, doubt).on(place)
+    folder = hugging_face.find_folder(spec.target) if spec.kind is NetworkKind.HF else None
+    return Network(name, model, example, imports, original, doubt, folder).on(place)
 
 
 def _find_example(name: str, inputs: Sequence[str], spec: ModelSpec | None, folder: Path | None = None) -> Inputs:

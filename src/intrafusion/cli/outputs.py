@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from intrafusion.cli.console import messages
 from intrafusion.compressed import Compressed
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.io.atomic import report_unwritable
@@ -52,15 +53,21 @@ def _report_program() -> Iterator[None]:
         raise ModelError(str(error).replace("save: program=True, but", "--program:")) from error
 
 
-def save_network(small: Compressed, folder: Path, *, program: bool) -> None:
-    """
+def save_network(small: Compressed, folder: Path, *, program: bool, pretrained: Path | None = None) -> None:
+    """Where `from_pretrained` turns out not to open the network, that is said, and the work is not lost.
+
     Raises:
         ModelError: the smaller network is not exported, as its original was; it is saved all the same.
     """
     try:
         with _report_program():
-            small.save(folder, program=program)
+            small.save(folder, program=program, pretrained=pretrained)
     except ModelError as error:
+        if pretrained is not None:
+            messages.print(f"note: intrafusion.load is needed: {error}", soft_wrap=True)
+            return save_network(small, folder, program=program)
+        if not program:
+            raise
         small.save(folder)
         raise ModelError(f"{error} {folder} was written without it.") from error
 

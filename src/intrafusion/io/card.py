@@ -46,6 +46,7 @@ def build_card(data: Mapping[str, Any], plan: Plan, words: Words) -> str:
         _tabulate(("", "before -> after"), words.figures),
         "## Load it",
         f"```python\nimport intrafusion\n\n{_fence(_call_load(data))}\n```",
+        *_describe_pretrained(data),
         *_describe_program(data),
         "## What was done",
         _list([*words.done, *plan.warnings]),
@@ -108,6 +109,12 @@ def _call_load(data: Mapping[str, Any]) -> str:
     original = data.get("original")
     given = f", {original['name'].rpartition('.')[2]}" if original and not data.get("source") else ""
     return f'model = intrafusion.load("this/folder"{given})'
+
+
+def _describe_pretrained(data: Mapping[str, Any]) -> list[str]:
+    if not data.get("pretrained"):
+        return []
+    return [f"`transformers.{_plain(data['pretrained'])}.from_pretrained(folder)` opens the same network."]
 
 
 def _describe_program(data: Mapping[str, Any]) -> list[str]:

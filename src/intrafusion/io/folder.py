@@ -27,6 +27,7 @@ from intrafusion.io.checksums import KEY, check_digests, digest_bytes, digest_do
 from intrafusion.io.extra import PREFIX, extra_state, set_extra_state_
 from intrafusion.io.fits import check_finite, check_kinds, check_shapes, check_told, find_told, is_finite
 from intrafusion.io.origin import describe_origin, find_other_layers, read_source
+from intrafusion.io.pretrained import check_apart, write_pretrained
 from intrafusion.io.program import PROGRAM, export_network, read_program
 from intrafusion.io.rebuild import find_source, rebuild
 from intrafusion.io.tensors import detach_dense, read_tensors
@@ -35,16 +36,19 @@ from intrafusion.measure.size import Size
 from intrafusion.network.calibration_images import warn_of
 from intrafusion.network.identity import Identity
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.provenance import keep_config_
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan, check_maps
 from intrafusion.reduce import ReductionMap
+from intrafusion.surgery.configuration import fit_config_, is_configured, is_loadable, refuse_saving_
 from intrafusion.surgery.lowrank import ranks_of, split_layers_
 from intrafusion.surgery.numbers import find_numbers
 from intrafusion.surgery.write import Repair, make_repairs_, put_data_
 
 _WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
-_OURS = (_WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE, PROGRAM, CARD)
+_REST = "rest.safetensors"  # what from_pretrained has no place for
+_OURS = (_WEIGHTS, _REST, _PLAN, _RECIPE, _MAPS_FILE, PROGRAM, CARD)
 _KIND = "intrafusion"
 
 
@@ -68,6 +72,7 @@ def save(
     original: Identity | None = None,
     inputs: Inputs | None = None,
     program: bool = False,
+    pretrained: Path | None = None,
     told: Mapping[str, Any] | None = None,
     words: Words | None = None,
 ) -> None:
@@ -79,12 +84,16 @@ def save(
         original: what the network was made from; with `inputs`, its source is looked for.
         inputs: one call of the network.
         program: write program.pt2 too.
+        pretrained: folder of the original in the format of Hugging Face: what is written has that format too.
         told: more for plan.json, of values that JSON has.
         words: for the model card.
     Raises:
         FolderError: the folder exists and is not one of ours, or cannot be written.
-        ModelError: a tensor without values, or a sparse one; a network that cannot be exported.
+        ModelError: a tensor without values, or a sparse one; a network that cannot be exported, or that
+            `from_pretrained` would not open.
     """
+    if pretrained is not None:
+        check_apart(Path(folder), pretrained)
     model = unwrap(model)
     state = {name: detach_dense(name, t) for name, t in named_tensors(model).items()}
     kept, tensors = extra_state(model)
@@ -98,8 +107,12 @@ def save(
         data = json.loads(_build_document(plan, extra))
         fill = functools.partial(_fill_, folder=Path(folder), data=data, plan=plan, state={**state, **tensors})
         extra |= describe_origin(original, find_source(model, original, plan, inputs, fill))
+    beside = None
+    if pretrained is not None:
+        extra["pretrained"] = type(model).__name__
+        beside = functools.partial(write_pretrained, model, inputs or Inputs(), pretrained.resolve(), ours=_OURS)
     card = build_card(extra, plan, words or Words())
-    _write(folder, {**state, **tensors}, files, plan, extra, card)
+    _write(folder, {**state, **tensors}, files, plan, extra, card, beside)
 
 
 def _write(
@@ -109,16 +122,46 @@ def _write(
     plan: Plan,
     extra: dict[str, Any],
     card: str,
+    beside: Callable[[Path], list[str]] | None,
 ) -> None:
-    with atomic_folder(folder, ours=is_ours, names=_OURS, yours=is_users_card) as target:
-        save_file(tensors, target / _WEIGHTS)
+    """
+    Args:
+        beside: writes more into the folder, and returns the names of it.
+    """
+    names = {*_OURS, *_list_beside(Path(folder))}
+    with atomic_folder(folder, ours=is_ours, names=names, yours=is_users_card) as target:
+        extra = {**extra, "beside": [] if beside is None else [n for n in beside(target) if n not in _OURS]}
+        extra["weights"], *rest = _write_weights(target, tensors)
         for name, content in files.items():
             (target / name).write_bytes(content)
-        digests = {name: digest_file(target / name) for name in (_WEIGHTS, *files)}
+        digests = {name: digest_file(target / name) for name in (extra["weights"], *rest, *files)}
+        extra["rest"] = rest
         (target / _PLAN).write_text(_build_document(plan, {**extra, KEY: digests}))
         (target / _RECIPE).write_text(plan.recipe.to_yaml())
         if not is_users_card(Path(folder) / CARD) or not os.path.lexists(Path(folder) / CARD):
             (target / CARD).write_text(card, encoding="utf-8")
+
+
+def _write_weights(target: Path, tensors: dict[str, Tensor]) -> list[str]:
+    """The files that hold the tensors together: those that `from_pretrained` reads are there already, if any are."""
+    there = read_tensors(target / _WEIGHTS) if (target / _WEIGHTS).exists() else {}
+    same = [name for name, t in there.items() if name in tensors and torch.equal(t, tensors[name])]
+    if there and len(same) == len(there):
+        rest = {name: tensor for name, tensor in tensors.items() if name not in there}
+        if rest:
+            save_file(rest, target / _REST)
+        return [_WEIGHTS, *([_REST] if rest else [])]
+    own = _REST if there else _WEIGHTS
+    save_file(tensors, target / own)
+    return [own]
+
+
+def _list_beside(folder: Path) -> list[str]:
+    """What an older folder of ours has in the format of Hugging Face, which goes with the network in it."""
+    if not is_ours(folder):
+        return []
+    found = read_document(folder).get("beside", [])
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def _describe(
@@ -127,8 +170,8 @@ def _describe(
     """What loading needs beside the plan and the tensors, and the sizes."""
     split = _ranks_before(model, plan)
     return {
-        "weights": _WEIGHTS,
         "training": model.training,
+        "from_pretrained": is_loadable(model),
         "repairs": [asdict(r) for r in repairs],
         **{name: asdict(size) for name, size in sizes.items()},
         "split_before": split,
@@ -221,9 +264,17 @@ def _fill_(
             for name, tensor in tensors.items():
                 put_data_(tensor, state[name].to(tensor.device))
                 tensor.grad = None
+            _fit_config_(network, data, plan)
             set_extra_state_(network, data.get("extra_state", {}), extra)
     except (AttributeError, RuntimeError, TypeError) as error:  # an attribute or a tensor that cannot be set
         raise ModelError(f"{folder}: {type(network).__name__} does not take its tensors: {error}.") from error
+
+
+def _fit_config_(network: nn.Module, data: Mapping[str, Any], plan: Plan) -> None:
+    """Of a network of transformers, as it was when it was saved."""
+    keep_config_(network, network)
+    if plan.sizes and fit_config_(network) is None and data.get("from_pretrained") is False and is_configured(network):
+        refuse_saving_(network, "no configuration was found that says what the tensors are")
 
 
 def _read_network(
@@ -231,9 +282,13 @@ def _read_network(
 ) -> tuple[dict[str, Any], dict[str, Tensor], bytes | None, dict[str, str]]:
     """plan.json, the tensors, the content of the program if it is wanted, and checksums of all."""
     data = read_document(folder)
-    path = _weights_path(folder, data)
+    path = _weights_path(folder, data.get("weights"))
     tensors, content = read_tensors(path), None
     digests = {path.name: digest_file(path), _PLAN: digest_document(data)}
+    for name in _names(data, "rest") or ():
+        rest = _weights_path(folder, name)
+        tensors |= read_tensors(rest)
+        digests[rest.name] = digest_file(rest)
     if program and (folder / PROGRAM).is_file():
         content = (folder / PROGRAM).read_bytes()
         digests[PROGRAM] = digest_bytes(content)
@@ -334,9 +389,8 @@ def read_document(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _weights_path(folder: Path, data: dict[str, Any]) -> Path:
-    """The weight file, which must lie in the folder itself."""
-    name = data.get("weights")
+def _weights_path(folder: Path, name: Any) -> Path:
+    """A weight file, which must lie in the folder itself."""
     if not isinstance(name, str):
         raise FolderError(f"{folder / _PLAN}: names no weight file; this is a plan alone, load it with Plan.")
     if PurePosixPath(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):

@@ -22,7 +22,7 @@ from intrafusion.errors import FolderError, ModelError
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.identity import Identity, describe_layers
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.provenance import Source, config_of, get_source
+from intrafusion.network.provenance import Source, configs_of, get_source
 from intrafusion.network.sources import SourceKind, find_timm, import_torchvision
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
@@ -154,8 +154,8 @@ def _candidates(model: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[Source
         yield from _find_timm_names(model, inputs)
     elif package == SourceKind.TORCHVISION:
         yield from _find_torchvision_names(model, plan)
-    elif (config := config_of(model)) is not None:
-        yield Source(SourceKind.HF, type(model).__name__, config)
+    else:
+        yield from (Source(SourceKind.HF, type(model).__name__, config) for config in configs_of(model))
 
 
 def _find_timm_names(model: nn.Module, inputs: Inputs) -> Iterator[Source]:

@@ -15,7 +15,7 @@ from torch import nn
 from intrafusion.errors import IntrafusionError, ModelError
 from intrafusion.network.sources import SourceKind, find_timm, find_torchvision, find_transformers, find_zoo
 
-_MARK = "_intrafusion_source"
+_MARK, _CONFIGS = "_intrafusion_source", "_intrafusion_configs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
 _TEXT = re.compile(r"[^/\\\0\n]{0,200}")  # no path, and no name of a repository on a hub
 _LARGEST = 2**31
@@ -138,8 +138,19 @@ def _check_config(source: Source, config: Mapping[str, Any]) -> None:
             )
 
 
-def config_of(model: nn.Module) -> dict[str, Any] | None:
-    """The configuration of a network of transformers, as `Source.args` has it."""
+def keep_config_(small: nn.Module, original: nn.Module) -> None:
+    """Have a smaller network of transformers remember the configurations it comes from, the oldest last (in place)."""
+    if (config := _read_config(original)) is not None:
+        vars(small)[_CONFIGS] = (config, *vars(original).get(_CONFIGS, ()))
+
+
+def configs_of(model: nn.Module) -> tuple[dict[str, Any], ...]:
+    """The configurations of a network of transformers that it or its originals have or had, as `Source.args`."""
+    config = _read_config(model)
+    return () if config is None else (config, *vars(model).get(_CONFIGS, ()))
+
+
+def _read_config(model: nn.Module) -> dict[str, Any] | None:
     if not type(model).__module__.startswith("transformers.models."):
         return None
     config: Any = getattr(model, "config", None)

@@ -61,6 +61,15 @@ def _list_class_attributes(kind: type) -> dict[str, Any]:
     }
 
 
+def list_numbers(holder: Any) -> dict[str, int]:
+    """Every whole number in a list, dict or config."""
+    return {
+        place: number
+        for key, item in _list_items(holder)
+        for place, number in _walk(key, item, lambda value: type(value) is int, frozenset(), _DEPTH).items()
+    }
+
+
 def _walk(place: str, value: Any, wanted: Callable[[Any], bool], above: frozenset[int], depth: int) -> dict[str, Any]:
     if wanted(value):
         return {place: value}
@@ -78,7 +87,8 @@ def _list_items(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, dict):
         yield from ((k, item) for k, item in value.items() if isinstance(k, str) and "." not in k)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name))
+        names = dict.fromkeys([*(f.name for f in dataclasses.fields(value)), *getattr(value, "__dict__", ())])
+        yield from ((name, getattr(value, name)) for name in names if "." not in name and hasattr(value, name))
     elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, _CLOSED):
         yield from ((k, item) for k, item in vars(value).items() if "." not in k)
 
@@ -87,6 +97,11 @@ def write_number_(module: nn.Module, place: str, value: Any) -> None:
     """Write to a place. Lists, dicts and configs on the way are copied first: others may hold them too."""
     name, *keys = place.split(".")
     setattr(module, name, _replace_at(getattr(module, name), keys, value) if keys else value)
+
+
+def with_number(holder: Any, place: str, value: Any) -> Any:
+    """A copy of a list, dict or config that has the value at a place."""
+    return _replace_at(holder, place.split("."), value)
 
 
 def _replace_at(holder: Any, keys: list[str], value: Any) -> Any:

@@ -1,0 +1,233 @@
+"""compress hf:FOLDER: a folder that from_pretrained opens, what is said before the work, and bad folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from torch import nn
+
+import intrafusion
+from intrafusion.cli.hugging_face import find_folder
+from intrafusion.network.sources import import_transformers
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers")
+
+Program = Callable[[str], Result]
+IDS = torch.arange(3, 13)[None] % 40
+CODE = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+open("ran.txt", "w").close()
+
+class MineConfig(PreTrainedConfig):
+    model_type = "mine"
+    def __init__(self, wide=12, vocab_size=40, **kwargs):
+        super().__init__(**kwargs)
+        self.wide, self.vocab_size = wide, vocab_size
+
+class MineModel(PreTrainedModel):
+    config_class = MineConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = torch.nn.Embedding(config.vocab_size, 8)
+        self.up = torch.nn.Linear(8, config.wide)
+        self.down = torch.nn.Linear(config.wide, 3)
+        self.post_init()
+    def forward(self, input_ids):
+        return self.down(self.up(self.words(input_ids)).relu())
+"""
+
+
+def make_bert(**sizes: Any) -> nn.Module:
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return transformers.BertModel(transformers.BertConfig(vocab_size=40, **{**common, **sizes})).eval()
+
+
+@pytest.fixture
+def bert(user_folder: Path) -> Path:
+    make_bert().save_pretrained("bert")
+    (user_folder / "bert" / "vocab.txt").write_text("a\nb\n")
+    return user_folder / "bert"
+
+
+def change_config(folder: Path, **entries: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def test_a_folder_becomes_a_smaller_folder(bert: Path, program: Program) -> None:
+    result = program("compress hf:bert --keep 0.5 --uniform --restore none -o small")
+    assert result.exit_code == 0, result.stderr
+    assert "intrafusion.load will be needed" not in result.stderr
+    *_, ours, theirs = result.stdout.splitlines()
+    outputs = []
+    for line in (ours, theirs.removeprefix("or: ")):
+        scope: dict[str, Any] = {}
+        exec(line, scope)
+        outputs.append(scope["model"].eval()(IDS)[0])
+    assert torch.equal(*outputs)
+    assert scope["model"].config.intermediate_size == 12
+    assert (bert.parent / "small" / "vocab.txt").read_text() == "a\nb\n"
+    data = json.loads(program("compress hf:bert --keep 0.5 --uniform --restore none -o small --json").stdout)
+    assert data["from_pretrained"] is True
+
+
+def test_what_will_need_intrafusion_is_said_before_the_work(bert: Path, program: Program) -> None:
+    result = program("compress hf:bert --keep 0.5 --restore none -o small")
+    assert result.exit_code == 0
+    said = result.stderr.splitlines()
+    note = next(i for i, line in enumerate(said) if "intrafusion.load will be needed, not from_pretrained" in line)
+    assert "no BertConfig gives these sizes: 16 -> 8" in said[note]
+    assert "--uniform makes sizes" in said[note]
+    assert note < next(i for i, line in enumerate(said) if "choosing channels" in line)
+    assert not (bert.parent / "small" / "config.json").exists()
+    assert "or: import transformers" not in result.stdout
+    found = intrafusion.load("small")
+    assert found.encoder.layer[0].attention.self.attention_head_size == 4
+
+
+def test_the_work_is_not_lost_where_from_pretrained_opens_another_network(
+    bert: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("intrafusion.io.pretrained.output_difference", lambda a, b: 0.5)
+    result = program("compress hf:bert --keep 0.5 --uniform --restore none -o small")
+    assert result.exit_code == 0, result.stderr
+    assert "note: intrafusion.load is needed: BertModel: from_pretrained opens" in result.stderr
+    assert not (bert.parent / "small" / "config.json").exists()
+    assert intrafusion.load("small").config.intermediate_size == 12
+
+
+def test_the_original_s_folder_is_no_place_for_the_result(bert: Path, program: Program) -> None:
+    before = {p.name: p.read_bytes() for p in bert.iterdir()}
+    for place in ("bert", "bert/small"):
+        result = program(f"compress hf:bert --keep 0.5 --uniform -o {place}")
+        assert result.exit_code == 2
+        assert "bert" in result.stderr
+    assert {p.name: p.read_bytes() for p in bert.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_half_precision_is_solved_in_single_and_written_as_it_came(bert: Path, program: Program, kind: str) -> None:
+    dtype = getattr(torch, kind)
+    make_bert().to(dtype).save_pretrained("bert")
+    result = program("compress hf:bert --keep 0.5 --uniform --restore noise -o small")
+    assert result.exit_code == 0, result.stderr
+    assert f"solved in float32 and written in {kind}, as it came" in result.stdout
+    found = make_bert().from_pretrained("small", dtype="auto")
+    assert {p.dtype for p in found.parameters()} == {dtype}
+    assert torch.equal(found.eval()(IDS)[0], intrafusion.load("small")(IDS)[0].to(dtype))
+
+
+def test_a_folder_of_sentence_transformers_in_parts(bert: Path, program: Program) -> None:
+    folder = bert.parent / "sentences"
+    folder.mkdir()
+    bert.rename(folder / "0_Transformer")
+    (folder / "modules.json").write_text(
+        '[{"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"}]'
+    )
+    result = program("compress hf:sentences --keep 0.5 --uniform --restore none -o small")
+    assert result.exit_code == 0, result.stderr
+    scope: dict[str, Any] = {}
+    exec(result.stdout.splitlines()[-1].removeprefix("or: "), scope)
+    assert scope["model"].config.intermediate_size == 12
+    assert (bert.parent / "small" / "modules.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "hf:bert: expected a folder with a config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "hf:bert: expected a folder with a config.json"),
+        (lambda folder: change_config(folder, num_hidden_layers=3), "there are no weights of encoder.layer.2."),
+        (lambda folder: change_config(folder, num_hidden_layers=1), "there are weights of encoder.layer.1."),
+        (lambda folder: change_config(folder, intermediate_size=20), "hf:bert: BertModel cannot be built"),
+        (lambda folder: change_config(folder, model_type="mine"), "hf:bert: expected a folder with a config.json"),
+        (lambda folder: change_config(folder, architectures=["Mine"]), "unknown architecture 'Mine'"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "hf:bert: BertModel cannot be built"),
+        (
+            lambda folder: change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+            "hf:bert: its weights are quantised, which cannot be solved anew",
+        ),
+    ],
+)
+def test_folders_that_are_damaged(bert: Path, program: Program, damage: Callable[[Path], Any], message: str) -> None:
+    damage(bert)
+    result = program("compress hf:bert --keep 0.5 --uniform --restore none -o small")
+    assert result.exit_code == 2, result.stdout
+    assert message in result.stderr
+    assert not (bert.parent / "small").exists()
+
+
+def test_a_missing_shard(bert: Path, program: Program) -> None:
+    (bert / "model.safetensors").unlink()
+    make_bert().save_pretrained("bert", max_shard_size="8KB")
+    shards = sorted(bert.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert program("compress hf:bert --keep 0.5 --uniform --restore none -o whole").exit_code == 0
+    shards[-1].unlink()
+    result = program("compress hf:bert --keep 0.5 --uniform --restore none -o small")
+    assert result.exit_code == 2
+    assert "hf:bert: BertModel cannot be built" in result.stderr
+    assert shards[-1].name in result.stderr
+
+
+def test_code_of_a_folder_runs_only_if_the_user_says_so(
+    user_folder: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(user_folder / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(user_folder / "modules"))
+    folder = user_folder / "mine"
+    folder.mkdir()
+    (folder / "modeling_mine.py").write_text(CODE)
+    code = {"AutoConfig": "modeling_mine.MineConfig", "AutoModel": "modeling_mine.MineModel"}
+    config = {"model_type": "mine", "architectures": ["MineModel"], "auto_map": code, "wide": 12}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused = program("compress hf:mine --keep 0.5 --uniform --restore none -o small --arg pretrained=false")
+    assert refused.exit_code == 2
+    assert not (user_folder / "ran.txt").exists()
+    line = "compress hf:mine --keep 0.5 --uniform --restore none -o small --arg trust_remote_code=true"
+    result = program(f"{line} --arg pretrained=false --input input_ids=1,10:int64")
+    assert result.exit_code == 0, result.stderr
+    assert (user_folder / "ran.txt").exists()
+    transformers = import_transformers()
+    found = transformers.AutoModel.from_pretrained("small", trust_remote_code=True)
+    assert found.config.wide == 6
+    assert tuple(found.up.weight.shape) == (6, 8)
+
+
+def test_a_name_on_the_hub_without_a_network(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = program("compress hf:nobody/nothing --keep 0.5 -o small")
+    assert result.exit_code == 2
+    assert (
+        "hf:nobody/nothing: expected a folder with a config.json, or the name of a model in the cache" in result.stderr
+    )
+    with pytest.raises(intrafusion.errors.ModelError, match="hf:nobody/nothing: cannot be fetched"):
+        find_folder("nobody/nothing")
+
+
+def test_parts_that_are_not_in_the_folder_are_told(bert: Path) -> None:
+    from intrafusion.cli.models import resolve
+    from intrafusion.errors import IntrafusionWarning
+
+    with pytest.warns(IntrafusionWarning, match=r"hf:bert:BertForMaskedLM has no weights of cls\..*these are random"):
+        resolve("hf:bert:BertForMaskedLM").build()
+
+
+def test_targets_that_uniform_sizes_miss_say_so(bert: Path, program: Program) -> None:
+    """Only the two MLPs can be said: a tenth of the parameters cannot be reached with them."""
+    result = program("compress hf:bert --target params=0.1 --uniform --restore none -o small")
+    assert result.exit_code == 0, result.stderr
+    assert "was asked for; the closest reachable here is" in " ".join(result.stdout.split())
+    assert "no number of the BertConfig sets these" in " ".join(result.stdout.split())
+    assert make_bert().from_pretrained("small").config.intermediate_size == 1
