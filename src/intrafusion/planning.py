@@ -16,6 +16,7 @@ from intrafusion.errors import ModelError, RecipeError, show
 from intrafusion.graph import ChannelGraph, ChannelGroup, describe_fixed
 from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
+from intrafusion.network.calibration_images import choose_inputs
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
@@ -44,6 +45,7 @@ def decide(
     example_inputs: ExampleInputs | None = None,
     *,
     calibration: Calibration | None = None,
+    inputs: ImagesLike | None = None,
     images: ImagesLike | None = None,
     progress: ShowProgress = None,
 ) -> Plan:
@@ -52,12 +54,12 @@ def decide(
     Args:
         example_inputs: only needed for a target in MACs or latency.
         calibration: what reducers that look at what is read of the channels, and targets, measure it on.
-        images: for criteria that need data.
+        inputs, images: for criteria that need data; one argument of two names, as in `compress`.
     Raises:
         ModelError: no group can be reduced; gives the most frequent reasons.
         BudgetError: sizes that are no sizes.
     """
-    model = unwrap(model)
+    model, given = unwrap(model), choose_inputs(inputs, images)
     check_graph(graph, model)
     unwanted = find_left_alone(graph, model, recipe.include, recipe.exclude)
     units = [g for g in graph.groups if g.is_channel]
@@ -66,16 +68,16 @@ def decide(
         raise ModelError(_nothing_to_reduce(units, unwanted))
     moments = calibration.moments_of(graph) if calibration is not None and recipe.needs_moments else {}
     weights = fold_weights(model, graph, groups)
-    seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
+    seen = observe_for(recipe.importance, model, graph, groups, given, seed=recipe.seed)
     scores = lambda g, w: _check_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
     if recipe.target is None:
         wanted = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
         missed = ()
     else:
-        inputs = require_inputs(example_inputs, recipe)
+        example = require_inputs(example_inputs, recipe)
         own = {g.name: scores(g, weights) for g in groups}
-        sensitivity = Sensitivity(model, graph, own, moments, calibration, inputs)
-        wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, inputs)
+        sensitivity = Sensitivity(model, graph, own, moments, calibration, example)
+        wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, example)
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
     maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments)

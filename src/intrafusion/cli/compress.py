@@ -85,6 +85,14 @@ def compress_command(
     include: Annotated[list[str] | None, _layer_option("Reduce only the channels of this layer")] = None,
     exclude: Annotated[list[str] | None, _layer_option("Leave the channels of this layer alone")] = None,
     seed: Seed = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="An output of the network that matters, by name or number; the others may change (repeatable). "
+            "All by default.",
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="recipe.yaml of an earlier run; options beside it count more."),
@@ -211,7 +219,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": _read_
 def _reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
-        graph = pipeline.inspect(network.model, network.inputs, progress=progress)
+        graph = pipeline.inspect(network.model, recipe.call_of(network.inputs), progress=progress)
         small = pipeline.follow(recipe, network.model, graph, network.inputs, images, progress=progress)
     return small, list(small.rolled_back)
 
