@@ -17,9 +17,10 @@ from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError, RecipeError, show, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, make_reusable
-from intrafusion.network.calibration_images import as_calls
-from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.calibration_images import as_calls, choose_inputs
+from intrafusion.network.inputs import ExampleInputs
 from intrafusion.network.tensors import named_tensors
+from intrafusion.network.texts import Tokenizer
 from intrafusion.network.wrappers import outside_inference
 from intrafusion.pipeline import inspect, make_workable, reduce_and_restore, wrap_result
 from intrafusion.plan import Decision, Plan
@@ -51,7 +52,9 @@ def compress_in_steps(
     steps: int = 4,
     train: Train | None = None,
     *,
+    inputs: ImagesLike | None = None,
     images: ImagesLike | None = None,
+    tokenizer: Tokenizer | None = None,
     progress: ShowProgress = None,
     **options: Any,
 ) -> Compressed:
@@ -67,7 +70,7 @@ def compress_in_steps(
         steps: at least 1.
         train: called with the smaller network after each step but the last; it trains it in place and must not change
             its shapes. Training what comes back is up to the caller.
-        images: as `compress`.
+        inputs, images, tokenizer: as `compress`.
         options: as `compress`, but for `target` and `inplace`.
     Returns:
         the smaller network, with one plan for the original network: merge M = M_k ... M_1, unmerge U = U_1 ... U_k. It
@@ -85,10 +88,10 @@ def compress_in_steps(
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
     recipe = Recipe.of(keep=keep, **options)
     recipe.refuse_foreign()
-    core, inputs = make_workable(model), Inputs.of(example_inputs)
-    calls = as_calls(make_reusable(images), core, inputs)
+    core, example = make_workable(model), recipe.call_of(example_inputs)
+    calls = as_calls(make_reusable(choose_inputs(inputs, images)), core, example, tokenizer)
     split = split_images(calls, core, recipe)
-    graph = inspect(core, inputs)
+    graph = inspect(core, example)
     graph = tie_by_config(graph, core) if recipe.uniform else graph
     fractions = _schedule(graph, list_sizes(core, graph, recipe), steps)
     done: list[Compressed] = []
@@ -96,7 +99,7 @@ def compress_in_steps(
     for index, fraction in enumerate(fractions):
         step = replace(recipe, keep=fraction, round_to=None)
         with prefix_stages(f"step {index + 1} of {steps}"):
-            small = reduce_and_restore(step, present, graph, inputs, split)
+            small = reduce_and_restore(step, present, graph, example, split, tokenizer=tokenizer)
         if train is not None and index + 1 < steps:
             _train_between_(small.model, train)
         graph, present = _shrunken_graph(small, graph), small.model

@@ -17,12 +17,13 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.names import name_some
 from intrafusion.network.batches import ImagesLike, make_reusable
-from intrafusion.network.calibration_images import as_calls
+from intrafusion.network.calibration_images import as_calls, choose_inputs
 from intrafusion.network.held_out import Split
 from intrafusion.network.identity import identify
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.provenance import keep_config_
 from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.texts import Tokenizer
 from intrafusion.network.wrappers import (
     check_inplace,
     holds_inference_tensors,
@@ -80,7 +81,9 @@ def compress(
     reducer: str | Mapping[str, Any] | Reducer = "pivot",
     importance: Any = "l1",
     restore: Any = "auto",
+    inputs: ImagesLike | None = None,
     images: ImagesLike | None = None,
+    tokenizer: Tokenizer | None = None,
     round_to: int | None = None,
     min_channels: int = 1,
     include: Any = None,
@@ -88,10 +91,11 @@ def compress(
     order: str = "joint",
     seed: Seed = 0,
     uniform: bool = False,
+    outputs: Any = None,
     inplace: bool = False,
     progress: ShowProgress = None,
 ) -> Compressed:
-    """Make a trained network smaller, without training, and without data unless `images` are given.
+    """Make a trained network smaller, without training, and without data unless `inputs` are given.
 
     Args:
         model: any eager PyTorch network, also in DataParallel or `torch.compile`, in which it comes back; not modified
@@ -108,9 +112,13 @@ def compress(
             timed step), "images" (least squares on those given), "synthetic" (on images made from the network,
             minutes), "noise" (without data, in seconds), None, a restorer or its name, or several in order; see
             `intrafusion.restore`.
-        images: a few hundred unlabelled images as the network takes them: a tensor or array, or any iterable of such,
-            of tuples (as many arguments as the example inputs have, then labels) or of dicts (entries that forward does
-            not take are left out), such as a DataLoader. One in five, at most 64, is kept to measure the result on.
+        inputs: a few hundred unlabelled images, or a hundred texts, as the network takes them: a tensor or array, or
+            any iterable of such, of tuples (as many arguments as the example inputs have, then labels) or of dicts
+            (entries that forward does not take are left out), such as a DataLoader; or texts, with a `tokenizer`. What
+            an `attention_mask` leaves out counts nowhere. One in five, at most 64, is kept to measure the result on.
+        images: another name of `inputs`, here and wherever inputs are an argument.
+        tokenizer: of a language model, for inputs that are texts; without inputs, for sentences of its words. As those
+            of transformers: tokenizer(texts, padding=True, return_tensors="pt", ...) gives a dict of tensors.
         round_to: make every size a multiple of this (the nearest, never below it).
         min_channels: no group becomes smaller than this.
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
@@ -122,6 +130,8 @@ def compress(
         uniform: of a network of transformers, only sizes that its configuration can say, so that `from_pretrained`
             opens what `save_pretrained` writes: groups that one number there sets become one size, and groups that none
             sets alone are left alone.
+        outputs: names or indices of those outputs that matter, such as "logits", where a network returns more that
+            nobody wants (hidden states, caches); the others may change their values and shapes. None: all matter.
         inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
             remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
         progress: None: a bar in a terminal or a notebook, once the work lasts, else lines of `logging`; False: nothing;
@@ -139,10 +149,11 @@ def compress(
     """
     said = locals()
     recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
+    given = choose_inputs(inputs, images)
     core = make_workable(model, inplace=inplace)
-    inputs = Inputs.of(example_inputs)
-    graph = inspect(core, inputs)
-    small = follow(recipe, core, graph, inputs, images)
+    example = recipe.call_of(example_inputs)
+    graph = inspect(core, example)
+    small = follow(recipe, core, graph, example, given, tokenizer=tokenizer)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)
 
 
@@ -175,18 +186,20 @@ def follow(
     images: ImagesLike | None = None,
     *,
     calibration: Calibration | None = None,
+    tokenizer: Tokenizer | None = None,
     progress: ShowProgress = None,
 ) -> Compressed:
     """Do what a recipe says to a network that was inspected before: decide, apply, restore.
 
     Args:
         calibration: instead of the one that the recipe would make, for several recipes on one network.
+        tokenizer: as `compress`.
     """
     recipe.refuse_foreign()
-    model, inputs = make_workable(model), Inputs.of(example_inputs)
-    calls = as_calls(make_reusable(images), model, inputs)
+    model, inputs = make_workable(model), recipe.call_of(example_inputs)
+    calls = as_calls(make_reusable(images), model, inputs, tokenizer)
     split = Split(calls) if calibration is not None else split_images(calls, model, recipe)
-    small = reduce_and_restore(recipe, model, graph, inputs, split, calibration=calibration)
+    small = reduce_and_restore(recipe, model, graph, inputs, split, calibration=calibration, tokenizer=tokenizer)
     small = replace(small, notes=(*small.notes, *(calls.warn() if calls is not None else ())))
     return add_comparison(small, model, split, find_held_out(small.restored))
 
@@ -215,10 +228,11 @@ def reduce_and_restore(
     images: Split,
     *,
     calibration: Calibration | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Compressed:
     """The same with images that were split before, and no comparison of the two networks."""
     graph = tie_by_config(graph, model) if recipe.uniform else graph
-    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen)
+    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen, tokenizer)
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
     small = apply(model, plan, inputs, graph=graph)
     yardstick = find_yardstick(images, model)
@@ -283,6 +297,13 @@ def _tell_of_config(why: str) -> str:
     return f"intrafusion.load is needed, not from_pretrained: {why}; uniform=True makes sizes that a configuration says"
 
 
+def _tell_of_outputs(recipe: Recipe) -> tuple[str, ...]:
+    if recipe.outputs is None:
+        return ()
+    named = name_some([str(name) for name in recipe.outputs])
+    return (f"of the network's outputs only {named} was kept; the others may have other values and shapes.",)
+
+
 def _check_written(small: nn.Module, model: nn.Module) -> None:
     """
     Raises:
@@ -342,7 +363,7 @@ def apply(
         PlanError: the plan was made for another network.
         ModelError: the network does not run on the example inputs.
     """
-    core, inputs = make_workable(model, inplace=inplace), Inputs.of(example_inputs)
+    core, inputs = make_workable(model, inplace=inplace), plan.recipe.call_of(example_inputs)
     if graph is None:
         plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(core).items() if t.is_floating_point()})
         graph = inspect(core, inputs)
@@ -362,7 +383,11 @@ def apply(
         *(surgery.model, plan, before, after, inputs, surgery.repairs),
         rolled_back=surgery.rolled_back,
         original=identify(core),
-        notes=(*_tell_of_numbers(surgery.numbers), *([_tell_of_config(unsaid)] if unsaid else [])),
+        notes=(
+            *_tell_of_numbers(surgery.numbers),
+            *_tell_of_outputs(plan.recipe),
+            *([_tell_of_config(unsaid)] if unsaid else []),
+        ),
     )
     report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)

@@ -18,7 +18,7 @@ from intrafusion.errors import ModelError, RecipeError, show
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role, describe_fixed, families_of
 from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
-from intrafusion.network.calibration_images import warn_caller
+from intrafusion.network.calibration_images import choose_inputs, warn_caller
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
@@ -55,6 +55,7 @@ def decide(
     example_inputs: ExampleInputs | None = None,
     *,
     calibration: Calibration | None = None,
+    inputs: ImagesLike | None = None,
     images: ImagesLike | None = None,
     progress: ShowProgress = None,
 ) -> Plan:
@@ -64,12 +65,12 @@ def decide(
         example_inputs: only needed for a target in MACs or latency.
         calibration: what reducers that look at what is read of the channels, and targets, measure it on, see
             `intrafusion.restore.calibrate`; None: "pivot" only selects.
-        images: for criteria that need data.
+        inputs, images: for criteria that need data; one argument of two names, as in `compress`.
     Raises:
         ModelError: no group can be reduced; gives the most frequent reasons.
         BudgetError: sizes that are no sizes.
     """
-    model = unwrap(model)
+    model, given = unwrap(model), choose_inputs(inputs, images)
     check_graph(graph, model)
     graph = tie_by_config(graph, model) if recipe.uniform else graph
     unwanted = _find_unwanted(graph, model, recipe)
@@ -81,17 +82,17 @@ def decide(
     if moments and calibration is not None and (blocks := [g for g in groups if not g.is_channel]):
         moments = {**moments, **calibration.moments_of(flatten_blocks(graph, blocks))}
     weights = fold_weights(model, graph, groups)
-    seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
+    seen = observe_for(recipe.importance, model, graph, groups, given, seed=recipe.seed)
     scores = lambda g, w: _check_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
     if recipe.target is None:
         wanted = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
         missed = ()
     else:
-        inputs = require_inputs(example_inputs, recipe)
+        example = require_inputs(example_inputs, recipe)
         own = {g.name: scores(g, weights) for g in groups}
         rotates = ReducerTraits.of(recipe.reducer).rotates
-        sensitivity = Sensitivity(model, graph, own, moments, calibration, inputs, rotates=rotates)
-        wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, inputs)
+        sensitivity = Sensitivity(model, graph, own, moments, calibration, example, rotates=rotates)
+        wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, example)
         for note in filter(is_miss, missed):
             warn_caller(note)
     wanted, rounded = round_sizes(wanted, graph, recipe.round_to) if recipe.uniform else (wanted, ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.documents import parse_yaml
 from intrafusion.errors import RecipeError, show, unknown_name
 from intrafusion.importance import Importance
+from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.reduce import Reducer, ReducerTraits
 from intrafusion.registry import Foreign, registry_of
 from intrafusion.selectors import Selector, as_selectors
@@ -54,6 +55,7 @@ class Recipe:
         seed: for whatever draws random numbers.
         uniform: only sizes that the configuration of a network of transformers can say, so that `from_pretrained`
             opens what `save_pretrained` writes: what one number there sets becomes one size.
+        outputs: names or indices of those outputs of the network that matter; None: all.
     """
 
     keep: Keep = 0.7
@@ -68,6 +70,7 @@ class Recipe:
     order: str = "joint"
     seed: Seed = 0
     uniform: bool = False
+    outputs: tuple[str | int, ...] | None = None
 
     __repr__ = show_briefly
 
@@ -91,6 +94,11 @@ class Recipe:
     def needs_moments(self) -> bool:
         """Whether sizes or channels are chosen by what is read of the channels."""
         return self.target is not None or ReducerTraits.of(self.reducer).needs_moments
+
+    def call_of(self, example_inputs: ExampleInputs) -> Inputs:
+        """The example inputs as a call, of which the outputs that matter are looked at."""
+        example = Inputs.of(example_inputs)
+        return example if self.outputs is None else replace(example, outputs=self.outputs)
 
     def refuse_foreign(self) -> None:
         """Raise RecipeError if a method was only named where this was read back, see `Foreign`."""
@@ -173,6 +181,19 @@ def _steps(restore: Any) -> tuple[Any, ...]:
     return found
 
 
+def _outputs(value: Any) -> tuple[str | int, ...] | None:
+    """One or several names or indices."""
+    if value is None:
+        return None
+    listed = list(value) if isinstance(value, (list, tuple)) else [value]
+    names = tuple(int(item) if isinstance(item, str) and item.isdigit() else plain(item) for item in listed)
+    if not names or not all(isinstance(n, str) or type(n) is int for n in names):
+        raise RecipeError(
+            f"outputs: expected names or indices of what the network returns, got {show(value)}; such as 'logits' or 0."
+        )
+    return names
+
+
 def _check_levels(levels: tuple[str, ...]) -> None:
     words = registry_of("restorer").words
     if len(levels) > 1:
@@ -196,6 +217,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "restore": _steps,
     "include": as_selectors,
     "exclude": as_selectors,
+    "outputs": _outputs,
 }
 """Options that are more than a number or a name: what is made of what a caller says."""
 
@@ -208,6 +230,8 @@ def _to_text(name: str, value: Any) -> Any:
         return [registry_of("restorer").to_data(step) for step in value]
     if name in ("include", "exclude"):
         return None if value is None else [str(selector) for selector in value]
+    if name == "outputs":
+        return None if value is None else list(value)
     return dict(value) if isinstance(value, Mapping) else value
 
 

@@ -80,7 +80,7 @@ def test_precision_follows_the_network_but_integers_stay() -> None:
     [
         ([], "at least one batch, got none"),
         (3, "got 3"),
-        (["a"], "got 'a'"),
+        (["a"], "expected tensors, got text 'a'; pass what tokenizer"),
         ([torch.zeros(1, 3), torch.zeros(1, 4)], r"one shape, got \[\(3,\), \(4,\)\]"),
         ([{"x": IMAGES}, IMAGES], "same arguments in every batch"),
     ],

@@ -13,8 +13,9 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
 from intrafusion.measure.drift import output_error
-from intrafusion.network.batches import cast_like, take_images
+from intrafusion.network.batches import cast_like, double_first, take_images
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
 from intrafusion.reduce.pivot import least_squares_map, pick_channels
 from intrafusion.reduce.principal import list_losses, principal_map
@@ -134,5 +135,8 @@ def _measure_cut_error(
 
 
 def _run_floats(model: nn.Module, images: Inputs) -> list[Tensor]:
+    """What counts of the floating outputs; rows of padded tokens do not."""
+    call = double_first(images)
     with preserve_state(model):
-        return [t for t in cast_like(images, model).call(model) if t.is_floating_point()]
+        found = [t for t in cast_like(call, model).call(model) if t.is_floating_point()]
+    return select_counted(found, call.weights)

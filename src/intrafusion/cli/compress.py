@@ -107,6 +107,14 @@ def compress_command(
             "opens the folder.",
         ),
     ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="An output of the network that matters, by name or number; the others may change (repeatable). "
+            "All by default.",
+        ),
+    ] = None,
     program: KeepProgram = False,
     trust_program: TrustProgram = False,
     recipe: Annotated[
@@ -248,7 +256,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": _read_
 def _reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
-        graph = pipeline.inspect(network.model, network.inputs, progress=progress)
+        graph = pipeline.inspect(network.model, recipe.call_of(network.inputs), progress=progress)
         if network.folder and (why := pipeline.explain_unsaid(recipe, network.model, graph)):
             messages.print(
                 f"note: intrafusion.load will be needed, not from_pretrained: {why}; --uniform makes sizes that a "

@@ -23,6 +23,7 @@ from intrafusion.fusion.variance import find_lengths, strengthen
 from intrafusion.graph import ChannelGraph, Role
 from intrafusion.measure.size import size_of
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
+from intrafusion.network.calibration_images import choose_inputs
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import unwrap
@@ -103,6 +104,7 @@ def fuse(
     example_inputs: ExampleInputs,
     *,
     using: str = "weights",
+    inputs: ImagesLike | None = None,
     images: ImagesLike | None = None,
     weights: Sequence[float] | None = None,
     anchor: int = 0,
@@ -123,8 +125,8 @@ def fuse(
     Args:
         models: at least two; none is modified.
         example_inputs: of one forward call, as for `compress`.
-        using: what channels are compared by: "weights", or "activations" on `images` (about 200 are enough).
-        images: unlabelled, as the networks take them.
+        using: what channels are compared by: "weights", or "activations" on `inputs` (about 200 are enough).
+        inputs, images: unlabelled, as the networks take them; one argument of two names, as in `compress`.
         weights: what each network counts in the average; equal if None.
         anchor: index of the network whose channels and widths the result has.
         keep: below 1, the result is narrower than the anchor: all networks, the anchor too, are moved onto the
@@ -143,23 +145,24 @@ def fuse(
     Reference: Singh and Jaggi 2020, Algorithm 1 (fusion); a residual stream has one coupling (Theus et al. 2024).
     """
     wanted = Recipe.of(keep=keep, seed=seed, **{"reducer": "select", **recipe})
-    shares = _find_shares(models, using, images, weights, anchor)
+    given = choose_inputs(inputs, images)
+    shares = _find_shares(models, using, given, weights, anchor)
     restorer = None if restore is None else restorers.get_restorer(restore)
-    inputs, calibration = Inputs.of(example_inputs), None if images is None else join_batches(read_batches(images))
+    example, calibration = Inputs.of(example_inputs), None if given is None else join_batches(read_batches(given))
     models = [unwrap(model) for model in models]
     graphs = []
     for index, model in enumerate(models):
         with prefix_stages(f"network {index + 1} of {len(models)}"):
-            graphs.append(inspect(model, inputs))
+            graphs.append(inspect(model, example))
     names = [f"network {index}" for index in range(len(models))]
     plan = decide(models[anchor], graphs[anchor], wanted)
     if wanted.keep == 1.0:  # nothing was to become smaller: no reason to note that nothing does
         plan = replace(plan, warnings=graphs[anchor].warnings)
     for graph, name in zip(graphs, names, strict=True):
         match_groups(graph, graphs[anchor], name)
-    base = apply(models[anchor], plan, inputs, graph=graphs[anchor])
+    base = apply(models[anchor], plan, example, graph=graphs[anchor])
     narrowed = bool(base.plan.sizes)
-    target = inspect(base.model, inputs) if narrowed else graphs[anchor]
+    target = inspect(base.model, example) if narrowed else graphs[anchor]
     by_outputs = calibration if using == "activations" else None
     onto = _fold_network(base.model, target, by_outputs, seed)
     mean = _WeightedMean(onto, base.model)
@@ -174,11 +177,11 @@ def fuse(
     fused = copy_model(base.model)
     write_weights_(fused, mean.finish(rescale=rescale))
     found = {f.name: getattr(base, f.name) for f in fields(Compressed)}
-    found |= {"model": fused, "after": size_of(fused, inputs)}
+    found |= {"model": fused, "after": size_of(fused, example)}
     result = Fused(**found, alignments=tuple(alignments), weights=tuple(shares), anchor=anchor)
     report("aligning networks", len(models), len(models))
     if restorer is not None:
-        restorer(result, models[anchor], graphs[anchor], images)
+        restorer(result, models[anchor], graphs[anchor], given)
     return result
 
 

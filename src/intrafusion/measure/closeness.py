@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
 from intrafusion.measure.drift import output_error
-from intrafusion.network.batches import cast_like, count_images
+from intrafusion.network.batches import cast_like, count_images, double_first
 from intrafusion.network.inputs import Inputs, output_tensors
+from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
 
 
@@ -39,7 +40,7 @@ class Closeness:
 
 @dataclass(frozen=True, eq=False)
 class Yardstick:
-    """Inputs, and what the original network gives on them.
+    """Inputs, and what the original network gives on them; rows of padded tokens do not count.
 
     Attributes:
         original: the original network, as it is to be seen on these inputs.
@@ -72,10 +73,12 @@ class Yardstick:
         return Closeness(output_error(found, expected), agreement)
 
     def _run(self, model: nn.Module) -> tuple[list[Tensor], Tensor | None]:
+        call = double_first(self.inputs)
         with preserve_state(model):
-            output = cast_like(self.inputs, model).run(model)
+            output = cast_like(call, model).run(model)
         tensors = [t.detach() for t in output_tensors(output)]
-        return tensors, find_scores(output, tensors)
+        scores, counted = find_scores(output, tensors), select_counted(tensors, call.weights)
+        return counted, None if scores is None else scores[: count_images(self.inputs)]
 
     def __str__(self) -> str:
         return f"{count_images(self.inputs)} {self.kind}"

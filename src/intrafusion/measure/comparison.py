@@ -68,7 +68,9 @@ class HeldOut:
         if not self.unseen:
             return f"on the {self.on} that it was solved on"
         count, _, kind = self.on.partition(" ")
-        return f"on {count} unseen images" if kind == "images" else f"on {self.on}, not used by the solver,"
+        return (
+            f"on {count} unseen {kind}" if kind in ("images", "sequences") else f"on {self.on}, not used by the solver,"
+        )
 
     def _how_far(self) -> str:
         before = f" ({_percent(self.before.error)} before restoring)" if self.before else ""

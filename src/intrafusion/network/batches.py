@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from intrafusion.arguments import check_by
 from intrafusion.errors import IntrafusionError, ModelError, RecipeError, show
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.row_weights import RowWeights, find_weights
 
 ImagesLike = Tensor | np.ndarray | Mapping[str, Any] | Inputs | Iterable[Any]
 """A batch of images (n, ...), a dict of keyword arguments, or any iterable of batches, such as a DataLoader.
@@ -112,7 +113,7 @@ def as_call(batch: Any, source: str = "images") -> Inputs:
     for tensor in call.tensors():
         if tensor.is_meta:
             raise ModelError(f"{source}: expected tensors with values, got {show(tensor)} on meta; load them first.")
-    return call
+    return call if call.weights is not None else replace(call, weights=find_weights(call.kwargs or {}, source))
 
 
 def _as_call(batch: Any, source: str) -> Inputs:
@@ -122,6 +123,11 @@ def _as_call(batch: Any, source: str) -> Inputs:
         return replace(batch, source=source) if batch.source == Inputs.source else batch
     if isinstance(batch, (Tensor, Mapping, np.ndarray)):
         return replace(Inputs.of(_tensors(batch, source)), source=source)
+    if isinstance(batch, str) or (isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], str)):
+        raise ModelError(
+            f"{source}: expected tensors, got text {show(batch)}; pass what tokenizer(texts, padding=True, "
+            "truncation=True, return_tensors='pt') gives, or a tokenizer= where that is an argument."
+        )
     raise ModelError(
         f"{source}: expected batches that are a tensor, a dict, or a tuple that starts with one, "
         f"got {show(batch)}; unpack what is around it."
@@ -152,13 +158,28 @@ def join_batches(calls: list[Inputs]) -> Inputs:
         raise ModelError("images: expected the same arguments in every batch, got different ones.")
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     args, kwargs = tree_unflatten([_concatenate_column(column) for column in columns], form)
-    return Inputs(args, kwargs, calls[0].source if len(calls) == 1 else "images")
+    source = calls[0].source if len(calls) == 1 else "images"
+    return replace(calls[0], args=args, kwargs=kwargs, source=source, labels=None, weights=_join_weights(calls))
+
+
+def _join_weights(calls: list[Inputs]) -> RowWeights | None:
+    parts = [call.weights for call in calls if call.weights is not None]
+    if len(parts) < len(calls):
+        return None
+    tables = tuple(map(torch.cat, zip(*(weights.tables for weights in parts), strict=True)))
+    return RowWeights(tables, set[str]().union(*(w.lost for w in parts))) if len(parts) > 1 else parts[0]
 
 
 def _concatenate_column(column: tuple[Any, ...]) -> Any:
     if not isinstance(column[0], Tensor) or column[0].dim() == 0 or len(column) == 1:
         return column[0]
     shapes = sorted({tuple(t.shape[1:]) for t in column})
+    if len(shapes) > 1 and not column[0].is_floating_point():
+        raise ModelError(
+            f"images: expected sequences of one length in all batches, got {shapes[:3]}; pad them together: "
+            "tokenizer(texts, padding='max_length', max_length=..., return_tensors='pt'), whose attention_mask says "
+            "what does not count."
+        )
     if len(shapes) > 1:
         raise ModelError(f"images: expected batches of one shape, got {shapes[:3]}; resize, crop or pad them first.")
     return torch.cat(column)
@@ -217,6 +238,12 @@ def count_images(call: Inputs) -> int:
     return len(tensors[0]) if tensors else 1
 
 
+def name_inputs(call: Inputs) -> str:
+    """What a batch is of, in the plural."""
+    first = next((t for t in call.tensors() if t.dim()), None)
+    return "sequences" if first is not None and first.dtype in (torch.int32, torch.int64) else "images"
+
+
 def take_images(call: Inputs, start: int, stop: int) -> Inputs:
     total = count_images(call)
 
@@ -224,4 +251,25 @@ def take_images(call: Inputs, start: int, stop: int) -> Inputs:
         batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == total
         return value[start:stop] if batched else value
 
-    return replace(call, args=tree_map(cut, call.args), kwargs=tree_map(cut, call.kwargs), labels=None)
+    weights = None if call.weights is None else call.weights.map(lambda table: table[start:stop])
+    return replace(call, args=tree_map(cut, call.args), kwargs=tree_map(cut, call.kwargs), labels=None, weights=weights)
+
+
+def double_first(call: Inputs) -> Inputs:
+    """A call whose rows count differently, with its first sample once more at the end, without weight.
+
+    By that it is seen in which order rows lie; see `row_weights`. Twice where samples were as many as positions then.
+    """
+    weights = call.weights
+    if weights is None or not weights.tables or weights.doubled:
+        return call
+    total = count_images(call)
+    count = next(k for k in (1, 2, 3) if all(table.shape[1] != total + k for table in weights.tables))
+
+    def extend(value: Any) -> Any:
+        batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == total
+        return torch.cat([value, *[value[:1]] * count]) if batched else value
+
+    tables = tuple(torch.cat([t, t.new_zeros(count, t.shape[1])]) for t in weights.tables)
+    extended = replace(weights, tables=tables, doubled=count)
+    return replace(call, args=tree_map(extend, call.args), kwargs=tree_map(extend, call.kwargs), weights=extended)

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
-from intrafusion.errors import IntrafusionWarning, ModelError
-from intrafusion.network.batches import ImagesLike, as_call, count_images, read_labelled
+from intrafusion.errors import ArgumentError, IntrafusionWarning, ModelError
+from intrafusion.names import name_some
+from intrafusion.network.batches import ImagesLike, as_call, count_images, make_reusable, read_labelled
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.row_weights import find_weights
+from intrafusion.network.texts import Tokenizer, is_text, list_texts, tokenize
+from intrafusion.network.token_limits import TokenLimits, find_token_limits
 
 _FEW = 32  # images, below which a layer is solved for the images themselves rather than for what they stand for
 _SAMPLE = 64  # images that are looked at
@@ -29,15 +33,23 @@ class Calls:
         given: the images as they came.
         like: the example inputs, which say how many arguments a call has, and of which kind.
         forward: names of the arguments that the network takes; None for any.
+        names: of positional arguments, in order.
+        limits: which tokens the network takes.
+        tokenizer: for texts.
         notes: what the user should know, once all batches were read.
         sample: the first of the batches that were read, with a few dozen images.
+        lost: where rows of padded tokens could not be told from others, once the calls were used.
     """
 
     given: ImagesLike
     like: Inputs
     forward: tuple[str, ...] | None
+    names: tuple[str, ...] = ()
+    limits: TokenLimits = field(default_factory=TokenLimits)
+    tokenizer: Tokenizer | None = None
     notes: dict[str, str] = field(default_factory=dict)
     sample: list[Inputs] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)
     _warned: set[str] = field(default_factory=set)
 
     __repr__ = show_briefly
@@ -49,7 +61,7 @@ class Calls:
             if total < _SAMPLE and sum(map(count_images, self.sample)) <= total:
                 self.sample.append(call)
             total += count_images(call)
-            yield call
+            yield self._weighed(call)
         if total < _FEW:
             self.notes["few"] = (
                 f"images: {total} are few for solving layers on them; give a few hundred, or restore='synthetic'"
@@ -57,11 +69,36 @@ class Calls:
 
     def warn(self) -> tuple[str, ...]:
         """All notes, after a warning of each that was not warned of before."""
-        warn_of({k: note for k, note in self.notes.items() if note not in self._warned})
-        self._warned.update(self.notes.values())
-        return tuple(self.notes.values())
+        warn_of({k: note for k, note in self._said.items() if note not in self._warned})
+        self._warned.update(self._said.values())
+        return tuple(self._said.values())
+
+    @property
+    def _said(self) -> dict[str, str]:
+        """The notes, and where padding was not told from the rest."""
+        if not self.lost:
+            return self.notes
+        lost = (
+            f"the mask of the inputs could not be told from the shape of what {len(self.lost)} places read or give, "
+            f"where all rows count, padded ones too: {name_some(sorted(self.lost))}"
+        )
+        return {**self.notes, "lost": lost}
+
+    def _weighed(self, call: Inputs) -> Inputs:
+        """With what its masks say, positional ones too; outputs that matter are those of the example."""
+        self.limits.check(call)
+        named = {**dict(zip(self.names, call.args, strict=False)), **(call.kwargs or {})}
+        weights = find_weights(named, call.source)
+        if weights is not None:
+            self.lost |= weights.lost
+            weights = replace(weights, lost=self.lost)
+        return replace(call, weights=weights, outputs=self.like.outputs)
 
     def _opened(self) -> Any:
+        self.given = make_reusable(self.given)
+        if isinstance(self.given, (list, tuple)) and is_text(self.given):
+            texts = list_texts(self.given)
+            return [self._named(tokenize(texts, self.tokenizer, self.limits.longest), "inputs")]
         if isinstance(self.given, (Tensor, np.ndarray, Mapping, Inputs)):
             return [self._call(self.given, "images")]
         if hasattr(self.given, "images") or isinstance(self.given, (str, bytes)) or not hasattr(self.given, "__iter__"):
@@ -90,6 +127,12 @@ class Calls:
 
     def _named(self, batch: Mapping[str, Any], source: str) -> Inputs:
         """Entries that forward does not take (a label, a path) are left out."""
+        lists = [str(name) for name, value in batch.items() if isinstance(value, list)]
+        if lists and not any(isinstance(value, (Tensor, np.ndarray)) for value in batch.values()):
+            raise ModelError(
+                f"{source}: expected tensors in a dict, got lists in {name_some(lists)}; pass what "
+                "tokenizer(texts, padding=True, truncation=True, return_tensors='pt') gives."
+            )
         labels = next((t for k in ("labels", "label") if isinstance(t := batch.get(k), Tensor)), None)
         taken = {k: v for k, v in batch.items() if self.forward is None or k in self.forward}
         missing = [
@@ -137,11 +180,39 @@ class Calls:
         return t.to(like.dtype)
 
 
-def as_calls(images: ImagesLike | None, model: nn.Module, like: Inputs) -> Calls | None:
-    """The images as calls of a network."""
+def as_calls(
+    images: ImagesLike | None, model: nn.Module, like: Inputs, tokenizer: Tokenizer | None = None
+) -> Calls | None:
+    """The images as calls of a network.
+
+    Args:
+        tokenizer: for texts; see `texts`.
+    """
     if images is None or isinstance(images, Calls):
         return images
-    return Calls(images, like, _arguments(model))
+    limits = find_token_limits(model, like)
+    return Calls(images, like, _arguments(model), _list_positional(model), limits, tokenizer)
+
+
+def choose_inputs(inputs: ImagesLike | None, images: ImagesLike | None) -> ImagesLike | None:
+    """What was given by either name of the same argument.
+
+    Raises:
+        ArgumentError: both were.
+    """
+    if inputs is not None and images is not None:
+        raise ArgumentError(
+            "inputs: expected inputs= or images=, which are two names of one argument, got both; leave one out."
+        )
+    return images if inputs is None else inputs
+
+
+def _list_positional(model: nn.Module) -> tuple[str, ...]:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def _arguments(model: nn.Module) -> tuple[str, ...] | None:

@@ -89,7 +89,9 @@ def pick_images(call: Inputs, places: Tensor) -> Inputs:
         return value[places.to(value.device)] if batched and isinstance(value, Tensor) else value
 
     labels = None if call.labels is None else call.labels[places.to(call.labels.device)]
-    return replace(call, args=tree_map(pick, call.args), kwargs=tree_map(pick, call.kwargs), labels=labels)
+    weights = None if call.weights is None else call.weights.map(lambda table: table[places.to(table.device)])
+    parts = tree_map(pick, call.args), tree_map(pick, call.kwargs)
+    return replace(call, args=parts[0], kwargs=parts[1], labels=labels, weights=weights)
 
 
 def _part(call: Inputs, apart: Tensor) -> tuple[Inputs | None, Inputs | None]:
@@ -115,11 +117,13 @@ def _is_row_by_row(model: nn.Module, images: Inputs) -> bool:
             part = cast_like(pick_images(images, some), model).call(model)
     except ModelError:
         return False
-    return len(whole) == len(part) and all(_is_picked(a, b, some, count) for a, b in zip(whole, part, strict=True))
+    whole, part = ([t for t in found if t.dim()] for found in (whole, part))  # a loss has no rows
+    alike = all(_is_picked(a, b, some, count) for a, b in zip(whole, part, strict=False))
+    return 0 < len(whole) == len(part) and alike
 
 
 def _is_picked(whole: Tensor, part: Tensor, places: Tensor, count: int) -> bool:
-    if whole.dim() == 0 or len(whole) != count or part.shape != (len(places), *whole.shape[1:]):
+    if len(whole) != count or part.shape != (len(places), *whole.shape[1:]):
         return False
     wanted = whole[places.to(whole.device)]
     if not (wanted.is_floating_point() or wanted.is_complex()):

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from intrafusion.arguments import check_by, checked
 from intrafusion.brief import show_briefly
 from intrafusion.errors import IntrafusionError, ModelError, show
-from intrafusion.network.outputs import Opened, name_entries, open_output, read_iterators
+from intrafusion.network.outputs import Opened, name_entries, open_output, pick_outputs, read_iterators
+from intrafusion.network.row_weights import RowWeights
 
 
 @checked
@@ -26,12 +27,16 @@ class Inputs:
     Attributes:
         source: what messages call them.
         labels: what came with a batch of images and is no argument.
+        weights: how much its positions count, where it has a mask; see `row_weights`.
+        outputs: names or indices of those outputs of the network that matter; None for all.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
     source: str = "the example inputs"
     labels: Tensor | None = None
+    weights: RowWeights | None = None
+    outputs: tuple[str | int, ...] | None = None
 
     __repr__ = show_briefly
 
@@ -77,14 +82,15 @@ class Inputs:
         return opened
 
     def run(self, model: nn.Module) -> Any:
-        """What the network returns on a copy of the inputs, whole; iterators in it are read into lists.
+        """What the network returns on a copy of the inputs, whole or the `outputs` that matter; iterators are lists.
 
         Raises:
-            ModelError: the forward pass fails on these inputs.
+            ModelError: the forward pass fails on these inputs, or has no such output.
         """
         given = self.copied()
         with told_of(model, self):
-            return read_iterators(model(*given.args, **(given.kwargs or {})))
+            output = read_iterators(model(*given.args, **(given.kwargs or {})))
+        return output if self.outputs is None else pick_outputs(output, self.outputs)
 
     def copied(self) -> Inputs:
         """The same call with arguments of its own, for a forward that writes into them; what was one tensor stays one.

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, FoldableNorm, Member
+from intrafusion.network.row_weights import RowWeights
 from intrafusion.network.tensors import named_tensors
 
 _ALIKE = 0.05  # of the outputs of a layer; half precision is off by less
@@ -33,14 +34,19 @@ K = TypeVar("K", bound=Hashable)
 
 def is_linear_map(module: nn.Module) -> TypeGuard[LinearMap]:
     """Also the linear layer of older Transformers, which is no nn.Linear but has a weight and a bias as one has."""
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or _is_stored_transposed(module)
+
+
+def _is_stored_transposed(module: nn.Module) -> bool:
+    """The linear layer of GPT-2, transformers.pytorch_utils.Conv1D: y = x W + b with a weight (inputs, outputs)."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def is_convolution_or_linear(module: nn.Module) -> TypeGuard[LinearMap]:
-    """Also grouped ones, not transposed ones."""
-    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not (
-        nn.utils.parametrize.is_parametrized(module)
-    )
+    """Also grouped ones, not transposed convolutions."""
+    known = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or _is_stored_transposed(module)
+    return known and not nn.utils.parametrize.is_parametrized(module)
 
 
 def _is_dense(module: nn.Module) -> TypeGuard[LinearMap]:
@@ -134,8 +140,18 @@ class Layer:
         return 1 if isinstance(self.module, nn.Linear) or not getattr(self.module, "transposed", True) else 0
 
     @property
+    def output_dim(self) -> int:
+        """The dimension of its weight that runs along what it gives."""
+        return 1 - self.input_dim
+
+    @property
+    def outputs(self) -> int:
+        """How many channels it gives, of a layer that is not grouped and transposed at once."""
+        return self.module.weight.shape[self.output_dim]
+
+    @property
     def fan_in(self) -> int:
-        return self.module.weight[0].numel()
+        return self.module.weight.numel() // self.outputs
 
     @property
     def takes_constant(self) -> bool:
@@ -161,13 +177,22 @@ class Layer:
         """The change (k, c) of the norm's output if the layer's own output changes by this much."""
         return change if self.norm is None else change * self.norm.slope.to(change)
 
-    def sample_places(self, x: Tensor, limit: int, seed: int) -> Tensor:
+    def sample_places(self, x: Tensor, limit: int, seed: int, weights: Tensor | None = None) -> Tensor:
         """Places of what it reads or gives: one index per dimension that is not the channel's; (k, dims), in order.
 
         The same for all networks: they depend on the name, the seed and the shape without channels.
+
+        Args:
+            weights: as `weigh_rows` gave them; places without any are left out.
         """
         shape = x.shape[:-1] if x.dim() < 2 else x.movedim(self.channel_dim, -1).shape[:-1]
-        return sample_places(self.name, tuple(shape), limit, seed).to(x.device)
+        return sample_places(self.name, tuple(shape), limit, seed, weights).to(x.device)
+
+    def weigh_rows(self, x: Tensor, weights: RowWeights | None) -> Tensor | None:
+        """How much each place of what it reads or gives counts, in the shape without channels; None for all alike."""
+        if weights is None or x.dim() < 2:
+            return None
+        return weights.of_rows(x.movedim(self.channel_dim, -1), self.name)
 
     def take_rows(self, x: Tensor, places: Tensor) -> Tensor:
         """The channels (k, c) of what the layer reads or gives at these places, in their own precision."""
@@ -179,17 +204,18 @@ class Layer:
 
     def take_inputs(self, x: Tensor, places: Tensor) -> Tensor:
         """Rows (k, d) of what the layer read for the outputs at these places, columns as in `matrix`."""
-        return x[tuple(places.T)] if isinstance(self.module, nn.Linear) else self._patches(self._padded(x), places)
+        return self._patches(self._padded(x), places) if self.spatial_dims else x[tuple(places.T)]
 
     @property
     def matrix(self) -> Tensor:
         """The weight as (c, d): the input channels of one place of the kernel, then those of the next."""
-        return self.module.weight.movedim(1, -1).flatten(1)
+        weight = self.module.weight
+        return weight.movedim(1, -1).flatten(1) if self.input_dim else weight.T
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """A matrix of that form in the shape of the weight."""
         weight = self.module.weight
-        return matrix.reshape(weight.movedim(1, -1).shape).movedim(-1, 1)
+        return matrix.reshape(weight.movedim(1, -1).shape).movedim(-1, 1) if self.input_dim else matrix.T
 
     def compute(self, rows: Tensor) -> Tensor:
         """What the layer makes of such rows, (k, c)."""
@@ -199,7 +225,7 @@ class Layer:
     def is_plain(self, x: Tensor, output: Tensor, places: Tensor) -> bool:
         """Whether it gives weight times patches; a subclass may pad, or scale its weight, in a forward of its own."""
         few = places[: min(len(places), 16)]
-        if not isinstance(self.module, nn.Linear):
+        if isinstance(self.module, nn.modules.conv._ConvNd):
             x = x[: int(few[:, 0].max()) + 1]
             kernel = zip(self.module.kernel_size, self.module.dilation, self.module.stride, strict=True)
             sizes = zip(self._padded(x).shape[1:-1], kernel, strict=True)
@@ -236,9 +262,22 @@ class Layer:
             self.norm.mean.data.copy_(self.norm.mean.double() - constant)
 
 
+def sample_places(name: str, shape: tuple[int, ...], limit: int, seed: int, weights: Tensor | None = None) -> Tensor:
+    """Up to `limit` different places in a shape, in order, (k, dims).
+
+    Args:
+        weights: of that shape; the places are drawn as if those without weight were not there.
+    """
+    if weights is None:
+        return _draw_places(name, shape, limit, seed)
+    counted = weights.flatten().nonzero()[:, 0].cpu()
+    chosen = counted[_draw_places(name, (len(counted),), limit, seed)[:, 0]]
+    return torch.stack(torch.unravel_index(chosen, shape), dim=1)
+
+
 @lru_cache(maxsize=64)
-def sample_places(name: str, shape: tuple[int, ...], limit: int, seed: int) -> Tensor:
-    """Up to `limit` different places in a shape, in order, (k, dims); kept, as each layer is asked several times."""
+def _draw_places(name: str, shape: tuple[int, ...], limit: int, seed: int) -> Tensor:
+    """Kept, as each layer is asked several times."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     size = math.prod(shape)
     if size > 8 * limit:  # far more places than rows: draw, and draw again what came twice
@@ -285,6 +324,14 @@ class Port:
         x = x[None] if x.dim() == self.layer.spatial_dims + 1 else x
         x = x.reshape(len(x), -1, x.shape[-1])
         return x[..., self.positions.to(x.device)].permute(0, 2, 1, 3).flatten(2)
+
+    def weigh_channels(self, x: Tensor, weights: RowWeights | None) -> Tensor | None:
+        """How much each of these places and slots counts, (images, places); None for all alike."""
+        counts = self.layer.weigh_rows(x, weights)
+        if counts is None:
+            return None
+        counts = counts if counts.dim() > self.layer.spatial_dims else counts[None]
+        return counts.reshape(len(counts), -1).repeat_interleave(self.positions.shape[1], 1)
 
 
 # ---- watching -------------------------------------------------------------------------------------------------------

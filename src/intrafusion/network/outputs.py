@@ -8,7 +8,7 @@ import itertools
 import numbers
 import pathlib
 import types
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,3 +163,49 @@ def read_iterators(output: Any) -> Any:
     if type(output) in (list, tuple):
         return type(output)(read_iterators(item) for item in output)
     return {k: read_iterators(v) for k, v in output.items()} if type(output) is dict else output
+
+
+# ---- which outputs matter -------------------------------------------------------------------------------------------
+
+
+def pick_outputs(output: Any, wanted: Sequence[str | int]) -> Any:
+    """These outputs alone: a dict of those with names, or a tuple.
+
+    >>> pick_outputs({"logits": 1, "hidden": 2}, ["logits"]), pick_outputs((3, 4), [1])
+    ({'logits': 1}, (4,))
+
+    Raises:
+        ModelError: one is not there, or None.
+    """
+    found = [_pick_output(output, name) for name in wanted]
+    if all(isinstance(name, str) for name in wanted):
+        return dict(zip(wanted, found, strict=True))
+    return tuple(found)
+
+
+def _pick_output(output: Any, name: str | int) -> Any:
+    names = _list_names(output)
+    if isinstance(name, str):
+        found = names.get(name)
+    else:
+        items = [output] if isinstance(output, Tensor) else list(names.values()) or _list_items(output)
+        found = items[name] if -len(items) <= name < len(items) else None
+    if found is None:
+        has = ", ".join(names) if names else f"{len(_list_items(output))} without names, from 0 on"
+        raise ModelError(
+            f"outputs: expected names or indices of what the network returns ({has}), got {name!r}; choose of these."
+        )
+    return found
+
+
+def _list_names(output: Any) -> dict[str, Any]:
+    """Outputs by name, those that are None left out."""
+    if isinstance(output, Tensor):
+        return {}
+    fields = getattr(output, "_asdict", None)  # of a named tuple
+    found: Any = output if isinstance(output, Mapping) else fields() if callable(fields) else _attributes_of(output)
+    return {str(key): value for key, value in found.items() if value is not None}
+
+
+def _list_items(output: Any) -> list[Any]:
+    return list(output) if isinstance(output, (tuple, list)) else [output]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
-from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
+from intrafusion.network.batches import ImagesLike, cast_like, double_first, join_batches, read_batches
 from intrafusion.network.gram import find_scale, square_rows
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, Port, find_layers, sample_places, watch_calls
+from intrafusion.network.row_weights import RowWeights, effective_rows, weigh_evenly
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import Moments
@@ -27,8 +28,9 @@ _NO_VARIANCE = 1e-12  # a channel with less than this fraction of the largest va
 
 def find_readers(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[Port]:
     """Where dense layers read a group."""
-    members = [m for m in group.with_role(Role.CONSUMES) if m.dim == 1 and m.within is None]
-    return [Port.of(layers[m.module], m) for m in members if m.tensor.endswith("weight") and m.module in layers]
+    members = [m for m in group.with_role(Role.CONSUMES) if m.within is None and m.module in layers]
+    read = [m for m in members if m.tensor.endswith("weight") and m.dim == layers[m.module].input_dim]
+    return [Port.of(layers[m.module], m) for m in read]
 
 
 def _fold_all(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
@@ -59,9 +61,10 @@ def measure_moments(
     Raises:
         ModelError: no images, or images that the network does not run on.
     """
-    taker = MomentTaker(model, graph, rows, seed)
+    call = double_first(join_batches(read_batches(images)))
+    taker = MomentTaker(model, graph, rows, seed, call.weights)
     with preserve_state(model), taker:
-        cast_like(join_batches(read_batches(images)), model).call(model)
+        cast_like(call, model).call(model)
     return taker.moments()
 
 
@@ -70,11 +73,21 @@ class MomentTaker(contextlib.ExitStack):
 
     Dense layers are watched as such. Weights that are read in another way (by a function, tied, or by a layer that does
     not run as one) are watched at the products that they enter.
+
+    Args:
+        weights: how much the positions of the call count; padded ones do not.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, rows: int = 20_000, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        rows: int = 20_000,
+        seed: int = 0,
+        weights: RowWeights | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.graph, self.rows, self.seed = model, graph, rows, seed
+        self.model, self.graph, self.rows, self.seed, self.weights = model, graph, rows, seed, weights
         layers, groups = find_layers(model, graph), [g for g in graph.reducible if g.is_channel]
         self.ports: dict[str, list[tuple[str, Port]]] = defaultdict(list)  # by layer, with the group
         for group in groups:
@@ -101,15 +114,17 @@ class MomentTaker(contextlib.ExitStack):
     def reached(self, name: str, x: Tensor) -> None:
         """A dense layer is about to read."""
         layer = self.layers[name]
-        rows = layer.take_rows(x, layer.sample_places(x, self.rows, self.seed))
+        counts = layer.weigh_rows(x, self.weights)
+        places = layer.sample_places(x, self.rows, self.seed, counts)
+        rows, even = layer.take_rows(x, places), None if counts is None else weigh_evenly(counts[tuple(places.T)])
         for group, port in self.ports[name]:
-            moments = _take_moments(rows, port.positions)
+            moments = _take_moments(rows, port.positions, even)
             self.found[group][port.weight] = _Read(layer.input_dim, port.positions, len(rows), *moments)
 
     def given(self, name: str, x: Tensor, output: Tensor) -> None:
         """A layer gave what is multiplied with what another gives."""
         for side in self.sides.values():
-            side.add(name, output)
+            side.add(name, output, self.weights)
 
     def multiplied(self, product: Product) -> None:
         """Something was multiplied with a weight, perhaps by one of those layers."""
@@ -127,22 +142,27 @@ class MomentTaker(contextlib.ExitStack):
         for weight, coordinates in weights.items():
             index = None if self._is_watched(weight) else _index_along(coordinates, dim)
             if index is not None:
-                self._note_read(weight, index, x.flatten(0, -2))
+                counts = None if self.weights is None else self.weights.of_rows(x, weight).flatten()
+                self._note_read(weight, index, x.flatten(0, -2), counts)
 
     def _is_watched(self, weight: str) -> bool:
         """Whether the layer that owns a weight was seen to read with it."""
         layer = weight.rpartition(".")[0]
         return any(weight in self.found[group] for group, _ in self.ports.get(layer, ()))
 
-    def _note_read(self, weight: str, index: Tensor, x: Tensor) -> None:
-        """Rows x (k, d), of which the place i was multiplied with the coordinate index[i] of the weight."""
-        (places,) = sample_places(weight, (len(x),), self.rows, self.seed).T
-        rows = x[places.to(x.device)]
+    def _note_read(self, weight: str, index: Tensor, x: Tensor, counts: Tensor | None) -> None:
+        """Rows x (k, d), of which the place i was multiplied with the coordinate index[i] of the weight.
+
+        Args:
+            counts: how much each row counts, (k,).
+        """
+        places = sample_places(weight, (len(x),), self.rows, self.seed, counts)[:, 0].to(x.device)
+        rows, even = x[places], None if counts is None else weigh_evenly(counts[places])
         for group, member in self.bare[weight]:
             positions = torch.as_tensor(member.positions, dtype=torch.long)
             columns = _find_places(positions, index.cpu())
             if columns is not None:
-                read = _Read(member.dim, positions, len(rows), *_take_moments(rows, columns), shifts=False)
+                read = _Read(member.dim, positions, len(rows), *_take_moments(rows, columns, even), shifts=False)
                 before = self.found[group].get(weight)
                 self.found[group][weight] = read if before is None else before.pool(read)
 
@@ -181,12 +201,16 @@ class _Sides:
         second = [Role.MATCHES in m.roles for m in known]
         return cls([Port.of(layers[m.module], m) for m in known], second, len(known) == len(members))
 
-    def add(self, name: str, output: Tensor) -> None:
+    def add(self, name: str, output: Tensor, weights: RowWeights | None = None) -> None:
         for port, second in zip(self.ports, self.second, strict=True):
             if port.layer.name == name:
                 x = port.take_channels(port.layer.apply_norm(output)).double()  # (images, n, places)
-                x = x - x.mean(2, keepdim=True) if second else x
-                square = torch.einsum("inp,imp->nm", x, x) / (x.shape[0] * x.shape[2])
+                counts = port.weigh_channels(output, weights)  # (images, 1, places)
+                counts = torch.ones_like(x[:, :1]) if counts is None else counts[:, None]
+                x = torch.where(counts > 0, x, 0.0)  # padded places may hold NaN
+                mean = (counts * x).sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1e-300)
+                x = x - mean if second else x
+                square = torch.einsum("inp,imp->nm", counts * x, x) / counts.sum()
                 before = self.sums[second]
                 self.sums[second] = square if before is None else before + square
 
@@ -287,8 +311,12 @@ def _find_places(positions: Tensor, index: Tensor) -> Tensor | None:
     return None if bool((places < 0).any()) else places
 
 
-def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, shrunk and sample covariance of the channels at positions (n, slots) of rows, over both, float64."""
+def _take_moments(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, shrunk and sample covariance of the channels at positions (n, slots) of rows, over both, float64.
+
+    Args:
+        weights: how much each row counts, (k, 1) of mean 1; None for all alike.
+    """
     positions = positions.to(rows.device)
     every = len(positions) == rows.shape[1] and torch.equal(
         positions.flatten(), torch.arange(len(positions)).to(positions)
@@ -297,13 +325,17 @@ def _take_moments(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tens
     channels = channels if channels.dtype == torch.float64 else channels.float()
     scale = find_scale(channels)
     channels = channels / scale
-    mean = channels.mean(0)
+    if weights is not None:
+        weights = weights.to(channels).repeat_interleave(len(channels) // len(weights), 0)
+    mean = channels.mean(0) if weights is None else (weights * channels).mean(0)
     centred = channels - mean
-    sample = square_rows(centred) / len(centred)
-    return mean.double() * scale, shrink(sample, len(centred)) * scale**2, sample * scale**2
+    rooted = centred if weights is None else weights.sqrt() * centred
+    sample = square_rows(rooted) / len(centred)
+    covariance = shrink(sample, effective_rows(weights, len(centred)))
+    return mean.double() * scale, covariance * scale**2, sample * scale**2
 
 
-def shrink(covariance: Tensor, rows: int) -> Tensor:
+def shrink(covariance: Tensor, rows: float) -> Tensor:
     r"""A covariance (n, n) that rows as few as channels do not take for a close tie between channels.
 
     Correlations R become (1 - rho) R off the diagonal, variances stay;  with n channels that vary and k rows

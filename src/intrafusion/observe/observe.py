@@ -23,9 +23,10 @@ from intrafusion.errors import ArgumentError, ModelError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.importance.observation import NEEDS, Activations, Observation, check_images, importance_label, needs_of
 from intrafusion.measure.accuracy import class_scores
-from intrafusion.network.batches import ImagesLike, cast_like, read_labelled
+from intrafusion.network.batches import ImagesLike, cast_like, count_images, double_first, read_labelled
 from intrafusion.network.inputs import Inputs, output_tensors
 from intrafusion.network.layers import Layer, Port, is_linear_map, watch_calls
+from intrafusion.network.row_weights import RowWeights, select_counted, weigh_within
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import check_graph, named_tensors
 
@@ -48,6 +49,7 @@ def observe(
     The loss whose gradients are taken is, per batch: the network's own `loss` if its output has one that takes
     gradients; with labels, the cross-entropy of class scores to class numbers, or the mean squared error to values of
     the outputs' shape; without labels, half the mean squared output. Batches are weighed by their number of images.
+    Padded tokens, as an attention mask tells them, count nowhere.
 
     Args:
         graph: of this network; `groups` are some of its groups.
@@ -77,7 +79,11 @@ def observe(
         with preserve_state(model), _watch(views.values(), gradients):
             torch.manual_seed(seed)
             for call, labels in read_labelled(images):
-                count += _run(cast_like(call, model), labels, model, gradients)
+                count += count_images(call)
+                call = call if gradients.parameters else double_first(call)
+                for view in views.values():
+                    view.weights = call.weights
+                _run(cast_like(call, model), labels, model, gradients)
                 _check_finite(views.values())
     tensors = named_tensors(model)
     return {g.name: views[g.name].observation(tensors, gradients, count) for g in groups}
@@ -103,14 +109,12 @@ def observe_for(
     return observe(model, graph, groups, images, needs, seed=seed)
 
 
-def _run(call: Inputs, labels: Tensor | None, model: nn.Module, gradients: _Gradients) -> int:
-    """One batch through the network; returns its number of images."""
-    count = next((len(t) for t in call.tensors() if t.dim()), 1)
+def _run(call: Inputs, labels: Tensor | None, model: nn.Module, gradients: _Gradients) -> None:
+    """One batch through the network."""
     if gradients.parameters:
-        gradients.add(call, labels, count)
+        gradients.add(call, labels, count_images(call))
     else:
         call.call(model)
-    return count
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -139,7 +143,7 @@ class _Gradients:
         self.images += count
 
     def differentiate(self, call: Inputs, labels: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
-        loss = _find_loss(_run_whole(call, self.model), labels, count)
+        loss = _find_loss(_run_whole(call, self.model), labels, count, call.weights)
         _check_loss(loss, call)
         return torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
 
@@ -175,14 +179,14 @@ def _require_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _find_loss(output: Any, labels: Tensor | None, count: int) -> Tensor:
+def _find_loss(output: Any, labels: Tensor | None, count: int, weights: RowWeights | None = None) -> Tensor:
     """A scalar to differentiate, see `observe`."""
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(own, Tensor) and own.numel() == 1 and own.requires_grad:
         return own.reshape(())
     outputs = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in _find_floating(output)]
     if labels is None:
-        outputs = [torch.where(t.isinf(), 0.0, t) for t in outputs]  # masked classes
+        outputs = [torch.where(t.isinf(), 0.0, t) for t in select_counted(outputs, weights)]  # masked classes
         return sum((t.square().sum() for t in outputs), start=outputs[0].new_zeros(())) / (2 * count)
     labels = labels.to(outputs[0].device)
     if labels.is_floating_point() and labels.shape == outputs[0].shape:
@@ -232,6 +236,7 @@ class _View:
     shares: dict[int, Tensor] = field(default_factory=dict)
     maps: list[Tensor] = field(default_factory=list)
     broken: str | None = None
+    weights: RowWeights | None = None
 
     @property
     def watches(self) -> bool:
@@ -240,16 +245,19 @@ class _View:
     def add(self, index: int, x: Tensor, output: Tensor) -> None:
         """A layer ran."""
         port = self.ports[index]
-        channels = port.take_channels((x if port.reads else output).detach())
+        seen = (x if port.reads else output).detach()
+        channels, counts = port.take_channels(seen), port.weigh_channels(seen, self.weights)
+        if counts is not None:
+            channels = torch.where(counts[:, None] > 0, channels, 0.0)
         if not bool(torch.isfinite(channels).all()):
             self.broken = port.layer.name
             return
-        self.counts[index] += len(channels)
+        self.counts[index] += len(channels) if counts is None else int((counts > 0).any(1).sum())
         if "activations" in self.wanted:
-            _add(self.means, index, channels.double().mean(2).sum(0))
-            _add(self.squares, index, channels.double().square().mean(2).sum(0))
+            _add(self.means, index, _average_places(channels.double(), counts))
+            _add(self.squares, index, _average_places(channels.double().square(), counts))
         if "contributions" in self.wanted and port.reads:
-            _add(self.shares, index, _find_contributions(port, x.detach()))
+            _add(self.shares, index, _find_contributions(port, x.detach(), port.layer.weigh_rows(output, self.weights)))
         if "feature_maps" in self.wanted and index == next(iter(self.counts)):
             self.keep(port.layer.name, channels)
 
@@ -284,13 +292,27 @@ def _add(sums: dict[Any, Tensor], key: object, value: Tensor) -> None:
     sums[key] = sums[key].add_(value) if key in sums else value
 
 
-def _find_contributions(port: Port, x: Tensor) -> Tensor:
+def _average_places(channels: Tensor, counts: Tensor | None) -> Tensor:
+    """Mean over the places of channels (images, n, places), summed over images, (n,).
+
+    Args:
+        counts: how much each place counts, (images, places); None for all alike.
+    """
+    if counts is None:
+        return channels.mean(2).sum(0)
+    return torch.einsum("inp,ip->n", channels, weigh_within(counts))
+
+
+def _find_contributions(port: Port, x: Tensor, counts: Tensor | None = None) -> Tensor:
     r"""Each channel's share of what a layer adds up, (n,) float64, summed over images.
 
     Share of input i in output k: |w_ki x_i| / sum_j |w_kj x_j|, 0 where all are 0; summed over the outputs k and over
     the entries of a channel, mean over the places of the output.
 
     With a = |x| and D = |W| a this is a * d(sum log D)/da: one forward and one backward pass of the layer.
+
+    Args:
+        counts: how much each place of the output counts; None for all alike.
     """
     precise = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))  # noqa: E731
     module = port.layer.module
@@ -305,10 +327,15 @@ def _find_contributions(port: Port, x: Tensor) -> Tensor:
     with torch.enable_grad():
         a = precise(x.abs()).requires_grad_()
         totals = twin.forward(a)
-        slope = torch.autograd.grad(totals.clamp(min=torch.finfo(totals.dtype).tiny).log().sum(), a)[0]
-    places = totals.movedim(port.layer.channel_dim, -1)[..., 0].numel()
-    shares = port.take_channels(a.detach() * slope).double()
-    return shares.sum((0, 2)) * len(shares) / places
+        totals = totals.movedim(port.layer.channel_dim, -1)
+        logs = totals.clamp(min=torch.finfo(totals.dtype).tiny).log()
+        if counts is not None:
+            logs = torch.where(counts[..., None] > 0, logs, 0.0)
+            logs = logs * weigh_within(counts.reshape(len(counts), -1)).reshape(*counts.shape, 1).to(logs)
+        slope = torch.autograd.grad(logs.sum(), a)[0]
+    shares = port.take_channels((a.detach() * slope).nan_to_num(0.0) if counts is not None else a.detach() * slope)
+    factor = 1.0 if counts is not None else len(shares) / totals[..., 0].numel()
+    return shares.double().sum((0, 2)) * factor
 
 
 @contextlib.contextmanager

@@ -16,10 +16,21 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.closeness import Yardstick
-from intrafusion.network.batches import ImagesLike, channels_last, join_batches, read_batches
-from intrafusion.network.calibration_images import warn_caller
+from intrafusion.network.batches import (
+    ImagesLike,
+    as_call,
+    channels_last,
+    count_images,
+    join_batches,
+    name_inputs,
+    read_batches,
+    take_images,
+)
+from intrafusion.network.calibration_images import as_calls, warn_caller
 from intrafusion.network.held_out import held_out_places
 from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.texts import Tokenizer, make_sentences, tokenize
+from intrafusion.network.token_limits import find_token_limits
 from intrafusion.observe.moments import MomentTaker, measure_moments
 from intrafusion.progress import ShowProgress, shows_progress
 from intrafusion.reduce.problem import Moments
@@ -28,12 +39,15 @@ from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.noise import Noise, batch_norms, image_like, standardise
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.synthesize import Synthesis
+from intrafusion.restore.texts import SAMPLED, find_sampler, sample_texts
 
 LEVELS = ("noise", "synthetic", "images")
 AFFORDABLE = 20.0  # seconds that "auto" spends on making images
 
 _HELD_OUT = 64  # images of noise
-_KINDS = {"noise": "noise images", "synthetic": "images made from the network", "images": "images"}
+_KINDS = {"noise": "noise images", "synthetic": "images made from the network"}
+_TOKEN_KINDS = {"noise": "sequences of random tokens", "synthetic": SAMPLED}
+_SENTENCES, _WORDS = 256, "sentences of dictionary words"
 
 T = TypeVar("T")
 
@@ -53,6 +67,7 @@ class Calibration:
         seed: for the sampling of rows.
         held_out: images of the same kind that nothing is solved on; None where there are too few.
         made: how many were made from the network, before they were parted and mirrored.
+        what: what they are, in the plural, where the level does not say it.
     """
 
     level: str
@@ -64,6 +79,7 @@ class Calibration:
     seed: Seed = 0
     held_out: Inputs | None = None
     made: int | None = None
+    what: str | None = None
     _moments: dict[ChannelGraph, Mapping[str, Moments]] = field(default_factory=dict, repr=False)
 
     __repr__ = show_briefly
@@ -98,7 +114,7 @@ class Calibration:
         takers: list[MomentTaker] = []
 
         def watch(copy: nn.Module) -> MomentTaker:
-            takers.append(MomentTaker(copy, graph, seed=self.seed))
+            takers.append(MomentTaker(copy, graph, seed=self.seed, weights=self.images.weights))
             return takers[0]
 
         reference = standardise(self.original, self.images, watch)
@@ -119,16 +135,15 @@ class Calibration:
     @property
     def kind(self) -> str:
         """What the images are, in the plural."""
-        if self.level == "noise" and not any(t.is_floating_point() for t in self.images.tensors()[:1]):
-            return "sequences of random tokens"
-        return _KINDS[self.level]
+        named = name_inputs(self.images)
+        return self.what or (_KINDS if named == "images" else _TOKEN_KINDS).get(self.level, named)
 
     def explain_counts(self) -> str | None:
         """Where the images went that were made from the network; None where none were."""
         if self.made is None:
             return None
-        apart = 0 if self.held_out is None else _count(self.held_out)
-        mirrored = " and their mirror images" if _count(self.images) > self.made - apart else ""
+        apart = 0 if self.held_out is None else count_images(self.held_out)
+        mirrored = " and their mirror images" if count_images(self.images) > self.made - apart else ""
         measured = f", {apart} to measure on" if apart else ""
         return f"{self.made} were made: {self.made - apart}{mirrored} to solve on{measured}"
 
@@ -143,11 +158,7 @@ class Calibration:
         return self.restorer.restore(small, original, graph, self.images, self.reference, measure)
 
     def __str__(self) -> str:
-        return f"{_count(self.images)} {self.kind}"
-
-
-def _count(call: Inputs) -> int:
-    return len(call.tensors()[0]) if call.tensors() else 0
+        return f"{count_images(self.images)} {self.kind}"
 
 
 @checked
@@ -161,6 +172,7 @@ def calibrate(
     synthesis: Synthesis | None = None,
     noise: Noise | None = None,
     seed: Seed = 0,
+    tokenizer: Tokenizer | None = None,
     progress: ShowProgress = None,
 ) -> Calibration:
     """Take or make images of a level; "auto" takes those given, else makes the best that it can afford.
@@ -171,8 +183,10 @@ def calibrate(
         inputs: one call of the network; the shape of an image.
         synthesis: how images are made from the network.
         noise: which noise.
+        tokenizer: of a network of tokens, for sentences of dictionary words in place of random tokens.
     Raises:
-        ModelError: level "images" without images; a network that no image can be made for.
+        ModelError: level "images" without images; a network that no image can be made for, or that is no causal
+            language model where it reads tokens.
         RecipeError: unknown level.
     Warns:
         IntrafusionWarning: "auto" cannot afford the images that it would make.
@@ -181,7 +195,7 @@ def calibrate(
     if level not in ("auto", *LEVELS):
         raise RecipeError(unknown_name("restore", level, ("auto", *LEVELS)))
     start, synthesis, noise = time.perf_counter(), synthesis or Synthesis(seed=seed), noise or Noise(seed=seed)
-    made, why = None, None
+    made, why, what = None, None, None
     if level == "auto":
         level, made, why = _choose_level(model, inputs, images, synthesis)
     if level == "images":
@@ -189,23 +203,45 @@ def calibrate(
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
         made = join_batches(read_batches(images)), None
     elif level == "noise":
-        made = _make_noise(model, inputs, noise)
+        made, what = _make_noise(model, inputs, noise, tokenizer)
     elif made is None:
-        made = _make_images(model, inputs, synthesis)
-    seen, apart = (None if call is None else call.map(channels_last) for call in made)
+        made = _make_inputs(model, inputs, synthesis)
+    seen, apart = (None if call is None else _complete(call.map(channels_last), inputs) for call in made)
     assert seen is not None
     restorer = noise if level == "noise" else LeastSquares(seed=seed)
     count = _count_made(synthesis, seen, apart) if level == "synthetic" else None
-    return Calibration(level, seen, model, restorer, time.perf_counter() - start, why, seed, apart, count)
+    return Calibration(level, seen, model, restorer, time.perf_counter() - start, why, seed, apart, count, what)
+
+
+def _complete(call: Inputs, example: Inputs) -> Inputs:
+    """With what its masks say, and the outputs that matter."""
+    return replace(as_call(call, call.source), outputs=example.outputs)
 
 
 _Parts = tuple[Inputs, Inputs | None]
 """Images to solve layers on, and those that are held out."""
 
 
-def _make_noise(model: nn.Module, inputs: Inputs, noise: Noise) -> _Parts:
+def _make_noise(
+    model: nn.Module, inputs: Inputs, noise: Noise, tokenizer: Tokenizer | None
+) -> tuple[_Parts, str | None]:
+    """And what it is, where that is not just noise."""
+    if tokenizer is not None and name_inputs(inputs) == "sequences":
+        sentences = make_sentences(tokenizer, _SENTENCES + _HELD_OUT, noise.seed)
+        if sentences is not None:
+            longest = find_token_limits(model, inputs).longest
+            found = tokenize(sentences, tokenizer, longest)
+            call = join_batches(list(as_calls([found], model, inputs) or ()))
+            return (take_images(call, 0, _SENTENCES), take_images(call, _SENTENCES, len(sentences))), _WORDS
     few = replace(noise, images=min(noise.images, _HELD_OUT), seed=noise.seed + 1)
-    return noise.make(inputs, model), few.make(inputs, model)
+    return (noise.make(inputs, model), few.make(inputs, model)), None
+
+
+def _make_inputs(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Parts:
+    """Texts sampled from a language model, images made from another network."""
+    if name_inputs(inputs) == "sequences":
+        return sample_texts(find_sampler(model, inputs), synthesis.seed, synthesis.seconds)[:2]
+    return _make_images(model, inputs, synthesis)
 
 
 def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Parts:
@@ -221,7 +257,7 @@ def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Par
 
 def _count_made(synthesis: Synthesis, seen: Inputs, apart: Inputs | None) -> int:
     copies = 2 if synthesis.mirrored and image_like(seen).dim() > 3 else 1  # as `Synthesis.mirror`
-    return _count(seen) // copies + (0 if apart is None else _count(apart))
+    return count_images(seen) // copies + (0 if apart is None else count_images(apart))
 
 
 def _choose_level(
@@ -231,7 +267,7 @@ def _choose_level(
     if images is not None:
         return "images", None, None
     if all(not t.is_floating_point() for t in inputs.tensors()):
-        return "noise", None, "no inputs were given, so their tokens are random within the range of their embeddings"
+        return _choose_for_tokens(model, inputs, synthesis.seed)
     if not batch_norms(model):
         why = "no images were given, and without batch norms images that are made keep no more than noise"
         return "noise", None, why
@@ -245,6 +281,15 @@ def _choose_level(
     except ModelError as error:
         return "noise", None, f"no images were given, and none could be made: {error}"
     return "noise", None, f"no images were given; {found.explain()}"
+
+
+def _choose_for_tokens(model: nn.Module, inputs: Inputs, seed: int) -> tuple[str, _Parts | None, str | None]:
+    """Texts that a language model samples itself, else noise."""
+    try:
+        seen, apart, fewer = sample_texts(find_sampler(model, inputs), seed, AFFORDABLE)
+    except ModelError as error:
+        return "noise", None, f"no inputs were given; {str(error).rstrip('.')}"
+    return "synthetic", (seen, apart), "; ".join(filter(None, ("no inputs were given", fewer)))
 
 
 _BETTER = (

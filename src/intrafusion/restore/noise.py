@@ -205,7 +205,7 @@ def _find_gains(small_seen: Layer, small_own: Layer, seen: Layer, own: Layer, me
     The norm behind the layer gives slope * output. With its slopes in the smaller network, seen on noise and with its
     own statistics, and in the original likewise, averaged along the merge: 1 where channels are selected.
     """
-    rows = torch.ones(len(small_own.module.weight), dtype=torch.float64, device=small_own.module.weight.device)
+    rows = torch.ones(small_own.outputs, dtype=torch.float64, device=small_own.module.weight.device)
     if small_seen.norm is None or small_own.norm is None or seen.norm is None or own.norm is None:
         return rows
     ratio = _divide(own.norm.slope, seen.norm.slope)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
-from intrafusion.network.batches import ImagesLike, cast_like, check_batch, make_reusable, rebatch
+from intrafusion.network.batches import ImagesLike, cast_like, check_batch, double_first, make_reusable, rebatch
 from intrafusion.network.layers import Layer, find_layers, is_convolution_or_linear, watch_calls
+from intrafusion.network.row_weights import RowWeights
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
@@ -78,16 +79,19 @@ class ActivationRepair:
 class _Sums:
     """Mean and standard deviation (c,) per channel of all rows that were added, float64."""
 
-    rows: int = 0
+    rows: float = 0
     total: Tensor | float = 0.0
     squares: Tensor | float = 0.0
 
-    def add(self, rows: Tensor) -> None:
-        """Rows (k, c)."""
+    def add(self, rows: Tensor, counts: Tensor | None = None) -> None:
+        """Rows (k, c), and how much each counts, (k,); None for all alike."""
         rows = rows.double()
-        self.rows += len(rows)
-        self.total = self.total + rows.sum(0)
-        self.squares = self.squares + rows.square().sum(0)
+        if counts is not None:
+            rows, counts = rows[counts > 0], counts[counts > 0][:, None]
+        weighed = rows if counts is None else counts * rows
+        self.rows += len(rows) if counts is None else float(counts.sum())
+        self.total = self.total + weighed.sum(0)
+        self.squares = self.squares + (weighed * rows).sum(0)
 
     @property
     def mean(self) -> Tensor:
@@ -108,12 +112,17 @@ def _measure(model: nn.Module, layers: Mapping[str, Layer], images: ImagesLike, 
     calls: Counter[str] = Counter()
     passes = 0
 
+    weights: RowWeights | None = None
+
     def called(name: str, x: Tensor, output: Tensor) -> None:
         calls[name] += 1
-        found[name].add(_flatten_places(layers[name], layers[name].apply_norm(output)))
+        rows = _flatten_places(layers[name], layers[name].apply_norm(output))
+        found[name].add(rows, _weigh_places(layers[name], output, weights))
 
     with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
         for call, _ in rebatch(images, batch):
+            call = double_first(call)
+            weights = call.weights
             cast_like(call, model).call(model)
             passes += 1
     for name in layers:
@@ -124,6 +133,11 @@ def _measure(model: nn.Module, layers: Mapping[str, Layer], images: ImagesLike, 
 
 def _flatten_places(layer: Layer, output: Tensor) -> Tensor:
     return output.movedim(layer.channel_dim, -1).flatten(0, -2)
+
+
+def _weigh_places(layer: Layer, output: Tensor, weights: RowWeights | None) -> Tensor | None:
+    counts = layer.weigh_rows(output, weights)
+    return None if counts is None else counts.flatten()
 
 
 def _average(found: _Sums, layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> _Target:
@@ -139,18 +153,21 @@ def _repair_(
 ) -> None:
     """One pass in which every layer's outputs are set to their targets batch by batch, then written (in place)."""
     found: dict[str, _Sums] = {name: _Sums() for name in layers}
+    weights: RowWeights | None = None
 
     def called(name: str, x: Tensor, output: Tensor) -> Tensor:
         layer, now = layers[name], _Sums()
-        rows = _flatten_places(layer, layer.apply_norm(output))
+        rows, counts = _flatten_places(layer, layer.apply_norm(output)), _weigh_places(layer, output, weights)
         for statistics in (now, found[name]):
-            statistics.add(rows)
+            statistics.add(rows, counts)
         factor, constant = _find_correction(layer, now, targets[name])
         shape = [-1 if d == layer.channel_dim % output.dim() else 1 for d in range(output.dim())]
         return output * factor.to(output).reshape(shape) + constant.to(output).reshape(shape)
 
     with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
         for call, _ in rebatch(images, batch):
+            call = double_first(call)
+            weights = call.weights
             cast_like(call, model).call(model)
     for name, layer in layers.items():
         if not bool(torch.isfinite(found[name].mean).all()):

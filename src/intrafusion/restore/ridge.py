@@ -9,6 +9,7 @@ from torch import Tensor
 
 from intrafusion.errors import ArgumentError
 from intrafusion.network.gram import multiply_rows, square_rows
+from intrafusion.network.row_weights import effective_rows
 
 Lacking = Callable[[Tensor | None], Tensor]
 """What is lacking (k, c) if the change already gives this much (k, c); None for no change."""
@@ -27,21 +28,41 @@ class Ridge:
             system is solved in float64.
         strength: part of lam that stays however many rows there are, >= 0.
         scarcity: part of lam that grows as rows get scarce, >= 0.
+        weights: how much each row counts, (k, 1) of mean 1; None for all alike. All means and sums are of weighted
+            rows then, and k in lam is the number of rows of equal weight that tell as much.
     """
 
-    def __init__(self, x: Tensor, strength: float, *, scarcity: float = 0.0, intercept: bool = True) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        strength: float,
+        *,
+        scarcity: float = 0.0,
+        intercept: bool = True,
+        weights: Tensor | None = None,
+    ) -> None:
         k, d = x.shape
         if not k:
             raise ArgumentError("ridge: expected at least one row, got none.")
         self.intercept, self.few = intercept, k <= d
         x = x if x.dtype == torch.float64 else x.float()
-        mean = x.mean(0) if intercept else x.new_zeros(d)
+        self.weights = None if weights is None else weights.to(x)
+        mean = self.average(x) if intercept else x.new_zeros(d)
         self.x, self.mean = x - mean, mean.double()
-        self.inner = square_rows(self.x.T) if self.few else square_rows(self.x) / k
+        self.rooted = self.root(self.x)
+        self.inner = square_rows(self.rooted.T) if self.few else square_rows(self.rooted) / k
         size = self.inner.diagonal().mean() * (k / d if self.few else 1)
         self.damped = self.inner.clone()
-        self.damped.diagonal().add_(((strength + scarcity * d / k) * size).clamp(min=1e-30))
+        scarce = scarcity * d / effective_rows(weights, k)
+        self.damped.diagonal().add_(((strength + scarce) * size).clamp(min=1e-30))
         self.factor, self.failed = torch.linalg.cholesky_ex(self.damped)
+
+    def average(self, rows: Tensor) -> Tensor:
+        return rows.mean(0) if self.weights is None else (rows * self.weights.to(rows)).mean(0)
+
+    def root(self, rows: Tensor) -> Tensor:
+        """Rows times the roots of their weights."""
+        return rows if self.weights is None else rows * self.weights.sqrt()
 
     def solve(self, lacking: Lacking, steps: int = 0) -> tuple[Tensor, Tensor]:
         r"""The change that makes up for what is lacking.
@@ -66,11 +87,11 @@ class Ridge:
 
     def change(self, residual: Tensor, given: Tensor | float) -> tuple[Tensor, Tensor]:
         """D for the residual (k, c) on top of what is given already, without its mean, and that mean."""
-        mean = residual.mean(0) if self.intercept else residual.new_zeros(residual.shape[1])
-        wanted = (residual - mean).to(self.x) + given
+        mean = self.average(residual) if self.intercept else residual.new_zeros(residual.shape[1])
+        wanted = self.root((residual - mean).to(self.x) + given)
         if self.few:
-            return self.solved(wanted.double()).T @ self.x.double(), mean.double()
-        return self.solved(multiply_rows(self.x, wanted) / len(self.x)).T, mean.double()
+            return self.solved(wanted.double()).T @ self.rooted.double(), mean.double()
+        return self.solved(multiply_rows(self.rooted, wanted) / len(self.x)).T, mean.double()
 
     def solved(self, right: Tensor) -> Tensor:
         """(inner + lam I)^-1 right; the least solution where there are many."""

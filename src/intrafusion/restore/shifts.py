@@ -38,6 +38,7 @@ def add_shifts_(small: nn.Module, reference: nn.Module, graph: ChannelGraph, map
 
 def _find_constant(port: Port, shift: Tensor) -> Tensor:
     """What inputs that are `shift` everywhere change of a layer's output, after its norm, (1, c) float64."""
-    weight = port.layer.module.weight.detach().double()
-    columns = weight.reshape(*weight.shape[:2], -1).sum(2)[:, port.positions.to(weight.device)]
-    return port.layer.after_norm((columns.sum(2) @ shift.to(weight.device))[None])
+    layer, matrix = port.layer, port.layer.matrix.detach().double()
+    inputs = layer.module.weight.shape[layer.input_dim]
+    columns = matrix.reshape(len(matrix), -1, inputs).sum(1)[:, port.positions.to(matrix.device)]
+    return layer.after_norm((columns.sum(2) @ shift.to(matrix.device))[None])

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
-from intrafusion.network.batches import cast_like, channels_last
+from intrafusion.network.batches import cast_like, channels_last, double_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, find_layers, watch_calls
+from intrafusion.network.row_weights import weigh_evenly
 from intrafusion.network.state import preserve_state
 from intrafusion.progress import report
 from intrafusion.reduce.problem import ReductionMap
@@ -65,7 +66,7 @@ class LayerSolver:
         Raises:
             ModelError: one of the networks gives NaN on the images.
         """
-        inputs = inputs.map(channels_last)
+        inputs = double_first(inputs.map(channels_last))
         layers, originals = find_layers(small, graph), find_layers(reference, graph)
         common = {name: layer for name, layer in originals.items() if name in layers}
         targets = record_targets(reference, common, cast_like(inputs, reference), self)
@@ -81,11 +82,13 @@ class Targets:
     """What the original network gave.
 
     places: sampled places of each layer's output (k, dims); see `Layer.sample_places`.
+    weights: how much each of them counts, (k, 1); None for all alike.
     rows: what its norm gave there (k, c); what the sum was for layers in `summed`.
     activations: the function that alone reads that, where there is one.
     """
 
     places: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor | None] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     summed: set[str] = field(default_factory=set)
     activations: dict[str, Activation] = field(default_factory=dict)
@@ -103,9 +106,11 @@ def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: In
         targets.rows[name] = rows
 
     def called(name: str, x: Tensor, output: Tensor) -> None:
-        layer, places = layers[name], layers[name].sample_places(output, solver.rows, solver.seed)
-        again = name in targets.rows
+        layer, again = layers[name], name in targets.rows
+        counts = layer.weigh_rows(output, inputs.weights)
+        places = layer.sample_places(output, solver.rows, solver.seed, counts)
         targets.places[name] = places
+        targets.weights[name] = None if counts is None else weigh_evenly(counts[tuple(places.T)])
         store(name, layer.apply_norm(layer.take_outputs(output, places)))
         if again or not layer.is_plain(x, output, places):
             skipped.add(name)
@@ -125,7 +130,7 @@ def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: In
         outputs = inputs.call(reference)
     uses.mark_read(outputs)
     rows = {name: found for name, found in targets.rows.items() if name not in skipped}
-    return Targets(targets.places, rows, targets.summed & rows.keys(), uses.activations)
+    return Targets(targets.places, targets.weights, rows, targets.summed & rows.keys(), uses.activations)
 
 
 class _SolvingPass:
@@ -181,7 +186,8 @@ class _SolvingPass:
         target, solver = self.merge(layer.name, rows), self.solver
         if float((target - given).norm()) <= _RIGHT * float(target.norm()):
             return False
-        ridge = Ridge(inputs, solver.strength, scarcity=solver.scarcity, intercept=layer.takes_constant)
+        weights, how = self.targets.weights[layer.name], {"scarcity": solver.scarcity}
+        ridge = Ridge(inputs, solver.strength, **how, intercept=layer.takes_constant, weights=weights)
         if activation is None or not solver.steps:
             change = ridge.solve(lambda _: layer.before_norm(target - given))
         else:

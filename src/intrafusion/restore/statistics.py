@@ -13,6 +13,7 @@ from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import compose_merges, matrix_for
 
 _PER_CHANNEL = frozenset({Role.PRODUCES, Role.SCALES, Role.SHIFTS, Role.MEAN, Role.VARIANCE, Role.FOLLOWS})
+_GIVES = frozenset({Role.PRODUCES, Role.MATCHES})
 
 
 def find_merge(tensor: str, size: int, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Tensor | None:
@@ -36,17 +37,16 @@ def find_output_merge(layer: Layer, graph: ChannelGraph, maps: Mapping[str, Redu
     Keys, say, are transformed as what reads the channels; factors that were put on a map count. None for nothing.
     """
     touching = [
-        (member, _output_map(member, maps[group.name])) for group in graph.groups if group.name in maps
-        for member in group.with_role(*_PER_CHANNEL, Role.MATCHES)
-        if member.tensor == layer.weight_name and member.dim == 0 and member.within is None
+        (member, _merge_at(member, maps[group.name])) for group in graph.groups if group.name in maps
+        for member in group.with_role(Role.PRODUCES, Role.MATCHES, Role.SCALES)
+        if member.tensor == layer.weight_name and member.dim == layer.output_dim and member.within is None
     ]  # fmt: skip
-    return compose_merges(touching, len(layer.module.weight)) if touching else None
+    return compose_merges(touching, layer.outputs) if touching else None
 
 
-def _output_map(member: Member, reduction: ReductionMap) -> Tensor:
-    """Of a kernel of one channel each (depthwise) the map of its channels, which its weights are averaged by."""
-    mixes = member.roles & {Role.PRODUCES, Role.MATCHES}
-    return matrix_for(member, reduction, average=False) if mixes else reduction.merge
+def _merge_at(member: Member, reduction: ReductionMap) -> Tensor:
+    """What a map does to channels that a layer gives; a depthwise one gives what it reads, scaled."""
+    return matrix_for(member, reduction, average=False) if member.roles & _GIVES else reduction.merge
 
 
 def likeness(shape: Sequence[int], reach: float) -> Tensor:

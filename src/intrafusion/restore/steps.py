@@ -14,11 +14,12 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.importance.observation import needs_of
 from intrafusion.measure.closeness import Closeness, Yardstick
 from intrafusion.measure.comparison import HeldOut, compare_networks
-from intrafusion.network.batches import ImagesLike
+from intrafusion.network.batches import ImagesLike, name_inputs
 from intrafusion.network.calibration_images import Calls, warn_caller
 from intrafusion.network.held_out import Split, hold_out, take_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
+from intrafusion.network.texts import Tokenizer
 from intrafusion.progress import report
 from intrafusion.recipe import Recipe
 from intrafusion.restore import Calibration, Noise, Restorer, calibrate
@@ -56,6 +57,7 @@ def calibrate_for(
     inputs: Inputs,
     recipe: Recipe,
     images: ImagesLike | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Calibration | None:
     """What the channels are chosen and the layers solved on; None if a recipe needs nothing, or "auto" finds nothing.
 
@@ -71,7 +73,7 @@ def calibrate_for(
     noise = Noise(seed=recipe.seed, images=ENOUGH_TO_CHOOSE) if only_chosen else Noise(seed=recipe.seed)
     may_give_up = images is None and (not levels or levels[0] == "auto")
     try:
-        found = calibrate(model, inputs, level, images, noise=noise, seed=recipe.seed)
+        found = calibrate(model, inputs, level, images, noise=noise, seed=recipe.seed, tokenizer=tokenizer)
         if may_give_up:  # find out now whether the network runs on what was made
             start = time.perf_counter()
             _ = found.moments_of(graph) if chosen else found.reference
@@ -228,4 +230,6 @@ def find_held_out(steps: Sequence[Restoration]) -> HeldOut | None:
 
 def find_yardstick(split: Split, model: nn.Module) -> Yardstick | None:
     """What a network made of this one is measured by; None without images that were held out."""
-    return None if split.measured is None else Yardstick(model, split.measured, unseen=split.unseen)
+    if split.measured is None:
+        return None
+    return Yardstick(model, split.measured, name_inputs(split.measured), unseen=split.unseen)

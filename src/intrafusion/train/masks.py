@@ -70,8 +70,8 @@ def masks_of(
         if not layer.is_plain(x, output, places):
             return
         read = layer.take_inputs(x, places).double()
-        scores = layer.as_weight(_CRITERIA[criterion](layer.matrix.detach().double(), read))
-        found[f"{name}.weight"] = _strongest(scores.flatten(1), sparsity).reshape(scores.shape)
+        scores = _CRITERIA[criterion](layer.matrix.detach().double(), read)
+        found[f"{name}.weight"] = layer.as_weight(_strongest(scores, sparsity))
 
     with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
         cast_like(inputs, model).call(model)

@@ -1,0 +1,107 @@
+"""Which token numbers, and how long sequences, a network takes: told before an index fails inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.brief import show_briefly
+from intrafusion.errors import ModelError
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.layers import watch_calls
+from intrafusion.network.state import preserve_state
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLimits:
+    """What the embeddings of a network hold.
+
+    Attributes:
+        tokens: by argument, the embedding that it picks rows of, and how many there are.
+        positions: embeddings of positions, how many rows they have, and which is that of the first position.
+    """
+
+    tokens: Mapping[str | int, tuple[str, int]] = field(default_factory=dict)
+    positions: tuple[tuple[str, int, int], ...] = ()
+
+    __repr__ = show_briefly
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that a sequence may have; None where no embedding of positions was seen."""
+        return min((rows - first for _, rows, first in self.positions), default=None)
+
+    def check(self, call: Inputs) -> None:
+        """
+        Raises:
+            ModelError: token numbers without a row, or sequences longer than the positions.
+        """
+        given = list_arguments(call)
+        for argument, (table, rows) in self.tokens.items():
+            if isinstance(ids := given.get(argument), Tensor) and ids.numel():
+                self._check_ids(ids, rows, f"{call.source}: {argument}" if argument else call.source, table)
+
+    def _check_ids(self, ids: Tensor, rows: int, where: str, table: str) -> None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= rows:
+            raise ModelError(
+                f"{where}: expected token numbers from 0 to {rows - 1}, for which {table} has rows, got "
+                f"{low if low < 0 else high}; tokenize with the tokenizer of this network."
+            )
+        longest, length = self.longest, ids.shape[-1]
+        if longest is not None and ids.dim() > 1 and length > longest:
+            name = min(self.positions, key=lambda entry: entry[1] - entry[2])[0]
+            raise ModelError(
+                f"{where}: expected sequences of at most {longest} tokens, for which {name} has positions, got "
+                f"{length}; cut them: tokenizer(..., truncation=True, max_length={longest})."
+            )
+
+
+def find_token_limits(model: nn.Module, example: Inputs) -> TokenLimits:
+    """What is seen in one forward pass; nothing where no argument is a whole number, or the network does not run."""
+    tokens: dict[str | int, Tensor] = {k: t for k, t in list_arguments(example).items() if _is_whole(t)}
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    if not tokens or not tables:
+        return TokenLimits()
+    given = example.copied()
+    owners = {_memory_of(t): key for key, t in list_arguments(given).items() if key in tokens and isinstance(t, Tensor)}
+    found: dict[str | int, tuple[str, int]] = {}
+    positions: list[tuple[str, int, int]] = []
+    lengths = {t.shape[-1] for t in tokens.values() if t.dim()}
+
+    def reached(name: str, picked: Tensor) -> None:
+        rows = tables[name].num_embeddings
+        key = owners.get(_memory_of(picked))
+        if key is not None:
+            found[key] = min((found[key], (name, rows)), key=lambda entry: entry[1]) if key in found else (name, rows)
+        elif picked.dim() and picked.shape[-1] in lengths and _counts_up(picked):
+            positions.append((name, rows, int(picked.min())))
+
+    try:
+        with preserve_state(model), watch_calls(tables, reached=reached):
+            model(*given.args, **(given.kwargs or {}))
+    except Exception:  # whatever a network raises: told where it is traced
+        return TokenLimits()
+    return TokenLimits(found, tuple(positions))
+
+
+def list_arguments(call: Inputs) -> dict[str | int, Any]:
+    """Arguments by name, positional ones by number."""
+    return dict(enumerate(call.args)) | dict(call.kwargs or {})
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """What a tensor shares with its views."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64) and value.dim() > 0
+
+
+def _counts_up(picked: Tensor) -> bool:
+    return picked.shape[-1] > 1 and bool((picked.diff(dim=-1) == 1).all())
