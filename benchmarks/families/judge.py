@@ -183,7 +183,10 @@ def _correct(module: nn.Module, stack: ExitStack) -> None:
         ratios.append((args[0].shape[-1] / max(int(_find_living(args[0], 1).sum()), 1)) ** 0.5)
         return (args[0] * ratios[-1], *args[1:])
 
-    after = module.register_forward_hook(lambda _, args, out: torch.div(out, ratios.pop()))
+    def behind(_: nn.Module, args: Any, out: Any) -> Any:
+        return out / ratios.pop()
+
+    after = module.register_forward_hook(behind)
     for handle in (module.register_forward_pre_hook(before), after):
         stack.callback(handle.remove)
 
