@@ -64,7 +64,10 @@ class Subject:
     def __init__(self, family: Family) -> None:
         torch.manual_seed(0)
         self.family = family
-        model = family.build().eval()
+        try:
+            model = family.build().eval()
+        except Exception as error:
+            raise Skipped(f"cannot be built here: {_describe(error)}") from error
         self.model: nn.Module = randomise_(model.float() if family.single else model.double())
         self.calls: list[Call] = [f if family.single else as_double(f) for f in (family.inputs(), family.inputs())]
         self.params = count_parameters(self.model)
