@@ -1,4 +1,4 @@
-"""Write the tables of benchmarks/README.md and of the README from the records; no number in them is typed by hand.
+"""Write the tables of benchmarks/README.md, of docs/ and of the README from the records; no number is typed.
 
 python benchmarks/tables.py            write
 python benchmarks/tables.py --check    fail if a file is not what the records say
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from compatibility import write_table
 from restoration_cifar10 import REDUCERS, RESTORERS, RIVALS
 
 from intrafusion.io.atomic import atomic_file
@@ -161,6 +162,9 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
+    },
+    HERE.parent / "docs" / "compatibility.md": {
+        "compatibility": lambda: write_table(latest(read_records(RECORDS / "compatibility.jsonl"))),
     },
     HERE.parent / "README.md": {"headline": lambda: headline(read_records(RECORDS / "restoration.jsonl"))},
 }

@@ -1,55 +1,77 @@
-"""Grouped products, as the experts of language models compute them, against a loop over rows."""
+"""Grouped products: one after another they give what PyTorch's own gives, and experts made of them shrink."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-import intrafusion
-from intrafusion.network.grouped import multiply_in_groups
+from intrafusion import compress
+from intrafusion.network.grouped import multiply_groups
+
+ENDS = [2, 2, 6]  # the second group is empty
 
 
-@pytest.mark.parametrize("ends", [[2, 2, 5], [0, 0, 0], [0, 5, 5], [1, 2, 4]])
-def test_each_row_meets_the_matrix_of_its_stretch(ends: list[int]) -> None:
-    rows, matrices = torch.randn(5, 4), torch.randn(3, 4, 2)
-    owner = [next((i for i, end in enumerate(ends) if k < end), None) for k in range(5)]
-    expected = torch.stack([torch.zeros(2) if i is None else r @ matrices[i] for r, i in zip(rows, owner, strict=True)])
-    torch.testing.assert_close(multiply_in_groups(rows, matrices, torch.tensor(ends, dtype=torch.int32)), expected)
+@pytest.mark.parametrize(
+    ("a", "b", "ends"),
+    [
+        ((6, 8), (3, 8, 4), ENDS),
+        ((4, 8), (8, 4), [4, 4, 8]),
+        ((3, 4, 8), (8, 8), [4, 4, 8]),
+        ((3, 4, 8), (3, 8, 4), None),
+    ],
+    ids=["rows", "inner", "columns", "batch"],
+)
+def test_it_is_the_product_of_pytorch(a: tuple[int, ...], b: tuple[int, ...], ends: list[int] | None) -> None:
+    x, y = torch.randn(a), torch.randn(b)
+    offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    expected = F.grouped_mm(x, y, offs=offsets)
+    torch.testing.assert_close(multiply_groups(x, y, ends), expected)
 
 
 class Experts(nn.Module):
-    """Each token goes to one of four experts, all computed in one grouped product."""
+    """Rows in three groups, each with a feed-forward of its own; the widths lie side by side in two tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.gate, self.head = nn.Linear(5, 8), nn.Linear(8, 4), nn.Linear(8, 3)
-        self.up, self.down = nn.Parameter(torch.randn(4, 8, 16)), nn.Parameter(torch.randn(4, 16, 8))
+        self.enter, self.leave = nn.Linear(5, 8), nn.Linear(8, 2)
+        self.up, self.down = nn.Parameter(torch.randn(3, 16, 8)), nn.Parameter(torch.randn(3, 8, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        ids, order = self.gate(x).argmax(-1).sort()
-        ends = torch.bincount(ids, minlength=4).cumsum(0).to(torch.int32)
-        h = torch.nn.functional.grouped_mm(x[order], self.up, offs=ends).relu()
-        return self.head(torch.nn.functional.grouped_mm(h, self.down, offs=ends)[order.argsort()])
+        ends = torch.tensor(ENDS, dtype=torch.int32)
+        x = self.enter(x)
+        h = F.grouped_mm(x, self.up.mT, offs=ends).relu()
+        return self.leave(x + F.grouped_mm(h, self.down.mT, offs=ends))
 
 
-def test_experts_lose_the_same_hidden_channels() -> None:
-    """Half of the hidden channels of every expert are never read: without them, nothing changes."""
-    torch.manual_seed(0)
-    model, x = Experts().eval(), torch.randn(32, 5)
-    with torch.no_grad():
-        model.down[:, ::2] = 0
-    small = intrafusion.compress(model, x, keep={"up": 0.5, "*": 1.0}, restore=None)
-    assert small.model.up.shape == (4, 8, 8)
-    assert small.model.down.shape == (4, 8, 8)
-    torch.testing.assert_close(small.model(x), model(x))
+class Looped(Experts):
+    """The same, written as loops."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        rows = zip([0, *ENDS[:-1]], ENDS, range(3), strict=True)
+        return self.leave(x + torch.cat([F.relu(x[a:b] @ self.up[i].T) @ self.down[i].T for a, b, i in rows if a < b]))
 
 
-def test_widths_that_the_product_refuses_are_left_alone() -> None:
-    """Its rows must be multiples of 16 bytes."""
-    torch.manual_seed(0)
-    model, x = Experts().eval(), torch.randn(32, 5)
-    small = intrafusion.compress(model, x, keep={"up": 0.4, "*": 1.0}, exclude=["stem"], restore=None)
-    assert "multiple of 16 bytes" in str(small.rolled_back)
-    assert small.model.up.shape == (4, 8, 16)
+def test_experts_are_reduced_as_where_they_are_loops() -> None:
+    grouped, x = Experts().eval(), torch.randn(6, 5)
+    looped = Looped().eval()
+    looped.load_state_dict(copy.deepcopy(grouped.state_dict()))
+    small, expected = (compress(m, x, 0.5, reducer="select", restore=None).model for m in (grouped, looped))
+    assert small.up.shape == (3, 8, 4)
+    assert small.down.shape == (3, 4, 8)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], tensor)
+    torch.testing.assert_close(small(x), expected(x))
+
+
+def test_widths_that_the_product_does_not_take_are_left_alone() -> None:
+    """It asks for rows of a multiple of 16 bytes."""
+    net, x = Experts().eval(), torch.randn(6, 5)
+    small = compress(net, x, {"up": 0.35, "enter": 1.0}, reducer="select", restore=None)
+    assert small.model.up.shape == (3, 16, 8)
+    assert "multiple of 16 bytes" in small.rolled_back["up"]
+    small.model(x)

@@ -411,3 +411,31 @@ def test_the_network_and_the_graph_stay_as_they_were() -> None:
     halved(net, x)
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     assert inspect(net, x).factors == graph.factors
+
+
+class Attending(nn.Module):
+    """PyTorch's attention, whose width is that of the stream: neither can be cut without the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm, self.leave = nn.Linear(5, 24), nn.LayerNorm(24), nn.Linear(24, 3)
+        self.attention = nn.MultiheadAttention(24, 3, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        h = self.norm(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return self.leave(x + self.mlp(x))
+
+
+def test_groups_that_cannot_be_compared_alone_are_left_alone() -> None:
+    """All cut at once it runs, but without the stream, which a norm sees, it does not: that ended the whole call."""
+    net, x = Attending().eval(), torch.randn(2, 4, 5)
+    small = compress(net, x, 0.5, reducer="select", restore=None)
+    assert small.plan.sizes == {"mlp.0": 8}
+    gone = torch.ones(16, dtype=torch.bool)
+    gone[(net.mlp[0].weight[:, None] == small.model.mlp[0].weight).all(2).any(1)] = False
+    with torch.no_grad():
+        net.mlp[2].weight[:, gone] = 0
+        torch.testing.assert_close(small.model(x), net(x))

@@ -92,3 +92,40 @@ def test_what_a_norm_adds_to_the_variance_is_known_on_every_device(name: str) ->
     x, v = torch.zeros(1, 2, 1, 1), torch.zeros(2)
     arguments = (x, v, v, v, v, False, 0.1, 1e-5)
     assert find_eps(Call(getattr(torch.ops.aten, name).default, arguments, {}, (x,), "")) == 1e-5
+
+
+class Summed(nn.Module):
+    """Sums that begin as zeros, or as what is no one number, and are added to in place."""
+
+    def __init__(self, begin: str, rows: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.begin, self.rows = nn.Linear(5, 8), nn.Linear(8, 3), begin, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        total = torch.zeros(3, 8) if self.begin == "zeros" else torch.arange(24.0).view(3, 8)
+        if self.rows:
+            total.index_add_(0, torch.tensor([2, 0, 1]), h)
+        else:
+            total += h
+        return self.b(total)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["added", "rows added"])
+def test_what_is_written_in_place_is_seen_as_it_was(rows: bool) -> None:
+    """What zeros hold once channels were added to them varies with the channels, and tells none apart."""
+    summed = trace(Summed("zeros", rows), torch.randn(3, 5))["a"]
+    assert (summed.size, summed.reason) == (8, None)
+    groups = trace(Summed("numbers", rows), torch.randn(3, 5)).groups
+    assert not [g for g in groups if g.reducible and g.size > 1]
+
+
+def test_a_concatenation_with_no_rows_is_followed() -> None:
+    """As of experts to which no token goes."""
+    net = nn.Sequential(nn.Linear(5, 8), Padded(), nn.Linear(8, 3))
+    assert trace(net, torch.randn(3, 5))["0"].reason is None
+
+
+class Padded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:2], x[2:2], x[2:]])

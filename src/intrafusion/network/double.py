@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from intrafusion.network.grouped import is_grouped_product, multiply_in_groups
+from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model, named_tensors
@@ -28,9 +28,13 @@ class DoublePrecision(TorchDispatchMode):
             kwargs["dtype"] = _double_of(kwargs["dtype"])
         if not func._schema.is_mutable:
             args, kwargs = tree_map(_as_double, args), tree_map(_as_double, kwargs)
-        if is_grouped_product(func, args):  # there is none in float64
-            return multiply_in_groups(*args)
+        if is_grouped_product(func):  # it has no float64
+            return _multiply_groups(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _multiply_groups(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
+    return multiply_groups(a, b, None if offs is None else offs.tolist(), *rest, **more)
 
 
 def _as_double(x: Any) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from intrafusion.brief import show_briefly
+from intrafusion.errors import ModelError
 from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
 from intrafusion.network.double import DoublePrecision, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
@@ -217,12 +218,18 @@ class FunctionCheck:
         return error <= _CLOSE or error <= self.reference.tolerance
 
     def error(self, maps: Maps) -> float:
-        """Largest difference of the outputs, relative to the largest output."""
+        """Largest difference of the outputs, relative to the largest output; infinite where there are none.
+
+        A network in which only these groups are smaller may not run: attention whose width is that of its heads, say.
+        """
         if not maps:
             return 0.0
         weights = reduce_weights(self.reference.weights, self.graph, maps)
         with weights_written(self.reference.double, weights, self.repairs_of(maps) or ()):
-            found = self.reference.run()
+            try:
+                found = self.reference.run()
+            except ModelError:
+                return math.inf
         return output_difference(found, self.expected({name: _scale_map(m, None) for name, m in maps.items()}))
 
     def is_same_without(self, maps: Maps) -> bool:
@@ -308,6 +315,8 @@ def _find_changed_factors(old: Sequence[Factor], new: Sequence[Factor]) -> _Chan
 def _explain(error: float | None, changed: _Changes, derived: Sequence[str]) -> str:
     """Why a group is left alone, in words."""
     off = "" if error is None else f"; the output is off by {error:.1e} (relative)"
+    if error == math.inf:
+        off = "; with only those cut that can be compared, it does not run, or gives no numbers"
     if changed:
         words = dict.fromkeys(f"{a.value:.4g} in {a.where} becomes {b.value:.4g}" for a, b in changed.values())
         return f"the forward derives a factor from the width: {', '.join(itertools.islice(words, 3))}{off}"

@@ -14,7 +14,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.graph import Factor
-from intrafusion.network.grouped import is_grouped_product, multiply_in_groups
+from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor, Outcome
 from intrafusion.trace.labels import FIRST, narrow
@@ -38,18 +38,35 @@ class Tracer(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-        if is_grouped_product(func, args):
+        if is_grouped_product(func):
             if args[0].dtype != torch.float64:
-                func(*args, **kwargs)  # it refuses widths that are no multiple of 16 bytes
-            with self:
-                return multiply_in_groups(*args)
+                func(*args, **kwargs)  # it does not take every width
+            return self._multiply_groups(*args, **kwargs)
+        seen = self._keep_written(func, args)
         out = self.execute(func, args, kwargs)
-        call = Call(func, args, kwargs, out, self.modules[-1] if self.modules else "")
+        call = Call(func, seen, kwargs, out, self.modules[-1] if self.modules else "")
         if any(map(self.ledger.knows, call.tensors)):
             self.follow(call)
         if call.name in _FILLS or not any(map(self.ledger.knows, call.tensors)):
             self._note_constants(call)
         return out
+
+    def _multiply_groups(self, a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
+        """The product of every group of rows with a matrix of its own, one after another."""
+        ends = None if offs is None else offs.tolist()
+        with self:
+            return multiply_groups(a, b, ends, *rest, **more)
+
+    def _keep_written(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments as a rule is to see them: a constant that channels are written into as it was before.
+
+        A sum that begins as zeros, `total += branch(x)`, is such; what it holds behind that varies with the channels.
+        """
+        if not func._schema.is_mutable or not args or not isinstance(args[0], Tensor) or args[0]._is_view():
+            return args
+        if self.ledger.knows(args[0]) or not any(isinstance(x, Tensor) and self.ledger.knows(x) for x in args[1:]):
+            return args
+        return args[0].detach().clone(), *args[1:]
 
     def _note_constants(self, call: Call) -> None:
         """Of tensors of which nothing is known: which hold one number everywhere."""

@@ -258,7 +258,10 @@ def overwrite(ledger: Ledger, call: Call) -> Outcome:
 
 def concatenate(ledger: Ledger, call: Call) -> Info:
     dim = (call["dim"] or 0) % call.out.dim()
-    tensors = [x for x in call["tensors"] if call.name == "stack" or x.dim() == call.out.dim()]
+    whole = call.name == "stack" or not call.out.numel()
+    tensors = [
+        x for x in call["tensors"] if whole or (x.numel() and x.dim() == call.out.dim())
+    ]  # no experts without rows
     infos = [ledger.look_up(x) for x in tensors]
     join = torch.stack if call.name == "stack" else torch.cat
     if not any(isinstance(i, LabelledTensor) for i in infos):

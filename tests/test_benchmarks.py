@@ -1,0 +1,86 @@
+"""Tables are what the records give, and the judge of the compatibility table tells right from wrong."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_tables_are_what_the_records_give() -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "tables.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def families(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import families.family
+    import families.judge
+
+    return families
+
+
+class Normed(nn.Module):
+    """A stream of 8 channels under a layer norm and a group norm, and an inner width of 6."""
+
+    def __init__(self, stream: int = 8, inner: int = 6) -> None:
+        super().__init__()
+        self.enter, self.norm, self.up = nn.Linear(3, stream), nn.LayerNorm(stream), nn.Linear(stream, inner)
+        self.down, self.group, self.leave = nn.Linear(inner, stream), nn.GroupNorm(2, stream), nn.Linear(stream, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        x = x + self.down(self.up(self.norm(x)).relu())
+        return self.leave(self.group(x))
+
+
+def cut(net: Normed, stream: list[int], inner: list[int]) -> Normed:
+    """Only these channels, cut by hand."""
+    small = Normed(len(stream), len(inner)).double()
+    sides = {"enter": (stream, None), "up": (inner, stream), "down": (stream, inner), "leave": (None, stream)}
+    sides |= {"norm": (stream, None), "group": (stream, None)}
+    with torch.no_grad():
+        for name, along in sides.items():
+            for part in ("weight", "bias"):
+                tensor = net.get_parameter(f"{name}.{part}")
+                for dim, kept in enumerate(along[: tensor.dim()]):
+                    tensor = tensor if kept is None else tensor.index_select(dim, torch.tensor(kept))
+                small.get_parameter(f"{name}.{part}").copy_(tensor)
+    return small
+
+
+KEPT = [0, 2, 5, 7], [1, 4, 5]  # two channels of each half of the stream, which are the groups of the norm
+
+
+def test_the_judge_accepts_what_was_cut_right_and_nothing_else(families: Any) -> None:
+    family = families.family.Family("", "", Normed, lambda: (torch.randn(5, 3),))
+    net = families.family.randomise_(Normed().double())
+    calls = [(torch.randn(5, 3, dtype=torch.float64),)]
+    find_error = lambda small: families.judge.find_error(net, small, calls, family)  # noqa: E731
+    small = cut(net, *KEPT)
+    assert find_error(small) < 1e-14
+    scaled = copy.deepcopy(small)
+    scaled.down.weight.data *= 2.0  # linear between them
+    scaled.up.weight.data /= 2.0
+    scaled.up.bias.data /= 2.0
+    assert find_error(scaled) < 1e-14
+    mixed_up = copy.deepcopy(small)
+    mixed_up.down.weight.data = mixed_up.down.weight[:, [1, 0, 2]].clone()
+    assert find_error(mixed_up) > 1e-3
+    unequal = cut(net, [0, 1, 2, 7], KEPT[1])  # three of the first group, one of the second
+    assert find_error(unequal) > 1e-3
+    foreign = copy.deepcopy(small)
+    foreign.up.bias.data += 0.1
+    with pytest.raises(families.judge.Unjudged, match="is no part of"):
+        find_error(foreign)
