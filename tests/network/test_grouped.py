@@ -29,7 +29,7 @@ def test_it_is_the_product_of_pytorch(a: tuple[int, ...], b: tuple[int, ...], en
     x, y = torch.randn(a), torch.randn(b)
     offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
     expected = F.grouped_mm(x, y, offs=offsets)
-    torch.testing.assert_close(multiply_groups(x, y, ends), expected)
+    torch.testing.assert_close(multiply_groups(x, y, offsets), expected)
 
 
 class Experts(nn.Module):

@@ -29,12 +29,8 @@ class DoublePrecision(TorchDispatchMode):
         if not func._schema.is_mutable:
             args, kwargs = tree_map(_as_double, args), tree_map(_as_double, kwargs)
         if is_grouped_product(func):  # it has no float64
-            return _multiply_groups(*args, **kwargs)
+            return multiply_groups(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _multiply_groups(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
-    return multiply_groups(a, b, None if offs is None else offs.tolist(), *rest, **more)
 
 
 def _as_double(x: Any) -> Any:

@@ -19,22 +19,23 @@ def is_grouped_product(func: Any) -> bool:
 def multiply_groups(
     a: Tensor,
     b: Tensor,
-    ends: Sequence[int] | None = None,
+    offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """What PyTorch's grouped product gives, by one product after another: for every precision, and step by step.
 
     Args:
-        a: (rows, k), the rows of a group next to each other; (groups, rows, k) where `ends` is None; or (m, k) with the
+        a: (rows, k), the rows of a group next to each other; (groups, rows, k) where `offs` is None; or (m, k) with the
             groups side by side where `b` is (k, n).
         b: (groups, k, n), or (k, n).
-        ends: behind the last row (or column) of each group.
+        offs: behind the last row (or column) of each group.
         bias: (groups, n).
     Returns:
         (rows, n); rows behind the last end are zero. (groups, m, n) where neither or both operands have two dimensions.
     """
-    if ends is None:
+    ends = [] if offs is None else offs.tolist()
+    if offs is None:
         out = a @ b
     elif a.dim() == 2 and b.dim() == 2:
         out = torch.stack([a[:, start:end] @ b[start:end] for start, end in pairwise((0, *ends))])

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, Member
-from intrafusion.network.grouped import is_grouped_product, multiply_in_groups
+from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import evaluate_alone
 from intrafusion.network.tensors import copy_model, named_tensors
@@ -97,9 +97,9 @@ class _Follower(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **(kwargs or {}))
-        if is_grouped_product(func, args):
+        if is_grouped_product(func):
             with self:
-                return multiply_in_groups(*args)
+                return multiply_groups(*args, **(kwargs or {}))
         self.names.append(name_operation(func))
         out = func(*args, **(kwargs or {}))
         self.shapes.append([tuple(t.shape) if isinstance(t, Tensor) else () for t in _as_list(out)])

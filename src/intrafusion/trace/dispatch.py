@@ -41,7 +41,8 @@ class Tracer(TorchDispatchMode):
         if is_grouped_product(func):
             if args[0].dtype != torch.float64:
                 func(*args, **kwargs)  # it does not take every width
-            return self._multiply_groups(*args, **kwargs)
+            with self:
+                return multiply_groups(*args, **kwargs)
         seen = self._keep_written(func, args)
         out = self.execute(func, args, kwargs)
         call = Call(func, seen, kwargs, out, self.modules[-1] if self.modules else "")
@@ -50,12 +51,6 @@ class Tracer(TorchDispatchMode):
         if call.name in _FILLS or not any(map(self.ledger.knows, call.tensors)):
             self._note_constants(call)
         return out
-
-    def _multiply_groups(self, a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
-        """The product of every group of rows with a matrix of its own, one after another."""
-        ends = None if offs is None else offs.tolist()
-        with self:
-            return multiply_groups(a, b, ends, *rest, **more)
 
     def _keep_written(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments as a rule is to see them: a constant that channels are written into as it was before.
