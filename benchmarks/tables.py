@@ -148,6 +148,64 @@ def sizes_table(records: list[Record]) -> str:
     return markdown(["MACs asked for", "sizes", "MACs", "parameters", "accuracy"], rows)
 
 
+def gpu_correctness(records: list[Record]) -> str:
+    """Of each network the worst difference between the devices, and errors of each way."""
+    rows = []
+    for r in records:
+        f = r.result
+        ways = r.setting["reducer"] + (f" + {r.setting['restore']}" if r.setting["restore"] else "")
+        errors = [f"{f[key]:.4f}" for key in ("error_on_cpu", "error", "error_in_half")]
+        rows.append([r.setting["network"], ways, f"{f['same_channels']:.0%}", f"{f['difference']:.0e}", *errors])
+    header = ["network", "method", "same channels", "difference", "error, CPU", "error, card", "error, card, half"]
+    return markdown(header, rows)
+
+
+def gpu_seconds(records: list[Record]) -> str:
+    steps = {
+        "forward_s": "forward",
+        "trace_s": "trace",
+        "decide_s": "choose",
+        "apply_s": "apply",
+        "restore_s": "restore",
+    }
+    rows = [[r.setting["network"], r.setting["device"], *(f"{r.result[key]:.2f}" for key in steps)] for r in records]
+    return markdown(["network", "device", *steps.values()], rows)
+
+
+def gpu_latency(records: list[Record]) -> str:
+    rows = []
+    for r in records:
+        s, f = r.setting, r.result
+        ratio = lambda key, f=f: f"{f[f'round_to {key}, ms'] / f['before, ms']:.2f}"  # noqa: E731
+        how = "compiled" if s["compiled"] else "eager"
+        macs = f"{f['round_to None, MACs']:.2f}"
+        rows.append([s["network"], str(s["batch"]), s["dtype"], how, f"{f['before, ms']:.1f}", macs, ratio("None")])
+    return markdown(["network", "batch", "precision", "mode", "before, ms", "MACs", "time"], rows)
+
+
+def gpu_trained(records: list[Record]) -> str:
+    parts = []
+    for network in dict.fromkeys(r.setting["network"] for r in records):
+        own = [r for r in records if r.setting["network"] == network]
+        trained = next(r.result for r in own if r.setting["what"] == "train")
+        cut = [r for r in own if r.setting["what"] == "cut"]
+        keeps = sorted({r.setting["keep"] for r in cut}, reverse=True)
+        line = lambda r: (r.setting["reducer"], r.setting["restore"] or "nothing", r.setting["images"])  # noqa: E731
+        value = {(line(r), r.setting["keep"]): percent(r.result["accuracy"]) for r in cut}
+        lines = dict.fromkeys(map(line, cut))
+        rows = [[*map(str, key), *(value.get((key, keep), "") for keep in keeps)] for key in lines]
+        head = f"`{network}`, {trained['epochs']:.0f} epochs, original {percent(trained['accuracy'])} %"
+        parts.append(f"{head}\n\n{markdown(['reducer', 'restore', 'images', *(f'keep {k:g}' for k in keeps)], rows)}")
+    return "\n\n".join(parts)
+
+
+def gpu(records: list[Record]) -> str:
+    """Four tables, one for each stage of the script."""
+    of = lambda *what: [r for r in latest(records) if r.setting["what"] in what]  # noqa: E731
+    tables = gpu_correctness(of("correctness")), gpu_seconds(of("seconds")), gpu_latency(of("latency"))
+    return "\n\n".join([*tables, gpu_trained(of("train", "cut"))])
+
+
 HEADLINE = ("cifar10_resnet20", "whole network", 10_000)
 
 
@@ -162,6 +220,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
+        "gpu": lambda: gpu(read_records(RECORDS / "gpu.jsonl")),
     },
     HERE.parent / "docs" / "compatibility.md": {
         "compatibility": lambda: write_table(latest(read_records(RECORDS / "compatibility.jsonl"))),
