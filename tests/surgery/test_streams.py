@@ -16,6 +16,7 @@ from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.observe.moments import measure_moments
 from intrafusion.reduce import ReductionMap
 from intrafusion.reduce.rotation import rotation_map
+from intrafusion.restore import LeastSquares
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.streams import fold_streams_, is_turned
 from intrafusion.surgery.write import write_weights_
@@ -98,6 +99,18 @@ def make_scaled(norm: Any, *, bias: bool, last: Any) -> PreNorm:
     return model
 
 
+class Pooled(PreNorm):
+    """As DINOv2: one head reads the first token beside the mean of all, both behind one norm."""
+
+    def __init__(self, norm: Any, *, bias: bool, last: Any) -> None:
+        super().__init__(norm, bias=bias, last=last)
+        self.head = nn.Linear(2 * WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.layers(self.tokens(x) + self.places))
+        return self.head(torch.cat([x[:, 0], x.mean(1)], dim=1))
+
+
 NETWORKS = {
     "layer norm": lambda: PreNorm(strict_norm, bias=True, last=strict_norm),
     "no bias in readers": lambda: PreNorm(strict_norm, bias=False, last=strict_norm),
@@ -108,6 +121,7 @@ NETWORKS = {
     "scaled branches": lambda: make_scaled(strict_norm, bias=True, last=strict_norm),
     "scaled branches without bias": lambda: make_scaled(RMS, bias=False, last=RMS),
     "one is added to gains": lambda: PreNorm(PlusOne, bias=False, last=PlusOne),
+    "token and mean": lambda: Pooled(strict_norm, bias=True, last=strict_norm),
     "both": lambda: PreNorm(RMS, bias=True, last=strict_norm),
 }
 TOKENS = torch.arange(48).reshape(8, 6) % 11
@@ -195,6 +209,7 @@ def test_directions_in_which_nothing_lies_go_without_loss(name: str) -> None:
         ("scaled branches", True),
         ("scaled branches without bias", False),
         ("one is added to gains", False),
+        ("token and mean", True),
     ],
 )
 def test_what_is_compressed_is_proved_rotated_saved_and_loaded(name: str, centred: bool, tmp_path: Any) -> None:
@@ -294,3 +309,35 @@ def test_an_optimizer_starts_anew_where_gains_went_elsewhere() -> None:
     optimizer.zero_grad()
     model(TOKENS).square().sum().backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["layer norm", "scaled branches", "scaled branches without bias"])
+def test_layers_are_solved_for_what_the_original_gives_scales_included(name: str) -> None:
+    """Without loss there is nothing to make up for, so that solving must not change what the network gives."""
+    model = make(name).double()
+    rotation = find_stream(model).rotation
+    assert rotation is not None
+    confine(model, 6, centred=rotation.centred)
+    inputs = torch.randint(0, 11, (64, 6))
+    keep = {"tokens": 7 / WIDTH if rotation.centred else 6 / WIDTH, "*": 1.0}
+    plan = intrafusion.compress(model, TOKENS, keep=keep, images=inputs, restore=None).plan
+    solved, graph = intrafusion.apply(model, plan, TOKENS), intrafusion.inspect(model, TOKENS)
+    LeastSquares()(solved, model, graph, inputs)
+    torch.testing.assert_close(solved.model(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_of_what_is_read_elsewhere_too_is_not_taken_in() -> None:
+    """The proof finds it: the layer would give the sum without the scale something else."""
+
+    class Twice(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            return y * self.gamma + y
+
+    model = make("layer norm")
+    model.layers[0].down = Twice(24, WIDTH, bias=True).double()  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        model.get_parameter("layers.0.down.gamma").add_(torch.randn(WIDTH).double())
+    group = find_stream(model)
+    assert group.rotation is None
+    assert "not rotated: that changes the output" in str(group.unmixable)

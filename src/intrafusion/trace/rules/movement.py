@@ -275,7 +275,9 @@ def concatenate(ledger: Ledger, call: Call) -> Info:
     if call.name == "stack" or any(dim in find_varying(x) for x in labels):
         labels = _tell_parts_apart(ledger, labels)
     index = lambda x: tuple(slice(None) if d in kept else slice(0, 1) for d in range(x.dim()))  # noqa: E731
-    return LabelledTensor(compact(join([x[index(x)] for x in labels], dim)).expand(call.out.shape))
+    tails = {i.tail if isinstance(i, LabelledTensor) else None for i in infos}
+    joined = compact(join([x[index(x)] for x in labels], dim)).expand(call.out.shape)
+    return LabelledTensor(joined, tail=tails.pop() if len(tails) == 1 else None)
 
 
 def _tell_parts_apart(ledger: Ledger, labels: list[Tensor]) -> list[Tensor]:
