@@ -85,16 +85,35 @@ class Member:
 @checked
 @dataclass(frozen=True)
 class StreamNorm:
-    """A norm over all channels of a group, which gives scale * normalised + shift, and what alone reads that.
+    """A norm over all channels of a group, giving (offset + scale) * normalised + shift, and what alone reads that.
 
     Attributes:
         scale, shift: names of tensors with one entry per channel; None where it has none.
         readers: weights, and the dimension along which they read.
+        offset: what is added to the scale, 1 in Gemma.
     """
 
     scale: str | None
     shift: str | None
     readers: tuple[tuple[str, int], ...]
+    offset: float = 0.0
+
+
+@checked
+@dataclass(frozen=True)
+class StreamScale:
+    """What one linear map gives to a group, and nothing else, is multiplied with a scale of each channel (LayerScale).
+
+    Attributes:
+        scale: name of a tensor with one entry per channel.
+        weight, dim: the map's weight, and the dimension along which it gives the channels.
+        bias: name of what it adds; None where it adds nothing.
+    """
+
+    scale: str
+    weight: str
+    dim: int
+    bias: str | None
 
 
 @checked
@@ -104,11 +123,13 @@ class Rotation:
 
     Attributes:
         norms: those that have a scale or a shift, which go into their readers first.
+        scales: those of branches, which go into what writes the branch first.
         centred: whether the rotation must leave the mean of the channels alone, as a LayerNorm takes it off.
     """
 
     norms: tuple[StreamNorm, ...]
     centred: bool = False
+    scales: tuple[StreamScale, ...] = ()
 
 
 @checked

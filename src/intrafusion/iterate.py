@@ -22,7 +22,7 @@ from intrafusion.network.inputs import ExampleInputs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.network.texts import Tokenizer
 from intrafusion.network.wrappers import outside_inference
-from intrafusion.pipeline import inspect, make_workable, reduce_and_restore, wrap_result
+from intrafusion.pipeline import count_ties, inspect, make_workable, prepare_model, reduce_and_restore, wrap_result
 from intrafusion.plan import Decision, Plan
 from intrafusion.planning import list_sizes
 from intrafusion.progress import ShowProgress, prefix_stages, shows_progress
@@ -88,7 +88,8 @@ def compress_in_steps(
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
     recipe = Recipe.of(keep=keep, **options)
     recipe.refuse_foreign()
-    core, example = make_workable(model), recipe.call_of(example_inputs)
+    whole, example = make_workable(model), recipe.call_of(example_inputs)
+    core = prepare_model(whole, recipe, example)
     calls = as_calls(make_reusable(choose_inputs(inputs, images)), core, example, tokenizer)
     split = split_images(calls, core, recipe)
     graph = inspect(core, example)
@@ -104,9 +105,9 @@ def compress_in_steps(
             _train_between_(small.model, train)
         graph, present = _shrunken_graph(small, graph), small.model
         done.append(small)
-    small = _join_steps(done, recipe)
+    small = count_ties(_join_steps(done, recipe), whole, core)
     small = replace(small, notes=(*small.notes, *(calls.warn() if calls is not None else ())))
-    return wrap_result(model, add_comparison(small, core, split))
+    return wrap_result(model, add_comparison(small, whole, split))
 
 
 def _check_options(options: Iterable[str]) -> None:

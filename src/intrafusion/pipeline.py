@@ -12,7 +12,7 @@ from torch import nn
 
 from intrafusion.arguments import Seed, checked
 from intrafusion.compressed import Compressed
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.names import name_some
@@ -59,6 +59,7 @@ from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
 from intrafusion.surgery.proof import FunctionCheck, Reference
 from intrafusion.surgery.ties import tie_heads
+from intrafusion.surgery.untie import tell_of_untying, undo_ties
 from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
 from intrafusion.trace import trace
 
@@ -92,6 +93,7 @@ def compress(
     seed: Seed = 0,
     uniform: bool = False,
     outputs: Any = None,
+    untie: bool = False,
     inplace: bool = False,
     progress: ShowProgress = None,
 ) -> Compressed:
@@ -132,6 +134,8 @@ def compress(
             sets alone are left alone.
         outputs: names or indices of those outputs that matter, such as "logits", where a network returns more that
             nobody wants (hidden states, caches); the others may change their values and shapes. None: all matter.
+        untie: of a language model whose head shares the weight of its embedding, give the head a copy of its own first,
+            so that the stream between can be rotated; that adds parameters, and the result says how many.
         inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
             remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
         progress: None: a bar in a terminal or a notebook, once the work lasts, else lines of `logging`; False: nothing;
@@ -150,9 +154,11 @@ def compress(
     said = locals()
     recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
     given = choose_inputs(inputs, images)
+    if untie and inplace:
+        raise RecipeError("untie: expected a copy to be made, got inplace=True too; leave one of them out.")
     core = make_workable(model, inplace=inplace)
     example = recipe.call_of(example_inputs)
-    graph = inspect(core, example)
+    graph = inspect(prepare_model(core, recipe, example), example)
     small = follow(recipe, core, graph, example, given, tokenizer=tokenizer)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)
 
@@ -168,6 +174,15 @@ def make_workable(model: Any, *, inplace: bool = False) -> nn.Module:
         check_inplace(model)
     with torch.inference_mode(False):
         return copy_model(core) if holds_inference_tensors(core) else core
+
+
+def prepare_model(model: nn.Module, recipe: Recipe, example_inputs: ExampleInputs) -> nn.Module:
+    """The network that a recipe is for: the same, or one whose ties are undone.
+
+    Raises:
+        ModelError: they cannot be, see `undo_ties`.
+    """
+    return undo_ties(unwrap(model), recipe.call_of(example_inputs)) if recipe.untie else model
 
 
 def wrap_result(model: nn.Module, small: Compressed) -> Compressed:
@@ -192,16 +207,27 @@ def follow(
     """Do what a recipe says to a network that was inspected before: decide, apply, restore.
 
     Args:
+        graph: of the network, of `prepare_model(model, recipe, ...)` where the recipe unties.
         calibration: instead of the one that the recipe would make, for several recipes on one network.
         tokenizer: as `compress`.
     """
     recipe.refuse_foreign()
-    model, inputs = make_workable(model), recipe.call_of(example_inputs)
+    whole, inputs = make_workable(model), recipe.call_of(example_inputs)
+    model = prepare_model(whole, recipe, inputs)
     calls = as_calls(make_reusable(images), model, inputs, tokenizer)
     split = Split(calls) if calibration is not None else split_images(calls, model, recipe)
     small = reduce_and_restore(recipe, model, graph, inputs, split, calibration=calibration, tokenizer=tokenizer)
     small = replace(small, notes=(*small.notes, *(calls.warn() if calls is not None else ())))
-    return add_comparison(small, model, split, find_held_out(small.restored))
+    small = count_ties(small, whole, model)
+    return add_comparison(small, whole, split, find_held_out(small.restored))
+
+
+def count_ties(small: Compressed, model: nn.Module, untied: nn.Module) -> Compressed:
+    """With the size that the network had before it was untied, and what is to be said of that."""
+    if not small.plan.recipe.untie:
+        return small
+    before = small.before if untied is model else size_of(model, small.inputs)
+    return replace(small, before=before, notes=(*small.notes, tell_of_untying(model, untied)))
 
 
 @checked
@@ -363,7 +389,10 @@ def apply(
         PlanError: the plan was made for another network.
         ModelError: the network does not run on the example inputs.
     """
-    core, inputs = make_workable(model, inplace=inplace), plan.recipe.call_of(example_inputs)
+    whole, inputs = make_workable(model, inplace=inplace), plan.recipe.call_of(example_inputs)
+    if plan.recipe.untie and inplace:
+        raise RecipeError("untie: expected a copy to be made, got inplace=True too; leave it out.")
+    core = prepare_model(whole, plan.recipe, inputs)
     if graph is None:
         plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(core).items() if t.is_floating_point()})
         graph = inspect(core, inputs)
@@ -389,5 +418,6 @@ def apply(
             *([_tell_of_config(unsaid)] if unsaid else []),
         ),
     )
+    small = small if core is whole else count_ties(small, whole, core)
     report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)

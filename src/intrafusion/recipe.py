@@ -56,6 +56,7 @@ class Recipe:
         uniform: only sizes that the configuration of a network of transformers can say, so that `from_pretrained`
             opens what `save_pretrained` writes: what one number there sets becomes one size.
         outputs: names or indices of those outputs of the network that matter; None: all.
+        untie: give heads that share the weight of an embedding one of their own first.
     """
 
     keep: Keep = 0.7
@@ -71,6 +72,7 @@ class Recipe:
     seed: Seed = 0
     uniform: bool = False
     outputs: tuple[str | int, ...] | None = None
+    untie: bool = False
 
     __repr__ = show_briefly
 

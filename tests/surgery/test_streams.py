@@ -16,6 +16,7 @@ from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.observe.moments import measure_moments
 from intrafusion.reduce import ReductionMap
 from intrafusion.reduce.rotation import rotation_map
+from intrafusion.restore import LeastSquares
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.streams import fold_streams_, is_turned
 from intrafusion.surgery.write import write_weights_
@@ -32,6 +33,24 @@ class RMS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3))
+
+
+class PlusOne(RMS):
+    """As in Gemma: the gain is 1 + weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3)) * (1.0 + self.weight.to(x))
+
+
+class Scaled(nn.Module):
+    """A layer of which each output is scaled, as LayerScale does; without a bias, or with one."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.linear, self.gamma = nn.Linear(inputs, outputs, bias=bias), nn.Parameter(torch.ones(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.gamma
 
 
 class Layer(nn.Module):
@@ -73,6 +92,25 @@ def strict_norm(width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=1e-3)
 
 
+def make_scaled(norm: Any, *, bias: bool, last: Any) -> PreNorm:
+    model = PreNorm(norm, bias=bias, last=last)
+    for layer in model.layers:
+        layer.o, layer.down = Scaled(WIDTH, WIDTH, bias), Scaled(24, WIDTH, bias)  # type: ignore[assignment]
+    return model
+
+
+class Pooled(PreNorm):
+    """As DINOv2: one head reads the first token beside the mean of all, both behind one norm."""
+
+    def __init__(self, norm: Any, *, bias: bool, last: Any) -> None:
+        super().__init__(norm, bias=bias, last=last)
+        self.head = nn.Linear(2 * WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.layers(self.tokens(x) + self.places))
+        return self.head(torch.cat([x[:, 0], x.mean(1)], dim=1))
+
+
 NETWORKS = {
     "layer norm": lambda: PreNorm(strict_norm, bias=True, last=strict_norm),
     "no bias in readers": lambda: PreNorm(strict_norm, bias=False, last=strict_norm),
@@ -80,6 +118,10 @@ NETWORKS = {
     "no gains": lambda: PreNorm(lambda w: nn.LayerNorm(w, elementwise_affine=False), bias=True, last=strict_norm),
     "torch rms": lambda: PreNorm(lambda w: nn.RMSNorm(w, eps=1e-3), bias=False, last=lambda w: nn.RMSNorm(w, eps=1e-3)),
     "rms written out": lambda: PreNorm(RMS, bias=True, last=RMS),
+    "scaled branches": lambda: make_scaled(strict_norm, bias=True, last=strict_norm),
+    "scaled branches without bias": lambda: make_scaled(RMS, bias=False, last=RMS),
+    "one is added to gains": lambda: PreNorm(PlusOne, bias=False, last=PlusOne),
+    "token and mean": lambda: Pooled(strict_norm, bias=True, last=strict_norm),
     "both": lambda: PreNorm(RMS, bias=True, last=strict_norm),
 }
 TOKENS = torch.arange(48).reshape(8, 6) % 11
@@ -137,7 +179,13 @@ def confine(model: nn.Module, rank: int, *, centred: bool) -> None:
         for name in ("tokens.weight", "places"):
             tensors[name].copy_(tensors[name] @ inside)
         for name in (n for n in tensors if n.rpartition(".")[0].endswith((".o", ".down"))):
-            tensors[name].copy_(inside @ tensors[name])
+            if not name.endswith("gamma"):
+                tensors[name].copy_(inside @ tensors[name])
+        for layer in (m for m in model.modules() if isinstance(m, Scaled)):
+            rows = inside * layer.gamma / layer.gamma[:, None]  # what the scale gives lies in the subspace
+            layer.linear.weight.copy_(rows @ layer.linear.weight)
+            if layer.linear.bias is not None:
+                layer.linear.bias.copy_(rows @ layer.linear.bias)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -152,7 +200,18 @@ def test_directions_in_which_nothing_lies_go_without_loss(name: str) -> None:
     torch.testing.assert_close(small(TOKENS), model(TOKENS), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize(("name", "centred"), [("layer norm", True), ("rms written out", False), ("both", True)])
+@pytest.mark.parametrize(
+    ("name", "centred"),
+    [
+        ("layer norm", True),
+        ("rms written out", False),
+        ("both", True),
+        ("scaled branches", True),
+        ("scaled branches without bias", False),
+        ("one is added to gains", False),
+        ("token and mean", True),
+    ],
+)
 def test_what_is_compressed_is_proved_rotated_saved_and_loaded(name: str, centred: bool, tmp_path: Any) -> None:
     model = make(name).float()
     inputs = torch.randint(0, 11, (64, 6))
@@ -160,7 +219,9 @@ def test_what_is_compressed_is_proved_rotated_saved_and_loaded(name: str, centre
     (row,) = (d for d in small.plan.decisions if d.group == "tokens")
     assert (row.mixing, row.m, row.proof) == ("rotated", 12, "function")
     norm = small.model.get_submodule("layers.0.norm1")
-    torch.testing.assert_close(norm.weight, torch.ones(12))
+    torch.testing.assert_close(norm.weight, torch.zeros(12) if "one is" in name else torch.ones(12))
+    for scaled in (m for m in small.model.modules() if isinstance(m, Scaled)):
+        torch.testing.assert_close(scaled.gamma.detach(), torch.ones(12))
     assert not centred or getattr(small.model.get_submodule("last"), "normalized_shape", (12,)) == (12,)
     small.save(tmp_path / "small")
     again = intrafusion.load(tmp_path / "small", NETWORKS[name])
@@ -177,7 +238,7 @@ def test_selection_can_be_asked_for() -> None:
     (row,) = (d for d in small.plan.decisions if d.group == "tokens")
     assert (row.mixing.partition(":")[0], row.m) == ("selected", 8)
     kept = small.plan.maps["tokens"].merge.argmax(1)
-    torch.testing.assert_close(small.model.get_submodule("last").weight, model.get_submodule("last").weight[kept])
+    torch.testing.assert_close(small.model.get_parameter("last.weight"), model.get_parameter("last.weight")[kept])
 
 
 def test_a_target_cuts_streams_by_what_directions_hold() -> None:
@@ -204,7 +265,7 @@ def test_what_cannot_be_rotated_says_why() -> None:
     groups = intrafusion.inspect(tied.double(), TOKENS).groups
     (stream,) = (g for g in groups if g.size == WIDTH and "layers.0.o" in g.producers)
     assert stream.rotation is None
-    assert "cannot go into one use of tokens.weight alone; untie it" in str(stream.unmixable)
+    assert "cannot go into one use of tokens.weight alone; untie=True (--untie)" in str(stream.unmixable)
 
 
 def test_a_fold_leaves_the_readers_what_they_read() -> None:
@@ -248,3 +309,35 @@ def test_an_optimizer_starts_anew_where_gains_went_elsewhere() -> None:
     optimizer.zero_grad()
     model(TOKENS).square().sum().backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["layer norm", "scaled branches", "scaled branches without bias"])
+def test_layers_are_solved_for_what_the_original_gives_scales_included(name: str) -> None:
+    """Without loss there is nothing to make up for, so that solving must not change what the network gives."""
+    model = make(name).double()
+    rotation = find_stream(model).rotation
+    assert rotation is not None
+    confine(model, 6, centred=rotation.centred)
+    inputs = torch.randint(0, 11, (64, 6))
+    keep = {"tokens": 7 / WIDTH if rotation.centred else 6 / WIDTH, "*": 1.0}
+    plan = intrafusion.compress(model, TOKENS, keep=keep, images=inputs, restore=None).plan
+    solved, graph = intrafusion.apply(model, plan, TOKENS), intrafusion.inspect(model, TOKENS)
+    LeastSquares()(solved, model, graph, inputs)
+    torch.testing.assert_close(solved.model(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_of_what_is_read_elsewhere_too_is_not_taken_in() -> None:
+    """The proof finds it: the layer would give the sum without the scale something else."""
+
+    class Twice(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            return y * self.gamma + y
+
+    model = make("layer norm")
+    model.layers[0].down = Twice(24, WIDTH, bias=True).double()  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        model.get_parameter("layers.0.down.gamma").add_(torch.randn(WIDTH).double())
+    group = find_stream(model)
+    assert group.rotation is None
+    assert "not rotated: that changes the output" in str(group.unmixable)

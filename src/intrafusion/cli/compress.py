@@ -115,6 +115,14 @@ def compress_command(
             "All by default.",
         ),
     ] = None,
+    untie: Annotated[
+        bool | None,
+        typer.Option(
+            "--untie",
+            help="Give a head that shares the weight of an embedding one of its own first, so that the stream between "
+            "can be rotated; that adds parameters.",
+        ),
+    ] = None,
     program: KeepProgram = False,
     trust_program: TrustProgram = False,
     recipe: Annotated[
@@ -256,8 +264,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": _read_
 def _reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
-        graph = pipeline.inspect(network.model, recipe.call_of(network.inputs), progress=progress)
-        if network.folder and (why := pipeline.explain_unsaid(recipe, network.model, graph)):
+        model = pipeline.prepare_model(network.model, recipe, network.inputs)
+        graph = pipeline.inspect(model, recipe.call_of(network.inputs), progress=progress)
+        if network.folder and (why := pipeline.explain_unsaid(recipe, model, graph)):
             messages.print(
                 f"note: intrafusion.load will be needed, not from_pretrained: {why}; --uniform makes sizes that a "
                 "configuration says.",

@@ -44,6 +44,7 @@ from intrafusion.reduce import ReductionMap
 from intrafusion.surgery.configuration import fit_config_, is_configured, is_loadable, refuse_saving_
 from intrafusion.surgery.lowrank import ranks_of, split_layers_
 from intrafusion.surgery.numbers import find_numbers
+from intrafusion.surgery.untie import undo_ties_
 from intrafusion.surgery.write import Repair, make_repairs_, put_data_
 
 _WEIGHTS, _PLAN, _RECIPE, _MAPS_FILE = "model.safetensors", "plan.json", "recipe.yaml", "maps.safetensors"
@@ -312,6 +313,8 @@ def _prepare_(
     Returns:
         the tensors to write to, and what there is to warn of.
     """
+    if plan.recipe.untie:
+        undo_ties_(network)
     _split_(network, _read_splits(data, "split_before"))
     warning = find_other_layers(folder, data, network)
     tensors = named_tensors(network)

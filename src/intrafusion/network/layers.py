@@ -65,12 +65,13 @@ def find_layers(
     tensors = named_tensors(model)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     norms = {norm.producer_weight: norm for norm in graph.norms}
+    scales = {s.weight: tensors[s.scale] for g in graph.groups if g.rotation is not None for s in g.rotation.scales}
     found = {}
     for name, module in model.named_modules():
         weight = f"{name}.weight" if name else "weight"
         if suits(module) and weight in tensors and owners[id(tensors[weight])] == 1:
             norm = norms.get(weight)
-            found[name] = Layer(name, module, None if norm is None else Norm.of(norm, tensors))
+            found[name] = Layer(name, module, None if norm is None else Norm.of(norm, tensors), scales.get(weight))
     return found
 
 
@@ -113,11 +114,15 @@ class Layer:
 
     All linear maps can be watched; what reads patches (`take_inputs`) or the weight as a `matrix` takes those that are
     `is_convolution_or_linear`, and is meant for those that are `_is_dense`.
+
+    Attributes:
+        scale: what multiplies each channel that it gives, where a rotation of the stream takes that into its weight.
     """
 
     name: str
     module: LinearMap
     norm: Norm | None = None
+    scale: Tensor | None = None
 
     __repr__ = show_briefly
 

@@ -33,10 +33,15 @@ def check_graph(graph: ChannelGraph, model: nn.Module, *, smaller: bool = False)
             )
 
 
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy, also of networks that hold tensors with a history."""
+def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """A deep copy, also of networks that hold tensors with a history.
+
+    Args:
+        share: whether parameters and buffers are to be the same ones, not copies.
+    """
     try:
-        return copy.deepcopy(model)
+        own = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
+        return copy.deepcopy(model, own)
     except Exception as error:
         raise ModelError(
             f"the network ({type(model).__name__}) cannot be copied: {type(error).__name__}: {error}. "

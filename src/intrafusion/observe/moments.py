@@ -285,7 +285,7 @@ def _join_bare_reads(group: ChannelGroup, reads: Mapping[str, _Read], weights: M
     for name, norm in behind.items():
         read = reads[name]
         one = torch.ones_like(read.mean)
-        gain = one if norm.scale is None else weights[norm.scale].flatten()[places[norm.scale]].to(one)
+        gain = one if norm.scale is None else norm.offset + weights[norm.scale].flatten()[places[norm.scale]].to(one)
         shift = 0 * one if norm.shift is None else weights[norm.shift].flatten()[places[norm.shift]].to(one)
         inverse = torch.where(gain != 0, 1 / gain, 0.0)
         covariance = inverse[:, None] * read.sample * inverse  # not shrunk: that would turn the directions

@@ -40,6 +40,9 @@ class LeastSquares:
 
     the least matching loss of f: an error counts as far as f lets it through (see `Ridge.solve`).
 
+    Norms over channels of which some are gone (a LayerNorm in a stream that was selected from) are fitted where they
+    are reached: gain and shift of each channel, for what the original's norm gave, see `NormFits`.
+
     Convolutions with one group and linear layers that run once in a forward pass are solved; depthwise and grouped
     convolutions, tied and reparametrised weights, and subclasses that do more than their weight times patches, are left
     alone. All images go through in one batch; the stored rows
@@ -90,8 +93,9 @@ class LeastSquares:
         small = copy_model(compressed.model).eval()
         solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)
         layers = find_layers(small, graph)
-        written = {id(t) for name in solved for t in layers[name].writable}
-        write_weights_(compressed.model, {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written})
+        written = {id(t) for name in solved.changes for t in layers[name].writable}
+        new = {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written}
+        write_weights_(compressed.model, {**new, **solved.norms})
 
     def restore(
         self,

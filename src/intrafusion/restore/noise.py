@@ -113,12 +113,13 @@ class Noise:
         write_weights_(small, _reduce_tensors(reference, graph, maps))
         write_weights_(result, _reduce_tensors(original, graph, maps))
         before = measure(small)
-        changes = self.solver.solve_(small, maps, reference, graph, images)
+        solved = self.solver.solve_(small, maps, reference, graph, images)
         small_seen, small_own, seen, own = (find_layers(m, graph) for m in (small, result, reference, original))
-        for name, (change, shift) in changes.items():
+        for name, (change, shift) in solved.changes.items():
             merge = find_output_merge(own[name], graph, maps)
             rows = _find_gains(small_seen[name], small_own[name], seen[name], own[name], merge)
             small_own[name].add_(rows[:, None] * change, rows * shift)
+        write_weights_(result, solved.norms)  # of which the statistics are no part
         write_weights_(compressed.model, {name: t.detach() for name, t in named_tensors(result).items()})
         return before, measure(small)
 

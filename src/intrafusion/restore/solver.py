@@ -19,6 +19,7 @@ from intrafusion.network.state import preserve_state
 from intrafusion.progress import report
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.activation import Activation
+from intrafusion.restore.norm_fits import NormFits, find_channel_norms
 from intrafusion.restore.ridge import Lacking, Ridge
 from intrafusion.restore.statistics import find_output_merge
 from intrafusion.restore.uses import Unread, UseWatcher
@@ -27,6 +28,16 @@ Change = tuple[Tensor, Tensor]
 """What was added to a layer's weight, (c, d), and as a constant to its output before the norm, (c,); float64."""
 
 _RIGHT = 1e-5  # a layer whose outputs are off by less than this fraction of their size is left alone
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What was written: changes of layers, by name, and gains and shifts of norms, by tensor."""
+
+    changes: Mapping[str, Change]
+    norms: Mapping[str, Tensor]
+
+    __repr__ = show_briefly
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,8 @@ class LayerSolver:
         reference: nn.Module,
         graph: ChannelGraph,
         inputs: Inputs,
-    ) -> dict[str, Change]:
-        """Solve the layers of a network in evaluation mode, in place; what was added to each, by name.
+    ) -> Solved:
+        """Solve the layers of a network in evaluation mode, and fit its norms, in place.
 
         Args:
             maps: that made it of the network that the graph is of.
@@ -69,12 +80,15 @@ class LayerSolver:
         inputs = double_first(inputs.map(channels_last))
         layers, originals = find_layers(small, graph), find_layers(reference, graph)
         common = {name: layer for name, layer in originals.items() if name in layers}
-        targets = record_targets(reference, common, cast_like(inputs, reference), self)
+        norms = find_channel_norms(small, graph, maps)
+        fits = NormFits(norms, inputs.weights, self.strength, self.scarcity, self.rows, self.seed)
+        with fits.recording(reference):
+            targets = record_targets(reference, common, cast_like(inputs, reference), self)
         merges = {name: find_output_merge(originals[name], graph, maps) for name in targets.rows}
         solving = _SolvingPass({n: layers[n] for n in targets.rows}, targets, merges, self)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), fits.fitting():
             solving.run(small, cast_like(inputs, small))
-        return solving.changes
+        return Solved(solving.changes, fits.list_written(small))
 
 
 @dataclass(eq=False)

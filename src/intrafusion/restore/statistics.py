@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from intrafusion.graph import ChannelGraph, Member, Role
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.network.layers import Layer
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import compose_merges, matrix_for
+from intrafusion.surgery.streams import is_turned, take_entries
 
 _PER_CHANNEL = frozenset({Role.PRODUCES, Role.SCALES, Role.SHIFTS, Role.MEAN, Role.VARIANCE, Role.FOLLOWS})
 _GIVES = frozenset({Role.PRODUCES, Role.MATCHES})
@@ -34,14 +35,25 @@ def find_merge(tensor: str, size: int, graph: ChannelGraph, maps: Mapping[str, R
 def find_output_merge(layer: Layer, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Tensor | None:
     """What the maps do to the outputs of a layer of the original network, as one (m, n) float64 matrix on the CPU.
 
-    Keys, say, are transformed as what reads the channels; factors that were put on a map count. None for nothing.
+    Keys, say, are transformed as what reads the channels; factors that were put on a map count, and scales that a
+    rotation took into the layer. None for nothing.
     """
     touching = [
-        (member, _merge_at(member, maps[group.name])) for group in graph.groups if group.name in maps
+        (member, _merge_at(member, maps[group.name]) * _find_scale(layer, group, maps[group.name]))
+        for group in graph.groups if group.name in maps
         for member in group.with_role(Role.PRODUCES, Role.MATCHES, Role.SCALES)
         if member.tensor == layer.weight_name and member.dim == layer.output_dim and member.within is None
     ]  # fmt: skip
     return compose_merges(touching, layer.outputs) if touching else None
+
+
+def _find_scale(layer: Layer, group: ChannelGroup, reduction: ReductionMap) -> Tensor | float:
+    """Of each channel, (n,), where a rotation took it into the layer; else 1."""
+    if layer.scale is None or not is_turned(group, reduction) or group.rotation is None:
+        return 1.0
+    (name,) = (s.scale for s in group.rotation.scales if s.weight == layer.weight_name)
+    places = {(m.tensor, m.dim): m for m in group.members}
+    return take_entries(layer.scale.detach().double().cpu(), name, places)
 
 
 def _merge_at(member: Member, reduction: ReductionMap) -> Tensor:

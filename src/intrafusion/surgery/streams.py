@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intrafusion.graph import ChannelGroup, Member, StreamNorm
+from intrafusion.graph import ChannelGroup, Member, StreamNorm, StreamScale
 from intrafusion.reduce.problem import ReductionMap
 
 
@@ -24,18 +24,26 @@ def fold_streams_(weights: dict[str, Tensor], groups: Iterable[ChannelGroup]) ->
 
         W  <-  W diag(g) (I - 1 1^T / n) + W b 1^T / n,     g <- 1,     b <- 1,
 
-    so a reader needs no bias.
+    so a reader needs no bias. A gain that is stored as w, and is 1 + w, becomes 0. A scale s of a branch goes into what
+    writes the branch: W <- diag(s) W, its bias likewise, and s <- 1.
 
     Args:
         weights: tensors of the groups by name, float64; entries are replaced, not written into.
     """
     for group in groups:
         places = {(m.tensor, m.dim): m for m in group.members}
-        norms = group.rotation.norms if group.rotation is not None else ()
+        norms, scales = (group.rotation.norms, group.rotation.scales) if group.rotation is not None else ((), ())
         for norm in norms:
             _fold(weights, norm, places)
-        for name in (n for norm in norms for n in (norm.scale, norm.shift) if n is not None):
-            weights[name] = torch.ones_like(weights[name])
+        for scale in scales:
+            _fold_into_writer(weights, scale, places)
+        for norm in norms:
+            if norm.scale is not None:
+                weights[norm.scale] = torch.full_like(weights[norm.scale], 1 - norm.offset)
+            if norm.shift is not None:
+                weights[norm.shift] = torch.ones_like(weights[norm.shift])
+        for scale in scales:
+            weights[scale.scale] = torch.ones_like(weights[scale.scale])
 
 
 def _fold(weights: dict[str, Tensor], norm: StreamNorm, places: dict[tuple[str, int], Member]) -> None:
@@ -44,18 +52,31 @@ def _fold(weights: dict[str, Tensor], norm: StreamNorm, places: dict[tuple[str, 
         rows = weight.movedim(dim, 0)
         index = torch.as_tensor(member.positions, device=weight.device)
         columns = rows[index]  # (n, slots, ...)
-        new = columns * _along(_take(weights, norm.scale, places), columns) if norm.scale else columns
+        new = columns
+        if norm.scale:
+            new = columns * _along(norm.offset + take_entries(weights[norm.scale], norm.scale, places), columns)
         if norm.shift:
-            constant = (columns * _along(_take(weights, norm.shift, places), columns)).mean(0)
+            constant = (columns * _along(take_entries(weights[norm.shift], norm.shift, places), columns)).mean(0)
             new = new - new.mean(0) + constant
         rows[index] = new
         weights[tensor] = weight
 
 
-def _take(weights: dict[str, Tensor], name: str, places: dict[tuple[str, int], Member]) -> Tensor:
-    """The entries of a norm's vector in the order of the channels, (n,)."""
-    member = next(m for (tensor, _), m in places.items() if tensor == name)
-    vector = weights[name].movedim(member.dim, 0).flatten()
+def _fold_into_writer(weights: dict[str, Tensor], scale: StreamScale, places: dict[tuple[str, int], Member]) -> None:
+    factors = take_entries(weights[scale.scale], scale.scale, places)
+    for name, dim in ((scale.weight, scale.dim), (scale.bias, 0)):
+        if name is not None:
+            tensor = weights[name].clone()
+            rows = tensor.movedim(dim, 0)
+            index = torch.as_tensor(places[name, dim].positions, device=tensor.device)
+            rows[index] = rows[index] * _along(factors, rows[index])
+            weights[name] = tensor
+
+
+def take_entries(tensor: Tensor, name: str, places: dict[tuple[str, int], Member]) -> Tensor:
+    """The entries of a vector with one for each channel, in the order of the channels, (n,)."""
+    member = next(m for (tensor_name, _), m in places.items() if tensor_name == name)
+    vector = tensor.movedim(member.dim, 0).flatten()
     return vector[torch.as_tensor(member.positions[:, 0], device=vector.device)]
 
 

@@ -47,6 +47,15 @@ class Tail(NamedTuple):
 
     scale: str | None = None
     shift: str | None = None
+    offset: float = 0.0  # what is added to the scale before, as in (1 + weight) * x
+
+
+class Writer(NamedTuple):
+    """The linear map that just gave channels; movements behind it do not count."""
+
+    weight: str
+    dim: int
+    bias: str | None
 
 
 class LabelledTensor:
@@ -54,9 +63,10 @@ class LabelledTensor:
 
     `indices_of`: the channels whose positions this tensor holds, as after an argmax; whoever reads it sees their order.
     `tail`: by what each channel was just multiplied and shifted, if by anything.
+    `writer`: the linear map that gave it, if nothing was done to it since.
     """
 
-    __slots__ = ("indices_of", "labels", "origin", "tail")
+    __slots__ = ("indices_of", "labels", "origin", "tail", "writer")
 
     def __init__(
         self,
@@ -64,11 +74,13 @@ class LabelledTensor:
         origin: Origin | None = None,
         indices_of: np.ndarray | None = None,
         tail: Tail | None = None,
+        writer: Writer | None = None,
     ) -> None:
         self.labels = labels
         self.origin = origin
         self.indices_of = indices_of
         self.tail = tail
+        self.writer = writer
 
     @classmethod
     def fixed(cls, shape: tuple[int, ...]) -> LabelledTensor:
@@ -76,26 +88,30 @@ class LabelledTensor:
         return cls(fill(FIXED, shape))
 
     def map(self, move: Callable[[Tensor], Tensor]) -> LabelledTensor:
-        return LabelledTensor(compact(move(self.labels)), tail=self.tail)
+        return LabelledTensor(compact(move(self.labels)), tail=self.tail, writer=self.writer)
 
 
 class Weight:
     """A parameter or buffer, or a tensor made from such by moving and combining elements.
 
     `transposed` tells `F.linear(query, weight)` from a product of two weights; `nonlinear` says how the tensor was
-    derived where that was not by linear operations alone.
+    derived where that was not by linear operations alone; `offset` is the number that was added to a whole parameter,
+    where that is all that was.
     """
 
-    __slots__ = ("axes", "nonlinear", "transposed")
+    __slots__ = ("axes", "nonlinear", "offset", "transposed")
 
-    def __init__(self, axes: list[Axis], *, transposed: bool = False, nonlinear: str | None = None) -> None:
+    def __init__(
+        self, axes: list[Axis], *, transposed: bool = False, nonlinear: str | None = None, offset: float | None = None
+    ) -> None:
         self.axes = axes
         self.transposed = transposed
         self.nonlinear = nonlinear
+        self.offset = offset
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Weight:
         moved = [Axis(a.tensor, a.dim, compact(move(a.coordinates))) for a in self.axes]
-        return Weight(moved, nonlinear=self.nonlinear)
+        return Weight(moved, nonlinear=self.nonlinear, offset=self.offset)
 
     def broadcast_to(self, shape: tuple[int, ...]) -> Weight:
         return self.map(lambda c: c.broadcast_to(shape))
@@ -103,8 +119,14 @@ class Weight:
     @property
     def single(self) -> str | None:
         """Name of the parameter if this is one whole parameter, untouched or only transposed."""
+        return self.owner if self.nonlinear is None else None
+
+    @property
+    def owner(self) -> str | None:
+        """Name of the parameter if this is one whole parameter, or such a one plus a number, see `offset`."""
         names = {a.tensor for a in self.axes}
-        return next(iter(names)) if len(names) == 1 and self.nonlinear is None else None
+        plain = self.nonlinear is None or self.offset is not None
+        return next(iter(names)) if len(names) == 1 and plain else None
 
 
 Info = LabelledTensor | Weight

@@ -16,7 +16,7 @@ import numpy as np
 
 from intrafusion.graph import Factor, Role, Slice, WeightNorm
 from intrafusion.trace.arrays import split_runs
-from intrafusion.trace.info import Tail
+from intrafusion.trace.info import Tail, Writer
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM
 
 Key = tuple[str, int, Slice | None]
@@ -106,6 +106,7 @@ class Relations:
         self.weight_norms: dict[str, WeightNorm] = {}
         self.factors: list[Factor] = []
         self.tails: dict[tuple[str, int], set[Tail | None]] = defaultdict(set)  # behind what weights read, by dim
+        self.scaled: dict[str, set[Writer | None]] = defaultdict(set)  # what vectors multiply: None for anything else
         self.strays: dict[Tail, str] = {}  # of channels that something else than a linear map reads as well, and where
 
     def fresh(self, count: int, *, block: bool = False) -> np.ndarray:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from intrafusion.graph import Role
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight
+from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight, Writer
 from intrafusion.trace.labels import UNIFORM, fill, find_varying, lay_along, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
@@ -61,12 +61,13 @@ def multiply(ledger: Ledger, call: Call) -> Info | None:
         source = _note_matrix_origin(ledger, call, ledger.look_up(b), call.tensors[0] if added else None)
         if isinstance(result, LabelledTensor):
             result.origin = source
-    if not added:
-        return result
-    kept = result.origin if isinstance(result, LabelledTensor) else None
-    result = _add_bias(ledger, call, result, call.tensors[0])
-    if isinstance(result, LabelledTensor):
-        result.origin = kept
+    if added:
+        kept = result.origin if isinstance(result, LabelledTensor) else None
+        result = _add_bias(ledger, call, result, call.tensors[0])
+        if isinstance(result, LabelledTensor):
+            result.origin = kept
+    if isinstance(result, LabelledTensor) and result.origin is not None:
+        result.writer = Writer(result.origin.weight, result.origin.dim, result.origin.bias)
     return result
 
 

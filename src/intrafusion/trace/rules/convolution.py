@@ -7,7 +7,7 @@ import torch
 
 from intrafusion.graph import Role, Slice
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight
+from intrafusion.trace.info import Axis, Info, LabelledTensor, Origin, Weight, Writer
 from intrafusion.trace.labels import FIRST, FIXED, UNIFORM, lay_along, narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
@@ -34,7 +34,9 @@ def convolve(ledger: Ledger, call: Call) -> Info:
     if isinstance(bias, Weight):
         shape = [1, -1] + [1] * (out.dim() - 2)
         labels = ledger.lay(bias.map(lambda c: c.reshape(shape).broadcast_to(out.shape)), labels, Role.SHIFTS)
-    return LabelledTensor(labels, _note_kernel_origin(ledger, call, weight, bias))
+    origin = _note_kernel_origin(ledger, call, weight, bias)
+    writer = None if origin is None else Writer(origin.weight, origin.dim, origin.bias)
+    return LabelledTensor(labels, origin, writer=writer)
 
 
 def _slides_over_channels(ledger: Ledger, info: LabelledTensor) -> bool:

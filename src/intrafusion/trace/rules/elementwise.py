@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intrafusion.graph import Role
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Info, LabelledTensor, Outcome, Tail, Weight
+from intrafusion.trace.info import Info, LabelledTensor, Outcome, Tail, Weight, Writer
 from intrafusion.trace.labels import FIRST, FIXED, compact, find_varying, narrow, widen
 from intrafusion.trace.ledger import Ledger
 
@@ -60,10 +60,10 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
     activations: list[tuple[Tensor, set[int]]] = []
     weights: list[Weight] = []
     constants: list[Tensor] = []
-    tails: list[Tail | None] = []
+    found: list[LabelledTensor] = []
     for info, values in (_look_up(ledger, operand) for operand in operands):
         if isinstance(info, LabelledTensor):
-            tails.append(info.tail)
+            found.append(info)
             labels = info.labels.broadcast_to(shape)
             activations.append((labels, set(range(len(shape))) if values is None else find_extent(values, len(shape))))
         elif isinstance(info, Weight):
@@ -79,23 +79,29 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
         labels = ledger.lay(weight, labels, _OPERATION_ROLES.get(call.name, Role.FOLLOWS))
     for values in constants:
         labels = colour_by_value(ledger, labels, values, call.where)
-    tail = _extend_tail(ledger, call, tails, weights, constants)
-    return LabelledTensor(compact(labels) if weights else labels, tail=tail)
+    tail, writer = _extend_tail(ledger, call, found, weights, constants)
+    return LabelledTensor(compact(labels) if weights else labels, tail=tail, writer=writer)
 
 
 def _extend_tail(
-    ledger: Ledger, call: Call, tails: list[Tail | None], weights: list[Weight], constants: list[Tensor]
-) -> Tail | None:
-    """What channels were multiplied and shifted by, if that is all that is done to them here."""
-    names = [w.single for w in weights if w.single is not None and _is_vector(ledger.shapes[w.single])]
-    alone = len(tails) == len(names) == len(weights) == 1 and not constants
-    if alone and call.name == "mul" and tails[0] is None:
-        return Tail(names[0])
-    if alone and call.name == "add" and tails[0] is not None and tails[0].shift is None:
-        return Tail(tails[0].scale, names[0])
-    for tail in filter(None, tails):
+    ledger: Ledger, call: Call, found: list[LabelledTensor], weights: list[Weight], constants: list[Tensor]
+) -> tuple[Tail | None, Writer | None]:
+    """What channels were multiplied and shifted by, and what gave them, if that is all that is done to them here."""
+    vectors = [w for w in weights if w.owner is not None and _is_vector(ledger.shapes[w.owner])]
+    if len(found) == len(vectors) == len(weights) == 1 and not constants:
+        name, offset, (info,) = vectors[0].owner, vectors[0].offset or 0.0, found
+        if call.name == "mul" and name is not None:
+            ledger.relations.scaled[name].add(info.writer if offset == 0 else None)
+            if info.tail is None:
+                return Tail(name, offset=offset), None
+        elif call.name == "add" and offset == 0:
+            if info.tail is not None and info.tail.shift is None:
+                return info.tail._replace(shift=name), None
+            if info.tail is None and info.writer is not None and info.writer.bias is None:
+                return None, info.writer._replace(bias=name)
+    for tail in filter(None, (info.tail for info in found)):
         ledger.relations.strays.setdefault(tail, call.where)
-    return None
+    return None, None
 
 
 def _is_vector(shape: tuple[int, ...]) -> bool:
@@ -193,7 +199,15 @@ def _combine_weights(
         if any(find_varying(_compact_values(c, shape)) & axis.varies for c in constants):
             ledger.relations.pin(axis.tensor, axis.dim, f"meets a constant that varies along it: {call.where}")
     nonlinear = next((w.nonlinear for w in weights if w.nonlinear), None)
-    return Weight(axes, nonlinear=nonlinear or (None if linear else call.where))
+    offset = _find_offset(call) if len(weights) == 1 and weights[0].single is not None else None
+    return Weight(axes, nonlinear=nonlinear or (None if linear else call.where), offset=offset)
+
+
+def _find_offset(call: Call) -> float | None:
+    """The number that is added to the one tensor of a call, if that is what it does."""
+    numbers = [a for a in call.args if isinstance(a, (int, float))]
+    plain = call.name == "add" and len(call.args) == 2 and len(numbers) == 1 and call.kwargs.get("alpha", 1) == 1
+    return float(numbers[0]) if plain else None
 
 
 def _compact_values(values: Tensor, shape: torch.Size) -> Tensor:

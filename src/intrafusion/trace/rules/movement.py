@@ -96,7 +96,7 @@ _ABSENT = -1  # coordinate of an element that comes from no index of the paramet
 
 def pass_on(ledger: Ledger, call: Call) -> Info | None:
     info = ledger.look_up(call.args[0])
-    return LabelledTensor(info.labels, tail=info.tail) if isinstance(info, LabelledTensor) else info
+    return info.map(lambda c: c) if isinstance(info, LabelledTensor) else info
 
 
 def forget(ledger: Ledger, call: Call) -> None:
@@ -134,7 +134,8 @@ def move(ledger: Ledger, call: Call) -> Outcome:
 
 def _tell_places_apart(ledger: Ledger, call: Call, info: LabelledTensor) -> LabelledTensor:
     """Before a part is taken along a dimension: a channel that stands there several times, told apart."""
-    return LabelledTensor(ledger.tell_apart(info.labels, _find_picked_dims(call)), tail=info.tail)
+    labels = ledger.tell_apart(info.labels, _find_picked_dims(call))
+    return LabelledTensor(labels, tail=info.tail, writer=info.writer)
 
 
 def _find_picked_dims(call: Call) -> set[int]:
@@ -160,7 +161,7 @@ def _picks_branches(ledger: Ledger, call: Call, info: Info | None, index: Tensor
 def _split(info: Info, call: Call) -> list[Info | None]:
     run = _make_mover(call, UNIFORM)
     if isinstance(info, LabelledTensor):
-        return [LabelledTensor(compact(part), tail=info.tail) for part in run(info.labels)]
+        return [LabelledTensor(compact(part), tail=info.tail, writer=info.writer) for part in run(info.labels)]
     parts = [(axis, run(axis.coordinates)) for axis in info.axes]
     return [
         Weight([Axis(axis.tensor, axis.dim, compact(pieces[k])) for axis, pieces in parts], nonlinear=info.nonlinear)
@@ -274,7 +275,9 @@ def concatenate(ledger: Ledger, call: Call) -> Info:
     if call.name == "stack" or any(dim in find_varying(x) for x in labels):
         labels = _tell_parts_apart(ledger, labels)
     index = lambda x: tuple(slice(None) if d in kept else slice(0, 1) for d in range(x.dim()))  # noqa: E731
-    return LabelledTensor(compact(join([x[index(x)] for x in labels], dim)).expand(call.out.shape))
+    tails = {i.tail if isinstance(i, LabelledTensor) else None for i in infos}
+    joined = compact(join([x[index(x)] for x in labels], dim)).expand(call.out.shape)
+    return LabelledTensor(joined, tail=tails.pop() if len(tails) == 1 else None)
 
 
 def _tell_parts_apart(ledger: Ledger, labels: list[Tensor]) -> list[Tensor]:

@@ -51,8 +51,8 @@ def normalise(ledger: Ledger, call: Call) -> list[Info | None]:
         labels = _lay_own_tensor(ledger, labels, tensor, _OWN_ROLES[name], x, last)
     if "batch" in call.name:
         _note_norm(ledger, call, info, tensors)
-    names = [_find_owner(ledger, tensors.get(name)) for name in ("weight", "bias")] if last else []
-    return [LabelledTensor(compact(labels), tail=Tail(*names) if any(names) else None), *rest]
+    scale, shift = (_find_owner(ledger, tensors.get(name)) if last else None for name in ("weight", "bias"))
+    return [LabelledTensor(compact(labels), tail=Tail(scale, shift) if scale or shift else None), *rest]
 
 
 def _lay_own_tensor(ledger: Ledger, labels: Tensor, tensor: Tensor, role: Role, x: Tensor, last: bool) -> Tensor:

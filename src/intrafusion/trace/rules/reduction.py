@@ -126,9 +126,12 @@ def summarise(ledger: Ledger, call: Call) -> Outcome:
     squeeze = lambda c: c if keep else c.reshape([s for d, s in enumerate(c.shape) if d not in dims])  # noqa: E731
     result: Info
     if isinstance(info, LabelledTensor):
-        if call.name == "mean" and (over := dims & find_channel_dims(ledger, info)):
+        over = dims & find_channel_dims(ledger, info)
+        if call.name == "mean" and over:
             ledger.relations.factors.append(Factor("mean", call.where, 1 / math.prod(x.shape[d] for d in over)))
-        result = LabelledTensor(squeeze(reduce_labels(ledger, info.labels, dims, Cause.REDUCTION, call.where)))
+        labels = squeeze(reduce_labels(ledger, info.labels, dims, Cause.REDUCTION, call.where))
+        # a mean over tokens has the gain and the shift that each token has
+        result = LabelledTensor(labels, tail=info.tail if call.name == "mean" and not over else None)
     else:
         result = _summarise_weight(info, dims, call.where).map(squeeze)
     results = [result] * len(call.outputs)
