@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion.errors import BudgetError, ModelError
+from intrafusion.errors import BudgetError, ModelError, PlanError
 from intrafusion.merge import merge_heads
 
 WIDTH, D = 24, 4
@@ -52,6 +52,12 @@ class Network(nn.Module):
         return self.last(h + self.attention(h))
 
 
+def attention(model: nn.Module) -> Attention:
+    found = model.get_submodule("attention")
+    assert isinstance(found, Attention)
+    return found
+
+
 X = torch.randn(64, 7, 6, generator=torch.Generator().manual_seed(1))
 
 
@@ -80,9 +86,11 @@ def test_heads_that_differ_by_what_commutes_merge_without_loss(rotary: bool) -> 
     model = Network(rotary=rotary).eval()
     liken_(model, ((0, 3), (2, 1)), rotary=rotary)
     small = merge_heads(model, X[:2], 2, inputs=X)
-    assert list(small.heads.values()) == [(2, 4)]
-    assert small.model.attention.key.weight.shape == small.model.attention.value.weight.shape == (2 * D, WIDTH)
-    assert small.model.attention.shared == 4
+    assert small.plan.sizes == {"attention.key:merged": 2}
+    assert small.plan.maps["attention.key:merged"].unmerge.tolist() == [[1, 0], [0, 1], [0, 1], [1, 0]]
+    assert small.plan.decisions[0].proof == "function"
+    assert attention(small.model).key.weight.shape == attention(small.model).value.weight.shape == (2 * D, WIDTH)
+    assert attention(small.model).shared == 4
     assert small.after.params == small.before.params - 2 * 2 * D * (WIDTH + 1)
     torch.testing.assert_close(small.model(X), model(X), rtol=1e-3, atol=1e-4)
 
@@ -91,7 +99,7 @@ def test_all_heads_become_one() -> None:
     model = Network().eval()
     liken_(model, ((0, 1), (0, 2), (0, 3)), rotary=True)
     small = merge_heads(model, X[:2], 1, inputs=X)
-    assert small.model.attention.shared == 8
+    assert attention(small.model).shared == 8
     torch.testing.assert_close(small.model(X), model(X), rtol=1e-3, atol=1e-4)
 
 
@@ -102,7 +110,7 @@ def test_as_many_heads_as_there_are_leave_everything_as_it_is() -> None:
     for name, tensor in small.model.state_dict().items():
         assert torch.equal(tensor, before[name])
         assert torch.equal(model.state_dict()[name], before[name])
-    assert small.model.attention.shared == 2
+    assert attention(small.model).shared == 2
 
 
 def test_solving_makes_up_for_a_part_and_beats_dropping_heads() -> None:
@@ -113,7 +121,7 @@ def test_solving_makes_up_for_a_part_and_beats_dropping_heads() -> None:
     assert step.error_after is not None
     assert step.error_after <= step.error_before
     dropped = intrafusion.compress(model, X[:2], {"*:blocks": 0.5, "*": 1.0}, inputs=X).model
-    off = lambda net: float((net(X) - model(X)).square().mean())  # noqa: E731
+    off = lambda net: float((net(X) - model(X)).square().mean().detach())  # noqa: E731
     assert off(small.model) < off(dropped)
 
 
@@ -123,7 +131,31 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     small.save(tmp_path / "small")
     again = intrafusion.load(tmp_path / "small", Network)
     assert torch.equal(again.eval()(X), small.model(X))
-    assert again.attention.shared == 4
+    assert attention(again).shared == 4
+    assert intrafusion.Plan.from_json(small.plan.to_json(), small.plan.maps) == small.plan
+    with pytest.raises(PlanError, match=r"group 'attention.key:merged' is not the same here"):
+        intrafusion.apply(model, small.plan, X[:2])
+
+
+def test_a_configuration_says_how_many_heads_there_are_and_masks_count(tmp_path: Path) -> None:
+    """With a mask, the number of queries for each key is read that the example does not show."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=40, num_hidden_layers=2, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 40, (40, 9), generator=G())
+    example = {"input_ids": tokens[:2], "use_cache": False}
+    small = merge_heads(model, example, 2, inputs=[{"input_ids": tokens}]).model
+    assert small.get_parameter("model.layers.0.self_attn.k_proj.weight").shape == (8, 32)
+    small.save_pretrained(tmp_path / "small")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert again.config.num_key_value_heads == 2
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    for options in ({}, {"attention_mask": mask}):
+        given = [net(input_ids=tokens[:2], use_cache=False, **options).logits for net in (small, again)]
+        torch.testing.assert_close(*given)
 
 
 def test_it_can_be_compressed_further() -> None:

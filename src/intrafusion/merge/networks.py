@@ -6,17 +6,15 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from intrafusion.arguments import Count, Seed, checked
-from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed, Restoration
 from intrafusion.errors import BudgetError, ModelError
-from intrafusion.graph import ChannelGraph
+from intrafusion.graph import ChannelGraph, Role
 from intrafusion.measure.size import size_of
 from intrafusion.merge.heads import Heads, find_heads
 from intrafusion.merge.maps import Merging, Seen, as_matrix
@@ -32,43 +30,20 @@ from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.texts import Tokenizer
 from intrafusion.network.wrappers import outside_inference
 from intrafusion.pipeline import inspect, make_workable, wrap_result
-from intrafusion.plan import Plan
+from intrafusion.plan import Decision, Plan, describe_members
 from intrafusion.recipe import Recipe
+from intrafusion.reduce import ReductionMap, cluster_map
 from intrafusion.restore import Calibration, LeastSquares, calibrate
 from intrafusion.surgery.configuration import build_from_config, fit_config_, is_configured
 from intrafusion.surgery.numbers import find_numbers
-from intrafusion.surgery.proof import Reference
+from intrafusion.surgery.proof import FUNCTION, Reference
 from intrafusion.surgery.write import Repair, make_repairs_, weights_written, write_weights_
-from intrafusion.table import TextTable
 
+_MERGED = ":merged"  # what decisions on merged heads are called by, behind the key layer
 _ROWS = 20_000  # places of each layer that are looked at
 _FEWEST_ROWS, _ENTRIES = 512, 2**27  # of what output layers read, for each run; of all of that together
 _TRIES = 64  # choices of numbers in attributes that follow
 _EXACT = 1e-9  # outputs in float64 may differ by this fraction where nothing was changed but their order of summation
-
-
-@checked
-@dataclass(frozen=True, eq=False)
-class Merged(Compressed):
-    """The network with fewer key/value heads.
-
-    Attributes:
-        heads: (heads, heads before) of every attention, by the name of its group of whole heads.
-        refused: why others stay as they are.
-    """
-
-    heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-
-    __repr__ = show_briefly
-
-    def _headline(self) -> str:
-        return f"key/value heads of {len(self.heads)} attentions are merged"
-
-    def _tables(self) -> tuple[TextTable, ...]:
-        rows = [(name, str(n), str(m), "") for name, (m, n) in self.heads.items()]
-        rows += [(name, "", "", why) for name, why in self.refused.items()]
-        return (TextTable(("attention", "heads", "merged to", "or why not"), tuple(rows)),)
 
 
 @checked
@@ -82,7 +57,7 @@ def merge_heads(
     images: ImagesLike | None = None,
     tokenizer: Tokenizer | None = None,
     seed: Seed = 0,
-) -> Merged:
+) -> Compressed:
     """Merge the key/value heads of grouped-query attention until so many are left; the query heads stay.
 
     Of heads that become one, values take their best common directions (see `principal_map`), keys those too, or, where
@@ -117,21 +92,48 @@ def merge_heads(
     small, repairs = _cut(reference, found, merged, heads)
     before = size_of(core, example)
     unsaid = fit_config_(small, example) if heads < found[0].count else None
-    plan = Plan(Recipe.of(keep=1.0, seed=seed), (), graph.shapes, {}, graph.warnings)
+    lots = {h.name: chosen for h, (chosen, _) in zip(found, merged, strict=True)}
+    plan = Plan(
+        Recipe.of(keep=1.0, seed=seed),
+        (*(_decide(h, heads, core) for h in found), *_explain_refused(graph, refused)),
+        graph.shapes,
+        {f"{h.key}{_MERGED}": _as_map(lots[h.name], h.count) for h in found if heads < h.count},
+        graph.warnings,
+    )
     left = [layer for h in found for layer in (h.key, h.query, h.value)]
-    restored = _restore_(small, core, graph, calibration, left) if heads < found[0].count else ()
-    result = Merged(
+    changed = any(heads < h.count for h in found)
+    restored = _restore_(small, core, graph, calibration, left) if changed else ()
+    result = Compressed(
         *(small, plan, before, size_of(small, example), example, repairs),
         restored=restored,
         images=calibration.images,
         notes=(f"intrafusion.load is needed, not from_pretrained: {unsaid}",) if unsaid else (),
         original=identify(core),
-        heads={h.name: (heads, h.count) for h in found},
-        refused=refused,
     )
-    wrapped = wrap_result(model, result)
-    assert isinstance(wrapped, Merged)
-    return wrapped
+    return wrap_result(model, result)
+
+
+def _decide(h: Heads, m: int, model: nn.Module) -> Decision:
+    """What a plan says of merged heads; no group of the graph is called so, as nothing but this makes such a map."""
+    tensors = named_tensors(model)
+    names = [f"{layer}.{part}" for layer in (h.key, h.value) for part in ("weight", "bias")]
+    members = tuple(f"{name}[0] {Role.PRODUCES}" for name in names if name in tensors)
+    proof = FUNCTION if m < h.count else None
+    return Decision(f"{h.key}{_MERGED}", h.count, m, members, "merged", kind="block", proof=proof)
+
+
+def _explain_refused(graph: ChannelGraph, refused: Mapping[str, str]) -> Iterator[Decision]:
+    for name, why in refused.items():
+        n = graph[name].size
+        yield Decision(name, n, n, describe_members(graph[name]), "kept", why, kind="block")
+
+
+def _as_map(lots: Sequence[tuple[int, ...]], n: int) -> ReductionMap:
+    """Which heads became one: as if each were the mean of its lot."""
+    labels = torch.empty(n, dtype=torch.long)
+    for index, lot in enumerate(lots):
+        labels[list(lot)] = index
+    return cluster_map(labels)
 
 
 def _select_plain(
