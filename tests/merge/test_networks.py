@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import intrafusion
 from intrafusion.errors import BudgetError, ModelError, PlanError
 from intrafusion.merge import merge_heads
+from intrafusion.network.sources import import_transformers
 
 WIDTH, D = 24, 4
 
@@ -139,7 +140,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_a_configuration_says_how_many_heads_there_are_and_masks_count(tmp_path: Path) -> None:
     """With a mask, the number of queries for each key is read that the example does not show."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    transformers = import_transformers()
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = transformers.LlamaConfig(vocab_size=40, num_hidden_layers=2, **sizes)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +26,6 @@ from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced
 
 _FEW = 64  # images
-_NOTHING = 1e-12  # shares below this are none
-_PROBED = (0.75, 0.375)  # shares of its channels with which the error of a group is measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +56,16 @@ class Sensitivity:
 
         The shape of the curve is the share of the consumers' signal that the first k pivots, or directions, cannot tell
         (or, where no layer that reads the group was seen, the share of the importance given up). Its
-        height is measured at two sizes: every group is cut alone, its consumers make up for the rest as well as they
-        can, and the output is compared on a few images. Twins are cut together. OURS.
+        height is measured: every group is halved alone, its consumers make up for the rest as well as they can, and the
+        output is compared on a few images. Twins are halved together. OURS.
         """
         curves = {}
         for twins in families_of(groups):
-            probed = sorted({max(1, round(share * twins[0].size)) for share in _PROBED} - {twins[0].size})
-            errors = [self.error({g.name: m for g in twins}) / len(twins) for m in probed]
+            height = self.error({g.name: (g.size + 1) // 2 for g in twins}) / len(twins)
             for g in twins:
                 problem = _pose(g, self.scores[g.name], g.size, self.moments.get(g.name))
-                curves[g.name] = fit_heights(_find_shape(problem, self.teller), dict(zip(probed, errors, strict=True)))
+                shape = _find_shape(problem, self.teller)
+                curves[g.name] = shape * (height / max(float(shape[(g.size + 1) // 2]), 1e-3))
         return curves
 
     def error(self, sizes: Mapping[str, int]) -> float:
@@ -94,27 +91,6 @@ class Sensitivity:
             return varied, _run_floats(self.model, varied)
         except ModelError:  # it takes these values only
             return self.example_inputs, _run_floats(self.model, self.example_inputs)
-
-
-def fit_heights(shape: Tensor, errors: Mapping[int, float]) -> Tensor:
-    r"""A curve of this shape through errors that were measured at some sizes.
-
-        e(k) = shape(k) h(k),    log h linear between the sizes that were measured, and constant beyond,
-
-    and between two of them no less than the error of the larger size, and no more than that of the smaller one.
-
-    Args:
-        shape: (n + 1,), not increasing.
-        errors: by size in 0..n.
-    """
-    sizes = sorted(errors)
-    values, every = shape.double().cpu().numpy(), np.arange(len(shape))
-    found = np.maximum.accumulate([max(errors[m], _NOTHING) for m in reversed(sizes)])[::-1]  # fewer are never better
-    heights = np.log(found) - np.log(np.maximum(values[sizes], _NOTHING))
-    curve = values * np.exp(np.interp(every, sizes, heights))
-    inside = (every >= sizes[0]) & (every <= sizes[-1])
-    curve[inside] = curve[inside].clip(found[-1], found[0])
-    return torch.from_numpy(np.minimum.accumulate(curve))
 
 
 def _pose(group: ChannelGroup, scores: Tensor, m: int, moments: Moments | None) -> ReductionProblem:
