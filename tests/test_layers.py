@@ -30,7 +30,7 @@ LAYERS = (
     {"budget"},
     {"planning"},
     {"pipeline"},
-    {"checks", "fusion", "factorize", "iterate", "train"},
+    {"checks", "fusion", "factorize", "iterate", "merge", "train"},
     {"", "lab"},  # "" is the package itself: its public names
     {"cli"},
 )

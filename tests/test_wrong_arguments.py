@@ -113,6 +113,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "Compressed.save": {"self": SMALL, "folder": "saved"},
     "Decision": parts(PLAN.decisions[0]),
     "Fused": parts(SMALL) | {"alignments": ({"a": MAP},), "weights": (1.0,)},
+    "Eliminate": {"strength": 1e-3, "unmerge": True},
+    "Eliminate.__call__": {"self": intrafusion.Eliminate(), "problem": PROBLEM},
     "Fold": {"features": "rows", "bias": False, "n_init": 1},
     "Fold.__call__": {"self": intrafusion.Fold(), "problem": PROBLEM},
     "IntraFusion": {

@@ -25,7 +25,7 @@ from intrafusion.pipeline import apply, compress, inspect
 from intrafusion.plan import Decision, Plan
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
-from intrafusion.reduce import Fold, IntraFusion, Pivot, Select
+from intrafusion.reduce import Eliminate, Fold, IntraFusion, Pivot, Select
 from intrafusion.selectors import inputs_of, outputs_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = [
     "ChannelGroup",
     "Compressed",
     "Decision",
+    "Eliminate",
     "Fold",
     "FolderError",
     "Fused",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from intrafusion.arguments import checked
 from intrafusion.budget import uniform_sizes
 from intrafusion.budget.idle import explain_idle_sizes
-from intrafusion.budget.sensitivity import Sensitivity
+from intrafusion.budget.sensitivity import Sensitivity, choose_teller
 from intrafusion.budget.target import require_inputs, sizes_for_target
 from intrafusion.budget.uniform import find_pattern
 from intrafusion.errors import ModelError, RecipeError, show
@@ -90,8 +90,8 @@ def decide(
     else:
         example = require_inputs(example_inputs, recipe)
         own = {g.name: scores(g, weights) for g in groups}
-        rotates = ReducerTraits.of(recipe.reducer).rotates
-        sensitivity = Sensitivity(model, graph, own, moments, calibration, example, rotates=rotates)
+        teller = choose_teller(recipe.reducer)
+        sensitivity = Sensitivity(model, graph, own, moments, calibration, example, teller=teller)
         wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, example)
         for note in filter(is_miss, missed):
             warn_caller(note)

@@ -1,4 +1,4 @@
-"""Pivoting against brute force, the unmerge against regression, the reducer on what it is given."""
+"""Pivoting against brute force, the reducer on what it is given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from intrafusion.errors import BudgetError
 from intrafusion.reduce import Moments, Pivot, ReductionProblem, Select
-from intrafusion.reduce.pivot import least_squares_map, pick_channels, pivot_order
+from intrafusion.reduce.pivot import pick_channels, pivot_order
 
 
 def spd(n: int, rank: int | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def missing(covariance: Tensor, reader: Tensor, kept: list[int]) -> float:
 def test_every_pick_is_the_best_next_one_and_its_error_is_right(
     block: int, points: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("intrafusion.reduce.pivot.BLOCK", block)
+    monkeypatch.setattr("intrafusion.reduce.sweep.BLOCK", block)
     reader = spd(6)
     moments = Moments(torch.zeros(points, 6), torch.stack([10.0**i * spd(6) for i in range(points)]), reader)
     found = pivot_order(moments.covariances, reader, moments.shares, 6)
@@ -73,18 +73,6 @@ def test_known_channels_are_picked_last() -> None:
 def test_sizes_are_checked(m: int) -> None:
     with pytest.raises(BudgetError, match=f"cannot keep {m} of 5"):
         pivot_order(spd(5)[None], spd(5), torch.ones(1, dtype=torch.float64), m)
-
-
-def test_least_squares_map_is_the_regression_on_samples() -> None:
-    rows = torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
-    kept = torch.tensor([1, 4, 5])
-    found = least_squares_map(rows.mean(0), torch.cov(rows.T, correction=0), kept, strength=0.0)
-    assert found.shift is not None
-    design = np.concatenate([rows[:, kept].numpy(), np.ones((500, 1))], axis=1)
-    expected = np.linalg.lstsq(design, rows.numpy(), rcond=None)[0]
-    np.testing.assert_allclose(found.unmerge.numpy(), expected[:3].T, atol=1e-8)
-    np.testing.assert_allclose(found.shift.numpy(), expected[3], atol=1e-8)
-    assert torch.equal(found.merge, torch.eye(6, dtype=torch.float64)[kept])
 
 
 def problem(size: int, moments: Moments | None) -> ReductionProblem:

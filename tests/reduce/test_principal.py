@@ -8,8 +8,8 @@ from reduce.test_pivot import spd
 
 from intrafusion.errors import BudgetError
 from intrafusion.reduce import Moments, Pivot, ReductionMap, ReductionProblem
-from intrafusion.reduce.pivot import least_squares_map
 from intrafusion.reduce.principal import list_losses, principal_map
+from intrafusion.reduce.telling import least_squares_map
 
 
 def lost(moments: Moments, reduction: ReductionMap) -> float:

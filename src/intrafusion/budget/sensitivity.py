@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -17,11 +17,9 @@ from intrafusion.network.batches import cast_like, double_first, take_images
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
-from intrafusion.reduce.pivot import least_squares_map, pick_channels
-from intrafusion.reduce.principal import list_losses, principal_map
-from intrafusion.reduce.problem import Moments, ReductionMap
-from intrafusion.reduce.rotation import list_rotation_losses, rotation_map
-from intrafusion.reduce.select import most_important, selection_map
+from intrafusion.reduce.pivot import Pivot
+from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
+from intrafusion.reduce.telling import Telling
 from intrafusion.restore.calibration import Calibration
 from intrafusion.restore.shifts import add_shifts_
 from intrafusion.surgery.literals import Literals
@@ -39,7 +37,7 @@ class Sensitivity:
         moments: what is read of them, by group, where that is known.
         calibration: what errors are measured on; without one, the example inputs.
         literals: numbers in attributes that follow the sizes.
-        rotates: whether groups are rotated that may be.
+        teller: what reduces the groups, and tells beforehand what that loses.
     """
 
     model: nn.Module
@@ -49,7 +47,7 @@ class Sensitivity:
     calibration: Calibration | None
     example_inputs: Inputs
     literals: Literals | None = None
-    rotates: bool = False
+    teller: Telling = field(default_factory=lambda: Pivot(rotate=False))
 
     __repr__ = show_briefly
 
@@ -65,7 +63,8 @@ class Sensitivity:
         for twins in families_of(groups):
             height = self.error({g.name: (g.size + 1) // 2 for g in twins}) / len(twins)
             for g in twins:
-                shape = _find_shape(g, self.scores[g.name], self.moments.get(g.name), rotates=self.rotates)
+                problem = _pose(g, self.scores[g.name], g.size, self.moments.get(g.name))
+                shape = _find_shape(problem, self.teller)
                 curves[g.name] = shape * (height / max(float(shape[(g.size + 1) // 2]), 1e-3))
         return curves
 
@@ -73,8 +72,7 @@ class Sensitivity:
         """Mean squared difference of the outputs, as a fraction of their variance, when groups have these sizes."""
         smaller = {g: sizes[g.name] for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
         maps = {
-            g.name: _reduce_to(m, g, self.scores[g.name], self.moments.get(g.name), rotates=self.rotates)
-            for g, m in smaller.items()
+            g.name: self.teller(_pose(g, self.scores[g.name], m, self.moments.get(g.name))) for g, m in smaller.items()
         }
         return _measure_cut_error(self._reference, self.graph, maps, self.literals, *self._seen)
 
@@ -95,25 +93,24 @@ class Sensitivity:
             return self.example_inputs, _run_floats(self.model, self.example_inputs)
 
 
-def _find_shape(group: ChannelGroup, scores: Tensor, moments: Moments | None, *, rotates: bool) -> Tensor:
+def _pose(group: ChannelGroup, scores: Tensor, m: int, moments: Moments | None) -> ReductionProblem:
+    return ReductionProblem(scores[:, None], scores, m, moments=moments, linear=group.linear, rotation=group.rotation)
+
+
+def _find_shape(problem: ReductionProblem, teller: Telling) -> Tensor:
     """Falls from 1 for no channel to 0 for all, (n + 1,)."""
-    if moments is not None:
-        if rotates and group.rotation is not None and moments.bare is not None:
-            return list_rotation_losses(moments.bare, centred=group.rotation.centred)
-        return list_losses(moments) if group.linear else pick_channels(moments).missing
-    ranked = scores.clamp(min=0).sort(descending=True).values
+    losses = teller.list_losses(problem)
+    if losses is not None:
+        return losses
+    ranked = problem.importance.clamp(min=0).sort(descending=True).values
     return 1 - torch.cat([ranked.new_zeros(1), ranked.cumsum(0)]) / ranked.sum().clamp(min=1e-300)
 
 
-def _reduce_to(m: int, group: ChannelGroup, scores: Tensor, moments: Moments | None, *, rotates: bool) -> ReductionMap:
-    """The best m channels, from which consumers tell the others as well as they can, or the best m directions."""
-    if moments is None:
-        return selection_map(most_important(scores, m), len(scores))
-    if rotates and group.rotation is not None and moments.bare is not None:
-        return rotation_map(moments.bare, m, centred=group.rotation.centred)
-    if group.linear:
-        return principal_map(moments, m)
-    return least_squares_map(*moments.overall, pick_channels(moments).order[:m].sort().values)
+def choose_teller(reducer: Reducer) -> Telling:
+    """What predicts the loss where it is known what is read: the reducer itself if it can, or pivots."""
+    if not isinstance(reducer, Telling):
+        return Pivot(rotate=False)
+    return replace(reducer, unmerge=True, rotate=reducer.rotates)
 
 
 def _measure_cut_error(

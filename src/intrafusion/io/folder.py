@@ -429,7 +429,7 @@ def _read_repairs(data: dict[str, Any], network: nn.Module) -> tuple[Repair, ...
                 f"{_PLAN}: {repair.module}.{repair.attribute} is no size of this network, or not {repair.old}; "
                 "it was made from another network."
             )
-        if not _shrinks(present, repair.new):
+        if not _shrinks(present, repair.new) and not _makes_up(repair, entries):
             raise PlanError(
                 f"{_PLAN}: damaged, {repair.module}.{repair.attribute} would become {repair.new} from {present}; "
                 "a plan only makes sizes smaller."
@@ -449,6 +449,14 @@ def _shrinks(old: Any, new: Any) -> bool:
     """Whether every number stays or becomes smaller, but not below 1."""
     old, new = (value if isinstance(value, tuple) else (value,) for value in (old, new))
     return len(old) == len(new) and all(b == a or 1 <= b < a for a, b in zip(old, new, strict=True))
+
+
+def _makes_up(repair: Repair, entries: list[Any]) -> bool:
+    """Whether a number grows as another one in the module shrinks, as queries for each of fewer keys."""
+    old, new = repair.old, repair.new
+    inside = [e for e in entries if e is not None and f"{e['module']}.".startswith(f"{repair.module}.")]
+    pairs = [(e["old"], e["new"]) for e in inside if type(e["old"]) is type(e["new"]) is int]
+    return isinstance(old, int) and isinstance(new, int) and 0 < old < new and any(a * old == b * new for a, b in pairs)
 
 
 def _as_size(value: Any) -> Any:

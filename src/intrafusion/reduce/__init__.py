@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from intrafusion.arguments import checked
+from intrafusion.reduce.eliminate import Eliminate
 from intrafusion.reduce.fold import Fold, cluster_map
 from intrafusion.reduce.fuse import IntraFusion, intrafusion_map
 from intrafusion.reduce.pivot import Pivot
@@ -18,6 +19,7 @@ REDUCERS: dict[str, Callable[[], Reducer]] = {
     "intrafusion": IntraFusion,
     "fold": Fold,
     "pivot": Pivot,
+    "eliminate": Eliminate,
 }
 
 
@@ -44,6 +46,7 @@ def selecting_form(reducer: Reducer) -> Reducer:
 __all__ = [
     "REDUCERS",
     "REGISTRY",
+    "Eliminate",
     "Fold",
     "IntraFusion",
     "Moments",

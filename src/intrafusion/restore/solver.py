@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +67,7 @@ class LayerSolver:
         reference: nn.Module,
         graph: ChannelGraph,
         inputs: Inputs,
+        left: Collection[str] = (),
     ) -> Solved:
         """Solve the layers of a network in evaluation mode, and fit its norms, in place.
 
@@ -74,12 +75,13 @@ class LayerSolver:
             maps: that made it of the network that the graph is of.
             reference: gives the outputs that are wanted; left as it was.
             inputs: all images as one call.
+            left: layers that stay as they are.
         Raises:
             ModelError: one of the networks gives NaN on the images.
         """
         inputs = double_first(inputs.map(channels_last))
         layers, originals = find_layers(small, graph), find_layers(reference, graph)
-        common = {name: layer for name, layer in originals.items() if name in layers}
+        common = {name: layer for name, layer in originals.items() if name in layers and name not in left}
         norms = find_channel_norms(small, graph, maps)
         fits = NormFits(norms, inputs.weights, self.strength, self.scarcity, self.rows, self.seed)
         with fits.recording(reference):

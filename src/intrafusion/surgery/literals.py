@@ -167,7 +167,9 @@ class Literals:
         """Numbers with which a network runs in which only some groups were reduced, given those where all are."""
         search = _Search(self, small, self._find_changes(small, sizes), self.run, _PART_TRIES)
         likely = {p: n for p, n in numbers.items() if n in search.find_targets(*p, own=True, exact=True)}
-        return search.run_from({}) if self.run(small, ()) is None else search.run_from(likely)
+        if likely and (found := search.run_from(likely)) is not None:  # first: other heads may fit without them, too
+            return found
+        return search.run_from({})
 
     def fit_(self, small: nn.Module, sizes: Mapping[str, int]) -> None:
         """Let numbers of the kinds that had to follow before do so in another smaller network, as far as it then runs.

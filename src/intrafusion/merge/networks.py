@@ -1,0 +1,420 @@
+"""merge_heads(): fewer key/value heads in grouped-query attention, each made of several, proved and solved."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from intrafusion.arguments import Count, Seed, checked
+from intrafusion.compressed import Compressed, Restoration
+from intrafusion.errors import BudgetError, ModelError
+from intrafusion.graph import ChannelGraph, Role
+from intrafusion.measure.size import size_of
+from intrafusion.merge.heads import Heads, find_heads
+from intrafusion.merge.maps import Merging, Seen, as_matrix
+from intrafusion.network.batches import ImagesLike, cast_like, double_first
+from intrafusion.network.calibration_images import choose_inputs
+from intrafusion.network.double import output_difference
+from intrafusion.network.gram import square_rows
+from intrafusion.network.identity import identify
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.layers import Layer, find_layers, watch_calls
+from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.texts import Tokenizer
+from intrafusion.network.wrappers import outside_inference
+from intrafusion.pipeline import inspect, make_workable, wrap_result
+from intrafusion.plan import Decision, Plan, describe_members
+from intrafusion.recipe import Recipe
+from intrafusion.reduce import ReductionMap, cluster_map
+from intrafusion.restore import Calibration, LeastSquares, calibrate
+from intrafusion.surgery.configuration import build_from_config, fit_config_, is_configured
+from intrafusion.surgery.numbers import find_numbers
+from intrafusion.surgery.proof import FUNCTION, Reference
+from intrafusion.surgery.write import Repair, make_repairs_, weights_written, write_weights_
+
+_MERGED = ":merged"  # what decisions on merged heads are called by, behind the key layer
+_ROWS = 20_000  # places of each layer that are looked at
+_FEWEST_ROWS, _ENTRIES = 512, 2**27  # of what output layers read, for each run; of all of that together
+_TRIES = 64  # choices of numbers in attributes that follow
+_EXACT = 1e-9  # outputs in float64 may differ by this fraction where nothing was changed but their order of summation
+
+
+@checked
+@outside_inference
+def merge_heads(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    heads: Count,
+    inputs: ImagesLike | None = None,
+    *,
+    images: ImagesLike | None = None,
+    tokenizer: Tokenizer | None = None,
+    seed: Seed = 0,
+) -> Compressed:
+    """Merge the key/value heads of grouped-query attention until so many are left; the query heads stay.
+
+    Of heads that become one, values take their best common directions (see `principal_map`), keys those too, or, where
+    a rotary embedding turns them in pairs, one complex factor for each pair, which commutes with the rotation; queries
+    and the output layer take the other side of it. Those become one that lose least. Then every other layer is solved
+    for the original's outputs. `compress` does the rest, if more is wanted.
+
+    Args:
+        model: not modified.
+        example_inputs: of one forward call.
+        heads: that are left, a half, a quarter, ... of those that there are.
+        inputs: as `compress`: what is looked at and solved on; without, what "auto" makes there.
+        images: another name of `inputs`.
+        tokenizer: as `compress`.
+        seed: for the sampling of rows.
+    Raises:
+        ModelError: there are no heads that can be merged, or the smaller network is not proved to do what the maps say.
+        BudgetError: a number of heads that cannot be reached by halving.
+    Reference: the mean of heads, Ainslie et al. 2023; merging by principal components, and by complex ones, is OURS.
+    """
+    core, example = make_workable(model), Inputs.of(example_inputs)
+    graph = inspect(core, example)
+    found, refused = find_heads(graph)
+    found = _select_plain(found, core, graph, refused)
+    _check_count(found, heads, refused)
+    given = choose_inputs(inputs, images)
+    reference = Reference(core, graph, example)
+    level = "auto" if given is None else "images"
+    calibration = calibrate(core, example, level, given, seed=seed, tokenizer=tokenizer)
+    _prove_factors(reference, found)
+    merged = _merge_all(core, found, heads, calibration)
+    small, repairs = _cut(reference, found, merged, heads)
+    before = size_of(core, example)
+    unsaid = fit_config_(small, example) if heads < found[0].count else None
+    lots = {h.name: chosen for h, (chosen, _) in zip(found, merged, strict=True)}
+    plan = Plan(
+        Recipe.of(keep=1.0, seed=seed),
+        (*(_decide(h, heads, core) for h in found), *_explain_refused(graph, refused)),
+        graph.shapes,
+        {f"{h.key}{_MERGED}": _as_map(lots[h.name], h.count) for h in found if heads < h.count},
+        graph.warnings,
+    )
+    left = [layer for h in found for layer in (h.key, h.query, h.value)]
+    changed = any(heads < h.count for h in found)
+    restored = _restore_(small, core, graph, calibration, left) if changed else ()
+    result = Compressed(
+        *(small, plan, before, size_of(small, example), example, repairs),
+        restored=restored,
+        images=calibration.images,
+        notes=(f"intrafusion.load is needed, not from_pretrained: {unsaid}",) if unsaid else (),
+        original=identify(core),
+    )
+    return wrap_result(model, result)
+
+
+def _decide(h: Heads, m: int, model: nn.Module) -> Decision:
+    """What a plan says of merged heads; no group of the graph is called so, as nothing but this makes such a map."""
+    tensors = named_tensors(model)
+    names = [f"{layer}.{part}" for layer in (h.key, h.value) for part in ("weight", "bias")]
+    members = tuple(f"{name}[0] {Role.PRODUCES}" for name in names if name in tensors)
+    proof = FUNCTION if m < h.count else None
+    return Decision(f"{h.key}{_MERGED}", h.count, m, members, "merged", kind="block", proof=proof)
+
+
+def _explain_refused(graph: ChannelGraph, refused: Mapping[str, str]) -> Iterator[Decision]:
+    for name, why in refused.items():
+        n = graph[name].size
+        yield Decision(name, n, n, describe_members(graph[name]), "kept", why, kind="block")
+
+
+def _as_map(lots: Sequence[tuple[int, ...]], n: int) -> ReductionMap:
+    """Which heads became one: as if each were the mean of its lot."""
+    labels = torch.empty(n, dtype=torch.long)
+    for index, lot in enumerate(lots):
+        labels[list(lot)] = index
+    return cluster_map(labels)
+
+
+def _select_plain(
+    found: Iterable[Heads], model: nn.Module, graph: ChannelGraph, refused: dict[str, str]
+) -> list[Heads]:
+    """Those whose layers are dense ones with a weight of their own; why others are not is noted."""
+    layers, plain = find_layers(model, graph), []
+    for heads in found:
+        odd = [name for name in (heads.key, heads.query, heads.value, heads.output) if name not in layers]
+        if odd:
+            refused[heads.name] = f"{odd[0]} is no linear layer with a weight of its own"
+        else:
+            plain.append(heads)
+    return plain
+
+
+def _check_count(found: Sequence[Heads], heads: int, refused: Mapping[str, str]) -> None:
+    if not found:
+        why = "; ".join(f"{n}: {w}" for n, w in refused.items())
+        raise ModelError(f"merge_heads: there are no key/value heads here that several could share. {why}".strip())
+    for own in found:
+        times = own.count // heads
+        if heads * times != own.count or times & (times - 1):
+            halves = ", ".join(str(own.count >> k) for k in range(own.count.bit_length()) if not own.count % (1 << k))
+            raise BudgetError(f"heads: {own.name} has {own.count}; expected one of {halves}, got {heads}.")
+
+
+# ---- what is seen ---------------------------------------------------------------------------------------------------
+
+
+def _merge_all(
+    model: nn.Module, found: Sequence[Heads], m: int, calibration: Calibration
+) -> list[tuple[list[tuple[int, ...]], Merging]]:
+    """For each attention which of its heads become one."""
+    grams, mixed = _see(calibration, found)
+    weights = {n: t.detach().double() for n, t in named_tensors(model).items()}
+    merged = []
+    for h in found:
+        read = weights[f"{h.output}.weight"][:, torch.from_numpy(h.columns.ravel())]
+        merging = Merging(h, Seen(grams[h.key], grams[h.query], mixed[h.output], read.T @ read))
+        merged.append((merging.choose(m), merging))
+    return merged
+
+
+def _see(calibration: Calibration, found: Sequence[Heads]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Second moments of what keys and queries of the original are, and of all values as each head mixes them.
+
+    For the latter, the network runs once for each way of giving the key heads one another's values in turn; what the
+    output layers give is that of the first run, so that the layers behind see what they are meant to.
+    """
+    reference, call = calibration.reference, double_first(calibration.images)
+    outputs, values = {h.output: h for h in found}, {h.value: h for h in found}
+    names = [*outputs, *values, *(name for h in found for name in (h.key, h.query))]
+    layers = {n: Layer(n, reference.get_submodule(n)) for n in names}  # type: ignore[arg-type]
+    entries = sum(h.columns.size * h.count for h in found)
+    limit = max(_FEWEST_ROWS, min(_ROWS, _ENTRIES // entries))
+    given, grams = dict[str, Tensor](), dict[str, Tensor]()
+    read: dict[str, list[Tensor]] = defaultdict(list)
+
+    def take(layer: Layer, x: Tensor, rows: int) -> Tensor:
+        return layer.take_outputs(x, layer.sample_places(x, rows, calibration.seed, layer.weigh_rows(x, call.weights)))
+
+    def called(name: str, x: Tensor, output: Tensor) -> Tensor | None:
+        if name in outputs:
+            read[name].append(take(layers[name], x, limit)[:, torch.from_numpy(outputs[name].columns)])
+            return given.setdefault(name, output)
+        if name in values and read[values[name].output]:
+            return _turn(output, values[name], len(read[values[name].output]))
+        if name not in values and name not in grams:
+            rows = take(layers[name], output, _ROWS)
+            grams[name] = square_rows(rows) / len(rows)
+        return None
+
+    modules = {n: layer.module for n, layer in layers.items()}
+    for _ in range(max(h.count for h in found)):
+        with preserve_state(reference), watch_calls(modules, called):
+            cast_like(call, reference).call(reference)
+    return grams, {h.output: _square_mixed(torch.stack(read[h.output][: h.count])) for h in found}
+
+
+def _turn(output: Tensor, h: Heads, run: int) -> Tensor:
+    """What a value layer gives, with the values of head g + run in the place of head g."""
+    turned = output.clone()
+    turned[..., torch.from_numpy(h.values.ravel())] = output[..., torch.from_numpy(np.roll(h.values, -run, 0).ravel())]
+    return turned
+
+
+def _square_mixed(runs: Tensor) -> Tensor:
+    """(n, n w, n w): for each key head the second moment of all values as its query heads mix them, summed over these.
+
+    Args:
+        runs: (n, k, n, r, w), of each run the rows by key head and query head.
+    """
+    n, k, _, _, w = runs.shape
+    mixed = [runs[[(v - g) % n for v in range(n)], :, g].permute(1, 2, 0, 3).reshape(-1, n * w) for g in range(n)]
+    return torch.stack([square_rows(rows) / k for rows in mixed])
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def _rewrite_(weights: dict[str, Tensor], h: Heads, lots: Sequence[tuple[int, ...]], merging: Merging) -> None:
+    """Full-size weights in which all heads of a lot are the same, lot by lot in order (in place)."""
+    old, place, output = dict(weights), 0, f"{h.output}.weight"
+    weights[output] = old[output].clone()
+    for lot in map(list, lots):
+        keys, values = [merging.merge_keys(p, lot) for p in h.parts], merging.merge_values(lot)
+        for g, head in enumerate(lot):
+            for part, union in zip(h.parts, keys, strict=True):
+                _put_rows(weights, old, h.key, union.merge, part.keys[lot].ravel(), part.keys[place])
+                for own, to in zip(part.queries[head], part.queries[place], strict=True):
+                    _put_rows(weights, old, h.query, union.unmerge[g].T, own, to)
+            _put_rows(weights, old, h.value, values.merge, h.values[lot].ravel(), h.values[place])
+            for own, to in zip(h.columns[head], h.columns[place], strict=True):
+                weights[output][:, torch.from_numpy(to)] = old[output][:, torch.from_numpy(own)] @ values.unmerge[g]
+            place += 1
+
+
+def _put_rows(
+    weights: dict[str, Tensor], old: Mapping[str, Tensor], layer: str, matrix: Tensor, given: np.ndarray, to: np.ndarray
+) -> None:
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        if name in weights:
+            weights[name] = weights[name].clone() if weights[name] is old[name] else weights[name]
+            weights[name][torch.from_numpy(to)] = matrix @ old[name][torch.from_numpy(given)]
+
+
+def _list_touched(h: Heads) -> list[str]:
+    return [f"{layer}.{part}" for layer in (h.key, h.query, h.value, h.output) for part in ("weight", "bias")]
+
+
+def _cut(
+    reference: Reference,
+    found: Sequence[Heads],
+    merged: Sequence[tuple[list[tuple[int, ...]], Merging]],
+    m: int,
+) -> tuple[nn.Module, tuple[Repair, ...]]:
+    """The smaller network, proved in float64 against the full one in which the heads of a lot are the same."""
+    full = {n: t for n, t in reference.weights.items() if any(n in _list_touched(h) for h in found)}
+    for h, (lots, merging) in zip(found, merged, strict=True):
+        if m < h.count:
+            _rewrite_(full, h, lots, merging)
+    with weights_written(reference.double, full):
+        expected = reference.run()
+    cut = dict(full)
+    for h in found:
+        for layer, rows in ((h.key, [p.keys for p in h.parts]), (h.value, [h.values])):
+            gone = np.concatenate([np.delete(r, np.s_[:: h.count // m], axis=0).ravel() for r in rows])
+            keep = np.setdiff1d(np.arange(len(full[f"{layer}.weight"])), gone)
+            cut |= {n: full[n][torch.from_numpy(keep)] for n in (f"{layer}.weight", f"{layer}.bias") if n in full}
+    small = copy_model(reference.model)
+    types = {n: t.dtype for n, t in named_tensors(small).items()}
+    repairs = write_weights_(small, {n: t.to(types[n]) for n, t in cut.items()})
+    told = _read_numbers_of_config(small, found)
+    choices = itertools.islice(_list_choices(small, found, m), _TRIES) if told is None else [told]
+    numbers = _find_numbers(reference, m, choices, cut, expected)
+    make_repairs_(small, numbers)
+    return small, (*repairs, *numbers)
+
+
+def _find_numbers(
+    reference: Reference,
+    m: int,
+    choices: Iterable[tuple[Repair, ...]],
+    cut: Mapping[str, Tensor],
+    expected: list[Tensor],
+) -> tuple[Repair, ...]:
+    """Numbers in attributes that follow: with them, the smaller network gives what is expected.
+
+    Raises:
+        ModelError: with none of the choices it does.
+    """
+    for numbers in choices:
+        with weights_written(reference.double, cut, numbers):
+            try:
+                given = reference.run()
+            except Exception:  # whatever a forward raises that meets other numbers than it expects
+                continue
+        if output_difference(given, expected) <= max(_EXACT, reference.tolerance):
+            return numbers
+    raise ModelError(
+        f"merge_heads: with {m} key/value heads the network does not run, or gives something else than with equal "
+        "ones; its forward writes their number, or that of the queries for each, where it cannot be changed."
+    )
+
+
+def _read_numbers_of_config(small: nn.Module, found: Sequence[Heads]) -> tuple[Repair, ...] | None:
+    """What the numbers around the heads are in a network that is built from the configuration of these sizes.
+
+    What the example does not show, such as a number that only masks make count, is then right too. None where there is
+    no such configuration.
+    """
+    if not is_configured(small) or fit_config_(copied := copy_model(small)) is not None:
+        return None
+    with torch.device("meta"):
+        built = build_from_config(copied, copied.config)
+    return tuple(
+        Repair(name, place, n, new[place])
+        for name in {h.key.rpartition(".")[0] for h in found}
+        for new in [find_numbers(built.get_submodule(name))]
+        for place, n in find_numbers(small.get_submodule(name)).items()
+        if "." not in place and new.get(place, n) != n
+    )
+
+
+def _list_choices(model: nn.Module, found: Sequence[Heads], m: int) -> Iterator[tuple[Repair, ...]]:
+    """What numbers of the modules around the heads may become, the fewest first: heads, or queries for each head."""
+    around = {h.key.rpartition(".")[0]: h for h in found}
+    held = {(name, place): n for name in around for place, n in find_numbers(model.get_submodule(name)).items()}
+    options: dict[str, set[str]] = {}
+    for (name, place), n in held.items():
+        if "." not in place:
+            h = around[name]
+            kinds = {"heads"} if n == h.count else set()
+            options.setdefault(place, set()).update(kinds | ({"shared"} if n == h.shared else set()))
+    alike = lambda place: len({held.get((name, place)) for name in around}) == 1  # noqa: E731  # no number of a layer
+    places = [place for place, kinds in options.items() if kinds and alike(place)]
+    for size in range(len(places) + 1):
+        for chosen in itertools.combinations(places, size):
+            for kinds in itertools.product(*(sorted(options[place]) for place in chosen)):
+                yield tuple(
+                    Repair(name, place, held[name, place], m if kind == "heads" else h.shared * (h.count // m))
+                    for place, kind in zip(chosen, kinds, strict=True)
+                    for name, h in around.items()
+                    if held.get((name, place)) == (h.count if kind == "heads" else h.shared)
+                )
+
+
+def _prove_factors(reference: Reference, found: Sequence[Heads]) -> None:
+    """Random complex factors of all rotary pairs, taken out of the queries again, must leave the outputs as they are.
+
+    Raises:
+        ModelError: they do not.
+    """
+    draw, weights = torch.Generator().manual_seed(0), dict(reference.weights)
+    old = dict(weights)
+    for h in found:
+        for part in (p for p in h.parts if p.rotary):
+            for head in range(h.count):
+                size, angle = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
+                factor = torch.polar(torch.tensor(0.5 + size).double(), torch.tensor(6.28 * angle).double())
+                _put_rows(weights, old, h.key, as_matrix(factor), part.keys[head], part.keys[head])
+                for r in range(h.shared):
+                    rows = part.queries[head, r]
+                    _put_rows(weights, old, h.query, as_matrix(1 / factor.conj()), rows, rows)
+    with weights_written(reference.double, weights):
+        error = output_difference(reference.run(), reference.outputs)
+    if error > max(_EXACT, reference.tolerance):
+        raise ModelError(
+            f"merge_heads: complex factors on pairs of keys and queries change the outputs by {error:.1e}; what turns "
+            "them is no rotary embedding."
+        )
+
+
+# ---- restoring ------------------------------------------------------------------------------------------------------
+
+
+def _restore_(
+    small: nn.Module, model: nn.Module, graph: ChannelGraph, calibration: Calibration, left: Sequence[str]
+) -> tuple[Restoration, ...]:
+    """Solve all layers but those of the heads; what made the outputs worse is taken back (in place)."""
+    start, yardstick = time.perf_counter(), calibration.plain_yardstick
+    if yardstick is None:
+        return ()
+    before, kept = yardstick.measure(small), {n: t.detach().clone() for n, t in named_tensors(small).items()}
+    small.eval()
+    LeastSquares(seed=calibration.seed).solver.solve_(small, {}, model, graph, calibration.images, left)
+    after = yardstick.measure(small)
+    undone = after.error > before.error
+    if undone:
+        write_weights_(small, kept)
+    step = Restoration(
+        "LeastSquares",
+        str(calibration),
+        time.perf_counter() - start,
+        before.error,
+        after.error,
+        measured_on=str(yardstick),
+        unseen=yardstick.unseen,
+        agreement_before=before.agreement,
+        agreement_after=after.agreement,
+        undone=undone,
+    )
+    return (step,)

@@ -1,0 +1,56 @@
+"""Greedy choice of channels one after another, each taken out of two matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # picks after which the matrices are brought up to date
+
+
+def sweep(c: Tensor, r: Tensor, shares: Tensor, m: int, *, floor: float, least: bool = False) -> tuple[Tensor, Tensor]:
+    r"""Pick m of n channels, each the one with the largest (or `least`) R_jj / C_jj, summed over the points.
+
+    A pick j with u = C_:j / sqrt(C_jj) and v = R_:j / sqrt(C_jj) - R_jj / (2 C_jj) u turns
+
+        C  into  C - u u^T    and    R  into  R - u v^T - v u^T.
+
+    Their diagonals follow every pick; the matrices follow `BLOCK` picks at once, and a column needed in between is made
+    up for those of its block. O(p n^2 m), in the precision of what is given. In place.
+
+    Args:
+        c: (p, n, n), one for each point, positive semi-definite.
+        r: (p, n, n), positive semi-definite.
+        shares: weights of the points (p,).
+        floor: a channel with less than this fraction of its C_jj left counts 0 and takes nothing out.
+    Returns:
+        channels in the order of picking (m,), and the sums that they had (m,), float64.
+    """
+    values, gains = (matrix.diagonal(dim1=1, dim2=2).clone() for matrix in (c, r))
+    # The diagonals alone decide a pick, O(p n) each; a channel whose variance is used up would divide noise by noise.
+    known = (floor * values).clamp(min=torch.finfo(c.dtype).tiny)
+    order, found, taken = list[int](), list[float](), torch.zeros_like(values[0], dtype=torch.bool)
+    us, vs = c.new_zeros(2, len(c), BLOCK, c.shape[1])
+    for index in range(m):
+        # Rounding may leave a gain below zero, where there is none.
+        gain = shares @ torch.where(values > known, gains.clamp(min=0) / torch.maximum(values, known), 0.0)
+        left = gain.masked_fill_(taken, torch.inf if least else -1.0)
+        best = int(left.argmin() if least else left.argmax())
+        taken[best] = True
+        found.append(float(gain[best]))
+        order.append(best)
+        # Column `best` of C and R as they are now: the matrices as of the last whole block, less the picks since then.
+        at = index % BLOCK
+        u, v, value, floored = us[:, :at], vs[:, :at], values[:, best, None], known[:, best, None]
+        scale = torch.where(value > floored, torch.maximum(value, floored).rsqrt(), 0.0)  # 0: nothing is learnt
+        u_best, v_best = u[:, None, :, best], v[:, None, :, best]
+        column = scale * (c[:, best] - (u_best @ u)[:, 0])
+        half = scale * (r[:, best] - (v_best @ u + u_best @ v)[:, 0]) - gains[:, best, None] / 2 * scale**2 * column
+        us[:, at], vs[:, at] = column, half
+        # The rank-one terms of the docstring, on the diagonal: (u u^T)_ii = u_i^2, (u v^T + v u^T)_ii = 2 u_i v_i.
+        values -= column.square()
+        gains -= 2 * column * half
+        if at + 1 == BLOCK:  # 32 rank-one updates as one matrix product: memory is passed over once instead of 32 times
+            c.baddbmm_(us.mT, us, alpha=-1)
+            r.baddbmm_(torch.cat([us, vs], dim=1).mT, torch.cat([vs, us], dim=1), alpha=-1)
+    return torch.tensor(order), torch.tensor(found, dtype=torch.float64)
