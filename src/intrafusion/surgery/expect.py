@@ -73,19 +73,11 @@ class _Renumbering:
         return replace(member, positions=positions, within=within)
 
 
-def find_disagreement(expected: ChannelGraph, found: ChannelGraph) -> str | None:
+def find_missing(expected: ChannelGraph, found: ChannelGraph) -> ChannelGroup | None:
     """A group that the network no longer shows; groups of one channel leave no trace and are not compared."""
     wanted = {_group_signature(g): g for g in expected.groups if g.size > 1 and g.is_channel}
     present = {_group_signature(g) for g in found.groups if g.size > 1 and g.is_channel}
-    missing = [g.name for s, g in wanted.items() if s not in present]
-    if not missing:
-        return None
-    size = _expected_size(expected, missing[0])
-    return f"the smaller network no longer shows {missing[0]!r} as a group of {size} channels"
-
-
-def _expected_size(graph: ChannelGraph, name: str) -> int:
-    return graph[name].size
+    return next((g for s, g in wanted.items() if s not in present), None)
 
 
 def find_confusion(expected: ChannelGraph, found: ChannelGraph, alike: list[set[str]]) -> str | None:
