@@ -1,9 +1,9 @@
 """Whether a smaller network is the original without what it lacks. Knows no tracer: it compares weights by value.
 
 Every weight of the original is a random number of its own, so each that a smaller network still has is recognised by
-its value, up to one factor for each tensor, or for each third of one that holds queries, keys and values. In a copy of the original all others become zero; then nothing comes from
-or goes into what was removed, and both must give the same. Norms over channels count those that are zero everywhere as
-absent, as the smaller network does not have them.
+its value, up to one factor for each tensor, or for each third of one that holds queries, keys and values. In a copy of
+the original all others become zero; then nothing comes from or goes into what was removed, and both must give the same.
+Norms over channels count those that are zero everywhere as absent, as the smaller network does not have them.
 """
 
 from __future__ import annotations

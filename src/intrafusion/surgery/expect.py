@@ -105,12 +105,13 @@ def find_siblings(graph: ChannelGraph, sizes: Mapping[str, int] | None = None) -
             apart, such as the other head, may be gone.
     """
     blocks, channels = ([g for g in graph.groups if g.is_channel is wanted] for wanted in (False, True))
-    inside = {block.name: {g.name for g in channels if _is_inside(g, block)} for block in blocks}
+    inside = {block.name: {g.name for g in channels if lies_in(g, block)} for block in blocks}
     cut = [names for block, names in inside.items() if block in (sizes or {})]
     return [*inside.values(), *([set().union(*cut)] if cut else [])]
 
 
-def _is_inside(group: ChannelGroup, block: ChannelGroup) -> bool:
+def lies_in(group: ChannelGroup, block: ChannelGroup) -> bool:
+    """Whether channels of a group are those of whole blocks, as the dimensions of a head are."""
     places = {(m.tensor, m.dim): m.positions for m in block.members}
     own = [m for m in group.members if m.within is None and (m.tensor, m.dim) in places]
     return any(np.isin(m.positions, places[m.tensor, m.dim]).all() for m in own)

@@ -25,7 +25,7 @@ from intrafusion.surgery.memory import recall
 from intrafusion.surgery.numbers import explain_state
 from intrafusion.surgery.scopes import find_scope
 from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects, take_back, take_back_by_kind
-from intrafusion.surgery.ties import explain_shared_width
+from intrafusion.surgery.ties import explain_shared_width, offer_blocks
 from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
 from intrafusion.trace import trace
 
@@ -143,7 +143,10 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
     small, repairs = attempts.find_made(passed)
     why = {**known, **unproved}
     shared = {n: explain_shared_width(graph[n], graph, model) for n in known}
-    rolled_back = {g.name: shared.get(g.name, "") + why[g.name] for g in groups if g.name in why}
+    offers = {} if any(not g.is_channel for g in groups) else {n: offer_blocks(graph[n], graph) for n in why}
+    rolled_back = {
+        g.name: shared.get(g.name, "") + why[g.name] + offers.get(g.name, "") for g in groups if g.name in why
+    }
     numbers = attempts.numbers.get(_names_of(passed), ())
     return Surgery(small, repairs, rolled_back, attempts.settle(passed), attempts.literals, numbers)
 

@@ -86,8 +86,7 @@ def _unite_pieces(relations: Relations) -> bool:
 def _list_sums(relations: Relations) -> dict[int, list[tuple[np.ndarray, int]]]:
     """The blocks of each reduction of which every result is read as one channel, and as nothing else.
 
-    What only meets a channel counts as read where the sum is of nothing else: scores, sums of products, meet the bias of
-    their head.
+    What only meets a channel counts as read unless it is a sum of products: scores meet the bias of their head.
     """
     found: dict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)
     for labels, block, call in relations.block_members:
