@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vision import import_torchvision
 
 import intrafusion
-from intrafusion.graph import READS
+from intrafusion.graph import READS, ChannelGroup
 from intrafusion.network.inputs import Inputs
 
 with contextlib.suppress(ImportError):
@@ -38,6 +38,23 @@ class Tokens(nn.Module):
 def make_bert() -> nn.Module:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     return transformers.BertModel(transformers.BertConfig(vocab_size=40, max_position_embeddings=16, **sizes))
+
+
+def make_bert_classifier() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, **sizes)
+    return transformers.BertForSequenceClassification(config)
+
+
+def make_segformer() -> nn.Module:
+    sizes = {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [2], "hidden_sizes": [16], "patch_sizes": [3]}
+    more = {"strides": [4], "num_attention_heads": [2], "mlp_ratios": [2], "num_labels": 3}
+    return transformers.SegformerForImageClassification(transformers.SegformerConfig(**sizes, **more))
+
+
+def make_t5() -> nn.Module:
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)
+    return transformers.T5EncoderModel(config)
 
 
 def make_gpt2() -> nn.Module:
@@ -81,6 +98,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, str, int, str]] = {
     "BLOOM, ALiBi": (make_bloom, TEXT, "attention", 4, ""),
     "timm's ViT, class token": (make_vit, PIXELS, "attn", 6, ""),
     "Swin, windows and their biases": (make_swin, PIXELS, "attention", 8, ""),
+    "T5, biases by distance": (make_t5, {"input_ids": TOKENS}, "SelfAttention", 4, ""),
     "Llama, rotary": (make_llama, TEXT, "self_attn.v_proj", 0, "head_dim is the width of"),
     "Mixtral": (make_mixtral, TEXT, "self_attn.v_proj", 0, "head_dim is the width of"),
     "nn.TransformerEncoderLayer": (
@@ -95,35 +113,74 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, str, int, str]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_of(family: str) -> None:
+    """Where every other channel of the heads is a copy that nothing reads, half of them give the same."""
     make, example, heads, count, why = FAMILIES[family]
     torch.manual_seed(0)
     model = make().eval()
     graph = intrafusion.inspect(model, example)
-    names = {g.name for g in graph.reducible if g.is_channel and heads in g.name and g.together is None}
+    groups = [g for g in graph.reducible if g.is_channel and heads in g.name and g.together is None]
+    names = {g.name for g in groups}
+    _copy_every_other_channel_(model, groups)
+    expected = Inputs.of(example).call(model)
     small = intrafusion.compress(model, example, keep={**dict.fromkeys(names, 0.5), "*": 1.0}, restore=None)
     reduced = {d.group for d in small.plan.decisions if d.reduced}
-    assert len(reduced & names) == count, small.rolled_back
+    assert reduced <= names
+    assert len(reduced) == count, small.rolled_back
     assert all(d.proof == "function" for d in small.plan.decisions if d.reduced)
     assert all(why in small.rolled_back[name] for name in names - reduced)
     assert reduced or why
+    assert all(
+        "whole heads or groups may go instead: keep={'*:blocks': 0.5}" in small.rolled_back[n] for n in names - reduced
+    )
     if reduced:
-        _compare_with_dead_channels(make, example, names)
+        for found, wanted in zip(Inputs.of(example).call(small.model), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def _compare_with_dead_channels(make: Callable[[], nn.Module], example: Any, names: set[str]) -> None:
-    """Where half of the channels are read as zero, the smaller network gives what the original gives."""
+WHOLE: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "BERT": (make_bert_classifier, {"input_ids": TOKENS}),
+    "Segformer": (make_segformer, PIXELS),
+    "nn.TransformerEncoderLayer": (FAMILIES["nn.TransformerEncoderLayer"][0], torch.randn(2, 6, 5)),
+    "nn.TransformerEncoderLayer, norms first": (
+        lambda: Tokens(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, norm_first=True), 16),
+        torch.randn(2, 6, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_stream_and_heads_of(family: str) -> None:
+    """Where every other channel is a copy that nothing reads, what is left after half is gone gives the same."""
+    make, example = WHOLE[family]
     torch.manual_seed(0)
     model = make().eval()
-    tensors = dict(model.named_parameters())
-    with torch.no_grad():
-        for group in intrafusion.inspect(model, example).groups:
-            if group.name in names:
-                for member in group.members:
-                    if member.roles & READS:
-                        places = torch.from_numpy(member.positions[1::2].ravel())
-                        tensors[member.tensor].index_fill_(member.dim, places, 0.0)
+    groups = [g for g in intrafusion.inspect(model, example).reducible if g.is_channel]
+    _copy_every_other_channel_(model, groups)
     expected = Inputs.of(example).call(model)
-    small = intrafusion.compress(model, example, keep={**dict.fromkeys(names, 0.5), "*": 1.0}, restore=None)
-    assert len([d for d in small.plan.decisions if d.reduced]) == len(names)
+    small = intrafusion.compress(model, example, keep=0.5, reducer="select", restore=None)
+    assert not small.rolled_back
+    assert {d.group for d in small.plan.decisions if d.reduced} == {g.name for g in groups}
     for found, wanted in zip(Inputs.of(example).call(small.model), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def _copy_every_other_channel_(model: nn.Module, groups: list[ChannelGroup]) -> None:
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for member in (m for group in groups for m in group.members):
+            tensor, odd, even = tensors[member.tensor], member.positions[1::2].ravel(), member.positions[::2].ravel()
+            copied = tensor.index_select(member.dim, torch.from_numpy(even)) * (not member.roles & READS)
+            tensor.index_copy_(member.dim, torch.from_numpy(odd), copied)
+
+
+def test_attention_of_torch_says_its_sizes_and_runs_its_fast_path() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 5)
+    small = intrafusion.compress(FAMILIES["nn.TransformerEncoderLayer"][0]().eval(), x, keep=0.5, restore=None).model
+    attn = small.get_submodule("inner.self_attn")
+    assert (attn.embed_dim, attn.kdim, attn.vdim, attn.num_heads, attn.head_dim) == (8, 8, 8, 2, 4)
+    rebuilt = Tokens(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 8).eval()
+    rebuilt.load_state_dict(small.state_dict())
+    with torch.no_grad():  # the fast path; with gradients, the other
+        torch.testing.assert_close(small(x), rebuilt(x))
+    torch.testing.assert_close(small(x), rebuilt(x))

@@ -429,9 +429,28 @@ class Attending(nn.Module):
         return self.leave(x + self.mlp(x))
 
 
-def test_groups_that_cannot_be_compared_alone_are_left_alone() -> None:
-    """All cut at once it runs, but without the stream, which a norm sees, it does not: that ended the whole call."""
-    net, x = Attending().eval(), torch.randn(2, 4, 5)
+def test_heads_as_wide_as_the_stream_are_proved_with_frozen_norms() -> None:
+    """All cut at once it runs; without the stream, which a norm sees, it does not."""
+    small = compress(Attending().eval(), torch.randn(2, 4, 5), 0.5, reducer="select", restore=None)
+    assert small.rolled_back == {}
+    proofs = {d.group: d.proof for d in small.plan.decisions if d.reduced}
+    assert proofs.pop("enter") == "symmetry"
+    assert len(proofs) == 7
+    assert set(proofs.values()) == {"function"}
+
+
+class Waving(Attending):
+    """What it does with the width no number on the maps undoes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        h = self.norm(x)
+        x = x + torch.sin(x.shape[-1] * self.attention(h, h, h, need_weights=False)[0])
+        return self.leave(x + self.mlp(x))
+
+
+def test_groups_that_cannot_be_compared_alone_and_are_wrong_are_left_alone() -> None:
+    net, x = Waving().eval(), torch.randn(2, 4, 5)
     small = compress(net, x, 0.5, reducer="select", restore=None)
     assert small.plan.sizes == {"mlp.0": 8}
     gone = torch.ones(16, dtype=torch.bool)

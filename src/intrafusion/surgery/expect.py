@@ -73,19 +73,11 @@ class _Renumbering:
         return replace(member, positions=positions, within=within)
 
 
-def find_disagreement(expected: ChannelGraph, found: ChannelGraph) -> str | None:
+def find_missing(expected: ChannelGraph, found: ChannelGraph) -> ChannelGroup | None:
     """A group that the network no longer shows; groups of one channel leave no trace and are not compared."""
     wanted = {_group_signature(g): g for g in expected.groups if g.size > 1 and g.is_channel}
     present = {_group_signature(g) for g in found.groups if g.size > 1 and g.is_channel}
-    missing = [g.name for s, g in wanted.items() if s not in present]
-    if not missing:
-        return None
-    size = _expected_size(expected, missing[0])
-    return f"the smaller network no longer shows {missing[0]!r} as a group of {size} channels"
-
-
-def _expected_size(graph: ChannelGraph, name: str) -> int:
-    return graph[name].size
+    return next((g for s, g in wanted.items() if s not in present), None)
 
 
 def find_confusion(expected: ChannelGraph, found: ChannelGraph, alike: list[set[str]]) -> str | None:
@@ -113,12 +105,13 @@ def find_siblings(graph: ChannelGraph, sizes: Mapping[str, int] | None = None) -
             apart, such as the other head, may be gone.
     """
     blocks, channels = ([g for g in graph.groups if g.is_channel is wanted] for wanted in (False, True))
-    inside = {block.name: {g.name for g in channels if _is_inside(g, block)} for block in blocks}
+    inside = {block.name: {g.name for g in channels if lies_in(g, block)} for block in blocks}
     cut = [names for block, names in inside.items() if block in (sizes or {})]
     return [*inside.values(), *([set().union(*cut)] if cut else [])]
 
 
-def _is_inside(group: ChannelGroup, block: ChannelGroup) -> bool:
+def lies_in(group: ChannelGroup, block: ChannelGroup) -> bool:
+    """Whether channels of a group are those of whole blocks, as the dimensions of a head are."""
     places = {(m.tensor, m.dim): m.positions for m in block.members}
     own = [m for m in group.members if m.within is None and (m.tensor, m.dim) in places]
     return any(np.isin(m.positions, places[m.tensor, m.dim]).all() for m in own)

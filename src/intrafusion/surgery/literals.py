@@ -64,6 +64,7 @@ class Breakdown:
         place: where in the code.
         final: whether no number can mend it.
         runs: whether it runs, and shows other groups or gives something else.
+        around: the module where it is seen, if no code failed.
     """
 
     why: str
@@ -72,6 +73,7 @@ class Breakdown:
     place: tuple[tuple[int, int], ...] = ()
     final: bool = False
     runs: bool = False
+    around: str = ""
 
     @classmethod
     def of(cls, why: str, error: Exception, model: nn.Module) -> Breakdown:
@@ -164,7 +166,10 @@ class Literals:
         return found
 
     def search_part(self, small: nn.Module, sizes: Mapping[str, int], numbers: Numbers) -> Numbers | None:
-        """Numbers with which a network runs in which only some groups were reduced, given those where all are."""
+        """Numbers with which a network runs in which only some groups were reduced, given those where all are.
+
+        Those that can follow do so if it runs with them: without, a view by head size runs, too, on fewer heads.
+        """
         search = _Search(self, small, self._find_changes(small, sizes), self.run, _PART_TRIES)
         likely = {p: n for p, n in numbers.items() if n in search.find_targets(*p, own=True, exact=True)}
         if likely and (found := search.run_from(likely)) is not None:  # first: other heads may fit without them, too
@@ -270,11 +275,11 @@ class _Search:
                 numbers = fewer
         for place in numbers:  # one module of a class may need what another does not
             fewer = {other: n for other, n in numbers.items() if other != place}
-            if fewer and self._runs(fewer) and not isinstance(self._try(fewer), Breakdown):
+            if fewer and self.runs_with(fewer) and not isinstance(self._try(fewer), Breakdown):
                 numbers = fewer
         return numbers
 
-    def _runs(self, numbers: Numbers) -> bool:
+    def runs_with(self, numbers: Numbers) -> bool:
         """Whether the network gives outputs of the same shapes with these numbers, which takes one call."""
         with self._written(numbers):
             return self.known.run(self.small, ()) is None
@@ -352,20 +357,25 @@ class _Search:
                 for choice in itertools.chain(itertools.islice(_list_choices(exact), 1), _list_choices(places)):
                     yield self._extended(name, choice, numbers)
                     yield {(name, place): n for place, n in choice.items()}
-        yield from self._propose_anywhere(numbers)
+        yield from self._propose_anywhere(numbers, failure.around)
 
-    def _propose_anywhere(self, numbers: Numbers) -> Iterator[Numbers]:
+    def _propose_anywhere(self, numbers: Numbers, around: str) -> Iterator[Numbers]:
         """Where a network does not say what is wrong with it, or where what it says came too late."""
-        kinds = self._find_all_targets(numbers, exact=True)
+        kinds = self._find_all_targets(numbers, around, exact=True)
         yield from kinds.values()
-        yield from self._find_all_targets(numbers, exact=False).values()
+        yield from self._find_all_targets(numbers, around, exact=False).values()
         for a, b in itertools.combinations(kinds.values(), 2):
             yield a | b
         for option in kinds.values():
             yield from ({place: n} for place, n in option.items())
 
-    def _find_all_targets(self, numbers: Numbers, *, exact: bool) -> dict[tuple[type, str], dict[Place, int]]:
-        """What all other numbers may become, by kind; without `exact`, those that follow groups in their modules."""
+    def _find_all_targets(
+        self, numbers: Numbers, around: str, *, exact: bool
+    ) -> dict[tuple[type, str], dict[Place, int]]:
+        """What all other numbers may become, by kind; without `exact`, those that follow groups in their modules.
+
+        Those in `around` come first, and what a module holds itself before what its config does.
+        """
         kinds: dict[tuple[type, str], dict[Place, int]] = defaultdict(dict)
         for name, own in self.numbers.items():
             for place in own:
@@ -373,7 +383,8 @@ class _Search:
                 likely = next((n for n, inside in targets.items() if exact or inside), None)
                 if likely is not None and (name, place) not in numbers:
                     kinds[self._kind((name, place))][name, place] = likely
-        return kinds
+        is_far = lambda places: not any(is_inside(name, around) for name, _ in places)  # noqa: E731
+        return dict(sorted(kinds.items(), key=lambda kind: (is_far(kind[1]), kind[0][1].count("."))))
 
     def _extended(self, name: str, choice: Mapping[str, int], numbers: Numbers) -> Numbers:
         """The same places in all modules of one class at once, where they hold sizes that changed."""

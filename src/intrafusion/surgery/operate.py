@@ -17,14 +17,15 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.blame import explain_crash
-from intrafusion.surgery.expect import find_confusion, find_disagreement, find_siblings, shrink_graph
+from intrafusion.surgery.expect import find_confusion, find_missing, find_siblings, shrink_graph
 from intrafusion.surgery.forecast import Forecast
 from intrafusion.surgery.literals import Breakdown, Literals
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.memory import recall
 from intrafusion.surgery.numbers import explain_state
+from intrafusion.surgery.scopes import find_scope
 from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects, take_back, take_back_by_kind
-from intrafusion.surgery.ties import explain_shared_width
+from intrafusion.surgery.ties import explain_shared_width, offer_blocks
 from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
 from intrafusion.trace import trace
 
@@ -142,7 +143,10 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
     small, repairs = attempts.find_made(passed)
     why = {**known, **unproved}
     shared = {n: explain_shared_width(graph[n], graph, model) for n in known}
-    rolled_back = {g.name: shared.get(g.name, "") + why[g.name] for g in groups if g.name in why}
+    offers = {} if any(not g.is_channel for g in groups) else {n: offer_blocks(graph[n], graph) for n in why}
+    rolled_back = {
+        g.name: shared.get(g.name, "") + why[g.name] + offers.get(g.name, "") for g in groups if g.name in why
+    }
     numbers = attempts.numbers.get(_names_of(passed), ())
     return Surgery(small, repairs, rolled_back, attempts.settle(passed), attempts.literals, numbers)
 
@@ -292,7 +296,11 @@ class _Attempts:
         except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
             return Breakdown.of(self._explain(error, self.literals.find_old_sizes(small, sizes)), error, small)
         expected = shrink_graph(self.graph, sizes)
-        why = find_disagreement(expected, found) or find_confusion(expected, found, find_siblings(self.graph, sizes))
+        missing = find_missing(expected, found)
+        if missing is not None:
+            why = f"the smaller network no longer shows {missing.name!r} as a group of {missing.size} channels"
+            return Breakdown(why, runs=True, around=find_scope(m.module for m in missing.members))
+        why = find_confusion(expected, found, find_siblings(self.graph, sizes))
         return found if why is None else Breakdown(why, runs=True)
 
     def _explain(self, error: Exception, old: set[int]) -> str:

@@ -8,6 +8,7 @@ on the maps does so exactly; else the group is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import defaultdict
@@ -28,6 +29,7 @@ from intrafusion.network.double import DoublePrecision, copy_as_double, output_d
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
+from intrafusion.surgery.frozen import Statistics, frozen_statistics, noted_statistics
 from intrafusion.surgery.maps import (
     find_averaged_biases,
     find_picks,
@@ -148,20 +150,35 @@ class FunctionCheck:
         changed = _find_changed_factors(self.graph.factors, found.factors)
         fresh = {i: pair for i, pair in changed.items() if i not in self.explained}
         exact = self._select_exact(maps)
-        unproved = self._find_unproved_numbers(maps, exact)
-        if unproved:
-            return unproved
-        error = self.error(exact)
-        if not self.passes(error) and not self.compensate(maps, exact, fresh):
-            return _explain(error, fresh, self._derived(maps))
+        why = self._disprove(maps, exact, fresh)
+        if why and (exact.keys() == maps.keys() or not self._holds_frozen(maps, fresh)):
+            return why
         odd = {i: pair for i, pair in fresh.items() if pair[0].operation != "mean"}  # a norm's own mean may change
-        if odd and maps.keys() - exact.keys() - self.proved.keys() and (left := self._find_other(odd, exact)):
+        looked_at = maps.keys() - exact.keys() - self.proved.keys()
+        if odd and looked_at and not why and (left := self._find_other(odd, exact)):
             return _explain(None, left, [])
         self.explained |= fresh.keys()
         self.proved = {n: FUNCTION if n in exact else _SYMMETRY for n in maps}
         for name, reduction in maps.items():  # what passed stays as it is, whatever is found for others like it
             self.scales.setdefault(name, (1.0, 1.0) if reduction.scale is None else tuple(reduction.scale.tolist()))
         return None
+
+    def _disprove(self, maps: Maps, exact: Maps, changed: _Changes) -> str | None:
+        """Why the network is not right, as far as these groups can tell that can be compared; None if it is."""
+        unproved = self._find_unproved_numbers(maps, exact)
+        if unproved:
+            return unproved
+        error = self.error(exact)
+        if self.passes(error) or self.compensate(maps, exact, changed):
+            return None
+        return _explain(error, changed, self._derived(maps))
+
+    def _holds_frozen(self, maps: Maps, changed: _Changes) -> bool:
+        """Whether the network is right where its layer norms have the statistics of the original without the channels.
+
+        Attention whose width is that of the stream has no network in which only its heads are smaller.
+        """
+        return self.passes(self.error(maps, frozen=True)) or self.compensate(maps, maps, changed, frozen=True)
 
     def _select_exact(self, maps: Maps) -> Maps:
         """Those that have an original to be compared with.
@@ -217,20 +234,27 @@ class FunctionCheck:
     def passes(self, error: float) -> bool:
         return error <= _CLOSE or error <= self.reference.tolerance
 
-    def error(self, maps: Maps) -> float:
+    def error(self, maps: Maps, *, frozen: bool = False) -> float:
         """Largest difference of the outputs, relative to the largest output; infinite where there are none.
 
         A network in which only these groups are smaller may not run: attention whose width is that of its heads, say.
+
+        Args:
+            frozen: layer norms use the statistics of the original without the channels.
         """
         if not maps:
             return 0.0
+        double, noted = self.reference.double, Statistics()
+        with noted_statistics(double, noted) if frozen else contextlib.nullcontext():
+            expected = self.expected({name: _scale_map(m, None) for name, m in maps.items()})
         weights = reduce_weights(self.reference.weights, self.graph, maps)
-        with weights_written(self.reference.double, weights, self.repairs_of(maps) or ()):
+        with weights_written(double, weights, self.repairs_of(maps) or ()):
             try:
-                found = self.reference.run()
+                with frozen_statistics(double, noted) if frozen else contextlib.nullcontext():
+                    found = self.reference.run()
             except ModelError:
                 return math.inf
-        return output_difference(found, self.expected({name: _scale_map(m, None) for name, m in maps.items()}))
+        return output_difference(found, expected)
 
     def is_same_without(self, maps: Maps) -> bool:
         """Whether the original network gives the same where nothing comes in from the channels that maps remove."""
@@ -251,7 +275,7 @@ class FunctionCheck:
 
     # ---- numbers that the forward takes from the width ---------------------------------------------------------------
 
-    def compensate(self, maps: Maps, exact: Maps, changed: _Changes) -> bool:
+    def compensate(self, maps: Maps, exact: Maps, changed: _Changes, *, frozen: bool = False) -> bool:
         """Find what the maps of what is new must be scaled by to undo these changes.
 
         First the root of the width that attention divides by, for all heads at once: they may only run with all that is
@@ -262,18 +286,18 @@ class FunctionCheck:
             return False
         matched = [n for n in names if self.groups[n].with_role(Role.MATCHES)]
         roots = {n: (1.0, math.sqrt(len(exact[n].merge) / self.groups[n].size)) for n in matched}
-        if roots and self.is_undone_by(roots, exact):
+        if roots and self.is_undone_by(roots, exact, frozen=frozen):
             return True
         if matched or len({self.groups[n].family for n in names}) > 1:
             names = matched
         plain = all(maps[n].scale is None for n in names)  # and was tried already
         scales = itertools.islice(_list_candidates(changed), int(plain), None)
-        return any(self.is_undone_by(dict.fromkeys(names, scale), exact) for scale in scales)
+        return any(self.is_undone_by(dict.fromkeys(names, scale), exact, frozen=frozen) for scale in scales)
 
-    def is_undone_by(self, scales: Mapping[str, _Scale], exact: Maps) -> bool:
+    def is_undone_by(self, scales: Mapping[str, _Scale], exact: Maps, *, frozen: bool = False) -> bool:
         """Whether maps that are scaled by these numbers make up for all that changed; if so, they are kept."""
         scaled = {n: _scale_map(m, scales[n]) if n in scales else m for n, m in exact.items()}
-        if not scales or not self.passes(self.error(scaled)):
+        if not scales or not self.passes(self.error(scaled, frozen=frozen)):
             return False
         self.scales |= scales
         self.alike |= {self._kind(n, exact[n]): scale for n, scale in scales.items()}

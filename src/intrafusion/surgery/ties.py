@@ -9,6 +9,7 @@ from torch import nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role, families_of
 from intrafusion.names import plain_name
+from intrafusion.surgery.expect import lies_in
 from intrafusion.surgery.numbers import find_numbers
 from intrafusion.surgery.scopes import find_scope, is_inside
 
@@ -64,6 +65,12 @@ def explain_shared_width(group: ChannelGroup, graph: ChannelGraph, model: nn.Mod
         return ""
     layers = " and ".join(sorted({plain_name(t).rpartition(".")[0] for t in kept}))
     return f"{min(holders, key=len)} is the width of {layers} too, which stay: {next(iter(kept.values()))}; "
+
+
+def offer_blocks(group: ChannelGroup, graph: ChannelGraph) -> str:
+    """What to say where channels of heads stay: whether whole heads may go instead, which happens only if asked for."""
+    whole = [b for b in graph.groups if not b.is_channel and b.reducible and lies_in(group, b)]
+    return "; whole heads or groups may go instead: keep={'*:blocks': 0.5}" if whole else ""
 
 
 def _list_tensors(groups: Sequence[ChannelGroup]) -> set[str]:

@@ -128,6 +128,8 @@ def find_attributes(module: nn.Module, old: _TensorShapes, new: _TensorShapes) -
         return {"in_features": new[kernel][1], "out_features": new[kernel][0]}
     if isinstance(module, nn.RNNBase):
         return {"input_size": new["weight_ih_l0"][1], "hidden_size": new["weight_hh_l0"][1]}
+    if isinstance(module, nn.MultiheadAttention):
+        return _find_attention_attributes(module, new)
     if isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels and "weight" in new:
         return dict.fromkeys(("num_groups", "num_channels"), new["weight"][0])  # one channel to each group stays so
     found: dict[str, int | tuple[int, ...]] = {}
@@ -156,3 +158,9 @@ def _find_convolution_attributes(
     sides = (whole, part * groups)
     in_channels, out_channels = sides if module.transposed else (sides[1], sides[0])
     return {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+
+
+def _find_attention_attributes(module: nn.MultiheadAttention, new: _TensorShapes) -> dict[str, int | tuple[int, ...]]:
+    shared = "in_proj_weight" in new
+    width, keys, values = (new["in_proj_weight" if shared else f"{x}_proj_weight"][1] for x in "qkv")
+    return {"embed_dim": width, "kdim": keys, "vdim": values, "head_dim": width // module.num_heads}

@@ -84,7 +84,10 @@ def _unite_pieces(relations: Relations) -> bool:
 
 
 def _list_sums(relations: Relations) -> dict[int, list[tuple[np.ndarray, int]]]:
-    """The blocks of each reduction of which every result is read as one channel, and as nothing else."""
+    """The blocks of each reduction of which every result is read as one channel, and as nothing else.
+
+    What only meets a channel counts as read unless it is a sum of products: scores meet the bias of their head.
+    """
     found: dict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)
     for labels, block, call in relations.block_members:
         if relations.causes[block][0] in _SUMS:
@@ -96,7 +99,8 @@ def _list_sums(relations: Relations) -> dict[int, list[tuple[np.ndarray, int]]]:
     labels, blocks = _flatten(relations.meetings)
     _, distinct = np.unique(np.stack([relations.roots(labels), blocks]), axis=1)
     met = Counter(distinct.tolist())
-    is_read = lambda b: b not in barred and met[b] <= 1 and (b in consumed or met[b] == 1)  # noqa: E731
+    is_sum = lambda b: relations.causes[b][0] is Cause.REDUCTION  # noqa: E731
+    is_read = lambda b: b not in barred and met[b] <= 1 and (b in consumed or (met[b] == 1 and is_sum(b)))  # noqa: E731
     return {call: blocks for call, blocks in found.items() if all(is_read(b) for _, b in blocks)}
 
 
