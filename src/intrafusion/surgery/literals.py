@@ -164,10 +164,14 @@ class Literals:
         return found
 
     def search_part(self, small: nn.Module, sizes: Mapping[str, int], numbers: Numbers) -> Numbers | None:
-        """Numbers with which a network runs in which only some groups were reduced, given those where all are."""
+        """Numbers with which a network runs in which only some groups were reduced, given those where all are.
+
+        Those first that follow these groups: four heads of 16 also run, as something else, as two heads of 32.
+        """
         search = _Search(self, small, self._find_changes(small, sizes), self.run, _PART_TRIES)
         likely = {p: n for p, n in numbers.items() if n in search.find_targets(*p, own=True, exact=True)}
-        return search.run_from({}) if self.run(small, ()) is None else search.run_from(likely)
+        runs = next((start for start in (likely, {}) if search.runs(start)), likely)
+        return search.run_from(runs)
 
     def fit_(self, small: nn.Module, sizes: Mapping[str, int]) -> None:
         """Let numbers of the kinds that had to follow before do so in another smaller network, as far as it then runs.
@@ -268,11 +272,11 @@ class _Search:
                 numbers = fewer
         for place in numbers:  # one module of a class may need what another does not
             fewer = {other: n for other, n in numbers.items() if other != place}
-            if fewer and self._runs(fewer) and not isinstance(self._try(fewer), Breakdown):
+            if fewer and self.runs(fewer) and not isinstance(self._try(fewer), Breakdown):
                 numbers = fewer
         return numbers
 
-    def _runs(self, numbers: Numbers) -> bool:
+    def runs(self, numbers: Numbers) -> bool:
         """Whether the network gives outputs of the same shapes with these numbers, which takes one call."""
         with self._written(numbers):
             return self.known.run(self.small, ()) is None
