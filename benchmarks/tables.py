@@ -148,6 +148,40 @@ def sizes_table(records: list[Record]) -> str:
     return markdown(["MACs asked for", "sizes", "MACs", "parameters", "accuracy"], rows)
 
 
+METRICS = {
+    "accuracy": ("accuracy, %", "{:.1%}"),
+    "kl": ("KL", "{:.4f}"),
+    "spearman": ("Spearman", "{:.4f}"),
+    "cosine": ("cosine", "{:.3f}"),
+    "nats": ("nats, first 5", "{:.3f}"),
+    "nats_next": ("nats, next 80", "{:.3f}"),
+}
+
+
+def attention(records: list[Record]) -> str:
+    """A table per network: a row per cut and method, the share of the blocks that it kept, and what was measured."""
+    records = latest(records)
+    parts = []
+    for network in dict.fromkeys(r.setting["network"] for r in records):
+        own = [r for r in records if r.setting["network"] == network]
+        shown = [name for name in METRICS if name in own[0].result]
+        rows = [
+            [
+                r.setting["cut"],
+                r.setting["method"],
+                r.setting["level"] if r.setting["method"] not in ("original", "l2") else "",
+                f"{r.result['ratio']:.3f}",
+                *(METRICS[name][1].format(r.result[name]).rstrip("%") for name in shown),
+                f"{r.result['seconds']:.0f}",
+            ]
+            for r in sorted(own, key=lambda r: (CUTS.index(r.setting["cut"]), -r.result["ratio"]))
+        ]
+        names = [METRICS[name][0] for name in shown]
+        parts.append(f"`{network}`\n\n{markdown(['cut', 'method', 'sees', 'blocks kept', *names, 's'], rows)}")
+    return "\n\n".join(parts)
+
+
+CUTS = ("nothing", "everything", "MLPs", "every layer", "stream")
 HEADLINE = ("cifar10_resnet20", "whole network", 10_000)
 
 
@@ -157,6 +191,7 @@ def headline(records: list[Record]) -> str:
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     HERE / "README.md": {
+        "attention": lambda: attention(read_records(RECORDS / "attention.jsonl")),
         "datafree_cifar10": lambda: by_network(read_records(RECORDS / "datafree_cifar10.jsonl"), network_table),
         "paper_cifar": lambda: by_network(read_records(RECORDS / "paper_cifar.jsonl"), paper_table),
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
