@@ -105,21 +105,22 @@ def open_minilm(few: bool, held_out: bool) -> Case:
         transformers.AutoTokenizer.from_pretrained(folder),
     )
     pairs = _read_pairs("dev" if held_out else "test")[: 64 if few else None]
-    sentences = sorted({text for _, *both in pairs for text in both}, key=len)
+    sentences = sorted({text for _, *both in pairs for text in map(str, both)}, key=len)
     batches = [tokenize(tokenizer, sentences[i : i + 128], 128) for i in range(0, len(sentences), 128)]
     place = {text: i for i, text in enumerate(sentences)}
-    left, right = (torch.tensor([place[pair[side]] for pair in pairs]) for side in (1, 2))
+    left = torch.tensor([place[first] for _, first, _ in pairs])
+    right = torch.tensor([place[second] for *_, second in pairs])
     embed = lambda net: torch.cat([_pool_mean(net, batch) for batch in batches])  # noqa: E731
     expected = _run(embed, model)
 
     def measure(net: nn.Module) -> dict[str, float]:
         found = _run(embed, net)
         like = cosine_similarity(found[left], found[right])
-        correlation = spearmanr(like.numpy(), [pair[0] for pair in pairs]).statistic
-        return {"spearman": float(correlation), "cosine": float(cosine_similarity(found, expected).mean())}
+        correlation, _ = spearmanr(like.numpy(), [score for score, *_ in pairs])
+        return {"spearman": float(np.asarray(correlation)), "cosine": float(cosine_similarity(found, expected).mean())}
 
-    banned = {text.strip().lower() for part in ("dev", "test") for _, *both in _read_pairs(part) for text in both}
-    others = sorted({text for _, *both in _read_pairs("train") for text in both if text.strip().lower() not in banned})
+    banned = {text.strip().lower() for part in ("dev", "test") for text in _list_sentences(part)}
+    others = [text for text in _list_sentences("train") if text.strip().lower() not in banned]
     inputs = tokenize(tokenizer, random.Random(0).sample(others, 32 if few else 256), 32)
     example = {name: tensor[:2] for name, tensor in inputs.items()}
     return Case(model, example, "encoder.layer.", inputs, measure, {"outputs": ["last_hidden_state"]})
@@ -176,6 +177,11 @@ def _read_pairs(part: str) -> list[tuple[float, str, str]]:
     lines = (_data() / "stsb" / f"{part}.tsv").read_text().splitlines()
     rows = [line.split("\t") for line in lines]
     return [(float(score), first, second) for score, first, second in rows]
+
+
+def _list_sentences(part: str) -> list[str]:
+    """In alphabetical order, each once."""
+    return sorted({text for _, first, second in _read_pairs(part) for text in (first, second)})
 
 
 def tokenize(tokenizer: Any, sentences: list[str], longest: int) -> dict[str, Tensor]:
@@ -249,8 +255,10 @@ class Wanda:
 class Grail:
     """Wanda's choice; readers get W G_:S (G_SS + lam I)^-1 with the second moment G = E x x^T, without a constant.
 
-    Gram-based compensation as in GRAIL, lam a thousandth of the mean of the diagonal of G_SS.
+    Gram-based compensation as in GRAIL, lam that fraction (`strength`) of the mean of the diagonal of G_SS.
     """
+
+    strength: float = 1e-3
 
     mixes = True
     needs_moments = True
@@ -260,7 +268,7 @@ class Grail:
         mean, covariance = problem.moments.overall
         chosen, gram = Wanda()(problem), covariance + torch.outer(mean, mean)
         among = chosen.merge @ gram @ chosen.merge.T
-        among.diagonal().add_(1e-3 * among.diagonal().mean())
+        among.diagonal().add_(self.strength * among.diagonal().mean())
         return replace(chosen, unmerge=torch.linalg.solve(among, chosen.merge @ gram).T)
 
 
@@ -293,21 +301,21 @@ def whiten_ranks_(case: Case, ratio: float) -> nn.Module:
             handle.remove()
         for name, layer in layers.items():
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, _split(layer, grams[name], ratio))
+            setattr(model.get_submodule(parent), last, split_layer(layer, grams[name], ratio))
     return model
 
 
-def _split(layer: nn.Linear, gram: Tensor, ratio: float) -> nn.Module:
+def split_layer(layer: nn.Linear, gram: Tensor, ratio: float) -> nn.Sequential:
+    """The layer as two of the rank that keeps this share of its weights, the best on inputs of this second moment."""
     gram.diagonal().add_(1e-6 * gram.diagonal().mean())
     root = torch.linalg.cholesky(gram)
     u, s, v = torch.linalg.svd(layer.weight.double() @ root, full_matrices=False)
     c, d = layer.weight.shape
     rank = max(1, round(ratio * c * d / (c + d)))
-    first, second = nn.Linear(d, rank, bias=False), nn.Linear(rank, c, bias=layer.bias is not None)
+    first, second = nn.Linear(d, rank, bias=False).to(layer.weight), nn.Linear(rank, c).to(layer.weight)
     first.weight.copy_(torch.linalg.solve_triangular(root.T, v[:rank].T, upper=True).T)
     second.weight.copy_(u[:, :rank] * s[:rank])
-    if layer.bias is not None:
-        second.bias.copy_(layer.bias)
+    second.bias.copy_(torch.zeros(c) if layer.bias is None else layer.bias)
     return nn.Sequential(first, second)
 
 
