@@ -149,7 +149,7 @@ def sizes_table(records: list[Record]) -> str:
 
 
 METRICS = {
-    "accuracy": ("accuracy, %", "{:.1%}"),
+    "accuracy": ("accuracy, %", "{:.2%}"),
     "kl": ("KL", "{:.4f}"),
     "spearman": ("Spearman", "{:.4f}"),
     "cosine": ("cosine", "{:.3f}"),
@@ -172,13 +172,19 @@ def attention(records: list[Record]) -> str:
                 r.setting["level"] if r.setting["method"] not in ("original", "l2") else "",
                 f"{r.result['ratio']:.3f}",
                 *(METRICS[name][1].format(r.result[name]).rstrip("%") for name in shown),
-                f"{r.result['seconds']:.0f}",
             ]
             for r in sorted(own, key=lambda r: (CUTS.index(r.setting["cut"]), -r.result["ratio"]))
         ]
         names = [METRICS[name][0] for name in shown]
-        parts.append(f"`{network}`\n\n{markdown(['cut', 'method', 'sees', 'blocks kept', *names, 's'], rows)}")
+        parts.append(f"`{network}`\n\n{markdown(['cut', 'method', 'sees', 'blocks kept', *names], rows)}")
     return "\n\n".join(parts)
+
+
+def attention_headline(records: list[Record]) -> str:
+    """Where sizes were chosen for a target: networks of which that was measured."""
+    measured = {r.setting["network"] for r in records if r.setting["cut"] == "everything"}
+    shown = [r for r in records if r.setting["cut"] in ("nothing", "everything") and r.setting["network"] in measured]
+    return attention(shown)
 
 
 CUTS = ("nothing", "everything", "MLPs", "every layer", "stream")
@@ -197,6 +203,9 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
+    },
+    HERE.parent / "docs" / "methods.md": {
+        "attention_headline": lambda: attention_headline(read_records(RECORDS / "attention.jsonl")),
     },
     HERE.parent / "docs" / "compatibility.md": {
         "compatibility": lambda: write_table(latest(read_records(RECORDS / "compatibility.jsonl"))),
