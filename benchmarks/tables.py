@@ -161,15 +161,9 @@ def gpu_correctness(records: list[Record]) -> str:
 
 
 def gpu_seconds(records: list[Record]) -> str:
-    steps = {
-        "forward_s": "forward",
-        "trace_s": "trace",
-        "decide_s": "choose",
-        "apply_s": "apply",
-        "restore_s": "restore",
-    }
-    rows = [[r.setting["network"], r.setting["device"], *(f"{r.result[key]:.2f}" for key in steps)] for r in records]
-    return markdown(["network", "device", *steps.values()], rows)
+    steps = ("forward", "trace", "decide", "apply", "restore")
+    rows = [[r.setting["network"], r.setting["device"], *(f"{r.result[f'{s}_s']:.2f}" for s in steps)] for r in records]
+    return markdown(["network", "device", *steps], rows)
 
 
 def gpu_latency(records: list[Record]) -> str:
@@ -206,6 +200,46 @@ def gpu(records: list[Record]) -> str:
     return "\n\n".join([*tables, gpu_trained(of("train", "cut"))])
 
 
+METRICS = {
+    "accuracy": ("accuracy, %", "{:.2%}"),
+    "kl": ("KL", "{:.4f}"),
+    "spearman": ("Spearman", "{:.4f}"),
+    "cosine": ("cosine", "{:.3f}"),
+    "nats": ("nats, first 5", "{:.3f}"),
+    "nats_next": ("nats, next 80", "{:.3f}"),
+}
+
+
+def attention(records: list[Record]) -> str:
+    """A table per network: a row per cut and method, the share of the blocks that it kept, and what was measured."""
+    records = latest(records)
+    parts = []
+    for network in dict.fromkeys(r.setting["network"] for r in records):
+        own = [r for r in records if r.setting["network"] == network]
+        shown = [name for name in METRICS if name in own[0].result]
+        rows = [
+            [
+                r.setting["cut"],
+                r.setting["method"],
+                r.setting["level"] if r.setting["method"] not in ("original", "l2") else "",
+                f"{r.result['ratio']:.3f}",
+                *(METRICS[name][1].format(r.result[name]).rstrip("%") for name in shown),
+            ]
+            for r in sorted(own, key=lambda r: (CUTS.index(r.setting["cut"]), -r.result["ratio"]))
+        ]
+        names = [METRICS[name][0] for name in shown]
+        parts.append(f"`{network}`\n\n{markdown(['cut', 'method', 'sees', 'blocks kept', *names], rows)}")
+    return "\n\n".join(parts)
+
+
+def attention_headline(records: list[Record]) -> str:
+    """Where sizes were chosen for a target: networks of which that was measured."""
+    measured = {r.setting["network"] for r in records if r.setting["cut"] == "everything"}
+    shown = [r for r in records if r.setting["cut"] in ("nothing", "everything") and r.setting["network"] in measured]
+    return attention(shown)
+
+
+CUTS = ("nothing", "everything", "MLPs", "every layer", "stream")
 HEADLINE = ("cifar10_resnet20", "whole network", 10_000)
 
 
@@ -215,12 +249,16 @@ def headline(records: list[Record]) -> str:
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     HERE / "README.md": {
+        "attention": lambda: attention(read_records(RECORDS / "attention.jsonl")),
         "datafree_cifar10": lambda: by_network(read_records(RECORDS / "datafree_cifar10.jsonl"), network_table),
         "paper_cifar": lambda: by_network(read_records(RECORDS / "paper_cifar.jsonl"), paper_table),
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
         "gpu": lambda: gpu(read_records(RECORDS / "gpu.jsonl")),
+    },
+    HERE.parent / "docs" / "methods.md": {
+        "attention_headline": lambda: attention_headline(read_records(RECORDS / "attention.jsonl")),
     },
     HERE.parent / "docs" / "compatibility.md": {
         "compatibility": lambda: write_table(latest(read_records(RECORDS / "compatibility.jsonl"))),

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from intrafusion.reduce import Moments, ReductionProblem
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -84,3 +86,53 @@ def test_the_judge_accepts_what_was_cut_right_and_nothing_else(families: Any) ->
     foreign.up.bias.data += 0.1
     with pytest.raises(families.judge.Unjudged, match="is no part of"):
         find_error(foreign)
+
+
+@pytest.fixture
+def rivals(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return pytest.importorskip("attention")
+
+
+def problem_of(x: Tensor, readers: Tensor, size: int) -> tuple[ReductionProblem, Tensor]:
+    """Reducing what these rows show, read by one layer."""
+    moments = Moments(x.mean(0)[None], torch.cov(x.T, correction=0)[None], readers.T @ readers)
+    return ReductionProblem(readers.T, torch.ones(x.shape[1]).double(), size, moments=moments), readers
+
+
+def make_rows() -> Tensor:
+    x = torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x @ torch.diag(torch.tensor([1.0, 2.0, 3.0, 0.5, 4.0]).double()) + torch.tensor([0, 9, 0, 1, 2]).double()
+
+
+READERS = torch.tensor([[1.0, 1, 1, 1, 0.1], [1, 1, -1, 9, 0.1]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("rival", "kept"), [("MeanShift", [2, 4]), ("FLAP", [2, 3]), ("Wanda", [1, 3])])
+def test_rivals_keep_what_their_scores_say(rivals: Any, rival: str, kept: list[int]) -> None:
+    reducer = {"MeanShift": rivals.MeanShift(), "FLAP": rivals.MeanShift(weighs=True), "Wanda": rivals.Wanda()}[rival]
+    problem, _ = problem_of(make_rows(), READERS, 2)
+    assert reducer(problem).merge.argmax(1).tolist() == kept
+
+
+def test_a_mean_shift_leaves_the_mean_of_what_is_read(rivals: Any) -> None:
+    x, (problem, readers) = make_rows(), problem_of(make_rows(), READERS, 2)
+    found = rivals.MeanShift()(problem)
+    given = (x @ found.merge.T) @ (readers @ found.unmerge).T + readers @ found.shift
+    torch.testing.assert_close(given.mean(0), (x @ readers.T).mean(0))
+
+
+def test_gram_compensation_is_least_squares_through_the_origin(rivals: Any) -> None:
+    x, (problem, readers) = make_rows(), problem_of(make_rows(), READERS, 2)
+    found = rivals.Grail(strength=0.0)(problem)
+    best = torch.linalg.lstsq(x @ found.merge.T, x @ readers.T).solution.T
+    torch.testing.assert_close(readers @ found.unmerge, best)
+
+
+def test_ranks_are_those_that_leave_the_least_error_on_the_rows(rivals: Any) -> None:
+    x, layer = make_rows(), nn.Linear(5, 4).double()
+    with torch.no_grad():
+        small = rivals.split_layer(layer, x.T @ x / len(x), 0.9)
+        wanted, given = x @ layer.weight.T, small(x) - layer.bias
+    values = torch.linalg.svdvals(wanted)  # no other matrix of this rank comes closer
+    torch.testing.assert_close((wanted - given).norm(), values[small[0].out_features :].norm(), rtol=1e-3, atol=1e-6)

@@ -113,6 +113,14 @@ def test_numbers_that_go_together_follow_beside_the_stream(stream):
     assert {d.proof for d in small.plan.decisions if d.reduced} == {"function"}  # the stream is rotated
 
 
+def test_heads_are_halved_beside_the_stream_where_fewer_heads_of_the_old_width_would_run_too():
+    """Four heads of four are as wide as two of eight; they are not the same function."""
+    small = intrafusion.compress(make("number"), X[:2], keep=0.5, reducer="select", restore=None)
+    assert small.rolled_back == {}
+    assert small.model.attn.head_dim == 4
+    assert small.model.attn.q.weight.shape == (16, 16)
+
+
 def test_values_that_share_their_number_with_turned_queries_say_so():
     small = intrafusion.compress(make("rotary"), X[:2], keep=0.5, exclude=["stem"], restore=None)
     values = [small.rolled_back[d.group] for d in small.plan.decisions if d.group in small.rolled_back]
