@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion.budget import target as targets
+from intrafusion.budget.sensitivity import choose_teller
 from intrafusion.budget.target import build_with_sizes, find_believed_cost, sizes_for_target, sizes_to_test
 from intrafusion.errors import BudgetError, ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.lab.zoo.networks import ViT
 from intrafusion.measure.size import size_of
 from intrafusion.network.inputs import Inputs
 from intrafusion.plan import is_miss
 from intrafusion.recipe import Recipe
+from intrafusion.reduce import Eliminate, Moments, Pivot, ReductionProblem, Select
+from intrafusion.reduce.eliminate import eliminate
+from intrafusion.reduce.pivot import pick_channels
 from intrafusion.surgery.proof import Reference
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -306,3 +311,30 @@ def test_a_network_without_products_has_no_macs_to_save() -> None:
 
     with pytest.raises((BudgetError, ModelError)):
         intrafusion.compress(Scaled(), torch.zeros(1, 3, dtype=torch.long), target={"macs": 0.5}, restore=None)
+
+
+def test_heads_of_which_half_the_width_fits_as_half_the_heads_take_part() -> None:
+    """Four heads of 8 at half their width are two heads of 8 to a forward that takes their number from the width."""
+    torch.manual_seed(0)
+    model = ViT(image=8, patch=4, width=32, depth=2, heads=4, hidden=16).eval()
+    x = torch.randn(2, 3, 8, 8)
+    graph = intrafusion.inspect(model, x)
+    groups = [g for g in graph.reducible if g.is_channel]
+    left, _ = targets._find_shrinkable(Reference(model, graph, Inputs.of(x)), groups)
+    assert {g.name for g in left} == {g.name for g in groups}
+    assert sum("attn" in g.name for g in left) == 16
+
+
+def test_a_target_goes_by_the_curve_of_the_reducer() -> None:
+    draw = torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    moments = Moments(torch.zeros(1, 6).double(), draw @ draw.mT, torch.eye(6).double())
+    scores = torch.arange(6.0).double()
+    problem = ReductionProblem(scores[:, None], scores, 6, moments=moments)
+    for reducer, expected in (
+        (Eliminate(unmerge=False), eliminate(moments).losses),
+        (Pivot(), pick_channels(moments).missing),
+        (Select(), pick_channels(moments).missing),
+    ):
+        found = choose_teller(reducer).list_losses(problem)
+        assert found is not None
+        assert torch.equal(found, expected)
