@@ -56,6 +56,7 @@ class LayerSolver:
         reference: nn.Module,
         graph: ChannelGraph,
         inputs: Inputs,
+        reached: Inputs | None = None,
     ) -> dict[str, Change]:
         """Solve the layers of a network in evaluation mode, in place; what was added to each, by name.
 
@@ -63,17 +64,20 @@ class LayerSolver:
             maps: that made it of the network that the graph is of.
             reference: gives the outputs that are wanted; left as it was.
             inputs: all images as one call.
+            reached: the same call of the smaller network, where that is part of one whose earlier parts are smaller
+                already and it reads something else.
         Raises:
             ModelError: one of the networks gives NaN on the images.
         """
         inputs = double_first(inputs.map(channels_last))
+        reached = inputs if reached is None else double_first(reached.map(channels_last))
         layers, originals = find_layers(small, graph), find_layers(reference, graph)
         common = {name: layer for name, layer in originals.items() if name in layers}
         targets = record_targets(reference, common, cast_like(inputs, reference), self)
         merges = {name: find_output_merge(originals[name], graph, maps) for name in targets.rows}
         solving = _SolvingPass({n: layers[n] for n in targets.rows}, targets, merges, self)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            solving.run(small, cast_like(inputs, small))
+            solving.run(small, cast_like(reached, small))
         return solving.changes
 
 

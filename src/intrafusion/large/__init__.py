@@ -1,0 +1,1 @@
+"""Networks larger than memory: a folder of sharded weights made smaller block by block."""
