@@ -67,6 +67,8 @@ class Shards:
             with safe_open(self.tensors[name].file, framework="pt") as file:
                 return file.get_tensor(name).clone()
         except (SafetensorError, OSError, RuntimeError) as error:
+            if "allocate memory" in str(error):
+                raise MemoryError(str(error)) from error
             raise FolderError(f"{self.tensors[name].file}: {name} cannot be read ({error}); fetch it again.") from error
 
 
@@ -101,6 +103,8 @@ def _read_head(path: Path) -> dict[str, Stored]:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
             return {name: Stored(path, tuple(p.get_shape()), str(p.get_dtype())) for name, p in parts.items()}
     except (SafetensorError, RuntimeError, ValueError) as error:
+        if "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
         raise FolderError(f"{path}: not a safetensors file, or a damaged one ({error}); fetch it again.") from error
 
 

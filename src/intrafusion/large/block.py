@@ -11,12 +11,14 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.large.chain import BlockCall, run_block
+from intrafusion.large.release import release_memory
 from intrafusion.measure.drift import output_error
 from intrafusion.names import name_some
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.pipeline import apply
+from intrafusion.plan import Plan
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap
@@ -95,11 +97,8 @@ def reduce_block(
     """
     if not sizes:
         return copy_model(block), {}
-    keep = {name: m / graph[name].size for name, m in sizes.items()}
-    calibration = (
-        None if seen is None else Calibration("images", seen.inputs[0], block, LeastSquares(), seed=recipe.seed)
-    )
-    plan = decide(block, graph, replace(recipe, keep=keep), example, calibration=calibration)
+    plan = _decide(block, graph, example, sizes, recipe, seen)
+    release_memory()
     small = apply(block, plan, example, graph=graph)
     if small.plan.sizes != sizes:
         why = "; ".join(f"{name}: {reason}" for name, reason in small.rolled_back.items())
@@ -107,6 +106,22 @@ def reduce_block(
             f"cannot have the sizes that the other blocks have ({why or plan.sizes}); exclude these layers."
         )
     return small.model, small.plan.maps
+
+
+def _decide(
+    block: nn.Module,
+    graph: ChannelGraph,
+    example: Inputs,
+    sizes: Mapping[str, int],
+    recipe: Recipe,
+    seen: Streams | None,
+) -> Plan:
+    keep = {name: m / graph[name].size for name, m in sizes.items()}
+    looked = None if seen is None else Calibration("images", seen.inputs[0], block, LeastSquares(), seed=recipe.seed)
+    if looked is not None:
+        looked.moments_of(graph)  # now, so that what that takes is free again when channels are chosen
+        release_memory()
+    return decide(block, graph, replace(recipe, keep=keep), example, calibration=looked)
 
 
 def solve_block_(

@@ -24,6 +24,7 @@ from intrafusion.io.shards import FLOATS, Shards, ShardWriter, Stored
 from intrafusion.large.block import Streams, explain_groups, join_graphs, reduce_block, solve_block_
 from intrafusion.large.chain import BlockCall, find_blocks, follow_blocks, load_block
 from intrafusion.large.offload import make_skeleton, weights_from_disk
+from intrafusion.large.release import release_memory
 from intrafusion.names import hide_numbers, name_some
 from intrafusion.network.batches import ImagesLike, count_images, double_first, join_batches, make_reusable, name_inputs
 from intrafusion.network.calibration_images import as_calls
@@ -337,6 +338,7 @@ class _Work:
         rest = _pack(network)
         writer, done = ShardWriter(place, len(blocks) + len(rest)), list[BlockReport]()
         streams = self.make_streams()
+        release_memory()
         for index, name in enumerate(blocks):
             report("blocks", index, len(blocks))
             own = {group.removeprefix(f"{name}."): m for group, m in sizes.items() if group.startswith(f"{name}.")}
@@ -344,9 +346,12 @@ class _Work:
             _check_config(target, name, small, examples[index])
             writer.write(self.lower(name, small))
             done.append(what)
+            del small
+            release_memory()
         report("blocks", len(blocks), len(blocks))
         for names in rest:
             writer.write({name: network.read(name) for name in names})
+            release_memory()
         writer.finish()
         _save_config(target, network.skeleton, place)
         return self.summarise(target, done)
@@ -375,6 +380,7 @@ class _Work:
     def look(self, index: int, example: Inputs) -> ChannelGraph:
         """The groups of a block, proved."""
         report("proving channel groups", index, len(self.network.blocks))
+        release_memory()
         return inspect(self.load(self.network.blocks[index]), example)
 
     def reduce(
@@ -392,6 +398,7 @@ class _Work:
             small, maps = reduce_block(block, graph, example, sizes, replace(self.recipe, **_OF_BLOCKS), seen)
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from error
+        release_memory()
         if streams and self.solver is not None:
             errors = solve_block_(small, maps, block, graph, self.solver, *streams)
         for own in {id(stream): stream for stream in streams or ()}.values():
@@ -407,7 +414,9 @@ class _Work:
         before, after = (sum(p.numel() for p in m.parameters()) for m in (self.network.skeleton, target))
         notes, on = list(self.network.notes), None
         if self.calls:
-            on = f"{count_images(self.calls[1])} {name_inputs(self.calls[1])}"
+            weights = self.calls[1].weights
+            count = count_images(self.calls[1]) - (weights.doubled if weights else 0)
+            on = f"{count} {name_inputs(self.calls[1])}"
         else:
             notes.append("no inputs were given: channels were selected by weights, and no layer was solved")
         return CompressedFolder(Path(), before, after, tuple(done), tuple(notes), on)
