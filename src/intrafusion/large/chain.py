@@ -110,7 +110,7 @@ def follow_blocks(
     All but what stands before the blocks is not run: in their place each gives back the stream that it got.
 
     Args:
-        first: the first block with its weights, to see what a block gives.
+        first: a copy of the first block with its weights, to see what a block gives.
     Raises:
         ModelError: the network does not run, or its blocks do not run one after another, each once and each on what
             the one before gives.

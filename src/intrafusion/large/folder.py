@@ -106,7 +106,7 @@ def compress_folder(
     inputs: ImagesLike | None = None,
     tokenizer: Tokenizer | None = None,
     example_inputs: ExampleInputs | None = None,
-    architecture: type | None = None,
+    architecture: str | None = None,
     progress: ShowProgress = None,
     **options: Any,
 ) -> CompressedFolder:
@@ -123,7 +123,7 @@ def compress_folder(
         inputs: texts with a `tokenizer`, or what the network takes, as `compress`; None: channels are selected by
             their weights, and no layer is solved.
         example_inputs: one call; by default `inputs`, or some tokens.
-        architecture: class of transformers; None: the one that config.json names.
+        architecture: name of a class of transformers; None: the one that config.json names.
         **options: reducer, importance, restore ("auto", None or a `LeastSquares`), round_to, min_channels, include,
             exclude and seed, as `compress`.
     Raises:
@@ -194,7 +194,7 @@ class _Network:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, origin: Path, architecture: type | None) -> _Network:
+    def of(cls, origin: Path, architecture: str | None) -> _Network:
         config, kind = _find_architecture(origin, architecture)
         shards = Shards.of(origin)
         try:
@@ -222,7 +222,7 @@ class _Network:
         return set(signature(self.skeleton.forward).parameters)
 
 
-def _find_architecture(origin: Path, architecture: type | None) -> tuple[Any, type]:
+def _find_architecture(origin: Path, architecture: str | None) -> tuple[Any, type]:
     """Configuration and class.
 
     Raises:
@@ -241,10 +241,10 @@ def _find_architecture(origin: Path, architecture: type | None) -> tuple[Any, ty
         raise FolderError(f"{origin}: its config.json cannot be read ({error}); fetch the folder again.") from error
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{origin}: its weights are quantised; compress those that it was quantised from.")
-    named = next(iter(config.architectures or ()), None)
-    if architecture is None and named is None:
+    named = architecture or next(iter(config.architectures or ()), None)
+    if named is None:
         raise ModelError(f"{origin}: its config.json names no architecture; give architecture=.")
-    return config, architecture or find_transformers(str(named))
+    return config, find_transformers(named)
 
 
 def _match_names(skeleton: nn.Module, shards: Shards) -> tuple[dict[str, tuple[str, Stored]], tuple[str, ...]]:
