@@ -1,7 +1,7 @@
 """Claim: a network is made smaller block by block in far less memory than it takes, under a limit that it does not fit.
 
-A random Llama of the sizes of SmolLM2-360M (362 million parameters) in float32, in safetensors of at most 100 MB, keep
-.5 of its MLP units, two texts of 64 random tokens. Each of these runs in a process of its own, one thread:
+A random Llama, deep and narrow (96 blocks of width 512, 235 million parameters), in float32, in safetensors of at most
+100 MB, keep .5 of its MLP units, two texts of 64 random tokens. Each of these runs in a process of its own, one thread:
   blocks  intrafusion.large.compress_folder under a limit on the process's private memory (RLIMIT_DATA) of what it
           takes after its imports plus half of the network.
   whole   from_pretrained and one call under the same limit, to see that it holds.
@@ -29,8 +29,8 @@ from intrafusion.lab.bench import Record, append_record
 from intrafusion.network.sources import import_transformers
 
 RECORDS = Path(__file__).parent / "records" / "large.jsonl"
-FULL = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15}
-FULL |= {"num_key_value_heads": 5, "vocab_size": 49152}
+FULL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 96, "num_attention_heads": 8}
+FULL |= {"num_key_value_heads": 4, "vocab_size": 16384}
 SMOKE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 SMOKE |= {"num_key_value_heads": 2, "vocab_size": 64}
 TEXTS, TOKENS, KEEP = 2, 64, 0.5
@@ -76,7 +76,7 @@ def run_limited(what: str, folder: Path, sizes: dict[str, int], allowed_mb: floa
     assert intrafusion.large
     transformers: Any = import_transformers()
     assert transformers.LlamaForCausalLM
-    torch.ones(8, 8) @ torch.ones(8, 8)
+    _ = torch.ones(8, 8) @ torch.ones(8, 8)
     base, data, start = read_status("VmRSS"), read_status("VmData"), time.perf_counter()
     limit = int((data + allowed_mb) * 2**20)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -86,6 +86,7 @@ def run_limited(what: str, folder: Path, sizes: dict[str, int], allowed_mb: floa
     except Exception as error:  # of whatever kind: each allocator has its own
         if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
+        print(type(error).__name__, error, file=sys.stderr)
         done = "out of memory"
     peak, seconds = read_status("VmHWM"), time.perf_counter() - start
     found = {"peak_mb": peak, "above_mb": peak - base, "imports_mb": base, "seconds": seconds}
@@ -110,7 +111,7 @@ def count_mb(sizes: dict[str, int]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--layers", type=int, help="instead of 32")
+    parser.add_argument("--layers", type=int, help="instead of 96")
     parser.add_argument("--allowed-mb", type=float, help="instead of half of the network")
     parser.add_argument("--smoke", action="store_true", help="a tiny network, recorded nowhere")
     parser.add_argument("--inside", nargs=4, help=argparse.SUPPRESS)

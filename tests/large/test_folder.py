@@ -81,8 +81,15 @@ def test_the_result_is_that_of_compress(llama: Path) -> None:
 
 def test_without_inputs_channels_are_selected_and_nothing_is_solved(llama: Path) -> None:
     out = llama.with_name("small")
-    done = intrafusion.compress_folder(llama, out, 0.5, include="model.layers.1.*", reducer="select")
+    done = intrafusion.compress_folder(llama, out, 0.5)
     assert "no inputs were given: channels were selected by weights" in str(done)
+    assert all(report.error_before is None for report in done.blocks)
+    small, original = open_folder(out).state_dict(), make_llama().state_dict()
+    assert torch.equal(
+        small["model.layers.1.self_attn.o_proj.weight"], original["model.layers.1.self_attn.o_proj.weight"]
+    )
+    kept, rows = (s["model.layers.1.mlp.up_proj.weight"].tolist() for s in (small, original))
+    assert all(row in rows for row in kept)
 
 
 def test_half_precision_comes_back_as_it_came(tmp_path: Path) -> None:
@@ -128,7 +135,7 @@ def test_a_configuration_of_another_network_is_an_error(llama: Path) -> None:
     for change, what in (
         ({"num_hidden_layers": 4}, "there are no weights of model.layers.3"),
         ({"num_hidden_layers": 2}, "there are weights without a place of model.layers.2"),
-        ({"intermediate_size": 20}, "there are other shapes of model.layers.0.mlp"),
+        ({"intermediate_size": 20}, "there are other shapes of model.layers.{0-2}.mlp.gate_proj"),
         ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised"),
     ):
         (llama / "config.json").write_text(json.dumps(config | change))

@@ -207,7 +207,8 @@ def _compress_blockwise(model: str, output: Path | None, recipe: Recipe, images:
         raise ModelError(f"--blockwise: expected a local folder as hf:FOLDER, got {model}; fetch the model first.")
     if output is None:
         raise ModelError("--blockwise: expected a folder to write to; give one with -o.")
-    options = {option: getattr(recipe, option) for option in Recipe.options()} | {"uniform": True}
+    options: dict[str, Any] = {option: getattr(recipe, option) for option in Recipe.options()}
+    options["uniform"] = True
     found = read_images(images) if images else None
     with progress_bar("compress") as progress:
         return compress_folder(

@@ -58,14 +58,18 @@ class Shards:
         return cls(folder, found)
 
     def read(self, name: str) -> Tensor:
-        """A copy of one tensor, in memory of its own.
+        """A copy of one tensor, in memory of its own."""
+        return self.map(name).clone()
+
+    def map(self, name: str) -> Tensor:
+        """One tensor as it lies in its file, of which the system keeps as much in memory as it likes.
 
         Raises:
             FolderError: its file is damaged, or has gone.
         """
         try:
             with safe_open(self.tensors[name].file, framework="pt") as file:
-                return file.get_tensor(name).clone()
+                return file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             if "allocate memory" in str(error):
                 raise MemoryError(str(error)) from error

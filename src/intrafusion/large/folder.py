@@ -350,7 +350,7 @@ class _Work:
             release_memory()
         report("blocks", len(blocks), len(blocks))
         for names in rest:
-            writer.write({name: network.read(name) for name in names})
+            writer.write({name: network.shards.map(name) for name in names})
             release_memory()
         writer.finish()
         _save_config(target, network.skeleton, place)
