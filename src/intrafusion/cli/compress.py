@@ -181,6 +181,7 @@ _WHOLE = (
     *("as_json", "strict"),
 )
 """Options that a network block by block does not take."""
+_FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument
 
 
 def _refuse_beside(said: Mapping[str, Any]) -> None:
@@ -192,7 +193,7 @@ def _refuse_beside(said: Mapping[str, Any]) -> None:
     if said["device"] not in ("cpu", "auto"):
         beside.append("device")
     if beside:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+        named = ", ".join(f"--{_FLAGS.get(name, name).replace('_', '-')}" for name in beside)
         raise RecipeError(f"--blockwise: does not go with {named}; leave out one or the other.")
 
 
