@@ -133,7 +133,7 @@ def compress_folder(
     """
     start = time.perf_counter()
     recipe, solver = _read_recipe(keep, options)
-    origin, target = Path(folder), Path(output)
+    origin, target = _read_path(folder), _read_path(output)
     check_apart(target, origin)
     with atomic_folder(target, ours=lambda _: False, names=()) as place:
         network = _Network.of(origin, architecture)
@@ -143,6 +143,18 @@ def compress_folder(
         copy_beside(origin, place)
         (place / "recipe.yaml").write_text(recipe.to_yaml())
     return replace(small, folder=target, seconds=time.perf_counter() - start)
+
+
+def _read_path(path: str | Path) -> Path:
+    """
+    Raises:
+        FolderError: it is no name of a folder.
+    """
+    try:
+        Path(path).resolve()
+    except (ValueError, RuntimeError, OSError) as error:  # a null character; links that lead in a circle
+        raise FolderError(f"{str(path)!r}: is no name of a folder ({error}); choose another one.") from error
+    return Path(path)
 
 
 def _read_recipe(keep: Keep | None, options: Mapping[str, Any]) -> tuple[Recipe, LayerSolver | None]:
