@@ -142,6 +142,10 @@ CALLS: dict[str, dict[str, Any]] = {
         "restore": "images", "images": X, "round_to": None, "min_channels": 1, "include": None, "exclude": None,
         "order": "joint", "seed": 0, "inplace": False, "progress": lambda *_: None, "target": None,
     },
+    "compress_folder": {
+        "folder": "nowhere", "output": "new", "keep": 0.5, "inputs": X, "example_inputs": X, "architecture": "Llama",
+        "tokenizer": None, "progress": lambda *_: None,
+    },
     "compress_in_steps": {
         "model": MODEL, "example_inputs": X, "keep": 0.5, "steps": 2, "train": lambda model: None, "images": X,
         "reducer": "select", "restore": "images", "progress": lambda *_: None,
@@ -533,6 +537,7 @@ def own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WANTING = {
+    "compress_folder": "expected a folder with a config.json, got none",
     "lab.zoo.load_cifar": "nowhere",
     "lab.zoo.open_folder": "nowhere",
     "lab.experiments.run_experiment": "two or more networks",

@@ -21,6 +21,7 @@ from intrafusion.fusion import Alignment, Fused, fuse
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.io.folder import load
 from intrafusion.iterate import compress_in_steps
+from intrafusion.large.folder import compress_folder
 from intrafusion.pipeline import apply, compress, inspect
 from intrafusion.plan import Decision, Plan
 from intrafusion.planning import decide
@@ -60,6 +61,7 @@ __all__ = [
     "apply",
     "checks",
     "compress",
+    "compress_folder",
     "compress_in_steps",
     "decide",
     "fuse",

@@ -231,3 +231,28 @@ def test_targets_that_uniform_sizes_miss_say_so(bert: Path, program: Program) ->
     assert "was asked for; the closest reachable here is" in " ".join(result.stdout.split())
     assert "no number of the BertConfig sets these" in " ".join(result.stdout.split())
     assert make_bert().from_pretrained("small").config.intermediate_size == 1
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
+def test_blockwise_writes_a_folder_that_opens(program: Program, user_folder: Path) -> None:
+    transformers = import_transformers()
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes)).save_pretrained("llama")
+    done = program("compress hf:llama --blockwise --keep 0.5 -o small")
+    assert done.exit_code == 0, done.output
+    assert "12 -> 6" in done.output
+    assert transformers.LlamaForCausalLM.from_pretrained("small").config.intermediate_size == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("zoo:mlp --blockwise -o small", "expected a local folder as hf:FOLDER, got zoo:mlp"),
+        ("hf:bert --blockwise", "expected a folder to write to"),
+        ("hf:bert --blockwise -o small --json --program", "does not go with --program, --json"),
+    ],
+)
+def test_blockwise_says_what_it_takes(program: Program, bert: Path, options: str, message: str) -> None:
+    done = program(f"compress {options}")
+    assert done.exit_code != 0
+    assert message in " ".join(done.output.split())

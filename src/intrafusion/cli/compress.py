@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,9 +40,10 @@ from intrafusion.cli.options import (
 from intrafusion.cli.outputs import check_file, check_program, check_saving, check_space, save_network
 from intrafusion.cli.show import plan_data, print_json, say
 from intrafusion.compressed import Compressed
-from intrafusion.errors import RecipeError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.io.atomic import read_text
 from intrafusion.io.pretrained import check_apart
+from intrafusion.large import CompressedFolder, compress_folder
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
@@ -123,6 +124,14 @@ def compress_command(
             "can be rotated; that adds parameters.",
         ),
     ] = None,
+    blockwise: Annotated[
+        bool,
+        typer.Option(
+            "--blockwise",
+            help="Of a local folder hf:FOLDER: one block of the network after another, so that it need not fit into "
+            "memory; sizes are such as its configuration can say.",
+        ),
+    ] = False,
     program: KeepProgram = False,
     trust_program: TrustProgram = False,
     recipe: Annotated[
@@ -142,6 +151,10 @@ def compress_command(
         wanted = _read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
         _check_outputs(output, keep_images)
         check_there(images)
+        if blockwise:
+            _refuse_beside(said)
+            say(str(_compress_blockwise(model, output, wanted, images)))
+            return
         network = read_network(
             model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
             trust_program=trust_program,
@@ -169,6 +182,47 @@ def compress_command(
         _show(network, small, output)
     if strict and rolled_back:
         raise typer.Exit(ROLLED_BACK)
+
+
+_WHOLE = (
+    *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
+    *("as_json", "strict"),
+)
+"""Options that a network block by block does not take."""
+_FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument
+
+
+def _refuse_beside(said: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        RecipeError: options that do not go with --blockwise.
+    """
+    beside = [name for name in _WHOLE if said[name] not in (None, False, [])]
+    if said["device"] not in ("cpu", "auto"):
+        beside.append("device")
+    if beside:
+        named = ", ".join(f"--{_FLAGS.get(name, name).replace('_', '-')}" for name in beside)
+        raise RecipeError(f"--blockwise: does not go with {named}; leave out one or the other.")
+
+
+def _compress_blockwise(model: str, output: Path | None, recipe: Recipe, images: Path | None) -> CompressedFolder:
+    """
+    Raises:
+        ModelError: it is not the name of a local folder, or there is no output.
+    """
+    kind, _, target = model.partition(":")
+    name, architecture = hugging_face.split_target(target)
+    if kind != "hf" or not Path(name).is_dir():
+        raise ModelError(f"--blockwise: expected a local folder as hf:FOLDER, got {model}; fetch the model first.")
+    if output is None:
+        raise ModelError("--blockwise: expected a folder to write to; give one with -o.")
+    options: dict[str, Any] = {option: getattr(recipe, option) for option in Recipe.options()}
+    options["uniform"] = True
+    found = read_images(images) if images else None
+    with progress_bar("compress") as progress:
+        return compress_folder(
+            name, output, options.pop("keep"), inputs=found, architecture=architecture, progress=progress, **options
+        )
 
 
 def _check_outputs(folder: Path | None, images: Path | None) -> None:

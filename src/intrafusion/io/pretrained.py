@@ -45,6 +45,11 @@ def find_network_part(folder: Path) -> str:
     return parts[0]
 
 
+def is_of_sentences(folder: Path) -> bool:
+    """Whether sentence-transformers wrote it, with a network and other modules in it."""
+    return (folder / _MODULES).is_file()
+
+
 def _read_modules(path: Path) -> list[tuple[str, str]]:
     """Type and folder of every module."""
     try:
@@ -87,9 +92,9 @@ def write_pretrained(model: nn.Module, inputs: Inputs, origin: Path, folder: Pat
     place = folder / part
     with without_bars():
         network.save_pretrained(place, max_shard_size=_WHOLE)
-    _copy_files(origin / part, place, ours)
-    if (origin / _MODULES).is_file():
-        _copy_files(origin, folder, ours)
+    copy_beside(origin / part, place, ours)
+    if is_of_sentences(origin):
+        copy_beside(origin, folder, ours)
         for _, other in _read_modules(origin / _MODULES):
             if other != part and (origin / other).is_dir():  # of a module without files none is kept
                 shutil.copytree(origin / other, folder / other, dirs_exist_ok=True, copy_function=shutil.copyfile)
@@ -98,7 +103,7 @@ def write_pretrained(model: nn.Module, inputs: Inputs, origin: Path, folder: Pat
     return sorted(path.name for path in folder.iterdir())
 
 
-def _copy_files(source: Path, target: Path, ours: tuple[str, ...]) -> None:
+def copy_beside(source: Path, target: Path, ours: tuple[str, ...] = ()) -> None:
     """Files that are no weights, and were not written anew."""
     for path in sorted(source.iterdir()):
         goal, wanted = target / path.name, path.name not in ours and not path.name.endswith(_WEIGHTS)

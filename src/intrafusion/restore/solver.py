@@ -67,7 +67,9 @@ class LayerSolver:
         reference: nn.Module,
         graph: ChannelGraph,
         inputs: Inputs,
+        *,
         left: Collection[str] = (),
+        reached: Inputs | None = None,
     ) -> Solved:
         """Solve the layers of a network in evaluation mode, and fit its norms, in place.
 
@@ -76,10 +78,13 @@ class LayerSolver:
             reference: gives the outputs that are wanted; left as it was.
             inputs: all images as one call.
             left: layers that stay as they are.
+            reached: the same call of the smaller network, where that is part of one whose earlier parts are smaller
+                already and it reads something else.
         Raises:
             ModelError: one of the networks gives NaN on the images.
         """
         inputs = double_first(inputs.map(channels_last))
+        reached = inputs if reached is None else double_first(reached.map(channels_last))
         layers, originals = find_layers(small, graph), find_layers(reference, graph)
         common = {name: layer for name, layer in originals.items() if name in layers and name not in left}
         norms = find_channel_norms(small, graph, maps)
@@ -89,7 +94,7 @@ class LayerSolver:
         merges = {name: find_output_merge(originals[name], graph, maps) for name in targets.rows}
         solving = _SolvingPass({n: layers[n] for n in targets.rows}, targets, merges, self)
         with torch.random.fork_rng(devices=[]), torch.no_grad(), fits.fitting():
-            solving.run(small, cast_like(inputs, small))
+            solving.run(small, cast_like(reached, small))
         return Solved(solving.changes, fits.list_written(small))
 
 

@@ -1,0 +1,184 @@
+"""compress_folder: what `compress` gives, from and to shards, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import intrafusion
+from intrafusion.errors import FolderError, IntrafusionError, ModelError, RecipeError
+from intrafusion.large import block as blocks
+from intrafusion.network.sources import import_transformers
+
+pytestmark = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")),
+    reason="needs transformers and accelerate",
+)
+
+SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+GATES = "model.layers.*.mlp.gate_proj"
+
+
+def make_llama(**changes: Any) -> nn.Module:
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SIZES, **HEADS, "tie_word_embeddings": True, **changes})
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 8 if parameter.dim() > 1 else 1
+    return model
+
+
+def draw_tokens(count: int = 40) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(61, (count, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[: count // 2, 8:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    make_llama().save_pretrained(tmp_path / "llama", max_shard_size="6KB")
+    (tmp_path / "llama" / "tokenizer.json").write_text("{}")
+    return tmp_path / "llama"
+
+
+def open_folder(folder: Path) -> Any:
+    found, told = import_transformers().LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return found.eval()
+
+
+def test_the_result_is_that_of_compress(llama: Path) -> None:
+    assert len(list(llama.glob("*.safetensors"))) > 3
+    out, data = llama.with_name("small"), draw_tokens()
+    before = {path.name: path.read_bytes() for path in llama.iterdir()}
+    done = intrafusion.compress_folder(llama, out, 0.5, inputs=data)
+    assert {path.name: path.read_bytes() for path in llama.iterdir()} == before
+    small = open_folder(out)
+    assert small.config.intermediate_size == 12
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert len(list(out.glob("model-*-of-*.safetensors"))) == 4
+    example = {name: tensor[:1] for name, tensor in data.items()} | {"use_cache": False}
+    whole = intrafusion.compress(make_llama(), example, 0.5, uniform=True, include=GATES, inputs=data, restore="images")
+    assert not whole.restored[0].undone
+    assert all(report.error_after < report.error_before for report in done.blocks)  # type: ignore[operator]
+    expected, found = whole.model.state_dict(), small.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    assert done.after == sum(p.numel() for p in whole.model.parameters())
+
+
+def test_without_inputs_channels_are_selected_and_nothing_is_solved(llama: Path) -> None:
+    out = llama.with_name("small")
+    done = intrafusion.compress_folder(llama, out, 0.5)
+    assert "no inputs were given: channels were selected by weights" in str(done)
+    assert all(report.error_before is None for report in done.blocks)
+    small, original = open_folder(out).state_dict(), make_llama().state_dict()
+    assert torch.equal(
+        small["model.layers.1.self_attn.o_proj.weight"], original["model.layers.1.self_attn.o_proj.weight"]
+    )
+    kept, rows = (s["model.layers.1.mlp.up_proj.weight"].tolist() for s in (small, original))
+    assert all(row in rows for row in kept)
+
+
+def test_half_precision_comes_back_as_it_came(tmp_path: Path) -> None:
+    make_llama().to(torch.bfloat16).save_pretrained(tmp_path / "llama")
+    done = intrafusion.compress_folder(tmp_path / "llama", tmp_path / "small", 0.5, reducer="select", restore=None)
+    assert [dict(report.sizes) for report in done.blocks] == [{"mlp.gate_proj": (24, 12)}] * 3
+    for path in (tmp_path / "small").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    small, original = open_folder(tmp_path / "small").state_dict(), make_llama().to(torch.bfloat16).state_dict()
+    kept, rows = (s["model.layers.1.mlp.up_proj.weight"].tolist() for s in (small, original))
+    assert all(row in rows for row in kept), "selected rows are old ones, to the bit"
+
+
+def test_an_interrupted_run_leaves_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, solve = llama.with_name("small"), blocks.solve_block_
+    calls: list[object] = []
+
+    def stop(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            assert any(llama.parent.rglob("model-00001-of-00004.safetensors")), "the first block was written"
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    monkeypatch.setattr("intrafusion.large.folder.solve_block_", stop)
+    with pytest.raises(KeyboardInterrupt):
+        intrafusion.compress_folder(llama, out, 0.5, inputs=draw_tokens(6))
+    assert sorted(path.name for path in llama.parent.iterdir() if not path.name.startswith(".")) == ["llama"]
+    assert not list(llama.parent.rglob("model-00001-of-00004.safetensors"))
+
+
+def test_a_missing_shard_is_an_error_before_the_work(llama: Path) -> None:
+    lost = sorted(llama.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(FolderError, match=f"{lost.name} is not there"):
+        intrafusion.compress_folder(llama, llama.with_name("small"), 0.5)
+    assert not llama.with_name("small").exists()
+
+
+def test_a_configuration_of_another_network_is_an_error(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    for change, what in (
+        ({"num_hidden_layers": 4}, "there are no weights of model.layers.3"),
+        ({"num_hidden_layers": 2}, "there are weights without a place of model.layers.2"),
+        ({"intermediate_size": 20}, "there are other shapes of model.layers.{0-2}.mlp.gate_proj"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised"),
+    ):
+        (llama / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(IntrafusionError, match=what):
+            intrafusion.compress_folder(llama, llama.with_name("small"), 0.5)
+
+
+def test_outputs_that_exist_or_lie_inside_are_refused(llama: Path) -> None:
+    with pytest.raises(FolderError, match="is or lies in the folder of the original"):
+        intrafusion.compress_folder(llama, llama / "small", 0.5)
+    other = llama.with_name("other")
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    with pytest.raises(FolderError, match="holds files that intrafusion did not write"):
+        intrafusion.compress_folder(llama, other, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": {"params": 0.5}}, "target: not block by block: sizes for it are chosen over all layers"),
+        ({"keep": 0.5, "order": "backward"}, "order: not block by block"),
+        ({"keep": 0.5, "uniform": False}, "uniform: not block by block"),
+        ({"keep": 0.5, "outputs": ["logits"]}, "outputs: not block by block"),
+        ({"keep": 0.5, "importance": "taylor"}, "importance: not block by block"),
+        ({"keep": 0.5, "restore": "synthetic"}, "restore: block by block expected 'auto'"),
+    ],
+)
+def test_what_means_nothing_block_by_block_is_refused(llama: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        intrafusion.compress_folder(llama, llama.with_name("small"), **options)
+
+
+def test_nothing_to_reduce_says_why(llama: Path) -> None:
+    with pytest.raises(ModelError, match="no channel group to reduce in the blocks.*no number of the LlamaConfig"):
+        intrafusion.compress_folder(llama, llama.with_name("small"), 0.5, exclude=GATES)
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    transformers = import_transformers()
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    with pytest.raises(
+        ModelError, match=r"expected one list of blocks of one class, got 2 \(encoder.block, decoder.block\)"
+    ):
+        intrafusion.compress_folder(tmp_path / "t5", tmp_path / "small", 0.5)
