@@ -15,7 +15,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.io import folder as folders
 from intrafusion.io.card import Words
 from intrafusion.io.line import write_line_of
-from intrafusion.measure.closeness import Closeness
+from intrafusion.measure.closeness import OUTPUT_ERROR, Closeness
 from intrafusion.measure.comparison import Comparison, describe_change
 from intrafusion.measure.size import Size
 from intrafusion.names import name_some
@@ -125,7 +125,9 @@ class Compressed:
 
     def _tables(self) -> tuple[TextTable, ...]:
         """What was done to each part; without the warnings, which stand above."""
-        return (tabulate_plan(replace(self.plan, warnings=_list_plan_notes(self.plan))),)
+        told = any(step.error_after is not None for step in self.restored)
+        below = [f"output error: {OUTPUT_ERROR}"] if told else []
+        return (tabulate_plan(replace(self.plan, warnings=_list_plan_notes(self.plan)), below=below),)
 
     @checked
     def save(

@@ -307,7 +307,7 @@ def tabulate_graph(graph: ChannelGraph, below: Iterable[str] = ()) -> TextTable:
         *(f"in no group, {line}" for line in describe_fixed(graph)),
         *(f"note: {w}" for w in graph.warnings),
     )
-    return tabulate_groups(_HEADER, map(_describe_group, graph.groups), ("", *notes))
+    return tabulate_groups(_HEADER, map(_describe_group, graph.groups), notes)
 
 
 def _count_reducible(graph: ChannelGraph) -> int:

@@ -136,6 +136,14 @@ def _break_word(word: str, width: int) -> list[str]:
 
 # ---- groups ---------------------------------------------------------------------------------------------------------
 
+MEANINGS = {
+    "mixed": "new channels may combine old ones",
+    "selected": "each new channel is an old one",
+    "rotated": "the best directions are kept instead of channels",
+    "kept": "the group is left alone",
+}
+"""What the words in the third column of a table of groups mean."""
+
 
 @dataclass(frozen=True)
 class GroupLine:
@@ -143,7 +151,7 @@ class GroupLine:
 
     Attributes:
         channels: how many, and how many are left.
-        how: "mixed", "selected" or "kept".
+        how: one of `MEANINGS`, or what a table of another kind tells there.
         layers: that the channels run through.
         why: the channels are kept, or must not be mixed.
         count: of the groups.
@@ -163,9 +171,21 @@ class GroupLine:
 
 
 def tabulate_groups(header: Sequence[str], groups: Iterable[GroupLine], below: Iterable[str] = ()) -> TextTable:
-    """A line for each group; groups that are alike, and whose names differ only in numbers, share one."""
-    rows = tuple(line.cells() for line in join_twins(map(_name_line_plainly, groups)))
-    return TextTable(tuple(header), rows, tuple(map(plain_text, below)))
+    """A line for each group; groups that are alike, and whose names differ only in numbers, share one.
+
+    Below stands first what the words in it mean.
+    """
+    lines = join_twins(map(_name_line_plainly, groups))
+    legend = explain_words(line.how for line in lines)
+    sentences = [sentence for sentence in (legend, *below) if sentence]
+    rows = tuple(line.cells() for line in lines)
+    return TextTable(tuple(header), rows, tuple(map(plain_text, ["", *sentences] if sentences else [])))
+
+
+def explain_words(used: Iterable[str]) -> str:
+    """What those words mean that are used; nothing where none needs it."""
+    found = set(used)
+    return "; ".join(f"{word}: {meaning}" for word, meaning in MEANINGS.items() if word in found)
 
 
 def _name_line_plainly(line: GroupLine) -> GroupLine:
