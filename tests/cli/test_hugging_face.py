@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -240,16 +240,15 @@ SENTENCES = ["the cat sleeps", "green house over the river stone", "dog walks", 
 LINES = SENTENCES * 15
 
 
-def save_tokenizer(folder: Path, *, padding: bool = True) -> Any:
+def save_tokenizer(folder: Path, words: Iterable[str] = WORDS, *, padding: bool = True) -> Any:
     """Words by their number; the first two stand for padding, or the end, and what is unknown."""
     tokenizers, transformers = importlib.import_module("tokenizers"), import_transformers()
     first = "[PAD]" if padding else "[END]"
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate([first, "[UNK]", *WORDS])}, "[UNK]")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    numbers = {word: i for i, word in enumerate([first, "[UNK]", *words])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = {"pad_token": first} if padding else {"eos_token": first}
-    found = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special)
+    found = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", **special)
     found.save_pretrained(folder)
     return found
 
@@ -285,7 +284,7 @@ def test_without_texts_sentences_are_made_of_the_words_of_the_tokenizer(bert: Pa
     (bert / "vocab.txt").unlink()
     save_tokenizer(bert)
     assert "on 256 sentences of dictionary words" in program("compress hf:bert --keep 0.5 --uniform").stdout
-    make_bert(vocab_size=8).save_pretrained("bert")  # fewer rows than the tokenizer has words
+    save_tokenizer(bert, [a + b + "x" for a in "abcdefg" for b in "abcdefg"])  # more words than the network has rows
     assert "sequences of random tokens" in program("compress hf:bert --keep 0.5 --uniform").stdout
 
 

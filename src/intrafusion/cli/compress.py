@@ -62,7 +62,7 @@ def _list_defaults() -> dict[str, Any]:
     recipe: dict[str, Any] = yaml.safe_load(Recipe().to_yaml())
     return {
         "normalization": IntraFusion().normalization,
-        **{k: v for k, v in recipe.items() if v not in (None, [], False)},
+        **{k: v for k, v in recipe.items() if v not in (None, []) and v is not False},
     }
 
 

@@ -260,7 +260,8 @@ def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Par
 
 
 def _count_made(synthesis: Synthesis, seen: Inputs, apart: Inputs | None) -> int:
-    copies = 2 if synthesis.mirrored and image_like(seen).dim() > 3 else 1  # as `Synthesis.mirror`
+    mirrored = synthesis.mirrored and name_inputs(seen) == "images" and image_like(seen).dim() > 3
+    copies = 2 if mirrored else 1  # as `Synthesis.mirror`
     return count_images(seen) // copies + (0 if apart is None else count_images(apart))
 
 
