@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -113,6 +114,14 @@ class Compressed:
         figures = TextTable(("measured", "before -> after"), tuple(_list_figures(self)))
         head = show_lines([_title(self)]) + figures.to_html() + show_lines(_list_said(self))
         return head + "".join(table.to_html() for table in self._tables())
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises AttributeError, which says where it is if the network has it."""
+            held = name[:1] != "_" and hasattr(self.__dict__.get("model"), name)
+            there = f"; the network has it: .model.{name}" if held else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{there}")
 
     @property
     def warnings(self) -> tuple[str, ...]:
