@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan, is_miss, tabulate_plan
 from intrafusion.surgery.write import Repair
-from intrafusion.table import TextTable, find_width, show_lines
+from intrafusion.table import TextTable, lay_out_figures, show_lines
 
 
 @dataclass(frozen=True)
@@ -191,10 +190,7 @@ _ALIGNED = (8, 16)  # multiples that hardware likes
 
 def _summarise(small: Compressed) -> list[str]:
     """Size, time and outputs before and after, what was done against the loss, and what the user should know."""
-    rows = _list_figures(small)
-    label = max(len(name) for name, _ in rows) + 2
-    lines = [line for name, text in rows for line in _wrap(name.ljust(label) + text, " " * label)]
-    return [_title(small), *lines, *(x for t in _list_said(small) for x in _wrap(t))]
+    return [_title(small), *lay_out_figures(_list_figures(small), _list_said(small))]
 
 
 def _title(small: Compressed) -> str:
@@ -250,7 +246,3 @@ def _advise_on_speed(plan: Plan) -> str:
         counts = f"{len(odd)} of {len(cut)} sizes are no multiples of {base}"
         return f"{counts}, the shapes that hardware likes: round_to={base} may help, or {_ALIGNED[1]} on a GPU."
     return "Time a larger batch, or say target={'latency_ms': ...}, which cuts where it is measured to help."
-
-
-def _wrap(text: str, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(text, find_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -6,6 +6,7 @@ import html
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -81,6 +82,17 @@ class TextTable:
             f'<table style="border-collapse: collapse"><thead>{head}</thead><tbody>{body}</tbody></table>'
             + show_lines(self.below)
         )
+
+
+def lay_out_figures(figures: Sequence[tuple[str, str]], said: Iterable[str] = ()) -> list[str]:
+    """Figures below each other, each behind its name, and sentences; none wider than the screen."""
+    label = max((len(name) for name, _ in figures), default=0) + 2
+    lines = [line for name, text in figures for line in _wrap(name.ljust(label) + text, " " * label)]
+    return [*lines, *(line for sentence in said for line in _wrap(sentence, "  "))]
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, find_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def show_lines(lines: Iterable[str]) -> str:
