@@ -511,4 +511,6 @@ def _plan_table(decisions: Sequence[Decision]) -> Table:
 
 
 def _notes(warnings: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_e(w)}</li>' for w in warnings)}</ul>"
+    """Sentences; their arrows are not broken at the end of a line."""
+    items = (_e(warning).replace("-&gt;", "→") for warning in warnings)
+    return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
