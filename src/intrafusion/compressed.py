@@ -24,7 +24,7 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan, is_miss, tabulate_plan
 from intrafusion.surgery.write import Repair
-from intrafusion.table import TextTable, lay_out_figures, show_lines
+from intrafusion.table import TextTable, find_width, lay_out_figures, show_lines, wrap_text
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ _ALIGNED = (8, 16)  # multiples that hardware likes
 
 def _summarise(small: Compressed) -> list[str]:
     """Size, time and outputs before and after, what was done against the loss, and what the user should know."""
-    return [_title(small), *lay_out_figures(_list_figures(small), _list_said(small))]
+    return [*wrap_text(_title(small), find_width()), *lay_out_figures(_list_figures(small), _list_said(small))]
 
 
 def _title(small: Compressed) -> str:

@@ -96,6 +96,8 @@ class StreamNorm:
     shift: str | None
     readers: tuple[tuple[str, int], ...]
 
+    __repr__ = show_briefly
+
 
 @checked
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Rotation:
 
     norms: tuple[StreamNorm, ...]
     centred: bool = False
+
+    __repr__ = show_briefly
 
 
 @checked

@@ -73,6 +73,8 @@ class Breakdown:
     final: bool = False
     runs: bool = False
 
+    __repr__ = show_briefly
+
     @classmethod
     def of(cls, why: str, error: Exception, model: nn.Module) -> Breakdown:
         names = {id(m): n for n, m in model.named_modules()}
