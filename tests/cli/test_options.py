@@ -90,7 +90,7 @@ WITHOUT = {
         "--ray",
         "--cores",
     ),
-    *("--target", "--round-to", "--include", "--exclude", "--test-images"),
+    *("--target", "--round-to", "--include", "--exclude", "--outputs", "--test-images"),
 }
 """Options that nothing stands for where they are left out."""
 ONLY_SOMETIMES = {("fuse", "--data"), ("compress", "--output"), ("fuse", "--output")} | {
