@@ -1,7 +1,9 @@
 """No images at all: three ways, from none to minutes.
 
 Nothing restored is what structured pruning leaves. Restoring on noise takes seconds; on images that are made from the
-network itself, so that they have the statistics that its batch norms remember, it takes longer and mostly keeps more.
+network itself, so that they have the statistics that its batch norms remember, it takes longer. For networks of
+photographs such images keep more, the more so the further the network is cut; for digits of 8 by 8 pixels, as here,
+noise keeps more.
 """
 
 import time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -146,3 +147,12 @@ def test_the_comparison_is_saved(small: Compressed, tmp_path: Path) -> None:
     small.save(tmp_path / "small")
     data = json.loads((tmp_path / "small" / "plan.json").read_text())["comparison"]
     assert Comparison.from_data(data) == small.comparison
+
+
+def test_what_only_the_network_has_is_told_where_it_is(small: Compressed) -> None:
+    with pytest.raises(AttributeError, match="'state_dict'; the network has it: .model.state_dict"):
+        getattr(small, "state_dict")  # noqa: B009
+    with pytest.raises(AttributeError, match=r"'Compressed' object has no attribute 'wings'$"):
+        getattr(small, "wings")  # noqa: B009
+    assert copy.copy(small).model is small.model
+    assert copy.deepcopy(small).plan == small.plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from intrafusion import IntraFusion, ModelError
 from intrafusion.errors import BudgetError
 from intrafusion.iterate import compose_maps, compress_in_steps, width_at
 from intrafusion.reduce import ReductionMap
+from intrafusion.restore import Calibration
+from intrafusion.restore.synthesize import Synthesis
 
 
 class Net(nn.Module):
@@ -175,3 +178,27 @@ def test_errors() -> None:
         compress_in_steps(made(), EXAMPLE, 1.5)
     with pytest.raises(ModelError, match="include and exclude leave no channel group to reduce"):
         compress_in_steps(made(), EXAMPLE, 0.5, exclude=["stem", "up", "hidden", "head", "down"])
+
+
+def test_images_are_made_once_from_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is solved on the same ones, for the network that it starts from."""
+    made_of, seen = [], []
+    make, restore = Synthesis.__call__, Calibration.restore
+
+    def note_making(self: Synthesis, network: nn.Module, *args: Any, **options: Any) -> Any:
+        made_of.append(network)
+        return make(self, network, *args, **options)
+
+    def note_solving(self: Calibration, *args: Any) -> Any:
+        seen.append((self.images, self.original))
+        return restore(self, *args)
+
+    monkeypatch.setattr(Synthesis, "__call__", note_making)
+    monkeypatch.setattr(Calibration, "restore", note_solving)
+    model = made()
+    small = compress_in_steps(model, EXAMPLE, 0.5, 3, restore="synthetic")
+    assert made_of == [model]
+    assert [step.on for step in small.restored] == [small.restored[0].on] * 3
+    assert len({id(images) for images, _ in seen}) == 1
+    widths = [network.up.out_channels for _, network in seen]
+    assert widths == [31, *(width_at(31, small.plan.sizes["up"], k / 3) for k in (1, 2))]

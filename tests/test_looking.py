@@ -56,6 +56,26 @@ class Net(nn.Module):
         return self.head(self.long_named_projection_of_the_pooled_features(x.mean((2, 3))).relu())
 
 
+class Words(nn.Module):
+    """Attention over tokens, each of which sees those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norms = nn.Embedding(20, 16), nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 20)
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.words(ids)
+        q, k, v = self.qkv(self.norms[0](x)).view(*ids.shape, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        hidden = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()
+        if attention_mask is not None:
+            hidden = hidden | (attention_mask[:, None, None] == 0)
+        seen = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(hidden, -1e4).softmax(3) @ v
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return self.head(x + self.down(self.up(self.norms[1](x)).relu()))
+
+
 @pytest.fixture(scope="module")
 def seen() -> dict[type, list[Any]]:
     """A few objects of each class that ordinary use of the library makes."""
@@ -90,6 +110,10 @@ def use_the_library() -> None:
         intrafusion.compress(model, x, **options)
     small = intrafusion.compress(model, x, target={"params": 0.6}, images=images)
     intrafusion.compress_in_steps(model, x, 0.5, 2, restore=None)
+    tokens = torch.randint(20, (64, 7), generator=torch.Generator().manual_seed(0))
+    texts = {"ids": tokens, "attention_mask": (torch.arange(7) < torch.arange(64)[:, None] % 7 + 1).long()}
+    intrafusion.compress(Words().eval(), {name: t[:2] for name, t in texts.items()}, 0.5, inputs=texts)
+    intrafusion.compress(Words().eval(), tokens[:2], 0.5)
     intrafusion.fuse([model, Net().eval()], x, using="activations", images=images)
     factorize(model, x)
     calibrate(model, Inputs.of(x), "synthetic", synthesis=restore.Synthesis(steps=2))

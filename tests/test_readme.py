@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 import intrafusion
 from intrafusion import Recipe
 from intrafusion.cli.main import app
+from intrafusion.measure.closeness import OUTPUT_ERROR
+from intrafusion.table import MEANINGS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 NET = """
@@ -74,9 +76,20 @@ def test_the_shell_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     safetensors.torch.save_file(names()["MyNet"]().state_dict(), "mynet.safetensors")
     lines = next(block for block in code_blocks("") if block.startswith("intrafusion ")).splitlines()
     assert [line.split()[1] for line in lines] == ["inspect", "compress"]
-    done = CliRunner().invoke(app, on_small_images(lines[1]).split()[1:])
-    assert done.exit_code == 0, done.output
+    for line in lines:
+        done = CliRunner().invoke(app, on_small_images(line).split()[1:])
+        assert done.exit_code == 0, done.output
+        assert "mixed: new channels may combine old ones" in done.output
     assert (tmp_path / "mynet-small" / "plan.json").is_file()
+
+
+def test_words_mean_what_the_tables_say_that_they_mean() -> None:
+    pages = {name: (Path(__file__).parents[1] / name).read_text() for name in ("README.md", "docs/looking.md")}
+    for name, page in pages.items():
+        plain = " ".join(page.replace("*", "").split()).lower()
+        for word, meaning in MEANINGS.items():
+            assert f"{word}: {meaning}" in plain, (name, word)
+    assert f"output error is {OUTPUT_ERROR}" in " ".join(README.replace("*", "").split())
 
 
 OPTIONS = [(wish, snippet) for wish, snippets in rows().items() for snippet in snippets if re.match(r"\w+=.", snippet)]
@@ -105,7 +118,7 @@ def test_functions_in_the_table_exist() -> None:
 
 def test_commands_in_the_table_exist() -> None:
     commands = {s.split()[1] for snippets in rows().values() for s in snippets if s.startswith("intrafusion ")}
-    assert commands == {"experiment", "report"}
+    assert commands == {"compress", "experiment", "report"}
     assert commands <= set(get_command(app).commands)  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ from intrafusion.graph import tabulate_graph
 from intrafusion.lab import zoo
 from intrafusion.measure.size import Size
 from intrafusion.plan import tabulate_plan
-from intrafusion.table import TextTable, find_width, wrap_text
+from intrafusion.table import MEANINGS, GroupLine, TextTable, find_width, tabulate_groups, wrap_text
 
 MEMBERS = ("stem.weight[0] produces", "stem.bias[0] shifts", "head.weight[1] consumes")
 PLAN = Plan(
@@ -78,7 +78,17 @@ def test_a_graph() -> None:
         ),
         ("blocks.1.up", "16", "kept", "an output"),
     )
-    assert table.below == ("", "2 of 4 groups can be reduced", "4 parameters", "note: unused.weight")
+    legend = f"mixed: {MEANINGS['mixed']}; selected: {MEANINGS['selected']}; kept: {MEANINGS['kept']}"
+    assert table.below == ("", legend, "2 of 4 groups can be reduced", "4 parameters", "note: unused.weight")
+
+
+def test_only_words_that_occur_are_explained() -> None:
+    assert tabulate_groups(("a", "b", "c", "d"), [GroupLine("x", "3", "kept")]).below == (
+        "",
+        f"kept: {MEANINGS['kept']}",
+    )
+    assert tabulate_groups(("a", "b", "c", "d"), [GroupLine("x", "3", "20%")]).below == ()
+    assert tabulate_groups(("a", "b", "c", "d"), [GroupLine("x", "3", "20%")], ["so"]).below == ("", "so")
 
 
 def test_equal_blocks_share_a_row() -> None:
@@ -203,7 +213,8 @@ def test_notebooks_show_the_same_table_with_names_escaped() -> None:
     page = plan._repr_html_()
     assert bad not in page
     text = html.unescape(re.sub(r"<wbr>|<(?!script)[^>]*>", " ", page))
-    shown = f"group channels how other layers, or reason {bad} 2 kept because of {bad} note: {bad}"
+    legend = f"kept: {MEANINGS['kept']}"
+    shown = f"group channels how other layers, or reason {bad} 2 kept because of {bad} {legend} note: {bad}"
     assert text.split() == shown.split()
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from intrafusion.errors import BudgetError, show, unknown_name
 
-_MEASURES = ("params", "macs", "latency_ms")
+MEASURES = ("params", "macs", "latency_ms")
 """What a target may be stated in."""
 
 
 def _check_fraction(fraction: Any, where: str) -> None:
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise BudgetError(
-            f"{where}: expected a fraction in (0, 1], got {show(fraction)}; 0.7 keeps 70 % of the channels."
-        )
+        images = hasattr(fraction, "shape") or hasattr(fraction, "dataset")
+        advice = "images are said by name, inputs=..." if images else "0.7 keeps 70 % of the channels"
+        raise BudgetError(f"{where}: expected a fraction in (0, 1], got {show(fraction)}; {advice}.")
 
 
 def check_keep(keep: Any) -> None:
@@ -43,11 +43,11 @@ def check_target(target: Any) -> tuple[str, float]:
     """
     if not isinstance(target, Mapping) or len(target) != 1:
         raise BudgetError(
-            f'target: expected one of {", ".join(_MEASURES)}, such as {{"params": 0.5}}, got {show(target)}.'
+            f'target: expected one of {", ".join(MEASURES)}, such as {{"params": 0.5}}, got {show(target)}.'
         )
     kind, wanted = next(iter(target.items()))
-    if not isinstance(kind, str) or kind not in _MEASURES:
-        raise BudgetError(f"target: {unknown_name('measure', kind, _MEASURES)}")
+    if not isinstance(kind, str) or kind not in MEASURES:
+        raise BudgetError(f"target: {unknown_name('measure', kind, MEASURES)}")
     if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not 0 < wanted <= sys.float_info.max:
         raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {show(wanted)}; 0.5 is half of it.")
     return kind, float(wanted)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.io import folder as folders
 from intrafusion.io.card import Words
 from intrafusion.io.line import write_line_of
-from intrafusion.measure.closeness import Closeness
+from intrafusion.measure.closeness import OUTPUT_ERROR, Closeness
 from intrafusion.measure.comparison import Comparison, describe_change
 from intrafusion.measure.size import Size
 from intrafusion.names import name_some
@@ -24,7 +24,7 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan, is_miss, tabulate_plan
 from intrafusion.surgery.write import Repair
-from intrafusion.table import TextTable, find_width, show_lines
+from intrafusion.table import TextTable, find_width, lay_out_figures, show_lines, wrap_text
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,14 @@ class Compressed:
         head = show_lines([_title(self)]) + figures.to_html() + show_lines(_list_said(self))
         return head + "".join(table.to_html() for table in self._tables())
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises AttributeError, which says where it is if the network has it."""
+            held = name[:1] != "_" and hasattr(self.__dict__.get("model"), name)
+            there = f"; the network has it: .model.{name}" if held else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{there}")
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """What speaks against using the smaller network as it is; `print` shows it."""
@@ -125,7 +133,9 @@ class Compressed:
 
     def _tables(self) -> tuple[TextTable, ...]:
         """What was done to each part; without the warnings, which stand above."""
-        return (tabulate_plan(replace(self.plan, warnings=_list_plan_notes(self.plan))),)
+        told = any(step.error_after is not None for step in self.restored)
+        below = [f"output error: {OUTPUT_ERROR}"] if told else []
+        return (tabulate_plan(replace(self.plan, warnings=_list_plan_notes(self.plan)), below=below),)
 
     @checked
     def save(
@@ -180,10 +190,7 @@ _ALIGNED = (8, 16)  # multiples that hardware likes
 
 def _summarise(small: Compressed) -> list[str]:
     """Size, time and outputs before and after, what was done against the loss, and what the user should know."""
-    rows = _list_figures(small)
-    label = max(len(name) for name, _ in rows) + 2
-    lines = [line for name, text in rows for line in _wrap(name.ljust(label) + text, " " * label)]
-    return [_title(small), *lines, *(x for t in _list_said(small) for x in _wrap(t))]
+    return [*wrap_text(_title(small), find_width()), *lay_out_figures(_list_figures(small), _list_said(small))]
 
 
 def _title(small: Compressed) -> str:
@@ -239,7 +246,3 @@ def _advise_on_speed(plan: Plan) -> str:
         counts = f"{len(odd)} of {len(cut)} sizes are no multiples of {base}"
         return f"{counts}, the shapes that hardware likes: round_to={base} may help, or {_ALIGNED[1]} on a GPU."
     return "Time a larger batch, or say target={'latency_ms': ...}, which cuts where it is measured to help."
-
-
-def _wrap(text: str, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(text, find_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -115,6 +115,8 @@ class StreamScale:
     dim: int
     bias: str | None
 
+    __repr__ = show_briefly
+
 
 @checked
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Rotation:
     norms: tuple[StreamNorm, ...]
     centred: bool = False
     scales: tuple[StreamScale, ...] = ()
+
+    __repr__ = show_briefly
 
 
 @checked
@@ -328,7 +332,7 @@ def tabulate_graph(graph: ChannelGraph, below: Iterable[str] = ()) -> TextTable:
         *(f"in no group, {line}" for line in describe_fixed(graph)),
         *(f"note: {w}" for w in graph.warnings),
     )
-    return tabulate_groups(_HEADER, map(_describe_group, graph.groups), ("", *notes))
+    return tabulate_groups(_HEADER, map(_describe_group, graph.groups), notes)
 
 
 def _count_reducible(graph: ChannelGraph) -> int:

@@ -28,7 +28,7 @@ from intrafusion.planning import list_sizes
 from intrafusion.progress import ShowProgress, prefix_stages, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import ReductionMap
-from intrafusion.restore.steps import add_comparison, split_images
+from intrafusion.restore.steps import add_comparison, calibrate_for, split_images
 from intrafusion.surgery.configuration import tie_by_config
 from intrafusion.surgery.expect import shrink_graph
 from intrafusion.surgery.memory import hand_on
@@ -61,7 +61,8 @@ def compress_in_steps(
     """Make a trained network smaller in several steps, each of which sees the network that the last one left.
 
     Every group loses the same factor of its channels in each step; after the last it has the size that `compress` gives
-    it at once. Each step chooses, reduces and restores anew, measured against the network before it.
+    it at once. Each step chooses, reduces and restores anew, measured against the network before it. Without `inputs`,
+    they are made once, from the original network.
 
     Args:
         model: any eager PyTorch network; not modified.
@@ -95,15 +96,19 @@ def compress_in_steps(
     graph = inspect(core, example)
     graph = tie_by_config(graph, core) if recipe.uniform else graph
     fractions = _schedule(graph, list_sizes(core, graph, recipe), steps)
+    calibration = calibrate_for(core, graph, example, recipe, split.seen, tokenizer)
     done: list[Compressed] = []
     present = core
     for index, fraction in enumerate(fractions):
         step = replace(recipe, keep=fraction, round_to=None)
         with prefix_stages(f"step {index + 1} of {steps}"):
-            small = reduce_and_restore(step, present, graph, example, split, tokenizer=tokenizer)
+            small = reduce_and_restore(
+                step, present, graph, example, split, calibration=calibration, tokenizer=tokenizer
+            )
         if train is not None and index + 1 < steps:
             _train_between_(small.model, train)
         graph, present = _shrunken_graph(small, graph), small.model
+        calibration = None if calibration is None else calibration.seen_by(present)
         done.append(small)
     small = count_ties(_join_steps(done, recipe), whole, core)
     small = replace(small, notes=(*small.notes, *(calls.warn() if calls is not None else ())))

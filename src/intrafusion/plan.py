@@ -196,7 +196,6 @@ def tabulate_plan(
         ()
         if before is None or after is None
         else (
-            "",
             f"{size_change('parameters', before.params, after.params)}; {size_change('MACs', before.macs, after.macs)}",
         )
     )

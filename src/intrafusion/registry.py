@@ -92,7 +92,8 @@ class Registry:
         found = self.adopt(wanted)
         if not self.can_call(found) or not self.traits.are_told_by(found):
             expected = f"a name, a mapping with a name or {self.expected}"
-            raise RecipeError(f"{self.kind}: expected {expected}, got {show(wanted)}.")
+            names = ", ".join(dict.fromkeys((*words, *self.methods)))
+            raise RecipeError(f"{self.kind}: expected {expected}, got {show(wanted)}; names are {names}.")
         return found
 
     def can_call(self, method: Any) -> bool:

@@ -6,6 +6,7 @@ import html
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -83,6 +84,17 @@ class TextTable:
         )
 
 
+def lay_out_figures(figures: Sequence[tuple[str, str]], said: Iterable[str] = ()) -> list[str]:
+    """Figures below each other, each behind its name, and sentences; none wider than the screen."""
+    label = max((len(name) for name, _ in figures), default=0) + 2
+    lines = [line for name, text in figures for line in _wrap(name.ljust(label) + text, " " * label)]
+    return [*lines, *(line for sentence in said for line in _wrap(sentence, "  "))]
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, find_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def show_lines(lines: Iterable[str]) -> str:
     """Sentences as HTML, one a line."""
     shown = "<br>".join(map(_escape, lines))
@@ -136,6 +148,14 @@ def _break_word(word: str, width: int) -> list[str]:
 
 # ---- groups ---------------------------------------------------------------------------------------------------------
 
+MEANINGS = {
+    "mixed": "new channels may combine old ones",
+    "selected": "each new channel is an old one",
+    "rotated": "the best directions are kept instead of channels",
+    "kept": "the group is left alone",
+}
+"""What the words in the third column of a table of groups mean."""
+
 
 @dataclass(frozen=True)
 class GroupLine:
@@ -143,7 +163,7 @@ class GroupLine:
 
     Attributes:
         channels: how many, and how many are left.
-        how: "mixed", "selected" or "kept".
+        how: one of `MEANINGS`, or what a table of another kind tells there.
         layers: that the channels run through.
         why: the channels are kept, or must not be mixed.
         count: of the groups.
@@ -163,9 +183,21 @@ class GroupLine:
 
 
 def tabulate_groups(header: Sequence[str], groups: Iterable[GroupLine], below: Iterable[str] = ()) -> TextTable:
-    """A line for each group; groups that are alike, and whose names differ only in numbers, share one."""
-    rows = tuple(line.cells() for line in join_twins(map(_name_line_plainly, groups)))
-    return TextTable(tuple(header), rows, tuple(map(plain_text, below)))
+    """A line for each group; groups that are alike, and whose names differ only in numbers, share one.
+
+    Below stands first what the words in it mean.
+    """
+    lines = join_twins(map(_name_line_plainly, groups))
+    legend = explain_words(line.how for line in lines)
+    sentences = [sentence for sentence in (legend, *below) if sentence]
+    rows = tuple(line.cells() for line in lines)
+    return TextTable(tuple(header), rows, tuple(map(plain_text, ["", *sentences] if sentences else [])))
+
+
+def explain_words(used: Iterable[str]) -> str:
+    """What those words mean that are used; nothing where none needs it."""
+    found = set(used)
+    return "; ".join(f"{word}: {meaning}" for word, meaning in MEANINGS.items() if word in found)
 
 
 def _name_line_plainly(line: GroupLine) -> GroupLine:

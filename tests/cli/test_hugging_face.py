@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def make_bert(**sizes: Any) -> nn.Module:
     transformers = import_transformers()
     torch.manual_seed(0)
     common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    return transformers.BertModel(transformers.BertConfig(vocab_size=40, **{**common, **sizes})).eval()
+    return transformers.BertModel(transformers.BertConfig(**{"vocab_size": 40, **common, **sizes})).eval()
 
 
 @pytest.fixture
@@ -256,3 +256,88 @@ def test_blockwise_says_what_it_takes(program: Program, bert: Path, options: str
     done = program(f"compress {options}")
     assert done.exit_code != 0
     assert message in " ".join(done.output.split())
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+WORDS = ["the", "cat", "dog", "house", "river", "stone", "green", "walks", "sleeps", "over", "under", "bridge"]
+SENTENCES = ["the cat sleeps", "green house over the river stone", "dog walks", "the dog sleeps under the bridge"]
+LINES = SENTENCES * 15
+
+
+def save_tokenizer(folder: Path, words: Iterable[str] = WORDS, *, padding: bool = True) -> Any:
+    """Words by their number; the first two stand for padding, or the end, and what is unknown."""
+    tokenizers, transformers = importlib.import_module("tokenizers"), import_transformers()
+    first = "[PAD]" if padding else "[END]"
+    numbers = {word: i for i, word in enumerate([first, "[UNK]", *words])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": first} if padding else {"eos_token": first}
+    found = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", **special)
+    found.save_pretrained(folder)
+    return found
+
+
+def test_texts_are_read_from_a_file_with_the_tokenizer_in_the_folder(bert: Path, program: Program) -> None:
+    (bert / "vocab.txt").unlink()
+    tokenizer = save_tokenizer(bert)
+    Path("texts.txt").write_text("\n".join(LINES) + "\n\n  \n", encoding="utf-8")
+    data = json.loads(program("compress hf:bert --keep 0.5 --uniform --texts texts.txt -o small --json").stdout)
+    assert data["restored"][0]["on"] == "48 sequences"
+    assert data["comparison"]["held_out"]["on"] == "12 sequences"
+    again = intrafusion.compress(
+        make_bert(), {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, 0.5, inputs=LINES, tokenizer=tokenizer,
+        uniform=True,
+    )  # fmt: skip
+    given = tokenizer(LINES[:4], padding=True, return_tensors="pt")
+    torch.testing.assert_close(intrafusion.load("small")(**given)[0], again.model(**given)[0])
+    result = program("compress small --keep 0.9 --texts texts.txt")
+    assert result.exit_code == 0, result.stderr
+    assert "on 48 sequences" in result.stdout
+
+
+def test_a_tokenizer_that_has_no_padding_pads_with_the_end_of_texts(bert: Path, program: Program) -> None:
+    (bert / "vocab.txt").unlink()
+    save_tokenizer(bert, padding=False)
+    Path("texts.txt").write_text("\n".join(LINES), encoding="utf-8")
+    result = program("compress hf:bert --keep 0.5 --uniform --texts texts.txt")
+    assert result.exit_code == 0, result.stderr
+    assert "restored: LeastSquares on 48 sequences" in result.stdout
+
+
+def test_without_texts_sentences_are_made_of_the_words_of_the_tokenizer(bert: Path, program: Program) -> None:
+    (bert / "vocab.txt").unlink()
+    save_tokenizer(bert)
+    assert "on 256 sentences of dictionary words" in program("compress hf:bert --keep 0.5 --uniform").stdout
+    save_tokenizer(bert, [a + b + "x" for a in "abcdefg" for b in "abcdefg"])  # more words than the network has rows
+    assert "sequences of random tokens" in program("compress hf:bert --keep 0.5 --uniform").stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--texts none.txt", "--texts none.txt: expected a file with a text in each line; there is no such file."),
+        ("--texts empty.txt", "--texts empty.txt: expected a text in each line, got a file without any"),
+        ("--texts bert/model.safetensors", "--texts bert/model.safetensors: expected a file with a text in each line"),
+        ("--texts lines.txt --images a.npy", "--texts lines.txt: goes without --images a.npy"),
+        ("--texts lines.txt --keep-images a.safetensors", "goes without --keep-images a.safetensors"),
+        ("--texts lines.txt", "--texts: the tokenizer in bert cannot be read"),
+    ],
+)
+def test_texts_that_cannot_be_read(bert: Path, program: Program, line: str, message: str) -> None:
+    Path("empty.txt").write_text(" \n\n")
+    Path("lines.txt").write_text("the cat\n")
+    (bert / "tokenizer.json").write_text("{")
+    result = program(f"compress hf:bert --keep 0.5 --uniform {line}")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_texts_without_a_tokenizer_in_the_folder(bert: Path, program: Program) -> None:
+    (bert / "vocab.txt").unlink()
+    Path("lines.txt").write_text("the cat\n")
+    for name in ("hf:bert", "nets.py:Net --input 2,4"):
+        result = program(f"compress {name} --keep 0.5 --texts lines.txt")
+        assert result.exit_code == 2
+        assert "--texts: expected a tokenizer beside the network, got none in" in result.stderr

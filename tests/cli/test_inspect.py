@@ -63,8 +63,14 @@ def test_a_saved_folder_without_its_original_shows_what_was_done(program: Progra
     small.save("small")
     result = program("inspect small")
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[2].split() == ["first", "8", "->", "4", "mixed", "second"]
-    assert "parameters 115 -> 47 (40.9%); MACs 98 -> 37 (37.8%)" in result.stdout
+    said, _, table = result.stdout.partition("\n\n")
+    lines = said.splitlines()
+    assert lines[:2] == ["parameters  115 -> 47 (40.9%)", "MACs        98 -> 37 (37.8%)"]
+    assert "latency" not in said
+    assert str(small.restored[0]) in " ".join(said.split())
+    assert "output error: the mean squared difference" in said
+    assert table.splitlines()[2].split() == ["first", "8", "->", "4", "mixed", "second"]
+    assert "parameters" not in table
     data = json.loads(program("inspect small --json").stdout)
     assert data["after"] == {"params": 47, "macs": 37}
     assert [(g["group"], g["n"], g["m"]) for g in data["groups"]] == [
@@ -73,6 +79,18 @@ def test_a_saved_folder_without_its_original_shows_what_was_done(program: Progra
         ("third", 3, 3),
     ]
     assert data["recipe"]["keep"] == 0.5
+    assert [step["step"] for step in data["restored"]] == [step.step for step in small.restored]
+    assert data["comparison"]["after"]["params"] == 47
+
+
+def test_a_folder_that_tells_no_more_than_its_sizes(program: Program, user_folder: Path) -> None:
+    """As those of 0.1, and plans that were carried out without restoring."""
+    model, example = resolve("nets.py:Net").build(), torch.ones(1, 4)
+    intrafusion.apply(model, intrafusion.compress(model, example, 0.5, restore=None).plan, example).save("small")
+    result = program("inspect small")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("group")
+    assert "parameters 115 -> 47 (40.9%); MACs 98 -> 37 (37.8%)" in result.stdout
 
 
 def test_a_saved_folder_with_its_original_shows_the_smaller_network(program: Program, user_folder: Path) -> None:

@@ -78,8 +78,19 @@ def test_an_option_that_there_is_not_is_answered_with_the_nearest(program: Progr
 # ---- defaults -------------------------------------------------------------------------------------------------------
 
 WITHOUT = {
-    *("--base", "--weights", "--arg", "--input", "--images", "--keep-images", "--recipe", "--ray", "--cores"),
-    *("--target", "--round-to", "--include", "--exclude", "--test-images"),
+    *(
+        "--base",
+        "--weights",
+        "--arg",
+        "--input",
+        "--images",
+        "--texts",
+        "--keep-images",
+        "--recipe",
+        "--ray",
+        "--cores",
+    ),
+    *("--target", "--round-to", "--include", "--exclude", "--outputs", "--test-images"),
 }
 """Options that nothing stands for where they are left out."""
 ONLY_SOMETIMES = {("fuse", "--data"), ("compress", "--output"), ("fuse", "--output")} | {

@@ -103,17 +103,30 @@ def test_forms_of_two_images(form: str) -> None:
 BAD = A[:20].clone()
 BAD[3, 1, 2, 2] = float("nan")
 
+
+class Image:
+    """As Pillow's."""
+
+    __module__ = "PIL.Image"
+
+
 FAULTS: dict[str, tuple[Any, str]] = {
     "nan": ([A[:20], BAD], r"batch 1 of images: expected finite images, got NaN or infinity in \[20, 3, 8, 8\]"),
     "one image alone": ([(image, 0) for image in A], r"batch 0 of images: expected a batch, .* one image alone; put a"),
     "empty": ([A, A[:0]], r"batch 1 of images: expected at least one image"),
     "unknown keys": ([{"picture": A}], r"batch 0 of images: .* forward \(image\), got the keys picture"),
-    "a text": ("folder", "images: expected a tensor, a dict or an iterable of batches, got 'folder'"),
+    "a text": ("folder", "an iterable of batches, got 'folder'; read files into tensors"),
     "texts": ([["a", "b"]], "inputs: expected tensors, got texts such as 'a', and no tokenizer; pass tokenizer="),
     "objects": ([np.array(["a"], object)], "batch 0 of images: expected arrays of numbers, got one of object"),
     "a file that is broken": (DataLoader(Pairs(), 10), "images: batch 2 cannot be read: OSError: truncated file"),
     "a data set": (Pairs(), "got a Pairs; put a DataLoader around a data set"),
     "another size": ([A[:, :2]], r"does not run on batch 0 of images \(float32\[40, 2, 8, 8\]\): RuntimeError"),
+    "channels last": (
+        np.zeros((40, 8, 8, 3), np.uint8),
+        r"images: expected channels where the example inputs have them, got uint8\[40, 8, 8, 3\] .*permute\(0, 3",
+    ),
+    "pictures one by one": ([np.zeros((9, 9, 3), np.uint8)] * 40, r"expected a batch, got uint8\[9, 9, 3\]"),
+    "files that nobody decoded": ([Image()] * 40, "got an Image; make normalised tensors of pictures"),
     "sizes that differ": ([A, A[..., :7]], r"images: expected batches of one shape"),
     "nothing": ([], "images: expected at least one batch, got none"),
     "a number": (3, "images: expected a tensor.* got 3"),

@@ -209,6 +209,6 @@ def test_noise_is_undone_by_images_at_hand_that_it_did_not_see(monkeypatch: pyte
 def test_long_work_on_noise_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps_module, "AFFORDABLE", 0.0)
     with pytest.warns(
-        IntrafusionWarning, match="solving the layers on noise takes about [0-9]+ s here. Better: images="
+        IntrafusionWarning, match="solving the layers on [0-9]+ noise images takes about [0-9]+ s here. Better: inputs="
     ):
         intrafusion.compress(network(norm=False), X, 0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ import intrafusion
 from intrafusion import ModelError
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.sources import import_transformers
+from intrafusion.restore import Calibration
 from intrafusion.restore.texts import find_sampler, sample_texts
 
 TOKENS = 5
@@ -91,9 +94,10 @@ def test_fewer_texts_where_time_is_short(monkeypatch: pytest.MonkeyPatch) -> Non
         sample_texts(sampler, 0, seconds=1.0)
 
 
-def test_a_language_model_is_restored_on_its_own_text_and_says_so() -> None:
+@pytest.mark.parametrize("example", [IDS, {"ids": IDS, "attention_mask": torch.ones_like(IDS)}])
+def test_a_language_model_is_restored_on_its_own_text_and_says_so(example: Any) -> None:
     model = Chain().eval()
-    small = intrafusion.compress(model, IDS, {"first": 0.5})
+    small = intrafusion.compress(model, example, {"first": 0.5})
     said = " ".join(str(small).split())
     assert "LeastSquares on 64 texts sampled from the network itself" in said
     assert "on 32 texts sampled from the network itself, not used by the solver" in said
@@ -101,6 +105,31 @@ def test_a_language_model_is_restored_on_its_own_text_and_says_so() -> None:
     assert step.unseen
     assert step.result is not None
     assert not step.result[1].is_worse_than(step.result[0])
+
+
+def test_what_does_harm_on_sampled_texts_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are those from before, and noise, which does no harm here, comes in its place."""
+    solve = Calibration.restore
+
+    def spoil(self: Calibration, small: Any, *rest: Any) -> Any:
+        if self.level != "synthetic":
+            return solve(self, small, *rest)
+        with torch.no_grad():
+            small.model.last.weight.mul_(-30)
+        return rest[-1](small.model), rest[-1](small.model)
+
+    monkeypatch.setattr(Calibration, "restore", spoil)
+    model = Chain().eval()
+    small = intrafusion.compress(model, IDS, {"first": 0.5})
+    harmed, instead = small.restored
+    assert harmed.undone
+    assert harmed.result is not None
+    assert instead.result is not None
+    assert harmed.result[1] == harmed.result[0]
+    assert instead.on == "512 sequences of random tokens"
+    assert instead.measured_on == harmed.measured_on == "32 texts sampled from the network itself"
+    assert instead.error_before == pytest.approx(harmed.error_before)
+    assert not instead.result[1].is_worse_than(instead.result[0])
 
 
 def test_networks_of_transformers_sample_with_their_cache() -> None:

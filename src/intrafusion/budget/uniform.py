@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 from intrafusion.arguments import checked
-from intrafusion.asked import check_count, check_keep, least_size
+from intrafusion.asked import MEASURES, check_count, check_keep, least_size
 from intrafusion.errors import BudgetError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 
@@ -62,7 +62,8 @@ def _check_patterns(patterns: Mapping[str, float], graph: ChannelGraph) -> None:
     names = sorted({name for g in graph.groups for name in _list_names(g)})
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise BudgetError(f"keep: {unknown_name('group', pattern, names)}")
+            meant = f" A target is said by name: target={dict(patterns)}." if {*patterns} <= {*MEASURES} else ""
+            raise BudgetError(f"keep: {unknown_name('group', pattern, names)}{meant}")
 
 
 def _list_names(group: ChannelGroup) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from intrafusion import pipeline
 from intrafusion.cli import hugging_face
 from intrafusion.cli.console import ROLLED_BACK, Kept, messages, progress_bar, working
 from intrafusion.cli.defaults import tells_defaults
-from intrafusion.cli.inputs import check_there, read_images
+from intrafusion.cli.inputs import check_there, read_images, read_texts
 from intrafusion.cli.network import Network, annotated, list_opening, read_network, say_saved, tell_doubt
 from intrafusion.cli.options import (
     Arguments,
@@ -32,6 +32,7 @@ from intrafusion.cli.options import (
     OptionalSeed,
     Order,
     Steps,
+    TextFile,
     TrustProgram,
     WeightFiles,
     choice_option,
@@ -44,6 +45,7 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.io.atomic import read_text
 from intrafusion.io.pretrained import check_apart
 from intrafusion.large import CompressedFolder, compress_folder
+from intrafusion.network.texts import Tokenizer
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
@@ -59,7 +61,10 @@ def _layer_option(about: str) -> Any:
 def _list_defaults() -> dict[str, Any]:
     """Of the recipe, as far as it has any."""
     recipe: dict[str, Any] = yaml.safe_load(Recipe().to_yaml())
-    return {"normalization": IntraFusion().normalization, **{k: v for k, v in recipe.items() if v not in (None, [])}}
+    return {
+        "normalization": IntraFusion().normalization,
+        **{k: v for k, v in recipe.items() if v not in (None, []) and v is not False},
+    }
 
 
 @tells_defaults(_list_defaults())
@@ -90,6 +95,7 @@ def compress_command(
     round_to: Annotated[int | None, count_option("Make every size a multiple of this.")] = None,
     restore: Steps = None,
     images: ImageFile = None,
+    texts: TextFile = None,
     keep_images: Annotated[
         Path | None,
         typer.Option(
@@ -150,7 +156,7 @@ def compress_command(
     with working(kept):
         wanted = _read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
         _check_outputs(output, keep_images)
-        check_there(images)
+        lines = _check_given(images, texts, keep_images)
         if blockwise:
             _refuse_beside(said)
             say(str(_compress_blockwise(model, output, wanted, images)))
@@ -159,7 +165,7 @@ def compress_command(
             model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
             trust_program=trust_program,
         )  # fmt: skip
-        found = read_images(images, network.inputs) if images else None
+        found, tokenizer = _read_given(network, images, lines)
         tell_doubt(network)
         if output:
             check_space(output, network.model)
@@ -168,7 +174,7 @@ def compress_command(
         if program:
             check_program(output, network.model, network.inputs)
         dtypes = hugging_face.lift_precision_(network.model) if network.folder else {}
-        small, rolled_back = _reduce_network(network, wanted, found)
+        small, rolled_back = _reduce_network(network, wanted, found, tokenizer)
         small = hugging_face.lower_precision_(small, dtypes)
         if output:
             opens = network.folder is not None and is_loadable(small.model)
@@ -185,6 +191,7 @@ def compress_command(
 
 
 _WHOLE = (
+    "texts",
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
     *("as_json", "strict"),
 )
@@ -230,6 +237,32 @@ def _check_outputs(folder: Path | None, images: Path | None) -> None:
         check_saving(folder)
     if images:
         check_file(images)
+
+
+def _check_given(images: Path | None, texts: Path | None, kept: Path | None) -> list[str] | None:
+    """The texts, which are read before anything is built.
+
+    Raises:
+        RecipeError: options that exclude each other.
+        FolderError: there is no such file, or it holds no text.
+    """
+    if texts and (images or kept):
+        other = f"--images {images}" if images else f"--keep-images {kept}"
+        raise RecipeError(f"--texts {texts}: goes without {other}: one is for texts, one for images; leave one out.")
+    check_there(images, texts)
+    return read_texts(texts) if texts else None
+
+
+def _read_given(
+    network: Network, images: Path | None, texts: list[str] | None
+) -> tuple[Tensor | list[str] | None, Tokenizer | None]:
+    """What the layers are to be solved on, and the tokenizer that texts, or sentences made without data, go through."""
+    if images:
+        return read_images(images, network.inputs), None
+    folder = network.folder or Path(network.name)
+    if texts:
+        return texts, hugging_face.read_tokenizer(folder)
+    return None, hugging_face.find_tokenizer(folder, network.model)
 
 
 def _read_recipe(file: Path | None, options: dict[str, Any], normalization: str | None) -> Recipe:
@@ -315,7 +348,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": _read_
 """Options that are written in another way than in a recipe."""
 
 
-def _reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> tuple[Compressed, list[str]]:
+def _reduce_network(
+    network: Network, recipe: Recipe, given: Tensor | list[str] | None, tokenizer: Tokenizer | None
+) -> tuple[Compressed, list[str]]:
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
         model = pipeline.prepare_model(network.model, recipe, network.inputs)
@@ -326,7 +361,9 @@ def _reduce_network(network: Network, recipe: Recipe, images: Tensor | None) -> 
                 "configuration says.",
                 soft_wrap=True,
             )
-        small = pipeline.follow(recipe, network.model, graph, network.inputs, images, progress=progress)
+        small = pipeline.follow(
+            recipe, network.model, graph, network.inputs, given, tokenizer=tokenizer, progress=progress
+        )
     return annotated(small, network), list(small.rolled_back)
 
 

@@ -1,4 +1,5 @@
-"""Networks of Hugging Face transformers: what `hf:` names, built from a local folder or the cache, and example inputs.
+"""Networks of Hugging Face transformers: what `hf:` names, built from a local folder or the cache, their tokenizers and
+example inputs.
 
 No code out of a folder is run unless the user says so (`--arg trust_remote_code=true`): the architecture is one of the
 installed package.
@@ -26,6 +27,7 @@ from intrafusion.network.calibration_images import warn_of
 from intrafusion.network.double import output_difference
 from intrafusion.network.sources import import_torchvision, needing
 from intrafusion.network.tensors import named_tensors
+from intrafusion.network.texts import Tokenizer
 
 _TOKENS, _SAMPLES = 16, 16_000
 _TRUST = "trust_remote_code"
@@ -198,6 +200,47 @@ def find_folder(target: str) -> Path:
         return Path(fetch(name, ignore_patterns=_HEAVY))
     except Exception as error:  # no network, no such model
         raise ModelError(f"hf:{target}: cannot be fetched ({_first_line(error)}); name a folder.") from error
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder. One without a token for padding pads with the last token of texts; masks leave it out.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    place = folder / find_network_part(folder) if folder.is_dir() else folder
+    if not any(path for pattern in _TOKENIZERS for path in place.glob(pattern)):
+        raise ModelError(
+            f"--texts: expected a tokenizer beside the network, got none in {folder}; name the network as hf:FOLDER "
+            f"with a {_TOKENIZERS[0]} in it, or tokenize in Python and pass inputs=."
+        )
+    try:
+        found = _import_transformers().AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except Exception as error:  # whatever damaged folders make it raise
+        raise ModelError(
+            f"--texts: the tokenizer in {folder} cannot be read ({_first_line(error)}); fetch the folder again."
+        ) from error
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def find_tokenizer(folder: Path, model: nn.Module) -> Tokenizer | None:
+    """The same for sentences that are made without data; None where there is none whose tokens the network knows."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not folder.is_dir() or not isinstance(embedding, nn.Embedding):
+        return None
+    try:
+        found = read_tokenizer(folder)
+    except ModelError:
+        return None
+    known: dict[str, int] = getattr(found, "get_vocab", dict)()
+    return found if known and max(known.values()) < embedding.num_embeddings else None
 
 
 # ---- half precision -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Example inputs written as shapes on the command line."""
+"""What networks read, from the command line: example inputs written as shapes, files of images and of texts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import FolderError, ModelError
+from intrafusion.io.atomic import read_text
 from intrafusion.network.inputs import Inputs
 from intrafusion.restore import load_images
 
@@ -34,12 +35,31 @@ def read_inputs(texts: Iterable[str]) -> Inputs:
     return Inputs(tuple(args), kwargs)
 
 
-def check_there(images: Path | None) -> None:
-    """Raise FolderError for a file of images that does not exist, before anything is built."""
+def check_there(images: Path | None, texts: Path | None = None) -> None:
+    """Raise FolderError for a file of images or texts that does not exist, before anything is built."""
     if images is not None and not images.is_file():
         raise FolderError(
             f"--images {images}: expected .safetensors or .npz with an array `images`, or .npy; there is no such file."
         )
+    if texts is not None and not texts.is_file():
+        raise FolderError(f"--texts {texts}: expected a file with a text in each line; there is no such file.")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The lines of a file in which there is something.
+
+    Raises:
+        FolderError: no file of text, or an empty one.
+    """
+    found = read_text(path)
+    if "\0" in found or any("\ud800" <= character <= "\udfff" for character in found):
+        raise FolderError(
+            f"--texts {path}: expected a file with a text in each line, in UTF-8, got other bytes; save it as UTF-8."
+        )
+    texts = [line.strip() for line in found.splitlines() if line.strip()]
+    if not texts:
+        raise FolderError(f"--texts {path}: expected a text in each line, got a file without any; give a hundred.")
+    return texts
 
 
 def read_images(path: Path, inputs: Inputs | None = None) -> Tensor:

@@ -103,6 +103,14 @@ ImageFile = Annotated[
         help="Unlabelled images as the network takes them: .safetensors or .npz with an array `images`, or .npy.",
     ),
 ]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Unlabelled texts for a language model, one a line (a hundred are enough); the tokenizer is that in its "
+        "folder.",
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

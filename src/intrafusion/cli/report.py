@@ -11,17 +11,15 @@ import typer
 import intrafusion
 from intrafusion.cli.console import working
 from intrafusion.cli.inputs import read_images
-from intrafusion.cli.inspect import read_saved
+from intrafusion.cli.inspect import read_done, read_saved
 from intrafusion.cli.options import AsJson, ImageFile, Output
 from intrafusion.cli.outputs import check_page
 from intrafusion.cli.show import print_json, say
-from intrafusion.compressed import Restoration
 from intrafusion.errors import FolderError
 from intrafusion.io.folder import is_ours, read_document
 from intrafusion.lab.bench import Record, read_records
 from intrafusion.lab.report import html
 from intrafusion.lab.report.sheet import contact_sheet, data_address
-from intrafusion.measure.comparison import Comparison
 
 _PAGE = "report.html"
 
@@ -61,14 +59,14 @@ def _page_of(sources: list[Path], sheet: str | None) -> html.Page:
             raise FolderError(f"{folder}: this folder was not saved by intrafusion; expected one, or files of records.")
         plan, before, after = read_saved(folder)
         data = read_document(folder)
-        told = data.get("comparison")
+        restored, comparison = read_done(data)
         return html.plan_page(
             *(plan, before, after),
             folder=str(folder),
             sheet=sheet,
             version=intrafusion.__version__,
-            restored=[str(Restoration(**step)) for step in data.get("restored", [])],
-            comparison=None if told is None else Comparison.from_data(told),
+            restored=restored,
+            comparison=comparison,
             loads_alone=bool(data.get("source")),
         )
     records = [record for source in sources for record in _read_record_file(source)]

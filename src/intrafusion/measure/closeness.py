@@ -18,6 +18,11 @@ from intrafusion.network.inputs import Inputs, output_tensors
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
 
+OUTPUT_ERROR = (
+    "the mean squared difference of the outputs from the original's, as a fraction of the variance of the original's"
+)
+"""What the output error is."""
+
 
 @dataclass(frozen=True)
 class Closeness:

@@ -400,7 +400,7 @@ def _restore_(
         return ()
     before, kept = yardstick.measure(small), {n: t.detach().clone() for n, t in named_tensors(small).items()}
     small.eval()
-    LeastSquares(seed=calibration.seed).solver.solve_(small, {}, model, graph, calibration.images, left)
+    LeastSquares(seed=calibration.seed).solver.solve_(small, {}, model, graph, calibration.images, left=left)
     after = yardstick.measure(small)
     undone = after.error > before.error
     if undone:

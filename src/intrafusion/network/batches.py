@@ -72,6 +72,8 @@ def check_images_like(images: Any) -> None:
     is_read = isinstance(images, (Tensor, Inputs, Iterable)) or isinstance(getattr(images, "images", None), Tensor)
     if not is_read or isinstance(images, (str, bytes, type)):
         advice = "put a DataLoader around a data set" if hasattr(images, "__getitem__") else "pass the images"
+        if isinstance(images, str):
+            advice = "read files into tensors, such as by a DataLoader; texts go in a list, with a tokenizer="
         raise ModelError(f"images: expected a tensor, a dict or an iterable of batches, got {show(images)}; {advice}.")
 
 
@@ -130,8 +132,14 @@ def _as_call(batch: Any, source: str) -> Inputs:
         )
     raise ModelError(
         f"{source}: expected batches that are a tensor, a dict, or a tuple that starts with one, "
-        f"got {show(batch)}; unpack what is around it."
+        f"got {show(batch)}; {_advise_on(batch)}."
     )
+
+
+def _advise_on(batch: Any) -> str:
+    if type(batch).__module__.partition(".")[0] == "PIL":
+        return "make normalised tensors of pictures, as in training, and put a DataLoader around them"
+    return "unpack what is around it"
 
 
 def _tensors(value: Any, source: str) -> Any:

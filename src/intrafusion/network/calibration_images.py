@@ -23,6 +23,7 @@ from intrafusion.network.token_limits import TokenLimits, find_token_limits
 
 _FEW = 32  # images, below which a layer is solved for the images themselves rather than for what they stand for
 _SAMPLE = 64  # images that are looked at
+_PICTURES, _COLOURS = 4, 4  # dimensions of a batch of pictures, and the most channels that pictures have
 
 
 @dataclass(eq=False)
@@ -154,10 +155,16 @@ class Calls:
 
     def _check(self, found: Tensor, like: Tensor, where: str) -> None:
         shown = f"got {str(found.dtype)[6:]}{list(found.shape)} where the example inputs have {list(like.shape)}"
-        if found.dim() == like.dim() - 1 and found.shape == like.shape[1:]:
+        alone = found.dim() == like.dim() - 1 and (found.shape == like.shape[1:] or like.dim() == _PICTURES)
+        if alone:
             raise ModelError(
                 f"{where}: expected a batch, {shown}: that is one image alone; "
                 "put a DataLoader around the data set, or stack the images."
+            )
+        if found.dim() == like.dim() == _PICTURES and found.shape[1] != like.shape[1] == found.shape[3] <= _COLOURS:
+            raise ModelError(
+                f"{where}: expected channels where the example inputs have them, {shown}: they are last here; "
+                "images.permute(0, 3, 1, 2), or .transpose(0, 3, 1, 2) of an array, puts them there."
             )
         if found.dim() and len(found) == 0:
             raise ModelError(f"{where}: expected at least one image, {shown}.")

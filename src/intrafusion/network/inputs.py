@@ -54,6 +54,7 @@ class Inputs:
             return cls((example,))
         is_array = type(example).__module__ == "numpy"
         advice = "torch.from_numpy(...) makes a tensor of it" if is_array else "pass what one call of the network takes"
+        advice = f"pass {_TOKENIZED}" if isinstance(example, str) else advice
         raise ModelError(
             "example_inputs: expected a tensor, a tuple of positional or a dict of keyword arguments, "
             f"got {show(example)}; {advice}."
@@ -157,8 +158,23 @@ def told_of(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     except Exception as error:
         raise ModelError(
             f"the network ({type(model).__name__}) does not run on {inputs.source} {inputs}: "
-            f"{type(error).__name__}: {error}. Pass inputs of the shape and type that `model(...)` takes."
+            f"{type(error).__name__}: {error}. {_advise_on(inputs)}"
         ) from error
+
+
+def _advise_on(inputs: Inputs) -> str:
+    """What to pass in place of inputs that a network does not take."""
+    leaves = tree_leaves((inputs.args, dict(inputs.kwargs or {})))
+    if leaves and all(isinstance(leaf, str) for leaf in leaves):
+        return f"Pass {_TOKENIZED}."
+    if leaves and all(type(leaf) is int for leaf in leaves):
+        if inputs.kwargs:
+            return f"Pass tensors, such as {_TOKENIZED}."
+        return f"These are numbers: torch.randn({', '.join(map(str, leaves))}) is an input of that shape."
+    return "Pass inputs of the shape and type that `model(...)` takes."
+
+
+_TOKENIZED = "what tokenizer(texts, padding=True, return_tensors='pt') gives"
 
 
 def _check_depth(example: Any) -> None:

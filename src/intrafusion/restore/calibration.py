@@ -103,6 +103,10 @@ class Calibration:
             self._moments[graph] = self._measure_moments(graph)
         return self._moments[graph]
 
+    def seen_by(self, model: nn.Module) -> Calibration:
+        """The same images for a network that took the original's place; nothing is known of it on them yet."""
+        return replace(self, original=model, seconds=0.0, _moments={})
+
     @property
     def is_standardised(self) -> bool:
         """Whether the batch norms have the statistics of the noise while layers are solved."""

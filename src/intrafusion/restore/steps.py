@@ -77,8 +77,8 @@ def calibrate_for(
         if may_give_up:  # find out now whether the network runs on what was made
             start = time.perf_counter()
             _ = found.moments_of(graph) if chosen else found.reference
-            if chosen and levels and found.level == "noise":
-                _warn_of_long_work(_SOLVING * (time.perf_counter() - start))
+            if chosen and levels and images is None:
+                _warn_of_long_work(str(found), _SOLVING * (time.perf_counter() - start))
     except ModelError:
         if not may_give_up:
             raise
@@ -86,10 +86,10 @@ def calibrate_for(
     return found
 
 
-def _warn_of_long_work(seconds: float) -> None:
+def _warn_of_long_work(on: str, seconds: float) -> None:
     if seconds > AFFORDABLE:
         warn_caller(
-            f"no images were given, and solving the layers on noise takes about {seconds:.0f} s here. Better: images=, "
+            f"no inputs were given, and solving the layers on {on} takes about {seconds:.0f} s here. Better: inputs=, "
             "a few hundred unlabelled ones; or restore=None."
         )
 

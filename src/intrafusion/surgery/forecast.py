@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, Member
 from intrafusion.network.grouped import is_grouped_product, multiply_groups
@@ -52,6 +53,8 @@ class Trial:
     error: Exception | None
     place: tuple[int, int]
     suspects: _Suspects
+
+    __repr__ = show_briefly
 
 
 @dataclass(eq=False)

@@ -75,6 +75,8 @@ class Breakdown:
     runs: bool = False
     around: str = ""
 
+    __repr__ = show_briefly
+
     @classmethod
     def of(cls, why: str, error: Exception, model: nn.Module) -> Breakdown:
         names = {id(m): n for n, m in model.named_modules()}

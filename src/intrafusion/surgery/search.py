@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGroup, families_of
 
 _FEW = 4  # families left out up to which each is tried as the only one
@@ -150,6 +151,8 @@ class Failure:
     suspects: tuple[tuple[str, ...], ...] = ()
     together: bool = False
 
+    __repr__ = show_briefly
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -161,6 +164,8 @@ class LeftOut:
     family: list[ChannelGroup]
     failure: Failure
     sure: bool
+
+    __repr__ = show_briefly
 
 
 def leave_out_suspects(

@@ -38,10 +38,12 @@ from intrafusion.lab.report.records import (
     significance,
     stages,
 )
+from intrafusion.measure.closeness import OUTPUT_ERROR
 from intrafusion.measure.comparison import Comparison
 from intrafusion.measure.size import Size
 from intrafusion.names import name_some
 from intrafusion.plan import Decision, Plan, list_layers
+from intrafusion.table import explain_words
 
 _HERE = Path(__file__).parent
 _MARKUP = {"name", "text", "x", "y"}  # strings in which Plotly looks for markup
@@ -449,7 +451,7 @@ def plan_page(
     )
     sections = [
         _compared_section(comparison),
-        replace(bars_section, table=_plan_table(plan.decisions), text=f"{bars_section.text} {_HOW}")
+        replace(bars_section, table=_plan_table(plan.decisions), text=f"{bars_section.text} {_explain_how(plan)}")
         if (bars_section := _from_figure(bars))
         else None,
         Section("restored", "Restored without training", _ERROR, body=_notes(restored)) if restored else None,
@@ -462,14 +464,7 @@ def plan_page(
     return Page(Path(folder).name, "a smaller network", lead, tuple(tiles), found, (), footer)
 
 
-_HOW = (
-    "Mixed: new channels may combine old ones, those of pivot are kept channels that stand for others too. "
-    "Selected: each is an old one. Kept: the group is left alone."
-)
-_ERROR = (
-    "The output error is the mean squared difference of the outputs from the original's, "
-    "as a fraction of the variance of the original's."
-)
+_ERROR = f"The output error is {OUTPUT_ERROR}."
 
 
 def _compared_tiles(comparison: Comparison | None) -> list[tuple[str, str]]:
@@ -492,6 +487,12 @@ def _compared_section(comparison: Comparison | None) -> Section | None:
     return Section("compared", "Before and after", body=_definitions(dict(comparison.figures())) + failed)
 
 
+def _explain_how(plan: Plan) -> str:
+    """What the words in the column mean, as sentences."""
+    used = [d.mixing.partition(":")[0] if d.reduced else "kept" for d in plan.decisions]
+    return " ".join(f"{part[0].upper()}{part[1:]}." for part in explain_words(used).split("; ") if part)
+
+
 def _plan_table(decisions: Sequence[Decision]) -> Table:
     """One row per group, as it stands in the plan."""
     rows = tuple(
@@ -510,4 +511,6 @@ def _plan_table(decisions: Sequence[Decision]) -> Table:
 
 
 def _notes(warnings: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_e(w)}</li>' for w in warnings)}</ul>"
+    """Sentences; their arrows are not broken at the end of a line."""
+    items = (_e(warning).replace("-&gt;", "→") for warning in warnings)
+    return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
