@@ -256,7 +256,8 @@ def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Par
 
 
 def _count_made(synthesis: Synthesis, seen: Inputs, apart: Inputs | None) -> int:
-    copies = 2 if synthesis.mirrored and image_like(seen).dim() > 3 else 1  # as `Synthesis.mirror`
+    texts = name_inputs(seen) == "sequences"
+    copies = 2 if not texts and synthesis.mirrored and image_like(seen).dim() > 3 else 1  # as `Synthesis.mirror`
     return count_images(seen) // copies + (0 if apart is None else count_images(apart))
 
 
