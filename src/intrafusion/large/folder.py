@@ -209,6 +209,7 @@ class _Network:
     def of(cls, origin: Path, architecture: str | None) -> _Network:
         config, kind = _find_architecture(origin, architecture)
         shards = Shards.of(origin)
+        release_memory()  # maps of files, which count where private memory is limited
         try:
             skeleton = make_skeleton(kind, config)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
