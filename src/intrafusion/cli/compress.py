@@ -193,7 +193,7 @@ def compress_command(
 _WHOLE = (
     "texts",
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
-    *("as_json", "strict"),
+    *("as_json", "strict", "texts"),
 )
 """Options that a network block by block does not take."""
 _FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument
