@@ -191,7 +191,6 @@ def compress_command(
 
 
 _WHOLE = (
-    "texts",
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
     *("as_json", "strict", "texts"),
 )
