@@ -29,7 +29,7 @@ _SHIFTED, _NARROW = 0.6, 0.6
 Likewise, it is 0.05 to 0.25 where images are right; 0.8 to 1 where pixels were divided by 255 twice, with a spread of
 0.2 to 0.5 (what is left of it are the borders).
 """
-_PIXELS = 32  # whole numbers up to this are no pixels from 0 to 255
+_PIXELS = 32, 65535  # whole numbers up to the first are no pixels from 0 to 255, nor those above 16 bits
 
 
 def find_implausible(model: nn.Module, sample: Sequence[Inputs], example: Inputs) -> dict[str, str]:
@@ -130,7 +130,8 @@ def _spread_of(model: nn.Module, norm: _BatchNorm, x: Tensor) -> _Spread:
 
 
 def _are_pixels(images: Tensor) -> bool:
-    return bool((images == images.round()).all()) and float(images.max()) >= _PIXELS
+    least, most = _PIXELS
+    return bool((images == images.round()).all()) and least <= float(images.max()) <= most
 
 
 def _describe_range(images: Tensor) -> str:
