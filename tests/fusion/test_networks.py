@@ -329,8 +329,8 @@ def test_printed_it_says_what_was_fused_not_that_nothing_became_smaller() -> Non
         assert fused.moved == {"0": 0.25}
         lines = str(fused).splitlines()
         assert lines[0].startswith("Sequential: 2 networks fused into one of the same size; 25% of the channels")
-        assert lines[1].split() == ["parameters", "67"]  # 5 * 8 + 9 * 3
+        assert ["parameters", "67"] in [line.split() for line in lines]  # 5 * 8 + 9 * 3
         assert [line.split() for line in lines if line.startswith("0 ")] == [["0", "8", "25%", "2"]]
         assert "leaves every group as it is" not in str(fused)
-    narrow = str(fuse([first, second], torch.randn(2, 4), keep=0.5))
+    narrow = " ".join(str(fuse([first, second], torch.randn(2, 4), keep=0.5)).split())
     assert "2 networks fused into one, narrower than network 1: 1 of 2 channel groups are smaller" in narrow

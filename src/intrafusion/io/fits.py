@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,10 +50,17 @@ def _find_shrinking(plan: Plan) -> dict[tuple[str, int], dict[int, int]]:
 
 
 def _leads_to(old: int, new: int, sizes: Mapping[int, int]) -> bool:
-    """Whether these groups can make one size of the other: exactly theirs where one of them is all of it."""
+    """Whether these groups can make one size of the other: exactly theirs where one of them is all of it.
+
+    Else each takes what it loses, at as many places as each of its channels has.
+
+    >>> _leads_to(16, 8, {8: 4}), _leads_to(16, 7, {8: 4})
+    (True, False)
+    """
     if old in sizes:
         return new == sizes[old]
-    return new == old or (bool(sizes) and 1 <= new < old)
+    lost = [n - m for n, m in sizes.items()]
+    return new == old or (bool(sizes) and 1 <= new < old and (old - new) % math.gcd(*lost) == 0)
 
 
 def check_kinds(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
