@@ -29,7 +29,7 @@ from intrafusion import Compressed, ModelError, Recipe
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role, families_of
 
 TIMES = int(os.environ.get("INTRAFUSION_FUZZ", "1"))
-NETWORKS, CHUNKS = 304, 8
+NETWORKS, CHUNKS = 152, 8
 EXACT = 1e-9  # largest relative error of what must be equal in float64
 KEEP = 0.5
 CARRIES = {Role.PRODUCES, Role.SHIFTS, Role.MEAN}

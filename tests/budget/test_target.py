@@ -250,7 +250,7 @@ def test_a_count_above_what_the_network_has_is_said() -> None:
     count = sum(p.numel() for p in model.parameters())
     small = intrafusion.compress(model, X, target={"params": 10 * count}, restore=None)
     assert small.plan.sizes == {}
-    assert f"the network has {count:,} parameters as it is" in str(small)
+    assert f"the network has {count:,} parameters as it is" in " ".join(str(small).split())
 
 
 def test_a_count_is_met_from_counts_by_hand() -> None:
