@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion.errors import BudgetError, ModelError, PlanError
+from intrafusion.measure.closeness import Closeness, Yardstick
 from intrafusion.merge import merge_heads
 from intrafusion.network.sources import import_transformers
 
@@ -124,6 +125,14 @@ def test_solving_makes_up_for_a_part_and_beats_dropping_heads() -> None:
     dropped = intrafusion.compress(model, X[:2], {"*:blocks": 0.5, "*": 1.0}, inputs=X).model
     off = lambda net: float((net(X) - model(X)).square().mean().detach())  # noqa: E731
     assert off(small.model) < off(dropped)
+
+
+def test_a_solution_whose_outputs_are_no_numbers_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([0.5, float("nan")])
+    monkeypatch.setattr(Yardstick, "measure", lambda *_: Closeness(next(found)))
+    model = Network().eval()
+    (step,) = merge_heads(model, X[:2], 2, inputs=X).restored
+    assert step.undone
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

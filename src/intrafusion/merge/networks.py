@@ -34,6 +34,7 @@ from intrafusion.plan import Decision, Plan, describe_members
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap, cluster_map
 from intrafusion.restore import Calibration, LeastSquares, calibrate
+from intrafusion.restore.steps import add_figures
 from intrafusion.surgery.configuration import build_from_config, fit_config_, is_configured
 from intrafusion.surgery.numbers import find_numbers
 from intrafusion.surgery.proof import FUNCTION, Reference
@@ -402,19 +403,7 @@ def _restore_(
     small.eval()
     LeastSquares(seed=calibration.seed).solver.solve_(small, {}, model, graph, calibration.images, left=left)
     after = yardstick.measure(small)
-    undone = after.error > before.error
-    if undone:
+    if undone := after.is_worse_than(before):
         write_weights_(small, kept)
-    step = Restoration(
-        "LeastSquares",
-        str(calibration),
-        time.perf_counter() - start,
-        before.error,
-        after.error,
-        measured_on=str(yardstick),
-        unseen=yardstick.unseen,
-        agreement_before=before.agreement,
-        agreement_after=after.agreement,
-        undone=undone,
-    )
-    return (step,)
+    done = Restoration("LeastSquares", str(calibration), time.perf_counter() - start, undone=undone)
+    return (add_figures(done, before, after, yardstick),)

@@ -171,7 +171,7 @@ def _solve_or_undo(
     note = "; ".join(filter(None, said)) or None
     seconds = calibration.seconds + time.perf_counter() - start
     done = Restoration(type(calibration.restorer).__name__, str(calibration), seconds, note=note, undone=undone)
-    return _add_figures(done, before, after, by)
+    return add_figures(done, before, after, by)
 
 
 def _run_restorer(
@@ -190,10 +190,11 @@ def _run_restorer(
     done = Restoration(type(restorer).__name__, on, time.perf_counter() - start)
     if yardstick is None or before is None:
         return done
-    return _add_figures(done, before, yardstick.measure(small.model), yardstick)
+    return add_figures(done, before, yardstick.measure(small.model), yardstick)
 
 
-def _add_figures(done: Restoration, before: Closeness, after: Closeness, yardstick: Yardstick) -> Restoration:
+def add_figures(done: Restoration, before: Closeness, after: Closeness, yardstick: Yardstick) -> Restoration:
+    """With how close the outputs were before and after, and what that was measured on."""
     figures = {
         "error_before": before.error,
         "error_after": after.error,
