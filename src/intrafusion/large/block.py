@@ -18,7 +18,6 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.pipeline import apply
-from intrafusion.plan import Plan
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap
@@ -97,7 +96,8 @@ def reduce_block(
     """
     if not sizes:
         return copy_model(block), {}
-    plan = _decide(block, graph, example, sizes, recipe, seen)
+    recipe = replace(recipe, keep={name: m / graph[name].size for name, m in sizes.items()})
+    plan = decide(block, graph, recipe, example, calibration=_look(block, graph, recipe, seen))
     release_memory()
     small = apply(block, plan, example, graph=graph)
     if small.plan.sizes != sizes:
@@ -108,20 +108,14 @@ def reduce_block(
     return small.model, small.plan.maps
 
 
-def _decide(
-    block: nn.Module,
-    graph: ChannelGraph,
-    example: Inputs,
-    sizes: Mapping[str, int],
-    recipe: Recipe,
-    seen: Streams | None,
-) -> Plan:
-    keep = {name: m / graph[name].size for name, m in sizes.items()}
-    looked = None if seen is None else Calibration("images", seen.inputs[0], block, LeastSquares(), seed=recipe.seed)
-    if looked is not None:
-        looked.moments_of(graph)  # now, so that what that takes is free again when channels are chosen
-        release_memory()
-    return decide(block, graph, replace(recipe, keep=keep), example, calibration=looked)
+def _look(block: nn.Module, graph: ChannelGraph, recipe: Recipe, seen: Streams | None) -> Calibration | None:
+    """What is read of the channels, found now, so that what that takes is free again when channels are chosen."""
+    if seen is None:
+        return None
+    looked = Calibration("images", seen.inputs[0], block, LeastSquares(), seed=recipe.seed)
+    looked.moments_of(graph)
+    release_memory()
+    return looked
 
 
 def solve_block_(
