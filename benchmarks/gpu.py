@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ from intrafusion.lab.bench import Record, append_record
 from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.drift import output_error
+from intrafusion.measure.latency import latencies_ms
 from intrafusion.network.inputs import Inputs
 from intrafusion.restore import LeastSquares
 
@@ -225,7 +225,7 @@ def time_networks(
     ready = {key: prepare(net, scale.device, dtype, compiled) for key, net in nets.items()}
     for batch in scale.batches[-1:] if compiled else scale.batches:
         x = torch.randn(batch, 3, pixels, pixels).to(scale.device, dtype, memory_format=torch.channels_last)
-        taken = interleave(scale, ready, x)
+        taken = dict(zip(ready, latencies_ms(list(ready.values()), x, repeats=scale.repeats), strict=True))
         setting = {"network": name, "pixels": pixels, "batch": batch, "dtype": str(dtype)[6:], "compiled": compiled}
         yield scale.record(
             {"what": "latency", **setting},
@@ -234,21 +234,11 @@ def time_networks(
         )
 
 
-def prepare(net: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> Callable[[Tensor], Any]:
+def prepare(net: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> nn.Module:
     net = copy.deepcopy(net).eval().to(device, dtype).to(memory_format=torch.channels_last)  # pyright: ignore
-    return torch.compile(net) if compiled else net
-
-
-def interleave(scale: Scale, nets: dict[str, Callable[[Tensor], Any]], x: Tensor) -> dict[str, float]:
-    """Median milliseconds of networks that take turns, after three passes of each."""
-    times: dict[str, list[float]] = {key: [] for key in nets}
-    with torch.inference_mode():
-        for turn in range(3 + scale.repeats):
-            for key, net in nets.items():
-                _, taken = seconds(lambda net=net: net(x), scale.device)
-                if turn >= 3:
-                    times[key].append(1e3 * taken)
-    return {key: statistics.median(found) for key, found in times.items()}
+    if compiled:
+        net.compile()
+    return net
 
 
 # --- training
