@@ -305,6 +305,16 @@ def test_a_tokenizer_that_has_no_padding_pads_with_the_end_of_texts(bert: Path, 
     assert "restored: LeastSquares on 48 sequences" in result.stdout
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
+def test_blockwise_reads_texts(bert: Path, program: Program) -> None:
+    save_tokenizer(bert)
+    Path("texts.txt").write_text("\n".join(LINES), encoding="utf-8")
+    result = program("compress hf:bert --blockwise --keep 0.5 --texts texts.txt -o small")
+    assert result.exit_code == 0, result.stderr
+    assert "errors measured on 12 unseen sequences" in " ".join(result.output.split()), result.output
+    assert make_bert().from_pretrained("small").config.intermediate_size == 12
+
+
 def test_without_texts_sentences_are_made_of_the_words_of_the_tokenizer(bert: Path, program: Program) -> None:
     (bert / "vocab.txt").unlink()
     save_tokenizer(bert)

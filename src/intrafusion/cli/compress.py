@@ -159,7 +159,7 @@ def compress_command(
         lines = _check_given(images, texts, keep_images)
         if blockwise:
             _refuse_beside(said)
-            say(str(_compress_blockwise(model, output, wanted, images)))
+            say(str(_compress_blockwise(model, output, wanted, images, lines)))
             return
         network = read_network(
             model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
@@ -192,7 +192,7 @@ def compress_command(
 
 _WHOLE = (
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
-    *("as_json", "strict", "texts"),
+    *("as_json", "strict"),
 )
 """Options that a network block by block does not take."""
 _FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument
@@ -211,7 +211,9 @@ def _refuse_beside(said: Mapping[str, Any]) -> None:
         raise RecipeError(f"--blockwise: does not go with {named}; leave out one or the other.")
 
 
-def _compress_blockwise(model: str, output: Path | None, recipe: Recipe, images: Path | None) -> CompressedFolder:
+def _compress_blockwise(
+    model: str, output: Path | None, recipe: Recipe, images: Path | None, texts: list[str] | None
+) -> CompressedFolder:
     """
     Raises:
         ModelError: it is not the name of a local folder, or there is no output.
@@ -224,11 +226,13 @@ def _compress_blockwise(model: str, output: Path | None, recipe: Recipe, images:
         raise ModelError("--blockwise: expected a folder to write to; give one with -o.")
     options: dict[str, Any] = {option: getattr(recipe, option) for option in Recipe.options()}
     options["uniform"] = True
-    found = read_images(images) if images else None
+    tokenizer = hugging_face.read_tokenizer(Path(name)) if texts else None
+    options["inputs"] = read_images(images) if images else texts
     with progress_bar("compress") as progress:
         return compress_folder(
-            name, output, options.pop("keep"), inputs=found, architecture=architecture, progress=progress, **options
-        )
+            name, output, options.pop("keep"), tokenizer=tokenizer, architecture=architecture, progress=progress,
+            **options,
+        )  # fmt: skip
 
 
 def _check_outputs(folder: Path | None, images: Path | None) -> None:

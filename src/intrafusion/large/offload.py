@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from intrafusion.errors import IntrafusionError
 from intrafusion.io.shards import Stored
@@ -23,12 +24,29 @@ def _import_accelerate(part: str = "") -> Any:
         ) from error
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty` gives tensors on meta.
+
+    Accelerate drops each parameter as soon as it is made, but the C library does not use such aligned holes again: the
+    private memory of the process, not what is resident, would grow to the size of the network.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
 def make_skeleton(architecture: type, config: Any) -> nn.Module:
     """A network of transformers in evaluation mode whose parameters are float32 and hold nothing; buffers do."""
-    with _import_accelerate().init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-        skeleton: Any = architecture(config)
+    skeleton = _build_empty(architecture, config, _EmptyOnMeta())
+    if any(buffer.is_meta for buffer in skeleton.buffers()):  # one that was made empty and filled
+        skeleton = _build_empty(architecture, config, contextlib.nullcontext())
     skeleton.tie_weights()  # empty parameters were made one by one
     return skeleton.float().eval()
+
+
+def _build_empty(architecture: type, config: Any, mode: contextlib.AbstractContextManager[Any]) -> Any:
+    with _import_accelerate().init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]), mode:
+        return architecture(config)
 
 
 @contextlib.contextmanager
