@@ -106,7 +106,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, str, int, str]] = {
         torch.randn(2, 6, 5),
         "self_attn",
         0,
-        "unflatten",
+        "cut in step with stem, of which 100% were asked for",
     ),
 }
 
@@ -127,11 +127,10 @@ def test_heads_of(family: str) -> None:
     assert reduced <= names
     assert len(reduced) == count, small.rolled_back
     assert all(d.proof == "function" for d in small.plan.decisions if d.reduced)
-    assert all(why in small.rolled_back[name] for name in names - reduced)
+    said = [small.rolled_back.get(name, " ".join(small.plan.warnings)) for name in names - reduced]
+    assert all(why in text for text in said)
     assert reduced or why
-    assert all(
-        "whole heads or groups may go instead: keep={'*:blocks': 0.5}" in small.rolled_back[n] for n in names - reduced
-    )
+    assert all("whole heads or groups may go instead: keep={'*:blocks': 0.5}" in text for text in said)
     if reduced:
         for found, wanted in zip(Inputs.of(example).call(small.model), expected, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -150,7 +150,7 @@ class ChannelGroup:
         unmixable: why channels may be selected but not mixed (merging exact duplicates would change the output);
             None where they may be mixed.
         family: groups of one family are twins (the groups of one grouped convolution, the heads of one attention)
-            and must keep the same number of channels.
+            and must keep the same number of channels, times the `multiple` of each.
         kind: "channel", or "block" where the unit is a whole head or convolution group.
         linear: whether nothing but linear maps lies between what produces the channels and what reads them, so that any
             invertible matrix may be put there; proved by one, see `surgery.permute`.
@@ -160,6 +160,8 @@ class ChannelGroup:
             statistics of a norm, a softmax, a maximum), in words; None where it is.
         depth: index counted from the output of the network by the last layer that produces the group, 0 = nearest,
             as in Theus et al. 2024; None for groups that cannot be reduced.
+        multiple: how many of its channels go with one of its family: a stream that must be as wide as four heads
+            together has 4, and they have 1; see `surgery.widths`.
     """
 
     name: str
@@ -174,6 +176,7 @@ class ChannelGroup:
     together: str | None = None
     linear: bool = False
     rotation: Rotation | None = None
+    multiple: int = 1
 
     __repr__ = show_briefly
 
@@ -380,3 +383,13 @@ def families_of(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:
     for group in groups:
         families.setdefault(group.family, []).append(group)
     return list(families.values())
+
+
+def size_twins(twins: Iterable[ChannelGroup], m: int) -> dict[str, int]:
+    """The sizes of groups of one family of which one whose multiple is 1 has size m.
+
+    >>> head, stream = (ChannelGroup(n, k, (), multiple=k // 8) for n, k in (("head", 8), ("stream", 32)))
+    >>> size_twins([head, stream], 5)
+    {'head': 5, 'stream': 20}
+    """
+    return {g.name: m * g.multiple for g in twins}

@@ -36,7 +36,7 @@ class Decision:
     Attributes:
         members: tensors that run through the group, as "name[dimension] role".
         mixing: "mixed" (new channels may combine old ones), "selected", or "selected: " and why they must not be mixed.
-        family: twins share this number and their size.
+        family: twins share this number, and their size or the share of it that they keep.
         depth: index counted from the output, None where the group cannot be reduced.
         kind: "channel", or "block" where whole blocks are meant, such as heads; see `ChannelGroup.kind`.
         proof: once it is carried out, "function" where the smaller network gave what the original gives without the

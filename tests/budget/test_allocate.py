@@ -96,6 +96,21 @@ def test_it_cuts_where_it_costs_most_and_matters_least() -> None:
     assert found == {"dear": 14, "cheap": 40, "vital": 40}
 
 
+def test_a_stream_goes_in_step_with_its_heads() -> None:
+    """Eight channels of the stream go with two of each head, at the price and the error of both."""
+    head, stream, other = (ChannelGroup(n, k, (), family=f, multiple=m) for n, k, f, m in
+                           (("head", 10, 0, 1), ("stream", 40, 0, 4), ("other", 40, 1, 1)))  # fmt: skip
+    sizes = {g.name: g.size for g in (stream, head, other)}
+    line = {name: torch.linspace(1, 0, n + 1) for name, n in sizes.items()}
+    cost = separable({"head": 1.0, "stream": 1.0, "other": 1.0}, sizes)
+    found = allocate([stream, head, other], line, cost, 80)
+    assert found == {"head": 10, "stream": 40, "other": 30}  # 2 in 50 against 1 in 40
+    found = allocate([stream, head, other], {**line, "other": 10 * line["other"]}, cost, 70)
+    assert found == {"head": 6, "stream": 24, "other": 40}
+    found = allocate([stream, head], line, cost, 40, round_to=3)  # 40 belong to the other group
+    assert found == {"head": 3, "stream": 12}
+
+
 def test_twins_rounding_and_the_smallest_size() -> None:
     sizes = {"a": 40, "b": 40, "c": 30}
     groups = [group("a", 40, 0), group("b", 40, 0), group("c", 30, 1)]

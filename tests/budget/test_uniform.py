@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,21 @@ def test_round_to_the_nearest_multiple_never_below_one_and_never_above_n(
     n: int, keep: float, multiple: int, m: int
 ) -> None:
     assert kept(keep, group("a", n), round_to=multiple) == [m]
+
+
+@pytest.mark.parametrize(
+    ("keep", "round_to", "sizes"),
+    [(0.75, None, [28, 7]), (0.5, None, [20, 5]), (0.99, None, [36, 9]), (0.01, None, [4, 1]), (1, None, [40, 10]),
+     (0.75, 2, [32, 8]), (0.5, 8, [32, 8]), (0.99, 8, [40, 10]),
+     ({"head": 0.2, "stream": 0.75}, None, [28, 7]), ({"head": 0.8, "stream": 0.1}, None, [32, 8]),
+     ({"head": 0.5}, None, [40, 10]), ({"stream": 0.75, "head": 0.2}, 4, [32, 8])],
+)  # fmt: skip
+def test_a_stream_and_its_heads_keep_what_is_a_whole_number_in_each(
+    keep: Any, round_to: int | None, sizes: list[int]
+) -> None:
+    family = next(FAMILIES)
+    stream, head = replace(group("stream", 40, family), multiple=4), group("head", 10, family)
+    assert kept(keep, stream, head, round_to=round_to) == sizes
 
 
 def test_the_first_pattern_that_matches_counts() -> None:

@@ -203,6 +203,60 @@ def attention_with_head_parameters() -> Built:
     return Wired(wiring, **projections(6, 8, 8), **parameters), torch.randn(2, 5, 3)
 
 
+@case({"stem": (4, 4, 4), "other": 8}, blocks={"stem": 3}, blocked={"head": "output"}, unmixable=("stem",))
+def graph_attention_with_heads() -> Built:
+    """GAT: each head scores its edges by two vectors of its own, which are rows of two matrices."""
+
+    def wiring(net: Any, x: Tensor, edges: Tensor) -> Tensor:
+        h = net.stem(x).unflatten(-1, (3, -1))
+        scores = (h * net.source).sum(-1)[:, None] + (h * net.target).sum(-1)[None]
+        weights = F.leaky_relu(scores).masked_fill(edges[..., None] == 0, -1e9).softmax(1)
+        return net.head(F.elu(net.other(torch.einsum("ijh,jhd->ihd", weights, h).flatten(1))))
+
+    layers = {"stem": nn.Linear(3, 12), "other": nn.Linear(12, 8), "head": nn.Linear(8, 2)}
+    edges = (torch.rand(6, 6) > 0.4).float() + torch.eye(6)
+    return Wired(wiring, **layers, source=parameter(3, 4), target=parameter(3, 4)), (torch.randn(6, 3), edges)
+
+
+def rows(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = (net.a(x).unflatten(-1, (2, -1)) * net.scale).unbind(1)
+    return a.relu(), b.tanh()
+
+
+@case({"a": (6, 6), "b": 5}, blocked={"head": "output"})
+def scale_of_rows() -> Built:
+    """Rows of one scale lie along halves of one layer, which are twins."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.b(torch.cat(rows(net, x), 1)))
+
+    layers = {"a": nn.Linear(4, 12), "b": nn.Linear(12, 5), "head": nn.Linear(5, 2)}
+    return Wired(wiring, **layers, scale=parameter(2, 6)), torch.randn(5, 4)
+
+
+@case({"b": 5}, blocked={"head": "output", "a": "slices of scale hold channels of different kinds"})
+def scale_of_uneven_rows() -> Built:
+    """Only one half is added to another layer's channels: no twins, and the scale has one width for both."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        first, second = rows(net, x)
+        return net.head(net.b(torch.cat([first, second + net.c(x)], 1)))
+
+    layers = {"a": nn.Linear(4, 12), "b": nn.Linear(12, 5), "c": nn.Linear(4, 6), "head": nn.Linear(5, 2)}
+    return Wired(wiring, **layers, scale=parameter(2, 6)), torch.randn(5, 4)
+
+
+@case({"a b": 6}, partial=True, blocked={"head": "output"})
+def scale_of_stacked_layers() -> Built:
+    """Rows of one scale lie along two layers, whose channels move together as the scale has one width."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head((torch.stack([net.a(x), net.b(x)], 1) * net.scale).flatten(1).relu())
+
+    layers = {"a": nn.Linear(4, 6), "b": nn.Linear(4, 6), "head": nn.Linear(12, 2)}
+    return Wired(wiring, **layers, scale=parameter(2, 6)), torch.randn(5, 4)
+
+
 @case({"qkv": (4,) * 4, "stem o": 6}, blocks={"qkv": 2}, blocked={"head": "output"})
 def attention_fused() -> Built:
     """One projection for q, k and v: (3, heads, width) in one axis."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intrafusion.asked import check_count, least_size
 from intrafusion.budget.cost import Cost
-from intrafusion.graph import ChannelGroup, families_of
+from intrafusion.graph import ChannelGroup, families_of, size_twins
 
 _STEPS = 32  # pieces that a group is cut in until the budget is met; then single channels
 
@@ -65,8 +65,8 @@ class _Unit:
         self.groups, self.cost = groups, cost
         self.names = [g.name for g in groups]
         self.parts = cost.touched(self.names)
-        self.size = groups[0].size
-        self.curve = torch.stack([curves[name].double().cpu() for name in self.names]).sum(0)
+        self.size = groups[0].size // groups[0].multiple  # of a group whose multiple is 1
+        self.curve = torch.stack([curves[g.name].double().cpu()[:: g.multiple] for g in groups]).sum(0)
         self.round_to = round_to or 1
         self.least = min(self.size, least_size(min_channels, round_to))
         self.version = 0
@@ -81,11 +81,11 @@ class _Unit:
 
     def piece(self, sizes: Mapping[str, int], coarse: bool) -> tuple[float, float, int] | None:
         """(error per cost, cost saved, new size) of the next cut."""
-        m = sizes[self.names[0]]
+        m = sizes[self.names[0]] // self.groups[0].multiple
         following = self.smaller(m, coarse)
         if following is None:
             return None
-        after = {**sizes, **dict.fromkeys(self.names, following)}
+        after = {**sizes, **size_twins(self.groups, following)}
         saved = sum(self.cost.part(i, sizes) - self.cost.part(i, after) for i in self.parts)
         added = float(self.curve[following] - self.curve[m])
         return (max(added, 0.0) + 1e-12) / max(saved, 1e-12), saved, following
@@ -111,7 +111,7 @@ def _cut_(units: list[_Unit], sizes: dict[str, int], spent: float, budget: float
         if coarse and spent - saved < budget:
             break  # too large a piece: the rest is left to single channels
         spent -= saved
-        sizes.update(dict.fromkeys(units[index].names, m))
+        sizes.update(size_twins(units[index].groups, m))
         for other in sharing[index]:
             push(other)
     return spent

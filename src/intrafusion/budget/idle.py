@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from intrafusion.budget.uniform import find_pattern, uniform_sizes
-from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
+from intrafusion.names import name_some
 from intrafusion.recipe import Recipe
+from intrafusion.surgery.ties import offer_blocks
 
 _SHOWN = 5  # names of groups in one note
 
@@ -26,8 +28,13 @@ def explain_idle_sizes(
     by_keep = uniform_sizes(groups, recipe.keep, graph)
     shrinking = [g for g in groups if by_keep[g.name] < g.size]
     if not shrinking:
-        return (f"keep={recipe.keep!r} leaves every group as it is; give a smaller fraction.",)
-    return (*_idle_patterns(groups, recipe.keep), *_idle_limits(shrinking, sizes, graph, recipe))
+        idle = f"keep={recipe.keep!r} leaves every group as it is; give a smaller fraction."
+        return tuple(_held_twins(groups, graph, recipe)) or (idle,)
+    return (
+        *_idle_patterns(groups, recipe.keep),
+        *_idle_limits(shrinking, sizes, graph, recipe),
+        *_held_twins(groups, graph, recipe),
+    )
 
 
 def _idle_limits(
@@ -58,3 +65,17 @@ def _idle_patterns(groups: Iterable[ChannelGroup], keep: float | Mapping[str, fl
         for pattern in keep:
             if pattern not in used:
                 yield f"keep[{pattern!r}] changes nothing: no group that can be reduced goes by it."
+
+
+def _held_twins(groups: Sequence[ChannelGroup], graph: ChannelGraph, recipe: Recipe) -> Iterable[str]:
+    """Groups that are cut in step with another one, of which more is kept."""
+    if not isinstance(recipe.keep, Mapping):
+        return
+    for twins in families_of(groups):
+        patterns = {g.name: find_pattern(g, recipe.keep) for g in twins}
+        shares = {name: 1.0 if pattern is None else recipe.keep[pattern] for name, pattern in patterns.items()}
+        most = max(twins, key=lambda g: shares[g.name])
+        held = [g for g in twins if g.multiple != most.multiple and shares[g.name] < shares[most.name]]
+        if held:
+            names, offer = name_some([g.name for g in held]), offer_blocks(held[0], graph)
+            yield f"{names}: cut in step with {most.name}, of which {shares[most.name]:.0%} were asked for{offer}."

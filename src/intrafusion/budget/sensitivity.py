@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
-from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
+from intrafusion.graph import ChannelGraph, ChannelGroup, families_of, size_twins
 from intrafusion.measure.drift import output_error
 from intrafusion.network.batches import cast_like, double_first, take_images
 from intrafusion.network.inputs import Inputs
@@ -61,11 +61,12 @@ class Sensitivity:
         """
         curves = {}
         for twins in families_of(groups):
-            height = self.error({g.name: (g.size + 1) // 2 for g in twins}) / len(twins)
+            halves = size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2)
+            height = self.error(halves) / len(twins)
             for g in twins:
                 problem = _pose(g, self.scores[g.name], g.size, self.moments.get(g.name))
                 shape = _find_shape(problem, self.teller)
-                curves[g.name] = shape * (height / max(float(shape[(g.size + 1) // 2]), 1e-3))
+                curves[g.name] = shape * (height / max(float(shape[halves[g.name]]), 1e-3))
         return curves
 
     def error(self, sizes: Mapping[str, int]) -> float:

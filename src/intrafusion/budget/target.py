@@ -17,7 +17,7 @@ from intrafusion.budget.missed import describe_amount, explain_miss
 from intrafusion.budget.sensitivity import Sensitivity
 from intrafusion.budget.uniform import uniform_sizes
 from intrafusion.errors import BudgetError, ModelError
-from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
+from intrafusion.graph import ChannelGraph, ChannelGroup, families_of, size_twins
 from intrafusion.measure.latency import latencies_ms, latency_ms
 from intrafusion.measure.size import factors_of_products, macs_by_weight, params_of, size_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -218,9 +218,10 @@ class _Search:
 
     def _step(self, sizes: Sizes, twins: Sequence[ChannelGroup], up: bool) -> Sizes:
         """One channel, or one multiple of `round_to`, more or less."""
-        step, m, least = self.recipe.round_to or 1, sizes[twins[0].name], self.least(twins[0])
-        m = min(twins[0].size, (m // step + 1) * step) if up else max(least, (m - 1) // step * step)
-        return {**sizes, **dict.fromkeys([g.name for g in twins], m)}
+        whole, m = (n // twins[0].multiple for n in (twins[0].size, sizes[twins[0].name]))
+        step, least = self.recipe.round_to or 1, min(whole, self.least(twins[0]))
+        m = min(whole, (m // step + 1) * step) if up else max(least, (m - 1) // step * step)
+        return {**sizes, **size_twins(twins, m)}
 
     # ---- latency ----------------------------------------------------------------------------------------------------
 
@@ -281,8 +282,14 @@ class _Search:
 
 def _find_shrinkable(reference: Reference, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], Literals]:
     """The groups that would not be rolled back if all were halved, and which numbers in attributes follow."""
-    surgery = _try_sizes(reference, {g.name: (g.size + 1) // 2 for g in groups})
+    surgery = _try_sizes(reference, _halve(groups))
     return [g for g in groups if g.name not in surgery.rolled_back], surgery.literals
+
+
+def _halve(groups: Sequence[ChannelGroup]) -> Sizes:
+    """Half the channels of every group, rounded up, twins in step."""
+    halves = (size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2) for twins in families_of(groups))
+    return {name: m for sizes in halves for name, m in sizes.items()}
 
 
 def _try_sizes(reference: Reference, sizes: Mapping[str, int]) -> Surgery:
@@ -336,7 +343,8 @@ def sizes_to_test(groups: Sequence[ChannelGroup]) -> list[Sizes]:
     """All groups smaller, by different shares from family to family."""
     shares = ((0.5, 0.5, 0.5), (0.3, 0.7, 0.9), (0.8, 0.4, 0.2))
     families = list(enumerate(families_of(groups)))
-    sized = lambda three: {g.name: max(1, int(g.size * three[i % 3])) for i, f in families for g in f}  # noqa: E731
+    base = lambda f, share: max(1, int(f[0].size // f[0].multiple * share))  # noqa: E731
+    sized = lambda three: {n: m for i, f in families for n, m in size_twins(f, base(f, three[i % 3])).items()}  # noqa: E731
     return [sized(three) for three in shares] if groups else []
 
 
@@ -362,10 +370,10 @@ def _predict_cost(
     """Multiply-accumulates as a function of sizes, from a forward pass with each family of groups halved."""
     tried = {}
     for twins in families_of(groups):
-        half = (twins[0].size + 1) // 2
-        if half < twins[0].size:
-            small = build_with_sizes(model, graph, dict.fromkeys([g.name for g in twins], half), literals)
-            tried[twins[0].name] = half, factors_of_products(small, inputs)
+        halves = _halve(twins)
+        if halves[twins[0].name] < twins[0].size:
+            small = build_with_sizes(model, graph, halves, literals)
+            tried[twins[0].name] = halves[twins[0].name], factors_of_products(small, inputs)
     return Cost.of_products(graph, factors_of_products(model, inputs), tried)
 
 

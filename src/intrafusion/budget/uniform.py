@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
 from intrafusion.arguments import checked
 from intrafusion.asked import MEASURES, check_count, check_keep, least_size
 from intrafusion.errors import BudgetError, unknown_name
-from intrafusion.graph import ChannelGraph, ChannelGroup
+from intrafusion.graph import ChannelGraph, ChannelGroup, families_of, size_twins
 
 
 @partial(checked, leaving=("keep", "round_to", "min_channels"))
@@ -25,7 +25,8 @@ def uniform_sizes(
     """Number of channels m that each of these groups keeps.
 
     m = floor(n * keep), at least 1; with `round_to`, the nearest multiple of it, never below one multiple and never
-    above n. Groups that no pattern matches keep all channels. Twins keep the same number: the largest of theirs.
+    above n. Groups that no pattern matches keep all channels. Twins keep the same number: the largest of theirs (a
+    stream that is as wide as all heads together the same share as they: the largest that is a whole number in each).
 
     Args:
         groups: the groups to reduce.
@@ -52,10 +53,15 @@ def uniform_sizes(
         else _round_size(g.size, _fraction_for(g, patterns), None)
         for g in groups
     }
-    largest: dict[int, int] = {}
-    for group in groups:
-        largest[group.family] = max(largest.get(group.family, 1), wanted[group.name])
-    return {g.name: largest[g.family] for g in groups}
+    return {n: m for twins in families_of(groups) for n, m in _agree(twins, wanted, round_to or 1).items()}
+
+
+def _agree(twins: Sequence[ChannelGroup], wanted: Mapping[str, int], step: int) -> dict[str, int]:
+    """The largest of the sizes that twins want, all in step."""
+    most = max(max(1, wanted[g.name] // g.multiple) for g in twins)
+    whole = twins[0].size // twins[0].multiple
+    uneven = most % step and most < whole and any(g.multiple > 1 for g in twins)  # else each was rounded by itself
+    return size_twins(twins, min(whole, max(step, most - most % step)) if uneven else most)
 
 
 def _check_patterns(patterns: Mapping[str, float], graph: ChannelGraph) -> None:

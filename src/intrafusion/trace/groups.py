@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role, Slice
 from intrafusion.trace.arrays import split_runs
 from intrafusion.trace.block_groups import find_block_groups
 from intrafusion.trace.blocks import Blocks
@@ -41,7 +41,7 @@ def build_graph(
     settle_units(relations)
     table = describe_channels(relations)
     blocks = Blocks(relations, table)
-    found = _find_channel_groups(blocks)
+    found = _hold_uneven_slices(_find_channel_groups(blocks))
     first = max((group.family for group in found), default=-1) + 1
     found += [replace(group, family=first + group.family) for group in find_block_groups(blocks, entries)]
     groups = _name([*found, *find_rows_left_over(relations, shapes, found)])
@@ -54,6 +54,27 @@ def build_graph(
         dict(relations.reparametrised),
         tuple(relations.factors),
     )
+
+
+def _hold_uneven_slices(groups: list[ChannelGroup]) -> list[ChannelGroup]:
+    """The same, but what runs along slices of a tensor of which others hold other kinds of channels is left alone.
+
+    Slices must stay equally long, and only twins are cut alike.
+    """
+    slices: dict[tuple[str, int], dict[Slice, Counter[tuple[int, bool]]]] = defaultdict(lambda: defaultdict(Counter))
+    for group in groups:
+        for member in group.members:
+            if member.within is not None:
+                slices[member.tensor, member.dim][member.within][group.family, group.reducible] += group.size
+    is_even = lambda each: all(kinds == next(iter(each.values())) for kinds in each.values())  # noqa: E731
+    uneven = {side for side, each in slices.items() if not is_even(each)}
+    held = [replace(g, reason=_explain_uneven(g, uneven)) if g.reducible else g for g in groups]
+    return groups if all(a.reason == b.reason for a, b in zip(groups, held, strict=True)) else _hold_uneven_slices(held)
+
+
+def _explain_uneven(group: ChannelGroup, uneven: set[tuple[str, int]]) -> str | None:
+    found = next((m for m in group.members if m.within is not None and (m.tensor, m.dim) in uneven), None)
+    return found and f"slices of {found.tensor} hold channels of different kinds, and must stay equally long"
 
 
 @dataclass(frozen=True, eq=False)

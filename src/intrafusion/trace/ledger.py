@@ -27,7 +27,7 @@ from intrafusion.trace.labels import (
     pair_up,
     widen,
 )
-from intrafusion.trace.relations import Relations
+from intrafusion.trace.relations import Plane, Relations
 
 
 class Ledger:
@@ -166,6 +166,7 @@ class Ledger:
                 labels = self.tell_apart(labels, axis.varies)
                 positions, channels = pair_up(axis.coordinates, labels, 0, FIXED)
                 self.relations.share(axis.tensor, axis.dim, role, positions, channels)
+                self._note_plane(weight, axis, labels, role)
             else:
                 self.relations.pin(
                     axis.tensor, axis.dim, f"meets what has no channels along it: {self.relations.where}"
@@ -176,6 +177,17 @@ class Ledger:
                     (labels == UNIFORM) & (axis.coordinates >= 0), _follow_entries(axis, labels), labels
                 )
         return labels
+
+    def _note_plane(self, weight: Weight, axis: Axis, labels: Tensor, role: Role) -> None:
+        """Whether another dimension of the same tensor lies along the channels too, as in a scale (heads, width)."""
+        others = [a for a in weight.axes if a.tensor == axis.tensor and a.dim != axis.dim]
+        others = [a for a in others if a.varies & find_varying(labels)]
+        if len(others) == 1:
+            size, rows = self.shapes[axis.tensor][axis.dim], others[0].coordinates
+            entries = torch.where((rows < 0) | (axis.coordinates < 0), -1, rows * size + axis.coordinates)
+            entries, channels = pair_up(compact(entries), labels, 0, FIXED)
+            plane = Plane(role, others[0].dim, entries // size, entries % size, channels)
+            self.relations.planes[axis.tensor, axis.dim].append(plane)
 
     def note_origin(self, origin: Origin) -> Origin:
         """Remember a linear map whose weight and bias are whole parameters: a norm may be folded into it."""

@@ -71,6 +71,19 @@ class Gates(NamedTuple):
     where: str
 
 
+class Plane(NamedTuple):
+    """Two dimensions of a tensor that lie along channels at once: the entry (rows[i], positions[i]) serves labels[i].
+
+    rows run along dimension `across`; roles and positions are those of the other dimension.
+    """
+
+    role: Role
+    across: int
+    rows: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+
+
 class Relations:
     """Collects relations during the forward pass; `groups.build_graph` turns them into a ChannelGraph."""
 
@@ -81,6 +94,7 @@ class Relations:
         self.tables: dict[Key, np.ndarray] = {}
         self.uses: dict[Key, list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.shared: dict[tuple[str, int], list[tuple[Role, np.ndarray, np.ndarray]]] = defaultdict(list)
+        self.planes: dict[tuple[str, int], list[Plane]] = defaultdict(list)  # of what is shared, where it is in one
         self.births: list[int] = []  # the first label of each layer's, or other maker's
         self.calls = 0  # operations so far
         self.where = ""  # the present operation, for messages

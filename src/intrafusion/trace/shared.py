@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from intrafusion.graph import Role
+from intrafusion.graph import Role, Slice
 from intrafusion.trace.arrays import is_increasing
-from intrafusion.trace.relations import Relations
+from intrafusion.trace.relations import Plane, Relations
 from intrafusion.trace.units import list_memberships
 
 _Records = list[tuple[Role, np.ndarray, np.ndarray]]
@@ -56,6 +56,8 @@ def _settle_by_blocks(
         for position, block in owners.items():
             found[block].append(BlockEntry(tensor, dim, position, records[0][0]))
         return True
+    if _settle_by_plane(relations, tensor, dim, len(records)):
+        return True
     if not _runs_across_blocks(relations, served, membership) and not _are_gates(served):
         return False
     # One entry for the k-th channel of every head, or for a whole branch of channels that meet others elsewhere: it
@@ -63,6 +65,40 @@ def _settle_by_blocks(
     relations.colour(labels, positions)
     relations.note(labels, f"one entry of {tensor} serves several channels")
     return True
+
+
+def _settle_by_plane(relations: Relations, tensor: str, dim: int, records: int) -> bool:
+    """Whether every entry is one channel's own in its row along another dimension, and is settled with that.
+
+    Along rows it then follows its channel: rows are like the slices of a grouped convolution, one a head, and must be
+    of one layer's channels, as only twins stay equally long. Which row it is tells channels apart.
+    """
+    planes = relations.planes[tensor, dim]
+    if len(planes) < records or not all(_is_one_to_one(relations, plane) for plane in planes):
+        return False
+    for plane in planes:
+        if plane.across > dim:
+            relations.colour(plane.labels, plane.positions)
+        elif not _is_of_one_layer(relations, plane):
+            return False
+    for role, across, rows, positions, labels in planes if planes[0].across < dim else ():
+        for row in np.unique(rows).tolist():
+            own, key = rows == row, (tensor, dim, Slice(across, row, row + 1))
+            relations.use(key, int(positions.max()) + 1, role, positions[own], labels[own])
+    return True
+
+
+def _is_one_to_one(relations: Relations, plane: Plane) -> bool:
+    channels = relations.roots(plane.labels)
+    entries = np.stack([plane.rows, plane.positions, channels])
+    count = len(np.unique(entries, axis=1).T)
+    return count == len(np.unique(entries[:2], axis=1).T) == len(np.unique(channels))
+
+
+def _is_of_one_layer(relations: Relations, plane: Plane) -> bool:
+    """Whether what the rows serve was made at once."""
+    makers = relations.makers(plane.labels)
+    return len({frozenset(makers[plane.rows == row].tolist()) for row in np.unique(plane.rows)}) == 1
 
 
 def _use_by_channels(relations: Relations, tensor: str, dim: int, records: _Records) -> None:

@@ -95,7 +95,8 @@ class Subject:
         known = {g.name: g for g in self.groups()}
         if group not in known:
             raise ArgumentError(f"{self.name}: {unknown_name('group', group, [WHOLE, INNER, *known])}")
-        return {"include": [known[group].producers[0]]}
+        twins = [g for g in self.graph.reducible if g.is_channel and g.family == known[group].family]
+        return {"include": list(dict.fromkeys(g.producers[0] for g in twins))}
 
     def reduced(self, recipe: Recipe) -> Compressed:
         """The smaller network, as `compress` makes it; images are shown only to what cannot do without.
