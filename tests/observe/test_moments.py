@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from sklearn.covariance import oas
+from torch import nn
 
+import intrafusion
 from intrafusion.observe.moments import shrink
 from intrafusion.reduce.pivot import pivot_order
 
@@ -47,3 +49,17 @@ def test_few_rows_do_not_tell_independent_channels_from_one_another() -> None:
     ]
     assert lacks[0] < 1e-3
     assert lacks[1] > 0.4
+
+
+@pytest.mark.parametrize("width", [8, 40])
+def test_a_bottleneck_of_low_rank_loses_nothing_once_more_rows_than_channels_were_seen(width: int) -> None:
+    """Shrinking gives something to every direction, also to those in which nothing varies."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, width), nn.Linear(width, 6))
+    with torch.no_grad():
+        rank_three = torch.randn(width, 3) @ torch.randn(3, width) / width
+        model[0].weight.copy_(rank_three @ model[0].weight)
+    images, unseen = torch.randn(60, 6), torch.randn(9, 6)
+    small = intrafusion.compress(model, images[:2], keep=4 / width, restore=None, inputs=images).model
+    assert small.get_submodule("0").out_features == 4
+    torch.testing.assert_close(small(unseen), model(unseen), atol=1e-5, rtol=1e-4)

@@ -24,6 +24,7 @@ from intrafusion.trace.decomposition import unfuse
 from intrafusion.trace.products import Product, Products
 
 _NO_VARIANCE = 1e-12  # a channel with less than this fraction of the largest variance does not vary
+_ROUNDING = 1e-10  # of the largest variance: what rounding in float32 leaves in directions in which nothing varies
 
 
 def find_readers(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[Port]:
@@ -95,6 +96,7 @@ class MomentTaker(contextlib.ExitStack):
                 self.ports[port.layer.name].append((group.name, port))
         self.layers = {name: layers[name] for name in self.ports}
         self.sides = {g.name: _Sides.of(g, layers) for g in groups if g.with_role(Role.MATCHES)}
+        self.linear = {g.name for g in groups if g.linear}
         self.bare = _find_bare_reads(groups)
         self.found: dict[str, dict[str, _Read]] = {g.name: {} for g in groups}  # by group, by weight
 
@@ -118,7 +120,7 @@ class MomentTaker(contextlib.ExitStack):
         places = layer.sample_places(x, self.rows, self.seed, counts)
         rows, even = layer.take_rows(x, places), None if counts is None else weigh_evenly(counts[tuple(places.T)])
         for group, port in self.ports[name]:
-            moments = _take_moments(rows, port.positions, even)
+            moments = _take_moments(rows.double() if group in self.linear else rows, port.positions, even)
             self.found[group][port.weight] = _Read(layer.input_dim, port.positions, len(rows), *moments)
 
     def given(self, name: str, x: Tensor, output: Tensor) -> None:
@@ -169,7 +171,11 @@ class MomentTaker(contextlib.ExitStack):
     def moments(self) -> dict[str, Moments]:
         """By group; norms are folded as they are now."""
         weights = _fold_all(self.model, self.graph)
-        found = {group: _join_reads(reads, weights) for group, reads in self.found.items() if reads}
+        seen = {
+            name: {w: read.within_sample() if name in self.linear else read for w, read in reads.items()}
+            for name, reads in self.found.items()
+        }
+        found = {group: _join_reads(reads, weights) for group, reads in seen.items() if reads}
         for group in (g for g in self.graph.reducible if g.rotation is not None and g.name in found):
             bare = _join_bare_reads(group, self.found[group.name], weights)
             found[group.name] = replace(found[group.name], bare=bare)
@@ -246,6 +252,18 @@ class _Read:
     def uncentred(self) -> tuple[Tensor, Tensor]:
         """As a mean of zero and a second moment: what is told from the channels is then told without a constant."""
         return torch.zeros_like(self.mean), self.covariance + torch.outer(self.mean, self.mean)
+
+    def within_sample(self) -> _Read:
+        """The same without what shrinking gave to directions that showed nothing in more rows than there are channels.
+
+        Heads, bottlenecks and the like of a lower rank than they are wide lose that without loss.
+        """
+        if self.rows <= len(self.mean):
+            return self
+        values, vectors = torch.linalg.eigh(self.sample)
+        alive = vectors * (values > _ROUNDING * values.amax())
+        alive = alive @ alive.T
+        return replace(self, covariance=alive @ self.covariance @ alive)
 
     def pool(self, other: _Read) -> _Read:
         """What was read at both calls together."""
