@@ -1,4 +1,4 @@
-"""Products of many rows with themselves: float32 in, sums in float64, half multiplied once."""
+"""Products of many rows: with themselves, float32 in, sums in float64, half multiplied once; and group by group."""
 
 from __future__ import annotations
 
@@ -33,3 +33,9 @@ def square_rows(x: Tensor) -> Tensor:
     half = x.shape[1] // 2
     upper, lower = multiply_rows(x[:, :half], x), multiply_rows(x[:, half:], x[:, half:])
     return torch.cat([upper, torch.cat([upper[:, half:].T, lower], dim=1)])
+
+
+def multiply_by_group(rows: Tensor, matrix: Tensor) -> Tensor:
+    """What each of g groups of outputs is made of the inputs of its own group: (k, c) of rows (g, k, d) and (c, d)."""
+    own = matrix.unflatten(0, (len(rows), -1))
+    return (rows @ own.mT).transpose(0, 1).flatten(1)

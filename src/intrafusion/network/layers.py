@@ -20,10 +20,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, FoldableNorm, Member
+from intrafusion.network.gram import multiply_by_group
 from intrafusion.network.row_weights import RowWeights
 from intrafusion.network.tensors import named_tensors
 
 _ALIKE = 0.05  # of the outputs of a layer; half precision is off by less
+_ENTRIES = 2**24  # of what the sampled rows of all groups of a layer read together, unless that are fewer rows than ...
+_FEWEST_ROWS = 1024
 
 LinearMap = nn.Linear | nn.modules.conv._ConvNd
 K = TypeVar("K", bound=Hashable)
@@ -49,6 +52,11 @@ def is_convolution_or_linear(module: nn.Module) -> TypeGuard[LinearMap]:
     return known and not nn.utils.parametrize.is_parametrized(module)
 
 
+def is_solvable(module: nn.Module) -> TypeGuard[LinearMap]:
+    """Whose weight a regression can solve for: all linear maps, grouped and transposed ones too, that own theirs."""
+    return is_linear_map(module) and not nn.utils.parametrize.is_parametrized(module)
+
+
 def _is_dense(module: nn.Module) -> TypeGuard[LinearMap]:
     """A linear layer, or a convolution in which every output reads every input channel."""
     return is_convolution_or_linear(module) and getattr(module, "groups", 1) == 1
@@ -60,7 +68,7 @@ def find_layers(
     """Layers with a weight of their own and the norms behind them, by name.
 
     Args:
-        suits: which modules to take; by default those whose weight a regression can solve for.
+        suits: which modules to take; by default those in which every output reads every input channel.
     """
     tensors = named_tensors(model)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -112,8 +120,7 @@ class Norm:
 class Layer:
     """A convolution or linear layer of a network, and the norm behind it.
 
-    All linear maps can be watched; what reads patches (`take_inputs`) or the weight as a `matrix` takes those that are
-    `is_convolution_or_linear`, and is meant for those that are `_is_dense`.
+    With g groups, the c outputs are g times c / g that lie next to each other; each reads d inputs of its own group.
 
     Attributes:
         scale: what multiplies each channel that it gives, where a rotation of the stream takes that into its weight.
@@ -150,13 +157,25 @@ class Layer:
         return 1 - self.input_dim
 
     @property
+    def groups(self) -> int:
+        return getattr(self.module, "groups", 1)
+
+    @property
     def outputs(self) -> int:
-        """How many channels it gives, of a layer that is not grouped and transposed at once."""
-        return self.module.weight.shape[self.output_dim]
+        """How many channels it gives."""
+        return self.module.weight.shape[self.output_dim] * (self.groups if self.output_dim else 1)
 
     @property
     def fan_in(self) -> int:
+        """d, the inputs of one output."""
         return self.module.weight.numel() // self.outputs
+
+    def limit_rows(self, rows: int) -> int:
+        """That many rows, or fewer of a layer whose groups read so much together that they would take too much memory.
+
+        Each group has a small system of its own, which needs no more rows because there are more groups.
+        """
+        return rows if self.groups == 1 else min(rows, max(_FEWEST_ROWS, _ENTRIES // (self.groups * self.fan_in)))
 
     @property
     def takes_constant(self) -> bool:
@@ -208,36 +227,69 @@ class Layer:
         return self.take_rows(output, places).float()
 
     def take_inputs(self, x: Tensor, places: Tensor) -> Tensor:
-        """Rows (k, d) of what the layer read for the outputs at these places, columns as in `matrix`."""
-        return self._patches(self._padded(x), places) if self.spatial_dims else x[tuple(places.T)]
+        """Rows (k, d) of what the layer read for the outputs at these places, columns as in `matrix`.
+
+        With groups, (g, k, d): the inputs of each group.
+        """
+        if not self.spatial_dims:
+            return x[tuple(places.T)]
+        rows = self._scattered(x, places) if self._is_transposed else self._patches(self._padded(x), places)
+        if self.groups == 1:
+            return rows.flatten(1)
+        if self.groups == rows.shape[2]:  # the same as below; PyTorch copies turned matrices an order faster
+            return rows.flatten(0, 1).T.contiguous().reshape(self.groups, len(rows), -1)
+        return rows.unflatten(2, (self.groups, -1)).permute(2, 0, 1, 3).contiguous().flatten(2)
 
     @property
     def matrix(self) -> Tensor:
         """The weight as (c, d): the input channels of one place of the kernel, then those of the next."""
         weight = self.module.weight
-        return weight.movedim(1, -1).flatten(1) if self.input_dim else weight.T
+        if self.input_dim:
+            return weight.movedim(1, -1).flatten(1)
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).movedim(2, -1).flatten(0, 1).flatten(1)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """A matrix of that form in the shape of the weight."""
         weight = self.module.weight
-        return matrix.reshape(weight.movedim(1, -1).shape).movedim(-1, 1) if self.input_dim else matrix.T
+        if self.input_dim:
+            return matrix.reshape(weight.movedim(1, -1).shape).movedim(-1, 1)
+        inputs, outputs, *kernel = weight.shape
+        parts = matrix.reshape(self.groups, outputs, *kernel, inputs // self.groups)
+        return parts.movedim(-1, 1).flatten(0, 1)
 
     def compute(self, rows: Tensor) -> Tensor:
         """What the layer makes of such rows, (k, c)."""
-        bias = self.module.bias
-        return F.linear(rows.float(), self.matrix.float(), None if bias is None else bias.float())
+        bias = None if self.module.bias is None else self.module.bias.float()
+        if self.groups == 1:
+            return F.linear(rows.float(), self.matrix.float(), bias)
+        given = multiply_by_group(rows.float(), self.matrix.float())
+        return given if bias is None else given + bias
 
     def is_plain(self, x: Tensor, output: Tensor, places: Tensor) -> bool:
         """Whether it gives weight times patches; a subclass may pad, or scale its weight, in a forward of its own."""
         few = places[: min(len(places), 16)]
         if isinstance(self.module, nn.modules.conv._ConvNd):
             x = x[: int(few[:, 0].max()) + 1]
-            kernel = zip(self.module.kernel_size, self.module.dilation, self.module.stride, strict=True)
-            sizes = zip(self._padded(x).shape[1:-1], kernel, strict=True)
-            if tuple((size - d * (k - 1) - 1) // s + 1 for size, (k, d, s) in sizes) != tuple(output.shape[2:]):
+            if not self._is_size(x, output):
                 return False
         given = self.take_outputs(output, few)
         return float((self.compute(self.take_inputs(x, few)) - given).norm()) <= _ALIKE * float(given.norm()) + 1e-12
+
+    def _is_size(self, x: Tensor, output: Tensor) -> bool:
+        """Whether a convolution gives as many places of such inputs; a transposed one may be asked for some more."""
+        module = self.module
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        kernel = zip(module.kernel_size, module.dilation, module.stride, strict=True)
+        if not self._is_transposed:
+            sizes = zip(self._padded(x).shape[1:-1], kernel, strict=True)
+            return tuple((size - d * (k - 1) - 1) // s + 1 for size, (k, d, s) in sizes) == tuple(output.shape[2:])
+        sizes = zip(x.shape[2:], output.shape[2:], _read_padding(module), kernel, strict=True)
+        more = [given - (size - 1) * s + 2 * pad - d * (k - 1) - 1 for size, given, pad, (k, d, s) in sizes]
+        return all(0 <= m < max(d, s) for m, d, s in zip(more, module.dilation, module.stride, strict=True))
+
+    @property
+    def _is_transposed(self) -> bool:
+        return bool(getattr(self.module, "transposed", False))
 
     def _padded(self, x: Tensor) -> Tensor:
         module = self.module
@@ -246,16 +298,29 @@ class Layer:
         return F.pad(x, module._reversed_padding_repeated_twice, mode).movedim(1, -1)
 
     def _patches(self, x: Tensor, places: Tensor) -> Tensor:
+        """What lies under the kernel at these places, (k, places of the kernel, channels)."""
         module, *sizes = self.module, *x.shape[:-1]
         assert isinstance(module, nn.modules.conv._ConvNd)
         strides = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]  # from a place to the next, in flat x
         corner = places * places.new_tensor([s * step for s, step in zip((1, *module.stride), strides, strict=True)])
-        offsets = itertools.product(
-            *(range(0, k * d, d) for k, d in zip(module.kernel_size, module.dilation, strict=True))
-        )
-        kernel = [sum(o * step for o, step in zip(offset, strides[1:], strict=True)) for offset in offsets]
+        kernel = [sum(o * step for o, step in zip(tap, strides[1:], strict=True)) for tap in _list_taps(module)]
         flat = corner.sum(1, keepdim=True) + places.new_tensor(kernel)
-        return x.reshape(-1, x.shape[-1]).index_select(0, flat.flatten()).reshape(len(places), -1)
+        return x.reshape(-1, x.shape[-1]).index_select(0, flat.flatten()).reshape(*flat.shape, -1)
+
+    def _scattered(self, x: Tensor, places: Tensor) -> Tensor:
+        """What a transposed convolution adds up at these places, likewise: 0 where a place of the kernel has nothing.
+
+        Output o gets, by place t of the kernel, the input i of which  i stride + t dilation = o + padding.
+        """
+        module, x = self.module, x.movedim(1, -1)
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        stride, last = places.new_tensor(module.stride), places.new_tensor(x.shape[1:-1]) - 1
+        at = places[:, None, 1:] + places.new_tensor(_read_padding(module)) - places.new_tensor(_list_taps(module))
+        index = at.div(stride, rounding_mode="floor")
+        there = ((index * stride == at) & (index >= 0) & (index <= last)).all(2)
+        index = torch.minimum(index.clamp(min=0), last)
+        rows = x[(places[:, :1].expand_as(there), *index.unbind(2))]
+        return torch.where(there[..., None], rows, 0.0)
 
     def add_(self, change: Tensor, constant: Tensor) -> None:
         """Add in place: to the weight, in the form of `matrix`; a constant to the bias or, without one, to the norm."""
@@ -265,6 +330,17 @@ class Layer:
             self.module.bias.data.copy_(self.module.bias.double() + constant)
         elif self.norm is not None:
             self.norm.mean.data.copy_(self.norm.mean.double() - constant)
+
+
+def _list_taps(module: nn.modules.conv._ConvNd) -> list[tuple[int, ...]]:
+    """Where the places of a kernel lie, from the first one on."""
+    kernel = zip(module.kernel_size, module.dilation, strict=True)
+    return list(itertools.product(*(range(0, k * d, d) for k, d in kernel)))
+
+
+def _read_padding(module: nn.modules.conv._ConvNd) -> tuple[int, ...]:
+    """Of a transposed convolution, which takes no other than numbers."""
+    return tuple(p for p in module.padding if isinstance(p, int))
 
 
 def sample_places(name: str, shape: tuple[int, ...], limit: int, seed: int, weights: Tensor | None = None) -> Tensor:

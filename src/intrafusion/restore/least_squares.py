@@ -12,7 +12,7 @@ from intrafusion.arguments import Seed, checked
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import find_layers
+from intrafusion.network.layers import find_layers, is_solvable
 from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.restore.solver import LayerSolver
@@ -43,9 +43,9 @@ class LeastSquares:
     Norms over channels of which some are gone (a LayerNorm in a stream that was selected from) are fitted where they
     are reached: gain and shift of each channel, for what the original's norm gave, see `NormFits`.
 
-    Convolutions with one group and linear layers that run once in a forward pass are solved; depthwise and grouped
-    convolutions, tied and reparametrised weights, and subclasses that do more than their weight times patches, are left
-    alone. All images go through in one batch; the stored rows
+    What is solved: convolutions, transposed ones too, and linear layers that run once in a forward pass; each group of a
+    grouped or depthwise convolution by itself (`GroupedRidge`). Tied and reparametrised weights, and subclasses that do
+    more than their weight times patches, are left alone. All images go through in one batch; the stored rows
     take `rows` * 4 bytes per output channel; a layer with d inputs to each output takes `rows` * 4 d bytes for them
     and 16 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
@@ -92,7 +92,7 @@ class LeastSquares:
         inputs = join_batches(read_batches(require_images(images, self)))
         small = copy_model(compressed.model).eval()
         solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)
-        layers = find_layers(small, graph)
+        layers = find_layers(small, graph, is_solvable)
         written = {id(t) for name in solved.changes for t in layers[name].writable}
         new = {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written}
         write_weights_(compressed.model, {**new, **solved.norms})

@@ -17,7 +17,7 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
-from intrafusion.network.layers import Layer, find_layers
+from intrafusion.network.layers import Layer, find_layers, is_solvable
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
@@ -114,7 +114,9 @@ class Noise:
         write_weights_(result, _reduce_tensors(original, graph, maps))
         before = measure(small)
         solved = self.solver.solve_(small, maps, reference, graph, images)
-        small_seen, small_own, seen, own = (find_layers(m, graph) for m in (small, result, reference, original))
+        small_seen, small_own, seen, own = (
+            find_layers(m, graph, is_solvable) for m in (small, result, reference, original)
+        )
         for name, (change, shift) in solved.changes.items():
             merge = find_output_merge(own[name], graph, maps)
             rows = _find_gains(small_seen[name], small_own[name], seen[name], own[name], merge)

@@ -13,12 +13,13 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import cast_like, channels_last, double_first
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import Layer, find_layers, watch_calls
+from intrafusion.network.layers import Layer, find_layers, is_solvable, watch_calls
 from intrafusion.network.row_weights import weigh_evenly
 from intrafusion.network.state import preserve_state
 from intrafusion.progress import report
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.activation import Activation
+from intrafusion.restore.grouped_ridge import GroupedRidge
 from intrafusion.restore.norm_fits import NormFits, find_channel_norms
 from intrafusion.restore.ridge import Lacking, Ridge
 from intrafusion.restore.statistics import find_output_merge
@@ -85,7 +86,7 @@ class LayerSolver:
         """
         inputs = double_first(inputs.map(channels_last))
         reached = inputs if reached is None else double_first(reached.map(channels_last))
-        layers, originals = find_layers(small, graph), find_layers(reference, graph)
+        layers, originals = (find_layers(m, graph, is_solvable) for m in (small, reference))
         common = {name: layer for name, layer in originals.items() if name in layers and name not in left}
         norms = find_channel_norms(small, graph, maps)
         fits = NormFits(norms, inputs.weights, self.strength, self.scarcity, self.rows, self.seed)
@@ -129,7 +130,7 @@ def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: In
     def called(name: str, x: Tensor, output: Tensor) -> None:
         layer, again = layers[name], name in targets.rows
         counts = layer.weigh_rows(output, inputs.weights)
-        places = layer.sample_places(output, solver.rows, solver.seed, counts)
+        places = layer.sample_places(output, layer.limit_rows(solver.rows), solver.seed, counts)
         targets.places[name] = places
         targets.weights[name] = None if counts is None else weigh_evenly(counts[tuple(places.T)])
         store(name, layer.apply_norm(layer.take_outputs(output, places)))
@@ -208,7 +209,8 @@ class _SolvingPass:
         if float((target - given).norm()) <= _RIGHT * float(target.norm()):
             return False
         weights, how = self.targets.weights[layer.name], {"scarcity": solver.scarcity}
-        ridge = Ridge(inputs, solver.strength, **how, intercept=layer.takes_constant, weights=weights)
+        fit = Ridge if layer.groups == 1 else GroupedRidge
+        ridge = fit(inputs, solver.strength, **how, intercept=layer.takes_constant, weights=weights)
         if activation is None or not solver.steps:
             change = ridge.solve(lambda _: layer.before_norm(target - given))
         else:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
-from intrafusion.network.layers import Layer
+from intrafusion.network.layers import Layer, Port
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import compose_merges, matrix_for
 from intrafusion.surgery.streams import is_turned, take_entries
 
 _PER_CHANNEL = frozenset({Role.PRODUCES, Role.SCALES, Role.SHIFTS, Role.MEAN, Role.VARIANCE, Role.FOLLOWS})
 _GIVES = frozenset({Role.PRODUCES, Role.MATCHES})
+_OUTPUTS = _GIVES | {Role.SCALES}
 
 
 def find_merge(tensor: str, size: int, graph: ChannelGraph, maps: Mapping[str, ReductionMap]) -> Tensor | None:
@@ -39,12 +42,23 @@ def find_output_merge(layer: Layer, graph: ChannelGraph, maps: Mapping[str, Redu
     rotation took into the layer. None for nothing.
     """
     touching = [
-        (member, _merge_at(member, maps[group.name]) * _find_scale(layer, group, maps[group.name]))
-        for group in graph.groups if group.name in maps
-        for member in group.with_role(Role.PRODUCES, Role.MATCHES, Role.SCALES)
-        if member.tensor == layer.weight_name and member.dim == layer.output_dim and member.within is None
+        (replace(member, positions=positions), _merge_at(member, reduction) * _find_scale(layer, group, reduction))
+        for group in graph.groups if (reduction := maps.get(group.name)) is not None
+        for member in group.members if member.tensor == layer.weight_name
+        if (positions := _find_outputs(layer, group, member)) is not None
     ]  # fmt: skip
     return compose_merges(touching, layer.outputs) if touching else None
+
+
+def _find_outputs(layer: Layer, group: ChannelGroup, member: Member) -> np.ndarray | None:
+    """Which outputs of a layer are the channels that a member of its weight runs through; None where they are none."""
+    if member.dim == layer.output_dim:
+        return Port.of(layer, member).positions.numpy() if member.roles & _OUTPUTS else None
+    if layer.groups == 1 or layer.input_dim or (group.is_channel and Role.SCALES not in member.roles):
+        return None
+    weight = layer.module.weight  # transposed, (inputs, outputs of one group); the channels are whole groups
+    groups = np.unique(member.positions // (len(weight) // layer.groups), axis=1)
+    return (groups[..., None] * weight.shape[1] + np.arange(weight.shape[1])).reshape(len(groups), -1)
 
 
 def _find_scale(layer: Layer, group: ChannelGroup, reduction: ReductionMap) -> Tensor | float:
