@@ -14,7 +14,7 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.importance.observation import needs_of
 from intrafusion.measure.closeness import Closeness, Yardstick
 from intrafusion.measure.comparison import HeldOut, compare_networks
-from intrafusion.network.batches import ImagesLike, name_inputs
+from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import Calls, warn_caller
 from intrafusion.network.held_out import Split, hold_out, take_first
 from intrafusion.network.inputs import Inputs
@@ -233,4 +233,4 @@ def find_yardstick(split: Split, model: nn.Module) -> Yardstick | None:
     """What a network made of this one is measured by; None without images that were held out."""
     if split.measured is None:
         return None
-    return Yardstick(model, split.measured, name_inputs(split.measured), unseen=split.unseen)
+    return Yardstick(model, split.measured, split.measured.kind, unseen=split.unseen)
