@@ -26,8 +26,8 @@ from intrafusion.network.gram import square_rows
 from intrafusion.network.identity import identify
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.layers import Layer, find_layers, watch_calls
-from intrafusion.network.place_samples import PlaceSampler, Share
 from intrafusion.network.row_weights import RowWeights
+from intrafusion.network.shares import Share, ShareSampler
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.texts import Tokenizer
@@ -193,7 +193,7 @@ def _see(calibration: Calibration, found: Sequence[Heads]) -> tuple[dict[str, Te
     layers = {n: Layer(n, reference.get_submodule(n)) for n in names}  # type: ignore[arg-type]
     entries = sum(h.columns.size * h.count for h in found)
     limit = max(_FEWEST_ROWS, min(_ROWS, _ENTRIES // entries))
-    samplers = {n: PlaceSampler(limit if n in outputs else _ROWS, calibration.seed) for n in names}
+    samplers = {n: ShareSampler(limit if n in outputs else _ROWS, calibration.seed) for n in names}
     grams, counts = dict[str, Tensor](), Counter[str]()  # by layer, sums over batches
     for batch, share in calibration.images.shared():
         looking = _Look(found, layers, samplers, double_first(batch).weights, share)
@@ -219,7 +219,7 @@ class _Look:
 
     found: Sequence[Heads]
     layers: Mapping[str, Layer]
-    samplers: Mapping[str, PlaceSampler]
+    samplers: Mapping[str, ShareSampler]
     weights: RowWeights | None
     share: Share
     given: dict[str, Tensor] = field(default_factory=dict)

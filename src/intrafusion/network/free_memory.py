@@ -6,18 +6,16 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from intrafusion.arguments import check_by
+from intrafusion.arguments import Such, plain
 from intrafusion.errors import RecipeError, show
-
-MemoryLike = int | str | None
-"""Bytes, or text such as "2GB"; None: half of what is free."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SAID = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(|[kmgt]i?)b?\s*", re.IGNORECASE)
+_EXPECTED = "bytes, at least one, such as 2GB, 500MB or 1000000000"
 _SHARE = 2  # of what is free, one part in so many
 _UNKNOWN = 2**32  # bytes that are taken to be free where the system does not tell
 _MEMINFO = Path("/proc/meminfo")
@@ -39,15 +37,23 @@ def read_memory(said: MemoryLike) -> int | None:
     if said is None:
         return None
     found = _SAID.fullmatch(said) if isinstance(said, str) else None
-    count: Any = said
+    count: Any = plain(said)
     if found is not None:
         count = math.floor(float(found[1]) * _UNITS[found[2].lower()])
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 2**63:
-        raise RecipeError(f"memory: expected bytes above 0, such as 2GB, 500MB or 1000000000, got {show(said)}.")
+        raise RecipeError(f"memory: expected {_EXPECTED}, got {show(said)}.")
     return count
 
 
-check_by(MemoryLike, read_memory)
+def _is_memory(said: Any) -> bool:
+    try:
+        return read_memory(said) is not None
+    except RecipeError:
+        return False
+
+
+MemoryLike = Annotated[int | str, Such(_EXPECTED, _is_memory)] | None
+"""Bytes, or text such as "2GB"; None: half of what is free."""
 
 
 def choose_memory(said: int | None, device: str = "cpu") -> int:

@@ -26,8 +26,8 @@ from intrafusion.network.batches import (
 from intrafusion.network.free_memory import choose_memory
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.pass_memory import check_memory, choose_size
-from intrafusion.network.place_samples import Share
 from intrafusion.network.rows_apart import is_row_by_row
+from intrafusion.network.shares import Share
 
 _KEPT = 2  # of the memory for what a loader gives, one part in so many
 _FEW = 16  # images on which it is looked whether rows are answered one by one

@@ -16,8 +16,8 @@ from intrafusion.network.gram import find_scale, square_rows
 from intrafusion.network.input_batches import read_input_batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, Port, find_layers, watch_calls
-from intrafusion.network.place_samples import ALL, PlaceSampler
 from intrafusion.network.row_weights import RowWeights
+from intrafusion.network.shares import ALL, ShareSampler
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import Moments
@@ -95,7 +95,7 @@ class MomentTaker(contextlib.ExitStack):
     ) -> None:
         super().__init__()
         self.model, self.graph, self.weights, self.share = model, graph, weights, ALL
-        self.sampler = PlaceSampler(rows, seed)
+        self.sampler = ShareSampler(rows, seed)
         layers, groups = find_layers(model, graph), [g for g in graph.reducible if g.is_channel]
         self.ports: dict[str, list[tuple[str, Port]]] = defaultdict(list)  # by layer, with the group
         for group in groups:
@@ -179,13 +179,16 @@ class MomentTaker(contextlib.ExitStack):
                 sums.add(rows, columns, weights)
 
     def moments(self) -> dict[str, Moments]:
-        """By group; norms are folded as they are now."""
+        """By group; norms are folded as they are now. What was seen is forgotten, group by group: it is as large."""
         weights = _fold_all(self.model, self.graph)
-        seen = {group: {w: sums.read() for w, sums in own.items() if sums.count} for group, own in self.found.items()}
-        found = {group: _join_reads(reads, weights) for group, reads in seen.items() if reads}
-        for group in (g for g in self.graph.reducible if g.rotation is not None and g.name in found):
-            bare = _join_bare_reads(group, seen[group.name], weights)
-            found[group.name] = replace(found[group.name], bare=bare)
+        rotated, found = {g.name for g in self.graph.reducible if g.rotation is not None}, dict[str, Moments]()
+        while self.found:
+            name = next(iter(self.found))
+            reads = {weight: sums.read() for weight, sums in self.found.pop(name).items() if sums.count}
+            if reads:
+                found[name] = _join_reads(reads, weights)
+            if reads and name in rotated:
+                found[name] = replace(found[name], bare=_join_bare_reads(self.graph[name], reads, weights))
         return found | {group: moments for group, side in self.sides.items() if (moments := side.moments()) is not None}
 
 
@@ -292,12 +295,12 @@ class _Sums:
         self.squares += float(squares)
 
     def read(self) -> _Read:
-        """Mean, sample covariance and that shrunk."""
+        """Mean, sample covariance and that shrunk; once."""
         assert self.centre is not None
         assert self.moved is not None
         assert self.square is not None
         moved = self.moved / self.count
-        sample = self.square / self.count - torch.outer(moved, moved)
+        sample = self.square.div_(self.count).sub_(torch.outer(moved, moved))
         covariance = shrink(sample, self.count**2 / self.squares)
         return _Read(self.dim, self.positions, self.centre + moved, covariance, sample, self.shifts)
 

@@ -40,7 +40,7 @@ ALL = Share(0, 1, 1, even=True, before=0, own=1, whole=1)
 
 
 @dataclass
-class PlaceSampler:
+class ShareSampler:
     """Draws up to `rows` places over all images for each layer, a batch at a time.
 
     Where images have one shape these are the places that one call of all of them would give, whatever the batches are.
