@@ -51,7 +51,7 @@ def test_figures_are_of_images_that_the_solver_did_not_see(small: Compressed) ->
     places = held_out_places(300)
     held = IMAGES[places]
     assert small.images is not None
-    assert set(map(tuple, small.images.tensors()[0].flatten(1).tolist())).isdisjoint(
+    assert set(map(tuple, small.images.join().tensors()[0].flatten(1).tolist())).isdisjoint(
         map(tuple, held.flatten(1).tolist())
     )
     found, expected = outputs(small.model, held), outputs(network(), held)

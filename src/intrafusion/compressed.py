@@ -20,6 +20,7 @@ from intrafusion.measure.comparison import Comparison, describe_change
 from intrafusion.measure.size import Size
 from intrafusion.names import name_some
 from intrafusion.network.identity import Identity
+from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.wrappers import unwrap
 from intrafusion.plan import Plan, is_miss, tabulate_plan
@@ -83,7 +84,7 @@ class Compressed:
         inputs: one call of the network, as it was given.
         repairs: attributes of modules that had to follow the new sizes.
         restored: what was done against the loss, in order.
-        images: what the layers were solved on, if anything.
+        images: what the layers were solved on, in batches, if anything.
         notes: what the user should know, such as a budget that could not be met.
         rolled_back: groups that were to be reduced and could not be, with the reason.
         original: what tells the original from other networks.
@@ -97,7 +98,7 @@ class Compressed:
     inputs: Inputs
     repairs: tuple[Repair, ...] = ()
     restored: tuple[Restoration, ...] = ()
-    images: Inputs | None = None
+    images: Batches | None = None
     notes: tuple[str, ...] = ()
     rolled_back: Mapping[str, str] = field(default_factory=dict)
     original: Identity | None = None

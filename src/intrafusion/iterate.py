@@ -18,6 +18,7 @@ from intrafusion.errors import BudgetError, RecipeError, show, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.calibration_images import as_calls, choose_inputs
+from intrafusion.network.free_memory import MemoryLike
 from intrafusion.network.inputs import ExampleInputs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.network.texts import Tokenizer
@@ -55,6 +56,7 @@ def compress_in_steps(
     inputs: ImagesLike | None = None,
     images: ImagesLike | None = None,
     tokenizer: Tokenizer | None = None,
+    memory: MemoryLike = None,
     progress: ShowProgress = None,
     **options: Any,
 ) -> Compressed:
@@ -71,7 +73,7 @@ def compress_in_steps(
         steps: at least 1.
         train: called with the smaller network after each step but the last; it trains it in place and must not change
             its shapes. Training what comes back is up to the caller.
-        inputs, images, tokenizer: as `compress`.
+        inputs, images, tokenizer, memory: as `compress`.
         options: as `compress`, but for `target` and `inplace`.
     Returns:
         the smaller network, with one plan for the original network: merge M = M_k ... M_1, unmerge U = U_1 ... U_k. It
@@ -92,11 +94,11 @@ def compress_in_steps(
     whole, example = make_workable(model), recipe.call_of(example_inputs)
     core = prepare_model(whole, recipe, example)
     calls = as_calls(make_reusable(choose_inputs(inputs, images)), core, example, tokenizer)
-    split = split_images(calls, core, recipe)
+    split = split_images(calls, core, recipe, memory)
     graph = inspect(core, example)
     graph = tie_by_config(graph, core) if recipe.uniform else graph
     fractions = _schedule(graph, list_sizes(core, graph, recipe), steps)
-    calibration = calibrate_for(core, graph, example, recipe, split.seen, tokenizer)
+    calibration = calibrate_for(core, graph, example, recipe, split.seen, tokenizer, memory)
     done: list[Compressed] = []
     present = core
     for index, fraction in enumerate(fractions):

@@ -18,6 +18,7 @@ from intrafusion.measure.size import size_of
 from intrafusion.names import name_some
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.calibration_images import as_calls, choose_inputs
+from intrafusion.network.free_memory import MemoryLike
 from intrafusion.network.held_out import Split
 from intrafusion.network.identity import identify
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -96,6 +97,7 @@ def compress(
     outputs: Any = None,
     untie: bool = False,
     inplace: bool = False,
+    memory: MemoryLike = None,
     progress: ShowProgress = None,
 ) -> Compressed:
     """Make a trained network smaller, without training, and without data unless `inputs` are given.
@@ -139,6 +141,9 @@ def compress(
             so that the stream between can be rotated; that adds parameters, and the result says how many.
         inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
             remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
+        memory: bytes, or text such as "2GB", that what is held of the inputs and computed of them may take, beside the
+            networks: inputs go through in smaller batches, and what a loader gives is read anew where it is too much to
+            be kept. None: half of what is free.
         progress: None: a bar in a terminal or a notebook, once the work lasts, else lines of `logging`; False: nothing;
             True: at once; or a function (stage, done, total).
     Returns:
@@ -146,7 +151,7 @@ def compress(
     Raises:
         ModelError: the network does not run on the example inputs, holds NaN, or has no group to reduce.
         BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing.
-        RecipeError: a method, a hyper-parameter or another option that means nothing.
+        RecipeError: a method, a hyper-parameter or another option that means nothing; less memory than one image takes.
     Warns:
         IntrafusionWarning: fewer than 32 images, whole numbers where the example has floating ones, a target that is
             missed, or no images, and "auto" would take long for the best that it can do without; what it does then
@@ -160,7 +165,7 @@ def compress(
     core = make_workable(model, inplace=inplace)
     example = recipe.call_of(example_inputs)
     graph = inspect(prepare_model(core, recipe, example), example)
-    small = follow(recipe, core, graph, example, given, tokenizer=tokenizer)
+    small = follow(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)
 
 
@@ -203,6 +208,7 @@ def follow(
     *,
     calibration: Calibration | None = None,
     tokenizer: Tokenizer | None = None,
+    memory: MemoryLike = None,
     progress: ShowProgress = None,
 ) -> Compressed:
     """Do what a recipe says to a network that was inspected before: decide, apply, restore.
@@ -210,14 +216,16 @@ def follow(
     Args:
         graph: of the network, of `prepare_model(model, recipe, ...)` where the recipe unties.
         calibration: instead of the one that the recipe would make, for several recipes on one network.
-        tokenizer: as `compress`.
+        tokenizer, memory: as `compress`.
     """
     recipe.refuse_foreign()
     whole, inputs = make_workable(model), recipe.call_of(example_inputs)
     model = prepare_model(whole, recipe, inputs)
     calls = as_calls(make_reusable(images), model, inputs, tokenizer)
-    split = Split(calls) if calibration is not None else split_images(calls, model, recipe)
-    small = reduce_and_restore(recipe, model, graph, inputs, split, calibration=calibration, tokenizer=tokenizer)
+    split = Split(calls) if calibration is not None else split_images(calls, model, recipe, memory)
+    small = reduce_and_restore(
+        recipe, model, graph, inputs, split, calibration=calibration, tokenizer=tokenizer, memory=memory
+    )
     small = replace(small, notes=(*small.notes, *(calls.warn() if calls is not None else ())))
     small = count_ties(small, whole, model)
     return add_comparison(small, whole, split, find_held_out(small.restored))
@@ -256,10 +264,11 @@ def reduce_and_restore(
     *,
     calibration: Calibration | None = None,
     tokenizer: Tokenizer | None = None,
+    memory: MemoryLike = None,
 ) -> Compressed:
     """The same with images that were split before, and no comparison of the two networks."""
     graph = tie_by_config(graph, model) if recipe.uniform else graph
-    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen, tokenizer)
+    calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen, tokenizer, memory)
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
     small = apply(model, plan, inputs, graph=graph)
     yardstick = find_yardstick(images, model)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.network.held_out import Split, held_out_places, hold_out, take_first
+from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 
 A = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
@@ -17,9 +18,9 @@ MODEL = nn.Linear(3, 2).eval()
 
 def rows(found: Split) -> tuple[list[list[float]], list[list[float]]]:
     """The images that are seen, and those that are measured on."""
-    assert isinstance(found.seen, list)
+    assert isinstance(found.seen, Batches)
     assert found.measured is not None
-    return torch.cat([c.tensors()[0] for c in found.seen]).tolist(), found.measured.tensors()[0].tolist()
+    return torch.cat([c.tensors()[0] for c in found.seen]).tolist(), found.measured.join().tensors()[0].tolist()
 
 
 class Shuffled:
@@ -49,13 +50,13 @@ def test_images_sorted_by_class_are_held_out_of_each_class() -> None:
 def test_labels_go_with_their_images_and_what_is_not_one_per_image_stays() -> None:
     mask = torch.ones(1, 3)
     found = hold_out([Inputs((A,), {"mask": mask}, labels=torch.arange(60))], Masked())
-    assert isinstance(found.seen, list)
+    assert isinstance(found.seen, Batches)
     (call,) = found.seen
     assert call.kwargs == {"mask": mask}
     assert call.labels is not None
     assert torch.equal(A[call.labels], call.args[0])
     assert found.measured is not None
-    assert found.measured.kwargs == {"mask": mask}
+    assert found.measured.first.kwargs == {"mask": mask}
 
 
 class Masked(nn.Module):
@@ -94,7 +95,7 @@ def test_none_are_held_out_where_rows_are_not_answered_one_by_one(model: nn.Modu
     found = hold_out([Inputs((A,))], model.eval())
     assert found.measured is None
     assert not found.unseen
-    assert isinstance(found.seen, list)
+    assert isinstance(found.seen, Batches)
     assert torch.equal(found.seen[0].args[0], A)
 
 
@@ -106,5 +107,5 @@ def test_few_images_are_all_seen() -> None:
 def test_of_a_stream_the_first_batch_is_measured_on() -> None:
     found = take_first([Inputs((A[:50],)), Inputs((A[50:],))], unseen=False)
     assert found.measured is not None
-    assert torch.equal(found.measured.args[0], A[:50])
+    assert torch.equal(found.measured.first.args[0], A[:50])
     assert not found.unseen

@@ -72,7 +72,7 @@ def test_on_noise_one_pass_gives_moments_and_reference_in_either_order() -> None
     norm = reference.get_submodule("1")
     assert isinstance(norm, nn.BatchNorm2d)
     with torch.no_grad():
-        given = model[0](found.images.tensors()[0])
+        given = model[0](found.images.join().tensors()[0])
     torch.testing.assert_close(norm.running_mean, given.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
 
     again = calibrate(model, Inputs.of(X), "noise", noise=NOISE)

@@ -48,7 +48,7 @@ def test_auto_takes_the_images_that_are_given_also_from_a_generator() -> None:
     assert step.error_after < step.error_before
     assert f"output error {step.error_before:.2g} -> {step.error_after:.2g}" in str(small)
     assert small.images is not None
-    assert torch.equal(small.images.tensors()[0], IMAGES)
+    assert torch.equal(small.images.join().tensors()[0], IMAGES)
 
 
 def test_auto_makes_images_where_it_can_afford_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_a_choice_of_channels_alone_takes_a_few_noise_images() -> None:
     bare = intrafusion.compress(network(), X, 0.5, restore=None)
     assert bare.restored == ()
     assert bare.images is not None
-    assert len(bare.images.tensors()[0]) == steps_module.ENOUGH_TO_CHOOSE
+    assert len(bare.images.join().tensors()[0]) == steps_module.ENOUGH_TO_CHOOSE
 
 
 def test_auto_without_norms_takes_noise() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of, size_twins
-from intrafusion.measure.drift import output_error
-from intrafusion.network.batches import cast_like, double_first, take_images
+from intrafusion.measure.drift import OutputError
+from intrafusion.network.batches import cast_like, double_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
@@ -75,23 +75,22 @@ class Sensitivity:
         maps = {
             g.name: self.teller(_pose(g, self.scores[g.name], m, self.moments.get(g.name))) for g, m in smaller.items()
         }
-        return _measure_cut_error(self._reference, self.graph, maps, self.literals, *self._seen)
+        return _measure_cut_error(self._reference, self.graph, maps, self.literals, self._seen)
 
     @property
     def _reference(self) -> nn.Module:
         return self.model if self.calibration is None else self.calibration.reference
 
     @cached_property
-    def _seen(self) -> tuple[Inputs, list[Tensor]]:
-        """A few images and what the network as it is to be seen gives on them."""
+    def _seen(self) -> list[tuple[Inputs, list[Tensor]]]:
+        """A few images in batches, and what the network as it is to be seen gives on them."""
         if self.calibration is not None:
-            images = take_images(self.calibration.images, 0, _FEW)
-            return images, _run_floats(self._reference, images)
+            return [(call, _run_floats(self._reference, call)) for call in self.calibration.images.take(_FEW)]
         varied = self.example_inputs.varied()
         try:
-            return varied, _run_floats(self.model, varied)
+            return [(varied, _run_floats(self.model, varied))]
         except ModelError:  # it takes these values only
-            return self.example_inputs, _run_floats(self.model, self.example_inputs)
+            return [(self.example_inputs, _run_floats(self.model, self.example_inputs))]
 
 
 def _pose(group: ChannelGroup, scores: Tensor, m: int, moments: Moments | None) -> ReductionProblem:
@@ -119,17 +118,18 @@ def _measure_cut_error(
     graph: ChannelGraph,
     maps: Mapping[str, ReductionMap],
     literals: Literals | None,
-    images: Inputs,
-    expected: list[Tensor],
+    seen: Sequence[tuple[Inputs, list[Tensor]]],
 ) -> float:
     """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
     small = copy_reduced(model, graph, maps, literals)
     add_shifts_(small, model, graph, maps)
+    error = OutputError()
     try:
-        found = _run_floats(small, images)
+        for images, expected in seen:
+            error.add(_run_floats(small, images), expected)
     except ModelError:
         return 1.0
-    return output_error(found, expected)
+    return error.value
 
 
 def _run_floats(model: nn.Module, images: Inputs) -> list[Tensor]:

@@ -45,6 +45,7 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.io.atomic import read_text
 from intrafusion.io.pretrained import check_apart
 from intrafusion.large import CompressedFolder, compress_folder
+from intrafusion.network.free_memory import read_memory
 from intrafusion.network.texts import Tokenizer
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
@@ -65,6 +66,14 @@ def _list_defaults() -> dict[str, Any]:
         "normalization": IntraFusion().normalization,
         **{k: v for k, v in recipe.items() if v not in (None, []) and v is not False},
     }
+
+
+def _check_memory(said: str | None) -> str | None:
+    try:
+        read_memory(said)
+    except RecipeError as error:
+        raise typer.BadParameter(str(error)) from error
+    return said
 
 
 @tells_defaults(_list_defaults())
@@ -130,6 +139,15 @@ def compress_command(
             "can be rotated; that adds parameters.",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What is held of the images and computed of them takes at most this, beside the network: 2GB, 500MB. "
+            "Half of what is free by default.",
+            callback=_check_memory,
+        ),
+    ] = None,
     blockwise: Annotated[
         bool,
         typer.Option(
@@ -174,14 +192,14 @@ def compress_command(
         if program:
             check_program(output, network.model, network.inputs)
         dtypes = hugging_face.lift_precision_(network.model) if network.folder else {}
-        small, rolled_back = _reduce_network(network, wanted, found, tokenizer)
+        small, rolled_back = _reduce_network(network, wanted, found, tokenizer, memory)
         small = hugging_face.lower_precision_(small, dtypes)
         if output:
             opens = network.folder is not None and is_loadable(small.model)
             save_network(small, output, program=program, pretrained=network.folder if opens else None)
             kept.add(output)
         if keep_images and small.images:
-            save_images(small.images.tensors()[0], keep_images)
+            save_images(small.images.join().tensors()[0], keep_images)
     if as_json:
         print_json("compress", _summary(network, small, output, rolled_back))
     else:
@@ -192,7 +210,7 @@ def compress_command(
 
 _WHOLE = (
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
-    *("as_json", "strict"),
+    *("as_json", "strict", "memory"),
 )
 """Options that a network block by block does not take."""
 _FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument
@@ -352,7 +370,11 @@ _READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": _read_
 
 
 def _reduce_network(
-    network: Network, recipe: Recipe, given: Tensor | list[str] | None, tokenizer: Tokenizer | None
+    network: Network,
+    recipe: Recipe,
+    given: Tensor | list[str] | None,
+    tokenizer: Tokenizer | None,
+    memory: str | None,
 ) -> tuple[Compressed, list[str]]:
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
     with progress_bar("compress") as progress:
@@ -365,7 +387,7 @@ def _reduce_network(
                 soft_wrap=True,
             )
         small = pipeline.follow(
-            recipe, network.model, graph, network.inputs, given, tokenizer=tokenizer, progress=progress
+            recipe, network.model, graph, network.inputs, given, tokenizer=tokenizer, memory=memory, progress=progress
         )
     return annotated(small, network), list(small.rolled_back)
 

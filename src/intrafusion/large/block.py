@@ -14,6 +14,7 @@ from intrafusion.large.chain import BlockCall, run_block
 from intrafusion.large.release import release_memory
 from intrafusion.measure.drift import output_error
 from intrafusion.names import name_some
+from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.tensors import copy_model, named_tensors
@@ -112,7 +113,7 @@ def _look(block: nn.Module, graph: ChannelGraph, recipe: Recipe, seen: Streams |
     """What is read of the channels, found now, so that what that takes is free again when channels are chosen."""
     if seen is None:
         return None
-    looked = Calibration("images", seen.inputs[0], block, LeastSquares(), seed=recipe.seed)
+    looked = Calibration("images", Batches.of(seen.inputs[0]), block, LeastSquares(), seed=recipe.seed)
     looked.moments_of(graph)
     release_memory()
     return looked

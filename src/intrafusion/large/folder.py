@@ -26,10 +26,18 @@ from intrafusion.large.chain import BlockCall, find_blocks, follow_blocks, load_
 from intrafusion.large.offload import make_skeleton, weights_from_disk
 from intrafusion.large.release import release_memory
 from intrafusion.names import hide_numbers, name_some
-from intrafusion.network.batches import ImagesLike, count_images, double_first, join_batches, make_reusable, name_inputs
+from intrafusion.network.batches import (
+    ImagesLike,
+    count_images,
+    double_first,
+    join_batches,
+    make_reusable,
+    name_inputs,
+    pick_images,
+)
 from intrafusion.network.calibration_images import as_calls
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
-from intrafusion.network.held_out import held_out_places, pick_images
+from intrafusion.network.held_out import held_out_places
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.sources import find_transformers, import_transformers, needing
 from intrafusion.network.texts import Tokenizer

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
-from intrafusion.measure.drift import output_error
+from intrafusion.measure.drift import OutputError
 from intrafusion.network.batches import cast_like, count_images, double_first
+from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.inputs import Inputs, output_tensors
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
@@ -22,6 +23,9 @@ OUTPUT_ERROR = (
     "the mean squared difference of the outputs from the original's, as a fraction of the variance of the original's"
 )
 """What the output error is."""
+
+
+_KEPT = 2**26  # bytes of outputs of the original that are kept from one measurement to the next
 
 
 @dataclass(frozen=True)
@@ -43,27 +47,36 @@ class Closeness:
         return self.error > other.error or math.isnan(self.error)
 
 
+_Answer = tuple[list[Tensor], Tensor | None]
+"""What counts of the outputs of a call, and what looks like class scores among them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Yardstick:
     """Inputs, and what the original network gives on them; rows of padded tokens do not count.
 
     Attributes:
         original: the original network, as it is to be seen on these inputs.
-        inputs: all of them, as one call.
+        inputs: one call, or batches of them.
         kind: what they are, in the plural.
         unseen: whether they were kept from the solver.
     """
 
     original: nn.Module
-    inputs: Inputs
+    inputs: Inputs | Batches
     kind: str = "images"
     unseen: bool = True
 
     __repr__ = show_briefly
 
     @cached_property
-    def _expected(self) -> tuple[list[Tensor], Tensor | None]:
-        return self._run(self.original)
+    def _batches(self) -> Batches:
+        return read_input_batches(self.inputs)
+
+    @cached_property
+    def _kept(self) -> dict[int, _Answer]:
+        """What the original gives on the first batches, as far as that is little."""
+        return {}
 
     def measure(self, model: nn.Module) -> Closeness:
         """How close a network is to the original here.
@@ -71,22 +84,41 @@ class Yardstick:
         Raises:
             ModelError: one of them does not run on these inputs.
         """
-        (found, scores), (expected, labels) = self._run(model), self._expected
-        agreement = None
-        if scores is not None and labels is not None and scores.shape == labels.shape:
-            agreement = float((scores.argmax(1) == labels.argmax(1)).double().mean())
-        return Closeness(output_error(found, expected), agreement)
+        error, alike = OutputError(), list[Tensor | None]()
+        for index, call in enumerate(self._batches):
+            (found, scores), (expected, labels) = _answer(model, call), self._expect(index, call)
+            error.add(found, expected)
+            alike.append(_compare(scores, labels))
+        known = [t for t in alike if t is not None]
+        agreement = float(torch.cat(known).double().mean()) if len(known) == len(alike) else None
+        return Closeness(error.value, agreement)
 
-    def _run(self, model: nn.Module) -> tuple[list[Tensor], Tensor | None]:
-        call = double_first(self.inputs)
-        with preserve_state(model):
-            output = cast_like(call, model).run(model)
-        tensors = [t.detach() for t in output_tensors(output)]
-        scores, counted = find_scores(output, tensors), select_counted(tensors, call.weights)
-        return counted, None if scores is None else scores[: count_images(self.inputs)]
+    def _expect(self, index: int, call: Inputs) -> _Answer:
+        if index in self._kept:
+            return self._kept[index]
+        found = _answer(self.original, call)
+        if sum(t.nbytes for tensors, _ in (*self._kept.values(), found) for t in tensors) <= _KEPT:
+            self._kept[index] = found
+        return found
 
     def __str__(self) -> str:
-        return f"{count_images(self.inputs)} {self.kind}"
+        return f"{self._batches.count} {self.kind}"
+
+
+def _answer(model: nn.Module, inputs: Inputs) -> _Answer:
+    call = double_first(inputs)
+    with preserve_state(model):
+        output = cast_like(call, model).run(model)
+    tensors = [t.detach() for t in output_tensors(output)]
+    scores, counted = find_scores(output, tensors), select_counted(tensors, call.weights)
+    return counted, None if scores is None else scores[: count_images(inputs)]
+
+
+def _compare(scores: Tensor | None, labels: Tensor | None) -> Tensor | None:
+    """Of which rows the largest score is the same; None where these are no class scores."""
+    if scores is None or labels is None or scores.shape != labels.shape:
+        return None
+    return scores.argmax(1) == labels.argmax(1)
 
 
 def find_scores(output: Any, tensors: list[Tensor]) -> Tensor | None:

@@ -15,6 +15,7 @@ from intrafusion.measure.closeness import Closeness
 from intrafusion.measure.latency import time_turns
 from intrafusion.measure.size import Size
 from intrafusion.network.batches import count_images
+from intrafusion.network.free_memory import describe_bytes
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
 
@@ -141,7 +142,7 @@ class Comparison:
         rows = [
             ("parameters", describe_change(before.params, after.params)),
             ("MACs", describe_change(before.macs, after.macs)),
-            ("file", describe_change(before.bytes, after.bytes, _size)),
+            ("file", describe_change(before.bytes, after.bytes, describe_bytes)),
         ]
         if before.latency_ms is not None and after.latency_ms is not None:
             times = f"{before.latency_ms:.3g} ms -> {after.latency_ms:.3g} ms"
@@ -198,18 +199,6 @@ def describe_change(before: int, after: int, shown: Callable[[int], str] = "{:,}
     '1,000 -> 500 (50.0%)'
     """
     return f"{shown(before)} -> {shown(after)}" + (f" ({after / before:.1%})" if before else "")
-
-
-def _size(count: int) -> str:
-    """Bytes in a unit that leaves three digits.
-
-    >>> _size(1_234_567), _size(980)
-    ('1.23 MB', '980 bytes')
-    """
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count} bytes"
 
 
 def _percent(share: float) -> str:

@@ -84,15 +84,35 @@ def output_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     >>> output_error([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 3.0]])])
     0.1
     """
-    if len(found) != len(expected):
-        raise ArgumentError(
-            f"output_error: expected as many outputs as expected ones, got {len(found)} and {len(expected)}; "
-            "compare the outputs of the same call."
-        )
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True) if not a.is_complex()]
-    pairs += [parts for a, b in zip(found, expected, strict=True) if a.is_complex() for parts in _parts(a, b)]
-    lost = sum(_squared_difference(a, b) for a, b in pairs if a.shape == b.shape)
-    return lost / max(sum(float(_centre(b).square().sum()) for _, b in pairs), 1e-300)
+    error = OutputError()
+    error.add(found, expected)
+    return error.value
+
+
+class OutputError:
+    """The same over several calls, whose outputs are seen one after another."""
+
+    def __init__(self) -> None:
+        self.lost = 0.0
+        self.spreads: dict[tuple[int, tuple[int, ...] | None], _Spread] = {}  # by output, and shape of a row
+
+    def add(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        """What another call gave, and what it should have given."""
+        if len(found) != len(expected):
+            raise ArgumentError(
+                f"output_error: expected as many outputs as expected ones, got {len(found)} and {len(expected)}; "
+                "compare the outputs of the same call."
+            )
+        pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True) if not a.is_complex()]
+        pairs += [parts for a, b in zip(found, expected, strict=True) if a.is_complex() for parts in _parts(a, b)]
+        self.lost += sum(_squared_difference(a, b) for a, b in pairs if a.shape == b.shape)
+        for index, (_, b) in enumerate(pairs):
+            key = index, tuple(b.shape[1:]) if b.dim() else None
+            self.spreads.setdefault(key, _Spread()).add(b)
+
+    @property
+    def value(self) -> float:
+        return self.lost / max(sum(spread.total() for spread in self.spreads.values()), 1e-300)
 
 
 def _parts(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -104,7 +124,26 @@ def _squared_difference(a: Tensor, b: Tensor) -> float:
     return float(torch.where(alike, 0.0, a - b).square().sum())
 
 
-def _centre(b: Tensor) -> Tensor:
-    """Without the mean over the rows, 0 where that is not finite; a single row as it is."""
-    mean = b.mean(0) if b.dim() and len(b) > 1 else b.new_zeros(())
-    return (b - mean).nan_to_num(0.0, 0.0, 0.0)
+class _Spread:
+    """Sum of squares about the mean over all rows, 0 where that is not finite; of a single row about zero."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.centre = self.moved = self.squares = torch.zeros(())  # the mean of the first rows, and sums about it
+
+    def add(self, b: Tensor) -> None:
+        if not b.dim():
+            self.squares = self.squares.to(b) + b.square()
+            return
+        if not len(b):
+            return
+        if not self.rows:
+            self.centre = b.mean(0)
+        off = b - self.centre
+        self.moved = self.moved + off.sum(0) if self.rows else torch.zeros_like(self.centre)
+        self.squares = off.square().sum(0) + self.squares.to(off)
+        self.rows += len(b)
+
+    def total(self) -> float:
+        found = self.squares - self.moved.square() / max(1, self.rows) if self.rows != 1 else self.centre.square()
+        return float(found.nan_to_num(0.0, 0.0, 0.0).sum())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from intrafusion.network.gram import square_rows
 from intrafusion.network.identity import identify
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.layers import Layer, find_layers, watch_calls
+from intrafusion.network.row_weights import RowWeights
+from intrafusion.network.shares import Share, ShareSampler
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.texts import Tokenizer
@@ -185,34 +188,68 @@ def _see(calibration: Calibration, found: Sequence[Heads]) -> tuple[dict[str, Te
     For the latter, the network runs once for each way of giving the key heads one another's values in turn; what the
     output layers give is that of the first run, so that the layers behind see what they are meant to.
     """
-    reference, call = calibration.reference, double_first(calibration.images)
-    outputs, values = {h.output: h for h in found}, {h.value: h for h in found}
-    names = [*outputs, *values, *(name for h in found for name in (h.key, h.query))]
+    reference, outputs = calibration.reference, {h.output: h for h in found}
+    names = [*outputs, *(name for h in found for name in (h.value, h.key, h.query))]
     layers = {n: Layer(n, reference.get_submodule(n)) for n in names}  # type: ignore[arg-type]
     entries = sum(h.columns.size * h.count for h in found)
     limit = max(_FEWEST_ROWS, min(_ROWS, _ENTRIES // entries))
-    given, grams = dict[str, Tensor](), dict[str, Tensor]()
-    read: dict[str, list[Tensor]] = defaultdict(list)
+    samplers = {n: ShareSampler(limit if n in outputs else _ROWS, calibration.seed) for n in names}
+    grams, counts = dict[str, Tensor](), Counter[str]()  # by layer, sums over batches
+    for batch, share in calibration.images.shared():
+        looking = _Look(found, layers, samplers, double_first(batch).weights, share)
+        for _ in range(max(h.count for h in found)):
+            with preserve_state(reference), watch_calls({n: layer.module for n, layer in layers.items()}, looking):
+                cast_like(double_first(batch), reference).call(reference)
+        for name, (square, rows) in looking.sums().items():
+            grams[name] = grams[name] + square if name in grams else square
+            counts[name] += rows
+    means = {name: square / counts[name] for name, square in grams.items()}
+    return {n: m for n, m in means.items() if n not in outputs}, {n: m for n, m in means.items() if n in outputs}
 
-    def take(layer: Layer, x: Tensor, rows: int) -> Tensor:
-        return layer.take_outputs(x, layer.sample_places(x, rows, calibration.seed, layer.weigh_rows(x, call.weights)))
 
-    def called(name: str, x: Tensor, output: Tensor) -> Tensor | None:
-        if name in outputs:
-            read[name].append(take(layers[name], x, limit)[:, torch.from_numpy(outputs[name].columns)])
-            return given.setdefault(name, output)
-        if name in values and read[values[name].output]:
-            return _turn(output, values[name], len(read[values[name].output]))
-        if name not in values and name not in grams:
-            rows = take(layers[name], output, _ROWS)
-            grams[name] = square_rows(rows) / len(rows)
+@dataclass(eq=False)
+class _Look:
+    """What keys, queries and output layers show of one batch, which runs several times.
+
+    Attributes:
+        given: what each output layer gave in the first run.
+        read: of each output layer, rows of what it read in each run.
+        squares: of keys and queries, products of rows, and how many.
+    """
+
+    found: Sequence[Heads]
+    layers: Mapping[str, Layer]
+    samplers: Mapping[str, ShareSampler]
+    weights: RowWeights | None
+    share: Share
+    given: dict[str, Tensor] = field(default_factory=dict)
+    read: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    squares: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.outputs, self.values = {h.output: h for h in self.found}, {h.value: h for h in self.found}
+
+    def __call__(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
+        if name in self.outputs:
+            self.read[name].append(self._take(name, x)[:, torch.from_numpy(self.outputs[name].columns)])
+            return self.given.setdefault(name, output)
+        if name in self.values and self.read[self.values[name].output]:
+            return _turn(output, self.values[name], len(self.read[self.values[name].output]))
+        if name not in self.values and name not in self.squares:
+            rows = self._take(name, output)
+            self.squares[name] = square_rows(rows), len(rows)
         return None
 
-    modules = {n: layer.module for n, layer in layers.items()}
-    for _ in range(max(h.count for h in found)):
-        with preserve_state(reference), watch_calls(modules, called):
-            cast_like(call, reference).call(reference)
-    return grams, {h.output: _square_mixed(torch.stack(read[h.output][: h.count])) for h in found}
+    def sums(self) -> dict[str, tuple[Tensor, int]]:
+        """By layer, products of rows and how many rows there are."""
+        runs = {h.output: torch.stack(self.read[h.output][: h.count]) for h in self.found}
+        return self.squares | {name: (_square_mixed(rows), rows.shape[1]) for name, rows in runs.items()}
+
+    def _take(self, name: str, x: Tensor) -> Tensor:
+        layer = self.layers[name]
+        along, counts = x.movedim(layer.channel_dim, -1), layer.weigh_rows(x, self.weights)
+        places, _ = self.samplers[name].draw(name, tuple(along.shape[:-1]), self.share, counts)
+        return layer.take_outputs(x, places.to(x.device))
 
 
 def _turn(output: Tensor, h: Heads, run: int) -> Tensor:
@@ -223,14 +260,14 @@ def _turn(output: Tensor, h: Heads, run: int) -> Tensor:
 
 
 def _square_mixed(runs: Tensor) -> Tensor:
-    """(n, n w, n w): for each key head the second moment of all values as its query heads mix them, summed over these.
+    """(n, n w, n w): for each key head the products of all values as its query heads mix them, summed over all rows.
 
     Args:
         runs: (n, k, n, r, w), of each run the rows by key head and query head.
     """
-    n, k, _, _, w = runs.shape
+    n, _, _, _, w = runs.shape
     mixed = [runs[[(v - g) % n for v in range(n)], :, g].permute(1, 2, 0, 3).reshape(-1, n * w) for g in range(n)]
-    return torch.stack([square_rows(rows) / k for rows in mixed])
+    return torch.stack([square_rows(rows) for rows in mixed])
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -401,7 +438,7 @@ def _restore_(
         return ()
     before, kept = yardstick.measure(small), {n: t.detach().clone() for n, t in named_tensors(small).items()}
     small.eval()
-    LeastSquares(seed=calibration.seed).solver.solve_(small, {}, model, graph, calibration.images, left=left)
+    LeastSquares(seed=calibration.seed).solver.solve_(small, {}, model, graph, calibration.images.join(), left=left)
     after = yardstick.measure(small)
     if undone := after.is_worse_than(before):
         write_weights_(small, kept)

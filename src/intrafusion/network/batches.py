@@ -167,7 +167,15 @@ def join_batches(calls: list[Inputs]) -> Inputs:
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     args, kwargs = tree_unflatten([_concatenate_column(column) for column in columns], form)
     source = calls[0].source if len(calls) == 1 else "images"
-    return replace(calls[0], args=args, kwargs=kwargs, source=source, labels=None, weights=_join_weights(calls))
+    labels, weights = _join_labels([call.labels for call in calls]), _join_weights(calls)
+    return replace(calls[0], args=args, kwargs=kwargs, source=source, labels=labels, weights=weights)
+
+
+def _join_labels(labels: list[Tensor | None]) -> Tensor | None:
+    """None where batches have none, or such as do not go together."""
+    found = [t for t in labels if t is not None and t.dim()]
+    alike = len(found) == len(labels) and len({(t.dtype, t.device, t.shape[1:]) for t in found}) == 1
+    return torch.cat(found) if alike else None
 
 
 def _join_weights(calls: list[Inputs]) -> RowWeights | None:
@@ -175,7 +183,8 @@ def _join_weights(calls: list[Inputs]) -> RowWeights | None:
     if len(parts) < len(calls):
         return None
     tables = tuple(map(torch.cat, zip(*(weights.tables for weights in parts), strict=True)))
-    return RowWeights(tables, set[str]().union(*(w.lost for w in parts))) if len(parts) > 1 else parts[0]
+    shared = all(w.lost is parts[0].lost for w in parts)  # of calls of the same images: what is noted there is told
+    return RowWeights(tables, parts[0].lost if shared else set[str]().union(*(w.lost for w in parts)))
 
 
 def _concatenate_column(column: tuple[Any, ...]) -> Any:
@@ -253,14 +262,28 @@ def name_inputs(call: Inputs) -> str:
 
 
 def take_images(call: Inputs, start: int, stop: int) -> Inputs:
-    total = count_images(call)
+    """Images of a batch that follow one another, from `start` to before `stop`."""
+    return pick_images(call, torch.arange(start, min(stop, count_images(call))))
 
-    def cut(value: Any) -> Any:
-        batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == total
-        return value[start:stop] if batched else value
 
-    weights = None if call.weights is None else call.weights.map(lambda table: table[start:stop])
-    return replace(call, args=tree_map(cut, call.args), kwargs=tree_map(cut, call.kwargs), labels=None, weights=weights)
+def pick_images(call: Inputs, places: Tensor) -> Inputs:
+    """These images of a batch, labels with them; what is not one per image stays.
+
+    Where they follow one another they share their memory with it.
+    """
+    total, first = count_images(call), int(places[0]) if len(places) else 0
+    is_run = torch.equal(places.cpu(), torch.arange(first, first + len(places)))
+
+    def take(t: Tensor) -> Tensor:
+        return t[first : first + len(places)] if is_run else t[places.to(t.device)]
+
+    def pick(value: object) -> object:
+        return take(value) if isinstance(value, Tensor) and value.dim() > 0 and len(value) == total else value
+
+    labels = None if call.labels is None else take(call.labels)
+    weights = None if call.weights is None else call.weights.map(take)
+    parts = tree_map(pick, call.args), tree_map(pick, call.kwargs)
+    return replace(call, args=parts[0], kwargs=parts[1], labels=labels, weights=weights)
 
 
 def double_first(call: Inputs) -> Inputs:

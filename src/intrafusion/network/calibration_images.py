@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,6 +67,13 @@ class Calls:
             self.notes["few"] = (
                 f"images: {total} are few for solving layers on them; give a few hundred, or restore='synthetic'"
             )
+
+    @property
+    def is_held(self) -> bool:
+        """Whether all are in memory in any case."""
+        return isinstance(self.given, (Tensor, np.ndarray, Mapping, Inputs, Sequence, Iterator)) or hasattr(
+            self.given, "images"
+        )
 
     def warn(self) -> tuple[str, ...]:
         """All notes, after a warning of each that was not warned of before."""

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
-from intrafusion.network.batches import ImagesLike, cast_like, double_first, join_batches, read_batches
+from intrafusion.network.batches import ImagesLike, cast_like, double_first
 from intrafusion.network.gram import find_scale, square_rows
+from intrafusion.network.input_batches import read_input_batches
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import Layer, Port, find_layers, sample_places, watch_calls
-from intrafusion.network.row_weights import RowWeights, effective_rows, weigh_evenly
+from intrafusion.network.layers import Layer, Port, find_layers, watch_calls
+from intrafusion.network.row_weights import RowWeights
+from intrafusion.network.shares import ALL, ShareSampler
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import Moments
@@ -54,29 +56,34 @@ def _find_bare_reads(groups: Iterable[ChannelGroup]) -> dict[str, list[tuple[str
 def measure_moments(
     model: nn.Module, graph: ChannelGraph, images: ImagesLike, *, rows: int = 20_000, seed: int = 0
 ) -> dict[str, Moments]:
-    """Moments of every group of which something is read, from one forward pass of the original network.
+    """Moments of every group of which something is read, from one forward pass of the original network on each batch.
+
+    They do not depend on the batches, up to rounding, where the network answers each image by itself.
 
     Args:
         images: unlabelled; see `intrafusion.network.batches`.
-        rows: sampled places per layer.
+        rows: sampled places per layer, over all images.
     Raises:
         ModelError: no images, or images that the network does not run on.
     """
-    call = double_first(join_batches(read_batches(images)))
-    taker = MomentTaker(model, graph, rows, seed, call.weights)
-    with preserve_state(model), taker:
-        cast_like(call, model).call(model)
+    taker = MomentTaker(model, graph, rows, seed)
+    for batch, share in read_input_batches(images, model).shared():
+        call = double_first(batch)
+        taker.share, taker.weights = share, call.weights
+        with preserve_state(model), taker:
+            cast_like(call, model).call(model)
     return taker.moments()
 
 
 class MomentTaker(contextlib.ExitStack):
-    """Takes the moments of what is read of the channels in the forward pass that runs inside.
+    """Takes the moments of what is read of the channels in the forward passes that run inside.
 
     Dense layers are watched as such. Weights that are read in another way (by a function, tied, or by a layer that does
-    not run as one) are watched at the products that they enter.
+    not run as one) are watched at the products that they enter. It can be entered again, for the next batch.
 
-    Args:
-        weights: how much the positions of the call count; padded ones do not.
+    Attributes:
+        share: the part of all images that the next batch is.
+        weights: how much the positions of that call count; padded ones do not.
     """
 
     def __init__(
@@ -88,7 +95,8 @@ class MomentTaker(contextlib.ExitStack):
         weights: RowWeights | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.graph, self.rows, self.seed, self.weights = model, graph, rows, seed, weights
+        self.model, self.graph, self.weights, self.share = model, graph, weights, ALL
+        self.sampler = ShareSampler(rows, seed)
         layers, groups = find_layers(model, graph), [g for g in graph.reducible if g.is_channel]
         self.ports: dict[str, list[tuple[str, Port]]] = defaultdict(list)  # by layer, with the group
         for group in groups:
@@ -98,7 +106,8 @@ class MomentTaker(contextlib.ExitStack):
         self.sides = {g.name: _Sides.of(g, layers) for g in groups if g.with_role(Role.MATCHES)}
         self.linear = {g.name for g in groups if g.linear}
         self.bare = _find_bare_reads(groups)
-        self.found: dict[str, dict[str, _Read]] = {g.name: {} for g in groups}  # by group, by weight
+        self.found: dict[str, dict[str, _Sums]] = {g.name: {} for g in groups}  # by group, by weight
+        self.watched: set[str] = set()  # layers that were seen to run as such
 
     def __enter__(self) -> MomentTaker:
         along = {weight: members[0][1].dim for weight, members in self.bare.items()}
@@ -116,12 +125,16 @@ class MomentTaker(contextlib.ExitStack):
     def reached(self, name: str, x: Tensor) -> None:
         """A dense layer is about to read."""
         layer = self.layers[name]
-        counts = layer.weigh_rows(x, self.weights)
-        places = layer.sample_places(x, self.rows, self.seed, counts)
-        rows, even = layer.take_rows(x, places), None if counts is None else weigh_evenly(counts[tuple(places.T)])
+        self.watched.add(name)
+        counts, shape = (
+            layer.weigh_rows(x, self.weights),
+            (x if x.dim() < 2 else x.movedim(layer.channel_dim, -1)).shape,
+        )
+        places, each = self.sampler.draw(name, tuple(shape[:-1]), self.share, counts)
+        rows, weights = layer.take_rows(x, places.to(x.device)), _weigh(places, each, counts)
         for group, port in self.ports[name]:
-            moments = _take_moments(rows.double() if group in self.linear else rows, port.positions, even)
-            self.found[group][port.weight] = _Read(layer.input_dim, port.positions, len(rows), *moments)
+            sums = self.found[group].setdefault(port.weight, _Sums(layer.input_dim, port.positions))
+            sums.add(rows.double() if group in self.linear else rows, port.positions, weights)
 
     def given(self, name: str, x: Tensor, output: Tensor) -> None:
         """A layer gave what is multiplied with what another gives."""
@@ -150,7 +163,7 @@ class MomentTaker(contextlib.ExitStack):
     def _is_watched(self, weight: str) -> bool:
         """Whether the layer that owns a weight was seen to read with it."""
         layer = weight.rpartition(".")[0]
-        return any(weight in self.found[group] for group, _ in self.ports.get(layer, ()))
+        return layer in self.watched and any(port.weight == weight for _, port in self.ports[layer])
 
     def _note_read(self, weight: str, index: Tensor, x: Tensor, counts: Tensor | None) -> None:
         """Rows x (k, d), of which the place i was multiplied with the coordinate index[i] of the weight.
@@ -158,28 +171,36 @@ class MomentTaker(contextlib.ExitStack):
         Args:
             counts: how much each row counts, (k,).
         """
-        places = sample_places(weight, (len(x),), self.rows, self.seed, counts)[:, 0].to(x.device)
-        rows, even = x[places], None if counts is None else weigh_evenly(counts[places])
+        places, each = self.sampler.draw(weight, (len(x),), self.share, counts)
+        rows, weights = x[places[:, 0].to(x.device)], _weigh(places, each, counts)
         for group, member in self.bare[weight]:
             positions = torch.as_tensor(member.positions, dtype=torch.long)
             columns = _find_places(positions, index.cpu())
             if columns is not None:
-                read = _Read(member.dim, positions, len(rows), *_take_moments(rows, columns, even), shifts=False)
-                before = self.found[group].get(weight)
-                self.found[group][weight] = read if before is None else before.pool(read)
+                sums = self.found[group].setdefault(weight, _Sums(member.dim, positions, shifts=False))
+                sums.add(rows, columns, weights)
 
     def moments(self) -> dict[str, Moments]:
-        """By group; norms are folded as they are now."""
+        """By group; norms are folded as they are now. What was seen is forgotten, group by group: it is as large."""
         weights = _fold_all(self.model, self.graph)
-        seen = {
-            name: {w: read.within_sample() if name in self.linear else read for w, read in reads.items()}
-            for name, reads in self.found.items()
-        }
-        found = {group: _join_reads(reads, weights) for group, reads in seen.items() if reads}
-        for group in (g for g in self.graph.reducible if g.rotation is not None and g.name in found):
-            bare = _join_bare_reads(group, self.found[group.name], weights)
-            found[group.name] = replace(found[group.name], bare=bare)
+        rotated, found = {g.name for g in self.graph.reducible if g.rotation is not None}, dict[str, Moments]()
+        while self.found:
+            name = next(iter(self.found))
+            reads = {weight: sums.read() for weight, sums in self.found.pop(name).items() if sums.count}
+            if reads:
+                linear = name in self.linear
+                seen = {weight: read.within_sample() for weight, read in reads.items()} if linear else reads
+                found[name] = _join_reads(seen, weights)
+            if reads and name in rotated:
+                found[name] = replace(found[name], bare=_join_bare_reads(self.graph[name], reads, weights))
         return found | {group: moments for group, side in self.sides.items() if (moments := side.moments()) is not None}
+
+
+def _weigh(places: Tensor, each: float, counts: Tensor | None) -> Tensor | None:
+    """How much each row at these places counts, (k, 1); None for all alike."""
+    if counts is None:
+        return None if each == 1 else torch.full((len(places), 1), each, dtype=torch.float64)
+    return each * counts[tuple(places.to(counts.device).T)].double()[:, None]
 
 
 @dataclass(eq=False)
@@ -192,13 +213,13 @@ class _Sides:
     Attributes:
         ports: where layers give either side.
         whole: whether all that makes the channels, or matches them, is in `ports`.
-        sums: of squares (n, n), of the first and the second side; None before the first call.
+        squares: by port, the sum of squares (n, n) and of weights so far.
     """
 
     ports: list[Port]
     second: list[bool]
     whole: bool
-    sums: list[Tensor | None] = field(default_factory=lambda: [None, None])
+    squares: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, group: ChannelGroup, layers: Mapping[str, Layer]) -> _Sides:
@@ -208,7 +229,7 @@ class _Sides:
         return cls([Port.of(layers[m.module], m) for m in known], second, len(known) == len(members))
 
     def add(self, name: str, output: Tensor, weights: RowWeights | None = None) -> None:
-        for port, second in zip(self.ports, self.second, strict=True):
+        for index, (port, second) in enumerate(zip(self.ports, self.second, strict=True)):
             if port.layer.name == name:
                 x = port.take_channels(port.layer.apply_norm(output)).double()  # (images, n, places)
                 counts = port.weigh_channels(output, weights)  # (images, 1, places)
@@ -216,15 +237,77 @@ class _Sides:
                 x = torch.where(counts > 0, x, 0.0)  # padded places may hold NaN
                 mean = (counts * x).sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1e-300)
                 x = x - mean if second else x
-                square = torch.einsum("inp,imp->nm", counts * x, x) / counts.sum()
-                before = self.sums[second]
-                self.sums[second] = square if before is None else before + square
+                square, count = torch.einsum("inp,imp->nm", counts * x, x), counts.sum()
+                before = self.squares.get(index)
+                self.squares[index] = (square, count) if before is None else (before[0] + square, before[1] + count)
 
     def moments(self) -> Moments | None:
-        first, second = self.sums
-        if first is None or second is None or not self.whole:
+        sides = [
+            [square / count for index, (square, count) in self.squares.items() if self.second[index] == second]
+            for second in (False, True)
+        ]
+        if not all(sides) or not self.whole:
             return None
+        first, second = (torch.stack(found).sum(0) for found in sides)
         return Moments(torch.zeros_like(first[:1]), first[None], second)
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Sums over the rows that were read of the channels of a group with one weight, batch by batch.
+
+    Attributes:
+        dim: of the weight, along which the channels run.
+        positions: (n, slots) along it.
+        shifts: whether the reader may have a place for a constant.
+        count: of rows and slots, by their weight; squares: of these weights.
+        centre: (n,) float64, the mean of the first rows, about which the sums are; moved: of differences from it, (n,);
+            square: of their products, (n, n).
+    """
+
+    dim: int
+    positions: Tensor
+    shifts: bool = True
+    count: float = 0.0
+    squares: float = 0.0
+    centre: Tensor | None = None
+    moved: Tensor | None = None
+    square: Tensor | None = None
+
+    def add(self, rows: Tensor, columns: Tensor, weights: Tensor | None) -> None:
+        """Rows (k, d), of which the channels are at columns (n, slots); weights (k, 1), None for all alike."""
+        channels = _take_channels(rows, columns)
+        if not len(channels):
+            return
+        scale = find_scale(channels)
+        channels = channels / scale
+        if weights is not None:
+            weights = weights.to(channels).repeat_interleave(len(channels) // len(weights), 0)
+        count, squares = (len(channels),) * 2 if weights is None else (weights.sum(), weights.square().sum())
+        if self.centre is None or self.moved is None:
+            mean = channels.mean(0) if weights is None else (weights * channels).sum(0) / count
+            self.centre = mean.double() * scale
+            self.moved = torch.zeros_like(self.centre)
+            centred = channels - mean
+        else:
+            centred = channels - (self.centre / scale).to(channels)
+            moved = centred if weights is None else weights * centred
+            self.moved = self.moved + moved.sum(0, dtype=torch.float64) * scale
+        square = square_rows(centred if weights is None else weights.sqrt() * centred).mul_(scale**2)
+        self.square = square if self.square is None else self.square.add_(square)
+        self.count += float(count)
+        self.squares += float(squares)
+
+    def read(self) -> _Read:
+        """Mean, sample covariance and that shrunk; once."""
+        assert self.centre is not None
+        assert self.moved is not None
+        assert self.square is not None
+        moved = self.moved / self.count
+        sample = self.square.div_(self.count).sub_(torch.outer(moved, moved))
+        rows = self.count**2 / self.squares
+        covariance = shrink(sample, rows)
+        return _Read(self.dim, self.positions, self.centre + moved, covariance, sample, self.shifts, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,19 +317,19 @@ class _Read:
     Attributes:
         dim: of the weight, along which the channels run.
         positions: (n, slots) along it.
-        rows: how many were seen.
         mean: (n,) over rows and slots, float64.
         covariance: (n, n) likewise, shrunk; sample: as it was seen.
         shifts: whether the reader may have a place for a constant.
+        rows: of equal weight that tell as much as those that were seen.
     """
 
     dim: int
     positions: Tensor
-    rows: int
     mean: Tensor
     covariance: Tensor
     sample: Tensor
     shifts: bool = True
+    rows: float = 0.0
 
     @property
     def uncentred(self) -> tuple[Tensor, Tensor]:
@@ -264,17 +347,6 @@ class _Read:
         alive = vectors * (values > _ROUNDING * values.amax())
         alive = alive @ alive.T
         return replace(self, covariance=alive @ self.covariance @ alive)
-
-    def pool(self, other: _Read) -> _Read:
-        """What was read at both calls together."""
-        rows = self.rows + other.rows
-        mean = (self.rows * self.mean + other.rows * other.mean) / rows
-        between = torch.outer(self.mean - other.mean, self.mean - other.mean) * self.rows * other.rows / rows**2
-        covariance, sample = (
-            (self.rows * own + other.rows * others) / rows + between
-            for own, others in ((self.covariance, other.covariance), (self.sample, other.sample))
-        )
-        return _Read(self.dim, self.positions, rows, mean, covariance, sample, self.shifts and other.shifts)
 
     def square_columns(self, weight: Tensor) -> Tensor:
         """Sum of W_c W_c^T over outputs, kernel positions and slots, (n, n)."""
@@ -329,28 +401,14 @@ def _find_places(positions: Tensor, index: Tensor) -> Tensor | None:
     return None if bool((places < 0).any()) else places
 
 
-def _take_moments(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, shrunk and sample covariance of the channels at positions (n, slots) of rows, over both, float64.
-
-    Args:
-        weights: how much each row counts, (k, 1) of mean 1; None for all alike.
-    """
+def _take_channels(rows: Tensor, positions: Tensor) -> Tensor:
+    """The channels at positions (n, slots) of rows (k, d), a row for each slot: (k slots, n), float32 or float64."""
     positions = positions.to(rows.device)
     every = len(positions) == rows.shape[1] and torch.equal(
         positions.flatten(), torch.arange(len(positions)).to(positions)
     )
     channels = rows if every else rows[:, positions].movedim(1, -1).flatten(0, -2)
-    channels = channels if channels.dtype == torch.float64 else channels.float()
-    scale = find_scale(channels)
-    channels = channels / scale
-    if weights is not None:
-        weights = weights.to(channels).repeat_interleave(len(channels) // len(weights), 0)
-    mean = channels.mean(0) if weights is None else (weights * channels).mean(0)
-    centred = channels - mean
-    rooted = centred if weights is None else weights.sqrt() * centred
-    sample = square_rows(rooted) / len(centred)
-    covariance = shrink(sample, effective_rows(weights, len(centred)))
-    return mean.double() * scale, covariance * scale**2, sample * scale**2
+    return channels if channels.dtype == torch.float64 else channels.float()
 
 
 def shrink(covariance: Tensor, rows: float) -> Tensor:

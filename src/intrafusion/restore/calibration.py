@@ -18,16 +18,14 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.measure.closeness import Yardstick
 from intrafusion.network.batches import (
     ImagesLike,
-    as_call,
     channels_last,
-    count_images,
-    join_batches,
     name_inputs,
-    read_batches,
     take_images,
 )
 from intrafusion.network.calibration_images import as_calls, warn_caller
+from intrafusion.network.free_memory import MemoryLike, read_memory
 from intrafusion.network.held_out import held_out_places
+from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.texts import Tokenizer, make_sentences, tokenize
 from intrafusion.network.token_limits import find_token_limits
@@ -59,7 +57,7 @@ class Calibration:
 
     Attributes:
         level: "noise", "synthetic" or "images".
-        images: all of them, as one call of the network.
+        images: all of them, in batches.
         original: the original network.
         restorer: the one that goes with the level.
         seconds: what making the images took.
@@ -71,13 +69,13 @@ class Calibration:
     """
 
     level: str
-    images: Inputs
+    images: Batches
     original: nn.Module
     restorer: LeastSquares | Noise
     seconds: float = 0.0
     why: str | None = None
     seed: Seed = 0
-    held_out: Inputs | None = None
+    held_out: Batches | None = None
     made: int | None = None
     what: str | None = None
     _moments: dict[ChannelGraph, Mapping[str, Moments]] = field(default_factory=dict, repr=False)
@@ -118,7 +116,7 @@ class Calibration:
         takers: list[MomentTaker] = []
 
         def watch(copy: nn.Module) -> MomentTaker:
-            takers.append(MomentTaker(copy, graph, seed=self.seed, weights=self.images.weights))
+            takers.append(MomentTaker(copy, graph, seed=self.seed))
             return takers[0]
 
         reference = standardise(self.original, self.images, watch)
@@ -139,15 +137,15 @@ class Calibration:
     @property
     def kind(self) -> str:
         """What the images are, in the plural."""
-        named = name_inputs(self.images)
+        named = self.images.kind
         return self.what or (_KINDS if named == "images" else _TOKEN_KINDS).get(self.level, named)
 
     def explain_counts(self) -> str | None:
         """Where the images went that were made from the network; None where none were."""
         if self.made is None:
             return None
-        apart = 0 if self.held_out is None else count_images(self.held_out)
-        mirrored = " and their mirror images" if count_images(self.images) > self.made - apart else ""
+        apart = 0 if self.held_out is None else self.held_out.count
+        mirrored = " and their mirror images" if self.images.count > self.made - apart else ""
         measured = f", {apart} to measure on" if apart else ""
         return f"{self.made} were made: {self.made - apart}{mirrored} to solve on{measured}"
 
@@ -162,7 +160,7 @@ class Calibration:
         return self.restorer.restore(small, original, graph, self.images, self.reference, measure)
 
     def __str__(self) -> str:
-        return f"{count_images(self.images)} {self.kind}"
+        return f"{self.images.count} {self.kind}"
 
 
 @checked
@@ -177,6 +175,7 @@ def calibrate(
     noise: Noise | None = None,
     seed: Seed = 0,
     tokenizer: Tokenizer | None = None,
+    memory: MemoryLike = None,
     progress: ShowProgress = None,
 ) -> Calibration:
     """Take or make images of a level; "auto" takes those given, else makes the best that it can afford.
@@ -188,10 +187,12 @@ def calibrate(
         synthesis: how images are made from the network.
         noise: which noise.
         tokenizer: of a network of tokens, for sentences of dictionary words in place of random tokens.
+        memory: bytes, or text such as "2GB", that what is held of the inputs and of what is computed of them may take;
+            None: half of what is free.
     Raises:
         ModelError: level "images" without images; a network that no image can be made for, or that is no causal
             language model where it reads tokens.
-        RecipeError: unknown level.
+        RecipeError: unknown level, or less memory than one image takes.
     Warns:
         IntrafusionWarning: "auto" cannot afford the images that it would make.
     """
@@ -199,27 +200,31 @@ def calibrate(
     if level not in ("auto", *LEVELS):
         raise RecipeError(unknown_name("restore", level, ("auto", *LEVELS)))
     start, synthesis, noise = time.perf_counter(), synthesis or Synthesis(seed=seed), noise or Noise(seed=seed)
-    made, why, what = None, None, None
+    made, why, what, most = None, None, None, read_memory(memory)
     if level == "auto":
         level, made, why = _choose_level(model, inputs, images, synthesis)
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
-        made = join_batches(read_batches(images)), None
+        made = images, None
     elif level == "noise":
         made, what = _make_noise(model, inputs, noise, tokenizer)
     elif made is None:
         made = _make_inputs(model, inputs, synthesis)
-    seen, apart = (None if call is None else _complete(call.map(channels_last), inputs) for call in made)
+    whole = level == "noise" and bool(batch_norms(model))  # each norm has to see all of it, and it is little
+    seen, apart = (
+        None if given is None else _complete(read_input_batches(given, None if whole else model, most), inputs)
+        for given in made
+    )
     assert seen is not None
     restorer = noise if level == "noise" else LeastSquares(seed=seed)
     count = _count_made(synthesis, seen, apart) if level == "synthetic" else None
     return Calibration(level, seen, model, restorer, time.perf_counter() - start, why, seed, apart, count, what)
 
 
-def _complete(call: Inputs, example: Inputs) -> Inputs:
-    """With what its masks say, and the outputs that matter."""
-    return replace(as_call(call, call.source), outputs=example.outputs)
+def _complete(batches: Batches, example: Inputs) -> Batches:
+    """As convolutions read them fastest, with the outputs that matter."""
+    return batches.then(lambda call: replace(call.map(channels_last), outputs=example.outputs))
 
 
 _Parts = tuple[Inputs, Inputs | None]
@@ -235,7 +240,7 @@ def _make_noise(
         if sentences is not None:
             longest = find_token_limits(model, inputs).longest
             found = tokenize(sentences, tokenizer, longest)
-            call = join_batches(list(as_calls([found], model, inputs) or ()))
+            call = read_input_batches(as_calls([found], model, inputs) or ()).join()
             return (take_images(call, 0, _SENTENCES), take_images(call, _SENTENCES, len(sentences))), _WORDS
     few = replace(noise, images=min(noise.images, _HELD_OUT), seed=noise.seed + 1)
     return (noise.make(inputs, model), few.make(inputs, model)), None
@@ -259,10 +264,10 @@ def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Par
     return as_call(seen), as_call(held) if len(held) else None
 
 
-def _count_made(synthesis: Synthesis, seen: Inputs, apart: Inputs | None) -> int:
-    mirrored = synthesis.mirrored and name_inputs(seen) == "images" and image_like(seen).dim() > 3
+def _count_made(synthesis: Synthesis, seen: Batches, apart: Batches | None) -> int:
+    mirrored = synthesis.mirrored and seen.kind == "images" and image_like(seen.first).dim() > 3
     copies = 2 if mirrored else 1  # as `Synthesis.mirror`
-    return count_images(seen) // copies + (0 if apart is None else count_images(apart))
+    return seen.count // copies + (0 if apart is None else apart.count)
 
 
 def _choose_level(

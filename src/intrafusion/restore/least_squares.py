@@ -10,8 +10,8 @@ from torch import nn
 
 from intrafusion.arguments import Seed, checked
 from intrafusion.graph import ChannelGraph
-from intrafusion.network.batches import ImagesLike, join_batches, read_batches
-from intrafusion.network.inputs import Inputs
+from intrafusion.network.batches import ImagesLike
+from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.layers import find_layers, is_solvable
 from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.restore.restorer import Reduced, require_images
@@ -89,9 +89,9 @@ class LeastSquares:
             ModelError: no images, images of different shapes, or a network that gives NaN on them.
         """
         check_graph(graph, reference)
-        inputs = join_batches(read_batches(require_images(images, self)))
+        inputs = read_input_batches(require_images(images, self), reference)
         small = copy_model(compressed.model).eval()
-        solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)
+        solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs.join())
         layers = find_layers(small, graph, is_solvable)
         written = {id(t) for name in solved.changes for t in layers[name].writable}
         new = {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written}
@@ -102,11 +102,11 @@ class LeastSquares:
         compressed: Reduced,
         original: nn.Module,
         graph: ChannelGraph,
-        images: Inputs,
+        images: Batches,
         reference: nn.Module,
         measure: Callable[[nn.Module], T],
     ) -> tuple[T, T]:
-        """The same on images in one call, measured.
+        """The same, measured.
 
         Args:
             reference: the original network as it is to be seen on these images; here, itself.

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from intrafusion.arguments import Seed, checked
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
-from intrafusion.network.batches import ImagesLike, cast_like, join_batches, read_batches
+from intrafusion.network.batches import ImagesLike, cast_like
+from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.layers import Layer, find_layers, is_solvable
 from intrafusion.network.state import preserve_state
@@ -88,19 +89,20 @@ class Noise:
             ModelError: the network does not take a single image tensor, or gives NaN on noise.
         """
         check_graph(graph, reference)
-        noise = self.make(compressed.inputs, reference) if images is None else join_batches(read_batches(images))
-        self.restore(compressed, reference, graph, noise, standardise(reference, noise), lambda _: None)
+        noise = self.make(compressed.inputs, reference) if images is None else images
+        batches = read_input_batches(noise)
+        self.restore(compressed, reference, graph, batches, standardise(reference, batches), lambda _: None)
 
     def restore(
         self,
         compressed: Reduced,
         original: nn.Module,
         graph: ChannelGraph,
-        images: Inputs,
+        images: Batches,
         reference: nn.Module,
         measure: Callable[[nn.Module], T],
     ) -> tuple[T, T]:
-        """The same on noise in one call, measured.
+        """The same, measured.
 
         Args:
             reference: what `standardise(original, images)` gave.
@@ -113,7 +115,7 @@ class Noise:
         write_weights_(small, _reduce_tensors(reference, graph, maps))
         write_weights_(result, _reduce_tensors(original, graph, maps))
         before = measure(small)
-        solved = self.solver.solve_(small, maps, reference, graph, images)
+        solved = self.solver.solve_(small, maps, reference, graph, images.join())
         small_seen, small_own, seen, own = (
             find_layers(m, graph, is_solvable) for m in (small, result, reference, original)
         )
@@ -170,10 +172,11 @@ def smooth(white: Tensor, slope: float) -> Tensor:
     return field / field.std()
 
 
-def standardise(model: nn.Module, inputs: Inputs, watch: Watch = contextlib.nullcontext) -> nn.Module:
+def standardise(model: nn.Module, inputs: Inputs | Batches, watch: Watch = contextlib.nullcontext) -> nn.Module:
     """A copy, in evaluation mode, whose batch norms remember the statistics of these images instead of their own.
 
     Args:
+        inputs: each norm has to see all of them before what it gives is read: they go through together.
         watch: makes a context of the copy, for the one forward pass that it takes, if there are batch norms.
     """
     copy = copy_model(model).eval()
@@ -183,7 +186,7 @@ def standardise(model: nn.Module, inputs: Inputs, watch: Watch = contextlib.null
     with preserve_state(copy), watch(copy):
         for norm in norms:
             norm.training, norm.momentum = True, 1.0
-        cast_like(inputs, copy).call(copy)
+        cast_like(inputs.join() if isinstance(inputs, Batches) else inputs, copy).call(copy)
         statistics = [(n.running_mean.clone(), n.running_var.clone()) for n in norms]  # type: ignore[union-attr]
     for norm, own, (mean, variance) in zip(norms, batch_norms(model), statistics, strict=True):
         norm.momentum = own.momentum

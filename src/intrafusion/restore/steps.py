@@ -14,8 +14,9 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.importance.observation import needs_of
 from intrafusion.measure.closeness import Closeness, Yardstick
 from intrafusion.measure.comparison import HeldOut, compare_networks
-from intrafusion.network.batches import ImagesLike, name_inputs
+from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import Calls, warn_caller
+from intrafusion.network.free_memory import MemoryLike, read_memory
 from intrafusion.network.held_out import Split, hold_out, take_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
@@ -31,7 +32,7 @@ _SOLVING = 5  # times the pass in which it is found out what is read of channels
 ENOUGH_TO_CHOOSE = 32  # noise images, where no layer is solved and no size is chosen on them
 
 
-def split_images(images: Calls | None, model: nn.Module, recipe: Recipe) -> Split:
+def split_images(images: Calls | None, model: nn.Module, recipe: Recipe, memory: MemoryLike = None) -> Split:
     """The images that a recipe may be fitted to, and those that its result is measured on.
 
     Some are held out where all are read at once, as for solving layers; what streams through restorers and criteria one
@@ -43,7 +44,7 @@ def split_images(images: Calls | None, model: nn.Module, recipe: Recipe) -> Spli
     if images is None:
         return Split()
     if recipe.levels or recipe.needs_moments:
-        split = hold_out(images, model)
+        split = hold_out(images, model, read_memory(memory))
     else:
         split = take_first(images, unseen=not recipe.restore and not needs_of(recipe.importance) - {"tensors"})
     images.notes = find_implausible(model, images.sample, images.like) | images.notes  # the type is told first
@@ -58,6 +59,7 @@ def calibrate_for(
     recipe: Recipe,
     images: ImagesLike | None = None,
     tokenizer: Tokenizer | None = None,
+    memory: MemoryLike = None,
 ) -> Calibration | None:
     """What the channels are chosen and the layers solved on; None if a recipe needs nothing, or "auto" finds nothing.
 
@@ -73,7 +75,9 @@ def calibrate_for(
     noise = Noise(seed=recipe.seed, images=ENOUGH_TO_CHOOSE) if only_chosen else Noise(seed=recipe.seed)
     may_give_up = images is None and (not levels or levels[0] == "auto")
     try:
-        found = calibrate(model, inputs, level, images, noise=noise, seed=recipe.seed, tokenizer=tokenizer)
+        found = calibrate(
+            model, inputs, level, images, noise=noise, seed=recipe.seed, tokenizer=tokenizer, memory=memory
+        )
         if may_give_up:  # find out now whether the network runs on what was made
             start = time.perf_counter()
             _ = found.moments_of(graph) if chosen else found.reference
@@ -233,4 +237,4 @@ def find_yardstick(split: Split, model: nn.Module) -> Yardstick | None:
     """What a network made of this one is measured by; None without images that were held out."""
     if split.measured is None:
         return None
-    return Yardstick(model, split.measured, name_inputs(split.measured), unseen=split.unseen)
+    return Yardstick(model, split.measured, split.measured.kind, unseen=split.unseen)
