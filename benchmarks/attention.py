@@ -390,7 +390,7 @@ def compress_to_ratio(case: Case, wanted: float, options: Mapping[str, Any]) -> 
     asked = 1 - (1 - wanted) * blocks / whole
     tried: list[tuple[float, nn.Module]] = []
     for _ in range(TRIES):
-        small = intrafusion.compress(case.model, case.example, target={"params": asked}, **options).model
+        small = intrafusion.compress(case.model, case.example, target={"params": asked}, round_to=1, **options).model
         off = case.count(small) / blocks - wanted
         tried.append((abs(off), small))
         if abs(off) <= CLOSE:

@@ -190,7 +190,7 @@ def result_of(case: Case, setting: Mapping[str, Any]) -> dict[str, Any]:
     if "keep" in setting:
         return case.measure(case.uniform(setting["keep"]), setting["reducer"], setting["restorer"])
     if setting["sizes"] == "target":
-        return case.measure({}, setting["reducer"], setting["restorer"], target={"macs": setting["macs"]})
+        return case.measure({}, setting["reducer"], setting["restorer"], target={"macs": setting["macs"]}, round_to=1)
     return case.measure(case.at_macs(setting["sizes"], setting["macs"]), setting["reducer"], setting["restorer"])
 
 

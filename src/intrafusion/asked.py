@@ -8,8 +8,10 @@ from typing import Any
 
 from intrafusion.errors import BudgetError, show, unknown_name
 
-MEASURES = ("params", "macs", "latency_ms")
+MEASURES = ("params", "macs", "latency_ms", "memory_mb")
 """What a target may be stated in."""
+SHARES = ("params", "macs")
+"""Those of which a number up to 1 is a fraction of the original's; the others have a unit."""
 
 
 def _check_fraction(fraction: Any, where: str) -> None:
@@ -35,22 +37,29 @@ def check_count(count: Any, where: str) -> None:
         raise BudgetError(f"{where}: expected a whole number >= 1, got {show(count)}; 1 is the least.")
 
 
-def check_target(target: Any) -> tuple[str, float]:
-    """What is measured, and how much of it is wanted.
+def check_target(target: Any) -> dict[str, float]:
+    """What is measured, and how much of it is wanted at most; one limit or several.
 
     Raises:
-        BudgetError: not exactly one target, an unknown one, or one that is not positive.
+        BudgetError: no limit, an unknown one, or one that is not positive.
     """
-    if not isinstance(target, Mapping) or len(target) != 1:
+    if not isinstance(target, Mapping) or not target:
         raise BudgetError(
-            f'target: expected one of {", ".join(MEASURES)}, such as {{"params": 0.5}}, got {show(target)}.'
+            f'target: expected limits of {", ".join(MEASURES)}, such as {{"params": 0.5}}, got {show(target)}.'
         )
-    kind, wanted = next(iter(target.items()))
-    if not isinstance(kind, str) or kind not in MEASURES:
-        raise BudgetError(f"target: {unknown_name('measure', kind, MEASURES)}")
-    if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not 0 < wanted <= sys.float_info.max:
-        raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {show(wanted)}; 0.5 is half of it.")
-    return kind, float(wanted)
+    for kind, wanted in target.items():
+        if not isinstance(kind, str) or kind not in MEASURES:
+            raise BudgetError(f"target: {unknown_name('measure', kind, MEASURES)}")
+        if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not 0 < wanted <= sys.float_info.max:
+            raise BudgetError(f"target[{kind!r}]: expected a number above 0, got {show(wanted)}; {_EXAMPLES[kind]}.")
+    return {str(kind): float(wanted) for kind, wanted in target.items()}
+
+
+_EXAMPLES = {
+    **dict.fromkeys(SHARES, "0.5 is half of it"),
+    "latency_ms": "3.0 is three milliseconds",
+    "memory_mb": "100 is a hundred megabytes",
+}
 
 
 def least_size(min_channels: int, round_to: int | None) -> int:

@@ -107,8 +107,9 @@ def compress(
             unless `inplace`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward call.
         keep: fraction of the channels of every group to keep, in (0, 1], or {name pattern: fraction}; 0.7 by default.
-        target: instead of `keep`: {"params": 0.5} or {"macs": 0.5}, fractions of the original's, or {"latency_ms": 3.0}
-            on the example inputs; where to cut is then chosen for the least predicted error.
+        target: instead of `keep`, at most so much: {"params": 0.5} or {"macs": 0.5}, fractions of the original's,
+            {"latency_ms": 3.0} or {"memory_mb": 20} (10^6 bytes of weights and results) for a call on the example
+            inputs, or several of these, which are all met; where to cut is then chosen for the least predicted error.
         reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ..., a
             name with hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
         importance: "l1", "l2", "linf", "random", ..., a name with hyper-parameters, or any callable (group, weights,
@@ -124,7 +125,8 @@ def compress(
         images: another name of `inputs`, here and wherever inputs are an argument.
         tokenizer: of a language model, for inputs that are texts; without inputs, for sentences of its words. As those
             of transformers: tokenizer(texts, padding=True, return_tensors="pt", ...) gives a dict of tensors.
-        round_to: make every size a multiple of this (the nearest, never below it).
+        round_to: make every size a multiple of this (the nearest, never below it). None: with a target, sizes of groups
+            of 32 channels or more are multiples of 8, if they can meet it; 1: none are.
         min_channels: no group becomes smaller than this.
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
             or a list of such; "name:inputs" or `inputs_of(...)` means what the layers read, else what they produce.

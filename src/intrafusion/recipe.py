@@ -42,11 +42,11 @@ class Recipe:
         keep: fraction of channels to keep, in (0, 1], for every group or by name pattern.
         reducer: how n channels become m.
         importance: how much each channel matters.
-        round_to: make every size a multiple of this.
+        round_to: make every size a multiple of this; None: as `keep` gives them, with a target see `budget.rounding`.
         include: reduce only these layers (None: all).
         exclude: leave these layers alone.
-        target: {"params": 0.5}, {"macs": 0.5} (fractions of the original's) or {"latency_ms": 3.0}: sizes are chosen
-            for it, and `keep` is not used.
+        target: limits such as {"params": 0.5, "macs": 0.5} (fractions of the original's), {"latency_ms": 3.0} or
+            {"memory_mb": 20}: sizes are chosen for them, and `keep` is not used.
         min_channels: no group becomes smaller than this.
         restore: what is done against the loss, in order: "auto", "noise", "synthetic", "images", names of restorers, or
             restorers; see `intrafusion.restore`. Empty: nothing.

@@ -63,7 +63,7 @@ def group(name: str, size: int, family: int) -> ChannelGroup:
 
 
 def separable(prices: dict[str, float], sizes: dict[str, int]) -> Cost:
-    parts = tuple((price, (sizes[name],), (((name, 1),),)) for name, price in prices.items())
+    parts = tuple((price, (sizes[name],), ((((name,), sizes[name]),),)) for name, price in prices.items())
     return Cost(sizes, parts)
 
 
@@ -174,7 +174,13 @@ def test_min_channels_and_excludes_hold_and_an_impossible_target_comes_as_close_
         ({"target": {"params": 10**400}}, BudgetError, "expected a number above 0"),
         ({"target": {"parms": 0.5}}, BudgetError, "unknown measure 'parms'. Did you mean 'params'?"),
         ({"target": {"params": 0}}, BudgetError, "expected a number above 0, got 0"),
-        ({"target": {"params": 0.5, "macs": 0.5}}, BudgetError, "expected one of params, macs, latency_ms"),
+        ({"target": {}}, BudgetError, r"expected limits of params, macs, latency_ms, memory_mb, such as .*, got \{\}"),
+        ({"target": {"params": 0.5, "mac": 0.5}}, BudgetError, "unknown measure 'mac'. Did you mean 'macs'?"),
+        (
+            {"target": {"params": 0.5, "memory_mb": -1}},
+            BudgetError,
+            r"target\['memory_mb'\]: expected a number above 0",
+        ),
         ({"target": {"params": 0.5}, "keep": 0.5}, RecipeError, "expected keep or target, got both"),
         ({"target": {"params": 0.5}, "min_channels": 0}, BudgetError, "min_channels: expected a whole number >= 1"),
     ],

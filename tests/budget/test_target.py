@@ -122,7 +122,7 @@ class Moody(nn.Module):
 
 def test_a_cost_that_cannot_be_predicted_is_measured_and_said() -> None:
     """4 w + 4 w up to 20 channels, 4 w + 16 w above: 640 at 32."""
-    small = intrafusion.compress(Moody(), torch.randn(1, 4), target={"macs": 160}, restore=None)
+    small = intrafusion.compress(Moody(), torch.randn(1, 4), target={"macs": 160}, restore=None, round_to=1)
     assert small.plan.sizes == {"first": 20}
     assert small.after.macs == 160
     assert "target: predicted macs are off by up to" in str(small)
@@ -136,6 +136,9 @@ class Judge:
 
     def __init__(self, error: Callable[[Mapping[str, int]], float], groups: Sequence[ChannelGroup] = ()) -> None:
         self.error = error
+
+    def compare(self, *candidates: Mapping[str, int]) -> list[float]:
+        return [self.error(sizes) for sizes in candidates]
 
     def curves(self, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
         weights = {g.name: 1e-9 if g is groups[-1] else 1.0 for g in groups}
@@ -211,7 +214,8 @@ def test_a_latency_is_met_by_the_largest_network_that_meets_it(
     timed(monkeypatch, Clock(lambda macs: float(-(-macs // steps)), factors))  # a staircase, as of a GPU
     whole = size_of(model, X).macs
     goal = (whole // steps // 2) * (1 + 1e-9)  # exactly the height of a step
-    sizes, notes, graph = find(model, Judge(lambda sizes: -spread(sizes, graph_of(model))), target={"latency_ms": goal})
+    judge = Judge(lambda sizes: -spread(sizes, graph_of(model)))
+    sizes, notes, graph = find(model, judge, target={"latency_ms": goal}, round_to=1)
     reached = size_of(build_with_sizes(model, graph, sizes), X).macs
     assert notes == ()
     assert goal * steps - 0.02 * whole <= reached <= goal * steps

@@ -12,30 +12,36 @@ from intrafusion.asked import check_count, least_size
 from intrafusion.budget.cost import Cost
 from intrafusion.graph import ChannelGroup, families_of, size_twins
 
+_Piece = tuple[float, list[float], int]
 _STEPS = 32  # pieces that a group is cut in until the budget is met; then single channels
 
 
 def allocate(
     groups: Iterable[ChannelGroup],
     curves: Mapping[str, Tensor],
-    cost: Cost,
-    budget: float,
+    cost: Cost | Sequence[Cost],
+    budget: float | Sequence[float],
     *,
-    round_to: int | None = None,
+    weights: Sequence[float] = (1.0,),
+    round_to: int | Mapping[str, int] | None = None,
     min_channels: int = 1,
 ) -> dict[str, int]:
     r"""Cut, again and again, where the least error is added for what is saved, until the budget is met.
 
         argmin over groups  (e_g(m - k) - e_g(m)) / (cost(m) - cost(m - k)),      in pieces of k channels
 
+    Of several costs, each of which has a limit, what is saved is their weighted sum.
+
     Twins are cut together. Greedy, and for convex curves and a separable cost optimal up to one piece (Fox 1966).
 
     Args:
         groups: the groups that may be reduced.
         curves: e_g (n + 1,), predicted error of a group that keeps k channels, k = 0..n; not increasing.
-        cost: of the network, as a function of sizes.
-        budget: upper limit of the cost; the last piece is cut in single channels (in `round_to`), to end close below.
-        round_to: sizes are multiples of this, or the whole group.
+        cost: of the network, as a function of sizes; or several.
+        budget: upper limit of the cost, or of each; the last piece is cut in single channels (in `round_to`), to end
+            close below.
+        weights: of the costs, in one over their units.
+        round_to: sizes are multiples of this, or the whole group; one number, or by group.
         min_channels: smallest size of a group (of the whole group where it has fewer).
     Returns:
         sizes; where even the smallest ones cost more than the budget, those.
@@ -43,11 +49,16 @@ def allocate(
         BudgetError: min_channels < 1.
     """
     check_count(min_channels, "min_channels")
-    units = [_Unit(twins, curves, cost, round_to, min_channels) for twins in families_of(groups)]
+    costs = [cost] if isinstance(cost, Cost) else list(cost)
+    budgets = [float(budget)] if isinstance(budget, (int, float)) else list(budget)
+    step_of = lambda name: round_to[name] if isinstance(round_to, Mapping) else round_to  # noqa: E731
+    units = [
+        _Unit(twins, curves, costs, weights, step_of(twins[0].name), min_channels) for twins in families_of(groups)
+    ]
     sizes = {g.name: g.size for unit in units for g in unit.groups}
-    spent = _cut_(units, sizes, cost(sizes), budget, coarse=True)
-    if spent > budget:
-        _cut_(units, sizes, spent, budget, coarse=False)
+    spent = [each(sizes) for each in costs]
+    _cut_(units, sizes, spent, budgets, coarse=True)
+    _cut_(units, sizes, spent, budgets, coarse=False)
     return sizes
 
 
@@ -58,13 +69,14 @@ class _Unit:
         self,
         groups: Sequence[ChannelGroup],
         curves: Mapping[str, Tensor],
-        cost: Cost,
+        costs: Sequence[Cost],
+        weights: Sequence[float],
         round_to: int | None,
         min_channels: int,
     ) -> None:
-        self.groups, self.cost = groups, cost
+        self.groups, self.costs, self.weights = groups, costs, weights
         self.names = [g.name for g in groups]
-        self.parts = cost.touched(self.names)
+        self.parts = [cost.touched(self.names) for cost in costs]
         self.size = groups[0].size // groups[0].multiple  # of a group whose multiple is 1
         self.curve = torch.stack([curves[g.name].double().cpu()[:: g.multiple] for g in groups]).sum(0)
         self.round_to = round_to or 1
@@ -79,21 +91,27 @@ class _Unit:
         following = max(following, self.least)
         return following if following < m else None
 
-    def piece(self, sizes: Mapping[str, int], coarse: bool) -> tuple[float, float, int] | None:
-        """(error per cost, cost saved, new size) of the next cut."""
+    def piece(self, sizes: Mapping[str, int], coarse: bool) -> _Piece | None:
+        """(error per cost, what is saved of each cost, new size) of the next cut."""
         m = sizes[self.names[0]] // self.groups[0].multiple
         following = self.smaller(m, coarse)
         if following is None:
             return None
         after = {**sizes, **size_twins(self.groups, following)}
-        saved = sum(self.cost.part(i, sizes) - self.cost.part(i, after) for i in self.parts)
+        saved = [
+            sum(cost.part(i, sizes) - cost.part(i, after) for i in parts)
+            for cost, parts in zip(self.costs, self.parts, strict=True)
+        ]
+        worth = sum(weight * part for weight, part in zip(self.weights, saved, strict=True))
         added = float(self.curve[following] - self.curve[m])
-        return (max(added, 0.0) + 1e-12) / max(saved, 1e-12), saved, following
+        return (max(added, 0.0) + 1e-12) / max(worth, 1e-12), saved, following
 
 
-def _cut_(units: list[_Unit], sizes: dict[str, int], spent: float, budget: float, *, coarse: bool) -> float:
-    """Cut until the budget is met; with `coarse`, stop before the piece that would meet it (in place)."""
-    heap: list[tuple[float, int, int, float, int]] = []
+def _cut_(
+    units: list[_Unit], sizes: dict[str, int], spent: list[float], budgets: Sequence[float], *, coarse: bool
+) -> None:
+    """Cut until the budgets are met; with `coarse`, stop before the piece that would meet them (sizes, spent)."""
+    heap: list[tuple[float, int, int, list[float], int]] = []
 
     def push(index: int) -> None:
         units[index].version += 1
@@ -104,23 +122,24 @@ def _cut_(units: list[_Unit], sizes: dict[str, int], spent: float, budget: float
     sharing = _neighbours(units)
     for index in range(len(units)):
         push(index)
-    while spent > budget and heap:
+    while any(part > most for part, most in zip(spent, budgets, strict=True)) and heap:
         _, index, version, saved, m = heapq.heappop(heap)
         if version != units[index].version:
             continue
-        if coarse and spent - saved < budget:
+        left = [part - less for part, less in zip(spent, saved, strict=True)]
+        if coarse and all(part < most for part, most in zip(left, budgets, strict=True)):
             break  # too large a piece: the rest is left to single channels
-        spent -= saved
+        spent[:] = left
         sizes.update(size_twins(units[index].groups, m))
         for other in sharing[index]:
             push(other)
-    return spent
 
 
 def _neighbours(units: Sequence[_Unit]) -> list[set[int]]:
     """For each unit those, itself included, whose savings depend on its size."""
-    users: dict[int, set[int]] = {}
-    for index, unit in enumerate(units):
-        for part in unit.parts:
+    users: dict[tuple[int, int], set[int]] = {}
+    touched = [[(k, part) for k, parts in enumerate(unit.parts) for part in parts] for unit in units]
+    for index, parts in enumerate(touched):
+        for part in parts:
             users.setdefault(part, set()).add(index)
-    return [{index}.union(*(users[p] for p in unit.parts)) for index, unit in enumerate(units)]
+    return [{index}.union(*(users[part] for part in parts)) for index, parts in enumerate(touched)]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph
+from intrafusion.measure.memory import Live
 
-Along = tuple[tuple[str, float], ...]
-"""The groups that run along one dimension, and how many of its indices each of their channels takes."""
+Along = tuple[tuple[tuple[str, ...], float], ...]
+"""How many indices of one dimension are channels of a group, or of several at once, as of a head and inside it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +36,15 @@ class Cost:
     @classmethod
     def of(cls, graph: ChannelGraph, total: float, tensors: Mapping[str, tuple[tuple[int, ...], float]]) -> Cost:
         """Args: total cost of the original; for each tensor that contributes, its shape and its share of the total."""
-        along: dict[str, dict[int, dict[object, list[tuple[str, float]]]]] = defaultdict(lambda: defaultdict(dict))
+        along: dict[str, dict[int, dict[object, _Holders]]] = defaultdict(lambda: defaultdict(dict))
         for group in graph.groups:
-            for member in group.members if group.is_channel else ():
-                slices = along[member.tensor][member.dim].setdefault(member.within, [])
-                slices.append((group.name, member.positions.shape[1]))
+            for member in group.members:
+                holders = along[member.tensor][member.dim].setdefault(member.within, defaultdict(list))
+                for index in member.positions.reshape(-1).tolist():
+                    holders[index].append(group.name)
         parts = []
         for name, (shape, share) in tensors.items():
-            dims = tuple(_one_slice(along[name][d]) for d in range(len(shape)))
+            dims = tuple(_one_slice(along[name][d]) if d in along[name] else () for d in range(len(shape)))
             if share and math.prod(shape) and any(dims):
                 parts.append((share / math.prod(shape), shape, dims))
         own = sum(weight * math.prod(shape) for weight, shape, _ in parts)
@@ -63,16 +65,19 @@ class Cost:
         Returns:
             None where a network had other products than the original.
         """
-        sizes = {g.name: g.size for g in graph.groups}
+        sizes, nested = {g.name: g.size for g in graph.groups}, _find_nested(graph)
         if any([len(f) for f in factors] != [len(f) for f in whole] for _, factors in tried.values()):
             return None
         count: dict[tuple[tuple[int, ...], tuple[Along, ...]], int] = defaultdict(int)
         for index, shape in enumerate(whole):
             dims = tuple(
-                tuple(
-                    (name, (length - factors[index][dim]) / (sizes[name] - m))
-                    for name, (m, factors) in tried.items()
-                    if factors[index][dim] != length
+                _join_nested(
+                    {
+                        name: (length - factors[index][dim]) / (sizes[name] - m) * sizes[name]
+                        for name, (m, factors) in tried.items()
+                        if factors[index][dim] != length
+                    },
+                    nested,
                 )
                 for dim, length in enumerate(shape)
             )
@@ -87,19 +92,101 @@ class Cost:
 
     def part(self, index: int, sizes: Mapping[str, int]) -> float:
         weight, shape, dims = self.parts[index]
-        for length, groups in zip(shape, dims, strict=True):
-            gone = sum((self.sizes[g] - sizes.get(g, self.sizes[g])) * slots for g, slots in groups)
+        for length, along in zip(shape, dims, strict=True):
+            gone = sum(count * (1 - self._share(groups, sizes)) for groups, count in along)
             weight *= length - gone
         return weight
+
+    def _share(self, groups: Iterable[str], sizes: Mapping[str, int]) -> float:
+        """What is left of indices that are channels of all of these groups."""
+        return math.prod(sizes.get(g, self.sizes[g]) / self.sizes[g] for g in groups)
+
+    def plus(self, other: Cost) -> Cost:
+        """Both together, of one network."""
+        return Cost(self.sizes, (*self.parts, *other.parts), self.constant + other.constant)
+
+    def scaled(self, factor: float) -> Cost:
+        """In another unit."""
+        parts = tuple((weight * factor, shape, dims) for weight, shape, dims in self.parts)
+        return Cost(self.sizes, parts, self.constant * factor)
 
     def touched(self, groups: Iterable[str]) -> list[int]:
         """The parts that depend on any of these groups."""
         wanted = set(groups)
-        return [i for i, (_, _, dims) in enumerate(self.parts) if any(g in wanted for d in dims for g, _ in d)]
+        return [
+            i
+            for i, (_, _, dims) in enumerate(self.parts)
+            if any(g in wanted for d in dims for groups, _ in d for g in groups)
+        ]
 
 
-def _one_slice(slices: Mapping[object, list[tuple[str, float]]]) -> Along:
+def costs_of_results(
+    graph: ChannelGraph, weights: Cost, whole: Live, tried: Mapping[str, tuple[int, Live]], unit: float
+) -> tuple[Cost, ...] | None:
+    """Bytes of weights and results at every moment of a call, from calls in which one family of groups was smaller.
+
+    Args:
+        weights: bytes of all weights.
+        tried: by the first group of the family its smaller size and the results then.
+        unit: what a byte is.
+    Returns:
+        None where other results were made, or lived together, than in the original.
+    """
+    if any(small.moments != whole.moments for _, small in tried.values()):
+        return None
+    costs = []
+    for moment in map(sorted, whole.moments):
+        pick = lambda live, own=moment: [live.results[index] for index in own]  # noqa: E731
+        own = Cost.of_products(graph, pick(whole), {name: (m, pick(live)) for name, (m, live) in tried.items()})
+        if own is None:
+            return None
+        costs.append(own.plus(weights).scaled(unit))
+    return tuple(costs)
+
+
+_Holders = dict[int, list[str]]
+"""The groups that an index is a channel of."""
+
+
+def _one_slice(slices: Mapping[object, _Holders]) -> Along:
     """What runs along a dimension; of the slices of a grouped convolution, which are equally long, the first."""
-    whole = slices.get(None, [])
-    parts = [groups for within, groups in slices.items() if within is not None]
-    return (*whole, *(parts[0] if parts else ()))
+    parts = [holders for within, holders in slices.items() if within is not None]
+    count: dict[tuple[str, ...], float] = defaultdict(float)
+    for holders in (*([slices[None]] if None in slices else []), *parts[:1]):
+        for groups in holders.values():
+            count[tuple(groups)] += 1.0
+    return tuple(count.items())
+
+
+def _find_nested(graph: ChannelGraph) -> set[frozenset[str]]:
+    """Pairs of groups that hold the same indices somewhere, as heads and what is inside them."""
+    found: set[frozenset[str]] = set()
+    holders: dict[tuple[str, int], dict[str, set[int]]] = defaultdict(dict)
+    for group in graph.groups:
+        for member in group.members:
+            own = holders[member.tensor, member.dim].setdefault(group.name, set())
+            own.update(member.positions.reshape(-1).tolist())
+    for groups in holders.values():
+        names = list(groups)
+        found |= {frozenset((a, b)) for k, a in enumerate(names) for b in names[:k] if groups[a] & groups[b]}
+    return found
+
+
+def _join_nested(counts: Mapping[str, float], nested: Container[frozenset[str]]) -> Along:
+    """The groups along a dimension with their indices; of two that are nested, the ones that they share come together.
+
+    >>> _join_nested({"heads": 32.0, "inside": 32.0, "other": 4.0}, {frozenset(("heads", "inside"))})
+    ((('heads', 'inside'), 32.0), (('other',), 4.0))
+    """
+    left, along = dict(counts), list[tuple[tuple[str, ...], float]]()
+    for name in counts:
+        inside = [other for other in counts if left[other] > 0 and frozenset((name, other)) in nested]
+        for other in inside:
+            shared = min(left[name], left[other])
+            if shared > 0:
+                along.append(((name, other), shared))
+                left[name], left[other] = left[name] - shared, left[other] - shared
+        if left[name] > 0:
+            along.append(((name,), left[name]))
+            left[name] = 0.0
+    return tuple(along)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from intrafusion.plan import MISSED
 
-_UNITS = {"params": " parameters", "macs": " MACs", "latency_ms": " ms"}
+_UNITS = {"params": " parameters", "macs": " MACs", "latency_ms": " ms", "memory_mb": " MB"}
+_PLAIN = ("latency_ms", "memory_mb")  # of which a share tells nothing new
 
 
 def describe_amount(kind: str, amount: float) -> str:
-    """Parameters, MACs or milliseconds as a person would write them.
+    """Parameters, MACs, milliseconds or megabytes as a person would write them.
 
     >>> describe_amount("params", 1_361_022), describe_amount("macs", 98_304.0), describe_amount("latency_ms", 3.0)
     ('1.36 M parameters', '98,304 MACs', '3 ms')
@@ -17,7 +18,7 @@ def describe_amount(kind: str, amount: float) -> str:
 
 
 def _shorten(kind: str, amount: float) -> str:
-    if kind == "latency_ms":
+    if kind in _PLAIN:
         return f"{amount:,.0f}" if amount >= 100 else f"{amount:.3g}"
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if amount >= unit:
@@ -25,15 +26,18 @@ def _shorten(kind: str, amount: float) -> str:
     return f"{amount:,.0f}"
 
 
-def explain_miss(kind: str, reached: float, goal: float, whole: float) -> str:
+def explain_miss(kind: str, reached: float, goal: float, whole: float, held: str = "") -> str:
     """
     Args:
         whole: what the original has.
+        held: the options that keep groups from becoming smaller, in words.
     """
-    got, wanted = describe_amount(kind, reached), _shorten(kind, goal) + (" ms" if kind == "latency_ms" else "")
-    if kind != "latency_ms":
+    unit = _UNITS[kind] if kind in _PLAIN else ""
+    got, wanted = describe_amount(kind, reached), f"{_shorten(kind, goal)}{unit}"
+    if kind not in _PLAIN:
         got, wanted = f"{got} ({_share(reached, whole)})", f"{wanted} ({_share(goal, whole)})"
-    return f"{MISSED}{got} instead of {wanted}; with the groups and sizes that are allowed, nothing comes closer."
+    allowed = f"that {held} allow" if " and " in held else f"that {held} allows" if held else "that are allowed"
+    return f"{MISSED}{got} instead of {wanted}; with the groups and sizes {allowed}, nothing comes closer."
 
 
 def _share(part: float, whole: float) -> str:

@@ -14,6 +14,7 @@ from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of, size_twins
 from intrafusion.measure.drift import OutputError
 from intrafusion.network.batches import cast_like, double_first
+from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
@@ -25,7 +26,7 @@ from intrafusion.restore.shifts import add_shifts_
 from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced
 
-_FEW = 64  # images
+_FEW, _FEWEST = 64, 16  # images to measure on, and those that are not parted
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,8 @@ class Sensitivity:
         The shape of the curve is the share of the consumers' signal that the first k pivots, or directions, cannot tell
         (or, where no layer that reads the group was seen, the share of the importance given up). Its
         height is measured: every group is halved alone, its consumers make up for the rest as well as they can, and the
-        output is compared on a few images. Twins are halved together. OURS.
+        output is compared on a few images, from which nothing was learnt of what is read of the channels. Twins are
+        halved together. OURS.
         """
         curves = {}
         for twins in families_of(groups):
@@ -71,26 +73,81 @@ class Sensitivity:
 
     def error(self, sizes: Mapping[str, int]) -> float:
         """Mean squared difference of the outputs, as a fraction of their variance, when groups have these sizes."""
+        return self._measure(sizes, self._probe.heights)
+
+    def compare(self, *candidates: Mapping[str, int]) -> list[float]:
+        """The same of several choices of sizes, on images that no height was measured on, where there are any."""
+        return [self._measure(sizes, self._probe.others) for sizes in candidates]
+
+    def _measure(self, sizes: Mapping[str, int], seen: _Seen) -> float:
         smaller = {g: sizes[g.name] for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
-        maps = {
-            g.name: self.teller(_pose(g, self.scores[g.name], m, self.moments.get(g.name))) for g, m in smaller.items()
-        }
-        return _measure_cut_error(self._reference, self.graph, maps, self.literals, self._seen)
+        moments = self._probe.moments
+        maps = {g.name: self.teller(_pose(g, self.scores[g.name], m, moments.get(g.name))) for g, m in smaller.items()}
+        return _measure_cut_error(self._reference, self.graph, maps, self.literals, seen)
 
     @property
     def _reference(self) -> nn.Module:
         return self.model if self.calibration is None else self.calibration.reference
 
     @cached_property
-    def _seen(self) -> list[tuple[Inputs, list[Tensor]]]:
-        """A few images in batches, and what the network as it is to be seen gives on them."""
-        if self.calibration is not None:
-            return [(call, _run_floats(self._reference, call)) for call in self.calibration.images.take(_FEW)]
+    def _probe(self) -> _Probe:
+        """What errors are measured on, and what is known of the channels from other images."""
+        if self.calibration is None:
+            seen = self._run_example()
+            return _Probe(self.moments, seen, seen)
+        apart, moments = self.calibration.held_out, self.moments
+        if apart is None:
+            apart, rest = _part_images(self.calibration.images)
+            if rest is not None and moments:
+                moments = replace(self.calibration, images=rest, _moments={}).moments_of(self.graph)
+        first, second = _halve_images(apart)
+        return _Probe(moments, *(self._run(half) for half in (first, second)))
+
+    def _run(self, images: Batches) -> _Seen:
+        return [(call, _run_floats(self._reference, call)) for call in images]
+
+    def _run_example(self) -> _Seen:
         varied = self.example_inputs.varied()
         try:
             return [(varied, _run_floats(self.model, varied))]
         except ModelError:  # it takes these values only
             return [(self.example_inputs, _run_floats(self.model, self.example_inputs))]
+
+
+_Seen = Sequence[tuple[Inputs, list[Tensor]]]
+"""Images in batches, and what the network as it is to be seen gives on them."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    """What errors are measured on.
+
+    Attributes:
+        moments: what is read of the channels on other images than those, by group.
+        heights, others: images for the heights of curves, and for comparing what was chosen by them.
+    """
+
+    moments: Mapping[str, Moments]
+    heights: _Seen
+    others: _Seen
+
+    __repr__ = show_briefly
+
+
+def _part_images(images: Batches) -> tuple[Batches, Batches | None]:
+    """Up to half of the images, at most 128, to measure on, and the others; where they are few, all and none."""
+    count = min(2 * _FEW, images.count // 2)
+    if count < _FEWEST:
+        return images.take(2 * _FEW), None
+    return images.take(count), images.part(torch.arange(count, images.count))
+
+
+def _halve_images(images: Batches) -> tuple[Batches, Batches]:
+    """Two halves, at most 64 images each; where they are few both are all of them."""
+    total = min(2 * _FEW, images.count)
+    if total < _FEWEST:
+        return images, images
+    return images.take(total // 2), images.part(torch.arange(total // 2, total))
 
 
 def _pose(group: ChannelGroup, scores: Tensor, m: int, moments: Moments | None) -> ReductionProblem:
@@ -118,7 +175,7 @@ def _measure_cut_error(
     graph: ChannelGraph,
     maps: Mapping[str, ReductionMap],
     literals: Literals | None,
-    seen: Sequence[tuple[Inputs, list[Tensor]]],
+    seen: _Seen,
 ) -> float:
     """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
     small = copy_reduced(model, graph, maps, literals)

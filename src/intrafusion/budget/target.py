@@ -1,24 +1,27 @@
-"""Sizes for a budget of parameters, MACs or measured latency: predicted, tried on such a network, corrected."""
+"""Sizes for limits of parameters, MACs, memory or measured latency: predicted, tried on such a network, corrected."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from intrafusion.asked import check_target, least_size
+from intrafusion.asked import SHARES, check_target, least_size
 from intrafusion.budget.allocate import allocate
-from intrafusion.budget.cost import Cost
+from intrafusion.budget.cost import Cost, costs_of_results
+from intrafusion.budget.limits import Limit, describe_held
 from intrafusion.budget.missed import describe_amount, explain_miss
+from intrafusion.budget.rounding import describe_rounding, list_steps
 from intrafusion.budget.sensitivity import Sensitivity
 from intrafusion.budget.uniform import uniform_sizes
 from intrafusion.errors import BudgetError, ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of, size_twins
 from intrafusion.measure.latency import latencies_ms, latency_ms
+from intrafusion.measure.memory import list_live_results, memory_mb, weigh
 from intrafusion.measure.size import factors_of_products, macs_by_weight, params_of, size_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
@@ -39,9 +42,13 @@ _NUDGES = 16  # single channels that the last sizes are moved by
 _ROUNDS = 3  # of leaving out groups that turn out not to shrink to their sizes
 _REPEATS = 15  # of a forward pass that is timed; three times as many in the end
 _AT_ONCE = 4  # networks that are timed in turn
+_WEIGHINGS = 6  # of several limits against each other
+_SHARPNESS = 8  # how fast a limit loses weight that is met already: its weight is multiplied by (spent / limit)^8
+_MB = 1e6  # bytes
 _PERCENT = 100  # a count up to this that cannot be reached is taken for a slip
 
 Sizes = dict[str, int]
+_T = TypeVar("_T")
 
 
 def sizes_for_target(
@@ -55,56 +62,72 @@ def sizes_for_target(
     """Sizes with the least predicted error that meet the target of a recipe, or come as close as they can.
 
     Where the same share of every group, at the same cost, is measured to change the output less, that is taken. A
-    latency is met by the largest network that was measured to meet it.
+    latency is met by the largest network that was measured to meet it. Of several limits all are met.
 
     Returns:
-        sizes, and notes: where they miss the target by more than 2 %, where the cost could not be predicted, where the
-        same share of every group was better.
+        sizes, and notes: where they miss a limit by more than 2 %, where a cost could not be predicted, where the
+        same share of every group was better, where sizes were rounded.
 
     Raises:
-        BudgetError: not exactly one target, an unknown one, one that is no positive number, a count meant to be
-            a share, or a `round_to` that is none.
+        BudgetError: no limit, an unknown one, one that is no positive number, a count meant to be a share, or a
+            `round_to` that is none.
     """
-    kind, wanted = check_target(recipe.target)
     inputs = require_inputs(example_inputs, recipe)
-    whole = _METERS[kind](model, inputs)
-    if whole <= 0:
-        raise BudgetError(f"target: this network has no {kind} to save on these example inputs.")
-    goal = wanted * whole if kind != "latency_ms" and wanted <= 1 else wanted
-    if goal >= whole:
-        asked, there = describe_amount(kind, goal), describe_amount(kind, whole)
-        kept = f"target: up to {asked} were asked for; the network has {there} as it is, and stays so."
-        return {}, (kept,) if goal > whole else ()
+    asked = [_read_limit(kind, wanted, model, inputs) for kind, wanted in check_target(recipe.target).items()]
+    limits = [limit for limit in asked if limit.goal < limit.whole]
+    kept = tuple(
+        f"target: up to {describe_amount(limit.kind, limit.goal)} were asked for; the network has "
+        f"{describe_amount(limit.kind, limit.whole)} as it is"
+        + (", and stays so." if not limits else ", so this limits nothing.")
+        for limit in asked
+        if limit.goal > limit.whole
+    )
+    if not limits:
+        return {}, kept
     reference = Reference(model, graph, inputs)
     groups, literals = _find_shrinkable(reference, groups)
     sensitivity = replace(sensitivity, literals=literals) if literals.learned else sensitivity
     curves = sensitivity.curves(groups)
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS):
-        search = _Search(model, graph, groups, curves, recipe, inputs, kind, goal, whole, literals)
+        search = _Search.of(model, graph, groups, curves, recipe, inputs, limits, literals)
         sizes, notes = search.find(sensitivity)
         refused = _try_sizes(reference, sizes).rolled_back
         if not refused:
-            return sizes, notes
+            return sizes, (*kept, *notes)
         groups = [g for g in groups if g.name not in refused]
     stuck = f"{MISSED}groups do not shrink to the sizes that it takes: {', '.join(refused)}."
-    return sizes, (*notes, stuck)
+    return sizes, (*kept, *notes, stuck)
+
+
+def _read_limit(kind: str, wanted: float, model: nn.Module, inputs: Inputs) -> Limit:
+    """
+    Raises:
+        BudgetError: the network has nothing of that kind.
+    """
+    whole = _METERS[kind](model, inputs)
+    if whole <= 0:
+        raise BudgetError(f"target: this network has no {kind} to save on these example inputs.")
+    return Limit(kind, wanted * whole if kind in SHARES and wanted <= 1 else wanted, whole)
 
 
 def require_inputs(example_inputs: ExampleInputs | None, recipe: Recipe) -> Inputs:
     if example_inputs is None:
         raise BudgetError(
-            f"target: {check_target(recipe.target)[0]} is measured on example inputs; give decide(...) some."
+            f"target: {', '.join(check_target(recipe.target))} are measured on example inputs; give decide(...) some."
         )
     return Inputs.of(example_inputs)
 
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """One search for the sizes of these groups that meet a goal.
+    """One search for the sizes of these groups that meet limits.
+
+    What is spent is told in shares of the limits: 1 meets them, and of several the one counts that is met least.
 
     Attributes:
-        kind: what is measured; goal and whole: what is wanted of it, and what the original has.
+        limits: with their costs as functions of sizes.
+        steps: the multiples that sizes are of, by group.
     """
 
     model: nn.Module
@@ -113,86 +136,161 @@ class _Search:
     curves: Mapping[str, Tensor]
     recipe: Recipe
     inputs: Inputs
-    kind: str
-    goal: float
-    whole: float
+    limits: Sequence[Limit]
+    steps: Mapping[str, int]
     literals: Literals | None = None
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        graph: ChannelGraph,
+        groups: Sequence[ChannelGroup],
+        curves: Mapping[str, Tensor],
+        recipe: Recipe,
+        inputs: Inputs,
+        limits: Sequence[Limit],
+        literals: Literals | None,
+    ) -> _Search:
+        """With the costs of the limits."""
+        priced = [_price_limit(limit, model, graph, groups, inputs, literals) for limit in limits]
+        return cls(model, graph, groups, curves, recipe, inputs, priced, list_steps(groups, recipe.round_to), literals)
+
     def find(self, sensitivity: Sensitivity) -> tuple[Sizes, tuple[str, ...]]:
-        """Sizes, and what is to be said of them."""
-        timed = self.kind == "latency_ms"
-        reached, sizes = self.largest_that_meets() if timed else self.closest()
-        notes = [self.doubt] if self.doubt else []
+        """Sizes, and what is to be said of them; not rounded by default where rounded ones miss the limits."""
+        reached, sizes = self.largest_that_meets() if self.clock else self.closest()
+        rounded = self.recipe.round_to is None and max(self.steps.values(), default=1) > 1
+        if rounded and (self.is_missed(reached) or (not self.clock and reached < 1 - _MISSED)):
+            return replace(self, steps=list_steps(self.groups, 1)).find(sensitivity)
+        notes = [limit.doubt for limit in self.limits if limit.doubt]
         same = self.same_share(reached, sizes)
         if same is not None and same != sizes:
-            ours, theirs = sensitivity.error(sizes), sensitivity.error(same)
+            ours, theirs = sensitivity.compare(sizes, same)
             if theirs < ours:
-                sizes, reached = same, reached if timed else self.measure(same)
+                sizes, reached = same, reached if self.clock else self.measure(same)
                 error = f"by {theirs:.2%} of its variance instead of {ours:.2%}"
                 notes.append(f"target: every group keeps the same share, as that changes the output less ({error}).")
-        if (reached - self.goal if timed else abs(reached - self.goal)) > _MISSED * self.goal:
-            self.check_sensible()
-            notes.append(explain_miss(self.kind, reached, self.goal, self.whole))
-        return sizes, tuple(notes)
+        notes += describe_rounding(self.groups, sizes, self.steps, self.recipe.round_to)
+        return sizes, (*notes, *self.explain_misses(sizes, reached))
+
+    def is_missed(self, reached: float) -> bool:
+        """By more than 2 %; a latency, or several limits, are not missed by what is below them."""
+        at_most = self.clock or len(self.limits) > 1
+        return (reached - 1 if at_most else abs(reached - 1)) > _MISSED
+
+    def explain_misses(self, sizes: Sizes, reached: float) -> list[str]:
+        """The limits that are missed by more than 2 %."""
+        if not self.is_missed(reached):
+            return self.describe_memory(sizes)
+        self.check_sensible()
+        found = [(limit, self.measure_of(limit, sizes, reached)) for limit in self.limits]
+        missed = [(limit, amount) for limit, amount in found if self.is_missed(amount / limit.goal)]
+        held = describe_held(self.recipe)
+        told = [explain_miss(limit.kind, amount, limit.goal, limit.whole, held) for limit, amount in missed]
+        return [*self.describe_memory(sizes), *told]
+
+    def describe_memory(self, sizes: Sizes) -> list[str]:
+        """What is printed nowhere else."""
+        return [
+            f"target: one call needs {describe_amount(limit.kind, limit.whole)} -> "
+            f"{describe_amount(limit.kind, self.measure_of(limit, sizes, 0.0))}, weights and results together."
+            for limit in self.limits
+            if limit.kind == "memory_mb"
+        ]
 
     # ---- cost -------------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def cost(self) -> Cost:
-        return self._modelled[0]
+    @property
+    def clock(self) -> Limit | None:
+        """The limit of the latency, if there is one: what it costs is predicted by the MACs."""
+        return next((limit for limit in self.limits if limit.kind == "latency_ms"), None)
 
     @property
-    def doubt(self) -> str | None:
-        """Why the cost model is not believed; None if it is exact."""
-        return self._modelled[1]
+    def counted(self) -> list[Limit]:
+        """The other limits."""
+        return [limit for limit in self.limits if limit.kind != "latency_ms"]
 
-    @cached_property
-    def _modelled(self) -> tuple[Cost, str | None]:
-        kind = "params" if self.kind == "params" else "macs"
-        return find_believed_cost(self.model, self.graph, self.groups, self.inputs, kind, self.literals)
+    @property
+    def doubtful(self) -> bool:
+        """Whether a predicted cost is not exact."""
+        return any(limit.doubt for limit in self.limits)
+
+    def cost(self, sizes: Mapping[str, int]) -> float:
+        """Predicted share of the limits; of a latency, of the original's MACs."""
+        if self.clock:
+            return self.clock.spend(sizes) / self.clock.spend({})
+        return max(limit.spend(sizes) / limit.goal for limit in self.limits)
 
     def fit(self, budget: float) -> Sizes:
-        return allocate(
-            *(self.groups, self.curves, self.cost, budget),
-            round_to=self.recipe.round_to,
-            min_channels=self.recipe.min_channels,
-        )
+        """The sizes with the least predicted error whose cost is at most this; beside a latency, all limits hold."""
+        if self.clock:
+            most = {"latency_ms": budget * self.clock.spend({}), **{limit.kind: limit.goal for limit in self.counted}}
+        else:
+            most = {limit.kind: budget * limit.goal for limit in self.limits}
+        priced = [(cost, most[limit.kind]) for limit in self.limits for cost in limit.costs_above(most[limit.kind])]
+        costs, budgets = [cost for cost, _ in priced], [budget for _, budget in priced]
+        weights, found = [1 / max(cost({}), 1e-300) for cost in costs], list[tuple[float, float, int, Sizes]]()
+        for index in range(_WEIGHINGS if len(costs) > 1 and min(budgets) > 0 else 1):
+            sizes = allocate(
+                *(self.groups, self.curves, costs, budgets),
+                weights=weights,
+                round_to=self.steps,
+                min_channels=self.recipe.min_channels,
+            )
+            spent = [cost(sizes) / most if most else 1.0 for cost, most in priced]
+            found.append((max([1.0, *spent]), self.predicted_error(sizes), index, sizes))
+            weights = [weight * share**_SHARPNESS for weight, share in zip(weights, spent, strict=True)]
+        return min(found)[-1]
+
+    def predicted_error(self, sizes: Mapping[str, int]) -> float:
+        return sum(float(self.curves[g.name][sizes[g.name]]) for g in self.groups)
+
+    def build(self, sizes: Mapping[str, int]) -> nn.Module:
+        return build_with_sizes(self.model, self.graph, sizes, self.literals)
 
     def measure(self, sizes: Mapping[str, int]) -> float:
-        """Infinite for a network that does not run."""
-        return _measure(self.kind, build_with_sizes(self.model, self.graph, sizes, self.literals), self.inputs)
+        """Share of the limits; infinite for a network that does not run."""
+        model = self.build(sizes)
+        return max(_measure(limit.kind, model, self.inputs) / limit.goal for limit in self.limits)
+
+    def measure_of(self, limit: Limit, sizes: Mapping[str, int], reached: float) -> float:
+        """Of one limit, in its unit; of the latency, what was reached."""
+        if limit is self.clock:
+            return reached * limit.goal
+        return _measure(limit.kind, self.build(sizes), self.inputs)
 
     def check_sensible(self) -> None:
         """A count of 50, where that is unreachable, most likely means 50 percent."""
-        _, wanted = check_target(self.recipe.target)
-        slip = self.kind != "latency_ms" and 1 < wanted <= _PERCENT
-        if slip and self.goal < (least := self.measure(self.fit(0.0))):
-            raise BudgetError(
-                f"target[{self.kind!r}]: {self.goal:g} was asked for, and the smallest network of these groups has "
-                f"{describe_amount(self.kind, least)}; give a fraction, at most 1 (0.5 is half of "
-                f"{describe_amount(self.kind, self.whole)}), or a larger count."
-            )
+        asked = check_target(self.recipe.target)
+        for limit in self.counted:
+            slip = limit.kind in SHARES and 1 < asked[limit.kind] <= _PERCENT
+            least = _measure(limit.kind, self.build(self.fit(0.0)), self.inputs) if slip else 0.0
+            if limit.goal < least:
+                raise BudgetError(
+                    f"target[{limit.kind!r}]: {limit.goal:g} was asked for, and the smallest network of these groups "
+                    f"has {describe_amount(limit.kind, least)}; give a fraction, at most 1 (0.5 is half of "
+                    f"{describe_amount(limit.kind, limit.whole)}), or a larger count."
+                )
 
-    # ---- parameters and MACs ----------------------------------------------------------------------------------------
+    # ---- what is counted --------------------------------------------------------------------------------------------
 
     def closest(self) -> tuple[float, Sizes]:
-        """What is measured of the sizes that come closest to the goal, and the sizes."""
-        cost, goal = self.cost, self.goal
-        total = cost({})
-        low, high = cost(self.fit(0.0)), total  # of the cost model; the measured cost grows with it
-        budget, best, tried = goal / self.whole * total, None, []
-        for _ in range(_TRIALS if self.doubt is None else 2 * _TRIALS):
+        """What is measured of the sizes that come closest to the limits, as a share of them, and the sizes."""
+        total = self.cost({})
+        low, high = self.cost(self.fit(0.0)), total  # of the cost model; the measured cost grows with it
+        budget, best, tried = 1.0, None, []
+        for _ in range(2 * _TRIALS if self.doubtful else _TRIALS):
             found = self.fit(min(max(budget, low), high))
             tried.append(found)
             reached = self.measure(found)
-            if best is None or abs(reached - goal) < abs(best[0] - goal):
+            if best is None or abs(reached - 1) < abs(best[0] - 1):
                 best = reached, found
-            if abs(reached - goal) <= _CLOSE_ENOUGH * goal or high - low <= 1e-3 * total:
+            if abs(reached - 1) <= _CLOSE_ENOUGH or high - low <= 1e-3 * total:
                 break
-            low, high = (low, cost(found)) if reached > goal else (cost(found), high)
-            budget = min(max(cost(found) * goal / reached, low + 0.05 * (high - low)), high - 0.05 * (high - low))
+            low, high = (low, self.cost(found)) if reached > 1 else (self.cost(found), high)
+            budget = min(max(self.cost(found) / reached, low + 0.05 * (high - low)), high - 0.05 * (high - low))
         assert best is not None
-        if abs(best[0] - goal) > _CLOSE_ENOUGH * goal and self.doubt is None:
+        if abs(best[0] - 1) > _CLOSE_ENOUGH and not self.doubtful:
             sizes = min(map(self.nudged, tried), key=self.off)
             best = self.measure(sizes), sizes
         return best
@@ -210,40 +308,43 @@ class _Search:
         return sizes
 
     def off(self, sizes: Sizes) -> float:
-        """How far the predicted cost is from the goal."""
-        return abs(self.cost(sizes) - self.goal)
+        """How far the predicted cost is from the limits."""
+        return abs(self.cost(sizes) - 1)
 
     def _steps(self, sizes: Sizes) -> list[Sizes]:
         return [self._step(sizes, twins, up) for twins in families_of(self.groups) for up in (True, False)]
 
     def _step(self, sizes: Sizes, twins: Sequence[ChannelGroup], up: bool) -> Sizes:
-        """One channel, or one multiple of `round_to`, more or less."""
+        """One channel, or one of the multiples that sizes are of, more or less."""
         whole, m = (n // twins[0].multiple for n in (twins[0].size, sizes[twins[0].name]))
-        step, least = self.recipe.round_to or 1, min(whole, self.least(twins[0]))
+        step, least = self.steps[twins[0].name], min(whole, self.least(twins[0]))
         m = min(whole, (m // step + 1) * step) if up else max(least, (m - 1) // step * step)
         return {**sizes, **size_twins(twins, m)}
 
     # ---- latency ----------------------------------------------------------------------------------------------------
 
     def timed(self, *candidates: Mapping[str, int], repeats: int = _REPEATS) -> list[float]:
-        """Milliseconds of networks of these sizes; they and the original take turns, so a busy machine counts less."""
-        models = [self.model, *(build_with_sizes(self.model, self.graph, sizes, self.literals) for sizes in candidates)]
-        own, *found = latencies_ms(models, self.inputs, repeats=repeats)
-        return [ms / own * self.whole for ms in found]
+        """Latency of networks of these sizes, as a share of its limit.
+
+        They and the original take turns, so a busy machine counts less.
+        """
+        assert self.clock is not None
+        own, *found = latencies_ms([self.model, *map(self.build, candidates)], self.inputs, repeats=repeats)
+        return [ms / own * self.clock.whole / self.clock.goal for ms in found]
 
     def largest_that_meets(self) -> tuple[float, Sizes]:
-        """Milliseconds and sizes of the largest network that is measured to meet the goal, else of the smallest.
+        """Latency (share of its limit) and sizes of the largest network measured to meet it, else of the smallest.
 
         Halving finds where networks begin to meet it; there, neighbours are measured again, more often and all in turn.
         """
-        low, high = self.cost(self.fit(0.0)), self.cost({})
+        low, high = self.cost(self.fit(0.0)), self.cost(self.fit(1.0))
         smallest, met = self.fit(0.0), low
         tried = {low: smallest}
         for _ in range(_TRIALS):
             middle = (low + high) / 2
             found = self.fit(middle)
             tried[self.cost(found)] = found
-            meets = self.timed(found)[0] <= self.goal
+            meets = self.timed(found)[0] <= 1
             low, high = (middle, high) if meets else (low, middle)
             met = max(met, self.cost(found)) if meets else met
         ordered = [tried[c] for c in sorted(tried, reverse=True)]
@@ -252,32 +353,40 @@ class _Search:
         for start in range(first, len(ordered), _AT_ONCE):
             near = ordered[start : start + _AT_ONCE]
             times = self.timed(*near, repeats=3 * _REPEATS)
-            for ms, sizes in zip(times, near, strict=True):
-                if ms <= self.goal:
-                    return ms, sizes
+            for share, sizes in zip(times, near, strict=True):
+                if share <= 1:
+                    return share, sizes
         return times[-1], smallest
 
     # ---- the same share of every group ------------------------------------------------------------------------------
 
     def same_share(self, reached: float, sizes: Mapping[str, int]) -> Sizes | None:
         """The largest sizes, the same share of every group, that cost no more than these; None if there are none."""
-        priced = self.cost if self.doubt is None or self.kind == "latency_ms" else self.measure
-        most = self.cost(sizes) if self.kind == "latency_ms" else max(reached, self.goal)
+        exact = bool(self.clock) or not self.doubtful
+        most = self.cost(sizes) if self.clock else max(reached, 1.0)
         low, high, best = 0.0, 1.0, None
-        for _ in range(20 if priced is self.cost else _TRIALS):
+        for _ in range(20 if exact else _TRIALS):
             keep = (low + high) / 2
             found = self._uniform(keep)
-            low, high, best = (keep, high, found) if priced(found) <= most else (low, keep, best)
-        met = best is None or self.kind != "latency_ms" or self.timed(best)[0] <= max(self.goal, reached)
+            met = (self.cost if exact else self.measure)(found) <= most and self._meets_counted(found)
+            low, high, best = (keep, high, found) if met else (low, keep, best)
+        met = best is None or not self.clock or self.timed(best)[0] <= max(1.0, reached)
         return best if met else None
 
+    def _meets_counted(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the limits beside a latency hold, as far as they are predicted."""
+        return not self.clock or all(limit.spend(sizes) <= limit.goal for limit in self.counted)
+
     def _uniform(self, keep: float) -> Sizes:
-        recipe = self.recipe
-        return uniform_sizes(self.groups, keep, self.graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
+        found = Sizes()
+        for step in {self.steps[g.name] for g in self.groups}:
+            own = [g for g in self.groups if self.steps[g.name] == step]
+            found |= uniform_sizes(own, keep, self.graph, round_to=step, min_channels=self.recipe.min_channels)
+        return found
 
     def least(self, group: ChannelGroup) -> int:
         """The smallest size that is allowed."""
-        return min(group.size, least_size(self.recipe.min_channels, self.recipe.round_to))
+        return min(group.size, least_size(self.recipe.min_channels, self.steps[group.name]))
 
 
 def _find_shrinkable(reference: Reference, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], Literals]:
@@ -302,6 +411,7 @@ _METERS: dict[str, Callable[[nn.Module, Inputs], float]] = {
     "params": lambda model, inputs: float(params_of(model)),
     "macs": lambda model, inputs: float(size_of(model, inputs).macs),
     "latency_ms": latency_ms,
+    "memory_mb": memory_mb,
 }
 
 
@@ -314,6 +424,24 @@ def _measure(kind: str, model: nn.Module, inputs: Inputs) -> float:
 
 
 # ---- cost as a function of sizes ------------------------------------------------------------------------------------
+
+
+def _price_limit(
+    limit: Limit,
+    model: nn.Module,
+    graph: ChannelGraph,
+    groups: Sequence[ChannelGroup],
+    inputs: Inputs,
+    literals: Literals | None,
+) -> Limit:
+    """With its cost as a function of sizes; of a latency, the MACs; of memory, the bytes at every moment."""
+    if limit.kind == "memory_mb":
+        costs, doubt = find_believed_memory(model, graph, groups, inputs, literals)
+        limit = replace(limit, costs=costs, doubt=doubt)
+        return replace(limit, costs=tuple(limit.costs_above(limit.goal)))
+    kind = "macs" if limit.kind == "latency_ms" else limit.kind
+    cost, doubt = find_believed_cost(model, graph, groups, inputs, kind, literals)
+    return replace(limit, costs=(cost,), doubt=doubt)
 
 
 def find_believed_cost(
@@ -329,14 +457,35 @@ def find_believed_cost(
     It is compared with networks of several sizes. MACs that do not follow the weights (products of two activations,
     channels that are not what a layer mixes) are taken from the products of networks in which one group is smaller.
     """
-    tests = sizes_to_test(groups)
-    real = [(sizes, _measure(kind, build_with_sizes(model, graph, sizes, literals), inputs)) for sizes in tests]
-    off = lambda cost: max((abs(cost(s) / m - 1) for s, m in real if 0 < m < math.inf), default=0.0)  # noqa: E731
+    real = _measure_tests(model, graph, groups, inputs, kind, literals)
     cost = cost_of(model, graph, inputs, kind)
-    if off(cost) > _EXACT and kind == "macs":
+    if _find_doubt(cost, real, kind) and kind == "macs":
         cost = _predict_cost(model, graph, groups, inputs, literals) or cost
-    doubt = f"target: predicted {kind} are off by up to {off(cost):.1%}; the sizes go by what was measured."
-    return cost, doubt if off(cost) > _EXACT else None
+    return cost, _find_doubt(cost, real, kind)
+
+
+_Measured = Sequence[tuple[Sizes, float]]
+
+
+def _measure_tests(
+    model: nn.Module,
+    graph: ChannelGraph,
+    groups: Sequence[ChannelGroup],
+    inputs: Inputs,
+    kind: str,
+    literals: Literals | None,
+) -> _Measured:
+    """What networks of several sizes really cost."""
+    tests = sizes_to_test(groups)
+    return [(sizes, _measure(kind, build_with_sizes(model, graph, sizes, literals), inputs)) for sizes in tests]
+
+
+def _find_doubt(cost: Callable[[Mapping[str, int]], float], real: _Measured, kind: str) -> str | None:
+    """Why not to believe a predicted cost; None where it is exact."""
+    off = max((abs(cost(sizes) / m - 1) for sizes, m in real if 0 < m < math.inf), default=0.0)
+    if off <= _EXACT:
+        return None
+    return f"target: predicted {kind} are off by up to {off:.1%}; the sizes go by what was measured."
 
 
 def sizes_to_test(groups: Sequence[ChannelGroup]) -> list[Sizes]:
@@ -368,13 +517,58 @@ def _predict_cost(
     literals: Literals | None,
 ) -> Cost | None:
     """Multiply-accumulates as a function of sizes, from a forward pass with each family of groups halved."""
-    tried = {}
+    tried = _look_at_halves(model, graph, groups, literals, lambda small: factors_of_products(small, inputs))
+    return None if tried is None else Cost.of_products(graph, factors_of_products(model, inputs), tried)
+
+
+def _look_at_halves(
+    model: nn.Module,
+    graph: ChannelGraph,
+    groups: Sequence[ChannelGroup],
+    literals: Literals | None,
+    look: Callable[[nn.Module], _T],
+) -> dict[str, tuple[int, _T]] | None:
+    """What is seen of networks with one family of groups halved, by its first group, and the size of that there.
+
+    None where one of them does not run.
+    """
+    found = dict[str, tuple[int, _T]]()
     for twins in families_of(groups):
         halves = _halve(twins)
         if halves[twins[0].name] < twins[0].size:
             small = build_with_sizes(model, graph, halves, literals)
-            tried[twins[0].name] = halves[twins[0].name], factors_of_products(small, inputs)
-    return Cost.of_products(graph, factors_of_products(model, inputs), tried)
+            try:
+                found[twins[0].name] = halves[twins[0].name], look(small)
+            except ModelError:
+                return None
+    return found
+
+
+def find_believed_memory(
+    model: nn.Module,
+    graph: ChannelGraph,
+    groups: Sequence[ChannelGroup],
+    inputs: Inputs,
+    literals: Literals | None = None,
+) -> tuple[tuple[Cost, ...], str | None]:
+    """Megabytes at every moment of a call as functions of sizes, the largest counts; and why not to believe it.
+
+    What is made in a call, and what is alive together, is seen in calls with each family of groups halved.
+    """
+    whole, weights = list_live_results(model, inputs), _predict_weights(model, graph)
+    tried = _look_at_halves(model, graph, groups, literals, lambda small: list_live_results(small, inputs))
+    costs = None if tried is None else costs_of_results(graph, weights, whole, tried, 1 / _MB)
+    if costs is None:  # other operations where it is smaller, or none at all: as if it went with the MACs
+        macs = cost_of(model, graph, inputs, "macs")
+        costs = (macs.scaled(memory_mb(model, inputs) / max(macs({}), 1.0)),)
+    real = _measure_tests(model, graph, groups, inputs, "memory_mb", literals)
+    return costs, _find_doubt(lambda sizes: max(cost(sizes) for cost in costs), real, "memory_mb")
+
+
+def _predict_weights(model: nn.Module, graph: ChannelGraph) -> Cost:
+    """Bytes of parameters and buffers as a function of sizes."""
+    shares = {name: (tuple(t.shape), float(t.numel() * t.element_size())) for name, t in named_tensors(model).items()}
+    return Cost.of(graph, float(weigh(model)), shares)
 
 
 def build_with_sizes(

@@ -87,11 +87,12 @@ def compress_command(
     device: Device = "cpu",
     keep: Fractions = None,
     target: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="KIND=VALUE",
-            help="Instead of --keep: params=0.5 or macs=0.5 (fractions of the original's) or latency_ms=3.0; where to "
-            "cut is then chosen for the least predicted error.",
+            help="Instead of --keep: params=0.5 or macs=0.5 (fractions of the original's), latency_ms=3.0, or "
+            "memory_mb=20 (weights and results of one call); where to cut is then chosen for the least predicted error "
+            "(repeatable: all limits are met).",
         ),
     ] = None,
     min_channels: Annotated[int | None, count_option("No group becomes smaller.")] = None,
@@ -349,16 +350,24 @@ def read_fraction(text: str) -> float:
     return found
 
 
-def _read_target(text: str) -> dict[str, float]:
+def _read_target(texts: Iterable[str]) -> dict[str, float]:
     """
-    >>> _read_target("macs=0.5")
-    {'macs': 0.5}
+    >>> _read_target(["macs=0.5", "params=0.6"])
+    {'macs': 0.5, 'params': 0.6}
+
+    Raises:
+        RecipeError: not a number, or two numbers for one kind.
     """
-    kind, _, number = text.partition("=")
-    try:
-        return {kind: float(number)}
-    except ValueError as error:
-        raise RecipeError(f"--target {text}: expected KIND=VALUE, such as params=0.5 or latency_ms=3.0.") from error
+    target: dict[str, float] = {}
+    for text in texts:
+        kind, _, number = text.partition("=")
+        if kind in target:
+            raise RecipeError(f"--target {text}: there is a limit for {kind} already; give one for each kind.")
+        try:
+            target[kind] = float(number)
+        except ValueError as error:
+            raise RecipeError(f"--target {text}: expected KIND=VALUE, such as params=0.5 or latency_ms=3.0.") from error
+    return target
 
 
 def _same(said: Any) -> Any:
