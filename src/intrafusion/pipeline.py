@@ -59,9 +59,8 @@ from intrafusion.surgery.operate import operate
 from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
 from intrafusion.surgery.proof import FunctionCheck, Reference
-from intrafusion.surgery.ties import tie_heads
 from intrafusion.surgery.untie import tell_of_untying, undo_ties
-from intrafusion.surgery.widths import tie_streams
+from intrafusion.surgery.widths import tie_widths
 from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
 from intrafusion.trace import trace
 
@@ -302,8 +301,7 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowPr
     graph = trace(model, inputs)
     report("tracing the network", 1)
     report("proving channel groups", 0)
-    graph = tie_heads(_leave_masks_alone(model, verify_groups(model, graph, inputs)), model)
-    graph = tie_streams(graph, model, inputs)
+    graph = tie_widths(_leave_masks_alone(model, verify_groups(model, graph, inputs)), model, inputs)
     report("proving channel groups", 1)
     return graph
 

@@ -317,10 +317,14 @@ def test_a_network_without_products_has_no_macs_to_save() -> None:
         intrafusion.compress(Scaled(), torch.zeros(1, 3, dtype=torch.long), target={"macs": 0.5}, restore=None)
 
 
-def test_heads_of_which_half_the_width_fits_as_half_the_heads_take_part() -> None:
+def test_heads_of_which_half_the_width_fits_as_half_the_heads_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four heads of 8 at half their width are two heads of 8 to a forward that takes their number from the width."""
     torch.manual_seed(0)
     model = ViT(image=8, patch=4, width=32, depth=2, heads=4, hidden=16).eval()
+    split = lambda attn, x: x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # noqa: E731
+    monkeypatch.setattr(type(model.encoder.layers[0].attn), "_split", split)
+    for layer in model.encoder.layers:
+        layer.attn.head_dim, layer.attn.heads = 8, None
     x = torch.randn(2, 3, 8, 8)
     graph = intrafusion.inspect(model, x)
     groups = [g for g in graph.reducible if g.is_channel]

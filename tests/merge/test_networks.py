@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from intrafusion.errors import BudgetError, ModelError, PlanError
 from intrafusion.measure.closeness import Closeness, Yardstick
 from intrafusion.merge import merge_heads
 from intrafusion.network.sources import import_transformers
+from intrafusion.reduce import ReductionMap
+from intrafusion.restore.solver import LayerSolver
 
 WIDTH, D = 24, 4
 
@@ -125,6 +128,28 @@ def test_solving_makes_up_for_a_part_and_beats_dropping_heads() -> None:
     dropped = intrafusion.compress(model, X[:2], {"*:blocks": 0.5, "*": 1.0}, inputs=X).model
     off = lambda net: float((net(X) - model(X)).square().mean().detach())  # noqa: E731
     assert off(small.model) < off(dropped)
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_keys_queries_and_values_are_solved_for_what_merging_makes_of_the_originals(
+    rotary: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first layer, which reads what it did: the matrix that is given leads from its old to its new outputs."""
+    model, seen = Network(rotary=rotary).eval(), dict[str, Tensor]()
+    solve = LayerSolver.solve_
+
+    def watch(self: LayerSolver, small: nn.Module, maps: dict[str, ReductionMap], *others: Any, **more: Any) -> Any:
+        with torch.no_grad():
+            h = model.first(X)
+            for name in ("key", "query", "value"):
+                was, becomes = (net.get_submodule(f"attention.{name}")(h).double() for net in (model, small))
+                seen[name] = was @ maps[f"attention.{name}:rows"].merge.T - becomes
+        return solve(self, small, maps, *others, **more)
+
+    monkeypatch.setattr(LayerSolver, "solve_", watch)
+    merge_heads(model, X[:2], 2, inputs=X)
+    assert seen.keys() == {"key", "query", "value"}
+    assert all(float(off.abs().max()) < 1e-5 for off in seen.values())
 
 
 def test_a_solution_whose_outputs_are_no_numbers_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ class Attention(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.head_dim = 8 if kind in ("number", "product", "rotary") else 0
+        self.head_dim = 8 if kind in ("number", "product", "rotary", "apart") else 0
         self.width = 32 if kind == "product" else -1  # that of the stream, too
         self.qkv = nn.Linear(32, 96) if kind == "fused" else None
         self.q, self.k, self.v = (None if kind == "fused" else nn.Linear(32, 32) for _ in range(3))
@@ -28,7 +30,8 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             shape = (-1, self.head_dim) if self.head_dim else (4, -1)
-            q, k, v = (layer(x).unflatten(-1, shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            q, k = (layer(x).unflatten(-1, shape).transpose(1, 2) for layer in (self.q, self.k))
+            v = self.v(x).unflatten(-1, (q.shape[1], -1) if self.kind == "apart" else shape).transpose(1, 2)
         if self.kind == "rotary":
             q, k = turn(q), turn(k)
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -80,6 +83,7 @@ def families(graph: ChannelGraph) -> set[tuple[str, ...]]:
         ("number", {("attn.k", "attn.q", "attn.v")}),
         ("fused", {("attn.qkv",)}),
         ("shape", {("attn.k", "attn.q"), ("attn.v",)}),
+        ("apart", {("attn.k", "attn.q"), ("attn.v",)}),
     ],
 )
 def test_queries_are_twins_of_the_values_only_where_one_width_serves_both(kind, expected):
@@ -111,6 +115,16 @@ def test_numbers_that_go_together_follow_beside_the_stream(stream):
     assert (small.model.attn.head_dim, small.model.attn.width) == (2, 8)
     assert small.model.norm.weight.shape == (32 * stream,)
     assert {d.proof for d in small.plan.decisions if d.reduced} == {"function"}  # the stream is rotated
+
+
+def test_values_go_without_the_queries_where_only_these_are_shaped_by_the_number(tmp_path: Path) -> None:
+    small = intrafusion.compress(make("apart"), X[:2], keep={"attn.q*": 0.75, "attn.v*": 0.25, "*": 1.0}, restore=None)
+    assert small.rolled_back == {}
+    attn = small.model.attn
+    assert (attn.head_dim, attn.q.out_features, attn.k.out_features, attn.v.out_features) == (6, 24, 24, 8)
+    assert {d.proof for d in small.plan.decisions if d.reduced} == {"function"}
+    small.save(tmp_path / "small")
+    assert torch.equal(intrafusion.load(tmp_path / "small", make("apart")).eval()(X), small.model(X))
 
 
 def test_heads_are_halved_beside_the_stream_where_fewer_heads_of_the_old_width_would_run_too():

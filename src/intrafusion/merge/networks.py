@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from intrafusion.arguments import Count, Seed, checked
 from intrafusion.compressed import Compressed, Restoration
 from intrafusion.errors import BudgetError, ModelError
-from intrafusion.graph import ChannelGraph, Role
+from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.measure.size import size_of
 from intrafusion.merge.heads import Heads, find_heads
 from intrafusion.merge.maps import Merging, Seen, as_matrix
@@ -44,6 +44,7 @@ from intrafusion.surgery.proof import FUNCTION, Reference
 from intrafusion.surgery.write import Repair, make_repairs_, weights_written, write_weights_
 
 _MERGED = ":merged"  # what decisions on merged heads are called by, behind the key layer
+_ROWS_OF = ":rows"  # what the maps of single layers of merged heads are called by, behind the layer
 _ROWS = 20_000  # places of each layer that are looked at
 _FEWEST_ROWS, _ENTRIES = 512, 2**27  # of what output layers read, for each run; of all of that together
 _TRIES = 64  # choices of numbers in attributes that follow
@@ -66,7 +67,7 @@ def merge_heads(
 
     Of heads that become one, values take their best common directions (see `principal_map`), keys those too, or, where
     a rotary embedding turns them in pairs, one complex factor for each pair, which commutes with the rotation; queries
-    and the output layer take the other side of it. Those become one that lose least. Then every other layer is solved
+    and the output layer take the other side of it. Those become one that lose least. Then every layer is solved
     for the original's outputs. `compress` does the rest, if more is wanted.
 
     Args:
@@ -104,9 +105,9 @@ def merge_heads(
         {f"{h.key}{_MERGED}": _as_map(lots[h.name], h.count) for h in found if heads < h.count},
         graph.warnings,
     )
-    left = [layer for h in found for layer in (h.key, h.query, h.value)]
     changed = any(heads < h.count for h in found)
-    restored = _restore_(small, core, graph, calibration, left) if changed else ()
+    rows = _describe_rows(core, found, merged, heads) if changed else {}
+    restored = _restore_(small, core, graph, calibration, rows) if changed else ()
     result = Compressed(
         *(small, plan, before, size_of(small, example), example, repairs),
         restored=restored,
@@ -318,10 +319,7 @@ def _cut(
         expected = reference.run()
     cut = dict(full)
     for h in found:
-        for layer, rows in ((h.key, [p.keys for p in h.parts]), (h.value, [h.values])):
-            gone = np.concatenate([np.delete(r, np.s_[:: h.count // m], axis=0).ravel() for r in rows])
-            keep = np.setdiff1d(np.arange(len(full[f"{layer}.weight"])), gone)
-            cut |= {n: full[n][torch.from_numpy(keep)] for n in (f"{layer}.weight", f"{layer}.bias") if n in full}
+        _drop_rows_(cut, h, m)
     small = copy_model(reference.model)
     types = {n: t.dtype for n, t in named_tensors(small).items()}
     repairs = write_weights_(small, {n: t.to(types[n]) for n, t in cut.items()})
@@ -330,6 +328,16 @@ def _cut(
     numbers = _find_numbers(reference, m, choices, cut, expected)
     make_repairs_(small, numbers)
     return small, (*repairs, *numbers)
+
+
+def _drop_rows_(weights: dict[str, Tensor], h: Heads, m: int) -> None:
+    """Of equal heads the first of each lot stays (in place)."""
+    for layer, rows in ((h.key, [p.keys for p in h.parts]), (h.value, [h.values])):
+        gone = np.concatenate([np.delete(r, np.s_[:: h.count // m], axis=0).ravel() for r in rows])
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            if name in weights:
+                keep = np.setdiff1d(np.arange(len(weights[name])), gone)
+                weights[name] = weights[name][torch.from_numpy(keep)]
 
 
 def _find_numbers(
@@ -429,18 +437,45 @@ def _prove_factors(reference: Reference, found: Sequence[Heads]) -> None:
 # ---- restoring ------------------------------------------------------------------------------------------------------
 
 
+def _describe_rows(
+    model: nn.Module, found: Sequence[Heads], merged: Sequence[tuple[list[tuple[int, ...]], Merging]], m: int
+) -> dict[str, Tensor]:
+    """What the outputs of keys, queries and values are of the original's: a matrix (rows, rows before) by layer."""
+    tensors, matrices = named_tensors(model), dict[str, Tensor]()
+    for h, (lots, merging) in zip(found, merged, strict=True):
+        made = (h.key, h.query, h.value)
+        rows = {f"{n}.weight": torch.eye(len(tensors[f"{n}.weight"]), dtype=torch.float64) for n in made}
+        rows[f"{h.output}.weight"] = torch.zeros(1, tensors[f"{h.output}.weight"].shape[1], dtype=torch.float64)
+        if m < h.count:
+            _rewrite_(rows, h, lots, merging)
+            _drop_rows_(rows, h, m)
+        matrices |= {n: rows[f"{n}.weight"] for n in made}
+    return matrices
+
+
 def _restore_(
-    small: nn.Module, model: nn.Module, graph: ChannelGraph, calibration: Calibration, left: Sequence[str]
+    small: nn.Module, model: nn.Module, graph: ChannelGraph, calibration: Calibration, rows: Mapping[str, Tensor]
 ) -> tuple[Restoration, ...]:
-    """Solve all layers but those of the heads; what made the outputs worse is taken back (in place)."""
+    """Solve all layers, those of the heads for what `rows` make of the original's (in place).
+
+    What made the outputs worse is taken back.
+    """
     start, yardstick = time.perf_counter(), calibration.plain_yardstick
     if yardstick is None:
         return ()
     before, kept = yardstick.measure(small), {n: t.detach().clone() for n, t in named_tensors(small).items()}
     small.eval()
-    LeastSquares(seed=calibration.seed).solver.solve_(small, {}, model, graph, calibration.images.join(), left=left)
+    known = replace(graph, groups=tuple(_as_group(layer, matrix) for layer, matrix in rows.items()))
+    maps = {f"{layer}{_ROWS_OF}": ReductionMap(matrix, torch.linalg.pinv(matrix)) for layer, matrix in rows.items()}
+    LeastSquares(seed=calibration.seed).solver.solve_(small, maps, model, known, calibration.images.join())
     after = yardstick.measure(small)
     if undone := after.is_worse_than(before):
         write_weights_(small, kept)
     done = Restoration("LeastSquares", str(calibration), time.perf_counter() - start, undone=undone)
     return (add_figures(done, before, after, yardstick),)
+
+
+def _as_group(layer: str, matrix: Tensor) -> ChannelGroup:
+    """The rows of a layer, as what a map goes by."""
+    rows = Member(f"{layer}.weight", 0, np.arange(matrix.shape[1])[:, None], frozenset([Role.PRODUCES]))
+    return ChannelGroup(f"{layer}{_ROWS_OF}", matrix.shape[1], (rows,))

@@ -1,10 +1,14 @@
-"""Streams that must be as wide as the heads of an attention together: number of heads x head size, cut in step."""
+"""Channels that one width ties to each other: cut alike, or in step, or not at all.
+
+Queries, keys and values whose heads take their width from one number; streams that must be as wide as all heads
+together. Neither can be seen in the weights, so networks in which one of them is smaller are tried.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -16,16 +20,51 @@ from intrafusion.reduce.select import selection_map
 from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced
 from intrafusion.surgery.scopes import find_scope, is_inside
+from intrafusion.surgery.ties import list_holders, list_tensors
 
 
-def tie_streams(graph: ChannelGraph, model: nn.Module, inputs: Inputs) -> ChannelGraph:
-    """The graph, in which streams are in one family with the heads of which they must be a multiple.
+def tie_widths(graph: ChannelGraph, model: nn.Module, inputs: Inputs) -> ChannelGraph:
+    """The graph, in which groups of one width are of one family, as far as the network needs that.
 
-    `nn.MultiheadAttention` is one that asks for it, a `reshape(x.shape)` behind any attention another. Neither can be
-    seen in the weights, so it is tried: heads alone, the stream alone, both in step. Only where nothing but the last
-    runs, also with numbers in attributes that follow, are they tied.
+    Heads: where one layer computes queries, keys and values, or where a module around them holds their width as a
+    number, as `head_dim`, with which neither goes alone. Streams: `nn.MultiheadAttention` asks for the width of all
+    heads together, and so does a `reshape(x.shape)` behind any attention.
     """
-    groups, trial = {g.name: g for g in graph.groups}, _Trial(graph, model, Literals(model, graph, inputs))
+    trial = _Trial(graph, model, Literals(model, graph, inputs))
+    return _tie_streams(_tie_heads(graph, trial), trial)
+
+
+# ---- heads ----------------------------------------------------------------------------------------------------------
+
+
+def _tie_heads(graph: ChannelGraph, trial: _Trial) -> ChannelGraph:
+    """Queries and keys are twins of the values that must have the same width."""
+    families = families_of(g for g in graph.groups if g.is_channel and g.reducible)
+    joined: dict[int, int] = {}
+    for heads in families:
+        if any(g.with_role(Role.MATCHES) for g in heads):
+            for values in families:
+                if values is not heads and _share_width(heads, values, trial):
+                    joined[values[0].family] = heads[0].family
+    return replace(graph, groups=tuple(replace(g, family=joined.get(g.family, g.family)) for g in graph.groups))
+
+
+def _share_width(heads: Sequence[ChannelGroup], values: Sequence[ChannelGroup], trial: _Trial) -> bool:
+    if heads[0].size != values[0].size or any(g.with_role(Role.MATCHES) for g in values):
+        return False
+    if list_tensors(heads) & list_tensors(values):
+        return True
+    scope = find_scope(m for g in heads for m in g.producers)
+    inside = all(any(is_inside(p, scope) for p in g.producers) for g in values)
+    return inside and bool(list_holders(trial.model, heads[0].size, scope)) and not trial.go_apart(heads, values, scope)
+
+
+# ---- streams --------------------------------------------------------------------------------------------------------
+
+
+def _tie_streams(graph: ChannelGraph, trial: _Trial) -> ChannelGraph:
+    """Streams are in one family with the heads of which they must be a multiple, with which they are cut in step."""
+    groups = {g.name: g for g in graph.groups}
     for stream, heads in _find_candidates(graph):
         if trial.needs_both(stream, heads):
             groups |= {g.name: g for g in _tie(groups[stream.name], [groups[g.name] for g in heads])}
@@ -56,15 +95,45 @@ def _are_one(heads: Sequence[ChannelGroup], others: Sequence[ChannelGroup]) -> b
     return alike and not matched and all(is_inside(p, scope) for g in others for p in g.producers)
 
 
+def _find_step(stream: ChannelGroup, heads: Sequence[ChannelGroup]) -> int:
+    """Channels of the stream that go with the least number of channels of every head."""
+    return math.lcm(*(stream.size // g.size for g in heads))
+
+
+def _tie(stream: ChannelGroup, heads: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """The same groups as one family."""
+    least = stream.size // _find_step(stream, heads)
+    alike = lambda g: replace(g, family=heads[0].family, multiple=g.size // least)  # noqa: E731
+    layers = ", ".join(dict.fromkeys(p for g in heads for p in g.producers))
+    note = f"as wide as all heads of {layers} together, and cut in step with them"
+    return [replace(alike(stream), notes=(*stream.notes, note)), *map(alike, heads)]
+
+
+# ---- networks that are tried ----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """Networks in which some groups are smaller, that are only run."""
+    """Networks in which some groups are smaller, that are only run, with numbers in attributes that follow.
+
+    Attributes:
+        apart: whether heads of a size in modules of a class were cut without their values, by these.
+    """
 
     graph: ChannelGraph
     model: nn.Module
     literals: Literals
+    apart: dict[tuple[type, int, int], bool] = field(default_factory=dict)
 
     __repr__ = show_briefly
+
+    def go_apart(self, heads: Sequence[ChannelGroup], values: Sequence[ChannelGroup], scope: str) -> bool:
+        """Whether queries and keys run without their values being as narrow, and the other way round."""
+        kind = type(self.model.get_submodule(scope)), heads[0].size, len(heads)
+        if kind not in self.apart:
+            narrowed = ({g.name: g.size - 1 for g in groups} for groups in (heads, values))
+            self.apart[kind] = heads[0].size > 1 and all(self.runs(sizes) for sizes in narrowed)
+        return self.apart[kind]
 
     def needs_both(self, stream: ChannelGroup, heads: Sequence[ChannelGroup]) -> bool:
         """Whether a stream and its heads can only be cut in step."""
@@ -81,17 +150,3 @@ class _Trial:
         small = copy_reduced(self.model, self.graph, maps)
         failure = self.literals.run(small, ())
         return failure is None or self.literals.search(small, sizes, failure, self.literals.run) is not None
-
-
-def _find_step(stream: ChannelGroup, heads: Sequence[ChannelGroup]) -> int:
-    """Channels of the stream that go with the least number of channels of every head."""
-    return math.lcm(*(stream.size // g.size for g in heads))
-
-
-def _tie(stream: ChannelGroup, heads: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """The same groups as one family."""
-    least = stream.size // _find_step(stream, heads)
-    alike = lambda g: replace(g, family=heads[0].family, multiple=g.size // least)  # noqa: E731
-    layers = ", ".join(dict.fromkeys(p for g in heads for p in g.producers))
-    note = f"as wide as all heads of {layers} together, and cut in step with them"
-    return [replace(alike(stream), notes=(*stream.notes, note)), *map(alike, heads)]

@@ -34,23 +34,23 @@ class _Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the number of heads follows from the width of the projections."""
+    """Multi-head self-attention; heads are as wide as the projections make them, values apart from the others."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.head_dim = width // heads
+        self.heads = heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+        q, k, v = (self._split(project(x)) for project in (self.query, self.key, self.value))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class _FeedForward(nn.Module):
