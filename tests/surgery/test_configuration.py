@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -315,3 +317,11 @@ def test_a_graph_is_tied_once() -> None:
     assert isinstance(tied, ChannelGraph)
     assert tie_by_config(tied, model) is tied
     assert replace(tied, groups=graph.groups) is not tied
+
+
+def test_a_transformers_that_is_there_but_does_not_work_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts are imported as they are asked for, and fail then where torchvision, say, does not load."""
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils", raising=False)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert intrafusion.compress(model, torch.randn(2, 3), 0.5, restore=None).model.get_submodule("0").out_features == 4
