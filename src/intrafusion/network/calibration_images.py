@@ -93,8 +93,8 @@ class Calls:
         if unknown := find_unknown_masks(named, count_images(call)):
             self.notes["masks"] = (
                 f"{call.source}: {name_some(unknown)}: where this is a mask of padding, padded positions count like "
-                "all others; wrap the network to take attention_mask (1 where a token is) or src_key_padding_mask (True "
-                "where padding is)"
+                "all others; wrap the network to take attention_mask (1 where a token is) or src_key_padding_mask "
+                "(True where padding is)"
             )
         if weights is not None:
             self.lost |= weights.lost
