@@ -307,6 +307,7 @@ def _describe(smaller: Mapping[Side, tuple[int, int]], left: Iterable[Side]) -> 
         if old in kinds:
             sizes.setdefault(old, set()).add(new)
     told = "; ".join(f"{old} -> {', '.join(map(str, sorted(new)))}" for old, new in sizes.items())
+    told = told or "what gets smaller and what stays do not go together"
     return f"these sizes: {told} (as in {name_some(list(dict.fromkeys(name for name, _ in left)))})"
 
 
