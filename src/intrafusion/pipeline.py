@@ -330,8 +330,14 @@ def _tell_of_numbers(numbers: Sequence[Repair]) -> tuple[str, ...]:
     )
 
 
-def _tell_of_config(why: str) -> str:
-    return f"intrafusion.load is needed, not from_pretrained: {why}; uniform=True makes sizes that a configuration says"
+def _tell_of_config(why: str, *, uniform: bool) -> str:
+    advice = (
+        "the sizes are such as it says, but its code derives something from them: exclude= what has to stay, most "
+        "often the stream (the layers that embed)"
+        if uniform
+        else "uniform=True makes sizes that a configuration says"
+    )
+    return f"intrafusion.load is needed, not from_pretrained: {why}; {advice}"
 
 
 def _tell_of_outputs(recipe: Recipe) -> tuple[str, ...]:
@@ -426,7 +432,7 @@ def apply(
         notes=(
             *_tell_of_numbers(surgery.numbers),
             *_tell_of_outputs(plan.recipe),
-            *([_tell_of_config(unsaid)] if unsaid else []),
+            *([_tell_of_config(unsaid, uniform=plan.recipe.uniform)] if unsaid else []),
         ),
     )
     small = small if core is whole else count_ties(small, whole, core)

@@ -15,7 +15,7 @@ from intrafusion.measure.closeness import Yardstick
 from intrafusion.network.batches import as_call, double_first, join_batches, read_batches, take_images
 from intrafusion.network.calibration_images import as_calls
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.row_weights import RowWeights, find_weights, select_counted
+from intrafusion.network.row_weights import RowWeights, find_unknown_masks, find_weights, select_counted
 from intrafusion.network.sources import import_transformers
 from intrafusion.observe.moments import measure_moments
 from intrafusion.observe.observe import observe
@@ -336,10 +336,75 @@ def test_masks_that_are_wrong_are_told_of(case: str) -> None:
         read_batches([{"input_ids": IDS, "attention_mask": mask}])
 
 
-def test_masks_of_pairs_are_left_to_the_network_and_it_is_said() -> None:
+KEPT = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+CAUSAL = KEPT[:, None, None].bool() & torch.ones(4, 4, dtype=torch.bool).tril()
+PAIRS = {
+    "allowed": CAUSAL,
+    "of every head": CAUSAL.expand(3, 2, 4, 4),
+    "of keys": KEPT[:, None, None].bool(),
+    "without heads": CAUSAL[:, 0].long(),
+    "added": torch.zeros(CAUSAL.shape).masked_fill(~CAUSAL, torch.finfo(torch.float32).min),
+    "added, infinite": torch.zeros(CAUSAL.shape).masked_fill(~CAUSAL, -torch.inf),
+    "added to scores of all": torch.zeros(3, 4).masked_fill(KEPT == 0, -1e9),
+    "multiplied": CAUSAL.float(),
+}
+
+
+@pytest.mark.parametrize("form", PAIRS)
+def test_what_no_position_may_look_at_is_padding(form: str) -> None:
+    found = find_weights({"input_ids": IDS, "attention_mask": PAIRS[form]}, "images")
+    assert found is not None
+    assert found.tables[0].tolist() == KEPT.tolist()
+    assert not found.lost
+
+
+def test_nothing_is_padding_where_nothing_is_added_to_scores() -> None:
     found = find_weights({"input_ids": IDS, "attention_mask": torch.zeros(3, 1, 4, 4)}, "images")
     assert found is not None
+    assert bool(found.tables[0].all())
+
+
+def test_masks_that_do_not_go_with_the_sequences_are_left_to_the_network_and_it_is_said() -> None:
+    """One for all sequences, as of a causal decoder."""
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.first, self.last = nn.Embedding(11, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            x = self.words(input_ids)
+            mixed = nn.functional.scaled_dot_product_attention(x, x, x, attention_mask)
+            return self.last(self.first(mixed).relu())
+
+    ids, mask = torch.randint(11, (40, 5)), torch.ones(1, 5, 5, dtype=torch.bool).tril()
+    found = find_weights({"input_ids": ids, "attention_mask": mask}, "images")
+    assert found is not None
     assert (found.tables, found.lost) == ((), {"attention_mask"})
+    given = {"input_ids": ids, "attention_mask": mask}
+    with pytest.warns(IntrafusionWarning, match="where all rows count"):
+        small = intrafusion.compress(Causal(), {"input_ids": ids[:2], "attention_mask": mask}, 0.5, inputs=given)
+    assert small.model.get_submodule("first").out_features == 6
+
+
+@pytest.mark.parametrize(("name", "mask"), [("pad_mask", KEPT == 0), ("lengths", KEPT.sum(1)), ("mask", KEPT)])
+def test_what_may_be_a_mask_of_padding_under_another_name_is_told_of(name: str, mask: Tensor) -> None:
+    assert find_unknown_masks({"ids": IDS, name: mask}, 3) == [name]
+    assert not find_unknown_masks({"ids": IDS, name: torch.ones_like(mask)}, 3)  # it leaves nothing out
+    assert not find_unknown_masks({"ids": IDS, name: torch.ones(4, 4).tril()}, 4)  # of pairs of positions
+    assert not find_unknown_masks({"attention_mask": KEPT, "token_type_ids": KEPT}, 3)
+
+
+def test_a_result_says_that_a_mask_under_another_name_was_not_looked_at() -> None:
+    class Masked(nn.Sequential):
+        def forward(self, x: Tensor, pad_mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) * ~pad_mask[..., None]
+
+    model = Masked(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    images = {"x": torch.randn(40, 5, 3), "pad_mask": torch.arange(5) >= torch.randint(2, 6, (40, 1))}
+    with pytest.warns(IntrafusionWarning, match="pad_mask: where this is a mask of padding, padded positions count"):
+        intrafusion.compress(model, {name: t[:2] for name, t in images.items()}, 0.5, inputs=images)
 
 
 class Shuffled(nn.Module):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -315,3 +317,25 @@ def test_a_graph_is_tied_once() -> None:
     assert isinstance(tied, ChannelGraph)
     assert tie_by_config(tied, model) is tied
     assert replace(tied, groups=graph.groups) is not tied
+
+
+def test_what_code_derives_from_a_size_that_is_uniform_is_told_to_be_excluded() -> None:
+    """Gemma multiplies its embeddings with the root of the width of its stream."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    widths = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 40, "max_position_embeddings": 32}
+    gemma = build("GemmaForCausalLM", "GemmaConfig", use_cache=False, **sizes, **widths)
+    options = {"keep": 0.5, "restore": None, "uniform": True, "outputs": "logits"}
+    small = intrafusion.compress(gemma, TEXT, **options)
+    [note] = [note for note in small.notes if "intrafusion.load is needed" in note]
+    assert "gives other outputs; the sizes are such as it says, but its code derives something from them" in note
+    assert "uniform=True makes" not in note
+    apart = intrafusion.compress(gemma, TEXT, exclude="model.embed_tokens", **options)
+    assert not any("intrafusion.load is needed" in note for note in apart.notes)
+
+
+def test_a_transformers_that_is_there_but_does_not_work_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts are imported as they are asked for, and fail then where torchvision, say, does not load."""
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils", raising=False)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert intrafusion.compress(model, torch.randn(2, 3), 0.5, restore=None).model.get_submodule("0").out_features == 4

@@ -391,8 +391,8 @@ def _reduce_network(
         graph = pipeline.inspect(model, recipe.call_of(network.inputs), progress=progress)
         if network.folder and (why := pipeline.explain_unsaid(recipe, model, graph)):
             messages.print(
-                f"note: intrafusion.load will be needed, not from_pretrained: {why}; --uniform makes sizes that a "
-                "configuration says.",
+                f"note: intrafusion.load will be needed, not from_pretrained, unless what is in the way is rolled "
+                f"back: {why}; --uniform makes sizes that a configuration says.",
                 soft_wrap=True,
             )
         small = pipeline.follow(

@@ -17,7 +17,7 @@ from intrafusion.errors import ArgumentError, IntrafusionWarning, ModelError
 from intrafusion.names import name_some
 from intrafusion.network.batches import ImagesLike, as_call, count_images, make_reusable, read_labelled
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.row_weights import find_weights
+from intrafusion.network.row_weights import find_unknown_masks, find_weights
 from intrafusion.network.texts import Tokenizer, is_text, list_texts, tokenize
 from intrafusion.network.token_limits import TokenLimits, find_token_limits
 
@@ -97,6 +97,12 @@ class Calls:
         self.limits.check(call)
         named = {**dict(zip(self.names, call.args, strict=False)), **(call.kwargs or {})}
         weights = find_weights(named, call.source)
+        if unknown := find_unknown_masks(named, count_images(call)):
+            self.notes["masks"] = (
+                f"{call.source}: {name_some(unknown)}: where this is a mask of padding, padded positions count like "
+                "all others; wrap the network to take attention_mask (1 where a token is) or src_key_padding_mask "
+                "(True where padding is)"
+            )
         if weights is not None:
             self.lost |= weights.lost
             weights = replace(weights, lost=self.lost)

@@ -16,7 +16,7 @@ from intrafusion.arguments import check_by, checked
 from intrafusion.brief import show_briefly
 from intrafusion.errors import IntrafusionError, ModelError, show
 from intrafusion.network.outputs import Opened, name_entries, open_output, pick_outputs, read_iterators
-from intrafusion.network.row_weights import RowWeights
+from intrafusion.network.row_weights import SHUT, RowWeights
 
 
 @checked
@@ -124,7 +124,8 @@ class Inputs:
             if not t.is_floating_point() or t.numel() == 0 or t.layout is not torch.strided:
                 return t
             noise = torch.rand(t.shape, generator=generator).to(t) - 0.5
-            return t + 0.2 * t.abs().mean().clamp(min=1e-3) * noise
+            shut = t <= SHUT  # in a mask that is added to scores; of the size of such numbers nothing else may change
+            return torch.where(shut, t, t + 0.2 * t[~shut].abs().mean().nan_to_num().clamp(min=1e-3) * noise)
 
         return self.map(vary)
 

@@ -23,10 +23,13 @@ _ALIKE = 1e-2  # of the size of rows: what kernels may round another way at anot
 MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 """Arguments that are 1 where there is something and 0 where there is padding, and the tokens that each goes with."""
 
-_INVERTED = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
+_INVERTED = ("src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "key_padding_mask")
 """Arguments that are True where there is padding, as in torch.nn.Transformer."""
 
 _IGNORED = -100  # a label that no loss counts, as of padding
+SHUT = -1e3  # what is added to scores that shall not count is below this
+
+_MASKLIKE = ("mask", "pad", "length")  # in names of arguments that may say what is padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +62,8 @@ class RowWeights:
         found = [w for table in self.tables if (w := self._place(table, x)) is not None]
         if found and all(torch.equal(w, found[0]) for w in found[1:]):
             return found[0].expand(shape)
-        whole = self.tables[0].amax(1).to(x.device)
-        if shape and shape[0] == len(whole):
+        whole = self.tables[0].amax(1).to(x.device) if self.tables else ()
+        if isinstance(whole, Tensor) and shape and shape[0] == len(whole):
             if math.prod(shape[1:]) > 1 and any(table.shape[1] > 1 for table in self.tables):
                 self.lost.add(where)
             return whole.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
@@ -161,6 +164,22 @@ def find_weights(arguments: Mapping[str, object], source: str) -> RowWeights | N
     return RowWeights(tuple(tables), lost) if tables or lost else None
 
 
+def find_unknown_masks(arguments: Mapping[str, object], count: int) -> list[str]:
+    """Names of what may say which of `count` sequences have padding where, but is no mask that is known.
+
+    >>> find_unknown_masks({"lengths": torch.tensor([3, 2]), "attention_mask": torch.ones(2, 3)}, 2)
+    ['lengths']
+    """
+    found = [(name, t) for name, t in arguments.items() if isinstance(t, Tensor) and any(p in name for p in _MASKLIKE)]
+    return [name for name, t in found if name not in (*MASKS, *_INVERTED) and _may_be_padding(t, count)]
+
+
+def _may_be_padding(mask: Tensor, count: int) -> bool:
+    """Not so what is for all sequences, for pairs of positions, or everywhere the same."""
+    of_pairs = mask.dim() > 1 and mask.shape[-1] == mask.shape[-2]
+    return mask.dim() > 0 and len(mask) == count and not of_pairs and bool((mask != mask.flatten()[0]).any())
+
+
 def _is_continued(arguments: Mapping[str, object]) -> bool:
     """With a cache, masks are longer than what is computed."""
     return arguments.get("past_key_values") is not None
@@ -172,7 +191,10 @@ def _is_of_decoder(labels: Tensor, mask: Tensor) -> bool:
 
 
 def _read_mask(name: str, tensors: Mapping[str, Tensor], source: str) -> Tensor | None:
-    """(n, length) of 0 and 1; None for masks of pairs of positions, and such as are added to scores."""
+    """(n, length) of 0 and 1; None where a mask does not say which positions of a sequence there are.
+
+    Of pairs of positions, those are there that any position may look at.
+    """
     mask = tensors[name]
     tokens = tensors.get(MASKS.get(name, ""))
     if tokens is not None and mask.dim() < 3 and mask.shape != tokens.shape:
@@ -180,9 +202,12 @@ def _read_mask(name: str, tensors: Mapping[str, Tensor], source: str) -> Tensor 
             f"{source}: {name}: expected one number for each token, {list(tokens.shape)}, got {list(mask.shape)}; "
             "pass the mask that the tokenizer gave with them."
         )
-    if mask.dim() != 2 or bool((mask < 0).any()):
+    is_added = mask.is_floating_point() and bool((mask < 0).any() or (mask.dim() > 2 and not mask.any()))
+    kept = mask > SHUT if is_added else ~mask.bool() if name in _INVERTED else mask > 0
+    if kept.dim() > 2 and tokens is not None and (len(kept), kept.shape[-1]) == tokens.shape:
+        kept = kept.flatten(1, -2).any(1)
+    if kept.dim() != 2:
         return None
-    kept = ~mask.bool() if name in _INVERTED else mask > 0
     empty = (~kept.any(1)).nonzero()[:, 0].tolist()
     if empty:
         which = "every sequence" if len(empty) == len(mask) else f"sequence {empty[0]}"

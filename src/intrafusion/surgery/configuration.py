@@ -43,8 +43,8 @@ _UNSET = ("token", "type", "version", "architectures")  # parts of the names of 
 
 def is_configured(model: nn.Module) -> bool:
     """Whether it is a network of transformers, which `from_pretrained` builds from its configuration."""
-    transformers = sys.modules.get("transformers")  # not imported: then there is no such network
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+    found = sys.modules.get("transformers.modeling_utils")  # not imported, or not to be: then there is no such network
+    return found is not None and isinstance(model, found.PreTrainedModel)
 
 
 def build_from_config(model: nn.Module, config: Any) -> nn.Module:
@@ -307,6 +307,7 @@ def _describe(smaller: Mapping[Side, tuple[int, int]], left: Iterable[Side]) -> 
         if old in kinds:
             sizes.setdefault(old, set()).add(new)
     told = "; ".join(f"{old} -> {', '.join(map(str, sorted(new)))}" for old, new in sizes.items())
+    told = told or "what gets smaller and what stays do not go together"
     return f"these sizes: {told} (as in {name_some(list(dict.fromkeys(name for name, _ in left)))})"
 
 

@@ -1,0 +1,41 @@
+"""Example inputs that are changed a little."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import intrafusion
+from intrafusion.network.inputs import Inputs
+
+SHUT = {"least": torch.finfo(torch.float32).min, "infinite": -torch.inf, "large": -1e4}
+
+
+@pytest.mark.parametrize("value", SHUT)
+def test_a_mask_that_is_added_to_scores_stays_one(value: str) -> None:
+    mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1) == 1, SHUT[value])
+    varied = Inputs((mask,)).varied().args[0]
+    assert torch.equal(varied[mask < 0], mask[mask < 0])
+    assert float(varied[mask == 0].abs().max()) < 1e-3
+    assert len(varied[mask == 0].unique()) == 15
+    whole = Inputs((torch.full((3,), SHUT[value]),)).varied().args[0]
+    assert torch.equal(whole, torch.full((3,), SHUT[value]))
+
+
+@pytest.mark.parametrize("value", SHUT)
+def test_attention_with_such_a_mask_is_reduced(value: str) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(F.scaled_dot_product_attention(x, x, x.relu(), mask))
+
+    mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1) == 1, SHUT[value])
+    small = intrafusion.compress(Masked(), (torch.randn(2, 5, 3), mask), 0.5, restore=None)
+    assert not small.rolled_back
