@@ -25,11 +25,12 @@ def missing(covariance: Tensor, reader: Tensor, kept: list[int]) -> float:
 
 
 @pytest.mark.parametrize("points", [1, 3])
-@pytest.mark.parametrize("block", [1, 2, 32])
+@pytest.mark.parametrize(("block", "span"), [(1, 32), (2, 32), (32, 32), (1, 2), (2, 2), (2, 4), (1, 1)])
 def test_every_pick_is_the_best_next_one_and_its_error_is_right(
-    block: int, points: int, monkeypatch: pytest.MonkeyPatch
+    block: int, span: int, points: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("intrafusion.reduce.sweep.BLOCK", block)
+    monkeypatch.setattr("intrafusion.reduce.sweep._SPAN", span)
     reader = spd(6)
     moments = Moments(torch.zeros(points, 6), torch.stack([10.0**i * spd(6) for i in range(points)]), reader)
     found = pivot_order(moments.covariances, reader, moments.shares, 6)

@@ -17,7 +17,7 @@ from intrafusion import ChannelGraph, ChannelGroup, PlanError, Role
 from intrafusion.importance.features import linear_rows
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce import ReductionMap, selection_map
-from intrafusion.surgery.maps import hollow_, reduce_weights
+from intrafusion.surgery.maps import find_picks, hollow_, reduce_weights
 from intrafusion.surgery.write import Repair, find_repairs, write_weights_
 from intrafusion.trace import trace
 
@@ -242,6 +242,23 @@ def test_a_batch_norm_behind_a_mixed_convolution_computes_the_mixed_channels() -
     small = operated(model, graph, {group.name: ReductionMap(merge, torch.ones(8, 3, dtype=torch.float64))})
     old, new = (m.get_submodule("stem")(inputs) for m in (model, small))
     torch.testing.assert_close(new, torch.einsum("mc,bchw->bmhw", merge, old))
+
+
+@pytest.mark.parametrize(
+    ("rows", "picks"),
+    [
+        ([[0, 1, 0], [0, 0, 1]], [1, 2]),
+        ([[0, 1, 0], [0, 1, 0]], [1, 1]),
+        ([[0, 2, 0], [0, 0, 1]], None),
+        ([[1, 1, 0], [0, 0, 0]], None),
+        ([[1, 1, 0], [0, 0, 1]], None),
+        ([[0, -1, 0], [0, 0, 1]], None),
+        ([[0, float("nan"), 0], [0, 0, 1]], None),
+    ],
+)
+def test_a_matrix_that_only_picks_rows_is_known(rows: list[list[float]], picks: list[int] | None) -> None:
+    found = find_picks(torch.tensor(rows).double())
+    assert (found if found is None else found.tolist()) == picks
 
 
 def test_twins_of_unequal_size_are_refused() -> None:

@@ -22,6 +22,16 @@ def test_cost_equals_scipy_on_unit_rows(rows, p):
     torch.testing.assert_close(direction_cost(rows, rows[:3], p=p), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("tile", [(2, 3, 4), (7, 7, 5), (8, 64, 2048)])
+def test_many_differences_are_summed_in_float32(rows, tile, monkeypatch):
+    expected = direction_cost(rows, rows[:4])
+    monkeypatch.setattr("intrafusion.transport.cost._LARGE", 1)
+    monkeypatch.setattr("intrafusion.transport.cost._TILE", tile)
+    found = direction_cost(rows, rows[:4])
+    assert found.dtype is torch.float64
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.max()))
+
+
 def test_length_does_not_matter(rows):
     lengths = torch.logspace(-3, 3, 7, dtype=torch.float64)[:, None]
     torch.testing.assert_close(direction_cost(rows * lengths, rows), direction_cost(rows, rows))

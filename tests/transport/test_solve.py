@@ -30,6 +30,23 @@ def test_square_uniform_problem_is_an_assignment(n):
     torch.testing.assert_close(coupling, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [2, 9, 40])
+def test_equal_masses_of_large_problems_are_assigned_to_the_same_bytes(n, monkeypatch):
+    cost, _, _ = random_problem(n, n, seed=n)
+    uniform = torch.full((n,), 0.3 / n, dtype=torch.float64)
+    expected = optimal_coupling(cost, uniform, uniform)
+    monkeypatch.setattr("intrafusion.transport.solve._LARGE", 1)
+    monkeypatch.setattr("ot.emd", None)  # not used
+    assert torch.equal(optimal_coupling(cost, uniform, uniform), expected)
+
+
+def test_unequal_masses_of_large_problems_are_not_assigned(monkeypatch):
+    cost, a, b = random_problem(7, 7, seed=1)
+    expected = optimal_coupling(cost, a, b)
+    monkeypatch.setattr("intrafusion.transport.solve._LARGE", 1)
+    assert torch.equal(optimal_coupling(cost, a, b), expected)
+
+
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 1), (5, 3), (7, 6)])
 def test_unequal_problem_equals_the_linear_program(n, m):
     cost, a, b = random_problem(n, m, seed=10 * n + m)

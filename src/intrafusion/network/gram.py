@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**20  # entries of the inputs that are multiplied at a time
+WIDE = 1024  # columns beyond which matrices are worked on by so many rows at a time, to save memory and products
 
 
 def find_scale(x: Tensor) -> float:
@@ -15,24 +16,60 @@ def find_scale(x: Tensor) -> float:
 
     Dividing by it is exact, and squares of what is left neither overflow nor vanish in float32.
     """
-    largest = float(x.abs().max()) if x.numel() else 0.0
+    largest = max(abs(float(end)) for end in torch.aminmax(x)) if x.numel() else 0.0
     return math.ldexp(1.0, math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
+
+
+def divide(x: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
+    """x (..., n, n) / unit in another precision, without a copy of all in its own."""
+    found = torch.empty_like(x, dtype=dtype)
+    for part, own in zip(found.split(WIDE, -2), x.split(WIDE, -2), strict=True):
+        part.copy_(own / unit)
+    return found
 
 
 def multiply_rows(x: Tensor, y: Tensor) -> Tensor:
     """x^T y for rows of both, multiplied in their precision chunk by chunk, summed in float64."""
-    size = max(1, CHUNK // max(1, x.shape[1]))
     total = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
+    _add_products_(total, x, y)
+    return total
+
+
+def _add_products_(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x^T y to a float64 matrix."""
+    size = max(1, CHUNK // max(1, min(x.shape[1], WIDE)))
     for left, right in zip(x.split(size), y.split(size), strict=True):
         total += left.T @ right
-    return total
 
 
 def square_rows(x: Tensor) -> Tensor:
     """x^T x likewise; of what is the same on both sides of the diagonal, half is multiplied once."""
     half = x.shape[1] // 2
-    upper, lower = multiply_rows(x[:, :half], x), multiply_rows(x[:, half:], x[:, half:])
-    return torch.cat([upper, torch.cat([upper[:, half:].T, lower], dim=1)])
+    total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    _add_products_(total[:half], x[:, :half], x)
+    _add_products_(total[half:, half:], x[:, half:], x[:, half:])
+    total[half:, :half] = total[:half, half:].T
+    return total
+
+
+def square_transposed(x: Tensor) -> Tensor:
+    """x x^T in its precision; of wide ones half is multiplied once."""
+    return x @ x.T if len(x) <= WIDE else _multiply_symmetric(x[None], x.T[None])[0]
+
+
+def multiply_between(c: Tensor, q: Tensor) -> Tensor:
+    """c q c (p, n, n) for symmetric c (p, n, n) and q (n, n); of wide ones half of the second product is made."""
+    return c @ q @ c if len(q) <= WIDE else _multiply_symmetric(c @ q, c)
+
+
+def _multiply_symmetric(x: Tensor, y: Tensor) -> Tensor:
+    """x (p, n, k) @ y (p, k, n), known to be symmetric."""
+    found = x.new_empty(len(x), x.shape[1], y.shape[2])
+    for start in range(0, x.shape[1], WIDE):
+        rows = slice(start, start + WIDE)
+        block = x[:, rows] @ y[:, :, start:]
+        found[:, rows, start:], found[:, start:, rows] = block, block.mT
+    return found
 
 
 def multiply_by_group(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.network.batches import ImagesLike, cast_like, double_first
-from intrafusion.network.gram import find_scale, square_rows
+from intrafusion.network.gram import WIDE, find_scale, square_rows, square_transposed
 from intrafusion.network.input_batches import read_input_batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, Port, find_layers, watch_calls
@@ -353,16 +353,21 @@ class _Read:
         columns = weight.movedim(self.dim, 0)[self.positions.to(weight.device)].flatten(1)
         scale = find_scale(columns)
         columns = (columns / scale).float()
-        return (columns @ columns.T).double() * scale**2
+        return square_transposed(columns).double().mul_(scale**2)
 
 
 def _join_reads(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Moments:
     """The moments of one group from what was read with each weight."""
     shifts = all(read.shifts for read in reads.values())
     pairs = [(read.mean, read.covariance) if shifts else read.uncentred for read in reads.values()]
-    means, covariances = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-    reader = torch.stack([read.square_columns(weights[name]) for name, read in reads.items()]).sum(0)
-    return Moments(means, covariances, reader)
+    means, covariances = (_stack(parts) for parts in zip(*pairs, strict=True))
+    squares = [read.square_columns(weights[name]) for name, read in reads.items()]
+    return Moments(means, covariances, squares[0] if len(squares) == 1 else torch.stack(squares).sum(0))
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """One of many; a single one, which may be large, is not copied."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _join_bare_reads(group: ChannelGroup, reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Moments:
@@ -424,7 +429,8 @@ def shrink(covariance: Tensor, rows: float) -> Tensor:
     variances = covariance.diagonal().clone()
     alive = variances > _NO_VARIANCE * variances.max()
     scale = torch.where(alive, variances, torch.inf).rsqrt()
-    squares = float((scale[:, None] * covariance * scale).square().sum())
+    parts = zip(scale.split(WIDE), covariance.split(WIDE), strict=True)
+    squares = float(sum((own[:, None] * rows * scale).square_().sum() for own, rows in parts))
     n = max(int(alive.sum()), 2)
     rho = ((1 - 2 / n) * squares + n**2) / max((rows + 1 - 2 / n) * (squares - n), 1e-30)
     result = covariance * (1 - min(rho, 1.0))

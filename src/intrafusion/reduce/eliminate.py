@@ -97,10 +97,9 @@ def eliminate(moments: Moments, size: int = 1, *, strength: float = _STRENGTH) -
 
 
 def _eliminate(moments: Moments, size: int, strength: float) -> tuple[Tensor, Tensor]:
-    scaled = moments.scaled()
-    p = torch.linalg.inv(_add_ridge(scaled.covariances.double(), strength))
-    q = scaled.reader.double().expand_as(p).clone()
-    shares = scaled.shares.double()
+    covariances, reader, shares = moments.take_scaled(torch.float64)
+    p = torch.linalg.inv(_add_ridge(covariances, strength))
+    q = reader.expand_as(p).clone()
     if size > 1:
         return _eliminate_blocks(p, q, shares, size)
     return sweep(p, q, shares, len(moments.reader), floor=0.0, least=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from intrafusion.arguments import checked
 from intrafusion.brief import show_briefly
 from intrafusion.errors import BudgetError
+from intrafusion.network.gram import multiply_between
 from intrafusion.reduce.problem import Moments
 from intrafusion.reduce.sweep import sweep
 from intrafusion.reduce.telling import Telling
@@ -51,8 +52,8 @@ def pick_channels(moments: Moments, m: int | None = None) -> Pivots:
     """The first m channels (all of them by default), or more, in the order of picking; kept with the object."""
     m = len(moments.reader) if m is None else m
     if moments not in _PICKED or len(_PICKED[moments].order) < m:
-        scaled = moments.scaled()
-        _PICKED[moments] = pivot_order(scaled.covariances.float(), scaled.reader.float(), scaled.shares.float(), m)
+        covariances, reader, shares = moments.take_scaled(torch.float32)
+        _PICKED[moments] = _pick_(covariances, reader, shares, m)
     return _PICKED[moments]
 
 
@@ -74,15 +75,17 @@ def pivot_order(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> 
         BudgetError: m is not in 1..n.
     Reference: pivoted Cholesky (Higham 1990), with the weights Q; its use for channels is OURS.
     """
-    # What a pick explains it takes out of C, as Gram and Schmidt do: C is then the covariance of what is left of every
-    # channel once the picked ones are known. Q weighs a channel by how strongly the consumers read it.
-    # What a pick explains it takes out of C, as Gram and Schmidt do: C is then the covariance of what is left of every
-    # channel once the picked ones are known. Q weighs a channel by how strongly the consumers read it.
     n = len(reader)
     if not 1 <= m <= n:
         raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
-    c = covariances.clone()
-    order, gains = sweep(c, c @ reader @ c, shares, m, floor=_KNOWN)
+    return _pick_(covariances.clone(), reader, shares, m)
+
+
+def _pick_(c: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivots:
+    """The same, in place."""
+    # What a pick explains it takes out of C, as Gram and Schmidt do: C is then the covariance of what is left of every
+    # channel once the picked ones are known. Q weighs a channel by how strongly the consumers read it.
+    order, gains = sweep(c, multiply_between(c, reader), shares, m, floor=_KNOWN)
     missing = [1.0]
     for gain in gains.tolist():  # tr(Q C) falls by R_jj / C_jj when j is known
         missing.append(max(0.0, missing[-1] - gain))

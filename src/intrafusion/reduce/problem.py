@@ -11,7 +11,7 @@ from torch import Tensor
 from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
 from intrafusion.graph import Rotation
-from intrafusion.network.gram import find_scale
+from intrafusion.network.gram import WIDE, divide, find_scale
 from intrafusion.registry import Traits
 
 
@@ -36,10 +36,11 @@ class Moments:
 
     __repr__ = show_briefly
 
-    def scaled(self) -> Moments:
-        """The same in units in which the largest covariance and the largest reading are about 1, for float32."""
+    def take_scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """New covariances, reader and shares in units in which the largest covariance and reading are about 1."""
         units = find_scale(self.covariances), find_scale(self.reader)
-        return Moments(self.means, self.covariances / units[0], self.reader / units[1])
+        scaled = divide(self.covariances, units[0], dtype), divide(self.reader, units[1], dtype)
+        return *scaled, self._find_shares(*units).to(dtype)
 
     @property
     def shares(self) -> Tensor:
@@ -47,12 +48,19 @@ class Moments:
 
         A point where nothing varies counts 0 beside others. All are finite in float32.
         """
-        signals = (self.covariances * self.reader).sum((1, 2))
+        return self._find_shares(1.0, 1.0)
+
+    def _find_shares(self, *units: float) -> Tensor:
+        parts = zip(self.covariances.split(WIDE, 1), self.reader.split(WIDE), strict=True)
+        signals = sum((c / units[0] * (reader / units[1])).sum((1, 2)) for c, reader in parts)
+        assert isinstance(signals, Tensor)
         return torch.where(signals >= 1e-12 * signals.max(), 1 / (signals.clamp(min=1e-30) * len(signals)), 0.0)
 
     @property
     def overall(self) -> tuple[Tensor, Tensor]:
         """Mean (n,) and covariance (n, n) over all points, each weighing the same."""
+        if len(self.means) == 1:
+            return self.means[0], self.covariances[0]
         weights = self.shares / self.shares.sum()
         return weights @ self.means, torch.einsum("p,pij->ij", weights, self.covariances)
 

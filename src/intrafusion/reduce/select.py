@@ -47,5 +47,11 @@ def selection_map(kept: Indices, n: Count) -> ReductionMap:
     """M = S, the kept rows (m,) of the n x n identity, and U = S^T."""
     if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < n:
         raise ArgumentError(f"kept: expected indices of {n} channels, got {show(kept.tolist())}.")
-    rows = torch.eye(n, dtype=torch.float64, device=kept.device)[kept]
+    rows = pick_rows(kept, n)
     return ReductionMap(merge=rows, unmerge=rows.T.contiguous())
+
+
+def pick_rows(kept: Tensor, n: int) -> Tensor:
+    """Rows (m, n) of the identity, float64."""
+    rows = torch.zeros(len(kept), n, dtype=torch.float64, device=kept.device)
+    return rows.scatter_(1, kept[:, None], 1.0)

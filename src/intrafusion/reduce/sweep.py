@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 32  # picks after which the matrices are brought up to date
+BLOCK = 32  # picks after which the matrices are brought up to date; twice as many where they are wide
+_WIDE = 1024  # channels
+_SPAN = 1024  # picks after which those that were picked are dropped from the matrices
 
 
 def sweep(c: Tensor, r: Tensor, shares: Tensor, m: int, *, floor: float, least: bool = False) -> tuple[Tensor, Tensor]:
@@ -16,7 +18,8 @@ def sweep(c: Tensor, r: Tensor, shares: Tensor, m: int, *, floor: float, least: 
         C  into  C - u u^T    and    R  into  R - u v^T - v u^T.
 
     Their diagonals follow every pick; the matrices follow `BLOCK` picks at once, and a column needed in between is made
-    up for those of its block. O(p n^2 m), in the precision of what is given. In place.
+    up for those of its block. Every `_SPAN` picks the matrices move together over what was picked. O(p n^2 m), in the
+    precision of what is given. In place.
 
     Args:
         c: (p, n, n), one for each point, positive semi-definite.
@@ -29,8 +32,27 @@ def sweep(c: Tensor, r: Tensor, shares: Tensor, m: int, *, floor: float, least: 
     values, gains = (matrix.diagonal(dim1=1, dim2=2).clone() for matrix in (c, r))
     # The diagonals alone decide a pick, O(p n) each; a channel whose variance is used up would divide noise by noise.
     known = (floor * values).clamp(min=torch.finfo(c.dtype).tiny)
+    channels = torch.arange(c.shape[1], device=c.device)
+    order, found = list[int](), list[float]()
+    while True:
+        picked, sums = _sweep_some(c, r, (values, gains, known), shares, min(m - len(order), _SPAN), least=least)
+        order += channels[picked].tolist()
+        found += sums
+        if len(order) == m:
+            return torch.tensor(order), torch.tensor(found, dtype=torch.float64)
+        left = torch.ones_like(channels, dtype=torch.bool).index_fill_(0, torch.tensor(picked, device=c.device), 0)
+        kept = left.nonzero()[:, 0]
+        c, r, channels = _move_together(c, kept), _move_together(r, kept), channels[kept]
+        values, gains, known = values[:, kept], gains[:, kept], known[:, kept]
+
+
+def _sweep_some(
+    c: Tensor, r: Tensor, diagonals: tuple[Tensor, Tensor, Tensor], shares: Tensor, m: int, *, least: bool
+) -> tuple[list[int], list[float]]:
+    """Some picks, and their sums; all that is given is as if they had been taken out, if m is `_SPAN`."""
+    (values, gains, known), block = diagonals, BLOCK if c.shape[1] <= _WIDE else 2 * BLOCK
     order, found, taken = list[int](), list[float](), torch.zeros_like(values[0], dtype=torch.bool)
-    us, vs = c.new_zeros(2, len(c), BLOCK, c.shape[1])
+    us, vs = c.new_zeros(2, len(c), block, c.shape[1])
     for index in range(m):
         # Rounding may leave a gain below zero, where there is none.
         gain = shares @ torch.where(values > known, gains.clamp(min=0) / torch.maximum(values, known), 0.0)
@@ -40,7 +62,7 @@ def sweep(c: Tensor, r: Tensor, shares: Tensor, m: int, *, floor: float, least: 
         found.append(float(gain[best]))
         order.append(best)
         # Column `best` of C and R as they are now: the matrices as of the last whole block, less the picks since then.
-        at = index % BLOCK
+        at = index % block
         u, v, value, floored = us[:, :at], vs[:, :at], values[:, best, None], known[:, best, None]
         scale = torch.where(value > floored, torch.maximum(value, floored).rsqrt(), 0.0)  # 0: nothing is learnt
         u_best, v_best = u[:, None, :, best], v[:, None, :, best]
@@ -50,7 +72,19 @@ def sweep(c: Tensor, r: Tensor, shares: Tensor, m: int, *, floor: float, least: 
         # The rank-one terms of the docstring, on the diagonal: (u u^T)_ii = u_i^2, (u v^T + v u^T)_ii = 2 u_i v_i.
         values -= column.square()
         gains -= 2 * column * half
-        if at + 1 == BLOCK:  # 32 rank-one updates as one matrix product: memory is passed over once instead of 32 times
+        if at + 1 == block:  # many rank-one updates as one matrix product: memory is passed over once instead
             c.baddbmm_(us.mT, us, alpha=-1)
             r.baddbmm_(torch.cat([us, vs], dim=1).mT, torch.cat([vs, us], dim=1), alpha=-1)
-    return torch.tensor(order), torch.tensor(found, dtype=torch.float64)
+    return order, found
+
+
+def _move_together(matrices: Tensor, kept: Tensor) -> Tensor:
+    """Rows and columns of matrices (p, n, n) that are kept (k,), ascending, as (p, k, k) in the same memory."""
+    flat, end = matrices.contiguous().view(-1), 0
+    matrices = flat.view(matrices.shape)
+    for matrix in matrices:
+        for rows in kept.split(_SPAN):  # a row never lands behind where it was, so none is written over that is needed
+            block = matrix[rows][:, kept].flatten()
+            flat[end : end + len(block)] = block
+            end += len(block)
+    return flat[:end].view(len(matrices), len(kept), len(kept))

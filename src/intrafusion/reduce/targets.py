@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from intrafusion.errors import BudgetError
+from intrafusion.reduce.kernel_means import cluster_by_products
+
+WIDE = 1024  # different points; more are clustered by their inner products
 
 
 def k_means(points: Tensor, m: int, *, seed: int = 0, n_init: int = 4) -> Tensor:
@@ -25,11 +28,14 @@ def k_means(points: Tensor, m: int, *, seed: int = 0, n_init: int = 4) -> Tensor
         (n,) numbers 0..m-1, in the order in which the clusters first appear.
     Raises:
         BudgetError: m is not in 1..n.
-    Reference: Lloyd 1982; Arthur and Vassilvitskii 2007 (k-means++); scikit-learn's KMeans.
+    Reference: Lloyd 1982; Arthur and Vassilvitskii 2007 (k-means++); scikit-learn's KMeans, and beyond `WIDE` different
+        points the same algorithm on their inner products, see `cluster_by_products`.
     """
     _check_cluster_count(points, m)
     distinct, owner, times = torch.unique(points.double(), dim=0, return_inverse=True, return_counts=True)
-    if len(distinct) > m:
+    if len(distinct) > max(m, WIDE):
+        owner = cluster_by_products(distinct, times, m, seed=seed, n_init=n_init)[owner]
+    elif len(distinct) > m:
         from sklearn.cluster import KMeans
 
         method = KMeans(n_clusters=m, n_init=n_init, random_state=seed)  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,7 @@ from intrafusion.network.gram import find_scale
 from intrafusion.reduce.principal import list_losses, principal_map
 from intrafusion.reduce.problem import Moments, ReductionMap, ReductionProblem
 from intrafusion.reduce.rotation import list_rotation_losses, rotation_map
-from intrafusion.reduce.select import Select, selection_map
+from intrafusion.reduce.select import Select, pick_rows, selection_map
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def least_squares_map(mean: Tensor, covariance: Tensor, kept: Tensor, strength: 
     Returns:
         the map, float64, with the shift s: without it the consumers' sum misses W_c s.
     """
-    mean, covariance = mean.double(), covariance.double() / find_scale(covariance)  # the map knows no unit
-    inner = covariance[kept][:, kept]
-    inner = inner + (strength * inner.diagonal().mean()).clamp(min=1e-30) * torch.eye(len(kept)).to(inner)
-    unmerge = torch.linalg.solve(inner, covariance[kept]).T.contiguous()
-    merge = torch.eye(len(mean)).to(covariance)[kept]
-    return ReductionMap(merge, unmerge, mean - unmerge @ mean[kept])
+    unit = find_scale(covariance)  # the map knows no unit
+    mean, rows = mean.double(), covariance[kept].double() / unit
+    inner = rows[:, kept]
+    inner.diagonal().add_((strength * inner.diagonal().mean()).clamp(min=1e-30))
+    unmerge = torch.linalg.solve(inner, rows).T.contiguous()
+    return ReductionMap(pick_rows(kept, len(mean)), unmerge, mean - unmerge @ mean[kept])

@@ -102,9 +102,10 @@ def mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, ave
 
 def find_picks(matrix: Tensor) -> Tensor | None:
     """Which row each row of matrix @ rows is, for a matrix that only picks rows."""
-    entries = matrix != 0
-    picks = bool((entries.sum(1) == 1).all()) and bool((matrix[entries] == 1).all())
-    return entries.long().argmax(1) if picks else None
+    if int(matrix.count_nonzero()) != len(matrix):
+        return None
+    largest, chosen = matrix.max(1)
+    return chosen if bool((largest == 1).all()) else None
 
 
 def hollow_(weights: dict[str, Tensor], group: ChannelGroup, reduction: ReductionMap) -> None:
@@ -122,12 +123,13 @@ def hollow_(weights: dict[str, Tensor], group: ChannelGroup, reduction: Reductio
 def matrix_for(member: Member, reduction: ReductionMap, *, average: bool) -> Tensor:
     """(m, n): merge for what comes in, unmerge transposed for what goes out, weighted means for what multiplies."""
     into, out_of = (1.0, 1.0) if reduction.scale is None else reduction.scale.tolist()
+    scale = lambda matrix, by: matrix if by == 1 else matrix * by  # noqa: E731
     if Role.PRODUCES in member.roles:
-        return reduction.merge * into
+        return scale(reduction.merge, into)
     if member.roles & READS:
-        return reduction.unmerge.T * out_of
+        return scale(reduction.unmerge.T, out_of)
     if member.roles & {Role.SHIFTS, Role.MEAN} and not average:
-        return reduction.merge * into
+        return scale(reduction.merge, into)
     return reduction.merge if Role.VARIANCE in member.roles else mean_weights(reduction.merge)
 
 

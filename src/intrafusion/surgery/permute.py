@@ -16,6 +16,7 @@ from intrafusion.network.double import TOLERANCE, copy_as_double, output_differe
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
+from intrafusion.reduce.select import pick_rows
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.numbers import explain_state
 from intrafusion.surgery.operate import tolerance_of
@@ -30,8 +31,8 @@ def random_derangement(group: ChannelGroup, generator: np.random.Generator) -> R
     order = generator.permutation(group.size)
     moved = np.empty(group.size, np.int64)
     moved[order] = np.roll(order, 1)
-    matrix = torch.eye(group.size, dtype=torch.float64)[torch.from_numpy(moved)]
-    return ReductionMap(matrix, matrix.T.contiguous())
+    matrix = pick_rows(torch.from_numpy(moved), group.size)
+    return ReductionMap(matrix, matrix.T)
 
 
 def random_rotation(group: ChannelGroup, generator: np.random.Generator) -> ReductionMap:
