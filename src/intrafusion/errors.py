@@ -27,6 +27,10 @@ class ModelError(IntrafusionError):
     """The network, or its example inputs, cannot be run or traced."""
 
 
+class NoInputsError(ModelError):
+    """No inputs can be made for a network like this one: they have to be given."""
+
+
 class ArgumentError(IntrafusionError, ValueError):
     """An argument of a function that is of the wrong kind, or means nothing."""
 

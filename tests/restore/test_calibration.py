@@ -102,6 +102,16 @@ def test_a_network_that_runs_on_no_noise_is_given_up_unless_noise_was_asked_for(
         intrafusion.compress(model, X, 0.5, restore="noise")
 
 
+def test_a_fault_that_inputs_are_not_to_blame_for_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> object:
+        raise ModelError("something else")
+
+    model, graph = network(norm=False)
+    monkeypatch.setattr(calibration_module, "measure_moments", fail)
+    with pytest.raises(ModelError, match="something else"):
+        calibrate_for(model, graph, Inputs.of(X), Recipe.of(keep=0.5, restore="auto"))
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -58,6 +58,48 @@ def test_statistics_are_those_of_the_inputs() -> None:
         torch.testing.assert_close(model.norm2.running_var, v.var(0), atol=1e-5, rtol=1e-4)
 
 
+class Reader(nn.Module):
+    """Reads sequences; its norm sees padded positions too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.head = nn.Embedding(20, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
+        self.flat = nn.BatchNorm1d(2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.norm(self.table(input_ids).transpose(1, 2)).transpose(1, 2)
+        return self.flat(self.head(x).flatten(0, 1)).reshape(*input_ids.shape, 2)
+
+
+def test_padded_positions_count_nowhere() -> None:
+    """Nor does it matter what stands there, how long it is, or in which batches the sequences come."""
+    model = randomise_(Reader()).eval()
+    lengths = [2, 7, 4, 7, 3, 6, 5, 2]
+    texts = [torch.randint(20, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+
+    def pad(some: list[Tensor], token: int, more: int) -> dict[str, Tensor]:
+        length = max(map(len, some)) + more
+        ids = torch.stack([torch.cat([t, torch.full((length - len(t),), token)]) for t in some])
+        return {"input_ids": ids, "attention_mask": torch.stack([torch.arange(length) < len(t) for t in some]).long()}
+
+    assert isinstance(model, Reader)
+    rows = model.table(torch.cat(texts)).detach()
+    for given in (pad(texts, 0, 0), pad(texts, 19, 4), [pad(texts[:3], 1, 0), pad(texts[3:], 2, 3)]):
+        found = copy.deepcopy(model)
+        restore(found, given)
+        torch.testing.assert_close(found.norm.running_mean, rows.mean(0))
+        if isinstance(given, list):
+            shares = torch.tensor([13.0, 23.0]) / 36
+            parts = torch.stack([rows[:13].var(0), rows[13:].var(0)])
+            torch.testing.assert_close(found.norm.running_var, shares @ parts)
+            continue
+        torch.testing.assert_close(found.norm.running_var, rows.var(0))
+        normal = (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+        read = model.head(normal * model.norm.weight + model.norm.bias).detach()
+        torch.testing.assert_close(found.flat.running_mean, read.mean(0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.flat.running_var, read.var(0), atol=1e-5, rtol=1e-4)
+
+
 def test_batches_weigh_as_many_images_as_they_have() -> None:
     """The mean of the first norm's inputs does not depend on how the images are cut."""
     x, found = images(41), []

@@ -237,16 +237,26 @@ def check_batch(size: int) -> None:
 def rebatch(images: ImagesLike, size: int) -> Iterator[tuple[Inputs, int]]:
     """Calls of about `size` images, never of one alone where there are more, and how many images each has.
 
-    One batch is held at a time, with what is left over of the one before.
+    One batch is held at a time, with what is left over of the one before; texts of another length are not put to it.
     """
     left: Inputs | None = None
     for call, _ in read_labelled(images):
+        if left is not None and _are_of_lengths(left, call):
+            yield left, count_images(left)
+            left = None
         left = call if left is None else join_batches([left, call])
         while count_images(left) > size + 1:
             yield take_images(left, 0, size), size
             left = take_images(left, size, count_images(left))
     if left is not None:
         yield left, count_images(left)
+
+
+def _are_of_lengths(a: Inputs, b: Inputs) -> bool:
+    """Whether two batches are of sequences that differ in their length."""
+    pairs = list(zip(a.tensors(), b.tensors(), strict=False))
+    whole = any(not s.is_floating_point() for s, _ in pairs)
+    return whole and len(a.tensors()) == len(b.tensors()) and any(s.shape[1:] != t.shape[1:] for s, t in pairs)
 
 
 def count_images(call: Inputs) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafusion.arguments import Seed, checked
-from intrafusion.errors import ModelError, RecipeError
+from intrafusion.errors import NoInputsError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, cast_like
 from intrafusion.network.input_batches import Batches, read_input_batches
@@ -150,12 +150,12 @@ def image_like(example_inputs: ExampleInputs) -> Tensor:
     """The one floating-point tensor of a call.
 
     Raises:
-        ModelError: there is none, or more than one.
+        NoInputsError: there is none, or more than one.
     """
     inputs = Inputs.of(example_inputs)
     tensors = inputs.tensors()
     if len(tensors) != 1 or not tensors[0].is_floating_point() or tensors[0].dim() < 2:
-        raise ModelError(f"images: expected a network of one floating-point input (n, ...), got {inputs}.")
+        raise NoInputsError(f"images: expected a network of one floating-point input (n, ...), got {inputs}.")
     return tensors[0]
 
 

@@ -9,16 +9,18 @@ from dataclasses import replace
 from torch import nn
 
 from intrafusion.compressed import Compressed, Restoration
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, NoInputsError
 from intrafusion.graph import ChannelGraph
 from intrafusion.importance.observation import needs_of
 from intrafusion.measure.closeness import Closeness, Yardstick
 from intrafusion.measure.comparison import HeldOut, compare_networks
-from intrafusion.network.batches import ImagesLike
+from intrafusion.network.batches import ImagesLike, cast_like
 from intrafusion.network.calibration_images import Calls, warn_caller
 from intrafusion.network.free_memory import MemoryLike, read_memory
 from intrafusion.network.held_out import Split, hold_out, take_first
+from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.network.texts import Tokenizer
 from intrafusion.progress import report
@@ -78,16 +80,31 @@ def calibrate_for(
         found = calibrate(
             model, inputs, level, images, noise=noise, seed=recipe.seed, tokenizer=tokenizer, memory=memory
         )
-        if may_give_up:  # find out now whether the network runs on what was made
-            start = time.perf_counter()
-            _ = found.moments_of(graph) if chosen else found.reference
-            if chosen and levels and images is None:
-                _warn_of_long_work(str(found), _SOLVING * (time.perf_counter() - start))
-    except ModelError:
+    except NoInputsError:
         if not may_give_up:
             raise
-        return None  # no image can be made for such inputs
+        return None
+    if may_give_up:  # find out now whether the network runs on what was made
+        start = time.perf_counter()
+        try:
+            _ = found.moments_of(graph) if chosen else found.reference
+        except ModelError:
+            if _runs_on(model, found.images):  # something else is wrong
+                raise
+            return None
+        if chosen and levels and images is None:
+            _warn_of_long_work(str(found), _SOLVING * (time.perf_counter() - start))
     return found
+
+
+def _runs_on(model: nn.Module, images: Batches) -> bool:
+    try:
+        for call in images:
+            with preserve_state(model):
+                cast_like(call, model).call(model)
+    except ModelError:
+        return False
+    return True
 
 
 def _warn_of_long_work(on: str, seconds: float) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
-from intrafusion.errors import FolderError, ModelError, RecipeError, show
+from intrafusion.errors import FolderError, NoInputsError, RecipeError, show
 from intrafusion.io.atomic import atomic_file, report_unreadable
 from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.network.batches import channels_last
@@ -79,13 +79,16 @@ class Synthesis:
         Args:
             example_inputs: one call of the network with a single floating-point tensor; gives the shape of an image.
         Raises:
-            ModelError: the network does not take a single image tensor, or has no batch norm and no layer with weights,
-                or its forward takes no gradients.
+            NoInputsError: the network does not take a single image tensor, or has no batch norm and no layer with
+                weights, or its forward takes no gradients.
+            ModelError: it does not run on such images.
         """
         like = image_like(example_inputs)
         wanted = read_norms(model) or watch_noise(model, example_inputs, self.seed)
         if not wanted:
-            raise ModelError("images can be made only from batch norms, convolutions or linear layers; there are none.")
+            raise NoInputsError(
+                "images can be made only from batch norms, convolutions or linear layers; there are none."
+            )
         generator = torch.Generator().manual_seed(self.seed)
         pixels = torch.randn(self.images, *like.shape[1:], generator=generator).to(like).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=self.lr)
@@ -128,7 +131,9 @@ class Synthesis:
 
 def _check_loss(loss: Tensor) -> Tensor:
     if not loss.requires_grad:
-        raise ModelError("no image can be made from this network: its forward takes no gradients (no_grad, inference).")
+        raise NoInputsError(
+            "no image can be made from this network: its forward takes no gradients (no_grad, inference)."
+        )
     return loss
 
 

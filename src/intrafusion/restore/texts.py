@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, NoInputsError
 from intrafusion.network.batches import cast_like, take_images
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import MASKS
@@ -125,21 +125,23 @@ def find_sampler(model: nn.Module, example: Inputs) -> Sampler:
     changes.
 
     Raises:
-        ModelError: no causal language model.
+        NoInputsError: no causal language model.
     """
     example = replace(example, outputs=None)
     ranges = find_token_ranges(model, example)
     tokens = [(example.tensors()[place], rows) for place, rows in sorted(ranges.items())]
     tokens = [(t, rows) for t, rows in tokens if t.dim() == 2]
     if not tokens:
-        raise ModelError("texts can be sampled only from a language model: no argument (n, length) picks its tokens.")
+        raise NoInputsError(
+            "texts can be sampled only from a language model: no argument (n, length) picks its tokens."
+        )
     (own, rows), arguments = tokens[0], list_arguments(example)
     argument = next(name for name, value in arguments.items() if value is own)
     with preserve_state(model):
         outputs = cast_like(example, model).call(model)
     places = [i for i, t in enumerate(outputs) if t.is_floating_point() and _are_logits(t, own, rows)]
     if not places:
-        raise ModelError(
+        raise NoInputsError(
             f"texts can be sampled only from a language model: no output holds logits {[*own.shape, rows]} of tokens."
         )
     first = _find_first_token(model, rows)
@@ -147,7 +149,9 @@ def find_sampler(model: nn.Module, example: Inputs) -> Sampler:
     with preserve_state(model):
         sampler = _stretch(sampler, arguments)
     if not _is_causal(sampler):
-        raise ModelError("texts can be sampled only from a causal language model: later tokens change earlier logits.")
+        raise NoInputsError(
+            "texts can be sampled only from a causal language model: later tokens change earlier logits."
+        )
     return sampler
 
 
