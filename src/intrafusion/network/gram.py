@@ -73,6 +73,11 @@ def _multiply_symmetric(x: Tensor, y: Tensor) -> Tensor:
 
 
 def multiply_by_group(rows: Tensor, matrix: Tensor) -> Tensor:
-    """What each of g groups of outputs is made of the inputs of its own group: (k, c) of rows (g, k, d) and (c, d)."""
+    """What each of g groups of outputs is made of the inputs of its own group: (k, c) of rows (g, k, d) and (c, d).
+
+    Rows (k, d) are those of all outputs.
+    """
+    if rows.dim() < 3:
+        return rows @ matrix.T
     own = matrix.unflatten(0, (len(rows), -1))
     return (rows @ own.mT).transpose(0, 1).flatten(1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import torch
 from torch import Tensor
 
 from intrafusion.errors import ArgumentError
 from intrafusion.network.gram import multiply_by_group
-from intrafusion.network.row_weights import effective_rows
+from intrafusion.network.row_weights import effective_rows, weigh_evenly
 from intrafusion.restore.ridge import Lacking
 
 _ROWS = 1024  # that are multiplied at a time in float32
@@ -32,15 +35,39 @@ class GroupedRidge:
         _, k, d = x.shape
         if not k:
             raise ArgumentError("ridge: expected at least one row, got none.")
-        self.intercept = intercept
+        self.intercept, self.scarcity = intercept, scarcity
         x = x if x.dtype == torch.float64 else x.float()
         self.weights = None if weights is None else weights.to(x)
         mean = self.average(x) if intercept else x.new_zeros(len(x), 1, d)
         self.x, self.mean = x - mean, mean.double()
         self.rooted = self.root(self.x)
-        damped = _multiply(self.rooted, self.rooted) / k
+        self.inner = _multiply(self.rooted, self.rooted) / k
+        self.damp(strength)
+
+    def without(self, rows: Tensor) -> GroupedRidge:
+        """The same of all rows but these, (k,) of True and False; see `Ridge.without`."""
+        weights = None if self.weights is None else weigh_evenly(self.weights[~rows][:, 0])
+        how = {"scarcity": self.scarcity, "intercept": self.intercept}
+        other = GroupedRidge(self.x[:, ~rows], self.strength, **how, weights=weights)
+        other.mean = other.mean + self.mean
+        return other
+
+    def with_strength(self, strength: float) -> GroupedRidge:
+        """The same for another strength; products of rows are not taken again."""
+        if strength == self.strength:
+            return self
+        other = copy.copy(self)
+        other.damp(strength)
+        return other
+
+    def damp(self, strength: float) -> None:
+        _, k, d = self.x.shape
+        self.strength, self.rigid = strength, math.isinf(strength)
+        if self.rigid:
+            return
+        damped = self.inner.clone()
         size = damped.diagonal(dim1=1, dim2=2).mean(1)
-        lam = (strength + scarcity * d / effective_rows(weights, k)) * size
+        lam = (strength + self.scarcity * d / effective_rows(self.weights, k)) * size
         damped.diagonal(dim1=1, dim2=2).add_(lam.clamp(min=1e-30)[:, None])
         self.factor, failed = torch.linalg.cholesky_ex(damped)
         self.singular = failed.nonzero()[:, 0]
@@ -73,6 +100,8 @@ class GroupedRidge:
         """D for the residual (k, c) on top of what is given already, without its mean, and that mean."""
         groups = residual.unflatten(1, (len(self.x), -1)).transpose(0, 1)
         mean = self.average(groups) if self.intercept else torch.zeros_like(groups[:, :1])
+        if self.rigid:
+            return self.mean.new_zeros(residual.shape[1], self.mean.shape[2]), mean.double().flatten()
         wanted = (groups - mean).to(self.x)
         wanted = wanted if given is None else wanted + given.unflatten(1, (len(self.x), -1)).transpose(0, 1)
         right = _multiply(self.rooted, self.root(wanted)) / self.x.shape[1]

@@ -40,6 +40,9 @@ class LeastSquares:
 
     the least matching loss of f: an error counts as far as f lets it through (see `Ridge.solve`).
 
+    How strong the ridge is, is chosen layer by layer on one image in five, on which the layer is not solved meanwhile:
+    four strengths up to a constant alone, or no change at all, see `choose_strength`. Then all images are solved on.
+
     Norms over channels of which some are gone (a LayerNorm in a stream that was selected from) are fitted where they
     are reached: gain and shift of each channel, for what the original's norm gave, see `NormFits`.
 
@@ -47,11 +50,12 @@ class LeastSquares:
     a grouped or depthwise convolution by itself (`GroupedRidge`). Tied and reparametrised weights, and subclasses that do
     more than their weight times patches, are left alone. All images go through in one batch; the stored rows
     take `rows` * 4 bytes per output channel; a layer with d inputs to each output takes `rows` * 4 d bytes for them
-    and 16 d^2 bytes for the solution.
+    and 32 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
 
     Attributes:
-        strength: of the ridge, as a fraction of the inputs' mean variance.
+        strength: of the ridge, as a fraction of the inputs' mean variance; infinite for constants alone. None: chosen
+            for each layer, of ten images or more; of fewer, 1e-3.
         scarcity: what is added to it where rows are few for the size of a filter, as in a classifier on few images.
         steps: further solutions for what comes out of an activation function.
         rows: sampled places per layer.
@@ -59,7 +63,7 @@ class LeastSquares:
         seed: for the sampling of rows.
     """
 
-    strength: float = 1e-3
+    strength: float | None = None
     scarcity: float = 0.2
     steps: int = 3
     rows: int = 20_000

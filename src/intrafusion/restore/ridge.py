@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,12 +23,13 @@ class Ridge:
         min_{D, e}  mean_r || R_r - D x_r - e ||^2 + lam ||D||^2,   lam = (strength + scarcity d / k) mean diag Cov x
 
     The solution is D = Cov(R, x) (Cov(x, x) + lam I)^-1 and e = mean R - D mean x; without an intercept e = 0 and the
-    covariances are second moments. The system is set up and factored once, with d x d or with k x k entries.
+    covariances are second moments. The system is set up once, with d x d or with k x k entries, and factored once for
+    each strength.
 
     Args:
         x: inputs (k, d). Products of rows are taken in float32, of float64 rows in float64, and summed in float64; the
             system is solved in float64.
-        strength: part of lam that stays however many rows there are, >= 0.
+        strength: part of lam that stays however many rows there are, >= 0; infinite for constants only, D = 0.
         scarcity: part of lam that grows as rows get scarce, >= 0.
         weights: how much each row counts, (k, 1) of mean 1; None for all alike. All means and sums are of weighted
             rows then, and k in lam is the number of rows of equal weight that tell as much.
@@ -44,18 +47,52 @@ class Ridge:
         k, d = x.shape
         if not k:
             raise ArgumentError("ridge: expected at least one row, got none.")
-        self.intercept, self.few = intercept, k <= d
+        self.intercept, self.few, self.scarcity = intercept, k <= d, scarcity
         x = x if x.dtype == torch.float64 else x.float()
         self.weights = None if weights is None else weights.to(x)
         mean = self.average(x) if intercept else x.new_zeros(d)
         self.x, self.mean = x - mean, mean.double()
         self.rooted = self.root(self.x)
         self.inner = square_rows(self.rooted.T) if self.few else square_rows(self.rooted) / k
+        self.damp(strength)
+
+    def without(self, rows: Tensor) -> Ridge:
+        """The same of all rows but these, (k,) of True and False: only their products are taken, and taken away."""
+        other = copy.copy(self)
+        kept = ~rows
+        x, weights = self.x[kept], None if self.weights is None else self.weights[kept]
+        total = len(x) if weights is None else float(weights.double().sum())
+        other.weights = None if weights is None else weights * (len(x) / total)
+        moved = other.average(x) if self.intercept else x.new_zeros(x.shape[1])
+        other.x, other.mean = x.sub_(moved), self.mean + moved.double()
+        other.rooted = other.root(other.x)
+        if self.few:
+            other.inner = square_rows(other.rooted.T)
+        else:
+            rest = len(self.x) * self.inner - square_rows(self.rooted[rows])
+            other.inner = rest / total - torch.outer(moved.double(), moved.double())
+        other.damp(self.strength)
+        return other
+
+    def with_strength(self, strength: float) -> Ridge:
+        """The same for another strength; products of rows are not taken again."""
+        if strength == self.strength:
+            return self
+        other = copy.copy(self)
+        other.damp(strength)
+        return other
+
+    def damp(self, strength: float) -> None:
+        self.strength, self.rigid, self.factor = strength, math.isinf(strength), None
+
+    def add_ridge(self) -> Tensor:
+        """inner + lam I."""
+        k, d = self.x.shape
         size = self.inner.diagonal().mean() * (k / d if self.few else 1)
-        self.damped = self.inner.clone()
-        scarce = scarcity * d / effective_rows(weights, k)
-        self.damped.diagonal().add_(((strength + scarce) * size).clamp(min=1e-30))
-        self.factor, self.failed = torch.linalg.cholesky_ex(self.damped)
+        scarce = self.scarcity * d / effective_rows(self.weights, k)
+        damped = self.inner.clone()
+        damped.diagonal().add_(((self.strength + scarce) * size).clamp(min=1e-30))
+        return damped
 
     def average(self, rows: Tensor) -> Tensor:
         return rows.mean(0) if self.weights is None else (rows * self.weights.to(rows)).mean(0)
@@ -88,6 +125,8 @@ class Ridge:
     def change(self, residual: Tensor, given: Tensor | float) -> tuple[Tensor, Tensor]:
         """D for the residual (k, c) on top of what is given already, without its mean, and that mean."""
         mean = self.average(residual) if self.intercept else residual.new_zeros(residual.shape[1])
+        if self.rigid:
+            return self.mean.new_zeros(residual.shape[1], len(self.mean)), mean.double()
         wanted = self.root((residual - mean).to(self.x) + given)
         if self.few:
             return self.solved(wanted.double()).T @ self.rooted.double(), mean.double()
@@ -95,6 +134,8 @@ class Ridge:
 
     def solved(self, right: Tensor) -> Tensor:
         """(inner + lam I)^-1 right; the least solution where there are many."""
+        if self.factor is None:
+            self.factor, self.failed = torch.linalg.cholesky_ex(self.add_ridge())
         if self.failed:
-            return torch.linalg.pinv(self.damped, hermitian=True) @ right
+            return torch.linalg.pinv(self.add_ridge(), hermitian=True) @ right
         return torch.cholesky_solve(right, self.factor)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
-from intrafusion.network.batches import cast_like, channels_last, double_first
+from intrafusion.network.batches import cast_like, channels_last, count_images, double_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, find_layers, is_solvable, watch_calls
 from intrafusion.network.row_weights import weigh_evenly
@@ -19,14 +19,10 @@ from intrafusion.network.state import preserve_state
 from intrafusion.progress import report
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.activation import Activation
-from intrafusion.restore.grouped_ridge import GroupedRidge
 from intrafusion.restore.norm_fits import NormFits, find_channel_norms
-from intrafusion.restore.ridge import Lacking, Ridge
 from intrafusion.restore.statistics import find_output_merge
+from intrafusion.restore.strength import STRENGTHS, Change, Task, choose_strength, leave_out
 from intrafusion.restore.uses import Unread, UseWatcher
-
-Change = tuple[Tensor, Tensor]
-"""What was added to a layer's weight, (c, d), and as a constant to its output before the norm, (c,); float64."""
 
 _RIGHT = 1e-5  # a layer whose outputs are off by less than this fraction of their size is left alone
 
@@ -45,7 +41,7 @@ class Solved:
 class LayerSolver:
     """Solves layers for the outputs of another network; the hyper-parameters are those of `LeastSquares`."""
 
-    strength: float
+    strength: float | None
     scarcity: float
     steps: int
     rows: int
@@ -54,12 +50,18 @@ class LayerSolver:
 
     def __post_init__(self) -> None:
         for name in ("strength", "scarcity"):
-            if not getattr(self, name) >= 0:
-                raise RecipeError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise RecipeError(f"{name}: expected a number >= 0, got {value!r}.")
         if self.steps < 0:
             raise RecipeError(f"steps: expected a number >= 0, got {self.steps!r}.")
         if self.rows < 2:
             raise RecipeError(f"rows: expected at least 2 sampled rows per layer, got {self.rows!r}.")
+
+    @property
+    def fixed_strength(self) -> float:
+        """For what is not chosen."""
+        return STRENGTHS[0] if self.strength is None else self.strength
 
     def solve_(
         self,
@@ -89,11 +91,11 @@ class LayerSolver:
         layers, originals = (find_layers(m, graph, is_solvable) for m in (small, reference))
         common = {name: layer for name, layer in originals.items() if name in layers and name not in left}
         norms = find_channel_norms(small, graph, maps)
-        fits = NormFits(norms, inputs.weights, self.strength, self.scarcity, self.rows, self.seed)
+        fits = NormFits(norms, inputs.weights, self.fixed_strength, self.scarcity, self.rows, self.seed)
         with fits.recording(reference):
             targets = record_targets(reference, common, cast_like(inputs, reference), self)
         merges = {name: find_output_merge(originals[name], graph, maps) for name in targets.rows}
-        solving = _SolvingPass({n: layers[n] for n in targets.rows}, targets, merges, self)
+        solving = _SolvingPass({n: layers[n] for n in targets.rows}, targets, merges, self, count_images(inputs))
         with torch.random.fork_rng(devices=[]), torch.no_grad(), fits.fitting():
             solving.run(small, cast_like(reached, small))
         return Solved(solving.changes, fits.list_written(small))
@@ -167,8 +169,10 @@ class _SolvingPass:
         targets: Targets,
         merges: Mapping[str, Tensor | None],
         solver: LayerSolver,
+        images: int,
     ) -> None:
         self.layers, self.targets, self.merges, self.solver = layers, targets, merges, solver
+        self.left_out = leave_out(images)
         self.uses = UseWatcher(layers, before_sum=self.entered)
         self.waiting: dict[str, Tensor] = {}
         self.changes: dict[str, Change] = {}
@@ -205,17 +209,15 @@ class _SolvingPass:
         report("restoring layers", self.solved, len(self.layers))
         self.solved += 1
         rows, activation = self.targets.rows[layer.name], self.targets.activations.get(layer.name)
-        target, solver = self.merge(layer.name, rows), self.solver
+        target = self.merge(layer.name, rows)
         if float((target - given).norm()) <= _RIGHT * float(target.norm()):
             return False
-        weights, how = self.targets.weights[layer.name], {"scarcity": solver.scarcity}
-        fit = Ridge if layer.groups == 1 else GroupedRidge
-        ridge = fit(inputs, solver.strength, **how, intercept=layer.takes_constant, weights=weights)
-        if activation is None or not solver.steps:
-            change = ridge.solve(lambda _: layer.before_norm(target - given))
-        else:
-            wanted = self.merge(layer.name, activation(rows))
-            change = ridge.solve(_make_lacking(layer, given, target, activation, wanted), solver.steps)
+        activation = activation if self.solver.steps else None
+        wanted = target if activation is None else self.merge(layer.name, activation(rows))
+        task = Task(layer, given, target, activation, wanted, self.targets.weights[layer.name])
+        change = self.find_change(task, inputs, _find_images(self.targets.places[layer.name], len(self.left_out)))
+        if change is None:
+            return False
         if not all(bool(torch.isfinite(t).all()) for t in change):
             raise ModelError(
                 f"{layer.name}: restoring gives NaN or infinity, as the smaller network does on these images; "
@@ -225,21 +227,23 @@ class _SolvingPass:
         self.changes[layer.name] = change
         return True
 
+    def find_change(self, task: Task, inputs: Tensor, images: Tensor) -> Change | None:
+        """What rows of these images (k,) call for; None where a layer is better left as it is."""
+        solver, apart = self.solver, self.left_out.to(images.device)[images]
+        ridge = task.ridge(inputs, solver.fixed_strength, solver.scarcity)
+        if solver.strength is None and bool(apart.any()) and not bool(apart.all()):
+            strength = choose_strength(task, inputs, ridge, apart, solver.steps)
+            if strength is None:
+                return None
+            ridge = ridge.with_strength(strength)
+        return task.solve(ridge, solver.steps)
+
     def merge(self, name: str, rows: Tensor) -> Tensor:
         merge = self.merges[name]
         return rows if merge is None else rows @ merge.T.to(rows)
 
 
-def _make_lacking(layer: Layer, given: Tensor, target: Tensor, activation: Activation, wanted: Tensor) -> Lacking:
-    """What a layer that gives `given` lacks, before its norm, until its activation function gives what is wanted.
-
-    Args:
-        target: what is wanted of the layer itself, to begin with.
-    """
-
-    def lacking(change: Tensor | None) -> Tensor:
-        if change is None:
-            return layer.before_norm(target - given)
-        return layer.before_norm((wanted - activation(given + layer.after_norm(change))) / activation.slope)
-
-    return lacking
+def _find_images(places: Tensor, count: int) -> Tensor:
+    """The image of each row (k,): its first index; where that runs further, stretches of rows stand for images."""
+    first = places[:, 0]
+    return first if int(first.max()) < count else torch.arange(len(first), device=first.device) * count // len(first)

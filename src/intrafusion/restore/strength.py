@@ -1,0 +1,122 @@
+"""How far a layer is changed, chosen on images that it is not solved on: not, by a constant, or by a ridge."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from intrafusion.brief import show_briefly
+from intrafusion.network.gram import multiply_by_group
+from intrafusion.network.layers import Layer
+from intrafusion.network.row_weights import weigh_evenly
+from intrafusion.restore.activation import Activation
+from intrafusion.restore.grouped_ridge import GroupedRidge
+from intrafusion.restore.ridge import Ridge
+
+STRENGTHS = (1e-3, 3e-2, 1.0, math.inf)
+"""Of the ridges that are tried, from one that only conditions to one that leaves nothing but a constant."""
+
+Change = tuple[Tensor, Tensor]
+"""What is added to a layer's weight, (c, d), and as a constant to its output before the norm, (c,); float64."""
+
+_SHARE, _FEWEST = 5, 10  # one image in five is left out; none of fewer than ten
+_FLATTERED = 0.05  # of the least error; the images left out told which channels stay, and the layers before saw them
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A layer that is to be solved, and what is known of it at k places, a row for each.
+
+    Attributes:
+        given: what its norm, or the sum that it enters, is as the layer is (k, c).
+        target: what that should be (k, c).
+        activation: the function that alone reads that; None where something else does.
+        wanted: what that function should give (k, c); without one, the target.
+        weights: how much each row counts, (k, 1) of mean 1; None for all alike.
+    """
+
+    layer: Layer
+    given: Tensor
+    target: Tensor
+    activation: Activation | None
+    wanted: Tensor
+    weights: Tensor | None
+
+    __repr__ = show_briefly
+
+    def take(self, rows: Tensor) -> Task:
+        """Some of the rows, (k,) of True and False."""
+        weights = None if self.weights is None else weigh_evenly(self.weights[rows][:, 0])
+        return replace(
+            self, given=self.given[rows], target=self.target[rows], wanted=self.wanted[rows], weights=weights
+        )
+
+    def ridge(self, inputs: Tensor, strength: float, scarcity: float) -> Ridge | GroupedRidge:
+        """Of these rows of what the layer reads (k, d), or (g, k, d) with groups, columns as in `Layer.matrix`."""
+        intercept, fit = self.layer.takes_constant, Ridge if self.layer.groups == 1 else GroupedRidge
+        return fit(inputs, strength, scarcity=scarcity, intercept=intercept, weights=self.weights)
+
+    def solve(self, ridge: Ridge | GroupedRidge, steps: int) -> Change:
+        return ridge.solve(self.lacking, 0 if self.activation is None else steps)
+
+    def lacking(self, change: Tensor | None) -> Tensor:
+        """What the layer lacks before its norm (k, c), with or without such a change; a `Lacking`.
+
+        With one, that is what its activation function lacks.
+        """
+        if change is None or self.activation is None:
+            return self.layer.before_norm(self.target - self.given)
+        given = self.activation(self.given + self.layer.after_norm(change))
+        return self.layer.before_norm((self.wanted - given) / self.activation.slope)
+
+    def measure(self, change: Tensor | None = None) -> float:
+        """The summed squared error of what comes out, if the layer gives so much more before its norm (k, c)."""
+        given = self.given if change is None else self.given + self.layer.after_norm(change)
+        error = (self.wanted - (given if self.activation is None else self.activation(given))).square()
+        return float((error if self.weights is None else error * self.weights.to(error)).double().sum())
+
+
+def choose_strength(task: Task, inputs: Tensor, ridge: Ridge | GroupedRidge, apart: Tensor, steps: int) -> float | None:
+    r"""The strength that leaves little error on rows that were not solved on; None for no change at all.
+
+    Tried are no change, and, for the rows S that are not left out, of each strength
+
+        D, e = argmin  mean_S || R - D x - e ||^2 + lam ||D||^2,
+
+    with an infinite one for D = 0. Errors are those of what comes out, behind the activation function where only that
+    reads the layer. Of those no worse than no change, the least strength within 5 % of the least error is taken: what
+    stays close to the reduced weights is flattered, as these were chosen on all images. Nothing is multiplied again
+    that the regression on all rows knows.
+
+    Args:
+        inputs: rows that the layer reads, (k, d), or (g, k, d) with groups.
+        ridge: the regression on all of them.
+        apart: which rows are left out, (k,) of True and False, those of whole images.
+    Reference: a ridge chosen by rows that it was not fitted to: Golub, Heath and Wahba 1979.
+    """
+    seen, unseen, rows, part = task.take(~apart), task.take(apart), inputs[..., apart, :], ridge.without(apart)
+    nothing, errors = unseen.measure(), dict[float, float]()
+    if not math.isfinite(nothing):
+        return ridge.strength  # whose solution is told to be none
+    for strength in STRENGTHS:
+        if ridge.intercept or not math.isinf(strength):
+            matrix, constant = (t.to(task.given) for t in seen.solve(part.with_strength(strength), steps))
+            errors[strength] = unseen.measure(multiply_by_group(rows.to(matrix), matrix) + constant)
+    enough = min((1 + _FLATTERED) * min(errors.values()), nothing)
+    return next((strength for strength, error in errors.items() if error < nothing and error <= enough), None)
+
+
+def leave_out(count: int) -> Tensor:
+    """Which of so many images are left out while strengths are chosen, (count,) of True and False; none of a few.
+
+    In both halves the same, so that an image and its mirror image stay together where the second half are those of the
+    first.
+
+    >>> leave_out(24).nonzero()[:, 0].tolist(), int(leave_out(250).sum()), int(leave_out(9).sum())
+    ([2, 7, 14, 19], 50, 0)
+    """
+    places = torch.arange(count) % max(1, count // 2)
+    return (places % _SHARE == _SHARE // 2) & (count >= _FEWEST)

@@ -1,0 +1,236 @@
+"""The choice of a strength, against an explicit loop that refits without the rows left out, and measures there."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracle import randomise_
+from torch import Tensor, nn
+
+import intrafusion
+from intrafusion import Recipe
+from intrafusion.compressed import Compressed
+from intrafusion.network.layers import Layer, Norm
+from intrafusion.network.row_weights import weigh_evenly
+from intrafusion.restore import LeastSquares
+from intrafusion.restore.activation import Activation
+from intrafusion.restore.ridge import Ridge
+from intrafusion.restore.strength import STRENGTHS, Task, choose_strength, leave_out
+
+GROUPS = torch.arange(20).repeat_interleave(6)  # twenty images of six rows
+APART = leave_out(20)[GROUPS]
+
+
+def sample(signal: float, constant: float, d: int = 40) -> tuple[Tensor, Tensor]:
+    """Inputs whose rows of one image are alike, and what is lacking: a linear part, a constant, and noise."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x = 2 * draw(20, d)[GROUPS] + 0.3 * draw(120, d) + 1
+    return x, signal * x @ draw(d, 3) + constant + draw(20, 3)[GROUPS]
+
+
+def task_of(lacking: Tensor, x: Tensor, weights: Tensor | None = None, bias: bool = True) -> Task:
+    layer = Layer("layer", nn.Linear(x.shape[1], lacking.shape[1], bias=bias))
+    return Task(layer, torch.zeros_like(lacking), lacking, None, lacking, weights)
+
+
+def choose(task: Task, x: Tensor, apart: Tensor = APART, scarcity: float = 0.2, steps: int = 3) -> float | None:
+    return choose_strength(task, x, task.ridge(x, STRENGTHS[0], scarcity), apart, steps)
+
+
+def augmented(x: np.ndarray, r: np.ndarray, lam: float) -> np.ndarray:
+    """min |R - X D^T|^2 / k + lam |D|^2 as one plain least-squares problem."""
+    if math.isinf(lam):
+        return np.zeros((r.shape[1], x.shape[1]))
+    system = np.concatenate([x / np.sqrt(len(x)), np.sqrt(lam) * np.eye(x.shape[1])])
+    right = np.concatenate([r / np.sqrt(len(x)), np.zeros((x.shape[1], r.shape[1]))])
+    return np.linalg.lstsq(system, right, rcond=None)[0].T
+
+
+def refit(x: Tensor, lacking: Tensor, scarcity: float) -> dict[float, float]:
+    """What is left on the rows left out, by strength; numpy, one plain least-squares problem for each."""
+    kept = ~APART
+    (a, b), (u, v) = ((t[kept].numpy(), t[APART].numpy()) for t in (x, lacking))
+    found = dict[float, float]()
+    for strength in STRENGTHS:
+        lam = (strength + scarcity * a.shape[1] / len(a)) * a.var(0).mean()
+        change = augmented(a - a.mean(0), u - u.mean(0), lam)
+        found[strength] = float(((v - u.mean(0) - (b - a.mean(0)) @ change.T) ** 2).sum())
+    return found
+
+
+@pytest.mark.parametrize("d", [6, 40, 97, 150])  # more and fewer rows than unknowns
+@pytest.mark.parametrize(("signal", "constant"), [(3.0, 0.0), (0.3, 0.0), (0.0, 5.0), (0.0, 0.0)])
+def test_it_is_the_least_of_an_explicit_loop(d: int, signal: float, constant: float) -> None:
+    x, lacking = sample(signal, constant, d)
+    errors, nothing = refit(x, lacking, 0.2), float(lacking[APART].square().sum())
+    fit = [s for s, error in errors.items() if error < nothing and error <= 1.05 * min(errors.values())]
+    assert choose(task_of(lacking, x), x) == (min(fit) if fit else None)
+
+
+def test_signal_constant_and_nothing() -> None:
+    found = [choose(task_of(lacking, x), x) for x, lacking in (sample(3, 0, 20), sample(0, 50, 20), sample(0, 0, 20))]
+    assert found == [STRENGTHS[0], math.inf, None]
+
+
+def test_a_layer_without_constant_is_not_given_one() -> None:
+    x, lacking = sample(0, 50)
+    x = x - x.mean(0)
+    assert choose(task_of(lacking, x, bias=False), x) != math.inf
+
+
+def test_rows_without_weight_tell_nothing() -> None:
+    """Weights of 0 and 1 are rows that are there and rows that are not."""
+    x, lacking = sample(0.3, 0)
+    counted = torch.rand(120, generator=torch.Generator().manual_seed(3)) < 0.5
+    spoilt = torch.where(counted[:, None], lacking, 1e3 * torch.randn(120, 3, dtype=torch.float64))
+    weights = weigh_evenly(counted.double())
+    expected = choose(task_of(lacking[counted], x[counted]), x[counted], APART[counted])
+    assert choose(task_of(spoilt, x, weights), x) == expected
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("d", [6, 97, 150])
+def test_a_ridge_without_some_rows_is_that_of_the_others(d: int, weighted: bool, intercept: bool) -> None:
+    x, lacking = sample(0.3, 2.0, d)
+    weights = weigh_evenly(torch.rand(120, generator=torch.Generator().manual_seed(2)).double()) if weighted else None
+    rest = None if weights is None else weigh_evenly(weights[~APART][:, 0])
+    for strength in (0.01, math.inf):
+        whole = Ridge(x, strength, scarcity=0.2, intercept=intercept, weights=weights)
+        found = whole.without(APART).solve(lambda _: lacking[~APART])
+        alone = Ridge(x[~APART], strength, scarcity=0.2, intercept=intercept, weights=rest)
+        for one, other in zip(found, alone.solve(lambda _: lacking[~APART]), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-8)
+
+
+def test_another_strength_is_a_ridge_of_that_strength() -> None:
+    x, lacking = sample(0.3, 2.0)
+    found = Ridge(x, 1e-3, scarcity=0.2).with_strength(0.7).solve(lambda _: lacking)
+    torch.testing.assert_close(found, Ridge(x, 0.7, scarcity=0.2).solve(lambda _: lacking))
+
+
+def test_an_infinite_strength_leaves_the_constant() -> None:
+    x, lacking = sample(0.3, 2.0)
+    change, shift = Ridge(x, math.inf).solve(lambda _: lacking)
+    assert not change.any()
+    torch.testing.assert_close(shift, lacking.mean(0))
+
+
+def test_what_comes_out_of_the_activation_function_counts() -> None:
+    """Lacking where the function gives zero whatever is added: before it a constant helps, behind it nothing does."""
+    x, _ = sample(0, 0)
+    relu, norm = Activation(torch.relu), Norm(None, None, torch.zeros(3), torch.ones(3), 0.0)
+    given, target = torch.full((120, 3), -9.0).double(), torch.full((120, 3), -5.0).double()
+    layer = Layer("layer", nn.Linear(40, 3), norm)
+    assert choose(Task(layer, given, target, None, target, None), x) is not None
+    assert choose(Task(layer, given, target, relu, relu(target), None), x) is None
+
+
+def test_constant_inputs() -> None:
+    _, lacking = sample(0, 5)
+    assert choose(task_of(lacking, torch.ones(120, 4)), torch.ones(120, 4).double()) is not None
+
+
+@pytest.mark.parametrize("count", [10, 24, 50, 121, 256])
+def test_one_image_in_five_is_left_out(count: int) -> None:
+    assert 0.15 * count < int(leave_out(count).sum()) <= 0.25 * count
+
+
+def test_mirror_images_are_left_out_together() -> None:
+    apart = leave_out(206)
+    assert torch.equal(apart[:103], apart[103:])
+
+
+def test_of_fewer_than_ten_none_is_left_out() -> None:
+    assert not leave_out(9).any()
+    assert not leave_out(1).any()
+    assert not leave_out(0).any()
+
+
+# ---- in the solver --------------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """More unknowns than images, and one row for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 160), nn.Linear(160, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+def draw(count: int, seed: int) -> Tensor:
+    return torch.randn(count, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def made(network: type[nn.Module]) -> nn.Module:
+    return randomise_(network()).eval()
+
+
+def halve(model: nn.Module, example: Tensor) -> tuple[Compressed, intrafusion.ChannelGraph]:
+    graph = intrafusion.inspect(model, example)
+    plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5, reducer="select"))
+    return intrafusion.apply(model, plan, example, graph=graph), graph
+
+
+def error(small: nn.Module, model: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((small(x) - model(x)).norm() / model(x).norm())
+
+
+def test_a_strength_that_is_given_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("intrafusion.restore.solver.choose_strength", None)  # called, it fails
+    model = made(Wide)
+    small, graph = halve(model, draw(1, 0))
+    LeastSquares(strength=0.1)(small, model, graph, draw(40, 1))
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_few_images_are_solved_with_the_strength_for_conditioning(count: int) -> None:
+    model, found = made(Wide), []
+    for strength in (None, STRENGTHS[0]):
+        small, graph = halve(model, draw(1, 0))
+        LeastSquares(strength=strength)(small, model, graph, draw(count, 1))
+        found.append(small.model.state_dict()["second.weight"])
+    assert torch.equal(*found)
+
+
+def test_images_as_they_were_seen_already_tell_nothing_new() -> None:
+    """Every image twenty times: leaving some out leaves their copies in."""
+    model = made(Wide)
+    small, graph = halve(model, draw(1, 0))
+    x = draw(1, 1).expand(20, -1).clone()
+    LeastSquares()(small, model, graph, x)
+    assert error(small.model, model, x) < 1e-3
+
+
+def test_rows_that_are_images_and_rows_that_are_places() -> None:
+    """What is chosen for convolutions is left out by image, not by row."""
+    seen: list[Tensor] = []
+
+    def look(task: Task, inputs: Tensor, ridge: Ridge, apart: Tensor, steps: int) -> float | None:
+        seen.append(apart)
+        return STRENGTHS[0]
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
+
+    model, x = made(Pooled), torch.randn(20, 3, 10, 10)
+    small, graph = halve(model, x[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("intrafusion.restore.solver.choose_strength", look)
+        LeastSquares()(small, model, graph, x)
+    by_row, by_image = seen
+    assert torch.equal(by_row.reshape(20, -1).double().mean(1), leave_out(20).double())
+    assert torch.equal(by_image, leave_out(20))
