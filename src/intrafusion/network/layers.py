@@ -190,8 +190,11 @@ class Layer:
         Args:
             weights: as `weigh_rows` gave them; places without any are left out.
         """
-        shape = x.shape[:-1] if x.dim() < 2 else x.movedim(self.channel_dim, -1).shape[:-1]
-        return sample_places(self.name, tuple(shape), limit, seed, weights).to(x.device)
+        return sample_places(self.name, self.shape_places(x), limit, seed, weights).to(x.device)
+
+    def shape_places(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of what it reads or gives, without channels."""
+        return tuple(x.shape[:-1] if x.dim() < 2 else x.movedim(self.channel_dim, -1).shape[:-1])
 
     def weigh_rows(self, x: Tensor, weights: RowWeights | None) -> Tensor | None:
         """How much each place of what it reads or gives counts, in the shape without channels; None for all alike."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
-from intrafusion.network.batches import cast_like, channels_last, double_first
+from intrafusion.network.batches import cast_like, channels_last, count_images, double_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, find_layers, watch_calls
 from intrafusion.network.row_weights import weigh_evenly
@@ -104,12 +104,14 @@ class Targets:
 
     places: sampled places of each layer's output (k, dims); see `Layer.sample_places`.
     weights: how much each of them counts, (k, 1); None for all alike.
+    images: which image each place is of, (k,); see `find_images`.
     rows: what its norm gave there (k, c); what the sum was for layers in `summed`.
     activations: the function that alone reads that, where there is one.
     """
 
     places: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor | None] = field(default_factory=dict)
+    images: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     summed: set[str] = field(default_factory=set)
     activations: dict[str, Activation] = field(default_factory=dict)
@@ -132,6 +134,7 @@ def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: In
         places = layer.sample_places(output, solver.rows, solver.seed, counts)
         targets.places[name] = places
         targets.weights[name] = None if counts is None else weigh_evenly(counts[tuple(places.T)])
+        targets.images[name] = find_images(places, layer.shape_places(output), count_images(inputs))
         store(name, layer.apply_norm(layer.take_outputs(output, places)))
         if again or not layer.is_plain(x, output, places):
             skipped.add(name)
@@ -151,7 +154,45 @@ def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: In
         outputs = inputs.call(reference)
     uses.mark_read(outputs)
     rows = {name: found for name, found in targets.rows.items() if name not in skipped}
-    return Targets(targets.places, targets.weights, rows, targets.summed & rows.keys(), uses.activations)
+    summed = targets.summed & rows.keys()
+    return Targets(targets.places, targets.weights, targets.images, rows, summed, uses.activations)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRows:
+    """What a layer is solved on: what is known of it at its sampled places, a row for each.
+
+    Attributes:
+        inputs: what it reads (k, d), columns as in `Layer.matrix`.
+        given: what its norm, or the sum that it enters, is before it is solved (k, c).
+        wanted: what that was in the original network (k, n).
+        weights: how much each row counts, (k, 1) of mean 1; None for all alike.
+        images: which image each row comes from, (k,) int64.
+    """
+
+    inputs: Tensor
+    given: Tensor
+    wanted: Tensor
+    weights: Tensor | None
+    images: Tensor
+
+    __repr__ = show_briefly
+
+
+def find_images(places: Tensor, shape: Sequence[int], count: int) -> Tensor:
+    """Which of `count` images places (k, dims) in a shape belong to, (k,) int64.
+
+    The images run along the first dimension of that length or, where there is none, along the first that is a multiple
+    of it, as windows of images do; else each place stands for itself.
+
+    >>> find_images(torch.tensor([[0, 3], [5, 0], [7, 1]]), (8, 4), 2)
+    tensor([0, 1, 1])
+    """
+    fitting = [d for d, size in enumerate(shape) if size == count]
+    fitting += [d for d, size in enumerate(shape) if size % count == 0 and size]
+    if not fitting:
+        return torch.arange(len(places), device=places.device)
+    return places[:, fitting[0]] // (shape[fitting[0]] // count)
 
 
 class _SolvingPass:
@@ -185,7 +226,7 @@ class _SolvingPass:
         else:
             layer = self.layers[name]
             inputs = layer.take_inputs(x, self.targets.places[name])
-            self.solve_layer_(layer, inputs, layer.apply_norm(layer.compute(inputs)))
+            self.solve_layer_(layer, self.gather(name, inputs, layer.apply_norm(layer.compute(inputs))))
 
     def called(self, name: str, x: Tensor, output: Tensor) -> None:
         if name in self.waiting:
@@ -196,23 +237,27 @@ class _SolvingPass:
             if name in self.waiting:
                 layer, x, places = self.layers[name], self.waiting.pop(name), self.targets.places[name]
                 given = layer.take_outputs(a, places) + layer.take_outputs(b, places)
-                if self.solve_layer_(layer, layer.take_inputs(x, places), given):
+                if self.solve_layer_(layer, self.gather(name, layer.take_inputs(x, places), given)):
                     output.copy_(layer.apply_norm(layer.module.forward(x)))
 
-    def solve_layer_(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
-        """Solve one layer, which gives `given` of these inputs, and write it; False if that is right already."""
+    def gather(self, name: str, inputs: Tensor, given: Tensor) -> LayerRows:
+        targets = self.targets
+        return LayerRows(inputs, given, targets.rows[name], targets.weights[name], targets.images[name])
+
+    def solve_layer_(self, layer: Layer, rows: LayerRows) -> bool:
+        """Solve one layer on these rows and write it; False if it is right already."""
         report("restoring layers", self.solved, len(self.layers))
         self.solved += 1
-        rows, activation = self.targets.rows[layer.name], self.targets.activations.get(layer.name)
-        target, solver = self.merge(layer.name, rows), self.solver
+        activation, given = self.targets.activations.get(layer.name), rows.given
+        target, solver = self.merge(layer.name, rows.wanted), self.solver
         if float((target - given).norm()) <= _RIGHT * float(target.norm()):
             return False
-        weights, how = self.targets.weights[layer.name], {"scarcity": solver.scarcity}
-        ridge = Ridge(inputs, solver.strength, **how, intercept=layer.takes_constant, weights=weights)
+        how = {"scarcity": solver.scarcity, "intercept": layer.takes_constant, "weights": rows.weights}
+        ridge = Ridge(rows.inputs, solver.strength, **how)
         if activation is None or not solver.steps:
             change = ridge.solve(lambda _: layer.before_norm(target - given))
         else:
-            wanted = self.merge(layer.name, activation(rows))
+            wanted = self.merge(layer.name, activation(rows.wanted))
             change = ridge.solve(_make_lacking(layer, given, target, activation, wanted), solver.steps)
         if not all(bool(torch.isfinite(t).all()) for t in change):
             raise ModelError(
