@@ -401,7 +401,7 @@ def _restore_(
         return ()
     before, kept = yardstick.measure(small), {n: t.detach().clone() for n, t in named_tensors(small).items()}
     small.eval()
-    LeastSquares(seed=calibration.seed).solver.solve_(small, {}, model, graph, calibration.images, left=left)
+    LeastSquares(seed=calibration.seed).solver.solve_(small, {}, model, graph, [calibration.images], left=left)
     after = yardstick.measure(small)
     if undone := after.is_worse_than(before):
         write_weights_(small, kept)

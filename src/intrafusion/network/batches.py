@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -261,6 +262,20 @@ def take_images(call: Inputs, start: int, stop: int) -> Inputs:
 
     weights = None if call.weights is None else call.weights.map(lambda table: table[start:stop])
     return replace(call, args=tree_map(cut, call.args), kwargs=tree_map(cut, call.kwargs), labels=None, weights=weights)
+
+
+def cut_call(call: Inputs, size: int) -> list[Inputs]:
+    """The same images in calls of at most `size`, about as many in each.
+
+    >>> [count_images(part) for part in cut_call(Inputs.of(torch.zeros(10, 3)), 4)]
+    [4, 3, 3]
+    """
+    total = count_images(call)
+    count = -(-total // size)
+    ends = [total * index // count for index in range(count + 1)]
+    sizes = sorted((stop - start for start, stop in itertools.pairwise(ends)), reverse=True)
+    starts = [sum(sizes[:index]) for index in range(count)]
+    return [take_images(call, start, start + own) for start, own in zip(starts, sizes, strict=True)] or [call]
 
 
 def double_first(call: Inputs) -> Inputs:

@@ -346,6 +346,13 @@ class Port:
 
 
 @contextlib.contextmanager
+def unseen_by_modes() -> Iterator[None]:
+    """Modes that watch a network do not see what is done inside."""
+    with _disable_current_modes():
+        yield
+
+
+@contextlib.contextmanager
 def watch_calls(
     modules: Mapping[K, nn.Module],
     called: Callable[[K, Tensor, Any], Tensor | None] | None = None,
@@ -361,16 +368,12 @@ def watch_calls(
         history: whether they see tensors that can be differentiated, where the network is; else these are detached.
     """
     seen = (lambda x: x) if history else _without_history
-
-    @contextlib.contextmanager
-    def observing() -> Iterator[None]:
-        with _disable_current_modes(), contextlib.nullcontext() if history else torch.no_grad():
-            yield
+    observing = contextlib.nullcontext if history else torch.no_grad
 
     def before(key: K) -> Callable[..., None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> None:
             assert reached is not None
-            with observing():
+            with unseen_by_modes(), observing():
                 reached(key, seen(_first(args, kwargs)))
 
         return hook
@@ -378,7 +381,7 @@ def watch_calls(
     def after(key: K) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor], output: Any) -> Tensor | None:
             assert called is not None
-            with observing():
+            with unseen_by_modes(), observing():
                 instead = called(key, seen(_first(args, kwargs)), seen(output))
             # a forward that differentiates itself (forces of an energy) needs the way back through the layer
             return output + (instead - output).detach() if instead is not None and output.requires_grad else instead

@@ -10,7 +10,7 @@ from torch import nn
 
 from intrafusion.arguments import Seed, checked
 from intrafusion.graph import ChannelGraph
-from intrafusion.network.batches import ImagesLike, join_batches, read_batches
+from intrafusion.network.batches import ImagesLike, read_batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import find_layers
 from intrafusion.network.tensors import check_graph, copy_model, named_tensors
@@ -45,9 +45,9 @@ class LeastSquares:
 
     Convolutions with one group and linear layers that run once in a forward pass are solved; depthwise and grouped
     convolutions, tied and reparametrised weights, and subclasses that do more than their weight times patches, are left
-    alone. All images go through in one batch; the stored rows
-    take `rows` * 4 bytes per output channel; a layer with d inputs to each output takes `rows` * 4 d bytes for them
-    and 16 d^2 bytes for the solution.
+    alone. Images go through in the batches in which they come, and wait for each other at each layer: it is solved on
+    all of them. What they hold meanwhile, and the stored rows, lie in a temporary file where they exceed half a
+    gigabyte; a layer with d inputs to each output takes `rows` * 4 d bytes for them and 16 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
 
     Attributes:
@@ -86,12 +86,12 @@ class LeastSquares:
             graph: the channel graph of the original network.
             images: unlabelled, as the networks take them; a few hundred are enough. See `batches`.
         Raises:
-            ModelError: no images, images of different shapes, or a network that gives NaN on them.
+            ModelError: no images, a network that gives NaN on them, or a full disk.
         """
         check_graph(graph, reference)
-        inputs = join_batches(read_batches(require_images(images, self)))
+        batches = read_batches(require_images(images, self))
         small = copy_model(compressed.model).eval()
-        solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)
+        solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, batches)
         layers = find_layers(small, graph)
         written = {id(t) for name in solved.changes for t in layers[name].writable}
         new = {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written}
