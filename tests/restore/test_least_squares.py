@@ -19,8 +19,11 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, find_layers
 from intrafusion.network.tensors import named_tensors
 from intrafusion.restore import LeastSquares
-from intrafusion.restore.solver import record_targets
+from intrafusion.restore.places import PlaceSampler
+from intrafusion.restore.row_store import RowStore
+from intrafusion.restore.shelf import Shelf
 from intrafusion.restore.statistics import find_output_merge
+from intrafusion.restore.targets import record_targets
 
 EXACT = LeastSquares(strength=0.0, scarcity=0.0)
 
@@ -83,6 +86,10 @@ def shrunk(model: nn.Module, example: Tensor, **options: object) -> tuple[Compre
 def first_ones(group: intrafusion.ChannelGroup, weights: object, observations: object) -> Tensor:
     """An importance that keeps the first m channels."""
     return -torch.arange(group.size).double()
+
+
+def make_store(batches: list[Inputs]) -> RowStore:
+    return RowStore(PlaceSampler(batches, 20_000, 0), Shelf(2**30))
 
 
 def error(small: nn.Module, model: nn.Module, x: Tensor) -> float:
@@ -206,7 +213,7 @@ def test_the_function_behind_a_sum_is_that_of_the_sum_only() -> None:
     layers = find_layers(model, intrafusion.inspect(model, images(1)))
     last = {"a.2", "b.2"}
     for drift, expected in ((True, {"a.0", "b.0"} | last), (False, {"a.0", "b.0"})):
-        targets = record_targets(model, layers, x, LeastSquares(drift=drift).solver)
+        targets = record_targets(model, layers, [x], make_store([x]), drift=drift)
         assert set(targets.activations) == expected
         assert targets.summed == (last if drift else set())
 
@@ -223,7 +230,8 @@ def test_what_the_network_returns_must_be_right_itself() -> None:
     for network, expected in ((Plain, {"first", "second"}), (Returned, {"first"})):
         model = made(network)
         layers = find_layers(model, intrafusion.inspect(model, images(1)))
-        assert set(record_targets(model, layers, Inputs.of(images()), LeastSquares().solver).activations) == expected
+        x = Inputs.of(images())
+        assert set(record_targets(model, layers, [x], make_store([x])).activations) == expected
 
 
 def test_both_orders_of_a_sum_give_the_same() -> None:

@@ -11,10 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import intrafusion
+from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import RowWeights
 from intrafusion.reduce import ReductionMap
 from intrafusion.restore import LeastSquares
+from intrafusion.restore.lockstep import Turn
 from intrafusion.restore.norm_fits import ChannelNorm, NormFits, find_channel_norms, fit_channels
+from intrafusion.restore.places import PlaceSampler
+from intrafusion.restore.row_store import RowStore
+from intrafusion.restore.shelf import Shelf
 
 WIDTH, KEPT = 12, [0, 2, 3, 7, 8, 10]
 MERGE = torch.eye(WIDTH, dtype=torch.float64)[KEPT]
@@ -59,16 +64,23 @@ def make_norm(kind: Any, width: int) -> nn.Module:
     return norm
 
 
+def make_fits(norm: ChannelNorm, call: Inputs) -> NormFits:
+    """No ridge; on one batch."""
+    return NormFits({"norm": norm}, RowStore(PlaceSampler([call], 10_000, 0), Shelf(2**30)), 0.0, 0.0)
+
+
 def fit(kind: Any, x: Tensor, weights: RowWeights | None = None, dim: int = -1) -> tuple[nn.Module, nn.Module]:
     """The original's norm and that of the kept channels, fitted to it on what they read; no ridge."""
     large, small = make_norm(kind, WIDTH), make_norm(kind, len(KEPT))
     norm = ChannelNorm("norm", small, small.weight, getattr(small, "bias", None), MERGE, dim)  # type: ignore[arg-type]
-    fits = NormFits({"norm": norm}, weights, 0.0, 0.0, 10_000, 0)
+    call = Inputs((x,), weights=weights)
+    fits = make_fits(norm, call)
     with torch.no_grad():
         shell, reduced = nn.ModuleDict({"norm": large}), x.index_select(dim, torch.tensor(KEPT))
-        with fits.recording(shell):
+        with fits.recording(shell, 0, call, []):
             large(x)
-        with fits.fitting():
+        fits.store.finish()
+        with fits.fitting(nn.ModuleDict({"norm": small}), 0, Turn(fits.meet), lambda _: None):
             found = small(reduced)
         assert fits.fitted == ["norm"]
         torch.testing.assert_close(found, small(reduced))
@@ -145,11 +157,13 @@ def test_a_norm_that_runs_twice_and_one_that_reads_more_are_left_alone() -> None
         large, small = make_norm(kind, WIDTH), make_norm(kind, len(KEPT))
         before = small.weight.detach().clone()  # type: ignore[union-attr]
         norm = ChannelNorm("norm", small, small.weight, small.bias, MERGE, -1)  # type: ignore[arg-type]
-        fits = NormFits({"norm": norm}, None, 0.0, 0.0, 100, 0)
-        with torch.no_grad(), fits.recording(nn.ModuleDict({"norm": large})):
+        call = Inputs((x,))
+        fits = make_fits(norm, call)
+        with torch.no_grad(), fits.recording(nn.ModuleDict({"norm": large}), 0, call, []):
             for _ in range(times):
                 large(x, *more)
-        with torch.no_grad(), fits.fitting():
+        fits.store.finish()
+        with torch.no_grad(), fits.fitting(nn.ModuleDict({"norm": small}), 0, Turn(fits.meet), lambda _: None):
             small(x[:, KEPT], *more)
         assert fits.fitted == []
         torch.testing.assert_close(small.weight.detach(), before)  # type: ignore[union-attr]

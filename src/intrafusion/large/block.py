@@ -138,7 +138,7 @@ def solve_block_(
     before = measured.measure(block, small)
     weights = {name: tensor.detach().clone() for name, tensor in named_tensors(small).items()}
     given, reached = seen.inputs
-    solver.solve_(small, maps, block, graph, given, reached=reached)
+    solver.solve_(small, maps, block, graph, [given], reached=[reached])
     after = measured.measure(block, small)
     if not after <= before:
         write_weights_(small, weights)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
+
+from intrafusion.network.free_pages import return_free_pages
 
 
 def release_memory() -> None:
-    """Collect what is only held in circles, and have the allocator return its free pages where it can (glibc)."""
+    """Collect what is only held in circles, and return free pages."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no such allocator
-        ctypes.CDLL(None).malloc_trim(0)
+    return_free_pages()

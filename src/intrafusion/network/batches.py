@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -294,6 +295,20 @@ def pick_images(call: Inputs, places: Tensor) -> Inputs:
     weights = None if call.weights is None else call.weights.map(take)
     parts = tree_map(pick, call.args), tree_map(pick, call.kwargs)
     return replace(call, args=parts[0], kwargs=parts[1], labels=labels, weights=weights)
+
+
+def cut_call(call: Inputs, size: int) -> list[Inputs]:
+    """The same images in calls of at most `size`, about as many in each.
+
+    >>> [count_images(part) for part in cut_call(Inputs.of(torch.zeros(10, 3)), 4)]
+    [4, 3, 3]
+    """
+    total = count_images(call)
+    count = -(-total // size)
+    ends = [total * index // count for index in range(count + 1)]
+    sizes = sorted((stop - start for start, stop in itertools.pairwise(ends)), reverse=True)
+    starts = [sum(sizes[:index]) for index in range(count)]
+    return [take_images(call, start, start + own) for start, own in zip(starts, sizes, strict=True)] or [call]
 
 
 def double_first(call: Inputs) -> Inputs:

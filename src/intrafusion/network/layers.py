@@ -209,8 +209,11 @@ class Layer:
         Args:
             weights: as `weigh_rows` gave them; places without any are left out.
         """
-        shape = x.shape[:-1] if x.dim() < 2 else x.movedim(self.channel_dim, -1).shape[:-1]
-        return sample_places(self.name, tuple(shape), limit, seed, weights).to(x.device)
+        return sample_places(self.name, self.shape_places(x), limit, seed, weights).to(x.device)
+
+    def shape_places(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of what it reads or gives, without channels."""
+        return tuple(x.shape[:-1] if x.dim() < 2 else x.movedim(self.channel_dim, -1).shape[:-1])
 
     def weigh_rows(self, x: Tensor, weights: RowWeights | None) -> Tensor | None:
         """How much each place of what it reads or gives counts, in the shape without channels; None for all alike."""
@@ -419,6 +422,13 @@ class Port:
 
 
 @contextlib.contextmanager
+def unseen_by_modes() -> Iterator[None]:
+    """Modes that watch a network do not see what is done inside."""
+    with _disable_current_modes():
+        yield
+
+
+@contextlib.contextmanager
 def watch_calls(
     modules: Mapping[K, nn.Module],
     called: Callable[[K, Tensor, Any], Tensor | None] | None = None,
@@ -434,16 +444,12 @@ def watch_calls(
         history: whether they see tensors that can be differentiated, where the network is; else these are detached.
     """
     seen = (lambda x: x) if history else _without_history
-
-    @contextlib.contextmanager
-    def observing() -> Iterator[None]:
-        with _disable_current_modes(), contextlib.nullcontext() if history else torch.no_grad():
-            yield
+    observing = contextlib.nullcontext if history else torch.no_grad
 
     def before(key: K) -> Callable[..., None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> None:
             assert reached is not None
-            with observing():
+            with unseen_by_modes(), observing():
                 reached(key, seen(_first(args, kwargs)))
 
         return hook
@@ -451,7 +457,7 @@ def watch_calls(
     def after(key: K) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor], output: Any) -> Tensor | None:
             assert called is not None
-            with observing():
+            with unseen_by_modes(), observing():
                 instead = called(key, seen(_first(args, kwargs)), seen(output))
             # a forward that differentiates itself (forces of an energy) needs the way back through the layer
             return output + (instead - output).detach() if instead is not None and output.requires_grad else instead

@@ -204,19 +204,35 @@ def _same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
 @contextlib.contextmanager
 def _own_random_numbers(model: nn.Module) -> Iterator[None]:
     """Inside, random numbers start from a fixed seed; outside, nobody notices."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    plain, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=devices):
-        try:
-            torch.default_generator.manual_seed(_SEED)
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(_SEED)
-            random.seed(_SEED)
-            np.random.seed(_SEED)  # noqa: NPY002
-            yield
-        finally:
-            random.setstate(plain)
-            np.random.set_state(arrays)  # noqa: NPY002
+    put_back = remember_random_numbers(model)
+    try:
+        torch.default_generator.manual_seed(_SEED)
+        for device in _list_devices(model):
+            torch.cuda.default_generators[device].manual_seed(_SEED)
+        random.seed(_SEED)
+        np.random.seed(_SEED)  # noqa: NPY002
+        yield
+    finally:
+        put_back()
+
+
+def remember_random_numbers(model: nn.Module) -> PutBack:
+    """The random state of PyTorch, also where the network lies, of NumPy and of Python; a call puts it back."""
+    devices, plain, arrays = _list_devices(model), random.getstate(), np.random.get_state()  # noqa: NPY002
+    state, others = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+
+    def put_back() -> None:
+        torch.set_rng_state(state)
+        for device, other in zip(devices, others, strict=True):
+            torch.cuda.set_rng_state(other, device)
+        random.setstate(plain)
+        np.random.set_state(arrays)  # noqa: NPY002
+
+    return put_back
+
+
+def _list_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _nothing_compiled() -> contextlib.AbstractContextManager[object]:

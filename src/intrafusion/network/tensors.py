@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 from torch import Tensor, nn
 
@@ -33,14 +34,16 @@ def check_graph(graph: ChannelGraph, model: nn.Module, *, smaller: bool = False)
             )
 
 
-def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
+def copy_model(model: nn.Module, *, share: bool | Collection[str] = False) -> nn.Module:
     """A deep copy, also of networks that hold tensors with a history.
 
     Args:
-        share: whether parameters and buffers are to be the same ones, not copies.
+        share: whether parameters and buffers are to be the same ones, not copies; or the names of those that are.
     """
     try:
-        own = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
+        tensors = named_tensors(model)
+        shared = tensors if share is True else share or ()
+        own = {id(tensors[name]): tensors[name] for name in shared}
         return copy.deepcopy(model, own)
     except Exception as error:
         raise ModelError(

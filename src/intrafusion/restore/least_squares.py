@@ -47,10 +47,11 @@ class LeastSquares:
     are reached: gain and shift of each channel, for what the original's norm gave, see `NormFits`.
 
     What is solved: convolutions, transposed ones too, and linear layers that run once in a forward pass; each group of
-    a grouped or depthwise convolution by itself (`GroupedRidge`). Tied and reparametrised weights, and subclasses that do
-    more than their weight times patches, are left alone. All images go through in one batch; the stored rows
-    take `rows` * 4 bytes per output channel; a layer with d inputs to each output takes `rows` * 4 d bytes for them
-    and 32 d^2 bytes for the solution.
+    a grouped or depthwise convolution by itself (`GroupedRidge`). Tied and reparametrised weights, and subclasses that
+    do more than their weight times patches, are left alone. Images go through in batches, which wait for each other at
+    each layer: it is solved on all of them. What they hold meanwhile, and the stored rows, lie in a temporary file
+    where they exceed half a gigabyte; a layer with d inputs to each output takes `rows` * 4 d bytes for them and
+    32 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
 
     Attributes:
@@ -90,12 +91,12 @@ class LeastSquares:
             graph: the channel graph of the original network.
             images: unlabelled, as the networks take them; a few hundred are enough. See `batches`.
         Raises:
-            ModelError: no images, images of different shapes, or a network that gives NaN on them.
+            ModelError: no images, a network that gives NaN on them, or a full disk.
         """
         check_graph(graph, reference)
         inputs = read_input_batches(require_images(images, self), reference)
         small = copy_model(compressed.model).eval()
-        solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs.join())
+        solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)
         layers = find_layers(small, graph, is_solvable)
         written = {id(t) for name in solved.changes for t in layers[name].writable}
         new = {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written}

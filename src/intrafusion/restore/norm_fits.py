@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, Role
-from intrafusion.network.layers import sample_places, watch_calls
-from intrafusion.network.row_weights import RowWeights, effective_rows, weigh_evenly
+from intrafusion.network.batches import count_images
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.layers import watch_calls
+from intrafusion.network.row_weights import effective_rows
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
+from intrafusion.restore.lockstep import Turn
+from intrafusion.restore.row_store import RowStore
 from intrafusion.restore.statistics import find_merge
 from intrafusion.surgery.streams import find_turned
 
@@ -87,39 +92,58 @@ class NormFits:
     is tried on the rows, and stays as it was where what it gives is not closer to the original's then.
 
     Attributes:
-        weights: how much the rows of the call count; None for all alike.
-        rows: sampled places per norm.
+        store: what the norms of the original gave.
         fitted: names of norms that were changed.
     """
 
     norms: Mapping[str, ChannelNorm]
-    weights: RowWeights | None
+    store: RowStore
     strength: float
     scarcity: float
-    rows: int
-    seed: int
     fitted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.places: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor | None] = {}
-        self.targets: dict[str, Tensor] = {}
         self.again: set[str] = set()
+        self.trials: dict[str, _Trial] = {}
 
     __repr__ = show_briefly
 
     @contextlib.contextmanager
-    def recording(self, reference: nn.Module) -> Iterator[None]:
-        """Inside, what the norms of the original give is stored."""
-        modules = dict(reference.named_modules())
-        with watch_calls({name: modules[name] for name in self.norms}, self._record):
+    def recording(self, reference: nn.Module, batch: int, call: Inputs, order: list[Hashable]) -> Iterator[None]:
+        """Inside, what the norms of the original give on a batch is stored.
+
+        Args:
+            order: what is met, to which norms are added as they are reached.
+        """
+        modules, seen = dict(reference.named_modules()), set[str]()
+
+        def record(name: str, x: Tensor, output: Tensor) -> None:
+            if name in seen or not self._record(name, output, batch, call):
+                self.again.add(name)  # two calls cannot be fitted at once
+                self.store.forget(name)
+            seen.add(name)
+            order.extend((kind, name) for kind in ("norm", "tried norm"))
+
+        with watch_calls({name: modules[name] for name in self.norms}, record):
             yield
 
     @contextlib.contextmanager
-    def fitting(self) -> Iterator[None]:
-        """Inside, the norms of the smaller network are fitted as they are reached."""
-        known = {n: norm.module for n, norm in self.norms.items() if n in self.targets and n not in self.again}
-        with watch_calls(known, self._fit):
+    def fitting(self, model: nn.Module, batch: int, turn: Turn, made: Callable[[Tensor], None]) -> Iterator[None]:
+        """Inside, the norms of the smaller network are fitted as they are reached on a batch.
+
+        Args:
+            made: is told of outputs that are put in place of others.
+        """
+        modules = dict(model.named_modules())
+        known = {name: modules[name] for name in self.norms if name in self.store.rows}
+
+        def fit(name: str, x: Tensor, output: Tensor) -> Tensor | None:
+            found = self._fit(batch, turn, name, x, output)
+            if found is not None:
+                made(found)
+            return found
+
+        with watch_calls(known, fit):
             yield
 
     def list_written(self, small: nn.Module) -> dict[str, Tensor]:
@@ -127,45 +151,63 @@ class NormFits:
         own = {id(t) for n in self.fitted for t in (self.norms[n].gain, self.norms[n].shift) if t is not None}
         return {name: t.detach() for name, t in named_tensors(small).items() if id(t) in own}
 
-    def _record(self, name: str, x: Tensor, output: Tensor) -> None:
+    def _record(self, name: str, output: Tensor, batch: int, call: Inputs) -> bool:
+        """False for what is no norm of these channels, or is reached in another way than on the first batch."""
         norm = self.norms[name]
-        if name in self.places or not isinstance(output, Tensor) or output.dim() < 2:
-            self.again.add(name)  # two calls cannot be fitted at once
-            return
+        if name in self.again or not isinstance(output, Tensor) or output.dim() < 2:
+            return False
         if output.shape[norm.dim] != norm.merge.shape[1]:
-            self.again.add(name)
-            return
+            return False
         rows = output.movedim(norm.dim, -1)
-        counts = None if self.weights is None else self.weights.of_rows(rows, name)
-        places = sample_places(name, tuple(rows.shape[:-1]), self.rows, self.seed, counts).to(output.device)
-        self.places[name] = places
-        self.counts[name] = None if counts is None else weigh_evenly(counts[tuple(places.T)])
-        self.targets[name] = (norm.take_rows(output, places) @ norm.merge.T.to(output.device)).float()
+        counts = None if call.weights is None else call.weights.of_rows(rows, name)
+        places = self.store.sample(name, batch, rows, counts, count_images(call))
+        if places is None:
+            return False
+        self.store.put(name, batch, (norm.take_rows(output, places) @ norm.merge.T.to(output.device)).float())
+        return True
 
-    def _fit(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
-        norm, places, target = self.norms[name], self.places[name], self.targets[name].double()
-        given = norm.take_rows(output, places)
-        weights, before = self.counts[name], (norm.gain.detach().clone(), _copy(norm.shift))
-        if given.shape != target.shape or float((given - target).norm()) <= _RIGHT * float(target.norm()):
+    def _fit(self, batch: int, turn: Turn, name: str, x: Tensor, output: Tensor) -> Tensor | None:
+        """One batch's part: what the norm gives, then what it would give with each gain and shift that is tried."""
+        norm, places = self.norms[name], self.store.places[name][batch]
+        given = norm.take_rows(output, places) if output.shape[norm.dim] == len(norm.gain) else None
+        repeats = given is not None and self._repeats(norm, x, given, places)
+        trial = turn.wait(("norm", name), given if repeats else None)
+        if trial is None:
             return None
-        if not self._repeats(norm, x, given, places):
+        errors = [trial.measure(batch, norm.take_rows(found, places)) for found in trial.list_outputs(norm, x)]
+        return norm.module.forward(x) if turn.wait(("tried norm", name), errors) else None
+
+    def meet(self, key: tuple[str, str], brought: Sequence[Any]) -> Sequence[Any]:
+        """What all batches brought to a norm, answered."""
+        kind, name = key
+        answer = self._choose(name, brought) if kind == "norm" else self._settle(name, brought)
+        return [answer] * len(brought)
+
+    def _choose(self, name: str, given: Sequence[Tensor | None]) -> _Trial | None:
+        """Gains and shifts to try; None where the norm is right, or cannot be tried."""
+        norm, target, rows = self.norms[name], self.store.take(name).double(), [g for g in given if g is not None]
+        if len(rows) < len(given):
             return None
-        slope, constant = fit_channels(given, target, weights, self.strength, self.scarcity, norm.shift is not None)
-        least, best = _measure(given, target, weights), None
+        joined, weights = torch.cat(rows), self.store.weights[name]
+        if joined.shape != target.shape or float((joined - target).norm()) <= _RIGHT * float(target.norm()):
+            return None
+        slope, constant = fit_channels(joined, target, weights, self.strength, self.scarcity, norm.shift is not None)
+        choices = []
         for offset in _OFFSETS:
-            gain = slope * (before[0].double() + offset) - offset
-            shift = None if before[1] is None else slope * before[1].double() + constant
-            norm.put_(gain, shift)
-            found = norm.module.forward(x)
-            error = _measure(norm.take_rows(found, places), target, weights)
-            if error < least:
-                least, best = error, (gain, shift, found)
-        if best is None:
-            norm.put_(*before)
-            return None
-        norm.put_(*best[:2])
+            shift = None if norm.shift is None else slope * norm.shift.double() + constant
+            choices.append((slope * (norm.gain.double() + offset) - offset, shift))
+        self.trials[name] = _Trial(choices, target, weights, [len(r) for r in rows], _measure(joined, target, weights))
+        return self.trials[name]
+
+    def _settle(self, name: str, errors: Sequence[Sequence[float]]) -> bool:
+        """Write the choice that is best over all batches; False if none is better than what there is."""
+        trial = self.trials.pop(name)
+        totals = [sum(parts) for parts in zip(*errors, strict=True)]
+        if not min(totals) < trial.least:
+            return False
+        self.norms[name].put_(*trial.choices[totals.index(min(totals))])
         self.fitted.append(name)
-        return best[2]
+        return True
 
     def _repeats(self, norm: ChannelNorm, x: Tensor, given: Tensor, places: Tensor) -> bool:
         """Whether its forward gives the same again, of what it reads alone."""
@@ -174,6 +216,37 @@ class NormFits:
         except Exception:  # it takes more than one argument, or gives something else
             return False
         return float((found - given).norm()) <= _ALIKE * float(given.norm())
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """Gains and shifts of a norm to be tried on all batches.
+
+    Attributes:
+        target: what its rows are to be, (k, c), of which each batch has as many as `parts` says.
+        least: the error as it is.
+    """
+
+    choices: Sequence[tuple[Tensor, Tensor | None]]
+    target: Tensor
+    weights: Tensor | None
+    parts: Sequence[int]
+    least: float
+
+    __repr__ = show_briefly
+
+    def list_outputs(self, norm: ChannelNorm, x: Tensor) -> Iterator[Tensor]:
+        """What the norm makes of x with each of them; it is left as it was."""
+        before = norm.gain.detach().clone(), None if norm.shift is None else norm.shift.detach().clone()
+        for choice in self.choices:
+            norm.put_(*choice)
+            yield norm.module.forward(x)
+        norm.put_(*before)
+
+    def measure(self, batch: int, given: Tensor) -> float:
+        """The error of what it gives on a batch."""
+        own = slice(sum(self.parts[:batch]), sum(self.parts[: batch + 1]))
+        return _measure(given, self.target[own], None if self.weights is None else self.weights[own])
 
 
 def fit_channels(
@@ -198,7 +271,3 @@ def fit_channels(
 def _measure(given: Tensor, target: Tensor, weights: Tensor | None) -> float:
     error = (target - given).square()
     return float((error if weights is None else error * weights.to(error)).sum())
-
-
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()

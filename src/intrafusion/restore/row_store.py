@@ -1,0 +1,107 @@
+"""Rows of what a network gave at sampled places, over all batches, on a shelf until they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from intrafusion.brief import show_briefly
+from intrafusion.network.row_weights import weigh_evenly
+from intrafusion.restore.places import PlaceSampler, find_images
+from intrafusion.restore.shelf import Shelf
+
+_LATE = 1e9  # when they are due: after all that is needed again and again, as they are needed once
+
+
+@dataclass(eq=False)
+class RowStore:
+    """By the name of a layer, what is known at its places.
+
+    Attributes:
+        places: of each batch, (k, dims).
+        weights: how much each row of all batches counts, (k, 1); None for all alike.
+        images: which image each row of all batches is of, (k,) int64; see `find_images`.
+    """
+
+    sampler: PlaceSampler
+    shelf: Shelf
+    places: dict[str, list[Tensor]] = field(default_factory=dict)
+    weights: dict[str, Tensor | None] = field(default_factory=dict)
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rows: dict[str, dict[int, Tensor]] = {}
+        self.counts: dict[str, list[Tensor | None]] = {}
+        self.owners: dict[str, list[Tensor | None]] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+        self.stored = 0
+
+    __repr__ = show_briefly
+
+    def sample(
+        self, name: str, batch: int, rows: Tensor, counts: Tensor | None, total: int, limit: int | None = None
+    ) -> Tensor | None:
+        """Places of the next batch, (k, dims); None where the batch does not fit the first one.
+
+        Args:
+            rows: what is looked at, its channels last.
+            counts: how much each place counts, of the shape without channels; None for all alike.
+            total: images in this batch.
+            limit: of places, where this layer has one of its own.
+        """
+        found = self.places.setdefault(name, [])
+        if len(found) != batch:
+            return None
+        chosen = self.sampler.choose(name, batch, tuple(rows.shape[:-1]), counts, limit)
+        if chosen is None:
+            return None
+        places = chosen.to(rows.device)
+        found.append(places)
+        self.counts.setdefault(name, []).append(None if counts is None else counts[tuple(places.T)])
+        own = find_images(places, rows.shape[:-1], total)
+        before = sum(self.sampler.counts[:batch])
+        self.owners.setdefault(name, []).append(None if own is None else own + before)
+        return places
+
+    def put(self, name: str, batch: int, rows: Tensor) -> None:
+        """What was given at these places, (k, c); in place of what was put there before."""
+        own = self.rows.setdefault(name, {})
+        if batch in own:
+            self.shelf.drop((self, name, batch))
+        own[batch] = rows
+        self.stored += 1
+        self.shelf.lay((self, name, batch), [rows.untyped_storage()], _LATE + self.stored)
+
+    def forget(self, name: str) -> None:
+        for batch in self.rows.pop(name, {}):
+            self.shelf.drop((self, name, batch))
+
+    def finish(self) -> None:
+        """After the last batch: of more places than are wanted, some remain."""
+        for name in self.rows:
+            kept = self.sampler.list_kept(name)
+            if kept is not None:
+                self.kept[name] = kept
+                self.places[name] = _take(self.places[name], kept)
+                self.counts[name] = [None if c is None else c[k] for c, k in zip(self.counts[name], kept, strict=True)]
+                self.owners[name] = [None if o is None else o[k] for o, k in zip(self.owners[name], kept, strict=True)]
+            counts, owners = ([t for t in of[name] if t is not None] for of in (self.counts, self.owners))
+            self.weights[name] = weigh_evenly(torch.cat(counts)) if counts else None
+            total = sum(map(len, self.places[name]))
+            whole = sum(map(len, owners)) == total
+            self.images[name] = torch.cat(owners) if whole else torch.arange(total, device=self.places[name][0].device)
+
+    def take(self, name: str) -> Tensor:
+        """The rows of all batches, (k, c); they are not kept any longer."""
+        for batch in self.rows[name]:
+            self.shelf.take((self, name, batch))
+        rows = list(self.rows.pop(name).values())
+        kept = self.kept.get(name)
+        return torch.cat(rows if kept is None else _take(rows, kept))
+
+
+def _take(tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor[mask.to(tensor.device)] for tensor, mask in zip(tensors, kept, strict=True)]
