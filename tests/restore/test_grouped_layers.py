@@ -101,7 +101,7 @@ def test_a_layer_is_what_least_squares_says(
         per_output = lambda t: t.movedim(1, 0).flatten(1)  # noqa: E731
         columns = design(model.layer, inputs)
         weight, constant = solve(columns * scale[:, None, None], per_output(wanted - rest), constant=takes)
-    EXACT.solve_(small, WHOLE, model, graph, Inputs.of(x), left=["stem"])
+    EXACT.solve_(small, WHOLE, model, graph, [Inputs.of(x)], left=["stem"])
     torch.testing.assert_close(as_rows(small.layer, small.layer.weight.double()), weight, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         found = per_output(small.norm(small.layer(inputs)) - rest)
@@ -120,7 +120,7 @@ def test_padded_places_count_nothing_in_a_depthwise_layer() -> None:
         weight, constant = solve(design(model.layer, inputs), wanted.movedim(1, 0).flatten(1), counts.flatten().float())
     call = Inputs.of(x)
     object.__setattr__(call, "weights", RowWeights((counts,)))
-    EXACT.solve_(small, WHOLE, model, graph, call, left=["stem"])
+    EXACT.solve_(small, WHOLE, model, graph, [call], left=["stem"])
     torch.testing.assert_close(small.layer.weight.double().flatten(1), weight, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(small.layer.bias.double(), constant, atol=1e-4, rtol=1e-4)
 
@@ -191,7 +191,7 @@ def test_the_outputs_of_a_smaller_layer_are_those_of_the_merged_channels(how: st
     for name in GROUPED:
         solved = copy_model(small.model)
         others = {n for n, m in model.named_modules() if n != name}
-        EXACT.solve_(solved, maps, model, graph, Inputs.of(x), left=others)
+        EXACT.solve_(solved, maps, model, graph, [Inputs.of(x)], left=others)
         layer, before = solved.get_submodule(name), small.model.get_submodule(name)
         read, _ = given(small.model, x)
         with torch.no_grad():
