@@ -398,3 +398,35 @@ def test_only_the_module_that_needs_it_is_given_another_number() -> None:
     (note,) = (note for note in small.notes if "numbers in attributes" in note)
     assert "1.n 16 -> 8" in note
     assert "exclude these layers" in note
+
+
+class OneList(nn.Module):
+    """A chain whose layers are equally wide; the widths of all stand in one list."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.widths = [16] * count
+        self.layers = nn.ModuleList(nn.Linear(6 if k == 0 else 16, 16) for k in range(count))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, width in zip(self.layers, self.widths, strict=True):
+            x = layer(x).view(-1, width).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("count", "left"), [(5, (0,)), (5, (1, 2)), (7, (2,)), (7, (0, 6))])
+def test_entries_of_a_list_follow_one_by_one_where_some_of_their_layers_stay(
+    count: int, left: tuple[int, ...], tmp_path: Path
+) -> None:
+    """All entries hold one size, and every wrong one fails somewhere in the same loop."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    small = intrafusion.compress(
+        OneList(count).eval(), x, keep=0.5, exclude=[f"layers.{k}" for k in left], restore=None
+    )
+    assert small.rolled_back == {}
+    assert small.model.widths == [16 if k in left else 8 for k in range(count)]
+    assert {d.proof for d in small.plan.decisions if d.reduced} == {"function"}
+    small.save(tmp_path / "small")
+    assert torch.equal(intrafusion.load(tmp_path / "small", OneList(count)).eval()(x), small.model(x))

@@ -25,7 +25,7 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
-from intrafusion.surgery.blame import find_lines, list_steps
+from intrafusion.surgery.blame import counted_calls, find_lines, list_steps
 from intrafusion.surgery.numbers import find_numbers, write_number_
 from intrafusion.surgery.scopes import find_scope, is_inside
 from intrafusion.surgery.write import Repair, find_own_tensors, make_repairs_
@@ -34,6 +34,7 @@ _TRIES = 24  # networks that are run for one set of groups
 _PART_TRIES = 12  # for some groups of these
 _ALL_TRIES = 96  # and in all
 _OPTIONS = 12  # at one failure
+_END = 1 << 40  # more than any network has calls of modules
 _IN_VAIN = 3  # failures at one place that nothing mended, after which they are not looked at again
 
 Place = tuple[str, str]
@@ -62,6 +63,7 @@ class Breakdown:
     Attributes:
         named: what the code of each of these modules mentions: in the expression that failed, in the whole function.
         place: where in the code.
+        calls: of modules until then, one that lasts; a network that ran to its end came further than any.
         final: whether no number can mend it.
         runs: whether it runs, and shows other groups or gives something else.
         around: the module where it is seen, if no code failed.
@@ -74,11 +76,12 @@ class Breakdown:
     final: bool = False
     runs: bool = False
     around: str = ""
+    calls: int = _END
 
     __repr__ = show_briefly
 
     @classmethod
-    def of(cls, why: str, error: Exception, model: nn.Module) -> Breakdown:
+    def of(cls, why: str, error: Exception, model: nn.Module, calls: int = 0) -> Breakdown:
         names = {id(m): n for n, m in model.named_modules()}
         found: dict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
         for step in list_steps(error):
@@ -89,12 +92,12 @@ class Breakdown:
                 near |= _find_names_near(step)
                 far |= set(code.co_names)
         place = tuple((id(step.tb_frame.f_code), step.tb_lasti) for step in list_steps(error))
-        return cls(why, tuple(found), tuple(found.values()), place)
+        return cls(why, tuple(found), tuple(found.values()), place, calls=calls)
 
     def is_like(self, other: Breakdown) -> bool:
         """Whether a network came no further than another."""
         if self.running or other.running:
-            return (self.running, self.place) == (other.running, other.place)
+            return (self.running, self.place, self.calls) == (other.running, other.place, other.calls)
         return self.why == other.why
 
 
@@ -190,11 +193,12 @@ class Literals:
 
     def run(self, small: nn.Module, _: tuple[Repair, ...]) -> Breakdown | None:
         """What goes wrong where a network is simply called: it fails, or gives outputs of other shapes."""
-        try:
-            with preserve_state(small):
-                found = [tuple(t.shape) for t in self.inputs.call(small)]
-        except Exception as error:  # anything that a forward may raise
-            return Breakdown.of("does not run", error, small)
+        with counted_calls() as called:
+            try:
+                with preserve_state(small):
+                    found = [tuple(t.shape) for t in self.inputs.call(small)]
+            except Exception as error:  # anything that a forward may raise
+                return Breakdown.of("does not run", error, small, len(called))
         expected = self.shapes_of_outputs
         return None if found == expected else Breakdown(f"gives outputs {found} instead of {expected}")
 
@@ -325,16 +329,22 @@ class _Search:
     def _descend(self, numbers: Numbers, failure: Breakdown) -> Numbers | None:
         if self.known.in_vain[failure.place] >= _IN_VAIN:
             return None
-        further = False
+        further, later = False, list[tuple[Numbers, Breakdown]]()
         for option in itertools.islice(self._list_options(numbers, failure), _OPTIONS):
             if self.left <= 0:
                 return None
             found = self._try({**numbers, **option})
             if isinstance(found, Breakdown):
                 further |= not found.is_like(failure)
+                if found.calls < failure.calls:  # a step back, which only others may turn into one ahead
+                    later.append(({**numbers, **option}, found))
+                    continue
                 found = None if found.is_like(failure) else self._descend({**numbers, **option}, found)
             if found is not None:
                 return found
+        for tried, found in later if self.left > 0 else ():
+            if (mended := self._descend(tried, found)) is not None:
+                return mended
         if not further:
             self.stuck.add(failure.place)
         return None

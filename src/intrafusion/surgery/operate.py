@@ -16,7 +16,7 @@ from intrafusion.network.double import TOLERANCE, output_difference
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.reduce.problem import ReductionMap
-from intrafusion.surgery.blame import explain_crash
+from intrafusion.surgery.blame import counted_calls, explain_crash
 from intrafusion.surgery.expect import find_confusion, find_missing, find_siblings, shrink_graph
 from intrafusion.surgery.forecast import Forecast
 from intrafusion.surgery.literals import Breakdown, Literals
@@ -291,10 +291,12 @@ class _Attempts:
     def _look(self, groups: Sequence[ChannelGroup], small: nn.Module) -> ChannelGraph | Breakdown:
         """The groups that a network shows in which these are reduced, or what is wrong with it."""
         sizes = self.sizes_of(groups)
-        try:
-            found = trace(small, self.inputs, calls=self.graph.calls)
-        except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
-            return Breakdown.of(self._explain(error, self.literals.find_old_sizes(small, sizes)), error, small)
+        with counted_calls() as called:
+            try:
+                found = trace(small, self.inputs, calls=self.graph.calls)
+            except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
+                why = self._explain(error, self.literals.find_old_sizes(small, sizes))
+                return Breakdown.of(why, error, small, len(called))
         expected = shrink_graph(self.graph, sizes)
         missing = find_missing(expected, found)
         if missing is not None:
