@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import intrafusion.measure.closeness as closeness_module
 from intrafusion.measure.closeness import Closeness, Yardstick
+from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 
 X = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 2.0, 1.0]])
@@ -60,3 +62,31 @@ def test_an_error_that_is_no_number_is_worse_than_any() -> None:
     assert not Closeness(5.0).is_worse_than(Closeness(float("nan")))
     assert not Closeness(0.5).is_worse_than(Closeness(0.5))
     assert str(Yardstick(Gives(X), Inputs((X,)), "noise images")) == "4 noise images"
+
+
+def test_batches_give_the_error_of_all_at_once() -> None:
+    """Also where outputs are undefined at some places, or are sequences of which not all positions count."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 6, generator=generator, dtype=torch.float64) + 50
+    a, b = nn.Linear(6, 4).double(), nn.Linear(6, 4).double()
+    for model in (a, b):
+        model.requires_grad_(False).bias[1] = float("-inf")
+    whole = Yardstick(a, Inputs((x,))).measure(b)
+    spread = (a(x) - a(x).mean(0))[:, [0, 2, 3]].square().sum()
+    assert whole.error == pytest.approx(float((a(x) - b(x))[:, [0, 2, 3]].square().sum() / spread))
+    for sizes in ([1] * 30, [1, 29], [10, 20]):
+        found = Yardstick(a, Batches.of(*(Inputs((part,)) for part in x.split(sizes)))).measure(b)
+        assert found.error == pytest.approx(whole.error, rel=1e-9)
+        assert found.agreement == whole.agreement
+
+
+def test_what_is_too_large_to_be_kept_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    a, b, x = nn.Linear(6, 4), nn.Linear(6, 4), torch.randn(30, 6)
+    a.register_forward_hook(lambda *_: calls.append(1))
+    yardstick = Yardstick(a, Batches.of(*(Inputs((part,)) for part in x.split(10))))
+    monkeypatch.setattr(closeness_module, "_KEPT", 2 * 10 * 4 * 4)  # outputs of two batches
+    first = yardstick.measure(b)
+    assert len(calls) == 3
+    assert yardstick.measure(b) == first
+    assert len(calls) == 4

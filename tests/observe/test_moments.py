@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import randomise_
 from sklearn.covariance import oas
-from torch import nn
+from torch import Tensor, nn
 
 import intrafusion
-from intrafusion.observe.moments import shrink
+from intrafusion.network.input_batches import Batches
+from intrafusion.network.inputs import Inputs
+from intrafusion.observe.moments import measure_moments, shrink
 from intrafusion.reduce.pivot import pivot_order
 
 
@@ -63,3 +66,70 @@ def test_a_bottleneck_of_low_rank_loses_nothing_once_more_rows_than_channels_wer
     small = intrafusion.compress(model, images[:2], keep=4 / width, restore=None, inputs=images).model
     assert small.get_submodule("0").out_features == 4
     torch.testing.assert_close(small(unseen), model(unseen), atol=1e-5, rtol=1e-4)
+
+
+# ---- batch by batch -------------------------------------------------------------------------------------------------
+
+X = torch.randn(90, 3, 10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
+
+
+class Tied(nn.Module):
+    """Reads with layers, with a weight that no layer owns, twice with one layer, and what is flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+        self.bare, self.head = nn.Parameter(torch.randn(5, 6)), nn.Linear(5 * 64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        x = torch.relu(self.second(torch.relu(self.second(x))))
+        return self.head(torch.relu(x.movedim(1, -1) @ self.bare.T).flatten(1))
+
+
+@pytest.mark.parametrize("rows", [20_000, 700])
+def test_moments_do_not_depend_on_the_batches(rows: int) -> None:
+    model = randomise_(Tied()).double().eval()
+    graph = intrafusion.inspect(model, X[:1])
+    whole = measure_moments(model, graph, Batches.of(Inputs((X,))), rows=rows)
+    assert whole
+    for sizes in ([1] * 90, [7, 80, 3], [45, 45]):
+        found = measure_moments(model, graph, Batches.of(*(Inputs((part,)) for part in X.split(sizes))), rows=rows)
+        assert found.keys() == whole.keys()
+        for name, moments in found.items():
+            torch.testing.assert_close(moments.means, whole[name].means, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(moments.covariances, whole[name].covariances, rtol=1e-8, atol=1e-8)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 8)
+        self.query, self.key, self.value = nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        scores = (self.query(x) @ self.key(x).mT).masked_fill(attention_mask[:, None] == 0, -1e9)
+        return self.out(torch.relu(scores.softmax(-1) @ self.value(x)))
+
+
+def test_masked_sequences_of_other_lengths_in_each_batch_count_as_if_padded_together() -> None:
+    model = randomise_(Masked()).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(30, (n,), generator=generator) for n in (3, 5, 2, 9, 8, 9, 4, 4)]
+
+    def pad(some: list[Tensor], length: int) -> dict[str, Tensor]:
+        ids = torch.stack([torch.cat([t, torch.zeros(length - len(t), dtype=torch.long)]) for t in some])
+        return {"input_ids": ids, "attention_mask": torch.stack([torch.arange(length) < len(t) for t in some]).long()}
+
+    whole = pad(texts, 12)
+    graph = intrafusion.inspect(model, {name: t[:2] for name, t in whole.items()})
+    expected = measure_moments(model, graph, whole)
+    found = measure_moments(model, graph, [pad(texts[:3], 5), pad(texts[3:6], 9), pad(texts[6:], 4)])
+    assert expected.keys() == found.keys()
+    assert any(graph[name].with_role(intrafusion.Role.MATCHES) for name in found)
+    for name, moments in found.items():
+        torch.testing.assert_close(moments.means, expected[name].means, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(moments.covariances, expected[name].covariances, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(moments.reader, expected[name].reader, rtol=1e-9, atol=1e-12)

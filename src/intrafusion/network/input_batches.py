@@ -147,6 +147,8 @@ class Batches(Sequence[Inputs]):
             held = {i: call for i, call in held.items() if i >= cuts[-1].call}
             joined = parts[0] if len(parts) == 1 else join_batches(parts)
             yield joined if self.change is None else self.change(joined)
+        if at + 1 == len(self.forms):
+            next(stream, None)  # whether there are more now than there were
 
     @overload
     def __getitem__(self, index: int) -> Inputs: ...
