@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def test_the_summary_comes_first_and_fits(small: Compressed) -> None:
     assert lines[table].split()[:2] == ["group", "channels"]
     summary = " ".join(" ".join(lines[:table]).split())
     assert "outputs on 60 unseen images differ by" in summary
-    assert "restored: LeastSquares on 240 images" in summary
+    assert re.search(
+        r"restored: LeastSquares on 240 images, \S+ s, output error \S+ -> \S+ on 60 unseen images", summary
+    )
     assert f"file {4 * small.before.params:,} bytes" in summary or " kB -> " in summary
     assert max(map(len, lines)) <= 100
 
@@ -97,6 +100,11 @@ def test_rounding_is_not_advised_where_sizes_are_round() -> None:
 def test_without_images_and_norms_it_says_that_noise_was_measured_on() -> None:
     said = " ".join(str(intrafusion.compress(network(), X, 0.7)).split())
     assert "outputs on 64 noise images, not used by the solver, differ by" in said
+
+
+def test_a_step_that_was_measured_where_it_was_solved_says_so() -> None:
+    said = " ".join(str(intrafusion.compress(network(), X, 0.7, images=IMAGES[:40])).split())
+    assert re.search(r"restored: LeastSquares on 40 images, .* on the 40 images that it was solved on", said)
 
 
 def test_images_are_measured_on_where_nothing_was_solved_on_them() -> None:

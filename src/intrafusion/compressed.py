@@ -15,7 +15,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.io import folder as folders
 from intrafusion.io.card import Words
 from intrafusion.io.line import write_line_of
-from intrafusion.measure.closeness import OUTPUT_ERROR, Closeness
+from intrafusion.measure.closeness import OUTPUT_ERROR, Closeness, say_where
 from intrafusion.measure.comparison import Comparison, describe_change
 from intrafusion.measure.size import Size
 from intrafusion.names import name_some
@@ -71,7 +71,9 @@ class Restoration:
     def __str__(self) -> str:
         on = f" on {self.on}" if self.on else ""
         gain = "" if self.error_after is None else f", output error {self.error_before:.2g} -> {self.error_after:.2g}"
-        return f"restored: {self.step}{on}, {self.seconds:.1f} s{gain}" + (f" ({self.note})" if self.note else "")
+        where = f" {say_where(self.measured_on, self.unseen)}" if gain and self.measured_on else ""
+        note = f" ({self.note})" if self.note else ""
+        return f"restored: {self.step}{on}, {self.seconds:.1f} s{gain}{where}{note}"
 
 
 @checked

@@ -77,6 +77,12 @@ def test_the_result_is_that_of_compress(llama: Path) -> None:
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
     assert done.after == sum(p.numel() for p in whole.model.parameters())
+    assert "errors measured on the 40 sequences that it was solved on" in str(done)
+
+
+def test_errors_are_measured_on_sequences_kept_apart_where_there_are_enough(llama: Path) -> None:
+    done = intrafusion.compress_folder(llama, llama.with_name("small"), 0.5, inputs=draw_tokens(50))
+    assert "errors measured on 10 unseen sequences" in str(done)
 
 
 def test_without_inputs_channels_are_selected_and_nothing_is_solved(llama: Path) -> None:

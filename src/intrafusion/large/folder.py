@@ -25,6 +25,7 @@ from intrafusion.large.block import Streams, explain_groups, join_graphs, reduce
 from intrafusion.large.chain import BlockCall, find_blocks, follow_blocks, load_block
 from intrafusion.large.offload import make_skeleton, weights_from_disk
 from intrafusion.large.release import release_memory
+from intrafusion.measure.closeness import say_where
 from intrafusion.names import hide_numbers, name_some
 from intrafusion.network.batches import (
     ImagesLike,
@@ -85,6 +86,7 @@ class CompressedFolder:
     Attributes:
         before, after: parameters.
         measured_on: what the errors behind the blocks are of; None without inputs.
+        unseen: whether these were kept from the solver.
     """
 
     folder: Path
@@ -94,12 +96,13 @@ class CompressedFolder:
     notes: tuple[str, ...] = ()
     measured_on: str | None = None
     seconds: float = 0.0
+    unseen: bool = False
 
     __repr__ = show_briefly
 
     def __str__(self) -> str:
         head = f"parameters: {self.before / 1e6:.4g} M -> {self.after / 1e6:.4g} M, {self.seconds:.0f} s"
-        on = [f"errors measured on {self.measured_on}"] if self.measured_on else []
+        on = [f"errors measured {say_where(self.measured_on, self.unseen)}"] if self.measured_on else []
         return "\n".join([head, *on, *map(str, self.blocks), *(f"note: {note}" for note in self.notes)])
 
 
@@ -441,7 +444,8 @@ class _Work:
             on = f"{count} {unseen}{name_inputs(self.calls[1])}"
         else:
             notes.append("no inputs were given: channels were selected by weights, and no layer was solved")
-        return CompressedFolder(Path(), before, after, tuple(done), tuple(notes), on)
+        unseen = bool(self.calls) and self.calls[0] is not self.calls[1]
+        return CompressedFolder(Path(), before, after, tuple(done), tuple(notes), on, unseen=unseen)
 
 
 _OF_BLOCKS: dict[str, Any] = {

@@ -121,6 +121,22 @@ def _compare(scores: Tensor | None, labels: Tensor | None) -> Tensor | None:
     return scores.argmax(1) == labels.argmax(1)
 
 
+def say_where(on: str, unseen: bool) -> str:
+    """On which inputs something was measured.
+
+    Args:
+        on: how many of what.
+        unseen: whether they were kept from the solver.
+
+    >>> say_where("51 images", True), say_where("51 images", False)
+    ('on 51 unseen images', 'on the 51 images that it was solved on')
+    """
+    if not unseen:
+        return f"on the {on} that it was solved on"
+    count, _, kind = on.partition(" ")
+    return f"on {count} unseen {kind}" if kind in ("images", "sequences") else f"on {on}, not used by the solver"
+
+
 def find_scores(output: Any, tensors: list[Tensor]) -> Tensor | None:
     """What looks like class scores (n, classes) in an output: its `logits`, or else its only tensor; None if neither.
 

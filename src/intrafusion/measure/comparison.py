@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from intrafusion.brief import show_briefly
-from intrafusion.measure.closeness import Closeness
+from intrafusion.measure.closeness import Closeness, say_where
 from intrafusion.measure.latency import time_turns
 from intrafusion.measure.size import Size
 from intrafusion.network.batches import count_images
@@ -63,15 +63,8 @@ class HeldOut:
 
     def row(self) -> tuple[str, str]:
         """A name, and the rest in words."""
-        return "outputs", f"{self._where()} {self._how_far()}{self._agreement()}"
-
-    def _where(self) -> str:
-        if not self.unseen:
-            return f"on the {self.on} that it was solved on"
-        count, _, kind = self.on.partition(" ")
-        return (
-            f"on {count} unseen {kind}" if kind in ("images", "sequences") else f"on {self.on}, not used by the solver,"
-        )
+        where = say_where(self.on, self.unseen)
+        return "outputs", f"{where}{',' * (',' in where)} {self._how_far()}{self._agreement()}"
 
     def _how_far(self) -> str:
         before = f" ({_percent(self.before.error)} before restoring)" if self.before else ""
