@@ -30,7 +30,7 @@ LAYERS = (
     {"budget"},
     {"planning"},
     {"pipeline"},
-    {"checks", "fusion", "factorize", "iterate", "large", "merge", "train"},
+    {"checks", "frontiers", "fusion", "factorize", "iterate", "large", "merge", "train"},
     {"", "lab"},  # "" is the package itself: its public names
     {"cli"},
 )

@@ -17,6 +17,7 @@ from intrafusion.errors import (
     PlanError,
     RecipeError,
 )
+from intrafusion.frontiers import Frontier, Point, frontier
 from intrafusion.fusion import Alignment, Fused, fuse
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.io.folder import load
@@ -45,6 +46,7 @@ __all__ = [
     "Eliminate",
     "Fold",
     "FolderError",
+    "Frontier",
     "Fused",
     "IntraFusion",
     "IntrafusionError",
@@ -54,6 +56,7 @@ __all__ = [
     "Pivot",
     "Plan",
     "PlanError",
+    "Point",
     "Recipe",
     "RecipeError",
     "Role",
@@ -64,6 +67,7 @@ __all__ = [
     "compress_folder",
     "compress_in_steps",
     "decide",
+    "frontier",
     "fuse",
     "inputs_of",
     "inspect",

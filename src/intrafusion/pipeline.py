@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from intrafusion.arguments import Seed, checked
+from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.names import name_some
 from intrafusion.network.batches import ImagesLike, make_reusable
-from intrafusion.network.calibration_images import as_calls, choose_inputs
+from intrafusion.network.calibration_images import Calls, as_calls, choose_inputs
 from intrafusion.network.free_memory import MemoryLike
 from intrafusion.network.held_out import Split
 from intrafusion.network.identity import identify
@@ -220,16 +221,72 @@ def follow(
         tokenizer, memory: as `compress`.
     """
     recipe.refuse_foreign()
-    whole, inputs = make_workable(model), recipe.call_of(example_inputs)
-    model = prepare_model(whole, recipe, inputs)
-    calls = as_calls(make_reusable(images), model, inputs, tokenizer)
-    split = Split(calls) if calibration is not None else split_images(calls, model, recipe, memory)
-    small = reduce_and_restore(
-        recipe, model, graph, inputs, split, calibration=calibration, tokenizer=tokenizer, memory=memory
-    )
-    small = replace(small, notes=(*small.notes, *(calls.warn() if calls is not None else ())))
-    small = count_ties(small, whole, model)
-    return add_comparison(small, whole, split, find_held_out(small.restored))
+    prepared = Prepared.of(recipe, model, graph, example_inputs, images, calibration, tokenizer, memory)
+    return prepared.carry_out(recipe)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A network, and what recipes share that differ in sizes only.
+
+    Attributes:
+        whole, model: the network, and the same with its ties undone where the recipe does that.
+        graph: of the latter.
+        calls: what was given to solve layers on; split: what of it is seen, and what is held out.
+        calibration: what the channels are chosen and the layers solved on; None: each recipe makes its own.
+    """
+
+    whole: nn.Module
+    model: nn.Module
+    graph: ChannelGraph
+    inputs: Inputs
+    calls: Calls | None
+    split: Split
+    calibration: Calibration | None
+    tokenizer: Tokenizer | None
+    memory: MemoryLike = None
+
+    __repr__ = show_briefly
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        model: nn.Module,
+        graph: ChannelGraph,
+        example_inputs: ExampleInputs,
+        images: ImagesLike | None = None,
+        calibration: Calibration | None = None,
+        tokenizer: Tokenizer | None = None,
+        memory: MemoryLike = None,
+    ) -> Prepared:
+        """
+        Args:
+            graph: of `prepare_model(model, recipe, ...)`.
+        """
+        whole, inputs = make_workable(model), recipe.call_of(example_inputs)
+        core = prepare_model(whole, recipe, inputs)
+        calls = as_calls(make_reusable(images), core, inputs, tokenizer)
+        split = Split(calls) if calibration is not None else split_images(calls, core, recipe, memory)
+        return cls(whole, core, graph, inputs, calls, split, calibration, tokenizer, memory)
+
+    def calibrated(self, recipe: Recipe) -> Prepared:
+        """With a calibration for this recipe and all that differ in sizes only."""
+        graph = tie_by_config(self.graph, self.model) if recipe.uniform else self.graph
+        found = calibrate_for(self.model, graph, self.inputs, recipe, self.split.seen, self.tokenizer, self.memory)
+        return replace(self, graph=graph, calibration=found)
+
+    def carry_out(self, recipe: Recipe) -> Compressed:
+        """Decide, apply, restore, compare."""
+        small = reduce_and_restore(
+            *(recipe, self.model, self.graph, self.inputs, self.split),
+            calibration=self.calibration,
+            tokenizer=self.tokenizer,
+            memory=self.memory,
+        )
+        small = replace(small, notes=(*small.notes, *(self.calls.warn() if self.calls is not None else ())))
+        small = count_ties(small, self.whole, self.model)
+        return add_comparison(small, self.whole, self.split, find_held_out(small.restored))
 
 
 def count_ties(small: Compressed, model: nn.Module, untied: nn.Module) -> Compressed:

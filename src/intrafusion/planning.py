@@ -91,7 +91,8 @@ def decide(
         example = require_inputs(example_inputs, recipe)
         own = {g.name: scores(g, weights) for g in groups}
         teller = choose_teller(recipe.reducer)
-        sensitivity = Sensitivity(model, graph, own, moments, calibration, example, teller=teller)
+        solves = bool(recipe.levels)
+        sensitivity = Sensitivity(model, graph, own, moments, calibration, example, teller=teller, solves=solves)
         wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, example)
         for note in filter(is_miss, missed):
             warn_caller(note)

@@ -29,6 +29,7 @@ NET = ["nets.py:Net", "--input", "2,4"]
 BASES = {
     "inspect": NET,
     "compress": [*NET, "--restore", "none"],
+    "frontier": [*NET, "--restore", "none", "--size", "0.5"],
     "fuse": [*NET, "--weights", "w.safetensors", "--weights", "w.safetensors"],
     "split-train": ["zoo:digits_resnet", "--train-images", "40", "--schedule", "whole"],
     "experiment": ["whole-model", "--model", *NET, "--data", "d.safetensors", "--keep", "0.5", "--method", "select"],

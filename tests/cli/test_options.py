@@ -90,10 +90,10 @@ WITHOUT = {
         "--ray",
         "--cores",
     ),
-    *("--target", "--round-to", "--include", "--exclude", "--outputs", "--test-images"),
+    *("--target", "--round-to", "--include", "--exclude", "--outputs", "--test-images", "--picture"),
 }
 """Options that nothing stands for where they are left out."""
-ONLY_SOMETIMES = {("fuse", "--data"), ("compress", "--output"), ("fuse", "--output")} | {
+ONLY_SOMETIMES = {("fuse", "--data"), ("compress", "--output"), ("frontier", "--output"), ("fuse", "--output")} | {
     (command, "--train-images") for command in ("split-train", "experiment")
 }
 

@@ -28,6 +28,8 @@ OWN = "nets.py:Net --input 2,4"
 WRITERS = {
     "compress": f"compress {OWN} -o",
     "compress, images": f"compress {OWN} --keep-images",
+    "frontier": f"frontier {OWN} -o",
+    "frontier, picture": f"frontier {OWN} --picture",
     "fuse": f"fuse nets.py:Net {OWN} -o",
     "split-train": "split-train -o",
     "experiment": "experiment whole-model -o",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
+from intrafusion.plan import Plan
+from intrafusion.recipe import Recipe
 from intrafusion.reduce.pivot import Pivot
 from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
 from intrafusion.reduce.telling import Telling
@@ -39,6 +42,7 @@ class Sensitivity:
         calibration: what errors are measured on; without one, the example inputs.
         literals: numbers in attributes that follow the sizes.
         teller: what reduces the groups, and tells beforehand what that loses.
+        solves: whether layers will be solved on what the calibration holds.
     """
 
     model: nn.Module
@@ -49,6 +53,7 @@ class Sensitivity:
     example_inputs: Inputs
     literals: Literals | None = None
     teller: Telling = field(default_factory=lambda: Pivot(rotate=False))
+    solves: bool = False
 
     __repr__ = show_briefly
 
@@ -64,44 +69,86 @@ class Sensitivity:
         curves = {}
         for twins in families_of(groups):
             halves = size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2)
-            height = self.error(halves) / len(twins)
+            height = self._find_height(twins, halves) / len(twins)
             for g in twins:
                 problem = _pose(g, self.scores[g.name], g.size, self.moments.get(g.name))
                 shape = _find_shape(problem, self.teller)
                 curves[g.name] = shape * (height / max(float(shape[halves[g.name]]), 1e-3))
         return curves
 
+    def _find_height(self, twins: Sequence[ChannelGroup], halves: Mapping[str, int]) -> float:
+        """The error with these groups halved; measured once for all targets on one calibration."""
+        known = self._known.heights
+        scores = tuple(self.scores[g.name].cpu().numpy().tobytes() for g in twins)
+        key = self.graph, self.teller, tuple(halves), scores, self.literals is not None
+        if key not in known:
+            known[key] = self.error(halves)
+        return known[key]
+
+    @cached_property
+    def _known(self) -> _Known:
+        return _Known() if self.calibration is None else _KNOWN.setdefault(self.calibration, _Known())
+
     def error(self, sizes: Mapping[str, int]) -> float:
         """Mean squared difference of the outputs, as a fraction of their variance, when groups have these sizes."""
         return self._measure(sizes, self._probe.heights)
 
     def compare(self, *candidates: Mapping[str, int]) -> list[float]:
-        """The same of several choices of sizes, on images that no height was measured on, where there are any."""
-        return [self._measure(sizes, self._probe.others) for sizes in candidates]
+        """The same of several choices of sizes, on images that no height was measured on, where there are any.
+
+        Where layers will be solved, they are here, on images that nothing is measured on: how far the outputs are off
+        before that tells little of how far they are behind it. Each costs as much as restoring once, on up to as many
+        images.
+        """
+        return [self._measure_solved(sizes) if self.solves else self._measure_cut(sizes) for sizes in candidates]
+
+    def _measure_cut(self, sizes: Mapping[str, int]) -> float:
+        return self._measure(sizes, self._probe.others)
+
+    def _measure_solved(self, sizes: Mapping[str, int]) -> float:
+        if self.calibration is None or self._probe.solved_on is None:
+            return self._measure_cut(sizes)
+        maps, seen = self._find_maps(sizes), self._probe.others
+        small = copy_reduced(self.model, self.graph, maps, self.literals)
+        add_shifts_(small, self.model, self.graph, maps)
+        cut = _Cut(small, Plan(Recipe(), (), self.graph.shapes, maps), self.example_inputs)
+        measure = lambda model: _measure_error(model, seen)  # noqa: E731
+        try:
+            return min(self.calibration.solve(cut, self.graph, self._probe.solved_on, measure))
+        except ModelError:
+            return self._measure_cut(sizes)
 
     def _measure(self, sizes: Mapping[str, int], seen: _Seen) -> float:
-        smaller = {g: sizes[g.name] for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
-        moments = self._probe.moments
-        maps = {g.name: self.teller(_pose(g, self.scores[g.name], m, moments.get(g.name))) for g, m in smaller.items()}
-        return _measure_cut_error(self._reference, self.graph, maps, self.literals, seen)
+        return _measure_cut_error(self._reference, self.graph, self._find_maps(sizes), self.literals, seen)
+
+    def _find_maps(self, sizes: Mapping[str, int]) -> dict[str, ReductionMap]:
+        smaller, moments = [g for g in self.graph.groups if sizes.get(g.name, g.size) < g.size], self._probe.moments
+        pose = lambda g: _pose(g, self.scores[g.name], sizes[g.name], moments.get(g.name))  # noqa: E731
+        return {g.name: self.teller(pose(g)) for g in smaller}
 
     @property
     def _reference(self) -> nn.Module:
         return self.model if self.calibration is None else self.calibration.reference
 
-    @cached_property
+    @property
     def _probe(self) -> _Probe:
+        probes = self._known.probes
+        if self.graph not in probes:
+            probes[self.graph] = self._make_probe()
+        return probes[self.graph]
+
+    def _make_probe(self) -> _Probe:
         """What errors are measured on, and what is known of the channels from other images."""
         if self.calibration is None:
             seen = self._run_example()
-            return _Probe(self.moments, seen, seen)
-        apart, moments = self.calibration.held_out, self.moments
+            return _Probe(self.moments, seen, seen, None)
+        apart, moments, rest = self.calibration.held_out, self.moments, self.calibration.images
         if apart is None:
             apart, rest = _part_images(self.calibration.images)
-            if rest is not None and moments:
+            if moments and rest is not apart:
                 moments = replace(self.calibration, images=rest, _moments={}).moments_of(self.graph)
-        first, second = _halve_images(apart)
-        return _Probe(moments, *(self._run(half) for half in (first, second)))
+        first, second = (self._run(half) for half in _halve_images(apart))
+        return _Probe(moments, first, second, rest)
 
     def _run(self, images: Batches) -> _Seen:
         return [(call, _run_floats(self._reference, call)) for call in images]
@@ -119,26 +166,57 @@ _Seen = Sequence[tuple[Inputs, list[Tensor]]]
 
 
 @dataclass(frozen=True, eq=False)
+class _Cut:
+    """A smaller network as restorers take it."""
+
+    model: nn.Module
+    plan: Plan
+    inputs: Inputs
+
+    __repr__ = show_briefly
+
+
+@dataclass(frozen=True, eq=False)
 class _Probe:
     """What errors are measured on.
 
     Attributes:
         moments: what is read of the channels on other images than those, by group.
         heights, others: images for the heights of curves, and for comparing what was chosen by them.
+        solved_on: those that layers are solved on for that.
     """
 
     moments: Mapping[str, Moments]
     heights: _Seen
     others: _Seen
+    solved_on: Batches | None
 
     __repr__ = show_briefly
 
 
-def _part_images(images: Batches) -> tuple[Batches, Batches | None]:
-    """Up to half of the images, at most 128, to measure on, and the others; where they are few, all and none."""
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What was measured on one calibration.
+
+    Attributes:
+        probes: what is measured on, by graph.
+        heights: of families of groups.
+    """
+
+    probes: dict[ChannelGraph, _Probe] = field(default_factory=dict)
+    heights: dict[Hashable, float] = field(default_factory=dict)
+
+    __repr__ = show_briefly
+
+
+_KNOWN: WeakKeyDictionary[Calibration, _Known] = WeakKeyDictionary()
+
+
+def _part_images(images: Batches) -> tuple[Batches, Batches]:
+    """Up to half of the images, at most 128, to measure on, and the others; where they are few, all of them twice."""
     count = min(2 * _FEW, images.count // 2)
     if count < _FEWEST:
-        return images.take(2 * _FEW), None
+        return images, images
     return images.take(count), images.part(torch.arange(count, images.count))
 
 
@@ -180,12 +258,16 @@ def _measure_cut_error(
     """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
     small = copy_reduced(model, graph, maps, literals)
     add_shifts_(small, model, graph, maps)
-    error = OutputError()
     try:
-        for images, expected in seen:
-            error.add(_run_floats(small, images), expected)
+        return _measure_error(small, seen)
     except ModelError:
         return 1.0
+
+
+def _measure_error(model: nn.Module, seen: _Seen) -> float:
+    error = OutputError()
+    for images, expected in seen:
+        error.add(_run_floats(model, images), expected)
     return error.value
 
 

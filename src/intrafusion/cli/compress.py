@@ -31,6 +31,9 @@ from intrafusion.cli.options import (
     OptionalOutput,
     OptionalSeed,
     Order,
+    RecipeFile,
+    ReducerName,
+    RoundTo,
     Steps,
     TextFile,
     TrustProgram,
@@ -48,7 +51,7 @@ from intrafusion.large import CompressedFolder, compress_folder
 from intrafusion.network.free_memory import read_memory
 from intrafusion.network.texts import Tokenizer
 from intrafusion.recipe import Keep, Recipe
-from intrafusion.reduce import REDUCERS, IntraFusion, Reducer
+from intrafusion.reduce import IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
 from intrafusion.restore import save_images
 from intrafusion.surgery.configuration import is_loadable
@@ -96,13 +99,11 @@ def compress_command(
         ),
     ] = None,
     min_channels: Annotated[int | None, count_option("No group becomes smaller.")] = None,
-    reducer: Annotated[
-        str | None, choice_option(REDUCERS, "How channels become fewer; select is plain pruning")
-    ] = None,
+    reducer: ReducerName = None,
     normalization: Annotated[str | None, choice_option(NORMALIZATIONS, "Of the reducer intrafusion")] = None,
     importance: Criterion = None,
     order: Order = None,
-    round_to: Annotated[int | None, count_option("Make every size a multiple of this.")] = None,
+    round_to: RoundTo = None,
     restore: Steps = None,
     images: ImageFile = None,
     texts: TextFile = None,
@@ -159,10 +160,7 @@ def compress_command(
     ] = False,
     program: KeepProgram = False,
     trust_program: TrustProgram = False,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="recipe.yaml of an earlier run; options beside it count more."),
-    ] = None,
+    recipe: RecipeFile = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if a group had to be rolled back.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -173,9 +171,9 @@ def compress_command(
     said = locals()
     kept = Kept()
     with working(kept):
-        wanted = _read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
+        wanted = read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
         _check_outputs(output, keep_images)
-        lines = _check_given(images, texts, keep_images)
+        lines = check_given(images, texts, keep_images)
         if blockwise:
             _refuse_beside(said)
             say(str(_compress_blockwise(model, output, wanted, images, lines)))
@@ -184,7 +182,7 @@ def compress_command(
             model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
             trust_program=trust_program,
         )  # fmt: skip
-        found, tokenizer = _read_given(network, images, lines)
+        found, tokenizer = read_given(network, images, lines)
         tell_doubt(network)
         if output:
             check_space(output, network.model)
@@ -261,7 +259,7 @@ def _check_outputs(folder: Path | None, images: Path | None) -> None:
         check_file(images)
 
 
-def _check_given(images: Path | None, texts: Path | None, kept: Path | None) -> list[str] | None:
+def check_given(images: Path | None, texts: Path | None, kept: Path | None) -> list[str] | None:
     """The texts, which are read before anything is built.
 
     Raises:
@@ -275,7 +273,7 @@ def _check_given(images: Path | None, texts: Path | None, kept: Path | None) -> 
     return read_texts(texts) if texts else None
 
 
-def _read_given(
+def read_given(
     network: Network, images: Path | None, texts: list[str] | None
 ) -> tuple[Tensor | list[str] | None, Tokenizer | None]:
     """What the layers are to be solved on, and the tokenizer that texts, or sentences made without data, go through."""
@@ -287,7 +285,7 @@ def _read_given(
     return None, hugging_face.find_tokenizer(folder, network.model)
 
 
-def _read_recipe(file: Path | None, options: dict[str, Any], normalization: str | None) -> Recipe:
+def read_recipe(file: Path | None, options: dict[str, Any], normalization: str | None) -> Recipe:
     """The recipe in a file, or the default one, changed by the options that are not None.
 
     Raises:
@@ -338,16 +336,16 @@ def read_keep(texts: Iterable[str]) -> Keep:
     return keep["*"] if keep.keys() == {"*"} else keep
 
 
-def read_fraction(text: str) -> float:
+def read_fraction(text: str, option: str = "--keep") -> float:
     """One fraction for all groups.
 
     Raises:
         RecipeError: it is a pattern, or no number.
     """
-    found = read_keep([text])
-    if not isinstance(found, float):
-        raise RecipeError(f"--keep {text}: expected a fraction alone here, such as 0.7; leave out the pattern.")
-    return found
+    try:
+        return float(text)
+    except ValueError as error:
+        raise RecipeError(f"{option} {text}: expected a fraction alone here, such as 0.7.") from error
 
 
 def _read_target(texts: Iterable[str]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from intrafusion.cli.compress import compress_command
 from intrafusion.cli.console import EXIT_CODES
 from intrafusion.cli.demo import demo
 from intrafusion.cli.experiment import experiment
+from intrafusion.cli.frontier import frontier_command
 from intrafusion.cli.fuse import fuse_command
 from intrafusion.cli.inspect import inspect_command
 from intrafusion.cli.program import Command, Program
@@ -21,6 +22,7 @@ app = Program(no_args_is_help=True, pretty_exceptions_enable=False, epilog=EXIT_
 COMMANDS = {
     "inspect": inspect_command,
     "compress": compress_command,
+    "frontier": frontier_command,
     "fuse": fuse_command,
     "split-train": split_train_command,
     "experiment": experiment,

@@ -15,6 +15,7 @@ from intrafusion.fusion.networks import USING
 from intrafusion.importance import IMPORTANCES
 from intrafusion.lab.zoo.data import DATA_SETS
 from intrafusion.recipe import ORDERS
+from intrafusion.reduce import REDUCERS
 from intrafusion.restore import LEVELS, RESTORERS
 
 _MOST, MOST_EPOCHS, MOST_NETWORKS = 10**9, 10**6, 1000
@@ -143,6 +144,12 @@ Steps = Annotated[
         _STEPS,
         "What is done against the loss (repeatable, in order); auto takes the strongest that the images allow",
     ),
+]
+ReducerName = Annotated[str | None, choice_option(REDUCERS, "How channels become fewer; select is plain pruning")]
+RoundTo = Annotated[int | None, count_option("Make every size a multiple of this.")]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="recipe.yaml of an earlier run; options beside it count more."),
 ]
 Using = Annotated[str, choice_option(USING, "What channels are compared by in fusing")]
 _SEED = count_option("For whatever draws random numbers.", least=0, most=2**32 - 1)

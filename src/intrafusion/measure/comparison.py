@@ -67,11 +67,11 @@ class HeldOut:
         return "outputs", f"{where}{',' * (',' in where)} {self._how_far()}{self._agreement()}"
 
     def _how_far(self) -> str:
-        before = f" ({_percent(self.before.error)} before restoring)" if self.before else ""
-        return f"differ by {_percent(self.after.error)} of their variance{before}"
+        before = f" ({percent(self.before.error)} before restoring)" if self.before else ""
+        return f"differ by {percent(self.after.error)} of their variance{before}"
 
     def _agreement(self) -> str:
-        return "" if self.after.agreement is None else f"; labels agree on {_percent(self.after.agreement)}"
+        return "" if self.after.agreement is None else f"; labels agree on {percent(self.after.agreement)}"
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,10 @@ def describe_change(before: int, after: int, shown: Callable[[int], str] = "{:,}
     return f"{shown(before)} -> {shown(after)}" + (f" ({after / before:.1%})" if before else "")
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share with two digits that tell something; only what is whole is 100 %.
 
-    >>> _percent(0.0312), _percent(0.974), _percent(0.9961), _percent(1.0), _percent(1.5), _percent(0.0)
+    >>> percent(0.0312), percent(0.974), percent(0.9961), percent(1.0), percent(1.5), percent(0.0)
     ('3.1 %', '97 %', '99.6 %', '100 %', '150 %', '0 %')
     """
     value = 100 * share

@@ -159,6 +159,12 @@ class Calibration:
         """
         return self.restorer.restore(small, original, graph, self.images, self.reference, measure)
 
+    def solve(
+        self, small: Reduced, graph: ChannelGraph, images: Batches, measure: Callable[[nn.Module], T]
+    ) -> tuple[T, T]:
+        """The same on other images than its own, or some of them."""
+        return self.restorer.restore(small, self.original, graph, images, self.reference, measure)
+
     def __str__(self) -> str:
         return f"{self.images.count} {self.kind}"
 
