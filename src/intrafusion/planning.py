@@ -20,6 +20,7 @@ from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import choose_inputs, warn_caller
 from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.room import check_room
 from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.observe.observe import observe_for
@@ -78,7 +79,9 @@ def decide(
     groups = [g for g in units if g.reducible and g.name not in unwanted]
     if not groups:
         raise ModelError(_nothing_to_reduce(units, unwanted))
-    moments = calibration.moments_of(graph) if calibration is not None and recipe.needs_moments else {}
+    looks = calibration is not None and recipe.needs_moments
+    check_room({g.name: g.size for g in groups if g.is_channel}, 2 if looks else 0, _find_device(model))
+    moments = calibration.moments_of(graph) if calibration is not None and looks else {}
     if moments and calibration is not None and (blocks := [g for g in groups if not g.is_channel]):
         moments = {**moments, **calibration.moments_of(flatten_blocks(graph, blocks))}
     weights = fold_weights(model, graph, groups)
@@ -109,6 +112,10 @@ def decide(
     blind = [_BLIND] if calibration is None and traits.mixes and traits.needs_moments and smaller else []
     notes = *graph.warnings, *idle, *unused, *blind, *rounded
     return Plan(recipe, decisions, graph.shapes, maps, notes, describe_fixed(graph))
+
+
+def _find_device(model: nn.Module) -> torch.device:
+    return next(iter(named_tensors(model).values())).device
 
 
 def _find_unwanted(graph: ChannelGraph, model: nn.Module, recipe: Recipe) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def cluster_by_products(points: Tensor, weights: Tensor, m: int, *, seed: int, n
     Reference: Dhillon, Guan and Kulis 2004 (kernel k-means); Arthur and Vassilvitskii 2007.
     """
     products, weights = multiply_all(points, weights).cpu(), weights.double().cpu()
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
     best, least = torch.arange(len(points)) % m, math.inf
     for _ in range(max(1, min(n_init, n_init * _ALL_STARTS // len(points)))):
         found, inertia = _iterate(products, weights, _start(products, weights, m, generator), m)
@@ -60,23 +61,26 @@ def multiply_all(points: Tensor, weights: Tensor) -> Tensor:
     return products
 
 
-def _start(products: Tensor, weights: Tensor, m: int, generator: torch.Generator) -> Tensor:
-    """Labels (n,) by the nearest of m points, each the best of a few that are drawn by distance from the others."""
-    lengths, counts, tries = products.diagonal().contiguous(), weights.float(), 2 + int(math.log(m))
-    at = torch.multinomial(weights, 1, generator=generator)
-    nearest, seeds = torch.full_like(lengths, math.inf), list[int]()
+def _start(products: Tensor, weights: Tensor, m: int, generator: np.random.Generator) -> Tensor:
+    """Labels (n,) by the nearest of m points, each the best of a few that are drawn by distance from the others.
+
+    By NumPy: the operations are small and many, and waiting for a second thread would cost more than they do.
+    """
+    inner, counts, tries = products.numpy(), weights.numpy(), 2 + int(math.log(m))
+    lengths, at = inner.diagonal(), generator.choice(len(counts), 1, p=counts / counts.sum())
+    nearest, seeds = np.full(len(counts), np.inf, np.float32), list[int]()
     while True:
-        left = products[at].mul_(-2).add_(lengths[at, None]).add_(lengths)
-        left = torch.minimum(left, nearest, out=left).clamp_(min=0)
-        best = int((left @ counts).argmin())
+        left = lengths + lengths[at, None] - 2 * inner[at]
+        left = np.maximum(np.minimum(left, nearest), 0)
+        best = int((left * counts).sum(1).argmin())
         nearest = left[best]
-        nearest[at[best]] = 0.0
+        nearest[at[best]] = 0
         seeds.append(int(at[best]))
         if len(seeds) == m:
             return _find_nearest(products, torch.tensor(seeds))
-        mass = torch.cumsum(nearest * weights, 0)
-        drawn = torch.rand(tries, generator=generator, dtype=torch.float64) * mass[-1]
-        at = torch.searchsorted(mass, drawn, right=True).clamp_(max=len(mass) - 1)
+        mass = np.cumsum(nearest * counts)
+        drawn = generator.random(tries) * mass[-1]
+        at = np.searchsorted(mass, drawn, side="right").clip(max=len(mass) - 1)
 
 
 def _find_nearest(products: Tensor, seeds: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role, families_of
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.room import find_too_wide
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.reduce.select import pick_rows
@@ -123,6 +124,7 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
 
     All groups are permuted at once; only a failure is searched for, by halving.
     """
+    graph = _leave_too_wide(graph)
     groups = [g for g in graph.reducible if g.is_channel]
     if not groups:
         return graph
@@ -135,6 +137,16 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     reasons = {g.name: f"{why} {e:.1e} (relative){drawn}{explain_state(model, {g.size})}" for g, e in failed}
     graph = _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed), _DRAWN)
     return _prove_rotations(_prove_linear(_prove_blocks(graph, check), check), check)
+
+
+def _leave_too_wide(graph: ChannelGraph) -> ChannelGraph:
+    """The graph, in which groups whose permutations do not fit into memory have that as their reason."""
+    groups = [g for g in graph.reducible if g.is_channel]
+    wide = find_too_wide({g.name: g.size for g in groups}, torch.device("cpu"))
+    for family in families_of(groups):
+        why = next((wide[g.name] for g in family if g.name in wide), None)
+        wide |= {} if why is None else {g.name: why for g in family}
+    return add_reasons(graph, wide)
 
 
 def _prove_blocks(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph:
