@@ -140,7 +140,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "compress": {
         "model": make, "example_inputs": X, "keep": 0.5, "reducer": "select", "importance": "l1",
         "restore": "images", "images": X, "round_to": None, "min_channels": 1, "include": None, "exclude": None,
-        "order": "joint", "seed": 0, "inplace": False, "progress": lambda *_: None, "target": None,
+        "order": "joint", "seed": 0, "inplace": False, "progress": lambda *_: None, "target": None, "memory": "1GB",
     },
     "compress_folder": {
         "folder": "nowhere", "output": "new", "keep": 0.5, "inputs": X, "example_inputs": X, "architecture": "Llama",
@@ -575,6 +575,7 @@ UNASKED = {
     "time_turns": "is called by latencies_ms, which checks",
     "download": "reaches for the network", "fetch_cifar": "reaches for the network", "train_digits": "trains",
     "environment": "takes nothing", "answer": "is called by measurements",
+    "OutputError": "is added up by measurements",
     "Epoch": "is made by trainings", "History": "is made by trainings",
 }  # fmt: skip
 """Public names that are not called here, and why."""

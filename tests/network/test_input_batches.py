@@ -228,3 +228,28 @@ def test_a_calibration_holds_batches() -> None:
     assert max(found.images.counts) < 20
     assert str(found) == "100 images"
     assert all(call.args[0].is_contiguous(memory_format=torch.channels_last) for call in found.images)
+
+
+class Graph(nn.Module):
+    """Nodes and a sparse matrix of their neighbours."""
+
+    def forward(self, x: Tensor, near: Tensor) -> Tensor:
+        return torch.sparse.mm(near, x)
+
+
+def test_sparse_arguments_are_left_whole() -> None:
+    graphs = [{"x": torch.randn(n, 3), "near": torch.eye(n).to_sparse()} for n in (5, 60)]
+    found = read_input_batches(graphs, Graph())
+    assert found.counts == [5, 60]
+    assert [call.tensors()[1].shape for call in found] == [(5, 5), (60, 60)]
+    assert hold_out(read_input_batches(graphs), Graph()).measured is None
+
+
+def test_noise_that_has_to_go_through_at_once_is_less_where_memory_is_little() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    assert calibrate(model, X[:1], "noise").images.counts == [512]
+    few = calibrate(model, X[:1], "noise", memory=MEMORY).images.counts
+    assert len(few) == 1
+    assert 2 <= few[0] < 30
+    with pytest.raises(RecipeError, match="at least .* as a batch of 2, which cannot be cut"):
+        calibrate(model, X[:1], "noise", memory=1000)

@@ -278,7 +278,7 @@ def take_images(call: Inputs, start: int, stop: int) -> Inputs:
 
 
 def pick_images(call: Inputs, places: Tensor) -> Inputs:
-    """These images of a batch, labels with them; what is not one per image stays.
+    """These images of a batch, labels with them; what is not one per image stays, and what is sparse.
 
     Where they follow one another they share their memory with it.
     """
@@ -289,7 +289,9 @@ def pick_images(call: Inputs, places: Tensor) -> Inputs:
         return t[first : first + len(places)] if is_run else t[places.to(t.device)]
 
     def pick(value: object) -> object:
-        return take(value) if isinstance(value, Tensor) and value.dim() > 0 and len(value) == total else value
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return value
+        return take(value) if value.dim() > 0 and len(value) == total else value
 
     labels = None if call.labels is None else take(call.labels)
     weights = None if call.weights is None else call.weights.map(take)

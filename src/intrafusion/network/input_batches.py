@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from intrafusion.network.batches import (
 )
 from intrafusion.network.free_memory import choose_memory
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.pass_memory import check_memory, choose_size
+from intrafusion.network.pass_memory import check_memory, choose_size, count_bytes
 from intrafusion.network.rows_apart import is_row_by_row
 from intrafusion.network.shares import Share
 
@@ -57,10 +58,12 @@ class _Form:
         labels = None if call.labels is None else (call.labels.dtype, call.labels.device, call.labels.shape[1:])
         rest = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         first = next((t for t in tensors if t.dim()), None)
-        each = torch.full((count,), 1.0 if first is None else float(max(1, first[:1].numel())), dtype=torch.float64)
+        each = torch.full(
+            (count,), 1.0 if first is None else float(max(1, math.prod(first.shape[1:]))), dtype=torch.float64
+        )
         if tables and weights is not None:
             each = (weights.tables[0] > 0).sum(1).double().cpu()
-        joins = all(t.dim() > 0 and len(t) == count for t in tensors)
+        joins = all(t.layout is torch.strided and t.dim() > 0 and len(t) == count for t in tensors)
         return cls((tree, shapes, tables, labels, rest, weights is None), joins, each, weights is not None)
 
     @property
@@ -241,7 +244,7 @@ def _sum_up(call: Inputs) -> int:
     total = 0
     for tensor in call.tensors():
         total = zlib.crc32(str((tensor.dtype, tuple(tensor.shape))).encode(), total)
-        whole = tensor.detach().cpu().contiguous().flatten()
+        whole = (tensor if tensor.layout is torch.strided else tensor.to_dense()).detach().cpu().contiguous().flatten()
         values: Any = whole.view(torch.uint8).numpy() if whole.numel() else b""
         total = zlib.crc32(values, total)
     return total
@@ -277,7 +280,7 @@ def _read(images: ImagesLike, room: int) -> tuple[Sequence[Inputs] | _Anew, tupl
     kept, forms, sums, held, stays = list[Inputs](), list[_Form](), list[int](), 0, _is_held(images)
     for call in _read_calls(images):
         forms.append(_Form.of(call))
-        held += sum(t.nbytes for t in call.tensors())
+        held += count_bytes(call)
         kept.append(call)
         if held > room and not stays:
             sums += map(_sum_up, kept)

@@ -35,7 +35,12 @@ def measure_pass(model: nn.Module, call: Inputs) -> int:
     live = _Live([*model.parameters(), *model.buffers(), *call.tensors()])
     with preserve_state(model), live:
         call.call(model)
-    return max(1, live.peak + sum(t.nbytes for t in call.tensors()))
+    return max(1, live.peak + count_bytes(call))
+
+
+def count_bytes(call: Inputs) -> int:
+    """Of the arguments of a call; sparse ones, which are small, do not count."""
+    return sum(t.nbytes for t in call.tensors() if t.layout is torch.strided)
 
 
 def choose_size(model: nn.Module, call: Inputs, memory: int | None = None) -> int:
@@ -73,6 +78,17 @@ def check_memory(model: nn.Module, call: Inputs, memory: int) -> int:
             f"{describe_bytes(taken)} in a forward pass of this network, got {describe_bytes(memory)}."
         )
     return taken
+
+
+def take_fitting(model: nn.Module, call: Inputs, memory: int) -> Inputs:
+    """As many of the images, at least two, as can go through at once.
+
+    Raises:
+        RecipeError: the memory is too little for two.
+        ModelError: the network does not run on two.
+    """
+    each = check_memory(model, take_images(call, 0, 2), memory) / 2
+    return take_images(call, 0, max(2, int(memory / _SHARE / each)))
 
 
 def _round_up(count: int) -> int:

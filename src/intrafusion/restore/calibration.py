@@ -27,6 +27,7 @@ from intrafusion.network.free_memory import MemoryLike, read_memory
 from intrafusion.network.held_out import held_out_places
 from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.pass_memory import take_fitting
 from intrafusion.network.texts import Tokenizer, make_sentences, tokenize
 from intrafusion.network.token_limits import find_token_limits
 from intrafusion.observe.moments import MomentTaker, measure_moments
@@ -218,6 +219,8 @@ def calibrate(
     elif made is None:
         made = _make_inputs(model, inputs, synthesis)
     whole = level == "noise" and bool(batch_norms(model))  # each norm has to see all of it, and it is little
+    if whole and most is not None:
+        made = tuple(take_fitting(model, call, most) if isinstance(call, Inputs) else call for call in made)
     seen, apart = (
         None if given is None else _complete(read_input_batches(given, None if whole else model, most), inputs)
         for given in made
