@@ -7,8 +7,10 @@ python benchmarks/tables.py --check    fail if a file is not what the records sa
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from compatibility import write_table
@@ -99,6 +101,26 @@ def speed(records: list[Record]) -> str:
         times = (f"{found['ours_s']:.3f}", f"{found['theirs_s']:.3f}", forward, f"**{found['ratio']:.2f}**")
         rows.append([what, s["network"], str(s["pixels"]), *times])
     return markdown(["what", "network", "pixels", "ours, s", "peer, s", "one forward, s", "ratio"], rows)
+
+
+def wide(records: list[Record]) -> str:
+    """Rows per reducer: processor time and peak memory at each size, with the exponent of growth."""
+    records = latest(records)
+    sizes = sorted({r.setting["n"] for r in records})
+    rows = []
+    for reducer in dict.fromkeys(r.setting["what"] for r in records):
+        found = {r.setting["n"]: r.result for r in records if r.setting["what"] == reducer}
+        for key, words, form in (("cpu_s", "processor, s", "{:.0f}"), ("peak_mb", "peak, GB", "{:.2f}")):
+            values = {n: result[key] / (1024 if key == "peak_mb" else 1) for n, result in found.items()}
+            shown = [form.format(values[n]) if n in values else "" for n in sizes]
+            rows.append([reducer, words, *shown, fit_growth(values)])
+    return markdown(["reducer", "", *(f"n = {n:,}" for n in sizes), "growth"], rows)
+
+
+def fit_growth(values: Mapping[int, float]) -> str:
+    """The power of n that values by size n grow with, fitted."""
+    logs = [(math.log(n), math.log(value)) for n, value in values.items()]
+    return f"n^{statistics.linear_regression(*zip(*logs, strict=True)).slope:.1f}" if len(logs) > 1 else ""
 
 
 def restoration(records: list[Record]) -> str:
@@ -255,6 +277,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
+        "wide": lambda: wide(read_records(RECORDS / "wide.jsonl")),
         "gpu": lambda: gpu(read_records(RECORDS / "gpu.jsonl")),
     },
     HERE.parent / "docs" / "methods.md": {

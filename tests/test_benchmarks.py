@@ -24,6 +24,14 @@ def test_tables_are_what_the_records_give() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_growth_is_the_exponent_of_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tables
+
+    assert tables.fit_growth({n: 0.3 * n**1.7 for n in (10, 25, 900)}) == "n^1.7"
+    assert tables.fit_growth({10: 1.0}) == ""
+
+
 @pytest.fixture
 def families(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

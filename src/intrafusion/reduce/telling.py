@@ -109,7 +109,7 @@ def least_squares_map(mean: Tensor, covariance: Tensor, kept: Tensor, strength: 
     Returns:
         the map, float64, with the shift s: without it the consumers' sum misses W_c s.
     """
-    unit = find_scale(covariance)  # the map knows no unit
+    unit, kept = find_scale(covariance), kept.to(covariance.device)  # the map knows no unit
     mean, rows = mean.double(), covariance[kept].double() / unit
     inner = rows[:, kept]
     inner.diagonal().add_((strength * inner.diagonal().mean()).clamp(min=1e-30))

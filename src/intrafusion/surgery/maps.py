@@ -46,8 +46,7 @@ def reduce_weights(
     original = {name: weights[name] for name in names}
     turned = find_turned(groups, maps)
     centred = find_averaged_biases([g for g in groups if g not in turned], norms)
-    folded = fold_norms(original, norms)
-    fold_streams_(folded, turned)
+    folded = _fold_all(original, norms, turned)
     reduced = {name: _remap(name, folded[name], groups, maps, centred) for name in names}
     for pair in lengths:
         reduced |= _set_length(pair, folded, reduced, groups, maps)
@@ -56,6 +55,17 @@ def reduce_weights(
     }
     final = unfold_norms(reduced, original, norms, averages, folded)
     return {name: tensor.to(original[name].dtype) for name, tensor in final.items()}
+
+
+def _fold_all(
+    original: Mapping[str, Tensor], norms: Sequence[FoldableNorm], turned: Sequence[ChannelGroup]
+) -> dict[str, Tensor]:
+    """Tensors in float64, norms and rotated streams folded; those that neither changes are not copied."""
+    changed = set(original) if turned else {t for n in norms for t in norm_tensors(n)}
+    folded = fold_norms({name: tensor for name, tensor in original.items() if name in changed}, norms)
+    fold_streams_(folded, turned)
+    as_double = lambda t: t.detach().double() if t.is_floating_point() else t  # noqa: E731
+    return {name: folded[name] if name in changed else as_double(tensor) for name, tensor in original.items()}
 
 
 def norm_tensors(norm: FoldableNorm) -> list[str]:
