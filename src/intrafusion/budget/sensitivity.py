@@ -28,6 +28,7 @@ from intrafusion.restore.shifts import add_shifts_
 from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced
 
+_TRUST_IN_NOISE = 0.5  # half way to heights that are all the same
 _FEW, _FEWEST = 64, 16  # images to measure on, and those that are not parted
 
 
@@ -67,7 +68,7 @@ class Sensitivity:
         """
         curves = {}
         for twins in families_of(groups):
-            height = self._find_height(twins) / len(twins)
+            height = self._find_height(twins) ** self._trust / len(twins)
             for g in twins:
                 problem = _pose(g, self.scores[g.name], g.size, self.moments.get(g.name))
                 shape = _find_shape(problem, self.teller)
@@ -82,6 +83,12 @@ class Sensitivity:
         if key not in known:
             known[key] = self.error(halves)
         return known[key]
+
+    @property
+    def _trust(self) -> float:
+        """Exponent of the heights: noise with the norms' statistics exaggerates how unlike groups are."""
+        is_noise = self.calibration is not None and self.calibration.is_standardised
+        return _TRUST_IN_NOISE if is_noise else 1.0
 
     @cached_property
     def _known(self) -> _Known:
