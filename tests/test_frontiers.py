@@ -81,7 +81,7 @@ def test_the_table_has_a_row_for_each_size_and_the_picture_a_point(tmp_path: Pat
         ["channels", "0.5"],
     ]
     assert f"{found[1].cost.params:,} ({found[1].cost.params / 2274:.1%})" in lines[4]
-    assert lines[3].split()[-1] == f"{float(found[0].model(IMAGES).var()):.4g}"
+    assert lines[3].split()[-1] == f"{float(found[0].model(IMAGES).var().detach()):.4g}"
     assert "<table" in found._repr_html_()
     found.draw(tmp_path / "f.svg")
     assert "<svg" in (tmp_path / "f.svg").read_text()
