@@ -76,12 +76,12 @@ def test_the_table_has_a_row_for_each_size_and_the_picture_a_point(tmp_path: Pat
     lines = str(found).splitlines()
     assert lines[0].split()[-1] == "score"
     assert [line.split()[:2] for line in lines[2:5]] == [
-        ["original", "2,366"],
+        ["original", "2,274"],
         ["channels", "0.8"],
         ["channels", "0.5"],
     ]
-    assert f"{found[1].cost.params:,} ({found[1].cost.params / 2366:.1%})" in lines[4]
-    assert lines[3].split()[-1] == f"{float(found[0].model(IMAGES).var()):.4g}"
+    assert f"{found[1].cost.params:,} ({found[1].cost.params / 2274:.1%})" in lines[4]
+    assert lines[3].split()[-1] == f"{float(found[0].model(IMAGES).var().detach()):.4g}"
     assert "<table" in found._repr_html_()
     found.draw(tmp_path / "f.svg")
     assert "<svg" in (tmp_path / "f.svg").read_text()

@@ -29,6 +29,7 @@ from intrafusion.restore.shifts import add_shifts_
 from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced
 
+_TRUST_IN_NOISE = 0.5  # half way to heights that are all the same
 _FEW, _FEWEST = 64, 16  # images to measure on, and those that are not parted
 
 
@@ -69,7 +70,7 @@ class Sensitivity:
         curves = {}
         for twins in families_of(groups):
             halves = size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2)
-            height = self._find_height(twins, halves) / len(twins)
+            height = self._find_height(twins, halves) ** self._trust / len(twins)
             for g in twins:
                 problem = _pose(g, self.scores[g.name], g.size, self.moments.get(g.name))
                 shape = _find_shape(problem, self.teller)
@@ -84,6 +85,12 @@ class Sensitivity:
         if key not in known:
             known[key] = self.error(halves)
         return known[key]
+
+    @property
+    def _trust(self) -> float:
+        """Exponent of the heights: noise with the norms' statistics exaggerates how unlike groups are."""
+        is_noise = self.calibration is not None and self.calibration.is_standardised
+        return _TRUST_IN_NOISE if is_noise else 1.0
 
     @cached_property
     def _known(self) -> _Known:
