@@ -160,7 +160,7 @@ class LayerRows:
         given: what its norm, or the sum that it enters, is before it is solved (k, c).
         wanted: what that was in the original network (k, n).
         weights: how much each row counts, (k, 1) of mean 1; None for all alike.
-        images: which image each row comes from, (k,) int64.
+        images: which of all images each row comes from, (k,) int64 below `RowStore.count`.
     """
 
     inputs: Tensor
