@@ -105,8 +105,8 @@ class LayerSolver:
             left: layers that stay as they are.
             reached: the same calls of the smaller network, where that is part of one whose earlier parts are smaller
                 already and it reads something else.
-            memory: bytes of activations that are held at most besides those of the batch that runs; by default, half
-                a gigabyte, or less where little is free. Where the first batch needs more, batches are cut.
+            memory: bytes of activations that are held at most besides those of the batch that runs; where one batch
+                needs more, all are cut. None: half a gigabyte, see `find_bound`, and batches stay as they are.
         Raises:
             ModelError: one of the networks gives NaN on the images; the disk is full.
             RecipeError: one image needs more than `memory`.
