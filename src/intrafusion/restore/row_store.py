@@ -10,6 +10,7 @@ from torch import Tensor
 
 from intrafusion.brief import show_briefly
 from intrafusion.network.row_weights import weigh_evenly
+from intrafusion.restore.live import is_plain
 from intrafusion.restore.places import PlaceSampler, find_images
 from intrafusion.restore.shelf import Shelf
 
@@ -23,7 +24,8 @@ class RowStore:
     Attributes:
         places: of each batch, (k, dims).
         weights: how much each row of all batches counts, (k, 1); None for all alike.
-        images: which image each row of all batches is of, (k,) int64; see `find_images`.
+        images: which of all images each row is of, (k,) int64; see `find_images`. Where that is not seen, stretches of
+            rows stand for images.
     """
 
     sampler: PlaceSampler
@@ -40,6 +42,11 @@ class RowStore:
         self.stored = 0
 
     __repr__ = show_briefly
+
+    @property
+    def count(self) -> int:
+        """Images in all batches."""
+        return sum(self.sampler.counts)
 
     def sample(
         self, name: str, batch: int, rows: Tensor, counts: Tensor | None, total: int, limit: int | None = None
@@ -73,7 +80,7 @@ class RowStore:
             self.shelf.drop((self, name, batch))
         own[batch] = rows
         self.stored += 1
-        self.shelf.lay((self, name, batch), [rows.untyped_storage()], _LATE + self.stored)
+        self.shelf.lay((self, name, batch), [rows.untyped_storage()] if is_plain(rows) else [], _LATE + self.stored)
 
     def forget(self, name: str) -> None:
         for batch in self.rows.pop(name, {}):
@@ -91,8 +98,9 @@ class RowStore:
             counts, owners = ([t for t in of[name] if t is not None] for of in (self.counts, self.owners))
             self.weights[name] = weigh_evenly(torch.cat(counts)) if counts else None
             total = sum(map(len, self.places[name]))
-            whole = sum(map(len, owners)) == total
-            self.images[name] = torch.cat(owners) if whole else torch.arange(total, device=self.places[name][0].device)
+            if sum(map(len, owners)) < total:  # stretches of rows stand for images
+                owners = [torch.arange(total, device=self.places[name][0].device) * self.count // total]
+            self.images[name] = torch.cat(owners)
 
     def take(self, name: str) -> Tensor:
         """The rows of all batches, (k, c); they are not kept any longer."""

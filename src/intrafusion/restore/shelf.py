@@ -17,16 +17,15 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 
 _MOST = 2**29  # bytes: a bound by default, so that what is taken does not grow with the images
-_SHARE = 4  # of what is free, a fourth at most
+_SHARE = 8  # of what the machine has, an eighth at most
 
 
 def find_bound() -> int:
-    """Bytes that the shelf may hold where nobody says how many: half a gigabyte, or less where little is free."""
+    """Bytes that the shelf may hold where nobody says how many: half a gigabyte, or less on a small machine."""
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(_MOST, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _SHARE)
     except (AttributeError, ValueError, OSError):  # not known here
         return _MOST
-    return min(_MOST, max(0, free) // _SHARE)
 
 
 @dataclass(eq=False)

@@ -107,8 +107,8 @@ class LayerSolver:
             left: layers that stay as they are.
             reached: the same calls of the smaller network, where that is part of one whose earlier parts are smaller
                 already and it reads something else.
-            memory: bytes of activations that are held at most besides those of the batch that runs; by default, half
-                a gigabyte, or less where little is free. Where the first batch needs more, batches are cut.
+            memory: bytes of activations that are held at most besides those of the batch that runs; where one batch
+                needs more, all are cut. None: half a gigabyte, see `find_bound`, and batches stay as they are.
         Raises:
             ModelError: one of the networks gives NaN on the images; the disk is full.
             RecipeError: one image needs more than `memory`.
@@ -162,7 +162,7 @@ class LayerRows:
         given: what its norm, or the sum that it enters, is before it is solved (k, c).
         wanted: what that was in the original network (k, n).
         weights: how much each row counts, (k, 1) of mean 1; None for all alike.
-        images: which image each row comes from, (k,) int64.
+        images: which of all images each row comes from, (k,) int64 below `RowStore.count`.
     """
 
     inputs: Tensor
