@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -113,24 +113,47 @@ class Ridge:
         Reference: matching losses: Helmbold, Kivinen and Warmuth 1999; solving for them by repeated least squares with
             one factored covariance: Agarwal et al. 2014, Algorithm 1.
         """
-        residual = lacking(None)
-        change, shift = self.change(residual, 0.0)
-        for _ in range(steps):
-            given = self.x @ change.T.to(self.x)
-            residual = lacking(given + shift.to(given))
-            change, moved = self.change(residual, given)
-            shift = shift + moved
-        return change, shift - change @ self.mean if self.intercept else shift
+        return self.fit(self.respond(lacking, steps))
 
-    def change(self, residual: Tensor, given: Tensor | float) -> tuple[Tensor, Tensor]:
-        """D for the residual (k, c) on top of what is given already, without its mean, and that mean."""
-        mean = self.average(residual) if self.intercept else residual.new_zeros(residual.shape[1])
+    def respond(self, lacking: Lacking, steps: int = 0) -> Tensor:
+        """What the change is regressed on (k, c): what is lacking, or after steps, that on top of what it gives."""
+        response = lacking(None)
+        for _ in range(steps):
+            given = self.predict(response)
+            response = given + lacking(given)
+        return response
+
+    def fit(self, response: Tensor) -> tuple[Tensor, Tensor]:
+        """D and e, as `solve`, for a response (k, c)."""
+        return self.fit_each(response, [self.strength])[0]
+
+    def fit_each(self, response: Tensor, strengths: Iterable[float]) -> list[tuple[Tensor, Tensor]]:
+        """The same for several strengths; what it shares with the rows is multiplied once."""
+        right, shift = self.project(response)
+        changes = [self.with_strength(strength).change(right) for strength in strengths]
+        return [(change, shift - self.move(change) if self.intercept else shift) for change in changes]
+
+    def move(self, change: Tensor) -> Tensor:
+        """What a change gives of the mean of the inputs, (c,)."""
+        return change @ self.mean
+
+    def predict(self, response: Tensor) -> Tensor:
+        """What the change gives that is fitted to a response, (k, c)."""
+        right, shift = self.project(response)
+        return self.x @ self.change(right).T.to(self.x) + shift.to(self.x)
+
+    def project(self, response: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a response the rows tell, (d, c) or, where they are few, (k, c), and its mean (c,); float64."""
+        mean = self.average(response) if self.intercept else response.new_zeros(response.shape[1])
+        wanted = self.root((response - mean).to(self.x))
+        right = wanted.double() if self.few else multiply_rows(self.rooted, wanted) / len(self.x)
+        return right, mean.double()
+
+    def change(self, right: Tensor) -> Tensor:
+        """D (c, d) for a projected response."""
         if self.rigid:
-            return self.mean.new_zeros(residual.shape[1], len(self.mean)), mean.double()
-        wanted = self.root((residual - mean).to(self.x) + given)
-        if self.few:
-            return self.solved(wanted.double()).T @ self.rooted.double(), mean.double()
-        return self.solved(multiply_rows(self.rooted, wanted) / len(self.x)).T, mean.double()
+            return right.new_zeros(right.shape[1], len(self.mean))
+        return self.solved(right).T @ self.rooted.double() if self.few else self.solved(right).T
 
     def solved(self, right: Tensor) -> Tensor:
         """(inner + lam I)^-1 right; the least solution where there are many."""

@@ -54,12 +54,12 @@ class Task:
             self, given=self.given[rows], target=self.target[rows], wanted=self.wanted[rows], weights=weights
         )
 
-    def ridge(self, inputs: Tensor, strength: float, scarcity: float) -> Ridge | GroupedRidge:
+    def ridge(self, inputs: Tensor, strength: float, scarcity: float) -> Ridge:
         """Of these rows of what the layer reads (k, d), or (g, k, d) with groups, columns as in `Layer.matrix`."""
         intercept, fit = self.layer.takes_constant, Ridge if self.layer.groups == 1 else GroupedRidge
         return fit(inputs, strength, scarcity=scarcity, intercept=intercept, weights=self.weights)
 
-    def solve(self, ridge: Ridge | GroupedRidge, steps: int) -> Change:
+    def solve(self, ridge: Ridge, steps: int) -> Change:
         return ridge.solve(self.lacking, 0 if self.activation is None else steps)
 
     def lacking(self, change: Tensor | None) -> Tensor:
@@ -79,32 +79,36 @@ class Task:
         return float((error if self.weights is None else error * self.weights.to(error)).double().sum())
 
 
-def choose_strength(task: Task, inputs: Tensor, ridge: Ridge | GroupedRidge, apart: Tensor, steps: int) -> float | None:
+def choose_strength(task: Task, inputs: Tensor, ridge: Ridge, apart: Tensor, steps: int) -> float | None:
     r"""The strength that leaves little error on rows that were not solved on; None for no change at all.
 
     Tried are no change, and, for the rows S that are not left out, of each strength
 
         D, e = argmin  mean_S || R - D x - e ||^2 + lam ||D||^2,
 
-    with an infinite one for D = 0. Errors are those of what comes out, behind the activation function where only that
-    reads the layer. Of those no worse than no change, the least strength within 5 % of the least error is taken: what
-    stays close to the reduced weights is flattered, as these were chosen on all images. Nothing is multiplied again
-    that the regression on all rows knows.
+    with an infinite one for D = 0. Behind an activation function R is what the steps with the strength of `ridge`, on
+    all rows, end with. Errors are those of what comes out, behind the activation function where only that reads the
+    layer. Of those no worse than no change, the least strength within 5 % of the least error is taken: what stays close
+    to the reduced weights is flattered, as these were chosen on all images. Nothing is multiplied again that the
+    regression on all rows knows.
 
     Args:
         inputs: rows that the layer reads, (k, d), or (g, k, d) with groups.
         ridge: the regression on all of them.
         apart: which rows are left out, (k,) of True and False, those of whole images.
-    Reference: a ridge chosen by rows that it was not fitted to: Golub, Heath and Wahba 1979.
+    Reference: a ridge chosen by rows that it was not fitted to: Golub, Heath and Wahba 1979; by the working response of
+        a function behind it: O'Sullivan, Yandell and Raynor 1986.
     """
-    seen, unseen, rows, part = task.take(~apart), task.take(apart), inputs[..., apart, :], ridge.without(apart)
-    nothing, errors = unseen.measure(), dict[float, float]()
+    unseen, rows = task.take(apart), inputs[..., apart, :]
+    nothing = unseen.measure()
     if not math.isfinite(nothing):
         return ridge.strength  # whose solution is told to be none
-    for strength in STRENGTHS:
-        if ridge.intercept or not math.isinf(strength):
-            matrix, constant = (t.to(task.given) for t in seen.solve(part.with_strength(strength), steps))
-            errors[strength] = unseen.measure(multiply_by_group(rows.to(matrix), matrix) + constant)
+    response = ridge.respond(task.lacking, 0 if task.activation is None else steps)[~apart]
+    strengths = [strength for strength in STRENGTHS if ridge.intercept or not math.isinf(strength)]
+    errors = dict[float, float]()
+    for strength, change in zip(strengths, ridge.without(apart).fit_each(response, strengths), strict=True):
+        matrix, constant = (t.to(task.given) for t in change)
+        errors[strength] = unseen.measure(multiply_by_group(rows.to(matrix), matrix) + constant)
     enough = min((1 + _FLATTERED) * min(errors.values()), nothing)
     return next((strength for strength, error in errors.items() if error < nothing and error <= enough), None)
 
