@@ -99,6 +99,7 @@ def calibration() -> Calibration:
     return calibrate(MODEL, Inputs.of(X), "images", X)
 
 
+FRONTIER = intrafusion.frontier(MODEL, X, X, (0.5,), of="channels", reducer="select", restore=None)
 RESTORING = {"compressed": small, "reference": MODEL, "graph": GRAPH, "images": X}
 SCORING = {"group": GROUP, "weights": WEIGHTS, "observations": SEEN}
 CHECKING = {"model": MODEL, "example_inputs": X, "images": X, "seed": 0}
@@ -154,6 +155,13 @@ CALLS: dict[str, dict[str, Any]] = {
         "model": MODEL, "graph": GRAPH, "recipe": RECIPE, "example_inputs": X, "calibration": calibration, "images": X,
         "progress": lambda *_: None,
     },
+    "frontier": {
+        "model": MODEL, "example_inputs": X, "sizes": (0.5,), "evaluate": None, "of": "channels", "images": X,
+        "reducer": "select", "restore": None, "progress": lambda *_: None,
+    },
+    "Frontier.carry_out": {"self": FRONTIER, "progress": lambda *_: None},
+    "Frontier.draw": {"self": FRONTIER, "path": "picture.png"},
+    "Frontier.find_smallest": {"self": FRONTIER, "passes": lambda point: True},
     "fuse": {
         "models": [MODEL, MODEL], "example_inputs": X, "using": "activations", "images": X, "weights": [0.5, 0.5],
         "anchor": 0, "keep": 0.5, "alignment": intrafusion.Alignment(rounds=1), "rescale": True, "restore": None,
@@ -474,18 +482,32 @@ TAKES = {
     "include": "a class",
     "exclude": "a class",
     "match": "a class",
+    "evaluate": "a class",  # is called when a size is looked at
     "observations": "an object, a class",  # of criteria that look at weights alone
     "importance.needs_of": "an object, a class",  # whatever says nothing of itself needs nothing
     "observe.observe.observe_for": "an object, a class",
 }
 """By the name of an argument, or by the door."""
 
-CALLED = ("progress", "train", "ranks", "objective", "penalty", "augment", "on_epoch", "run", "rule", "importance")
+CALLED = (
+    "progress",
+    "train",
+    "evaluate",
+    "passes",
+    "ranks",
+    "objective",
+    "penalty",
+    "augment",
+    "on_epoch",
+    "run",
+    "rule",
+    "importance",
+)
 """Functions of the caller: what they raise passes through."""
 
 SLOW = (
-    "compress", "compress_in_steps", "fuse", "apply", "load", "factorize.factorize", "checks.check_importance",
-    "checks.check_restorer",
+    "compress", "compress_in_steps", "frontier", "fuse", "apply", "load", "factorize.factorize",
+    "checks.check_importance", "checks.check_restorer",
 )  # fmt: skip
 FEW = (
     "None", "text", "a NUL", "-1", "huge", "half", "nan", "True", "list", "list of None", "dict", "dict of None",
@@ -576,6 +598,7 @@ UNASKED = {
     "download": "reaches for the network", "fetch_cifar": "reaches for the network", "train_digits": "trains",
     "environment": "takes nothing", "answer": "is called by measurements",
     "OutputError": "is added up by measurements",
+    "Point": "is made by frontier",
     "Epoch": "is made by trainings", "History": "is made by trainings",
 }  # fmt: skip
 """Public names that are not called here, and why."""

@@ -33,6 +33,8 @@ from intrafusion.table import TextTable
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
 FRACTIONS = (*SHARES, "channels")
 """What a size may be a fraction of."""
+PICTURES = (".png", ".svg", ".pdf")
+"""What a picture may be."""
 
 Evaluate = Callable[[nn.Module], Any]
 """Gives a number for a network, such as its accuracy."""
@@ -292,7 +294,13 @@ class Frontier(Sequence[Point]):
 
     @checked
     def draw(self, path: str | os.PathLike[str]) -> None:
-        """A picture (.png, .svg or .pdf): the output error, or the score, against the share of the MACs."""
+        """A picture (.png, .svg or .pdf): the output error, or the score, against the share of the MACs.
+
+        Raises:
+            ArgumentError: another kind of file, or nothing was measured.
+        """
+        if Path(path).suffix not in PICTURES:
+            raise ArgumentError(f"draw: expected a file in .png, .svg or .pdf, got {show(path)}; name it so.")
         self.carry_out()
         _draw(Path(path), self.points)
 

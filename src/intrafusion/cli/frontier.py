@@ -34,10 +34,9 @@ from intrafusion.cli.options import (
 from intrafusion.cli.outputs import check_file, check_folder, check_saving, check_space, save_network
 from intrafusion.cli.show import print_json, say
 from intrafusion.errors import RecipeError
-from intrafusion.frontiers import FRACTIONS, SIZES, Frontier, Point, frontier
+from intrafusion.frontiers import FRACTIONS, PICTURES, SIZES, Frontier, Point, frontier
 from intrafusion.recipe import Recipe
 
-_PICTURES = (".png", ".svg", ".pdf")
 _DEFAULTS = {"size": SIZES, "reducer": "pivot", "restore": "auto", "seed": 0}
 
 
@@ -118,7 +117,7 @@ def _check_outputs(folder: Path | None, picture: Path | None) -> None:
         check_folder(folder)
     if picture:
         check_file(picture)
-        if picture.suffix not in _PICTURES:
+        if picture.suffix not in PICTURES:
             raise RecipeError(f"--picture {picture}: expected a picture in .png, .svg or .pdf; name it so.")
 
 
