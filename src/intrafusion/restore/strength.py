@@ -87,7 +87,7 @@ def choose_strength(task: Task, inputs: Tensor, ridge: Ridge, apart: Tensor, ste
         D, e = argmin  mean_S || R - D x - e ||^2 + lam ||D||^2,
 
     with an infinite one for D = 0. Behind an activation function R is what the steps with the strength of `ridge`, on
-    all rows, end with. Errors are those of what comes out, behind the activation function where only that reads the
+    S, end with. Errors are those of what comes out, behind the activation function where only that reads the
     layer. Of those no worse than no change, the least strength within 5 % of the least error is taken: what stays close
     to the reduced weights is flattered, as these were chosen on all images. Nothing is multiplied again that the
     regression on all rows knows.
@@ -99,14 +99,15 @@ def choose_strength(task: Task, inputs: Tensor, ridge: Ridge, apart: Tensor, ste
     Reference: a ridge chosen by rows that it was not fitted to: Golub, Heath and Wahba 1979; by the working response of
         a function behind it: O'Sullivan, Yandell and Raynor 1986.
     """
-    unseen, rows = task.take(apart), inputs[..., apart, :]
+    seen, unseen, rows = task.take(~apart), task.take(apart), inputs[..., apart, :]
     nothing = unseen.measure()
     if not math.isfinite(nothing):
         return ridge.strength  # whose solution is told to be none
-    response = ridge.respond(task.lacking, 0 if task.activation is None else steps)[~apart]
+    part = ridge.without(apart)  # a response that all rows had a part in would tell S what the others are like
+    response = part.respond(seen.lacking, 0 if task.activation is None else steps)
     strengths = [strength for strength in STRENGTHS if ridge.intercept or not math.isinf(strength)]
     errors = dict[float, float]()
-    for strength, change in zip(strengths, ridge.without(apart).fit_each(response, strengths), strict=True):
+    for strength, change in zip(strengths, part.fit_each(response, strengths), strict=True):
         matrix, constant = (t.to(task.given) for t in change)
         errors[strength] = unseen.measure(multiply_by_group(rows.to(matrix), matrix) + constant)
     enough = min((1 + _FLATTERED) * min(errors.values()), nothing)
