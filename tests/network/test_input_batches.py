@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
+import pickle
 import weakref
 from collections.abc import Iterator
 
@@ -253,3 +255,10 @@ def test_noise_that_has_to_go_through_at_once_is_less_where_memory_is_little() -
     assert 2 <= few[0] < 30
     with pytest.raises(RecipeError, match="at least .* as a batch of 2, which cannot be cut"):
         calibrate(model, X[:1], "noise", memory=1000)
+
+
+def test_a_result_with_its_inputs_can_be_pickled_and_copied() -> None:
+    small = intrafusion.compress(MODEL, X[:1], 0.5, inputs=X)
+    assert small.images is not None
+    for other in (pickle.loads(pickle.dumps(small)), copy.deepcopy(small)):
+        assert torch.equal(other.images.join().args[0], small.images.join().args[0])

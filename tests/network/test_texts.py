@@ -63,7 +63,7 @@ def test_texts_are_inputs_where_there_is_a_tokenizer() -> None:
     for a, b in zip(small.model.parameters(), same.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert small.images is not None
-    assert small.images.weights is not None
+    assert small.images.first.weights is not None
     assert "48 sequences" in str(small)
     batches = [(TEXTS[:30], torch.zeros(30)), (TEXTS[30:], torch.zeros(30))]
     batched = intrafusion.compress(model, EXAMPLE, keep, inputs=batches, tokenizer=Tokenizer())

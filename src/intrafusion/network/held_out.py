@@ -51,7 +51,7 @@ def hold_out(images: Iterable[Inputs], model: nn.Module, memory: int | None = No
     rest = torch.ones(batches.count, dtype=torch.bool)
     rest[places] = False
     held = batches.part(places).kept()
-    return Split(batches.part(rest.nonzero()[:, 0]), held.then(lambda call: replace(call, source="images")), True)
+    return Split(batches.part(rest.nonzero()[:, 0]), held.then(_name_images), True)
 
 
 def take_first(images: Iterable[Inputs], *, unseen: bool) -> Split:
@@ -73,3 +73,7 @@ def held_out_places(total: int) -> Tensor:
     if count < _FEWEST:
         return torch.arange(0)
     return (torch.arange(count) * total + total // 2) // count
+
+
+def _name_images(call: Inputs) -> Inputs:
+    return replace(call, source="images")

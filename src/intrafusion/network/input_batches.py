@@ -64,7 +64,7 @@ class _Form:
         if tables and weights is not None:
             each = (weights.tables[0] > 0).sum(1).double().cpu()
         joins = all(t.layout is torch.strided and t.dim() > 0 and len(t) == count for t in tensors)
-        return cls((tree, shapes, tables, labels, rest, weights is None), joins, each, weights is not None)
+        return cls((str(tree), shapes, tables, labels, rest, weights is None), joins, each, weights is not None)
 
     @property
     def count(self) -> int:
@@ -93,7 +93,7 @@ class Batches(Sequence[Inputs]):
         size: images in a batch at most; None where calls stay as they came, as the network might not answer each image
             by itself.
         memory: bytes that what goes over all of them may take; None: half of what is free.
-        change: what is done to each batch.
+        changes: what is done to each batch, in order.
     """
 
     came: Sequence[Inputs] | _Anew
@@ -101,7 +101,7 @@ class Batches(Sequence[Inputs]):
     cuts: tuple[tuple[_Cut, ...], ...]
     size: int | None = None
     memory: int | None = None
-    change: Callable[[Inputs], Inputs] | None = None
+    changes: tuple[Callable[[Inputs], Inputs], ...] = ()
 
     __repr__ = show_briefly
 
@@ -148,8 +148,10 @@ class Batches(Sequence[Inputs]):
                     held[at] = call
             parts = [cut.of(held[cut.call]) for cut in cuts]
             held = {i: call for i, call in held.items() if i >= cuts[-1].call}
-            joined = parts[0] if len(parts) == 1 else join_batches(parts)
-            yield joined if self.change is None else self.change(joined)
+            batch = parts[0] if len(parts) == 1 else join_batches(parts)
+            for change in self.changes:
+                batch = change(batch)
+            yield batch
         if at + 1 == len(self.forms):
             next(stream, None)  # whether there are more now than there were
 
@@ -180,8 +182,7 @@ class Batches(Sequence[Inputs]):
 
     def then(self, change: Callable[[Inputs], Inputs]) -> Batches:
         """With each batch changed, once it is made."""
-        before = self.change
-        return replace(self, change=change if before is None else lambda call: change(before(call)))
+        return replace(self, changes=(*self.changes, change))
 
     def kept(self) -> Batches:
         """In memory, as they are; for a few that would be read anew together with many others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -221,8 +221,9 @@ def calibrate(
     whole = level == "noise" and bool(batch_norms(model))  # each norm has to see all of it, and it is little
     if whole and most is not None:
         made = tuple(take_fitting(model, call, most) if isinstance(call, Inputs) else call for call in made)
+    complete = partial(_complete, outputs=inputs.outputs)
     seen, apart = (
-        None if given is None else _complete(read_input_batches(given, None if whole else model, most), inputs)
+        None if given is None else read_input_batches(given, None if whole else model, most).then(complete)
         for given in made
     )
     assert seen is not None
@@ -231,9 +232,9 @@ def calibrate(
     return Calibration(level, seen, model, restorer, time.perf_counter() - start, why, seed, apart, count, what)
 
 
-def _complete(batches: Batches, example: Inputs) -> Batches:
-    """As convolutions read them fastest, with the outputs that matter."""
-    return batches.then(lambda call: replace(call.map(channels_last), outputs=example.outputs))
+def _complete(call: Inputs, outputs: tuple[str | int, ...] | None) -> Inputs:
+    """As convolutions read it fastest, with the outputs that matter."""
+    return replace(call.map(channels_last), outputs=outputs)
 
 
 _Parts = tuple[Inputs, Inputs | None]
