@@ -3,7 +3,7 @@
 One group of n channels with 4,096 features on each side (linear, GELU, linear; random weights in float32), keep .5,
 n = 1,024 to 11,008: `intrafusion.compress` with all that it does (trace, proof, choice, surgery, second trace)
 but restoring. pivot looks at 512 random rows. Each run is a process of its own, with one thread.
-  cpu_s     processor time, which a busy machine changes less than `seconds` on the clock; two threads share nearly all.
+  cpu_s     processor time, which a busy machine changes less than `seconds` on the clock.
   ratio     cpu_s in float32 products of two 4,096 x 4,096 matrices (`peer_s`), measured before and after it.
   peak_mb   the largest resident set (VmHWM) above what the process held before, the network left out.
 The table fits cpu_s and peak_mb to n^a over the sizes. Records: benchmarks/records/wide.jsonl.
