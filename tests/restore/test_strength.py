@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,24 @@ def test_what_comes_out_of_the_activation_function_counts() -> None:
     layer = Layer("layer", nn.Linear(40, 3), norm)
     assert choose(Task(layer, given, target, None, target, None), x) is not None
     assert choose(Task(layer, given, target, relu, relu(target), None), x) is None
+
+
+def test_behind_a_function_rows_left_out_have_no_part_in_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise: what the others are like cannot be told from the rows that are solved on."""
+    x, lacking = sample(0, 1, 60)
+    relu, rows, respond = Activation(torch.relu), list[int](), Ridge.respond
+    task = replace(task_of(lacking, x), given=torch.ones_like(lacking), activation=relu, wanted=relu(lacking))
+    alone = Ridge(x[~APART], STRENGTHS[0], scarcity=0.2)
+    fits = alone.fit_each(alone.respond(task.take(~APART).lacking, 3), STRENGTHS)
+    errors = {
+        strength: float((relu(lacking) - relu(1 + x @ matrix.T + constant))[APART].square().sum())
+        for strength, (matrix, constant) in zip(STRENGTHS, fits, strict=True)
+    }
+    monkeypatch.setattr(Ridge, "respond", lambda self, *how: rows.append(len(self.x)) or respond(self, *how))
+    assert (
+        choose(task, x) == min(s for s, error in errors.items() if error <= 1.05 * min(errors.values())) != STRENGTHS[0]
+    )
+    assert rows == [len(alone.x)]
 
 
 def test_constant_inputs() -> None:
