@@ -467,7 +467,9 @@ def _restore_(
     small.eval()
     known = replace(graph, groups=tuple(_as_group(layer, matrix) for layer, matrix in rows.items()))
     maps = {f"{layer}{_ROWS_OF}": ReductionMap(matrix, torch.linalg.pinv(matrix)) for layer, matrix in rows.items()}
-    LeastSquares(seed=calibration.seed).solver.solve_(small, maps, model, known, calibration.images)
+    LeastSquares(seed=calibration.seed).solver.solve_(
+        small, maps, model, known, calibration.images, memory=calibration.images.memory
+    )
     after = yardstick.measure(small)
     if undone := after.is_worse_than(before):
         write_weights_(small, kept)

@@ -96,7 +96,7 @@ class LeastSquares:
         check_graph(graph, reference)
         inputs = read_input_batches(require_images(images, self), reference)
         small = copy_model(compressed.model).eval()
-        solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)
+        solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs, memory=inputs.memory)
         layers = find_layers(small, graph, is_solvable)
         written = {id(t) for name in solved.changes for t in layers[name].writable}
         new = {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written}
