@@ -114,7 +114,7 @@ def _look_at(call: Inputs) -> tuple[int, int, tuple[torch.Size, ...] | None]:
     No shapes where rows count differently.
     """
     tensors = call.tensors()
-    if call.weights is not None:
+    if call.weights is not None and call.weights.tables:
         return count_images(call), int((call.weights.tables[0] > 0).sum()), None
     return count_images(call), max((t.numel() for t in tensors[:1]), default=1), tuple(t.shape[1:] for t in tensors)
 
