@@ -127,7 +127,6 @@ FAULTS: dict[str, tuple[Any, str]] = {
     ),
     "pictures one by one": ([np.zeros((9, 9, 3), np.uint8)] * 40, r"expected a batch, got uint8\[9, 9, 3\]"),
     "files that nobody decoded": ([Image()] * 40, "got an Image; make normalised tensors of pictures"),
-    "sizes that differ": ([A, A[..., :7]], r"images: expected batches of one shape"),
     "nothing": ([], "images: expected at least one batch, got none"),
     "a number": (3, "images: expected a tensor.* got 3"),
 }
@@ -140,6 +139,12 @@ def test_faults_are_told_of_the_images(fault: str) -> None:
         with pytest.raises(ModelError, match=message) as caught:
             compress(Single().eval(), A[:2], 0.5, images=images, restore=restore)
         assert "the example inputs (" not in str(caught.value)
+
+
+def test_batches_may_have_other_sizes_where_the_network_takes_them() -> None:
+    small = compress(Single().eval(), A[:2], 0.5, images=[A, A[..., :7]])
+    assert small.images is not None
+    assert {call.args[0].shape[-1] for call in small.images} == {A.shape[-1], 7}
 
 
 def test_faults_of_two_images() -> None:
