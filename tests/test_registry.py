@@ -64,7 +64,7 @@ REFUSED = [
     ({"keep": 1.5}, r"keep: expected a fraction in \(0, 1\], got 1.5"),
     ({"keep": {"a.*": "half"}}, r"keep\['a.\*'\]: expected a fraction"),
     ({"target": {"macs": -1}}, r"target\['macs'\]: expected a number above 0"),
-    ({"target": 0.5}, "target: expected one of params, macs, latency_ms"),
+    ({"target": 0.5}, "target: expected limits of params, macs, latency_ms"),
     ({"round_to": 0}, "round_to: expected a whole number >= 1"),
     ({"min_channels": None}, "min_channels: expected a whole number >= 1"),
 ]
@@ -179,7 +179,7 @@ def test_a_bad_hyper_parameter_is_an_error_of_the_library_without_a_recipe_too()
 
 def test_an_option_of_the_recipe_is_an_argument_of_compress_with_the_same_default() -> None:
     arguments, default = signature(compress).parameters, Recipe()
-    own = {"model", "example_inputs", "inputs", "images", "tokenizer", "inplace", "progress"}
+    own = {"model", "example_inputs", "inputs", "images", "tokenizer", "memory", "inplace", "progress"}
     assert set(arguments) - own == {f.name for f in fields(Recipe)}
     assert Recipe.of(**{name: arguments[name].default for name in Recipe.options()}) == default
 

@@ -125,7 +125,8 @@ class Inputs:
                 return t
             noise = torch.rand(t.shape, generator=generator).to(t) - 0.5
             shut = t <= SHUT  # in a mask that is added to scores; of the size of such numbers nothing else may change
-            return torch.where(shut, t, t + 0.2 * t[~shut].abs().mean().nan_to_num().clamp(min=1e-3) * noise)
+            size = (t if t.is_meta else t[~shut]).abs().mean().nan_to_num().clamp(min=1e-3)
+            return torch.where(shut, t, t + 0.2 * size * noise)
 
         return self.map(vary)
 
