@@ -159,8 +159,7 @@ class _Search:
     def find(self, sensitivity: Sensitivity) -> tuple[Sizes, tuple[str, ...]]:
         """Sizes, and what is to be said of them; not rounded by default where rounded ones miss the limits."""
         reached, sizes = self.largest_that_meets() if self.clock else self.closest()
-        rounded = self.recipe.round_to is None and max(self.steps.values(), default=1) > 1
-        if rounded and (self.is_missed(reached) or (not self.clock and reached < 1 - _MISSED)):
+        if self.is_off_by_rounding(reached):
             return replace(self, steps=list_steps(self.groups, 1)).find(sensitivity)
         notes = [limit.doubt for limit in self.limits if limit.doubt]
         same = self.same_share(reached, sizes)
@@ -168,10 +167,17 @@ class _Search:
             ours, theirs = sensitivity.compare(sizes, same)
             if theirs < ours:
                 sizes, reached = same, reached if self.clock else self.measure(same)
+                if self.is_off_by_rounding(reached):
+                    return replace(self, steps=list_steps(self.groups, 1)).find(sensitivity)
                 error = f"by {theirs:.2%} of its variance instead of {ours:.2%}"
                 notes.append(f"target: every group keeps the same share, as that changes the output less ({error}).")
         notes += describe_rounding(self.groups, sizes, self.steps, self.recipe.round_to)
         return sizes, (*notes, *self.explain_misses(sizes, reached))
+
+    def is_off_by_rounding(self, reached: float) -> bool:
+        """Whether limits are missed, or more is cut than they ask for, with sizes that nobody asked to be rounded."""
+        rounded = self.recipe.round_to is None and max(self.steps.values(), default=1) > 1
+        return rounded and (self.is_missed(reached) or (not self.clock and reached < 1 - _MISSED))
 
     def is_missed(self, reached: float) -> bool:
         """By more than 2 %; a latency, or several limits, are not missed by what is below them."""
