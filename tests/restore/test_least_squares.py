@@ -201,6 +201,14 @@ def test_drift_of_the_other_branch_is_made_up_for(late: bool) -> None:
     assert errors[True] < 0.5 * errors[False]
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["shortcut first", "shortcut last"])
+def test_layers_that_write_one_stream_are_solved_in_the_order_of_the_forward_pass(late: bool) -> None:
+    model = made(Residual, late)
+    small, graph = shrunk(model, images(1), keep=0.5, reducer="select")
+    solved = LeastSquares().solver.solve_(small.model, small.plan.maps, model, graph, Inputs.of(images()))
+    assert list(solved.changes) == ["a.2", "b.0", "b.2", "head"]  # a.0 reads what was selected
+
+
 def test_the_function_behind_a_sum_is_that_of_the_sum_only() -> None:
     model, x = made(Residual), Inputs.of(images())
     layers = find_layers(model, intrafusion.inspect(model, images(1)))
@@ -295,14 +303,14 @@ class Depthwise(nn.Module):
         return self.last(F.relu(self.twice(F.relu(self.twice(x)))))
 
 
-def test_repeated_layers_are_left_alone() -> None:
+def test_what_reads_something_new_is_solved_and_nothing_else() -> None:
     model = made(Depthwise)
     small, graph = shrunk(model, images(1), keep=0.5, reducer="select", include="point")
     before = {n: t.clone() for n, t in named_tensors(small.model).items()}
     LeastSquares()(small, model, graph, images())
     changed = {n for n, t in named_tensors(small.model).items() if not torch.equal(t, before[n])}
-    grouped = {"grouped.weight", "grouped.bias"}  # the depthwise layer is right: it reads what was selected
-    assert changed == {"mix.weight", "mix.bias", "last.weight"} | grouped
+    behind = {f"{name}.{part}" for name in ("mix", "grouped", "twice") for part in ("weight", "bias")}
+    assert changed == behind | {"last.weight"}  # the depthwise layer reads what was selected
 
 
 class SamePad(nn.Conv2d):

@@ -43,11 +43,11 @@ class LeastSquares:
     Norms over channels of which some are gone (a LayerNorm in a stream that was selected from) are fitted where they
     are reached: gain and shift of each channel, for what the original's norm gave, see `NormFits`.
 
-    What is solved: convolutions, transposed ones too, and linear layers that run once in a forward pass; each group of a
-    grouped or depthwise convolution by itself (`GroupedRidge`). Tied and reparametrised weights, and subclasses that do
-    more than their weight times patches, are left alone. All images go through in one batch; the stored rows
-    take `rows` * 4 bytes per output channel; a layer with d inputs to each output takes `rows` * 4 d bytes for them
-    and 16 d^2 bytes for the solution.
+    What is solved: convolutions, transposed ones too, and linear layers; each group of a grouped or depthwise
+    convolution by itself (`GroupedRidge`); layers that run more than once in a forward pass for all their calls, where
+    the network keeps no state. Tied and reparametrised weights, and subclasses that do more than their weight times
+    patches, are left alone. All images go through in one batch; the stored rows take `rows` * 4 bytes per output
+    channel; a layer with d inputs to each output takes `rows` * 4 d bytes for them and 16 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
 
     Attributes:

@@ -105,6 +105,7 @@ class NormFits:
         self.counts: dict[str, Tensor | None] = {}
         self.targets: dict[str, Tensor] = {}
         self.again: set[str] = set()
+        self.paused = False  # while layers before are yet to be solved
 
     __repr__ = show_briefly
 
@@ -143,6 +144,8 @@ class NormFits:
         self.targets[name] = (norm.take_rows(output, places) @ norm.merge.T.to(output.device)).float()
 
     def _fit(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
+        if self.paused:
+            return None
         norm, places, target = self.norms[name], self.places[name], self.targets[name].double()
         given = norm.take_rows(output, places)
         weights, before = self.counts[name], (norm.gain.detach().clone(), _copy(norm.shift))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import cast_like, channels_last, double_first
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import Layer, find_layers, is_solvable, watch_calls
+from intrafusion.network.layers import Layer, find_layers, is_solvable, sample_places, watch_calls
 from intrafusion.network.row_weights import weigh_evenly
 from intrafusion.network.state import preserve_state
 from intrafusion.progress import report
@@ -93,7 +94,7 @@ class LayerSolver:
         with fits.recording(reference):
             targets = record_targets(reference, common, cast_like(inputs, reference), self)
         merges = {name: find_output_merge(originals[name], graph, maps) for name in targets.rows}
-        solving = _SolvingPass({n: layers[n] for n in targets.rows}, targets, merges, self)
+        solving = _SolvingPasses({n: layers[n] for n in targets.rows}, targets, merges, self, fits)
         with torch.random.fork_rng(devices=[]), torch.no_grad(), fits.fitting():
             solving.run(small, cast_like(reached, small))
         return Solved(solving.changes, fits.list_written(small))
@@ -103,13 +104,13 @@ class LayerSolver:
 class Targets:
     """What the original network gave.
 
-    places: sampled places of each layer's output (k, dims); see `Layer.sample_places`.
-    weights: how much each of them counts, (k, 1); None for all alike.
-    rows: what its norm gave there (k, c); what the sum was for layers in `summed`.
+    places: sampled places of what each call of each layer gave, (k, dims); see `Layer.sample_places`.
+    weights: how much each of them counts, (k, 1), those of all calls one after another; None for all alike.
+    rows: what its norm gave there (k, c), likewise; what the sum was for layers in `summed`.
     activations: the function that alone reads that, where there is one.
     """
 
-    places: dict[str, Tensor] = field(default_factory=dict)
+    places: dict[str, list[Tensor]] = field(default_factory=dict)
     weights: dict[str, Tensor | None] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     summed: set[str] = field(default_factory=set)
@@ -117,48 +118,93 @@ class Targets:
 
     __repr__ = show_briefly
 
+    @property
+    def repeated(self) -> list[str]:
+        """Layers that run more than once, in the order of their first calls."""
+        return [name for name in self.rows if len(self.places[name]) > 1]
+
 
 def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, solver: LayerSolver) -> Targets:
     """One forward pass of the original network."""
-    targets, skipped = Targets(), set[str]()  # layers that run more than once, or are not what they look like
+    recording = _Recording(layers, inputs, solver)
+    modules = {name: layer.module for name, layer in layers.items()}
+    with preserve_state(reference) as before:
+        with watch_calls(modules, recording.called), recording.uses:
+            outputs = inputs.call(reference)
+        recording.uses.mark_read(outputs)
+        return recording.finish(again=not before.rebound)
 
-    def store(name: str, rows: Tensor) -> None:
-        if not bool(torch.isfinite(rows).all()):
-            raise ModelError(f"{name}: the original network gives NaN or infinity on these images; check their scale.")
-        targets.rows[name] = rows
 
-    def called(name: str, x: Tensor, output: Tensor) -> None:
-        layer, again = layers[name], name in targets.rows
-        counts = layer.weigh_rows(output, inputs.weights)
-        places = layer.sample_places(output, layer.limit_rows(solver.rows), solver.seed, counts)
-        targets.places[name] = places
-        targets.weights[name] = None if counts is None else weigh_evenly(counts[tuple(places.T)])
-        store(name, layer.apply_norm(layer.take_outputs(output, places)))
-        if again or not layer.is_plain(x, output, places):
-            skipped.add(name)
+class _Recording:
+    """What layers give while the original network runs."""
+
+    def __init__(self, layers: Mapping[str, Layer], inputs: Inputs, solver: LayerSolver) -> None:
+        self.layers, self.inputs, self.solver = layers, inputs, solver
+        self.uses = UseWatcher(layers, after_sum=self.entered if solver.drift else None)
+        self.places: dict[str, list[Tensor]] = {}
+        self.counts: dict[str, list[Tensor]] = {}
+        self.rows: dict[str, list[Tensor]] = {}
+        self.totals: dict[str, Tensor] = {}
+        self.skipped: set[str] = set()  # those that are not what they look like
+
+    def called(self, name: str, x: Tensor, output: Tensor) -> None:
+        layer, calls = self.layers[name], self.rows.setdefault(name, [])
+        counts = layer.weigh_rows(output, self.inputs.weights)
+        seed = self.solver.seed + len(calls)
+        places = layer.sample_places(output, layer.limit_rows(self.solver.rows), seed, counts)
+        self.places.setdefault(name, []).append(places)
+        self.counts.setdefault(name, []).extend([] if counts is None else [counts[tuple(places.T)]])
+        calls.append(self.check(name, layer.apply_norm(layer.take_outputs(output, places))))
+        if layer.is_plain(x, output, places):
+            self.uses.watch(output, name)
         else:
-            uses.watch(output, name)
+            self.skipped.add(name)
 
-    def entered(found: Unread, total: Tensor) -> str:
+    def entered(self, found: Unread, total: Tensor) -> str:
         """Of two layers that enter the sum, the one with the larger filters makes up for the other."""
-        name = max((name for _, name in found), key=lambda n: layers[n].fan_in)
-        targets.summed.add(name)
-        store(name, layers[name].take_outputs(total, targets.places[name]))
+        name = max((name for _, name in found), key=lambda n: self.layers[n].fan_in)
+        self.totals[name] = self.check(name, self.layers[name].take_outputs(total, self.places[name][-1]))
         return name
 
-    uses = UseWatcher(layers, after_sum=entered if solver.drift else None)
-    modules = {name: layer.module for name, layer in layers.items()}
-    with preserve_state(reference), watch_calls(modules, called), uses:
-        outputs = inputs.call(reference)
-    uses.mark_read(outputs)
-    rows = {name: found for name, found in targets.rows.items() if name not in skipped}
-    return Targets(targets.places, targets.weights, rows, targets.summed & rows.keys(), uses.activations)
+    def check(self, name: str, rows: Tensor) -> Tensor:
+        if not bool(torch.isfinite(rows).all()):
+            raise ModelError(f"{name}: the original network gives NaN or infinity on these images; check their scale.")
+        return rows
+
+    def finish(self, again: bool) -> Targets:
+        """Of layers that run more than once, the rows of all calls together, of what they give themselves.
+
+        Args:
+            again: whether another forward pass gives the same, so that these can be solved.
+        """
+        for name in self.rows:
+            self.thin(name)
+        once = {name for name, calls in self.rows.items() if len(calls) == 1}
+        self.skipped |= set() if again else self.rows.keys() - once
+        summed = self.totals.keys() & once - self.skipped
+        known = {name: calls for name, calls in self.rows.items() if name not in self.skipped}
+        rows = {name: self.totals[name] if name in summed else torch.cat(calls) for name, calls in known.items()}
+        weights = {n: weigh_evenly(torch.cat(self.counts[n])) if self.counts[n] else None for n in known}
+        reads = self.uses.reads
+        activations = {n: f for n, f in self.uses.activations.items() if reads[n] == len(self.rows[n])}
+        return Targets(self.places, weights, rows, summed, activations)
+
+    def thin(self, name: str) -> None:
+        """As many rows of all calls together as of a layer that runs once."""
+        calls, limit = self.rows[name], self.layers[name].limit_rows(self.solver.rows)
+        total = sum(map(len, calls))
+        if total <= limit:
+            return
+        kept = [sample_places(name, (len(c),), len(c) * limit // total, self.solver.seed)[:, 0] for c in calls]
+        for lists in (self.rows, self.places, self.counts):
+            lists[name] = [rows[own] for rows, own in zip(lists[name], kept, strict=False)]  # without counts, none
 
 
-class _SolvingPass:
-    """One forward pass of the smaller network, in which each layer is solved when it is reached.
+class _SolvingPasses:
+    """Forward passes of the smaller network, in which each layer is solved when it is reached.
 
-    A layer that enters a sum is solved when the sum is computed: by then the other branch is known.
+    A layer that enters a sum is solved when the sum is computed: by then the other branch is known. For layers that
+    run more than once there are passes up to the first call of one of them, in which all that they read is seen.
     """
 
     def __init__(
@@ -167,25 +213,55 @@ class _SolvingPass:
         targets: Targets,
         merges: Mapping[str, Tensor | None],
         solver: LayerSolver,
+        fits: NormFits,
     ) -> None:
-        self.layers, self.targets, self.merges, self.solver = layers, targets, merges, solver
-        self.uses = UseWatcher(layers, before_sum=self.entered)
-        self.waiting: dict[str, Tensor] = {}
+        self.layers, self.targets, self.merges, self.solver, self.fits = layers, targets, merges, solver, fits
         self.changes: dict[str, Change] = {}
-        self.solved = 0
+        self.settled: set[str] = set()
 
     def run(self, model: nn.Module, inputs: Inputs) -> None:
-        modules = {name: layer.module for name, layer in self.layers.items()}
-        with watch_calls(modules, self.called, reached=self.reached), self.uses:
-            inputs.call(model)
+        """In the order in which layers are first reached; those that read what they gave themselves are one place."""
+        self.model, self.inputs, loop = model, inputs, list[str]()
+        for name in self.targets.repeated:
+            read = self.watch([name])[name]
+            if len(read) == len(self.targets.places[name]) and self.is_looped(name, read):
+                loop.append(name)
+                continue
+            if loop:
+                self.solve_loop_(loop)
+                loop, read = [], self.watch([name])[name]
+            if len(read) == len(self.targets.places[name]):
+                self.solve_calls_(name, read)
+            self.settled.add(name)
+        if loop:
+            self.solve_loop_(loop)
+        self.watch([])
         report("restoring layers", len(self.layers), len(self.layers))
 
+    def watch(self, names: Collection[str]) -> dict[str, list[Tensor]]:
+        """A pass, in which layers are solved as far as all before them is; what these read at each of their calls."""
+        self.found: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.waiting: dict[str, Tensor] = {}
+        self.open = self.fits.paused = False  # behind a layer that is not solved yet
+        self.uses = UseWatcher(self.layers, before_sum=self.entered)
+        modules = {name: layer.module for name, layer in self.layers.items()}
+        with watch_calls(modules, self.called, reached=self.reached), self.uses:
+            self.inputs.call(self.model)
+        return self.found
+
     def reached(self, name: str, x: Tensor) -> None:
+        layer, places = self.layers[name], self.targets.places[name]
+        if name in self.found and len(self.found[name]) < len(places):
+            self.found[name].append(layer.take_inputs(x, places[len(self.found[name])]))
+        if name in self.settled:
+            return
+        self.open = self.fits.paused = self.open or len(places) > 1
+        if self.open:
+            return
         if name in self.targets.summed:
             self.waiting[name] = x
         else:
-            layer = self.layers[name]
-            inputs = layer.take_inputs(x, self.targets.places[name])
+            inputs = layer.take_inputs(x, places[0])
             self.solve_layer_(layer, inputs, layer.apply_norm(layer.compute(inputs)))
 
     def called(self, name: str, x: Tensor, output: Tensor) -> None:
@@ -194,21 +270,73 @@ class _SolvingPass:
 
     def entered(self, found: Unread, a: Tensor, b: Tensor) -> None:
         for output, name in found:
-            if name in self.waiting:
-                layer, x, places = self.layers[name], self.waiting.pop(name), self.targets.places[name]
+            if name in self.waiting and not self.open:
+                layer, x, places = self.layers[name], self.waiting.pop(name), self.targets.places[name][0]
                 given = layer.take_outputs(a, places) + layer.take_outputs(b, places)
                 if self.solve_layer_(layer, layer.take_inputs(x, places), given):
                     output.copy_(layer.apply_norm(layer.module.forward(x)))
 
+    def is_looped(self, name: str, read: Sequence[Tensor]) -> bool:
+        """Whether what a layer reads at its calls depends on what it gave at earlier ones."""
+        weight = self.layers[name].module.weight.data
+        own = weight.clone()
+        weight.mul_(0.5)
+        changed = self.watch([name])[name]
+        weight.copy_(own)
+        return not all(map(torch.equal, read, changed))
+
+    def solve_calls_(self, name: str, read: Sequence[Tensor]) -> bool:
+        """Solve a layer for its first calls, at which it reads this."""
+        layer, inputs = self.layers[name], torch.cat(list(read), -2)
+        return self.solve_layer_(layer, inputs, layer.apply_norm(layer.compute(inputs)))
+
+    def solve_loop_(self, names: Sequence[str]) -> None:
+        """Solve layers that read what they gave, for their first call, then for the first 2, 4, ... and all.
+
+        By then, what they read at these calls is near what it is to be. The weights with the least error at all calls,
+        as it then is, stay; the least may be that of before.
+        """
+        writable = [t for name in names for t in self.layers[name].writable]
+        calls = max(len(self.targets.places[name]) for name in names)
+        least, best, changes = math.inf, [t.detach().clone() for t in writable], dict(self.changes)
+        for name, upto in (*((n, upto) for upto in _double_up_to(calls) for n in names), (names[0], 0)):
+            found = self.watch(names)
+            error = sum(self.measure(n, read) for n, read in found.items())
+            if error < least:
+                least, best, changes = error, [t.detach().clone() for t in writable], dict(self.changes)
+            elif not math.isfinite(error) and math.isfinite(least):
+                break  # a loop that grew without bounds
+            if upto:
+                self.solve_calls_(name, found[name][:upto])
+        self.changes = changes
+        for tensor, value in zip(writable, best, strict=True):
+            tensor.data.copy_(value)
+        self.settled.update(names)
+
+    def measure(self, name: str, read: Sequence[Tensor]) -> float:
+        """The squared error of what a layer gives at all its calls, as a fraction of the square of what it should.
+
+        Behind the activation function, where only that reads the layer.
+        """
+        layer, weights = self.layers[name], self.targets.weights[name]
+        activation = self.targets.activations.get(name, lambda rows: rows)
+        target = self.merge(name, activation(self.targets.rows[name]))
+        given = activation(layer.apply_norm(layer.compute(torch.cat(list(read), -2))))
+        error, size = (target - given).square(), target.square()
+        error, size = (t if weights is None else t * weights.to(t) for t in (error, size))
+        return float(error.sum(dtype=torch.float64) / size.sum(dtype=torch.float64).clamp(min=1e-300))
+
     def solve_layer_(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
         """Solve one layer, which gives `given` of these inputs, and write it; False if that is right already."""
-        report("restoring layers", self.solved, len(self.layers))
-        self.solved += 1
-        rows, activation = self.targets.rows[layer.name], self.targets.activations.get(layer.name)
+        report("restoring layers", len(self.settled), len(self.layers))
+        if len(self.targets.places[layer.name]) == 1:
+            self.settled.add(layer.name)
+        rows, activation = self.targets.rows[layer.name][: len(given)], self.targets.activations.get(layer.name)
         target, solver = self.merge(layer.name, rows), self.solver
         if float((target - given).norm()) <= _RIGHT * float(target.norm()):
             return False
         weights, how = self.targets.weights[layer.name], {"scarcity": solver.scarcity}
+        weights = None if weights is None else weigh_evenly(weights[: len(given), 0])
         fit = Ridge if layer.groups == 1 else GroupedRidge
         ridge = fit(inputs, solver.strength, **how, intercept=layer.takes_constant, weights=weights)
         if activation is None or not solver.steps:
@@ -222,12 +350,21 @@ class _SolvingPass:
                 f"check the scale of the images, and the sizes asked for."
             )
         layer.add_(*change)
-        self.changes[layer.name] = change
+        before = self.changes.get(layer.name)
+        self.changes[layer.name] = change if before is None else (before[0] + change[0], before[1] + change[1])
         return True
 
     def merge(self, name: str, rows: Tensor) -> Tensor:
         merge = self.merges[name]
         return rows if merge is None else rows @ merge.T.to(rows)
+
+
+def _double_up_to(count: int) -> list[int]:
+    """
+    >>> _double_up_to(7), _double_up_to(4)
+    ([1, 2, 4, 7], [1, 2, 4])
+    """
+    return [*(2**i for i in range(count.bit_length()) if 2**i < count), count]
 
 
 def _make_lacking(layer: Layer, given: Tensor, target: Tensor, activation: Activation, wanted: Tensor) -> Lacking:

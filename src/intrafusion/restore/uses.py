@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ class UseWatcher(TorchDispatchMode):
         self.read_once = WeakTensorKeyDictionary()  # what one operation has read
         self.read_again: set[str] = set()
         self.found: dict[str, Activation] = {}
+        self.reads: Counter[str] = Counter()  # how often an activation function did
 
     @property
     def activations(self) -> dict[str, Activation]:
@@ -72,6 +74,7 @@ class UseWatcher(TorchDispatchMode):
             self.watch(out[0] if isinstance(out, (tuple, list)) else out, outputs[0][1])
         elif (outputs or totals) and (activation := Activation.of(func, args, kwargs)) is not None:
             self.found[(outputs + totals)[0][1]] = activation
+            self.reads[(outputs + totals)[0][1]] += 1
         return out
 
 
