@@ -12,8 +12,7 @@ from intrafusion.arguments import Seed, checked
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import find_layers, is_solvable
-from intrafusion.network.tensors import check_graph, copy_model, named_tensors
+from intrafusion.network.tensors import check_graph, copy_model
 from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.restore.solver import LayerSolver
 from intrafusion.surgery.write import write_weights_
@@ -45,9 +44,10 @@ class LeastSquares:
 
     What is solved: convolutions, transposed ones too, and linear layers; each group of a grouped or depthwise
     convolution by itself (`GroupedRidge`); layers that run more than once in a forward pass for all their calls, where
-    the network keeps no state. Tied and reparametrised weights, and subclasses that do more than their weight times
-    patches, are left alone. All images go through in one batch; the stored rows take `rows` * 4 bytes per output
-    channel; a layer with d inputs to each output takes `rows` * 4 d bytes for them and 16 d^2 bytes for the solution.
+    the network keeps no state; weights that functions multiply with (`BareLayer`), as attention's projections, where
+    nothing else reads them. Tied and reparametrised weights are left alone. All images go through in one batch; the
+    stored rows take `rows` * 4 bytes per output channel; a layer with d inputs to each output takes `rows` * 4 d bytes
+    for them and 16 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
 
     Attributes:
@@ -92,9 +92,7 @@ class LeastSquares:
         inputs = join_batches(read_batches(require_images(images, self)))
         small = copy_model(compressed.model).eval()
         solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs)
-        layers = find_layers(small, graph, is_solvable)
-        written = {id(t) for name in solved.changes for t in layers[name].writable}
-        new = {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written}
+        new = {name: tensor.detach() for name, tensor in solved.written.items()}
         write_weights_(compressed.model, {**new, **solved.norms})
 
     def restore(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,17 +15,20 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import cast_like, channels_last, double_first
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import Layer, find_layers, is_solvable, sample_places, watch_calls
+from intrafusion.network.layers import Layer, find_layers, has_own_forward, is_solvable, sample_places, watch_calls
 from intrafusion.network.row_weights import weigh_evenly
 from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import named_tensors
 from intrafusion.progress import report
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.restore.activation import Activation
+from intrafusion.restore.bare import BareLayer, BareWatcher
 from intrafusion.restore.grouped_ridge import GroupedRidge
 from intrafusion.restore.norm_fits import NormFits, find_channel_norms
 from intrafusion.restore.ridge import Lacking, Ridge
 from intrafusion.restore.statistics import find_output_merge
 from intrafusion.restore.uses import Unread, UseWatcher
+from intrafusion.trace.decomposition import unfuse_attention
 
 Change = tuple[Tensor, Tensor]
 """What was added to a layer's weight, (c, d), and as a constant to its output before the norm, (c,); float64."""
@@ -34,10 +38,11 @@ _RIGHT = 1e-5  # a layer whose outputs are off by less than this fraction of the
 
 @dataclass(frozen=True)
 class Solved:
-    """What was written: changes of layers, by name, and gains and shifts of norms, by tensor."""
+    """What was written: changes of layers, by name, gains and shifts of norms, by tensor, and all tensors of layers."""
 
     changes: Mapping[str, Change]
     norms: Mapping[str, Tensor]
+    written: Mapping[str, Tensor]
 
     __repr__ = show_briefly
 
@@ -72,6 +77,7 @@ class LayerSolver:
         *,
         left: Collection[str] = (),
         reached: Inputs | None = None,
+        bare: bool = True,
     ) -> Solved:
         """Solve the layers of a network in evaluation mode, and fit its norms, in place.
 
@@ -82,6 +88,7 @@ class LayerSolver:
             left: layers that stay as they are.
             reached: the same call of the smaller network, where that is part of one whose earlier parts are smaller
                 already and it reads something else.
+            bare: whether weights that functions multiply with are solved too, see `BareLayer`.
         Raises:
             ModelError: one of the networks gives NaN on the images.
         """
@@ -92,12 +99,15 @@ class LayerSolver:
         norms = find_channel_norms(small, graph, maps)
         fits = NormFits(norms, inputs.weights, self.strength, self.scarcity, self.rows, self.seed)
         with fits.recording(reference):
-            targets = record_targets(reference, common, cast_like(inputs, reference), self)
-        merges = {name: find_output_merge(originals[name], graph, maps) for name in targets.rows}
-        solving = _SolvingPasses({n: layers[n] for n in targets.rows}, targets, merges, self, fits)
+            targets = record_targets(
+                reference, common, cast_like(inputs, reference), self, graph if bare else None, left
+            )
+        merges = {name: find_output_merge(targets.layers[name], graph, maps) for name in targets.rows}
+        known = {name: layers[name] for name in targets.rows if name in layers}
+        solving = _SolvingPasses(known, targets, merges, self, fits, graph)
         with torch.random.fork_rng(devices=[]), torch.no_grad(), fits.fitting():
             solving.run(small, cast_like(reached, small))
-        return Solved(solving.changes, fits.list_written(small))
+        return Solved(solving.changes, fits.list_written(small), solving.list_written())
 
 
 @dataclass(eq=False)
@@ -108,6 +118,8 @@ class Targets:
     weights: how much each of them counts, (k, 1), those of all calls one after another; None for all alike.
     rows: what its norm gave there (k, c), likewise; what the sum was for layers in `summed`.
     activations: the function that alone reads that, where there is one.
+    layers: those of the original network that there are rows of.
+    ran: modules whose weights are theirs alone.
     """
 
     places: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -115,6 +127,8 @@ class Targets:
     rows: dict[str, Tensor] = field(default_factory=dict)
     summed: set[str] = field(default_factory=set)
     activations: dict[str, Activation] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
 
     __repr__ = show_briefly
 
@@ -124,12 +138,23 @@ class Targets:
         return [name for name in self.rows if len(self.places[name]) > 1]
 
 
-def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: Inputs, solver: LayerSolver) -> Targets:
-    """One forward pass of the original network."""
-    recording = _Recording(layers, inputs, solver)
-    modules = {name: layer.module for name, layer in layers.items()}
+def record_targets(
+    reference: nn.Module,
+    layers: Mapping[str, Layer],
+    inputs: Inputs,
+    solver: LayerSolver,
+    graph: ChannelGraph | None = None,
+    left: Collection[str] = (),
+) -> Targets:
+    """One forward pass of the original network.
+
+    Args:
+        graph: its graph, if weights are to be seen that functions multiply with.
+        left: modules whose weights are not.
+    """
+    recording = _Recording(reference, layers, inputs, solver, graph, left)
     with preserve_state(reference) as before:
-        with watch_calls(modules, recording.called), recording.uses:
+        with recording.watching():
             outputs = inputs.call(reference)
         recording.uses.mark_read(outputs)
         return recording.finish(again=not before.rebound)
@@ -138,14 +163,39 @@ def record_targets(reference: nn.Module, layers: Mapping[str, Layer], inputs: In
 class _Recording:
     """What layers give while the original network runs."""
 
-    def __init__(self, layers: Mapping[str, Layer], inputs: Inputs, solver: LayerSolver) -> None:
-        self.layers, self.inputs, self.solver = layers, inputs, solver
-        self.uses = UseWatcher(layers, after_sum=self.entered if solver.drift else None)
+    def __init__(
+        self,
+        reference: nn.Module,
+        layers: Mapping[str, Layer],
+        inputs: Inputs,
+        solver: LayerSolver,
+        graph: ChannelGraph | None,
+        left: Collection[str],
+    ) -> None:
+        self.layers, self.inputs, self.solver = dict(layers), inputs, solver
+        self.ran = set(left)
+        self.bare = None if graph is None else BareWatcher(reference, graph, self.ran, called=self.called_bare)
+        self.uses = UseWatcher(self.layers, after_sum=self.entered if solver.drift else None)
         self.places: dict[str, list[Tensor]] = {}
         self.counts: dict[str, list[Tensor]] = {}
         self.rows: dict[str, list[Tensor]] = {}
         self.totals: dict[str, Tensor] = {}
         self.skipped: set[str] = set()  # those that are not what they look like
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        modules = {name: layer.module for name, layer in self.layers.items()}
+        bare = contextlib.nullcontext() if self.bare is None else self.bare
+        with unfuse_attention(), watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
+            yield
+
+    def reached(self, name: str, x: Tensor) -> None:
+        if not has_own_forward(self.layers[name].module):
+            self.ran.add(name)
+
+    def called_bare(self, layer: BareLayer, x: Tensor, output: Tensor) -> None:
+        self.layers.setdefault(layer.name, layer)
+        self.called(layer.name, x, output)
 
     def called(self, name: str, x: Tensor, output: Tensor) -> None:
         layer, calls = self.layers[name], self.rows.setdefault(name, [])
@@ -177,6 +227,8 @@ class _Recording:
         Args:
             again: whether another forward pass gives the same, so that these can be solved.
         """
+        if self.bare is not None:
+            self.skipped |= self.bare.settle(self.layers, self.rows, self.skipped)
         for name in self.rows:
             self.thin(name)
         once = {name for name, calls in self.rows.items() if len(calls) == 1}
@@ -187,7 +239,8 @@ class _Recording:
         weights = {n: weigh_evenly(torch.cat(self.counts[n])) if self.counts[n] else None for n in known}
         reads = self.uses.reads
         activations = {n: f for n, f in self.uses.activations.items() if reads[n] == len(self.rows[n])}
-        return Targets(self.places, weights, rows, summed, activations)
+        known_layers = {name: self.layers[name] for name in known}
+        return Targets(self.places, weights, rows, summed, activations, known_layers, self.ran)
 
     def thin(self, name: str) -> None:
         """As many rows of all calls together as of a layer that runs once."""
@@ -214,8 +267,16 @@ class _SolvingPasses:
         merges: Mapping[str, Tensor | None],
         solver: LayerSolver,
         fits: NormFits,
+        graph: ChannelGraph,
     ) -> None:
-        self.layers, self.targets, self.merges, self.solver, self.fits = layers, targets, merges, solver, fits
+        self.layers, self.targets, self.merges, self.solver, self.fits = (
+            dict(layers),
+            targets,
+            dict(merges),
+            solver,
+            fits,
+        )
+        self.graph = graph
         self.changes: dict[str, Change] = {}
         self.settled: set[str] = set()
 
@@ -244,10 +305,24 @@ class _SolvingPasses:
         self.waiting: dict[str, Tensor] = {}
         self.open = self.fits.paused = False  # behind a layer that is not solved yet
         self.uses = UseWatcher(self.layers, before_sum=self.entered)
-        modules = {name: layer.module for name, layer in self.layers.items()}
-        with watch_calls(modules, self.called, reached=self.reached), self.uses:
+        modules = {name: layer.module for name, layer in self.layers.items() if not isinstance(layer, BareLayer)}
+        bare = contextlib.nullcontext()
+        if any(isinstance(layer, BareLayer) for layer in self.targets.layers.values()):
+            bare = BareWatcher(self.model, self.graph, self.targets.ran, reached=self.reached_bare)
+        with unfuse_attention(), watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
             self.inputs.call(self.model)
         return self.found
+
+    def reached_bare(self, layer: BareLayer, x: Tensor) -> None:
+        name, original = layer.name, self.targets.layers.get(layer.name)
+        if not isinstance(original, BareLayer):
+            return
+        if name not in self.layers:
+            self.layers[name] = layer.like(original, named_tensors(self.model))
+            merge = layer.cut_merge(self.merges[name], original)
+            self.merges[name] = merge
+            self.settled |= set() if merge is not None else {name}  # it gives what others gave, too
+        self.reached(name, x)
 
     def reached(self, name: str, x: Tensor) -> None:
         layer, places = self.layers[name], self.targets.places[name]
@@ -353,6 +428,11 @@ class _SolvingPasses:
         before = self.changes.get(layer.name)
         self.changes[layer.name] = change if before is None else (before[0] + change[0], before[1] + change[1])
         return True
+
+    def list_written(self) -> dict[str, Tensor]:
+        """Tensors of the network that were written, by name."""
+        written = {t.untyped_storage()._cdata for name in self.changes for t in self.layers[name].writable}
+        return {n: t for n, t in named_tensors(self.model).items() if t.untyped_storage()._cdata in written}
 
     def merge(self, name: str, rows: Tensor) -> Tensor:
         merge = self.merges[name]
