@@ -104,6 +104,33 @@ def test_a_convolution_that_pads_in_a_forward_of_its_own_is_solved_by_what_it_co
     torch.testing.assert_close(small[3].running_mean, model[3].running_mean, atol=1e-3, rtol=1e-3)
 
 
+class Sums(nn.Module):
+    """A product with a parameter that enters a sum, and one whose output gets a bias along another dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.branch = nn.Linear(5, 6), nn.Parameter(torch.randn(6, 6))
+        self.kernel, self.along = nn.Parameter(torch.randn(4, 1, 1)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        x = x + F.linear(x, self.branch)
+        return F.conv1d(x[:, None], self.kernel) + self.along
+
+
+def test_a_product_that_enters_a_sum_makes_up_for_the_other_branch() -> None:
+    model, x = randomise_(Sums()).eval(), torch.randn(60, 5)
+    small = copy_model(model)
+    small.first.weight.data.mul_(0.7)
+    assert solve(model, small, x, left=("first",)) == {"branch[0]", "kernel[0]"}
+    with torch.no_grad():
+        h, y = small.first(x).tanh(), model.first(x).tanh()
+        wanted = y + F.linear(y, model.branch)
+    expected = torch.linalg.lstsq(h.double(), (wanted - h).double()).solution.T
+    torch.testing.assert_close(small.branch.double(), expected, atol=1e-3, rtol=1e-3)
+    assert torch.equal(small.along, model.along)
+
+
 class Reading(nn.Module):
     """Weights that more is done with than one product."""
 

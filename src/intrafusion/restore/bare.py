@@ -96,7 +96,7 @@ class BareWatcher(TorchDispatchMode):
 
     Attributes:
         elsewhere: parameters that other operations read as well.
-        biases: by layer, the parameter that was added to what was given, in a step of its own.
+        biases: by layer, the parameter that was added to what was given, in a step of its own, and the part of it.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class BareWatcher(TorchDispatchMode):
                 by_memory[_memory_of(self.tensors[name])].append(name)
         self.names = {memory: names[0] for memory, names in by_memory.items() if len(names) == 1}
         self.elsewhere: set[str] = set()
-        self.biases: dict[str, str] = {}
+        self.biases: dict[str, tuple[str, Tensor]] = {}
         self.given = WeakTensorKeyDictionary()
         self.parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
 
@@ -132,7 +132,7 @@ class BareWatcher(TorchDispatchMode):
             with _disable_current_modes():
                 self.reached(*found)
         out = func(*args, **kwargs)
-        self.note(func, args, known, found, out)
+        self.note(func, args, kwargs, known, found, out)
         if found is not None and self.called is not None:
             with _disable_current_modes():
                 self.called(*found, out)
@@ -146,10 +146,14 @@ class BareWatcher(TorchDispatchMode):
         """
         found = {name: layer for name, layer in layers.items() if isinstance(layer, BareLayer)}
         for name, layer in found.items():
-            bias = self.tensors.get(self.biases.get(name, ""))
-            if layer.bias is None and bias is not None and bias.shape == (layer.all_outputs,) and layer.norm is None:
-                found[name] = layers[name] = layer.with_bias(self.biases[name], bias)
-                rows[name] = [own + bias.detach()[layer.start : layer.stop].to(own) for own in rows[name]]
+            added, bias = self.biases.get(name, (None, None))
+            if bias is None or added is None or not isinstance(layer.module, nn.Linear) or layer.bias is not None:
+                self.elsewhere |= {added} if added is not None else set()
+            elif _is_same(self.tensors[added][layer.start : layer.stop], bias):
+                found[name] = layers[name] = layer.with_bias(added, self.tensors[added])
+                rows[name] = [own + bias.detach().to(own) for own in rows[name]]
+            else:
+                self.elsewhere.add(added)
         alone = {name for name in found if not self._is_shared(name, found)}
         once = {name for name in alone if len(rows[name]) == 1}
         plain = {name for name in rows if name not in skipped}
@@ -167,16 +171,17 @@ class BareWatcher(TorchDispatchMode):
         name = self.names.get(_memory_of(tensor))
         return None if name is None or name.rpartition(".")[0] in self.ran else name
 
-    def note(self, func: Any, args: Any, known: Any, found: Any, out: Any) -> None:
+    def note(self, func: Any, args: Any, kwargs: Any, known: Any, found: Any, out: Any) -> None:
         """What else is done with parameters, and with what was given."""
         first = out if isinstance(out, Tensor) else None
         own = [] if found is None else [found[0].tensor, found[0].bias]
         memories = {_memory_of(t) for t in tree_leaves(out) if isinstance(t, Tensor)}
         key = next((self.given[t] for t in args if isinstance(t, Tensor) and t in self.given), None)
+        adds = func._schema.name in _SUMS and not kwargs and key is not None and key not in self.biases
         for tensor, name in known:
             is_view = _memory_of(tensor) in memories
-            if func._schema.name in _SUMS and key is not None and tensor.dim() == 1 and len(args) == 2:
-                self.biases[key] = name
+            if adds and tensor.dim() == 1:
+                self.biases[str(key)] = name, tensor
             elif name not in own and not is_view:
                 self.elsewhere.add(name)
         if first is not None and found is not None:

@@ -269,14 +269,8 @@ class _SolvingPasses:
         fits: NormFits,
         graph: ChannelGraph,
     ) -> None:
-        self.layers, self.targets, self.merges, self.solver, self.fits = (
-            dict(layers),
-            targets,
-            dict(merges),
-            solver,
-            fits,
-        )
-        self.graph = graph
+        self.layers, self.merges = dict(layers), dict(merges)
+        self.targets, self.solver, self.fits, self.graph = targets, solver, fits, graph
         self.changes: dict[str, Change] = {}
         self.settled: set[str] = set()
 
@@ -308,7 +302,9 @@ class _SolvingPasses:
         modules = {name: layer.module for name, layer in self.layers.items() if not isinstance(layer, BareLayer)}
         bare = contextlib.nullcontext()
         if any(isinstance(layer, BareLayer) for layer in self.targets.layers.values()):
-            bare = BareWatcher(self.model, self.graph, self.targets.ran, reached=self.reached_bare)
+            bare = BareWatcher(
+                self.model, self.graph, self.targets.ran, reached=self.reached_bare, called=self.called_bare
+            )
         with unfuse_attention(), watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
             self.inputs.call(self.model)
         return self.found
@@ -342,6 +338,9 @@ class _SolvingPasses:
     def called(self, name: str, x: Tensor, output: Tensor) -> None:
         if name in self.waiting:
             self.uses.watch(output, name)
+
+    def called_bare(self, layer: BareLayer, x: Tensor, output: Tensor) -> None:
+        self.called(layer.name, x, output)
 
     def entered(self, found: Unread, a: Tensor, b: Tensor) -> None:
         for output, name in found:
