@@ -208,6 +208,16 @@ def test_drift_of_the_other_branch_is_made_up_for(late: bool) -> None:
     assert errors[True] < 0.5 * errors[False]
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["shortcut first", "shortcut last"])
+def test_layers_that_write_one_stream_are_solved_in_the_order_of_the_forward_pass(late: bool) -> None:
+    model = made(Residual, late)
+    small, graph = shrunk(model, images(1), keep=0.5, reducer="select")
+    solved = LeastSquares(strength=1e-3).solver.solve_(
+        small.model, small.plan.maps, model, graph, [Inputs.of(images())]
+    )
+    assert list(solved.changes) == ["a.2", "b.0", "b.2", "head"]  # a.0 reads what was selected
+
+
 def test_the_function_behind_a_sum_is_that_of_the_sum_only() -> None:
     model, x = made(Residual), Inputs.of(images())
     layers = find_layers(model, intrafusion.inspect(model, images(1)))
@@ -303,14 +313,14 @@ class Depthwise(nn.Module):
         return self.last(F.relu(self.twice(F.relu(self.twice(x)))))
 
 
-def test_repeated_layers_are_left_alone() -> None:
+def test_what_reads_something_new_is_solved_and_nothing_else() -> None:
     model = made(Depthwise)
     small, graph = shrunk(model, images(1), keep=0.5, reducer="select", include="point")
     before = {n: t.clone() for n, t in named_tensors(small.model).items()}
     LeastSquares(strength=1e-3)(small, model, graph, images())
     changed = {n for n, t in named_tensors(small.model).items() if not torch.equal(t, before[n])}
-    grouped = {"grouped.weight", "grouped.bias"}  # the depthwise layer is right: it reads what was selected
-    assert changed == {"mix.weight", "mix.bias", "last.weight"} | grouped
+    behind = {f"{name}.{part}" for name in ("mix", "grouped", "twice") for part in ("weight", "bias")}
+    assert changed == behind | {"last.weight"}  # the depthwise layer reads what was selected
 
 
 class SamePad(nn.Conv2d):
@@ -323,8 +333,10 @@ class Positive(nn.Conv2d):
         return self._conv_forward(input, F.softplus(self.weight), self.bias)
 
 
-@pytest.mark.parametrize("convolution", [SamePad, Positive])
-def test_subclasses_that_do_more_than_a_product_are_left_alone(convolution: type[nn.Conv2d]) -> None:
+@pytest.mark.parametrize(("convolution", "solved"), [(SamePad, {"2.weight", "2.bias"}), (Positive, set())])
+def test_of_subclasses_that_do_more_than_a_product_those_are_solved_that_use_the_weight_as_it_is(
+    convolution: type[nn.Conv2d], solved: set[str]
+) -> None:
     layers = (
         nn.Conv2d(3, 8, 1),
         nn.ReLU(),
@@ -336,9 +348,9 @@ def test_subclasses_that_do_more_than_a_product_are_left_alone(convolution: type
     model = made(nn.Sequential, *layers)  # type: ignore[arg-type]
     small, graph = shrunk(model, images(1), keep=0.5, reducer="select", include="0")
     before = {n: t.clone() for n, t in named_tensors(small.model).items()}
-    LeastSquares()(small, model, graph, images())
+    LeastSquares(strength=1e-3)(small, model, graph, images())
     changed = {n for n, t in named_tensors(small.model).items() if not torch.equal(t, before[n])}
-    assert changed == {"4.weight", "4.bias"}
+    assert changed == {"4.weight", "4.bias"} | solved
 
 
 def test_structure_modes_hooks_and_gradients_survive(tmp_path: Path) -> None:

@@ -70,6 +70,20 @@ def test_what_is_dropped_leaves_its_part_of_the_file_to_others() -> None:
     shelf.close()
 
 
+@pytest.mark.parametrize("memory", [0, 2**20])
+def test_what_is_renamed_lies_under_the_new_name(memory: int) -> None:
+    tensor = make(1)[0]
+    copy, shelf = tensor.clone(), Shelf(memory)
+    shelf.lay("a", [tensor.untyped_storage()], 0)
+    shelf.rename("a", "b")
+    shelf.ensure([tensor.untyped_storage()])
+    assert torch.equal(tensor, copy)
+    assert list(shelf.items) == ["b"]
+    shelf.take("b")
+    assert (shelf.items, shelf.held) == ({}, 0)
+    shelf.close()
+
+
 def test_closing_gives_back_what_others_hold() -> None:
     kept, lost = make(2)
     copy = kept.clone()

@@ -57,6 +57,20 @@ def is_solvable(module: nn.Module) -> TypeGuard[LinearMap]:
     return is_linear_map(module) and not nn.utils.parametrize.is_parametrized(module)
 
 
+def has_own_forward(module: LinearMap) -> bool:
+    """Whether it is of a subclass that may do more than a product, such as pad."""
+    return type(module).forward not in _FORWARDS and not _is_stored_transposed(module)
+
+
+_FORWARDS = tuple(
+    kind.forward
+    for kind in (
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    )
+)
+
+
 def _is_dense(module: nn.Module) -> TypeGuard[LinearMap]:
     """A linear layer, or a convolution in which every output reads every input channel."""
     return is_convolution_or_linear(module) and getattr(module, "groups", 1) == 1
@@ -164,6 +178,11 @@ class Layer:
     def outputs(self) -> int:
         """How many channels it gives."""
         return self.module.weight.shape[self.output_dim] * (self.groups if self.output_dim else 1)
+
+    @property
+    def all_outputs(self) -> int:
+        """How many its weight has, of which a function may give some."""
+        return self.outputs
 
     @property
     def fan_in(self) -> int:
@@ -308,7 +327,7 @@ class Layer:
         corner = places * places.new_tensor([s * step for s, step in zip((1, *module.stride), strides, strict=True)])
         kernel = [sum(o * step for o, step in zip(tap, strides[1:], strict=True)) for tap in _list_taps(module)]
         flat = corner.sum(1, keepdim=True) + places.new_tensor(kernel)
-        return x.reshape(-1, x.shape[-1]).index_select(0, flat.flatten()).reshape(*flat.shape, -1)
+        return x.reshape(-1, x.shape[-1]).index_select(0, flat.flatten()).reshape(*flat.shape, x.shape[-1])
 
     def _scattered(self, x: Tensor, places: Tensor) -> Tensor:
         """What a transposed convolution adds up at these places, likewise: 0 where a place of the kernel has nothing.

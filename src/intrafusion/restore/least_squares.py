@@ -12,8 +12,7 @@ from intrafusion.arguments import Seed, checked
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.input_batches import Batches, read_input_batches
-from intrafusion.network.layers import find_layers, is_solvable
-from intrafusion.network.tensors import check_graph, copy_model, named_tensors
+from intrafusion.network.tensors import check_graph, copy_model
 from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.restore.solver import LayerSolver
 from intrafusion.surgery.write import write_weights_
@@ -26,8 +25,9 @@ T = TypeVar("T")
 class LeastSquares:
     r"""Solve every layer of the smaller network for the outputs of the original one, on unlabelled images.
 
-    Two forward passes in all. The first stores rows y of the original network's outputs. The second runs the smaller
-    network; when it reaches a layer, whose inputs x then come from restored layers, the layer becomes
+    Two forward passes in all, more where layers run more than once. The first stores rows y of the original network's
+    outputs. The second runs the smaller network; when it reaches a layer, whose inputs x then come from restored
+    layers, the layer becomes
 
         W, b  <-  argmin  mean || M y - (W x + b) ||^2 + lam || W - W_0 ||^2,
 
@@ -46,12 +46,13 @@ class LeastSquares:
     Norms over channels of which some are gone (a LayerNorm in a stream that was selected from) are fitted where they
     are reached: gain and shift of each channel, for what the original's norm gave, see `NormFits`.
 
-    What is solved: convolutions, transposed ones too, and linear layers that run once in a forward pass; each group of
-    a grouped or depthwise convolution by itself (`GroupedRidge`). Tied and reparametrised weights, and subclasses that
-    do more than their weight times patches, are left alone. Images go through in batches, which wait for each other at
-    each layer: it is solved on all of them. What they hold meanwhile, and the stored rows, lie in a temporary file
-    where they exceed half a gigabyte; a layer with d inputs to each output takes `rows` * 4 d bytes for them and
-    32 d^2 bytes for the solution.
+    What is solved: convolutions, transposed ones too, and linear layers; each group of a grouped or depthwise
+    convolution by itself (`GroupedRidge`); layers that run more than once in a forward pass for all their calls, where
+    the network keeps no state; weights that functions multiply with (`BareLayer`), as attention's projections, where
+    nothing else reads them. Tied and reparametrised weights are left alone. Images go through in batches, which wait
+    for each other at each layer: it is solved on all of them. What they hold meanwhile, and the stored rows, lie in a
+    temporary file where they exceed half a gigabyte; a layer with d inputs to each output takes `rows` * 4 d bytes for
+    them and 32 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
 
     Attributes:
@@ -97,9 +98,7 @@ class LeastSquares:
         inputs = read_input_batches(require_images(images, self), reference)
         small = copy_model(compressed.model).eval()
         solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs, memory=inputs.memory)
-        layers = find_layers(small, graph, is_solvable)
-        written = {id(t) for name in solved.changes for t in layers[name].writable}
-        new = {n: t.detach() for n, t in named_tensors(small).items() if id(t) in written}
+        new = {name: tensor.detach() for name, tensor in solved.written.items()}
         write_weights_(compressed.model, {**new, **solved.norms})
 
     def restore(

@@ -115,7 +115,7 @@ class Noise:
         write_weights_(small, _reduce_tensors(reference, graph, maps))
         write_weights_(result, _reduce_tensors(original, graph, maps))
         before = measure(small)
-        solved = self.solver.solve_(small, maps, reference, graph, images, memory=images.memory)
+        solved = self.solver.solve_(small, maps, reference, graph, images, bare=False, memory=images.memory)
         small_seen, small_own, seen, own = (
             find_layers(m, graph, is_solvable) for m in (small, result, reference, original)
         )

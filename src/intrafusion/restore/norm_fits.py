@@ -128,17 +128,25 @@ class NormFits:
             yield
 
     @contextlib.contextmanager
-    def fitting(self, model: nn.Module, batch: int, turn: Turn, made: Callable[[Tensor], None]) -> Iterator[None]:
+    def fitting(
+        self,
+        model: nn.Module,
+        batch: int,
+        turn: Turn,
+        made: Callable[[Tensor], None],
+        paused: Callable[[], bool] = lambda: False,
+    ) -> Iterator[None]:
         """Inside, the norms of the smaller network are fitted as they are reached on a batch.
 
         Args:
             made: is told of outputs that are put in place of others.
+            paused: whether layers before are yet to be solved, so that this is no time to fit.
         """
         modules = dict(model.named_modules())
         known = {name: modules[name] for name in self.norms if name in self.store.rows}
 
         def fit(name: str, x: Tensor, output: Tensor) -> Tensor | None:
-            found = self._fit(batch, turn, name, x, output)
+            found = None if paused() else self._fit(batch, turn, name, x, output)
             if found is not None:
                 made(found)
             return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from intrafusion.brief import show_briefly
+from intrafusion.network.layers import sample_places
 from intrafusion.network.row_weights import weigh_evenly
 from intrafusion.restore.live import is_plain
 from intrafusion.restore.places import PlaceSampler, find_images
@@ -39,6 +40,7 @@ class RowStore:
         self.counts: dict[str, list[Tensor | None]] = {}
         self.owners: dict[str, list[Tensor | None]] = {}
         self.kept: dict[str, list[Tensor]] = {}
+        self.lacking: dict[str, Tensor] = {}
         self.stored = 0
 
     __repr__ = show_briefly
@@ -82,25 +84,44 @@ class RowStore:
         self.stored += 1
         self.shelf.lay((self, name, batch), [rows.untyped_storage()] if is_plain(rows) else [], _LATE + self.stored)
 
+    def add(self, name: str, row: Tensor) -> None:
+        """To each of the rows, when they are taken."""
+        self.lacking[name] = row
+
+    def adopt(self, name: str, other: str) -> None:
+        """The rows of another name in place of its own."""
+        self.forget(name)
+        self.rows[name] = self.rows.pop(other)
+        for batch in self.rows[name]:
+            self.shelf.rename((self, other, batch), (self, name, batch))
+
     def forget(self, name: str) -> None:
         for batch in self.rows.pop(name, {}):
             self.shelf.drop((self, name, batch))
 
-    def finish(self) -> None:
-        """After the last batch: of more places than are wanted, some remain."""
+    def finish(self, together: Collection[Sequence[str]] = ()) -> None:
+        """After the last batch: of more places than are wanted, some remain.
+
+        Args:
+            together: names that have as many as one, such as of a layer's calls.
+        """
         for name in self.rows:
-            kept = self.sampler.list_kept(name)
-            if kept is not None:
-                self.kept[name] = kept
-                self.places[name] = _take(self.places[name], kept)
-                self.counts[name] = [None if c is None else c[k] for c, k in zip(self.counts[name], kept, strict=True)]
-                self.owners[name] = [None if o is None else o[k] for o, k in zip(self.owners[name], kept, strict=True)]
-            counts, owners = ([t for t in of[name] if t is not None] for of in (self.counts, self.owners))
-            self.weights[name] = weigh_evenly(torch.cat(counts)) if counts else None
+            if (kept := self.sampler.list_kept(name)) is not None:
+                self._keep(name, kept)
+        for names in together:
+            self._thin(names)
+        for name in self.rows:
+            owners = [t for t in self.owners[name] if t is not None]
+            self.weights[name] = self.weigh([name])
             total = sum(map(len, self.places[name]))
             if sum(map(len, owners)) < total:  # stretches of rows stand for images
                 owners = [torch.arange(total, device=self.places[name][0].device) * self.count // total]
             self.images[name] = torch.cat(owners)
+
+    def weigh(self, names: Sequence[str]) -> Tensor | None:
+        """How much each row of these names counts among them, (k, 1) of mean 1; None for all alike."""
+        counts = [t for name in names for t in self.counts[name] if t is not None]
+        return weigh_evenly(torch.cat(counts)) if counts else None
 
     def take(self, name: str) -> Tensor:
         """The rows of all batches, (k, c); they are not kept any longer."""
@@ -108,7 +129,27 @@ class RowStore:
             self.shelf.take((self, name, batch))
         rows = list(self.rows.pop(name).values())
         kept = self.kept.get(name)
-        return torch.cat(rows if kept is None else _take(rows, kept))
+        found = torch.cat(rows if kept is None else _take(rows, kept))
+        return found + self.lacking[name].to(found) if name in self.lacking else found
+
+    def _keep(self, name: str, kept: Sequence[Tensor]) -> None:
+        """Of what was kept before, (k,) of True and False for each batch."""
+        self.places[name] = _take(self.places[name], kept)
+        self.counts[name] = [None if c is None else c[k] for c, k in zip(self.counts[name], kept, strict=True)]
+        self.owners[name] = [None if o is None else o[k] for o, k in zip(self.owners[name], kept, strict=True)]
+        before = self.kept.get(name)
+        if before is not None:
+            kept = [old.masked_scatter(old, new) for old, new in zip(before, kept, strict=True)]
+        self.kept[name] = list(kept)
+
+    def _thin(self, names: Sequence[str]) -> None:
+        """Of each as large a part as of the others; the same places wherever batches are cut."""
+        sizes = {name: [len(own) for own in self.places[name]] for name in names}
+        total, limit = sum(map(sum, sizes.values())), self.sampler.limits[names[0]]
+        for name, own in sizes.items() if total > limit else ():
+            mask = torch.zeros(sum(own), dtype=torch.bool)
+            mask[sample_places(name, (len(mask),), len(mask) * limit // total, self.sampler.seed)[:, 0]] = True
+            self._keep(name, mask.split(own))
 
 
 def _take(tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:

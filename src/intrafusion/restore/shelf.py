@@ -80,6 +80,12 @@ class Shelf:
             self._fetch(self.items[key])
             self.held -= self.items.pop(key).size
 
+    def rename(self, key: Hashable, new: Hashable) -> None:
+        """What lies there, under another key."""
+        item = self.items[new] = self.items.pop(key)
+        if item.away is not None:
+            self.emptied.update((storage._cdata, new) for storage in item.storages)
+
     def drop(self, key: Hashable) -> None:
         """These are not needed any more."""
         item = self.items.pop(key)
@@ -100,12 +106,15 @@ class Shelf:
     def close(self) -> None:
         """What others than the shelf still hold is put back; of the rest, and the file, nothing is left."""
         for key in list(self.items):
-            item = self.items[key]
-            if any(torch._C._storage_Use_Count(s._cdata) > 1 for s in item.storages):
-                self.take(key)
-            else:
-                self.drop(key)
+            self.release(key)
         self.file.close()
+
+    def release(self, key: Hashable) -> None:
+        """Have these as they were if others hold them, else nothing of them."""
+        if any(torch._C._storage_Use_Count(s._cdata) > 1 for s in self.items[key].storages):
+            self.take(key)
+        else:
+            self.drop(key)
 
     def _put_away(self, item: _Item, key: Hashable) -> None:
         item.away = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.names import name_some
+from intrafusion.network.batches import count_images
 from intrafusion.network.calibration_images import warn_caller
 from intrafusion.network.free_pages import return_free_pages
 from intrafusion.network.inputs import Inputs, told_of
@@ -25,6 +28,7 @@ from intrafusion.network.state import evaluate_alone, remember_random_numbers
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.progress import report
 from intrafusion.reduce.problem import ReductionMap
+from intrafusion.restore.bare import BareLayer, BareWatcher
 from intrafusion.restore.live import LiveTensors, is_plain
 from intrafusion.restore.lockstep import Turn, run_in_lockstep
 from intrafusion.restore.norm_fits import NormFits, find_channel_norms
@@ -36,6 +40,10 @@ from intrafusion.restore.strength import STRENGTHS, Change, Task, choose_strengt
 from intrafusion.restore.targets import Targets, name_batch, prepare, record_targets
 from intrafusion.restore.too_large import TooLarge
 from intrafusion.restore.uses import Unread, UseWatcher
+from intrafusion.trace.decomposition import unfuse_attention
+
+Arrange = Callable[[Tensor], Tensor]
+"""Of what a layer reads or gives, a view along whose first dimension the images run; see `BareLayer.arrange`."""
 
 _UNREAD = 1e8  # when it is due what a network was called on, as most is read at the beginning only
 _RIGHT = 1e-5  # a layer whose outputs are off by less than this fraction of their size is left alone
@@ -43,7 +51,7 @@ _RIGHT = 1e-5  # a layer whose outputs are off by less than this fraction of the
 
 @dataclass(frozen=True)
 class Solved:
-    """What was written: changes of layers, by name, and gains and shifts of norms, by tensor.
+    """What was written: changes of layers, by name, gains and shifts of norms, by tensor, and all tensors of layers.
 
     Attributes:
         skipped: layers that were left alone, and why.
@@ -51,6 +59,7 @@ class Solved:
 
     changes: Mapping[str, Change]
     norms: Mapping[str, Tensor]
+    written: Mapping[str, Tensor]
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     __repr__ = show_briefly
@@ -93,6 +102,7 @@ class LayerSolver:
         left: Collection[str] = (),
         reached: Sequence[Inputs] | None = None,
         memory: int | None = None,
+        bare: bool = True,
     ) -> Solved:
         """Solve the layers of a network in evaluation mode, and fit its norms, in place.
 
@@ -109,6 +119,7 @@ class LayerSolver:
                 already and it reads something else.
             memory: bytes of activations that are held at most besides those of the batch that runs; where one batch
                 needs more, all are cut. None: half a gigabyte, see `find_bound`, and batches stay as they are.
+            bare: whether weights that functions multiply with are solved too, see `BareLayer`.
         Raises:
             ModelError: one of the networks gives NaN on the images; the disk is full.
             RecipeError: one image needs more than `memory`.
@@ -117,7 +128,7 @@ class LayerSolver:
         while True:
             with contextlib.closing(Shelf(find_bound() if memory is None else memory)) as shelf:
                 try:
-                    return self._solve_(small, maps, reference, graph, inputs, reached, left, shelf, memory)
+                    return self._solve_(small, maps, reference, graph, inputs, reached, left, shelf, memory, bare)
                 except TooLarge as found:
                     cut = found
             cut.check(reference)
@@ -134,15 +145,18 @@ class LayerSolver:
         left: Collection[str],
         shelf: Shelf,
         memory: int | None,
+        bare: bool,
     ) -> Solved:
         """On batches as they are, for which memory may turn out too small before anything is written."""
         layers, originals = (find_layers(m, graph, is_solvable) for m in (small, reference))
         common = {name: layer for name, layer in originals.items() if name in layers and name not in left}
         stores = [RowStore(PlaceSampler(inputs, self.rows, self.seed), shelf) for _ in range(2)]
         fits = NormFits(find_channel_norms(small, graph, maps), stores[1], self.fixed_strength, self.scarcity)
-        targets = record_targets(reference, common, inputs, stores[0], fits, drift=self.drift, memory=memory)
-        merges = {name: find_output_merge(originals[name], graph, maps) for name in targets.names}
-        solving = _Solving({n: layers[n] for n in targets.names}, targets, merges, fits, self)
+        seen: dict[str, Any] = {"drift": self.drift, "memory": memory, "graph": graph if bare else None, "left": left}
+        targets = record_targets(reference, common, inputs, stores[0], fits, **seen)
+        merges = {name: find_output_merge(layer, graph, maps) for name, layer in targets.layers.items()}
+        known = {name: layers[name] for name in targets.layers if name in layers}
+        solving = _Solving(known, targets, merges, fits, self, graph)
         with evaluate_alone(small):
             solving.run(small, reached)
         if targets.parted:
@@ -150,7 +164,7 @@ class LayerSolver:
                 f"restoring: {name_some(sorted(targets.parted))} left as before: batches reach them in different ways; "
                 "give such a network all inputs as one batch."
             )
-        return Solved(solving.changes, fits.list_written(small), targets.skipped)
+        return Solved(solving.changes, fits.list_written(small), solving.list_written(small), targets.skipped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +189,11 @@ class LayerRows:
 
 
 class _Solving:
-    """The passes of the smaller network, in which each layer is solved when all batches have reached it."""
+    """The passes of the smaller network, in which each layer is solved when all batches have reached it.
+
+    For layers that run more than once there are passes up to the first call of one of them, in which all that they read
+    is seen.
+    """
 
     def __init__(
         self,
@@ -184,17 +202,47 @@ class _Solving:
         merges: Mapping[str, Tensor | None],
         fits: NormFits,
         solver: LayerSolver,
+        graph: ChannelGraph,
     ) -> None:
-        self.layers, self.targets, self.merges, self.fits, self.solver = layers, targets, merges, fits, solver
+        self.layers, self.merges = dict(layers), dict(merges)
+        self.targets, self.fits, self.solver, self.graph = targets, fits, solver, graph
         self.shelf, self.summed = targets.store.shelf, targets.summed
         self.left_out = leave_out(sum(targets.store.sampler.counts))
         self.inputs: dict[str, Tensor] = {}  # rows that a layer reads, as far as batches have come
         self.changes: dict[str, Change] = {}
-        self.solved = 0
+        self.settled: set[str] = set()
+        self.wanted: dict[str, list[Tensor]] = {}  # of each call of layers that run more than once
+        self.read: dict[str, dict[int, Tensor]] = {}  # by what the store calls a call, and by batch
 
     def run(self, small: nn.Module, batches: Sequence[Inputs]) -> None:
-        self.coming, count = iter(batches), len(batches)  # passes begin one after another
-        passes = [_Pass(self, small, batch, count) for batch in range(count)]
+        """In the order in which layers are first reached; those that read what they gave themselves are one place."""
+        self.small, self.batches, self.restart = small, batches, remember_random_numbers(small)
+        loop = list[str]()
+        with unfuse_attention():  # around all threads, as it holds for all
+            for name in self.targets.repeated:
+                read = self.watch([name])[name]
+                if read and self.is_looped(name, read):
+                    loop.append(name)
+                    continue
+                if loop:
+                    self.solve_loop_(loop)
+                    loop, read = [], self.watch([name])[name]
+                self.settle_(name, read)
+            if loop:
+                self.solve_loop_(loop)
+            self.watch([])
+        report("restoring layers", len(self.layers), len(self.layers))
+
+    def watch(self, names: Collection[str]) -> dict[str, list[Tensor]]:
+        """A pass, in which layers are solved as far as all before them is; what these read at each of their calls.
+
+        Of a layer that does not run as often as in the original network, nothing.
+        """
+        calls, count = self.targets.calls, len(self.batches)
+        self.read = {key: {} for name in names for key in calls[name]}
+        self.coming = iter(self.batches)  # passes begin one after another
+        self.restart()
+        passes = [_Pass(self, self.small, batch, count) for batch in range(count)]
         run_in_lockstep(
             [one.run for one in passes],
             self.meet,
@@ -202,7 +250,86 @@ class _Solving:
             around=lambda batch: passes[batch].going(),
             parted=self.part,
         )
-        report("restoring layers", len(self.layers), len(self.layers))
+        for key in {one.given for one in passes} | set(passes):
+            if key in self.shelf.items:
+                self.shelf.release(key)
+        whole = [name for name in names if all(len(self.read[key]) == count for key in calls[name])]
+        parts = {name: [[self.read[key][b] for b in range(count)] for key in calls[name]] for name in whole}
+        self.read = {}
+        return {name: [torch.cat(own, -2) for own in parts.get(name, ())] for name in names}
+
+    def is_looped(self, name: str, read: Sequence[Tensor]) -> bool:
+        """Whether what a layer reads at its calls depends on what it gave at earlier ones."""
+        weight = self.layers[name].module.weight.data
+        own = weight.clone()
+        weight.mul_(0.5)
+        try:
+            changed = self.watch([name])[name]
+        finally:
+            weight.copy_(own)
+        return len(changed) != len(read) or not all(map(torch.equal, read, changed))
+
+    def settle_(self, name: str, read: Sequence[Tensor]) -> None:
+        if read:
+            self.solve_calls_(name, read)
+        else:
+            self.targets.skipped[name] = "it runs another number of times in the smaller network"
+        self.settled.add(name)
+        self.wanted.pop(name, None)
+
+    def take_wanted(self, name: str) -> list[Tensor]:
+        """What a layer gave at each of its calls in the original network."""
+        if name not in self.wanted:
+            self.wanted[name] = [self.targets.store.take(key) for key in self.targets.calls[name]]
+        return self.wanted[name]
+
+    def solve_calls_(self, name: str, read: Sequence[Tensor]) -> bool:
+        """Solve a layer for its first calls, at which it reads this."""
+        layer, inputs, store = self.layers[name], torch.cat(list(read), -2), self.targets.store
+        calls = self.targets.calls[name][: len(read)]
+        wanted, images = torch.cat(self.take_wanted(name)[: len(read)]), torch.cat([store.images[key] for key in calls])
+        given = layer.apply_norm(layer.compute(inputs))
+        return self.solve_layer_(layer, LayerRows(inputs, given, wanted, store.weigh(calls), images))
+
+    def solve_loop_(self, names: Sequence[str]) -> None:
+        """Solve layers that read what they gave, for their first call, then for the first 2, 4, ... and all.
+
+        By then, what they read at these calls is near what it is to be. The weights with the least error at all calls,
+        as it then is, stay; the least may be that of before.
+        """
+        writable = [t for name in names for t in self.layers[name].writable]
+        calls = max(len(self.targets.calls[name]) for name in names)
+        least, best, changes = math.inf, [t.detach().clone() for t in writable], dict(self.changes)
+        for name, upto in (*((n, upto) for upto in _double_up_to(calls) for n in names), (names[0], 0)):
+            found = self.watch(names)
+            error = sum(self.measure(n, read) for n, read in found.items())
+            if error < least:
+                least, best, changes = error, [t.detach().clone() for t in writable], dict(self.changes)
+            elif not math.isfinite(error) and math.isfinite(least):
+                break  # a loop that grew without bounds
+            if upto and found[name]:
+                self.solve_calls_(name, found[name][:upto])
+        self.changes = changes
+        for tensor, value in zip(writable, best, strict=True):
+            tensor.data.copy_(value)
+        for name in names:
+            self.settled.add(name)
+            self.wanted.pop(name, None)
+
+    def measure(self, name: str, read: Sequence[Tensor]) -> float:
+        """The squared error of what a layer gives at all its calls, as a fraction of the square of what it should.
+
+        Behind the activation function, where only that reads the layer. Infinite where it does not run as often.
+        """
+        if not read:
+            return math.inf
+        layer, weights = self.layers[name], self.targets.store.weigh(self.targets.calls[name])
+        activation = self.targets.activations.get(name, lambda rows: rows)
+        target = self.merge(name, activation(torch.cat(self.take_wanted(name))))
+        given = activation(layer.apply_norm(layer.compute(torch.cat(list(read), -2))))
+        error, size = (target - given).square(), target.square()
+        error, size = (t if weights is None else t * weights.to(t) for t in (error, size))
+        return float(error.sum(dtype=torch.float64) / size.sum(dtype=torch.float64).clamp(min=1e-300))
 
     def meet(self, key: tuple[str, str], brought: Sequence[Any]) -> Sequence[Any]:
         """All batches stand at a layer with what it gives, or at a norm."""
@@ -210,6 +337,7 @@ class _Solving:
         if kind != "layer":
             return self.fits.meet(key, brought)
         store = self.targets.store
+        self.settled.add(name)
         rows = LayerRows(
             self.inputs.pop(name), torch.cat(list(brought)), store.take(name), store.weights[name], store.images[name]
         )
@@ -220,8 +348,28 @@ class _Solving:
         kind, name = key
         self.inputs.pop(name, None)
         if kind == "layer":
+            self.settled.add(name)
             self.targets.parted.add(name)
             self.targets.skipped[name] = "batches reach it in different ways in the smaller network"
+
+    def knows(self, layer: BareLayer, model: nn.Module) -> bool:
+        """Whether what a function computes is to be solved; the first batch tells what it is in the smaller network."""
+        name, original = layer.name, self.targets.layers.get(layer.name)
+        if not isinstance(original, BareLayer) or name in self.targets.skipped:
+            return False
+        if name not in self.layers:
+            merge = layer.cut_merge(self.merges[name], original)
+            if merge is None:
+                self.targets.skipped[name] = "in the smaller network it gives what came from another product as well"
+                return False
+            self.layers[name], self.merges[name] = layer.like(original, named_tensors(model)), merge
+        known = self.layers[name]
+        return isinstance(known, BareLayer) and (known.start, known.outputs) == (layer.start, layer.outputs)
+
+    def list_written(self, small: nn.Module) -> dict[str, Tensor]:
+        """Tensors of the network that were written, by name."""
+        written = {t.untyped_storage()._cdata for name in self.changes for t in self.layers[name].writable}
+        return {n: t for n, t in named_tensors(small).items() if t.untyped_storage()._cdata in written}
 
     def bring_inputs(self, name: str, batch: int, inputs: Tensor) -> None:
         """Into one matrix for all batches, so that they are not there twice."""
@@ -237,8 +385,7 @@ class _Solving:
 
     def solve_layer_(self, layer: Layer, rows: LayerRows) -> bool:
         """Solve one layer on these rows and write it; False if it is right already."""
-        report("restoring layers", self.solved, len(self.layers))
-        self.solved += 1
+        report("restoring layers", len(self.settled), len(self.layers))
         given, target = rows.given, self.merge(layer.name, rows.wanted)
         if float((target - given).norm()) <= _RIGHT * float(target.norm()):
             return False
@@ -254,7 +401,8 @@ class _Solving:
                 f"check the scale of the images, and the sizes asked for."
             )
         layer.add_(*change)
-        self.changes[layer.name] = change
+        before = self.changes.get(layer.name)
+        self.changes[layer.name] = change if before is None else (before[0] + change[0], before[1] + change[1])
         return True
 
     def find_change(self, task: Task, rows: LayerRows) -> Change | None:
@@ -281,12 +429,21 @@ class _Solving:
         finite = torch.isfinite(inputs).all(1) & torch.isfinite(rows.given).all(1)
         if bool(finite.all()):
             return "these images"
-        ends = list(itertools.accumulate(map(len, self.targets.store.places[name])))
-        return name_batch(self.targets.store.sampler.counts, bisect.bisect(ends, int(finite.int().argmin())))
+        counts, places = self.targets.store.sampler.counts, self.targets.store.places
+        ends = list(itertools.accumulate(len(own) for key in self.targets.calls[name] for own in places[key]))
+        return name_batch(counts, bisect.bisect(ends, int(finite.int().argmin())) % len(counts))
 
     def merge(self, name: str, rows: Tensor) -> Tensor:
         merge = self.merges[name]
         return rows if merge is None else rows @ merge.T.to(rows)
+
+
+def _double_up_to(count: int) -> list[int]:
+    """
+    >>> _double_up_to(7), _double_up_to(4)
+    ([1, 2, 4, 7], [1, 2, 4])
+    """
+    return [*(2**i for i in range(count.bit_length()) if 2**i < count), count]
 
 
 class _Pass:
@@ -300,7 +457,9 @@ class _Pass:
         self.layers, self.shelf, self.store = solving.layers, solving.shelf, solving.targets.store
         self.live = LiveTensors(self.before)
         self.uses = UseWatcher(self.layers, before_sum=self.entered)
-        self.waiting: dict[str, Tensor] = {}
+        self.waiting: dict[str, tuple[Tensor, Arrange]] = {}
+        self.turns: Counter[str] = Counter()
+        self.open = False  # behind a layer that is not solved yet
         self.random = remember_random_numbers(small)
         self.given: frozenset[int] = frozenset()  # storages of what the network is called on
         self.steps = 0
@@ -326,12 +485,18 @@ class _Pass:
     def run(self, turn: Turn) -> None:
         self.turn = turn
         model, live = self.small, contextlib.nullcontext()
-        if self.count > 1:
-            live, model = self.live, copy_model(model, share=named_tensors(model).keys() - self.solving.targets.written)
+        if self.count > 1 or self.solving.targets.repeated:  # each pass begins with what is kept as it was
+            model = copy_model(model, share=named_tensors(model).keys() - self.solving.targets.written)
+            live = self.live if self.count > 1 else live
         modules = {name: module for name, module in model.named_modules() if name in self.layers}
-        fitting = self.solving.fits.fitting(model, self.batch, turn, self.live.note)
-        with live, fitting, watch_calls(modules, self.called, reached=self.reached), self.uses:
+        fitting = self.solving.fits.fitting(model, self.batch, turn, self.live.note, lambda: self.open)
+        bare = contextlib.nullcontext()
+        if any(isinstance(layer, BareLayer) for layer in self.solving.targets.layers.values()):
+            ran = self.solving.targets.ran
+            bare = BareWatcher(model, self.solving.graph, ran, reached=self.reached_bare, called=self.called_bare)
+        with live, fitting, watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
             given = prepare(next(self.solving.coming), model).copied()
+            self.model, self.images = model, count_images(given)
             self.given = frozenset(t.untyped_storage()._cdata for t in given.tensors() if is_plain(t))
             with told_of(model, given):
                 read_iterators(model(*given.args, **(given.kwargs or {})))
@@ -342,13 +507,36 @@ class _Pass:
         if self.shelf.emptied:
             self.shelf.ensure([t.untyped_storage() for t in given if is_plain(t)])
 
-    def reached(self, name: str, x: Tensor) -> None:
+    def reached_bare(self, layer: BareLayer, x: Tensor) -> None:
+        arrange: Arrange = lambda rows: layer.arrange(rows, self.images)  # noqa: E731
+        if self.solving.knows(layer, self.model):
+            places = self.store.places[layer.name][self.batch]
+            if layer.spatial_dims or places.shape[1] == arrange(x).dim() - 1:
+                self.reached(layer.name, x, arrange)
+
+    def reached(self, name: str, x: Tensor, arrange: Arrange = lambda rows: rows) -> None:
+        layer, calls = self.layers[name], self.solving.targets.calls[name]
+        self.note_read(layer, calls[self.turns[name] : self.turns[name] + 1], x)
+        self.turns[name] += 1
+        if name in self.solving.settled:
+            return
+        self.open = self.open or len(calls) > 1
+        if self.open:
+            return
         if name in self.solving.summed:
-            self.waiting[name] = x
+            self.waiting[name] = x, arrange
         else:
-            layer = self.layers[name]
-            inputs = layer.take_inputs(x, self.store.places[name][self.batch])
+            inputs = layer.take_inputs(arrange(x), self.store.places[name][self.batch])
             self.wait(layer, inputs, layer.apply_norm(layer.compute(inputs)))
+
+    def note_read(self, layer: Layer, calls: Sequence[str], x: Tensor) -> None:
+        """What a layer reads at a call, if that is watched."""
+        for key in calls:
+            if key in self.solving.read:
+                self.solving.read[key][self.batch] = layer.take_inputs(x, self.store.places[key][self.batch])
+
+    def called_bare(self, layer: BareLayer, x: Tensor, output: Tensor) -> None:
+        self.called(layer.name, x, output)
 
     def called(self, name: str, x: Tensor, output: Tensor) -> None:
         if name in self.waiting:
@@ -357,10 +545,11 @@ class _Pass:
     def entered(self, found: Unread, a: Tensor, b: Tensor) -> None:
         with unseen_by_modes():  # rows that are brought are no part of what the batch holds
             for output, name in found:
-                if name in self.waiting:
-                    layer, x, places = self.layers[name], self.waiting.pop(name), self.store.places[name][self.batch]
-                    given = layer.take_outputs(a, places) + layer.take_outputs(b, places)
-                    if self.wait(layer, layer.take_inputs(x, places), given):
+                if name in self.waiting and not self.open:
+                    layer, places = self.layers[name], self.store.places[name][self.batch]
+                    x, arrange = self.waiting.pop(name)
+                    given = layer.take_outputs(arrange(a), places) + layer.take_outputs(arrange(b), places)
+                    if self.wait(layer, layer.take_inputs(arrange(x), places), given):
                         output.copy_(layer.apply_norm(layer.module.forward(x)))
 
     def wait(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:

@@ -47,7 +47,7 @@ def find_output_merge(layer: Layer, graph: ChannelGraph, maps: Mapping[str, Redu
         for member in group.members if member.tensor == layer.weight_name
         if (positions := _find_outputs(layer, group, member)) is not None
     ]  # fmt: skip
-    return compose_merges(touching, layer.outputs) if touching else None
+    return compose_merges(touching, layer.all_outputs) if touching else None
 
 
 def _find_outputs(layer: Layer, group: ChannelGroup, member: Member) -> np.ndarray | None:

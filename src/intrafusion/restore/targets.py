@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,18 +12,21 @@ from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
+from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import cast_like, channels_last, count_images, double_first
 from intrafusion.network.free_pages import return_free_pages
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import Layer, watch_calls
+from intrafusion.network.layers import Layer, has_own_forward, watch_calls
 from intrafusion.network.state import evaluate_alone, preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.restore.activation import Activation
+from intrafusion.restore.bare import BareLayer, BareWatcher
 from intrafusion.restore.live import LiveTensors
 from intrafusion.restore.norm_fits import NormFits
 from intrafusion.restore.row_store import RowStore
 from intrafusion.restore.too_large import TooLarge, check_size, is_out_of_memory
 from intrafusion.restore.uses import Unread, UseWatcher
+from intrafusion.trace.decomposition import unfuse_attention
 
 _FEW = 16  # places by which a layer is tried
 
@@ -56,6 +60,9 @@ class Targets:
         parted: those of them that another batch reaches in another way.
         written: tensors that a forward pass writes, by name.
         needs: bytes that a pass held at most between two layers, by batch.
+        layers: those of the original network that there are rows of.
+        calls: of each of them, the names in the store of what it gave at its calls.
+        ran: modules whose weights are theirs alone.
     """
 
     store: RowStore
@@ -66,12 +73,16 @@ class Targets:
     parted: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     needs: list[int] = field(default_factory=list)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+    calls: dict[str, list[str]] = field(default_factory=dict)
 
     __repr__ = show_briefly
 
     @property
-    def names(self) -> list[str]:
-        return list(self.store.rows)
+    def repeated(self) -> list[str]:
+        """Layers that run more than once, in the order of their first calls."""
+        return [name for name, calls in self.calls.items() if len(calls) > 1]
 
 
 def record_targets(
@@ -83,25 +94,33 @@ def record_targets(
     *,
     drift: bool = True,
     memory: int | None = None,
+    graph: ChannelGraph | None = None,
+    left: Collection[str] = (),
 ) -> Targets:
     """One forward pass of the original network on each batch; it is left as it was.
 
-    What a whole pass tells is taken from the first batch: which layers run once and are what they look like, what reads
-    them. Layers that later batches do not reach in the same way are skipped.
+    What a whole pass tells is taken from the first batch: how often layers run and which are what they look like, what
+    reads them. Of layers that run more than once each call is stored by itself, and not the sums that it enters. Layers
+    that later batches do not reach in the same way are skipped.
 
     Args:
         fits: norms for which what they give is stored too.
         drift: whether sums are wanted in place of the summands.
         memory: bytes that a batch may hold between two layers; None for any.
+        graph: that of the network, if weights are to be seen that functions multiply with.
+        left: modules whose weights are not.
     Raises:
         ModelError: the network gives NaN on a batch, which is named.
         TooLarge: a batch does not fit into memory, or the device has no room for it.
     """
     recording = _Recording(layers, store, fits, drift)
-    with preserve_state(reference) as put_back:
+    if graph is not None:
+        recording.watch_bare(reference, graph, left)
+    with preserve_state(reference) as put_back, unfuse_attention():
         for batch, call in enumerate(batches):
             with evaluate_alone(reference):
                 recording.run_or_tell(reference, batch, call)
+            recording.again = recording.again and not put_back.rebound
             put_back()
             check_size(call, recording.targets.needs[batch], memory)
             return_free_pages()
@@ -118,11 +137,18 @@ class _Recording:
         fits: NormFits | None,
         drift: bool,
     ) -> None:
-        self.layers, self.store, self.fits, self.drift = layers, store, fits, drift
+        self.layers, self.store, self.fits, self.drift = dict(layers), store, fits, drift
         self.targets = Targets(store)
+        self.bare: BareWatcher | None = None
+        self.left: Collection[str] = ()
         self.plain: dict[str, bool] = {}
+        self.calls: dict[str, list[str]] = {}
+        self.again = True  # whether another pass of the network sees the same
         self.parted: dict[str, int] = {}  # the first batch that reaches a layer in another way
         self.events: list[dict[str, str]] = []  # of each batch: what happened to each layer
+
+    def watch_bare(self, reference: nn.Module, graph: ChannelGraph, left: Collection[str]) -> None:
+        self.bare, self.left = BareWatcher(reference, graph, self.targets.ran, called=self.called_bare), left
 
     def run_or_tell(self, reference: nn.Module, batch: int, call: Inputs) -> None:
         try:
@@ -134,7 +160,12 @@ class _Recording:
 
     def run(self, reference: nn.Module, batch: int, call: Inputs) -> None:
         self.batch, self.call = batch, prepare(call, reference)
+        self.images = count_images(self.call)
         self.events.append({})
+        self.turns: Counter[str] = Counter()
+        self.arranged: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.targets.ran.clear()
+        self.targets.ran.update(self.left)
         self.targets.needs.append(0)
         self.live = LiveTensors(lambda _: None)
         self.uses = UseWatcher(self.layers, after_sum=self.entered if self.drift else None)
@@ -142,62 +173,87 @@ class _Recording:
         fitting = contextlib.nullcontext()
         if self.fits is not None:
             fitting = self.fits.recording(reference, batch, self.call, self.targets.order)
-        modules = {name: layer.module for name, layer in self.layers.items()}
-        with fitting, self.live, watch_calls(modules, self.called), self.uses:
+        modules = {name: layer.module for name, layer in self.layers.items() if not isinstance(layer, BareLayer)}
+        bare = contextlib.nullcontext() if self.bare is None else self.bare
+        if self.bare is not None and batch > 0:
+            self.bare.begin()
+        with fitting, self.live, watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
             outputs = self.call.call(reference)
         if batch == 0:
             self.uses.mark_read(outputs)
-            self.targets.activations = self.uses.activations
+            self.finish_first()
         after = _list_versions(reference)
         self.targets.written |= {name for name, version in versions.items() if after.get(name) != version}
 
-    def called(self, name: str, x: Tensor, output: Tensor) -> None:
+    def reached(self, name: str, x: Tensor) -> None:
+        if not has_own_forward(self.layers[name].module):
+            self.targets.ran.add(name)
+
+    def called_bare(self, layer: BareLayer, x: Tensor, output: Tensor) -> None:
+        self.layers.setdefault(layer.name, layer)
+        self.called(layer.name, x, output, lambda rows: layer.arrange(rows, self.images))
+
+    def called(
+        self, name: str, x: Tensor, output: Tensor, arrange: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> None:
         self.targets.needs[-1] = max(self.targets.needs[-1], self.live.count_bytes())
-        events, layer = self.events[-1], self.layers[name]
-        if name in events:
-            self.skip(name, "it runs more than once")
-            return
-        events[name] = "called"
+        layer, key = self.layers[name], self.count_call(name)
+        self.arranged[name] = arrange
         if name not in self.targets.skipped:
-            self.look_at(layer, x, output)
-        if self.plain[name]:
+            self.look_at(layer, key, arrange(x), arrange(output))
+        if self.plain.get(key):
             self.uses.watch(output, name)
 
-    def look_at(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+    def count_call(self, name: str) -> str:
+        """What the store calls this one."""
+        self.turns[name] += 1
+        key = name if self.turns[name] == 1 else f"{name}@{self.turns[name]}"
+        self.events[-1][key] = name
+        calls = self.calls.setdefault(name, [])
+        if key not in calls:
+            calls.append(key)
+        if len(calls) > 1 and isinstance(self.layers[name], BareLayer):
+            self.skip(name, "it runs more than once")
+        return key
+
+    def look_at(self, layer: Layer, key: str, x: Tensor, output: Tensor) -> None:
         name, counts = layer.name, layer.weigh_rows(output, self.call.weights)
         rows = output if output.dim() < 2 else output.movedim(layer.channel_dim, -1)
         limit = layer.limit_rows(self.store.sampler.limit)
-        places = self.store.sample(name, self.batch, rows, counts, count_images(self.call), limit)
+        places = self.store.sample(key, self.batch, rows, counts, self.images, limit)
         if places is None:
             self.part(name, self.batch)
             return
-        self.put(name, layer.apply_norm(layer.take_outputs(output, places)))
+        self.put(name, key, layer.apply_norm(layer.take_outputs(output, places)))
         if self.batch == 0:
             tried = places if len(places) else layer.sample_places(output, _FEW, 0, counts)
-            self.plain[name] = layer.is_plain(x, output, tried)
-        if not self.plain[name]:
+            self.plain[key] = layer.is_plain(x, output, tried)
+        if not self.plain[key]:
             self.skip(name, "it does more than multiply by its weight")
 
     def entered(self, found: Unread, total: Tensor) -> str:
         """Of two layers that enter the sum, the one with the larger filters makes up for the other."""
         name = max((name for _, name in found), key=lambda n: self.layers[n].fan_in)
-        self.events[-1][name] = "summed"
-        self.targets.summed.add(name)
-        if name not in self.targets.skipped:
-            self.put(name, self.layers[name].take_outputs(total, self.store.places[name][self.batch]))
+        self.events[-1][_name_sum(name)] = name
+        self.targets.summed |= set() if self.batch else {name}
+        if name not in self.targets.skipped and len(self.calls[name]) == 1:
+            rows = self.arranged[name](total)
+            rows = self.layers[name].take_outputs(rows, self.store.places[name][self.batch])
+            self.put(name, name if self.batch else _name_sum(name), rows)
         return name
 
-    def put(self, name: str, rows: Tensor) -> None:
+    def put(self, name: str, key: str, rows: Tensor) -> None:
         if not bool(torch.isfinite(rows).all()):
             where = name_batch(self.store.sampler.counts, self.batch)
             raise ModelError(f"{name}: the original network gives NaN or infinity on {where}; check their scale.")
-        self.store.put(name, self.batch, rows)
+        self.store.put(key, self.batch, rows)
         if self.batch == 0:
             self.targets.order.append(("layer", name))
 
     def skip(self, name: str, why: str) -> None:
         self.targets.skipped.setdefault(name, why)
-        self.store.forget(name)
+        for key in (*self.calls.get(name, ()), _name_sum(name)):
+            self.store.forget(key)
 
     def part(self, name: str, batch: int) -> None:
         first = self.parted[name] = min(batch, self.parted.get(name, batch))
@@ -207,18 +263,53 @@ class _Recording:
         )
         self.targets.parted.add(name)
 
+    def finish_first(self) -> None:
+        """After the first batch, it is known how often each layer runs."""
+        reads, calls = self.uses.reads, self.calls
+        again = {name for name, own in calls.items() if len(own) > 1}
+        behind = {n: f for n, f in self.uses.activations.items() if reads[n] == len(calls[n])}
+        self.targets.activations = {n: f for n, f in behind.items() if n not in again & self.targets.summed}
+        self.targets.summed -= again
+        for name in [name for name in calls if _name_sum(name) in self.store.rows]:
+            if len(calls[name]) == 1:
+                self.store.adopt(name, _name_sum(name))
+            else:
+                self.store.forget(_name_sum(name))
+
     def finish(self) -> Targets:
         first = self.events[0]
         for batch, events in enumerate(self.events):
-            for name in first.keys() | events.keys():
-                if first.get(name) != events.get(name):
-                    self.part(name, batch)
+            for event in first.keys() ^ events.keys():
+                self.part({**first, **events}[event], batch)
         targets = self.targets
-        targets.summed &= self.store.rows.keys()
+        for name in self.calls if not self.again else ():
+            if len(self.calls[name]) > 1:
+                self.skip(name, "it runs more than once, in a network that keeps a state between calls")
+        if self.bare is not None:
+            self.settle(self.bare)
+        targets.calls = {name: own for name, own in self.calls.items() if name in self.store.rows}
+        targets.layers = {name: self.layers[name] for name in targets.calls}
+        targets.summed &= targets.layers.keys()
         targets.order = list(dict.fromkeys(reversed(targets.order)))[::-1]
-        for store in (self.store, *([] if self.fits is None else [self.fits.store])):
-            store.finish()
+        self.store.finish([targets.calls[name] for name in targets.repeated])
+        if self.fits is not None:
+            self.fits.store.finish()
         return targets
+
+    def settle(self, bare: BareWatcher) -> None:
+        """Of weights that functions multiply with, those remain that nothing else reads."""
+        for name, bias in bare.settle(self.layers).items():
+            self.store.add(name, bias)
+        for name in bare.list_shared(self.layers, self.store.rows):
+            self.skip(name, "something else reads its weight or its bias as well")
+        for name in self.store.rows & self.layers.keys():
+            if isinstance(layer := self.layers[name], BareLayer):
+                self.targets.skipped.pop(layer.tensor.rpartition(".")[0], None)  # its forward is not its class's
+
+
+def _name_sum(name: str) -> str:
+    """Of the sum that a layer enters, in the store."""
+    return f"sum of {name}"
 
 
 def _list_versions(model: nn.Module) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ class UseWatcher(TorchDispatchMode):
         self.read_once = WeakTensorKeyDictionary()  # what one operation has read
         self.read_again: set[str] = set()
         self.found: dict[str, Activation] = {}
+        self.reads: Counter[str] = Counter()  # how often that activation function did
 
     @property
     def activations(self) -> dict[str, Activation]:
@@ -71,7 +73,8 @@ class UseWatcher(TorchDispatchMode):
         elif outputs and "batch_norm" in func._schema.name and self.layers[outputs[0][1]].norm is not None:
             self.watch(out[0] if isinstance(out, (tuple, list)) else out, outputs[0][1])
         elif (outputs or totals) and (activation := Activation.of(func, args, kwargs)) is not None:
-            self.found[(outputs + totals)[0][1]] = activation
+            name = (outputs + totals)[0][1]
+            self.reads[name] += self.found.setdefault(name, activation).is_same(activation)
         return out
 
 

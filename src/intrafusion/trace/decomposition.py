@@ -20,11 +20,17 @@ def decompose(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def unfuse(model: nn.Module) -> Iterator[None]:
     """Attention layers and recurrent ones step by step, so that every product with a weight of theirs is seen."""
+    with unfuse_attention(), _unfuse_recurrence(any(isinstance(m, nn.RNNBase) for m in model.modules())):
+        yield
+
+
+@contextlib.contextmanager
+def unfuse_attention() -> Iterator[None]:
+    """Attention layers step by step."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _unfuse_recurrence(any(isinstance(m, nn.RNNBase) for m in model.modules())):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
