@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from intrafusion.brief import show_briefly
 
+_LOOK_UP = 0.2  # seconds after which a thread that waits is interrupted also where no signal wakes it
+
 Meet = Callable[[Any, list[Any]], Sequence[Any]]
 """`meet(key, brought)`: all passes stand at this key with what they brought; an answer for each."""
 
@@ -116,7 +118,8 @@ class _Pass(Turn):
             self.thread.start()
         else:
             self.turn.release()
-        self.stands.acquire()
+        while not self.stands.acquire(timeout=_LOOK_UP):
+            pass
         if self.error is not None:
             raise self.error
 
