@@ -385,7 +385,7 @@ class _Solving:
 
     def solve_layer_(self, layer: Layer, rows: LayerRows) -> bool:
         """Solve one layer on these rows and write it; False if it is right already."""
-        report("restoring layers", len(self.settled), len(self.layers))
+        report("restoring layers", len(self.settled - {layer.name}), len(self.layers))
         given, target = rows.given, self.merge(layer.name, rows.wanted)
         if float((target - given).norm()) <= _RIGHT * float(target.norm()):
             return False
