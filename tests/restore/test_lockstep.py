@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import contextvars
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,8 +103,10 @@ def test_an_error_ends_all_and_is_the_one_raised(where: str) -> None:
 
 
 def test_an_interrupt_ends_a_pass_in_the_middle_of_its_work() -> None:
+    leads = ctypes.c_ulong(threading.get_ident())  # which need not be the main thread, where tests run side by side
+
     def run(turn: Turn) -> None:
-        _thread.interrupt_main()
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(leads, ctypes.py_object(KeyboardInterrupt))
         while True:
             turn.check()
             time.sleep(0.001)
