@@ -207,7 +207,7 @@ class _Solving:
         self.layers, self.merges = dict(layers), dict(merges)
         self.targets, self.fits, self.solver, self.graph = targets, fits, solver, graph
         self.shelf, self.summed = targets.store.shelf, targets.summed
-        self.left_out = leave_out(sum(targets.store.sampler.counts))
+        self.left_out = leave_out(targets.store.count)
         self.inputs: dict[str, Tensor] = {}  # rows that a layer reads, as far as batches have come
         self.changes: dict[str, Change] = {}
         self.settled: set[str] = set()
@@ -337,11 +337,12 @@ class _Solving:
         if kind != "layer":
             return self.fits.meet(key, brought)
         store = self.targets.store
-        self.settled.add(name)
         rows = LayerRows(
             self.inputs.pop(name), torch.cat(list(brought)), store.take(name), store.weights[name], store.images[name]
         )
-        return [self.solve_layer_(self.layers[name], rows)] * len(brought)
+        is_written = self.solve_layer_(self.layers[name], rows)
+        self.settled.add(name)
+        return [is_written] * len(brought)
 
     def part(self, key: tuple[str, str]) -> None:
         """Some batches stand at a layer, others at another one or at the end."""
@@ -385,7 +386,7 @@ class _Solving:
 
     def solve_layer_(self, layer: Layer, rows: LayerRows) -> bool:
         """Solve one layer on these rows and write it; False if it is right already."""
-        report("restoring layers", len(self.settled - {layer.name}), len(self.layers))
+        report("restoring layers", len(self.settled), len(self.layers))
         given, target = rows.given, self.merge(layer.name, rows.wanted)
         if float((target - given).norm()) <= _RIGHT * float(target.norm()):
             return False
@@ -407,7 +408,7 @@ class _Solving:
 
     def find_change(self, task: Task, rows: LayerRows) -> Change | None:
         """What rows call for; None where a layer is better left as it is."""
-        solver, apart = self.solver, self.left_out.to(rows.images.device)[self.find_images(rows)]
+        solver, apart = self.solver, self.left_out.to(rows.images.device)[rows.images]
         ridge = task.ridge(rows.inputs, solver.fixed_strength, solver.scarcity)
         if solver.strength is None and bool(apart.any()) and not bool(apart.all()):
             strength = choose_strength(task, rows.inputs, ridge, apart, solver.steps)
@@ -415,13 +416,6 @@ class _Solving:
                 return None
             ridge = ridge.with_strength(strength)
         return task.solve(ridge, solver.steps)
-
-    def find_images(self, rows: LayerRows) -> Tensor:
-        """The image of each row (k,); where that is not known, stretches of rows stand for images."""
-        count, total = len(self.left_out), len(rows.images)
-        if not total or int(rows.images.max()) < count:
-            return rows.images
-        return torch.arange(total, device=rows.images.device) * count // total
 
     def blame(self, name: str, rows: LayerRows) -> str:
         """Where the first row comes from that is not finite."""
