@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from intrafusion.errors import ArgumentError
 from intrafusion.network.gram import multiply_by_group
 from intrafusion.network.row_weights import effective_rows, weigh_evenly
 from intrafusion.restore.ridge import Ridge
@@ -22,26 +21,8 @@ class GroupedRidge(Ridge):
         x: inputs (g, k, d); the rest is as there. The systems have d x d entries, whatever the rows.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        strength: float,
-        *,
-        scarcity: float = 0.0,
-        intercept: bool = True,
-        weights: Tensor | None = None,
-    ) -> None:
-        groups, k, d = x.shape
-        if not k:
-            raise ArgumentError("ridge: expected at least one row, got none.")
-        self.intercept, self.few, self.scarcity = intercept, False, scarcity
-        x = x if x.dtype == torch.float64 else x.float()
-        self.weights = None if weights is None else weights.to(x)
-        mean = self.average(x) if intercept else x.new_zeros(groups, 1, d)
-        self.x, self.mean = x - mean, mean.double()
-        self.rooted = self.root(self.x)
-        self.inner = _multiply(self.rooted, self.rooted) / k
-        self.damp(strength)
+    def square(self) -> Tensor:
+        return _multiply(self.rooted, self.rooted) / self.x.shape[1]
 
     def without(self, rows: Tensor) -> GroupedRidge:
         """The same of all rows but these, (k,) of True and False; products of so few inputs are taken again."""

@@ -44,17 +44,22 @@ class Ridge:
         intercept: bool = True,
         weights: Tensor | None = None,
     ) -> None:
-        k, d = x.shape
-        if not k:
+        if not x.shape[-2]:
             raise ArgumentError("ridge: expected at least one row, got none.")
-        self.intercept, self.few, self.scarcity = intercept, k <= d, scarcity
+        self.intercept, self.scarcity = intercept, scarcity
+        self.few = x.dim() == 2 and len(x) <= x.shape[1]  # the system is that of the rows, also of some of them
         x = x if x.dtype == torch.float64 else x.float()
         self.weights = None if weights is None else weights.to(x)
-        mean = self.average(x) if intercept else x.new_zeros(d)
+        mean = self.average(x)
+        mean = mean if intercept else torch.zeros_like(mean)
         self.x, self.mean = x - mean, mean.double()
         self.rooted = self.root(self.x)
-        self.inner = square_rows(self.rooted.T) if self.few else square_rows(self.rooted) / k
+        self.inner = self.square()
         self.damp(strength)
+
+    def square(self) -> Tensor:
+        """Products of the inputs, or where the rows are few, of these, with their weights."""
+        return square_rows(self.rooted.T) if self.few else square_rows(self.rooted) / len(self.x)
 
     def without(self, rows: Tensor) -> Ridge:
         """The same of all rows but these, (k,) of True and False: only their products are taken, and taken away."""

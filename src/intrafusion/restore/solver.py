@@ -150,7 +150,8 @@ class LayerSolver:
         """On batches as they are, for which memory may turn out too small before anything is written."""
         layers, originals = (find_layers(m, graph, is_solvable) for m in (small, reference))
         common = {name: layer for name, layer in originals.items() if name in layers and name not in left}
-        stores = [RowStore(PlaceSampler(inputs, self.rows, self.seed), shelf) for _ in range(2)]
+        sampler = PlaceSampler(inputs, self.rows, self.seed)  # looks at all inputs, which may be read for that
+        stores = [RowStore(sampler, shelf) for _ in range(2)]
         fits = NormFits(find_channel_norms(small, graph, maps), stores[1], self.fixed_strength, self.scarcity)
         seen: dict[str, Any] = {"drift": self.drift, "memory": memory, "graph": graph if bare else None, "left": left}
         targets = record_targets(reference, common, inputs, stores[0], fits, **seen)
