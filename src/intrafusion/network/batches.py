@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -219,6 +219,12 @@ def channels_last(images: Tensor) -> Tensor:
 
 
 T = TypeVar("T")
+
+
+def is_held(images: ImagesLike) -> bool:
+    """Whether whoever gave them has them in memory, or they can be read only once."""
+    whole = isinstance(images, (Tensor, np.ndarray, Mapping, Inputs, Sequence, Iterator)) or hasattr(images, "images")
+    return bool(getattr(images, "is_held", whole))
 
 
 def make_reusable(images: T) -> T | list[Any]:

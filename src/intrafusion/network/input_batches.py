@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -18,6 +17,7 @@ from intrafusion.errors import ModelError
 from intrafusion.network.batches import (
     ImagesLike,
     count_images,
+    is_held,
     join_batches,
     name_inputs,
     pick_images,
@@ -278,7 +278,7 @@ def read_input_batches(images: ImagesLike, model: nn.Module | None = None, memor
 
 def _read(images: ImagesLike, room: int) -> tuple[Sequence[Inputs] | _Anew, tuple[_Form, ...]]:
     """The calls, as far as there is room for them, and what each is like."""
-    kept, forms, sums, held, stays = list[Inputs](), list[_Form](), list[int](), 0, _is_held(images)
+    kept, forms, sums, held, stays = list[Inputs](), list[_Form](), list[int](), 0, is_held(images)
     for call in _read_calls(images):
         forms.append(_Form.of(call))
         held += count_bytes(call)
@@ -292,12 +292,6 @@ def _read(images: ImagesLike, room: int) -> tuple[Sequence[Inputs] | _Anew, tupl
 def _read_calls(images: ImagesLike) -> Iterator[Inputs]:
     for call, labels in read_labelled(images):
         yield call if call.labels is not None else replace(call, labels=labels)
-
-
-def _is_held(images: ImagesLike) -> bool:
-    """Whether whoever gave them has them in memory, or they can be read only once."""
-    whole = isinstance(images, (Tensor, np.ndarray, Mapping, Inputs, Sequence, Iterator)) or hasattr(images, "images")
-    return bool(getattr(images, "is_held", whole))
 
 
 def _cut_for(found: Batches, model: nn.Module) -> Batches:
