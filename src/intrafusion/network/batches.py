@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -311,12 +310,12 @@ def cut_call(call: Inputs, size: int) -> list[Inputs]:
     >>> [count_images(part) for part in cut_call(Inputs.of(torch.zeros(10, 3)), 4)]
     [4, 3, 3]
     """
-    total = count_images(call)
-    count = -(-total // size)
-    ends = [total * index // count for index in range(count + 1)]
-    sizes = sorted((stop - start for start, stop in itertools.pairwise(ends)), reverse=True)
-    starts = [sum(sizes[:index]) for index in range(count)]
-    return [take_images(call, start, start + own) for start, own in zip(starts, sizes, strict=True)] or [call]
+    return [pick_images(call, places) for places in share_out(torch.arange(count_images(call)), size)]
+
+
+def share_out(places: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Neighbours together, in as few parts of at most `size` as there can be, about as many in each."""
+    return places.tensor_split(max(1, -(-len(places) // size)))
 
 
 def double_first(call: Inputs) -> Inputs:

@@ -22,6 +22,7 @@ from intrafusion.network.batches import (
     name_inputs,
     pick_images,
     read_labelled,
+    share_out,
     take_images,
 )
 from intrafusion.network.free_memory import choose_memory
@@ -337,7 +338,7 @@ def _cut(forms: Sequence[_Form], parts: Iterable[_Cut], size: int | None) -> Ite
         yield from ((part,) for part in parts)
         return
     waiting, total = list[_Cut](), 0
-    for part in (piece for whole in parts for piece in _share_out(whole, size)):
+    for part in (_Cut(whole.call, places) for whole in parts for places in share_out(whole.places, size)):
         form = forms[part.call]
         alike = bool(waiting) and form.joins and forms[waiting[0].call].joins and form.key == forms[waiting[0].call].key
         if waiting and not (alike and total + len(part.places) <= size):
@@ -347,9 +348,3 @@ def _cut(forms: Sequence[_Form], parts: Iterable[_Cut], size: int | None) -> Ite
         total += len(part.places)
     if waiting:
         yield tuple(waiting)
-
-
-def _share_out(whole: _Cut, size: int) -> list[_Cut]:
-    """In as many parts as needed, of equal size."""
-    count = -(-len(whole.places) // size)
-    return [_Cut(whole.call, places) for places in whole.places.tensor_split(count)]
