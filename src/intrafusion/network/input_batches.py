@@ -43,12 +43,14 @@ class _Form:
         key: what calls have in common that can be one: arguments, shapes but for the number of images, weights.
         joins: whether all of its tensors have a row for each image.
         positions: that count, of each image, (n,).
+        kind: what it is of, in the plural.
     """
 
     key: tuple[Any, ...]
     joins: bool
     positions: Tensor
     weighed: bool
+    kind: str
 
     @classmethod
     def of(cls, call: Inputs) -> _Form:
@@ -65,7 +67,8 @@ class _Form:
         if tables and weights is not None:
             each = (weights.tables[0] > 0).sum(1).double().cpu()
         joins = all(t.layout is torch.strided and t.dim() > 0 and len(t) == count for t in tensors)
-        return cls((str(tree), shapes, tables, labels, rest, weights is None), joins, each, weights is not None)
+        key = str(tree), shapes, tables, labels, rest, weights is None
+        return cls(key, joins, each, weights is not None, name_inputs(call))
 
     @property
     def count(self) -> int:
@@ -134,7 +137,7 @@ class Batches(Sequence[Inputs]):
     @property
     def kind(self) -> str:
         """What they are of, in the plural."""
-        return name_inputs(self.first)
+        return self.forms[self.cuts[0][0].call].kind
 
     def __len__(self) -> int:
         return len(self.cuts)
@@ -325,10 +328,12 @@ def _take_few(found: Batches) -> Inputs:
     """The first images that can be one call, of whichever batches."""
     few, total = list[Inputs](), 0
     for form, call in zip(found.forms, found, strict=True):
-        if total >= _FEW or (few and (form.key != found.forms[0].key or not form.joins)):
+        if few and (form.key != found.forms[0].key or not form.joins):
             break
         few.append(take_images(call, 0, _FEW - total))
         total += count_images(few[-1])
+        if total >= _FEW:
+            break
     return join_batches(few)
 
 
