@@ -100,6 +100,8 @@ def test_a_loader_that_is_too_large_is_read_anew_and_gives_the_same() -> None:
     found = read_input_batches(images, MODEL, 20 * IMAGE * 4)
     assert not found.is_kept
     before = len(reads)
+    assert str(found) == "100 images"
+    assert len(reads) == before
     assert torch.equal(found.join().args[0], X)
     assert len(reads) == before + 1
     kept = read_input_batches(images, MODEL)

@@ -45,7 +45,9 @@ def test_one_image_is_not_cut() -> None:
         caught.value.check(nn.Linear(3, 2))
 
 
-@pytest.mark.parametrize(("total", "size", "parts"), [(10, 4, [4, 3, 3]), (8, 4, [4, 4]), (3, 9, [3]), (5, 1, [1] * 5)])
+@pytest.mark.parametrize(
+    ("total", "size", "parts"), [(10, 4, [4, 3, 3]), (8, 4, [4, 4]), (3, 9, [3]), (5, 1, [1] * 5), (0, 4, [0])]
+)
 def test_parts_are_about_equal_and_in_order(total: int, size: int, parts: list[int]) -> None:
     whole = call(total)
     found = cut_call(whole, size)

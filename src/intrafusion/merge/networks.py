@@ -248,8 +248,8 @@ class _Look:
 
     def _take(self, name: str, x: Tensor) -> Tensor:
         layer = self.layers[name]
-        along, counts = x.movedim(layer.channel_dim, -1), layer.weigh_rows(x, self.weights)
-        places, _ = self.samplers[name].draw(name, tuple(along.shape[:-1]), self.share, counts)
+        counts = layer.weigh_rows(x, self.weights)
+        places, _ = self.samplers[name].draw(name, layer.shape_places(x), self.share, counts)
         return layer.take_outputs(x, places.to(x.device))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -221,6 +220,12 @@ def channels_last(images: Tensor) -> Tensor:
 T = TypeVar("T")
 
 
+def is_held(images: ImagesLike) -> bool:
+    """Whether whoever gave them has them in memory, or they can be read only once."""
+    whole = isinstance(images, (Tensor, np.ndarray, Mapping, Inputs, Sequence, Iterator)) or hasattr(images, "images")
+    return bool(getattr(images, "is_held", whole))
+
+
 def make_reusable(images: T) -> T | list[Any]:
     """Images that can be read more than once: an iterator is read into a list."""
     return list(_read(images)) if isinstance(images, Iterator) else images
@@ -305,12 +310,12 @@ def cut_call(call: Inputs, size: int) -> list[Inputs]:
     >>> [count_images(part) for part in cut_call(Inputs.of(torch.zeros(10, 3)), 4)]
     [4, 3, 3]
     """
-    total = count_images(call)
-    count = -(-total // size)
-    ends = [total * index // count for index in range(count + 1)]
-    sizes = sorted((stop - start for start, stop in itertools.pairwise(ends)), reverse=True)
-    starts = [sum(sizes[:index]) for index in range(count)]
-    return [take_images(call, start, start + own) for start, own in zip(starts, sizes, strict=True)] or [call]
+    return [pick_images(call, places) for places in share_out(torch.arange(count_images(call)), size)]
+
+
+def share_out(places: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Neighbours together, in as few parts of at most `size` as there can be, about as many in each."""
+    return places.tensor_split(max(1, -(-len(places) // size)))
 
 
 def double_first(call: Inputs) -> Inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ArgumentError, IntrafusionWarning, ModelError
 from intrafusion.names import name_some
-from intrafusion.network.batches import ImagesLike, as_call, count_images, make_reusable, read_labelled
+from intrafusion.network.batches import ImagesLike, as_call, count_images, is_held, make_reusable, read_labelled
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import find_unknown_masks, find_weights
 from intrafusion.network.texts import Tokenizer, is_text, list_texts, tokenize
@@ -71,9 +71,7 @@ class Calls:
     @property
     def is_held(self) -> bool:
         """Whether all are in memory in any case."""
-        return isinstance(self.given, (Tensor, np.ndarray, Mapping, Inputs, Sequence, Iterator)) or hasattr(
-            self.given, "images"
-        )
+        return is_held(self.given)
 
     def warn(self) -> tuple[str, ...]:
         """All notes, after a warning of each that was not warned of before."""

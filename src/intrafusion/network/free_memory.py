@@ -56,9 +56,9 @@ MemoryLike = Annotated[int | str, Such(_EXPECTED, _is_memory)] | None
 """Bytes, or text such as "2GB"; None: half of what is free."""
 
 
-def choose_memory(said: int | None, device: str = "cpu") -> int:
-    """Bytes that may be taken on a device: what was said, or half of what is free."""
-    return said if said is not None else find_free_memory(torch.device(device)) // _SHARE
+def choose_memory(said: int | None) -> int:
+    """Bytes that may be taken: what was said, or half of what is free."""
+    return said if said is not None else find_free_memory(torch.device("cpu")) // _SHARE
 
 
 def find_free_memory(device: torch.device) -> int:

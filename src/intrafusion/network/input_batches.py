@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -18,10 +17,12 @@ from intrafusion.errors import ModelError
 from intrafusion.network.batches import (
     ImagesLike,
     count_images,
+    is_held,
     join_batches,
     name_inputs,
     pick_images,
     read_labelled,
+    share_out,
     take_images,
 )
 from intrafusion.network.free_memory import choose_memory
@@ -42,12 +43,14 @@ class _Form:
         key: what calls have in common that can be one: arguments, shapes but for the number of images, weights.
         joins: whether all of its tensors have a row for each image.
         positions: that count, of each image, (n,).
+        kind: what it is of, in the plural.
     """
 
     key: tuple[Any, ...]
     joins: bool
     positions: Tensor
     weighed: bool
+    kind: str
 
     @classmethod
     def of(cls, call: Inputs) -> _Form:
@@ -64,7 +67,8 @@ class _Form:
         if tables and weights is not None:
             each = (weights.tables[0] > 0).sum(1).double().cpu()
         joins = all(t.layout is torch.strided and t.dim() > 0 and len(t) == count for t in tensors)
-        return cls((str(tree), shapes, tables, labels, rest, weights is None), joins, each, weights is not None)
+        key = str(tree), shapes, tables, labels, rest, weights is None
+        return cls(key, joins, each, weights is not None, name_inputs(call))
 
     @property
     def count(self) -> int:
@@ -133,7 +137,7 @@ class Batches(Sequence[Inputs]):
     @property
     def kind(self) -> str:
         """What they are of, in the plural."""
-        return name_inputs(self.first)
+        return self.forms[self.cuts[0][0].call].kind
 
     def __len__(self) -> int:
         return len(self.cuts)
@@ -278,7 +282,7 @@ def read_input_batches(images: ImagesLike, model: nn.Module | None = None, memor
 
 def _read(images: ImagesLike, room: int) -> tuple[Sequence[Inputs] | _Anew, tuple[_Form, ...]]:
     """The calls, as far as there is room for them, and what each is like."""
-    kept, forms, sums, held, stays = list[Inputs](), list[_Form](), list[int](), 0, _is_held(images)
+    kept, forms, sums, held, stays = list[Inputs](), list[_Form](), list[int](), 0, is_held(images)
     for call in _read_calls(images):
         forms.append(_Form.of(call))
         held += count_bytes(call)
@@ -292,12 +296,6 @@ def _read(images: ImagesLike, room: int) -> tuple[Sequence[Inputs] | _Anew, tupl
 def _read_calls(images: ImagesLike) -> Iterator[Inputs]:
     for call, labels in read_labelled(images):
         yield call if call.labels is not None else replace(call, labels=labels)
-
-
-def _is_held(images: ImagesLike) -> bool:
-    """Whether whoever gave them has them in memory, or they can be read only once."""
-    whole = isinstance(images, (Tensor, np.ndarray, Mapping, Inputs, Sequence, Iterator)) or hasattr(images, "images")
-    return bool(getattr(images, "is_held", whole))
 
 
 def _cut_for(found: Batches, model: nn.Module) -> Batches:
@@ -330,10 +328,12 @@ def _take_few(found: Batches) -> Inputs:
     """The first images that can be one call, of whichever batches."""
     few, total = list[Inputs](), 0
     for form, call in zip(found.forms, found, strict=True):
-        if total >= _FEW or (few and (form.key != found.forms[0].key or not form.joins)):
+        if few and (form.key != found.forms[0].key or not form.joins):
             break
         few.append(take_images(call, 0, _FEW - total))
         total += count_images(few[-1])
+        if total >= _FEW:
+            break
     return join_batches(few)
 
 
@@ -343,7 +343,7 @@ def _cut(forms: Sequence[_Form], parts: Iterable[_Cut], size: int | None) -> Ite
         yield from ((part,) for part in parts)
         return
     waiting, total = list[_Cut](), 0
-    for part in (piece for whole in parts for piece in _share_out(whole, size)):
+    for part in (_Cut(whole.call, places) for whole in parts for places in share_out(whole.places, size)):
         form = forms[part.call]
         alike = bool(waiting) and form.joins and forms[waiting[0].call].joins and form.key == forms[waiting[0].call].key
         if waiting and not (alike and total + len(part.places) <= size):
@@ -353,9 +353,3 @@ def _cut(forms: Sequence[_Form], parts: Iterable[_Cut], size: int | None) -> Ite
         total += len(part.places)
     if waiting:
         yield tuple(waiting)
-
-
-def _share_out(whole: _Cut, size: int) -> list[_Cut]:
-    """In as many parts as needed, of equal size."""
-    count = -(-len(whole.places) // size)
-    return [_Cut(whole.call, places) for places in whole.places.tensor_split(count)]

@@ -49,7 +49,7 @@ class ShareSampler:
 
     rows: int
     seed: int
-    _drawn: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict, repr=False)
+    _drawn: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
 
     def draw(
         self, name: str, shape: tuple[int, ...], share: Share, counts: Tensor | None = None
@@ -73,10 +73,9 @@ class ShareSampler:
     def _take(self, name: str, shape: tuple[int, ...], share: Share) -> Tensor:
         """The places of the whole that lie in this batch."""
         each = math.prod(shape) // share.count  # places of an image
-        whole = (shape[0] // share.count * share.total, *shape[1:])
+        whole = each * share.total
         if (name, whole) not in self._drawn:
-            steps = torch.tensor([math.prod(whole[dim + 1 :]) for dim in range(len(whole))])
-            self._drawn[name, whole] = (sample_places(name, whole, self.rows, self.seed) * steps).sum(1)
+            self._drawn[name, whole] = sample_places(name, (whole,), self.rows, self.seed)[:, 0]
         drawn = self._drawn[name, whole]
         first, last = torch.searchsorted(drawn, torch.tensor([share.start, share.start + share.count]) * each).tolist()
         return torch.stack(torch.unravel_index(drawn[first:last] - share.start * each, shape), dim=1)

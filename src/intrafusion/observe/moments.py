@@ -126,11 +126,8 @@ class MomentTaker(contextlib.ExitStack):
         """A dense layer is about to read."""
         layer = self.layers[name]
         self.watched.add(name)
-        counts, shape = (
-            layer.weigh_rows(x, self.weights),
-            (x if x.dim() < 2 else x.movedim(layer.channel_dim, -1)).shape,
-        )
-        places, each = self.sampler.draw(name, tuple(shape[:-1]), self.share, counts)
+        counts = layer.weigh_rows(x, self.weights)
+        places, each = self.sampler.draw(name, layer.shape_places(x), self.share, counts)
         rows, weights = layer.take_rows(x, places.to(x.device)), _weigh(places, each, counts)
         for group, port in self.ports[name]:
             sums = self.found[group].setdefault(port.weight, _Sums(layer.input_dim, port.positions))

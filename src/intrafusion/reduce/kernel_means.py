@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intrafusion.network.gram import square_transposed
+
 _ALL_STARTS = 2048  # points up to which every start is made
 _MOST = 300  # iterations, as scikit-learn's
-_ROWS = 1024  # of the inner products that are multiplied at a time
+_ROWS = 1024  # points that are looked at at a time
 
 
 def cluster_by_products(points: Tensor, weights: Tensor, m: int, *, seed: int, n_init: int) -> Tensor:
@@ -46,19 +48,14 @@ def cluster_by_products(points: Tensor, weights: Tensor, m: int, *, seed: int, n
 
 
 def multiply_all(points: Tensor, weights: Tensor) -> Tensor:
-    """Inner products of the points less their mean, (n, n) float32; half of them are multiplied."""
+    """Inner products of the points less their mean, (n, n) float32."""
     points = points.double()
     mean = weights.double() @ points / weights.sum()
     centred = torch.empty_like(points, dtype=torch.float32)
     for rows, own in zip(centred.split(_ROWS), points.split(_ROWS), strict=True):
         rows.copy_(own - mean)  # no second copy of all in float64
     centred /= centred.abs().max().clamp(min=1e-30)
-    products = centred.new_empty(len(points), len(points))
-    for start in range(0, len(points), _ROWS):
-        rows = slice(start, start + _ROWS)
-        block = centred[rows] @ centred[start:].T
-        products[rows, start:], products[start:, rows] = block, block.T
-    return products
+    return square_transposed(centred)
 
 
 def _start(products: Tensor, weights: Tensor, m: int, generator: np.random.Generator) -> Tensor:

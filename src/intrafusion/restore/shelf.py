@@ -70,6 +70,8 @@ class Shelf:
         """
         item = self.items[key] = _Item(storages, due, [s.nbytes() for s in storages])
         self.held += item.size
+        if self.held <= self.memory:
+            return
         inside = sorted((k for k, i in self.items.items() if i.away is None), key=lambda k: self.items[k].due)
         while self.held > self.memory and inside:
             self._put_away(self.items[inside[-1]], inside.pop())
