@@ -101,23 +101,26 @@ class Cost:
         """What is left of indices that are channels of all of these groups."""
         return math.prod(sizes.get(g, self.sizes[g]) / self.sizes[g] for g in groups)
 
-    def plus(self, other: Cost) -> Cost:
-        """Both together, of one network."""
-        return Cost(self.sizes, (*self.parts, *other.parts), self.constant + other.constant)
-
     def scaled(self, factor: float) -> Cost:
         """In another unit."""
         parts = tuple((weight * factor, shape, dims) for weight, shape, dims in self.parts)
         return Cost(self.sizes, parts, self.constant * factor)
 
-    def touched(self, groups: Iterable[str]) -> list[int]:
-        """The parts that depend on any of these groups."""
-        wanted = set(groups)
-        return [
-            i
-            for i, (_, _, dims) in enumerate(self.parts)
-            if any(g in wanted for d in dims for groups, _ in d for g in groups)
-        ]
+    def is_touched(self, index: int, groups: Container[str]) -> bool:
+        """Whether a part depends on any of these groups."""
+        _, _, dims = self.parts[index]
+        return any(g in groups for along in dims for names, _ in along for g in names)
+
+
+def find_distinct(costs: Iterable[Cost]) -> dict[int, tuple[Cost, int]]:
+    """Where every part of several costs of one network is, by its identity; one that they share is there once."""
+    return {id(part): (cost, index) for cost in costs for index, part in enumerate(cost.parts)}
+
+
+def add_up(costs: Sequence[Cost], sizes: Mapping[str, int]) -> list[float]:
+    """What each of several costs of one network is when groups have these sizes; shared parts are computed once."""
+    values = {key: cost.part(index, sizes) for key, (cost, index) in find_distinct(costs).items()}
+    return [cost.constant + sum(values[id(part)] for part in cost.parts) for cost in costs]
 
 
 def costs_of_results(
@@ -130,17 +133,19 @@ def costs_of_results(
         tried: by the first group of the family its smaller size and the results then.
         unit: what a byte is.
     Returns:
-        None where other results were made, or lived together, than in the original.
+        None where other results were made, or lived together, than in the original. The parts of the weights, which are
+        there at every moment, are the same objects in all of them.
     """
     if any(small.moments != whole.moments for _, small in tried.values()):
         return None
-    costs = []
+    costs, shared = [], weights.scaled(unit).parts
     for moment in map(sorted, whole.moments):
         pick = lambda live, own=moment: [live.results[index] for index in own]  # noqa: E731
         own = Cost.of_products(graph, pick(whole), {name: (m, pick(live)) for name, (m, live) in tried.items()})
         if own is None:
             return None
-        costs.append(own.plus(weights).scaled(unit))
+        parts = *own.scaled(unit).parts, *shared
+        costs.append(Cost(own.sizes, parts, (own.constant + weights.constant) * unit))
     return tuple(costs)
 
 

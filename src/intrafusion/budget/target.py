@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intrafusion.asked import SHARES, check_target, least_size
 from intrafusion.budget.allocate import allocate
-from intrafusion.budget.cost import Cost, costs_of_results
+from intrafusion.budget.cost import Cost, add_up, costs_of_results
 from intrafusion.budget.limits import Limit, describe_held
 from intrafusion.budget.missed import describe_amount, explain_miss
 from intrafusion.budget.rounding import describe_rounding, list_steps
@@ -235,7 +235,8 @@ class _Search:
             most = {limit.kind: budget * limit.goal for limit in self.limits}
         priced = [(cost, most[limit.kind]) for limit in self.limits for cost in limit.costs_above(most[limit.kind])]
         costs, budgets = [cost for cost, _ in priced], [budget for _, budget in priced]
-        weights, found = [1 / max(cost({}), 1e-300) for cost in costs], list[tuple[float, float, int, Sizes]]()
+        weights = [1 / max(whole, 1e-300) for whole in add_up(costs, {})]
+        found = list[tuple[float, float, int, Sizes]]()
         for index in range(_WEIGHINGS if len(costs) > 1 and min(budgets) > 0 else 1):
             sizes = allocate(
                 *(self.groups, self.curves, costs, budgets),
@@ -243,7 +244,7 @@ class _Search:
                 round_to=self.steps,
                 min_channels=self.recipe.min_channels,
             )
-            spent = [cost(sizes) / most if most else 1.0 for cost, most in priced]
+            spent = [part / most if most else 1.0 for part, most in zip(add_up(costs, sizes), budgets, strict=True)]
             found.append((max([1.0, *spent]), self.predicted_error(sizes), index, sizes))
             weights = [weight * share**_SHARPNESS for weight, share in zip(weights, spent, strict=True)]
         return min(found)[-1]
