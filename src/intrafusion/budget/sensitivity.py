@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -69,7 +69,7 @@ class Sensitivity:
         """
         curves = {}
         for twins in families_of(groups):
-            halves = size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2)
+            halves = halve(twins)
             height = self._find_height(twins, halves) ** self._trust / len(twins)
             for g in twins:
                 problem = _pose(g, self.scores[g.name], g.size, self.moments.get(g.name))
@@ -166,6 +166,12 @@ class Sensitivity:
             return [(varied, _run_floats(self.model, varied))]
         except ModelError:  # it takes these values only
             return [(self.example_inputs, _run_floats(self.model, self.example_inputs))]
+
+
+def halve(groups: Iterable[ChannelGroup]) -> dict[str, int]:
+    """Half the channels of every group, rounded up, twins in step."""
+    halves = (size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2) for twins in families_of(groups))
+    return {name: m for sizes in halves for name, m in sizes.items()}
 
 
 _Seen = Sequence[tuple[Inputs, list[Tensor]]]

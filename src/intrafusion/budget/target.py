@@ -16,7 +16,7 @@ from intrafusion.budget.cost import Cost, add_up, costs_of_results
 from intrafusion.budget.limits import Limit, describe_held
 from intrafusion.budget.missed import describe_amount, explain_miss
 from intrafusion.budget.rounding import describe_rounding, list_steps
-from intrafusion.budget.sensitivity import Sensitivity
+from intrafusion.budget.sensitivity import Sensitivity, halve
 from intrafusion.budget.uniform import uniform_sizes
 from intrafusion.errors import BudgetError, ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of, size_twins
@@ -398,14 +398,8 @@ class _Search:
 
 def _find_shrinkable(reference: Reference, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], Literals]:
     """The groups that would not be rolled back if all were halved, and which numbers in attributes follow."""
-    surgery = _try_sizes(reference, _halve(groups))
+    surgery = _try_sizes(reference, halve(groups))
     return [g for g in groups if g.name not in surgery.rolled_back], surgery.literals
-
-
-def _halve(groups: Sequence[ChannelGroup]) -> Sizes:
-    """Half the channels of every group, rounded up, twins in step."""
-    halves = (size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2) for twins in families_of(groups))
-    return {name: m for sizes in halves for name, m in sizes.items()}
 
 
 def _try_sizes(reference: Reference, sizes: Mapping[str, int]) -> Surgery:
@@ -541,7 +535,7 @@ def _look_at_halves(
     """
     found = dict[str, tuple[int, _T]]()
     for twins in families_of(groups):
-        halves = _halve(twins)
+        halves = halve(twins)
         if halves[twins[0].name] < twins[0].size:
             small = build_with_sizes(model, graph, halves, literals)
             try:
