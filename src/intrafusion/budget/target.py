@@ -324,7 +324,8 @@ class _Search:
     def _step(self, sizes: Sizes, twins: Sequence[ChannelGroup], up: bool) -> Sizes:
         """One channel, or one of the multiples that sizes are of, more or less."""
         whole, m = (n // twins[0].multiple for n in (twins[0].size, sizes[twins[0].name]))
-        step, least = self.steps[twins[0].name], min(whole, self.least(twins[0]))
+        step = self.steps[twins[0].name]
+        least = min(whole, least_size(self.recipe.min_channels, step))
         m = min(whole, (m // step + 1) * step) if up else max(least, (m - 1) // step * step)
         return {**sizes, **size_twins(twins, m)}
 
@@ -344,8 +345,9 @@ class _Search:
 
         Halving finds where networks begin to meet it; there, neighbours are measured again, more often and all in turn.
         """
-        low, high = self.cost(self.fit(0.0)), self.cost(self.fit(1.0))
-        smallest, met = self.fit(0.0), low
+        smallest = self.fit(0.0)
+        low, high = self.cost(smallest), self.cost(self.fit(1.0))
+        met = low
         tried = {low: smallest}
         for _ in range(_TRIALS):
             middle = (low + high) / 2
@@ -390,10 +392,6 @@ class _Search:
             own = [g for g in self.groups if self.steps[g.name] == step]
             found |= uniform_sizes(own, keep, self.graph, round_to=step, min_channels=self.recipe.min_channels)
         return found
-
-    def least(self, group: ChannelGroup) -> int:
-        """The smallest size that is allowed."""
-        return min(group.size, least_size(self.recipe.min_channels, self.steps[group.name]))
 
 
 def _find_shrinkable(reference: Reference, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], Literals]:
