@@ -19,7 +19,7 @@ from intrafusion.compressed import Compressed
 from intrafusion.errors import ArgumentError, BudgetError, RecipeError, show, unknown_name
 from intrafusion.io.atomic import atomic_file
 from intrafusion.measure.comparison import percent
-from intrafusion.measure.size import Size, size_of
+from intrafusion.measure.size import Size
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import choose_inputs
 from intrafusion.network.inputs import ExampleInputs
@@ -128,10 +128,6 @@ class _Shared:
     evaluate: Evaluate | None
 
     __repr__ = show_briefly
-
-    @cached_property
-    def size(self) -> Size:
-        return size_of(self.prepared.whole, self.prepared.inputs)
 
     @cached_property
     def score(self) -> float | None:
@@ -285,9 +281,9 @@ class Frontier(Sequence[Point]):
 
     def _table(self) -> TextTable:
         self.carry_out()
-        shared = self.points[0]._shared
+        shared, before = self.points[0]._shared, self.points[0].compressed.before
         header = ("size", "parameters", "MACs", "latency", "outputs differ by", "labels agree")
-        whole = ("original", f"{shared.size.params:,}", f"{shared.size.macs:,}", "", "", "", *_show_score(shared.score))
+        whole = ("original", f"{before.params:,}", f"{before.macs:,}", "", "", "", *_show_score(shared.score))
         rows = tuple(_list_cells(point) for point in self.points)
         header = header if shared.evaluate is None else (*header, "score")
         return TextTable(header, (whole, *rows), ("", *_tell_of(self.points)), numbers=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.asked import check_count, least_size
-from intrafusion.budget.cost import Cost
+from intrafusion.budget.cost import Cost, add_up, find_distinct
 from intrafusion.graph import ChannelGroup, families_of, size_twins
 
 _Piece = tuple[float, list[float], int]
@@ -52,11 +52,13 @@ def allocate(
     costs = [cost] if isinstance(cost, Cost) else list(cost)
     budgets = [float(budget)] if isinstance(budget, (int, float)) else list(budget)
     step_of = lambda name: round_to[name] if isinstance(round_to, Mapping) else round_to  # noqa: E731
+    distinct = find_distinct(costs)
     units = [
-        _Unit(twins, curves, costs, weights, step_of(twins[0].name), min_channels) for twins in families_of(groups)
+        _Unit(twins, curves, costs, distinct, weights, step_of(twins[0].name), min_channels)
+        for twins in families_of(groups)
     ]
     sizes = {g.name: g.size for unit in units for g in unit.groups}
-    spent = [each(sizes) for each in costs]
+    spent = add_up(costs, sizes)
     _cut_(units, sizes, spent, budgets, coarse=True)
     _cut_(units, sizes, spent, budgets, coarse=False)
     return sizes
@@ -70,13 +72,15 @@ class _Unit:
         groups: Sequence[ChannelGroup],
         curves: Mapping[str, Tensor],
         costs: Sequence[Cost],
+        distinct: Mapping[int, tuple[Cost, int]],
         weights: Sequence[float],
         round_to: int | None,
         min_channels: int,
     ) -> None:
-        self.groups, self.costs, self.weights = groups, costs, weights
+        self.groups, self.weights = groups, weights
         self.names = [g.name for g in groups]
-        self.parts = [cost.touched(self.names) for cost in costs]
+        self.touched = {key: place for key, place in distinct.items() if place[0].is_touched(place[1], self.names)}
+        self.parts = [[id(part) for part in cost.parts if id(part) in self.touched] for cost in costs]
         self.size = groups[0].size // groups[0].multiple  # of a group whose multiple is 1
         self.curve = torch.stack([curves[g.name].double().cpu()[:: g.multiple] for g in groups]).sum(0)
         self.round_to = round_to or 1
@@ -98,10 +102,8 @@ class _Unit:
         if following is None:
             return None
         after = {**sizes, **size_twins(self.groups, following)}
-        saved = [
-            sum(cost.part(i, sizes) - cost.part(i, after) for i in parts)
-            for cost, parts in zip(self.costs, self.parts, strict=True)
-        ]
+        less = {key: cost.part(i, sizes) - cost.part(i, after) for key, (cost, i) in self.touched.items()}
+        saved = [sum(less[key] for key in parts) for parts in self.parts]
         worth = sum(weight * part for weight, part in zip(self.weights, saved, strict=True))
         added = float(self.curve[following] - self.curve[m])
         return (max(added, 0.0) + 1e-12) / max(worth, 1e-12), saved, following
@@ -137,9 +139,8 @@ def _cut_(
 
 def _neighbours(units: Sequence[_Unit]) -> list[set[int]]:
     """For each unit those, itself included, whose savings depend on its size."""
-    users: dict[tuple[int, int], set[int]] = {}
-    touched = [[(k, part) for k, parts in enumerate(unit.parts) for part in parts] for unit in units]
-    for index, parts in enumerate(touched):
-        for part in parts:
+    users: dict[int, set[int]] = {}
+    for index, unit in enumerate(units):
+        for part in unit.touched:
             users.setdefault(part, set()).add(index)
-    return [{index}.union(*(users[part] for part in parts)) for index, parts in enumerate(touched)]
+    return [{index}.union(*(users[part] for part in unit.touched)) for index, unit in enumerate(units)]

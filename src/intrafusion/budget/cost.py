@@ -65,26 +65,19 @@ class Cost:
         Returns:
             None where a network had other products than the original.
         """
-        sizes, nested = {g.name: g.size for g in graph.groups}, _find_nested(graph)
-        if any([len(f) for f in factors] != [len(f) for f in whole] for _, factors in tried.values()):
-            return None
-        count: dict[tuple[tuple[int, ...], tuple[Along, ...]], int] = defaultdict(int)
-        for index, shape in enumerate(whole):
-            dims = tuple(
-                _join_nested(
-                    {
-                        name: (length - factors[index][dim]) / (sizes[name] - m) * sizes[name]
-                        for name, (m, factors) in tried.items()
-                        if factors[index][dim] != length
-                    },
-                    nested,
-                )
-                for dim, length in enumerate(shape)
-            )
-            count[shape, dims] += 1
+        products = _find_changes(graph, whole, tried)
+        return None if products is None else cls._of_changes(graph, products)
+
+    @classmethod
+    def _of_changes(cls, graph: ChannelGraph, products: Sequence[_Product]) -> Cost:
+        """Of products whose factors are known to change with groups; equal ones become one part."""
+        count: dict[_Product, int] = defaultdict(int)
+        for product in products:
+            count[product] += 1
         parts = tuple((float(n), shape, dims) for (shape, dims), n in count.items() if any(dims))
-        total = sum(math.prod(shape) for shape in whole)
-        return cls(sizes, parts, total - sum(weight * math.prod(shape) for weight, shape, _ in parts))
+        total = sum(math.prod(shape) for shape, _ in products)
+        own = sum(weight * math.prod(shape) for weight, shape, _ in parts)
+        return cls({g.name: g.size for g in graph.groups}, parts, total - own)
 
     def __call__(self, sizes: Mapping[str, int]) -> float:
         """The cost when these groups have these sizes; the others are whole."""
@@ -101,23 +94,26 @@ class Cost:
         """What is left of indices that are channels of all of these groups."""
         return math.prod(sizes.get(g, self.sizes[g]) / self.sizes[g] for g in groups)
 
-    def plus(self, other: Cost) -> Cost:
-        """Both together, of one network."""
-        return Cost(self.sizes, (*self.parts, *other.parts), self.constant + other.constant)
-
     def scaled(self, factor: float) -> Cost:
         """In another unit."""
         parts = tuple((weight * factor, shape, dims) for weight, shape, dims in self.parts)
         return Cost(self.sizes, parts, self.constant * factor)
 
-    def touched(self, groups: Iterable[str]) -> list[int]:
-        """The parts that depend on any of these groups."""
-        wanted = set(groups)
-        return [
-            i
-            for i, (_, _, dims) in enumerate(self.parts)
-            if any(g in wanted for d in dims for groups, _ in d for g in groups)
-        ]
+    def is_touched(self, index: int, groups: Container[str]) -> bool:
+        """Whether a part depends on any of these groups."""
+        _, _, dims = self.parts[index]
+        return any(g in groups for along in dims for names, _ in along for g in names)
+
+
+def find_distinct(costs: Iterable[Cost]) -> dict[int, tuple[Cost, int]]:
+    """Where every part of several costs of one network is, by its identity; one that they share is there once."""
+    return {id(part): (cost, index) for cost in costs for index, part in enumerate(cost.parts)}
+
+
+def add_up(costs: Sequence[Cost], sizes: Mapping[str, int]) -> list[float]:
+    """What each of several costs of one network is when groups have these sizes; shared parts are computed once."""
+    values = {key: cost.part(index, sizes) for key, (cost, index) in find_distinct(costs).items()}
+    return [cost.constant + sum(values[id(part)] for part in cost.parts) for cost in costs]
 
 
 def costs_of_results(
@@ -130,18 +126,48 @@ def costs_of_results(
         tried: by the first group of the family its smaller size and the results then.
         unit: what a byte is.
     Returns:
-        None where other results were made, or lived together, than in the original.
+        None where other results were made, or lived together, than in the original. The parts of the weights, which are
+        there at every moment, are the same objects in all of them.
     """
     if any(small.moments != whole.moments for _, small in tried.values()):
         return None
-    costs = []
+    results = _find_changes(graph, whole.results, {name: (m, live.results) for name, (m, live) in tried.items()})
+    if results is None:
+        return None
+    costs, shared = [], weights.scaled(unit).parts
     for moment in map(sorted, whole.moments):
-        pick = lambda live, own=moment: [live.results[index] for index in own]  # noqa: E731
-        own = Cost.of_products(graph, pick(whole), {name: (m, pick(live)) for name, (m, live) in tried.items()})
-        if own is None:
-            return None
-        costs.append(own.plus(weights).scaled(unit))
+        own = Cost._of_changes(graph, [results[index] for index in moment])
+        parts = *own.scaled(unit).parts, *shared
+        costs.append(Cost(own.sizes, parts, (own.constant + weights.constant) * unit))
     return tuple(costs)
+
+
+_Product = tuple[tuple[int, ...], tuple[Along, ...]]
+"""The factors of a product, and the groups along each of them."""
+
+
+def _find_changes(
+    graph: ChannelGraph, whole: Sequence[tuple[int, ...]], tried: Mapping[str, tuple[int, Sequence[tuple[int, ...]]]]
+) -> list[_Product] | None:
+    """Which groups each factor was seen to change with, see `Cost.of_products`."""
+    sizes, nested = {g.name: g.size for g in graph.groups}, _find_nested(graph)
+    if any([len(f) for f in factors] != [len(f) for f in whole] for _, factors in tried.values()):
+        return None
+    products = []
+    for index, shape in enumerate(whole):
+        dims = tuple(
+            _join_nested(
+                {
+                    name: (length - factors[index][dim]) / (sizes[name] - m) * sizes[name]
+                    for name, (m, factors) in tried.items()
+                    if factors[index][dim] != length
+                },
+                nested,
+            )
+            for dim, length in enumerate(shape)
+        )
+        products.append((shape, dims))
+    return products
 
 
 _Holders = dict[int, list[str]]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from intrafusion.brief import show_briefly
-from intrafusion.budget.cost import Cost
+from intrafusion.budget.cost import Cost, add_up
 from intrafusion.recipe import Recipe
 
 
@@ -33,12 +33,13 @@ class Limit:
 
     def spend(self, sizes: Mapping[str, int]) -> float:
         """What is predicted of a network of these sizes."""
-        return max(cost(sizes) for cost in self.costs)
+        return max(add_up(self.costs, sizes))
 
     def costs_above(self, most: float) -> list[Cost]:
         """Those that exceed so much in the whole network: what does not, never will."""
-        above = [cost for cost in self.costs if cost({}) > most]
-        return above or [max(self.costs, key=lambda cost: cost({}))]
+        whole = add_up(self.costs, {})
+        above = [cost for cost, spent in zip(self.costs, whole, strict=True) if spent > most]
+        return above or [self.costs[whole.index(max(whole))]]
 
 
 def describe_held(recipe: Recipe) -> str:

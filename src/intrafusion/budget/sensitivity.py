@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -69,7 +69,7 @@ class Sensitivity:
         """
         curves = {}
         for twins in families_of(groups):
-            halves = size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2)
+            halves = halve(twins)
             height = self._find_height(twins, halves) ** self._trust / len(twins)
             for g in twins:
                 problem = _pose(g, self.scores[g.name], g.size, self.moments.get(g.name))
@@ -116,8 +116,7 @@ class Sensitivity:
         if self.calibration is None or self._probe.solved_on is None:
             return self._measure_cut(sizes)
         maps, seen = self._find_maps(sizes), self._probe.others
-        small = copy_reduced(self.model, self.graph, maps, self.literals)
-        add_shifts_(small, self.model, self.graph, maps)
+        small = self._cut(self.model, maps)
         cut = _Cut(small, Plan(Recipe(), (), self.graph.shapes, maps), self.example_inputs)
         measure = lambda model: _measure_error(model, seen)  # noqa: E731
         try:
@@ -126,7 +125,17 @@ class Sensitivity:
             return self._measure_cut(sizes)
 
     def _measure(self, sizes: Mapping[str, int], seen: _Seen) -> float:
-        return _measure_cut_error(self._reference, self.graph, self._find_maps(sizes), self.literals, seen)
+        """1 where such a network does not run."""
+        small = self._cut(self._reference, self._find_maps(sizes))
+        try:
+            return _measure_error(small, seen)
+        except ModelError:
+            return 1.0
+
+    def _cut(self, model: nn.Module, maps: Mapping[str, ReductionMap]) -> nn.Module:
+        small = copy_reduced(model, self.graph, maps, self.literals)
+        add_shifts_(small, model, self.graph, maps)
+        return small
 
     def _find_maps(self, sizes: Mapping[str, int]) -> dict[str, ReductionMap]:
         smaller, moments = [g for g in self.graph.groups if sizes.get(g.name, g.size) < g.size], self._probe.moments
@@ -166,6 +175,12 @@ class Sensitivity:
             return [(varied, _run_floats(self.model, varied))]
         except ModelError:  # it takes these values only
             return [(self.example_inputs, _run_floats(self.model, self.example_inputs))]
+
+
+def halve(groups: Iterable[ChannelGroup]) -> dict[str, int]:
+    """Half the channels of every group, rounded up, twins in step."""
+    halves = (size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2) for twins in families_of(groups))
+    return {name: m for sizes in halves for name, m in sizes.items()}
 
 
 _Seen = Sequence[tuple[Inputs, list[Tensor]]]
@@ -255,23 +270,8 @@ def choose_teller(reducer: Reducer) -> Telling:
     return replace(reducer, unmerge=True, rotate=reducer.rotates)
 
 
-def _measure_cut_error(
-    model: nn.Module,
-    graph: ChannelGraph,
-    maps: Mapping[str, ReductionMap],
-    literals: Literals | None,
-    seen: _Seen,
-) -> float:
-    """Mean squared difference of the outputs as a fraction of their variance; 1 where such a network does not run."""
-    small = copy_reduced(model, graph, maps, literals)
-    add_shifts_(small, model, graph, maps)
-    try:
-        return _measure_error(small, seen)
-    except ModelError:
-        return 1.0
-
-
 def _measure_error(model: nn.Module, seen: _Seen) -> float:
+    """Mean squared difference of the outputs as a fraction of their variance."""
     error = OutputError()
     for images, expected in seen:
         error.add(_run_floats(model, images), expected)

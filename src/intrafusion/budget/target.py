@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from intrafusion.asked import SHARES, check_target, least_size
 from intrafusion.budget.allocate import allocate
-from intrafusion.budget.cost import Cost, costs_of_results
+from intrafusion.budget.cost import Cost, add_up, costs_of_results
 from intrafusion.budget.limits import Limit, describe_held
 from intrafusion.budget.missed import describe_amount, explain_miss
 from intrafusion.budget.rounding import describe_rounding, list_steps
-from intrafusion.budget.sensitivity import Sensitivity
+from intrafusion.budget.sensitivity import Sensitivity, halve
 from intrafusion.budget.uniform import uniform_sizes
 from intrafusion.errors import BudgetError, ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of, size_twins
@@ -235,7 +235,8 @@ class _Search:
             most = {limit.kind: budget * limit.goal for limit in self.limits}
         priced = [(cost, most[limit.kind]) for limit in self.limits for cost in limit.costs_above(most[limit.kind])]
         costs, budgets = [cost for cost, _ in priced], [budget for _, budget in priced]
-        weights, found = [1 / max(cost({}), 1e-300) for cost in costs], list[tuple[float, float, int, Sizes]]()
+        weights = [1 / max(whole, 1e-300) for whole in add_up(costs, {})]
+        found = list[tuple[float, float, int, Sizes]]()
         for index in range(_WEIGHINGS if len(costs) > 1 and min(budgets) > 0 else 1):
             sizes = allocate(
                 *(self.groups, self.curves, costs, budgets),
@@ -243,7 +244,7 @@ class _Search:
                 round_to=self.steps,
                 min_channels=self.recipe.min_channels,
             )
-            spent = [cost(sizes) / most if most else 1.0 for cost, most in priced]
+            spent = [part / most if most else 1.0 for part, most in zip(add_up(costs, sizes), budgets, strict=True)]
             found.append((max([1.0, *spent]), self.predicted_error(sizes), index, sizes))
             weights = [weight * share**_SHARPNESS for weight, share in zip(weights, spent, strict=True)]
         return min(found)[-1]
@@ -323,7 +324,8 @@ class _Search:
     def _step(self, sizes: Sizes, twins: Sequence[ChannelGroup], up: bool) -> Sizes:
         """One channel, or one of the multiples that sizes are of, more or less."""
         whole, m = (n // twins[0].multiple for n in (twins[0].size, sizes[twins[0].name]))
-        step, least = self.steps[twins[0].name], min(whole, self.least(twins[0]))
+        step = self.steps[twins[0].name]
+        least = min(whole, least_size(self.recipe.min_channels, step))
         m = min(whole, (m // step + 1) * step) if up else max(least, (m - 1) // step * step)
         return {**sizes, **size_twins(twins, m)}
 
@@ -343,8 +345,9 @@ class _Search:
 
         Halving finds where networks begin to meet it; there, neighbours are measured again, more often and all in turn.
         """
-        low, high = self.cost(self.fit(0.0)), self.cost(self.fit(1.0))
-        smallest, met = self.fit(0.0), low
+        smallest = self.fit(0.0)
+        low, high = self.cost(smallest), self.cost(self.fit(1.0))
+        met = low
         tried = {low: smallest}
         for _ in range(_TRIALS):
             middle = (low + high) / 2
@@ -390,21 +393,11 @@ class _Search:
             found |= uniform_sizes(own, keep, self.graph, round_to=step, min_channels=self.recipe.min_channels)
         return found
 
-    def least(self, group: ChannelGroup) -> int:
-        """The smallest size that is allowed."""
-        return min(group.size, least_size(self.recipe.min_channels, self.steps[group.name]))
-
 
 def _find_shrinkable(reference: Reference, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], Literals]:
     """The groups that would not be rolled back if all were halved, and which numbers in attributes follow."""
-    surgery = _try_sizes(reference, _halve(groups))
+    surgery = _try_sizes(reference, halve(groups))
     return [g for g in groups if g.name not in surgery.rolled_back], surgery.literals
-
-
-def _halve(groups: Sequence[ChannelGroup]) -> Sizes:
-    """Half the channels of every group, rounded up, twins in step."""
-    halves = (size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2) for twins in families_of(groups))
-    return {name: m for sizes in halves for name, m in sizes.items()}
 
 
 def _try_sizes(reference: Reference, sizes: Mapping[str, int]) -> Surgery:
@@ -540,7 +533,7 @@ def _look_at_halves(
     """
     found = dict[str, tuple[int, _T]]()
     for twins in families_of(groups):
-        halves = _halve(twins)
+        halves = halve(twins)
         if halves[twins[0].name] < twins[0].size:
             small = build_with_sizes(model, graph, halves, literals)
             try:

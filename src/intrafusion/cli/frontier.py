@@ -87,7 +87,7 @@ def frontier_command(
         given, tokenizer = read_given(network, images, lines)
         tell_doubt(network)
         if output:
-            check_space(output, *[network.model] * len(sizes))
+            check_space(output, network.model)
         options = {name: getattr(wanted, name) for name in Recipe.options() if name not in ("keep", "target")}
         with progress_bar("frontier") as progress:
             found = frontier(

@@ -134,13 +134,13 @@ def check_writable(path: Path) -> None:
         raise FolderError(f"{str(path)!r}: is no name of a file or folder ({error}); choose another one.") from error
 
 
-def check_space(path: Path, *models: nn.Module) -> None:
+def check_space(path: Path, model: nn.Module) -> None:
     """
     Raises:
-        FolderError: the disk has no room for the weights of one of these networks.
+        FolderError: the disk has no room for the weights of the network.
     """
     place = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
-    needed = max(sum(t.nbytes for t in named_tensors(model).values()) for model in models)
+    needed = sum(t.nbytes for t in named_tensors(model).values())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise FolderError(
