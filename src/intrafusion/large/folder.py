@@ -440,8 +440,7 @@ class _Work:
         if self.calls:
             weights = self.calls[1].weights
             count = count_images(self.calls[1]) - (weights.doubled if weights else 0)
-            unseen = "" if self.calls[0] is self.calls[1] else "unseen "
-            on = f"{count} {unseen}{name_inputs(self.calls[1])}"
+            on = f"{count} {name_inputs(self.calls[1])}"
         else:
             notes.append("no inputs were given: channels were selected by weights, and no layer was solved")
         unseen = bool(self.calls) and self.calls[0] is not self.calls[1]
