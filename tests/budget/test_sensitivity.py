@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import intrafusion
-from intrafusion.budget.sensitivity import Sensitivity
+from intrafusion.budget.sensitivity import Sensitivity, fit_curve
 from intrafusion.measure.closeness import Yardstick
 from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
@@ -61,6 +61,33 @@ def test_heights_are_measured_once_for_one_calibration(monkeypatch: pytest.Monke
     monkeypatch.setattr(Sensitivity, "error", lambda self, sizes: pytest.fail("it was measured again"))
     again = replace(found)
     assert all(torch.equal(curve, curves[name]) for name, curve in again.curves(found.graph.reducible).items())
+
+
+def test_curves_pass_through_what_is_measured_at_half_at_seven_eighths_and_where_asked() -> None:
+    found = sensitivity()
+    for g in found.graph.reducible:
+        sizes = [(g.size + 1) // 2, g.size - g.size // 8]
+        for at in (None, {g.name: g.size // 4}):
+            curve = found.curves([g], at)[g.name]
+            for m in [*sizes, *([] if at is None else [g.size // 4])]:
+                assert float(curve[m]) == pytest.approx(found.error({g.name: m}), rel=1e-6)
+            assert bool((curve.diff() <= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("heights", "expected"),
+    [
+        ({2: 3.0}, [12.0, 6.0, 3.0, 1.5, 0.0]),  # one: in proportion to what is lost
+        ({2: 3.0, 3: 3.0}, [3.0 * 4**0.25, 3.0 * 2**0.25, 3.0, 3.0, 0.0]),  # off by all it can be, it seems
+        ({2: 4.0, 3: 1.0}, [8.0 * 2, 4.0 * 2, 4.0, 1.0, 0.0]),  # faster than what is lost, further on only as fast
+        ({2: 1.0, 3: 2.0}, [2.0 * 4**0.25, 2.0 * 2**0.25, 2.0, 2.0, 0.0]),  # more is not better for having less
+    ],
+)
+def test_a_curve_is_a_power_of_what_is_lost_between_two_errors(
+    heights: dict[int, float], expected: list[float]
+) -> None:
+    found = fit_curve(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0]), heights)
+    assert found.tolist() == pytest.approx(expected)
 
 
 def test_heights_on_noise_are_drawn_together() -> None:

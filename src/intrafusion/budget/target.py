@@ -39,6 +39,7 @@ _EXACT = 1e-6  # a predicted cost that is off by less, as a fraction, is believe
 _TRIALS = 8
 _FEW = 12  # families of groups of which pairs are tried
 _NUDGES = 16  # single channels that the last sizes are moved by
+_CORRECTIONS = 1  # of the heights, by what is measured at the sizes that they lead to
 _ROUNDS = 3  # of leaving out groups that turn out not to shrink to their sizes
 _REPEATS = 15  # of a forward pass that is timed; three times as many in the end
 _AT_ONCE = 4  # networks that are timed in turn
@@ -87,10 +88,11 @@ def sizes_for_target(
     reference = Reference(model, graph, inputs)
     groups, literals = _find_shrinkable(reference, groups)
     sensitivity = replace(sensitivity, literals=literals) if literals.learned else sensitivity
-    curves = sensitivity.curves(groups)
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS):
-        search = _Search.of(model, graph, groups, curves, recipe, inputs, limits, literals)
+        search = _Search.of(model, graph, groups, sensitivity.curves(groups), recipe, inputs, limits, literals)
+        for _ in range(_CORRECTIONS):
+            search = replace(search, curves=sensitivity.curves(groups, search.fit(search.start)))
         sizes, notes = search.find(sensitivity)
         refused = _try_sizes(reference, sizes).rolled_back
         if not refused:
@@ -226,6 +228,11 @@ class _Search:
         if self.clock:
             return self.clock.spend(sizes) / self.clock.spend({})
         return max(limit.spend(sizes) / limit.goal for limit in self.limits)
+
+    @property
+    def start(self) -> float:
+        """The cost to look for sizes at first."""
+        return 1.0 if not self.clock else self.clock.goal / self.clock.whole
 
     def fit(self, budget: float) -> Sizes:
         """The sizes with the least predicted error whose cost is at most this; beside a latency, all limits hold."""
