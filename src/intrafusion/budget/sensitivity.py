@@ -75,19 +75,34 @@ class Sensitivity:
         tenth of it does. Twins are cut together. OURS.
 
         Args:
-            at: further sizes to measure heights at, by group; not where one of the others is close.
+            at: sizes to measure heights at as well, where none of the others is close, by group. Where layers will be
+                solved, the heights of each kind of groups are in proportion to what solving leaves of the error with
+                the groups of that kind at these sizes.
         """
-        curves = {}
+        curves, left = {}, self._find_what_is_left(groups, at) if at and self.solves else {}
         for twins in families_of(groups):
             shapes = {g.name: self._find_shape(g) for g in twins}
             heights = dict[int, float]()
             for sizes in [halve(twins), _cut_little(twins), *([] if at is None else [at])]:
                 m = sizes.get(twins[0].name, twins[0].size) // twins[0].multiple
                 if not _is_told(shapes[twins[0].name][:: twins[0].multiple], m, heights):
-                    heights[m] = self._find_height(twins, size_twins(twins, m)) ** self._trust / len(twins)
+                    height = self._find_height(twins, size_twins(twins, m)) * left.get(_kind_of(twins[0]), 1.0)
+                    heights[m] = height**self._trust / len(twins)
             for g in twins:
                 curves[g.name] = fit_curve(shapes[g.name], {m * g.multiple: height for m, height in heights.items()})
         return curves
+
+    def _find_what_is_left(self, groups: Sequence[ChannelGroup], at: Mapping[str, int]) -> dict[Hashable, float]:
+        """Of the error with the groups of one kind cut alone, behind solving, by kind; nothing where there is one."""
+        kinds = dict[Hashable, dict[str, int]]()
+        for twins in families_of(groups):
+            m = {g.name: at[g.name] for g in twins}
+            sizes = m if any(m[g.name] < g.size for g in twins) else _cut_little(twins)
+            kinds.setdefault(_kind_of(twins[0]), {}).update(sizes)
+        if len(kinds) < 2:
+            return {}
+        errors = {kind: (self._measure_solved(sizes), self._measure_cut(sizes)) for kind, sizes in kinds.items()}
+        return {kind: max(solved, _NOTHING) / max(cut, _NOTHING) for kind, (solved, cut) in errors.items()}
 
     def _find_shape(self, group: ChannelGroup) -> Tensor:
         problem = _pose(group, self.scores[group.name], group.size, self.moments.get(group.name))
@@ -197,6 +212,11 @@ def halve(groups: Iterable[ChannelGroup]) -> dict[str, int]:
     """Half the channels of every group, rounded up, twins in step."""
     halves = (size_twins(twins, (twins[0].size // twins[0].multiple + 1) // 2) for twins in families_of(groups))
     return {name: m for sizes in halves for name, m in sizes.items()}
+
+
+def _kind_of(group: ChannelGroup) -> Hashable:
+    """Of groups of one kind solving makes up for about the same share."""
+    return group.linear, group.rotation is not None, len(group.producers) > 1
 
 
 def _cut_little(twins: Sequence[ChannelGroup]) -> dict[str, int]:
