@@ -57,21 +57,23 @@ def test_nothing_is_measured_on_images_from_which_something_was_learnt(level: st
 
 def test_heights_are_measured_once_for_one_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     found = sensitivity()
-    curves = found.curves(found.graph.reducible)
+    curves = found.list_curves(found.graph.reducible)
     monkeypatch.setattr(Sensitivity, "error", lambda self, sizes: pytest.fail("it was measured again"))
     again = replace(found)
-    assert all(torch.equal(curve, curves[name]) for name, curve in again.curves(found.graph.reducible).items())
+    for before, after in zip(curves, again.list_curves(found.graph.reducible), strict=True):
+        assert all(torch.equal(curve, before[name]) for name, curve in after.items())
 
 
-def test_curves_pass_through_what_is_measured_at_half_at_seven_eighths_and_where_asked() -> None:
+def test_curves_pass_through_what_is_measured_at_half_and_at_seven_eighths() -> None:
     found = sensitivity()
+    one, two = found.list_curves(found.graph.reducible)
     for g in found.graph.reducible:
-        sizes = [(g.size + 1) // 2, g.size - g.size // 8]
-        for at in (None, {g.name: g.size // 4}):
-            curve = found.curves([g], at)[g.name]
-            for m in [*sizes, *([] if at is None else [g.size // 4])]:
+        half, most = (g.size + 1) // 2, g.size - g.size // 8
+        for curve, sizes in ((one[g.name], [half]), (two[g.name], [half, most])):
+            for m in sizes:
                 assert float(curve[m]) == pytest.approx(found.error({g.name: m}), rel=1e-6)
             assert bool((curve.diff() <= 0).all())
+        assert float(one[g.name][most]) != pytest.approx(found.error({g.name: most}), rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_heights_on_noise_are_drawn_together() -> None:
     for level, power in (("noise", 0.5), ("images", 1.0)):
         calibration = calibrate(model, x, level, torch.randn(64, 3, 8, 8) if level == "images" else None)
         found = Sensitivity(model, graph, scores, calibration.moments_of(graph), calibration, Inputs.of(x))
-        for name, curve in found.curves(graph.reducible).items():
+        for name, curve in found.list_curves(graph.reducible)[0].items():
             half = graph[name].size // 2
             assert float(curve[half]) == pytest.approx(found.error({name: half}) ** power, rel=1e-6)
 

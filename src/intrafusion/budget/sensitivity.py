@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -64,45 +64,32 @@ class Sensitivity:
 
     __repr__ = show_briefly
 
-    def curves(self, groups: Sequence[ChannelGroup], at: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-        r"""Predicted error when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
+    def list_curves(self, groups: Sequence[ChannelGroup]) -> list[dict[str, Tensor]]:
+        r"""Predicted errors when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
 
-        The shape of the curve is the share of the consumers' signal that the first k pivots, or directions, cannot tell
-        (or, where no layer that reads the group was seen, the share of the importance given up). Its heights are
-        measured at two sizes, half and seven eighths: every group is cut alone, its consumers make up for the rest as
-        well as they can, and the output is compared on a few images, from which nothing was learnt of what is read of
-        the channels. Two, as an output that is off by all it says cannot get worse: half a stream does not tell what a
-        tenth of it does. Twins are cut together. OURS.
+        The shape of a curve is the share of the consumers' signal that the first k pivots, or directions, cannot tell
+        (or, where no layer that reads the group was seen, the share of the importance given up). Its height is
+        measured: the group is cut alone, its consumers make up for the rest as well as they can, and the output is
+        compared on a few images, from which nothing was learnt of what is read of the channels. Twins are cut together.
 
-        Args:
-            at: sizes to measure heights at as well, where none of the others is close, by group. Where layers will be
-                solved, the heights of each kind of groups are in proportion to what solving leaves of the error with
-                the groups of that kind at these sizes.
+        Two opinions: one has the height at half the channels, the other at seven eighths as well, since an output that
+        is off by all it says cannot get worse: half a stream does not tell what a tenth of it does. The first is closer
+        where the layers behind make up for more than the consumers do. `compare` tells which leads further. OURS.
         """
-        curves, left = {}, self._find_what_is_left(groups, at) if at and self.solves else {}
-        for twins in families_of(groups):
-            shapes = {g.name: self._find_shape(g) for g in twins}
-            heights = dict[int, float]()
-            for sizes in [halve(twins), _cut_little(twins), *([] if at is None else [at])]:
-                m = sizes.get(twins[0].name, twins[0].size) // twins[0].multiple
-                if not _is_told(shapes[twins[0].name][:: twins[0].multiple], m, heights):
-                    height = self._find_height(twins, size_twins(twins, m)) * left.get(_kind_of(twins[0]), 1.0)
-                    heights[m] = height**self._trust / len(twins)
-            for g in twins:
-                curves[g.name] = fit_curve(shapes[g.name], {m * g.multiple: height for m, height in heights.items()})
-        return curves
+        return [
+            {name: curve for twins in families_of(groups) for name, curve in self._draw(twins, at).items()}
+            for at in ([halve], [halve, _cut_little])
+        ]
 
-    def _find_what_is_left(self, groups: Sequence[ChannelGroup], at: Mapping[str, int]) -> dict[Hashable, float]:
-        """Of the error with the groups of one kind cut alone, behind solving, by kind; nothing where there is one."""
-        kinds = dict[Hashable, dict[str, int]]()
-        for twins in families_of(groups):
-            m = {g.name: at[g.name] for g in twins}
-            sizes = m if any(m[g.name] < g.size for g in twins) else _cut_little(twins)
-            kinds.setdefault(_kind_of(twins[0]), {}).update(sizes)
-        if len(kinds) < 2:
-            return {}
-        errors = {kind: (self._measure_solved(sizes), self._measure_cut(sizes)) for kind, sizes in kinds.items()}
-        return {kind: max(solved, _NOTHING) / max(cut, _NOTHING) for kind, (solved, cut) in errors.items()}
+    def _draw(self, twins: Sequence[ChannelGroup], cuts: Sequence[_Cutting]) -> dict[str, Tensor]:
+        """The curves of twins, measured at some sizes."""
+        shapes, heights = {g.name: self._find_shape(g) for g in twins}, dict[int, float]()
+        for sizes in (cut(twins) for cut in cuts):
+            m = sizes[twins[0].name] // twins[0].multiple
+            if not _is_told(shapes[twins[0].name][:: twins[0].multiple], m, heights):
+                heights[m] = self._find_height(twins, sizes) ** self._trust / len(twins)
+        at = lambda g: {m * g.multiple: height for m, height in heights.items()}  # noqa: E731
+        return {name: fit_curve(shape, at(g)) for g, (name, shape) in zip(twins, shapes.items(), strict=True)}
 
     def _find_shape(self, group: ChannelGroup) -> Tensor:
         problem = _pose(group, self.scores[group.name], group.size, self.moments.get(group.name))
@@ -214,11 +201,6 @@ def halve(groups: Iterable[ChannelGroup]) -> dict[str, int]:
     return {name: m for sizes in halves for name, m in sizes.items()}
 
 
-def _kind_of(group: ChannelGroup) -> Hashable:
-    """Of groups of one kind solving makes up for about the same share."""
-    return group.linear, group.rotation is not None, len(group.producers) > 1
-
-
 def _cut_little(twins: Sequence[ChannelGroup]) -> dict[str, int]:
     """An eighth of the channels fewer, at least one, twins in step."""
     n = twins[0].size // twins[0].multiple
@@ -261,6 +243,7 @@ def fit_curve(shape: Tensor, heights: Mapping[int, float]) -> Tensor:
     return torch.where(shape > lost, error * (shape / lost) ** min(max(power, _FLATTEST), 1.0), curve)
 
 
+_Cutting = Callable[[Sequence[ChannelGroup]], dict[str, int]]
 _Seen = Sequence[tuple[Inputs, list[Tensor]]]
 """Images in batches, and what the network as it is to be seen gives on them."""
 

@@ -39,7 +39,6 @@ _EXACT = 1e-6  # a predicted cost that is off by less, as a fraction, is believe
 _TRIALS = 8
 _FEW = 12  # families of groups of which pairs are tried
 _NUDGES = 16  # single channels that the last sizes are moved by
-_CORRECTIONS = 1  # of the heights, by what is measured at the sizes that they lead to
 _ROUNDS = 3  # of leaving out groups that turn out not to shrink to their sizes
 _REPEATS = 15  # of a forward pass that is timed; three times as many in the end
 _AT_ONCE = 4  # networks that are timed in turn
@@ -90,10 +89,9 @@ def sizes_for_target(
     sensitivity = replace(sensitivity, literals=literals) if literals.learned else sensitivity
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS):
-        search = _Search.of(model, graph, groups, sensitivity.curves(groups), recipe, inputs, limits, literals)
-        for _ in range(_CORRECTIONS):
-            search = replace(search, curves=sensitivity.curves(groups, search.fit(search.start)))
-        sizes, notes = search.find(sensitivity)
+        opinions = sensitivity.list_curves(groups)
+        search = _Search.of(model, graph, groups, opinions[0], recipe, inputs, limits, literals)
+        sizes, notes = search.find(sensitivity, opinions)
         refused = _try_sizes(reference, sizes).rolled_back
         if not refused:
             return sizes, (*kept, *notes)
@@ -158,23 +156,41 @@ class _Search:
         priced = [_price_limit(limit, model, graph, groups, inputs, literals) for limit in limits]
         return cls(model, graph, groups, curves, recipe, inputs, priced, list_steps(groups, recipe.round_to), literals)
 
-    def find(self, sensitivity: Sensitivity) -> tuple[Sizes, tuple[str, ...]]:
+    def find(self, sensitivity: Sensitivity, opinions: Sequence[Mapping[str, Tensor]]) -> tuple[Sizes, tuple[str, ...]]:
         """Sizes, and what is to be said of them; not rounded by default where rounded ones miss the limits."""
-        reached, sizes = self.largest_that_meets() if self.clock else self.closest()
+        rounded = replace(self, steps=list_steps(self.groups, 1))
+        found = [replace(self, curves=curves).reach() for curves in opinions]
+        reached, sizes = found[0]
         if self.is_off_by_rounding(reached):
-            return replace(self, steps=list_steps(self.groups, 1)).find(sensitivity)
-        notes = [limit.doubt for limit in self.limits if limit.doubt]
+            return rounded.find(sensitivity, opinions)
         same = self.same_share(reached, sizes)
-        if same is not None and same != sizes:
-            ours, theirs = sensitivity.compare(sizes, same)
-            if theirs < ours:
-                sizes, reached = same, reached if self.clock else self.measure(same)
-                if self.is_off_by_rounding(reached):
-                    return replace(self, steps=list_steps(self.groups, 1)).find(sensitivity)
-                error = f"by {theirs:.2%} of its variance instead of {ours:.2%}"
-                notes.append(f"target: every group keeps the same share, as that changes the output less ({error}).")
-        notes += describe_rounding(self.groups, sizes, self.steps, self.recipe.round_to)
+        if same is not None:
+            found.append((reached if self.clock else self.measure(same), same))
+        (reached, sizes), said = self.choose(found, sensitivity, same)
+        if self.is_off_by_rounding(reached):
+            return rounded.find(sensitivity, opinions)
+        notes = [limit.doubt for limit in self.limits if limit.doubt]
+        notes += [*said, *describe_rounding(self.groups, sizes, self.steps, self.recipe.round_to)]
         return sizes, (*notes, *self.explain_misses(sizes, reached))
+
+    def reach(self) -> tuple[float, Sizes]:
+        """What is spent by the sizes that these curves lead to, as a share of the limits, and the sizes."""
+        return self.largest_that_meets() if self.clock else self.closest()
+
+    def choose(
+        self, found: Sequence[tuple[float, Sizes]], sensitivity: Sensitivity, same: Sizes | None
+    ) -> tuple[tuple[float, Sizes], list[str]]:
+        """Of those that cost no more than the limits, or the first, the one that changes the output least."""
+        near = [one for one in found if one[0] <= max(found[0][0], 1 + _CLOSE_ENOUGH)]
+        distinct = [one for i, one in enumerate(near) if one[1] not in [sizes for _, sizes in near[:i]]]
+        if len(distinct) == 1:
+            return distinct[0], []
+        errors = sensitivity.compare(*(sizes for _, sizes in distinct))
+        best = errors.index(min(errors))
+        if distinct[best][1] != same:
+            return distinct[best], []
+        error = f"by {errors[best]:.2%} of its variance instead of {min(errors[:best]):.2%}"
+        return distinct[best], [f"target: every group keeps the same share, as that changes the output less ({error})."]
 
     def is_off_by_rounding(self, reached: float) -> bool:
         """Whether limits are missed, or more is cut than they ask for, with sizes that nobody asked to be rounded."""
@@ -228,11 +244,6 @@ class _Search:
         if self.clock:
             return self.clock.spend(sizes) / self.clock.spend({})
         return max(limit.spend(sizes) / limit.goal for limit in self.limits)
-
-    @property
-    def start(self) -> float:
-        """The cost to look for sizes at first."""
-        return 1.0 if not self.clock else self.clock.goal / self.clock.whole
 
     def fit(self, budget: float) -> Sizes:
         """The sizes with the least predicted error whose cost is at most this; beside a latency, all limits hold."""
