@@ -1,9 +1,10 @@
 """Whether a smaller network is the original without what it lacks. Knows no tracer: it compares weights by value.
 
 Every weight of the original is a random number of its own, so each that a smaller network still has is recognised by
-its value, up to one factor for each tensor, or for each third of one that holds queries, keys and values. In a copy of
-the original all others become zero; then nothing comes from or goes into what was removed, and both must give the same.
-Norms over channels count those that are zero everywhere as absent, as the smaller network does not have them.
+its value, up to one factor for each tensor, or for each half or third of one that holds queries, keys and values. In a
+copy of the original all others become zero; then nothing comes from or goes into what was removed, and both must give
+the same. Norms over channels count those that are zero everywhere as absent, as the smaller network does not
+have them.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def find_kept(old: Tensor, new: Tensor) -> Tensor:
         Unjudged: it has others.
     """
     kept = torch.zeros(old.numel(), dtype=torch.bool)
-    thirds = new.chunk(3) if new.dim() and len(new) % 3 == 0 else ()
-    for parts in ((new,), thirds):
+    for count in (1, 2, 3) if new.dim() else (1,):
+        parts = new.chunk(count) if count > 1 else (new,)
         places = [_locate(old.flatten().double(), part.flatten().double()) for part in parts]
         found = [place for place in places if place is not None]
-        if found and len(found) == len(parts):
+        if len(found) == len(parts):
             kept[torch.cat(found)] = True
             return kept.view(old.shape)
     raise Unjudged(f"{list(new.shape)} is no part of {list(old.shape)}")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import intrafusion
-from intrafusion.budget.sensitivity import Sensitivity
+from intrafusion.budget.sensitivity import Sensitivity, fit_curve
 from intrafusion.measure.closeness import Yardstick
 from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
@@ -57,10 +57,39 @@ def test_nothing_is_measured_on_images_from_which_something_was_learnt(level: st
 
 def test_heights_are_measured_once_for_one_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     found = sensitivity()
-    curves = found.curves(found.graph.reducible)
+    curves = found.list_curves(found.graph.reducible)
     monkeypatch.setattr(Sensitivity, "error", lambda self, sizes: pytest.fail("it was measured again"))
     again = replace(found)
-    assert all(torch.equal(curve, curves[name]) for name, curve in again.curves(found.graph.reducible).items())
+    for before, after in zip(curves, again.list_curves(found.graph.reducible), strict=True):
+        assert all(torch.equal(curve, before[name]) for name, curve in after.items())
+
+
+def test_curves_pass_through_what_is_measured_at_half_and_at_seven_eighths() -> None:
+    found = sensitivity()
+    one, two = found.list_curves(found.graph.reducible)
+    for g in found.graph.reducible:
+        half, most = (g.size + 1) // 2, g.size - g.size // 8
+        for curve, sizes in ((one[g.name], [half]), (two[g.name], [half, most])):
+            for m in sizes:
+                assert float(curve[m]) == pytest.approx(found.error({g.name: m}), rel=1e-6)
+            assert bool((curve.diff() <= 0).all())
+        assert float(one[g.name][most]) != pytest.approx(found.error({g.name: most}), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("heights", "expected"),
+    [
+        ({2: 3.0}, [12.0, 6.0, 3.0, 1.5, 0.0]),  # one: in proportion to what is lost
+        ({2: 3.0, 3: 3.0}, [3.0 * 4**0.25, 3.0 * 2**0.25, 3.0, 3.0, 0.0]),  # off by all it can be, it seems
+        ({2: 4.0, 3: 1.0}, [8.0 * 2, 4.0 * 2, 4.0, 1.0, 0.0]),  # faster than what is lost, further on only as fast
+        ({2: 1.0, 3: 2.0}, [2.0 * 4**0.25, 2.0 * 2**0.25, 2.0, 2.0, 0.0]),  # more is not better for having less
+    ],
+)
+def test_a_curve_is_a_power_of_what_is_lost_between_two_errors(
+    heights: dict[int, float], expected: list[float]
+) -> None:
+    found = fit_curve(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0]), heights)
+    assert found.tolist() == pytest.approx(expected)
 
 
 def test_heights_on_noise_are_drawn_together() -> None:
@@ -73,7 +102,7 @@ def test_heights_on_noise_are_drawn_together() -> None:
     for level, power in (("noise", 0.5), ("images", 1.0)):
         calibration = calibrate(model, x, level, torch.randn(64, 3, 8, 8) if level == "images" else None)
         found = Sensitivity(model, graph, scores, calibration.moments_of(graph), calibration, Inputs.of(x))
-        for name, curve in found.curves(graph.reducible).items():
+        for name, curve in found.list_curves(graph.reducible)[0].items():
             half = graph[name].size // 2
             assert float(curve[half]) == pytest.approx(found.error({name: half}) ** power, rel=1e-6)
 

@@ -140,9 +140,9 @@ class Judge:
     def compare(self, *candidates: Mapping[str, int]) -> list[float]:
         return [self.error(sizes) for sizes in candidates]
 
-    def curves(self, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+    def list_curves(self, groups: Sequence[ChannelGroup]) -> list[dict[str, Tensor]]:
         weights = {g.name: 1e-9 if g is groups[-1] else 1.0 for g in groups}
-        return {g.name: weights[g.name] * torch.linspace(1, 0, g.size + 1) for g in groups}
+        return [{g.name: weights[g.name] * torch.linspace(1, 0, g.size + 1) for g in groups}]
 
 
 def find(

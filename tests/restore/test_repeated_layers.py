@@ -114,7 +114,7 @@ def test_a_loop_comes_nearer_to_the_original_on_unseen_inputs() -> None:
     left = copy.deepcopy(small.model)
     LeastSquares().solver.solve_(left, small.plan.maps, model, graph, [Inputs.of(x)], left=["up", "down"])
     LeastSquares()(small, model, graph, x)
-    assert error(small.model, model, unseen) < 0.96 * error(left, model, unseen)
+    assert error(small.model, model, unseen) < 0.9 * error(left, model, unseen)
     assert small.model.up.weight.shape == (12, 6)
 
 

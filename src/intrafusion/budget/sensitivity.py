@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +32,10 @@ from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced
 
 _TRUST_IN_NOISE = 0.5  # half way to heights that are all the same
+_EIGHTH = 8
+_CLOSE = 1.5  # what is lost at two sizes that tell the same
+_FLATTEST = 0.25  # how an error grows at least, where nothing is measured: nothing more to lose is not believed
+_NOTHING = 1e-9  # an error, as a fraction, that is none
 _FEW, _FEWEST = 64, 16  # images to measure on, and those that are not parted
 
 
@@ -58,32 +64,44 @@ class Sensitivity:
 
     __repr__ = show_briefly
 
-    def curves(self, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
-        r"""Predicted error when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
+    def list_curves(self, groups: Sequence[ChannelGroup]) -> list[dict[str, Tensor]]:
+        r"""Predicted errors when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
 
-        The shape of the curve is the share of the consumers' signal that the first k pivots, or directions, cannot tell
-        (or, where no layer that reads the group was seen, the share of the importance given up). Its
-        height is measured: every group is halved alone, its consumers make up for the rest as well as they can, and the
-        output is compared on a few images, from which nothing was learnt of what is read of the channels. Twins are
-        halved together. OURS.
+        The shape of a curve is the share of the consumers' signal that the first k pivots, or directions, cannot tell
+        (or, where no layer that reads the group was seen, the share of the importance given up). Its height is
+        measured: the group is cut alone, its consumers make up for the rest as well as they can, and the output is
+        compared on a few images, from which nothing was learnt of what is read of the channels. Twins are cut together.
+
+        Two opinions: one has the height at half the channels, the other at seven eighths as well, since an output that
+        is off by all it says cannot get worse: half a stream does not tell what a tenth of it does. The first is closer
+        where the layers behind make up for more than the consumers do. `compare` tells which leads further. OURS.
         """
-        curves = {}
-        for twins in families_of(groups):
-            halves = halve(twins)
-            height = self._find_height(twins, halves) ** self._trust / len(twins)
-            for g in twins:
-                problem = _pose(g, self.scores[g.name], g.size, self.moments.get(g.name))
-                shape = _find_shape(problem, self.teller)
-                curves[g.name] = shape * (height / max(float(shape[halves[g.name]]), 1e-3))
-        return curves
+        return [
+            {name: curve for twins in families_of(groups) for name, curve in self._draw(twins, at).items()}
+            for at in ([halve], [halve, _cut_little])
+        ]
 
-    def _find_height(self, twins: Sequence[ChannelGroup], halves: Mapping[str, int]) -> float:
-        """The error with these groups halved; measured once for all targets on one calibration."""
+    def _draw(self, twins: Sequence[ChannelGroup], cuts: Sequence[_Cutting]) -> dict[str, Tensor]:
+        """The curves of twins, measured at some sizes."""
+        shapes, heights = {g.name: self._find_shape(g) for g in twins}, dict[int, float]()
+        for sizes in (cut(twins) for cut in cuts):
+            m = sizes[twins[0].name] // twins[0].multiple
+            if not _is_told(shapes[twins[0].name][:: twins[0].multiple], m, heights):
+                heights[m] = self._find_height(twins, sizes) ** self._trust / len(twins)
+        at = lambda g: {m * g.multiple: height for m, height in heights.items()}  # noqa: E731
+        return {name: fit_curve(shape, at(g)) for g, (name, shape) in zip(twins, shapes.items(), strict=True)}
+
+    def _find_shape(self, group: ChannelGroup) -> Tensor:
+        problem = _pose(group, self.scores[group.name], group.size, self.moments.get(group.name))
+        return _find_shape(problem, self.teller)
+
+    def _find_height(self, twins: Sequence[ChannelGroup], sizes: Mapping[str, int]) -> float:
+        """The error with these groups cut; measured once for all targets on one calibration."""
         known = self._known.heights
         scores = tuple(self.scores[g.name].cpu().numpy().tobytes() for g in twins)
-        key = self.graph, self.teller, tuple(halves), scores, self.literals is not None
+        key = self.graph, self.teller, tuple(sizes.items()), scores, self.literals is not None
         if key not in known:
-            known[key] = self.error(halves)
+            known[key] = self.error(sizes)
         return known[key]
 
     @property
@@ -183,6 +201,49 @@ def halve(groups: Iterable[ChannelGroup]) -> dict[str, int]:
     return {name: m for sizes in halves for name, m in sizes.items()}
 
 
+def _cut_little(twins: Sequence[ChannelGroup]) -> dict[str, int]:
+    """An eighth of the channels fewer, at least one, twins in step."""
+    n = twins[0].size // twins[0].multiple
+    return size_twins(twins, n - max(1, n // _EIGHTH))
+
+
+def _is_told(shape: Tensor, m: int, heights: Mapping[int, float]) -> bool:
+    """Whether an error is measured where about as much is lost as with m channels, or m loses nothing."""
+    close = lambda k: max(shape[k], shape[m]) <= _CLOSE * min(shape[k], shape[m])  # noqa: E731
+    return bool(shape[m] <= _NOTHING) or m in heights or any(bool(close(k)) for k in heights)
+
+
+def fit_curve(shape: Tensor, heights: Mapping[int, float]) -> Tensor:
+    r"""The errors with k channels, as some were measured: in between as a power of what is lost, (n + 1,).
+
+        e(k) = e(a) (s(k) / s(a))^p      for s(a) <= s(k) <= s(b),  where p makes it pass through e(b),
+
+    with p = 1 where less is lost than at all of them, and the last p, but from 1/4 to 1, where more is.
+
+    Args:
+        shape: s, what is lost with k of n channels, in any unit, (n + 1,); not increasing.
+        heights: e, by k.
+
+    >>> [round(e, 3) for e in fit_curve(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0]), {1: 0.4, 3: 0.2}).tolist()]
+    [0.566, 0.4, 0.283, 0.2, 0.0]
+    """
+    shape = shape.double().cpu()
+    if not heights:
+        return shape
+    points = list[tuple[float, float]]()
+    for k in sorted(heights, reverse=True):  # from what loses least
+        lost, error = max(float(shape[k]), _NOTHING), max([heights[k], _NOTHING, *(e for _, e in points)])
+        if not points or lost > points[-1][0]:
+            points.append((lost, error))
+    curve, power = shape * (points[0][1] / points[0][0]), 1.0
+    for (lost, error), (more, worse) in pairwise(points):
+        power = math.log(worse / error) / math.log(more / lost)
+        curve = torch.where(shape > lost, error * (shape / lost) ** power, curve)
+    lost, error = points[-1]
+    return torch.where(shape > lost, error * (shape / lost) ** min(max(power, _FLATTEST), 1.0), curve)
+
+
+_Cutting = Callable[[Sequence[ChannelGroup]], dict[str, int]]
 _Seen = Sequence[tuple[Inputs, list[Tensor]]]
 """Images in batches, and what the network as it is to be seen gives on them."""
 

@@ -87,11 +87,11 @@ def sizes_for_target(
     reference = Reference(model, graph, inputs)
     groups, literals = _find_shrinkable(reference, groups)
     sensitivity = replace(sensitivity, literals=literals) if literals.learned else sensitivity
-    curves = sensitivity.curves(groups)
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS):
-        search = _Search.of(model, graph, groups, curves, recipe, inputs, limits, literals)
-        sizes, notes = search.find(sensitivity)
+        opinions = sensitivity.list_curves(groups)
+        search = _Search.of(model, graph, groups, opinions[0], recipe, inputs, limits, literals)
+        sizes, notes = search.find(sensitivity, opinions)
         refused = _try_sizes(reference, sizes).rolled_back
         if not refused:
             return sizes, (*kept, *notes)
@@ -156,23 +156,41 @@ class _Search:
         priced = [_price_limit(limit, model, graph, groups, inputs, literals) for limit in limits]
         return cls(model, graph, groups, curves, recipe, inputs, priced, list_steps(groups, recipe.round_to), literals)
 
-    def find(self, sensitivity: Sensitivity) -> tuple[Sizes, tuple[str, ...]]:
+    def find(self, sensitivity: Sensitivity, opinions: Sequence[Mapping[str, Tensor]]) -> tuple[Sizes, tuple[str, ...]]:
         """Sizes, and what is to be said of them; not rounded by default where rounded ones miss the limits."""
-        reached, sizes = self.largest_that_meets() if self.clock else self.closest()
+        rounded = replace(self, steps=list_steps(self.groups, 1))
+        found = [replace(self, curves=curves).reach() for curves in opinions]
+        reached, sizes = found[0]
         if self.is_off_by_rounding(reached):
-            return replace(self, steps=list_steps(self.groups, 1)).find(sensitivity)
-        notes = [limit.doubt for limit in self.limits if limit.doubt]
+            return rounded.find(sensitivity, opinions)
         same = self.same_share(reached, sizes)
-        if same is not None and same != sizes:
-            ours, theirs = sensitivity.compare(sizes, same)
-            if theirs < ours:
-                sizes, reached = same, reached if self.clock else self.measure(same)
-                if self.is_off_by_rounding(reached):
-                    return replace(self, steps=list_steps(self.groups, 1)).find(sensitivity)
-                error = f"by {theirs:.2%} of its variance instead of {ours:.2%}"
-                notes.append(f"target: every group keeps the same share, as that changes the output less ({error}).")
-        notes += describe_rounding(self.groups, sizes, self.steps, self.recipe.round_to)
+        if same is not None:
+            found.append((reached if self.clock else self.measure(same), same))
+        (reached, sizes), said = self.choose(found, sensitivity, same)
+        if self.is_off_by_rounding(reached):
+            return rounded.find(sensitivity, opinions)
+        notes = [limit.doubt for limit in self.limits if limit.doubt]
+        notes += [*said, *describe_rounding(self.groups, sizes, self.steps, self.recipe.round_to)]
         return sizes, (*notes, *self.explain_misses(sizes, reached))
+
+    def reach(self) -> tuple[float, Sizes]:
+        """What is spent by the sizes that these curves lead to, as a share of the limits, and the sizes."""
+        return self.largest_that_meets() if self.clock else self.closest()
+
+    def choose(
+        self, found: Sequence[tuple[float, Sizes]], sensitivity: Sensitivity, same: Sizes | None
+    ) -> tuple[tuple[float, Sizes], list[str]]:
+        """Of those that cost no more than the limits, or the first, the one that changes the output least."""
+        near = [one for one in found if one[0] <= max(found[0][0], 1 + _CLOSE_ENOUGH)]
+        distinct = [one for i, one in enumerate(near) if one[1] not in [sizes for _, sizes in near[:i]]]
+        if len(distinct) == 1:
+            return distinct[0], []
+        errors = sensitivity.compare(*(sizes for _, sizes in distinct))
+        best = errors.index(min(errors))
+        if distinct[best][1] != same:
+            return distinct[best], []
+        error = f"by {errors[best]:.2%} of its variance instead of {min(errors[:best]):.2%}"
+        return distinct[best], [f"target: every group keeps the same share, as that changes the output less ({error})."]
 
     def is_off_by_rounding(self, reached: float) -> bool:
         """Whether limits are missed, or more is cut than they ask for, with sizes that nobody asked to be rounded."""

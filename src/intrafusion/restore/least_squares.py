@@ -41,7 +41,8 @@ class LeastSquares:
     the least matching loss of f: an error counts as far as f lets it through (see `Ridge.solve`).
 
     How strong the ridge is, is chosen layer by layer on one image in five, on which the layer is not solved meanwhile:
-    four strengths up to a constant alone, or no change at all, see `choose_strength`. Then all images are solved on.
+    the least strength, unless a larger one, a constant alone or no change at all is clearly better there, see
+    `choose_strength`. Then all images are solved on.
 
     Norms over channels of which some are gone (a LayerNorm in a stream that was selected from) are fitted where they
     are reached: gain and shift of each channel, for what the original's norm gave, see `NormFits`.
@@ -57,7 +58,7 @@ class LeastSquares:
 
     Attributes:
         strength: of the ridge, as a fraction of the inputs' mean variance; infinite for constants alone. None: chosen
-            for each layer, of ten images or more; of fewer, 1e-3.
+            for each layer; 1e-3 where there are fewer than 26 images.
         scarcity: what is added to it where rows are few for the size of a filter, as in a classifier on few images.
         steps: further solutions for what comes out of an activation function.
         rows: sampled places per layer.

@@ -412,7 +412,7 @@ class _Solving:
         solver, apart = self.solver, self.left_out.to(rows.images.device)[rows.images]
         ridge = task.ridge(rows.inputs, solver.fixed_strength, solver.scarcity)
         if solver.strength is None and bool(apart.any()) and not bool(apart.all()):
-            strength = choose_strength(task, rows.inputs, ridge, apart, solver.steps)
+            strength = choose_strength(task, rows.inputs, ridge, apart, rows.images, solver.steps)
             if strength is None:
                 return None
             ridge = ridge.with_strength(strength)
