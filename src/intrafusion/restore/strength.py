@@ -24,7 +24,7 @@ Change = tuple[Tensor, Tensor]
 """What is added to a layer's weight, (c, d), and as a constant to its output before the norm, (c,); float64."""
 
 _SHARE, _FEWEST = 5, 5  # one image in five is left out; none where that is less than five
-_CLEARLY = 2.0  # standard errors, by which what stays closer to the reduced weights has to be better
+_CLEARLY = 2.0, 0.1  # standard errors, and part of the error, by which what changes a layer less has to be better
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,13 +98,14 @@ def choose_strength(
     an infinite one for D = 0, and at last no change. Behind an activation function R is what the steps with the
     strength of `ridge`, on S, end with. Errors are those of what comes out, behind the activation function where only
     that reads the layer. Each takes the place of the one before where it is clearly better, if over the images left out
-    its errors are less by d_i with
+    its errors e_i become less by d_i with
 
-        sum d_i  >  2 sqrt(sum d_i^2),
+        sum d_i  >  2 sqrt(sum d_i^2)  and  sum d_i  >  sum e_i / 10,
 
-    two standard errors; so fewer than five images never tell. What stays closer to the reduced weights is flattered:
-    these were chosen, and fitted, on all images. That shrinks as one part in their number, the standard error as one in
-    its root. Nothing is multiplied again that the regression on all rows knows.
+    by two standard errors (so fewer than five images never tell) and by a tenth. What stays closer to the reduced
+    weights is flattered, as these were chosen, and fitted, on all images; and what a ridge leaves undone is alike at
+    all places and adds up over layers, where what a fit makes of chance averages out. Nothing is multiplied again that
+    the regression on all rows knows.
 
     Args:
         inputs: rows that the layer reads, (k, d), or (g, k, d) with groups.
@@ -135,8 +136,8 @@ def _pick(errors: Mapping[float | None, Tensor]) -> float | None:
     """The first one, or what is clearly better than what was picked before it; by the errors of each image."""
     (picked, least), *rest = errors.items()
     for strength, error in rest:
-        gain = least - error
-        if bool(gain.sum() > _CLEARLY * gain.norm()):
+        gain, (deviations, part) = least - error, _CLEARLY
+        if bool(gain.sum() > deviations * gain.norm()) and bool(gain.sum() > part * least.sum()):
             picked, least = strength, error
     return picked
 
