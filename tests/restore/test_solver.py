@@ -119,7 +119,7 @@ def test_batches_give_what_one_call_gives(size: int, rows: int) -> None:
     cut, same = solve(made, cut_call(call(images()), size), solver)
     assert found.changes.keys() == same.changes.keys() >= {"a1", "a2", "b1", "b2", "head"}
     assert found.norms.keys() == same.norms.keys() == {"group.weight", "group.bias"}
-    assert distance(cut, small) < 1e-5
+    assert distance(cut, small) < 2e-5
     assert distance(small, made[2].model) > 0.05
 
 

@@ -24,7 +24,7 @@ Change = tuple[Tensor, Tensor]
 """What is added to a layer's weight, (c, d), and as a constant to its output before the norm, (c,); float64."""
 
 _SHARE, _FEWEST = 5, 5  # one image in five is left out; none where that is less than five
-_CLEARLY = 2.0  # standard errors, by which what stays closer to the reduced weights has to be better
+_CLEARLY = 2.0  # standard errors, by which what changes a layer less has to be better
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,16 +74,20 @@ class Task:
         return self.layer.before_norm((self.wanted - given) / self.activation.slope)
 
     def measure(self, images: Tensor, change: Tensor | None = None) -> Tensor:
-        """The squared error of what comes out, summed for each image, float64; nothing for images without rows.
+        """The squared error of what comes out in each image (n, 2): of its k rows, summed, and k times of their mean.
+
+        Zero for images without rows; float64.
 
         Args:
             images: which each row is of, (k,) int64.
             change: what the layer gives more before its norm, (k, c).
         """
         given = self.given if change is None else self.given + self.layer.after_norm(change)
-        error = (self.wanted - (given if self.activation is None else self.activation(given))).square()
-        rows = (error if self.weights is None else error * self.weights.to(error)).double().sum(1)
-        return rows.new_zeros(int(images.max()) + 1).index_add_(0, images, rows)
+        error = (self.wanted - (given if self.activation is None else self.activation(given))).double()
+        weights = error.new_ones(len(error), 1) if self.weights is None else self.weights.to(error)
+        add = lambda rows: rows.new_zeros(int(images.max()) + 1, rows.shape[1]).index_add_(0, images, rows)  # noqa: E731
+        total, summed, squared = (add(rows) for rows in (weights, weights * error, weights * error.square()))
+        return torch.stack([squared.sum(1), (summed.square() / total.clamp(min=1e-300)).sum(1)], 1)
 
 
 def choose_strength(
@@ -96,15 +100,17 @@ def choose_strength(
         D, e = argmin  mean_S || R - D x - e ||^2 + lam ||D||^2,
 
     an infinite one for D = 0, and at last no change. Behind an activation function R is what the steps with the
-    strength of `ridge`, on S, end with. Errors are those of what comes out, behind the activation function where only
-    that reads the layer. Each takes the place of the one before where it is clearly better, if over the images left out
-    its errors are less by d_i with
+    strength of `ridge`, on S, end with. Each takes the place of the one before where it is clearly better, if over the
+    images left out errors become less by d_i with
 
         sum d_i  >  2 sqrt(sum d_i^2),
 
-    two standard errors; so fewer than five images never tell. What stays closer to the reduced weights is flattered:
-    these were chosen, and fitted, on all images. That shrinks as one part in their number, the standard error as one in
-    its root. Nothing is multiplied again that the regression on all rows knows.
+    two standard errors (so fewer than five images never tell), both for the squared errors of all rows of an image and
+    for that of their mean. Errors are those of what comes out, behind the activation function where only that reads the
+    layer. What stays closer to the reduced weights is flattered, as these were chosen, and fitted, on all images: by
+    one part in their number, where the standard error shrinks as one in its root. And what a ridge leaves undone is
+    alike at all places, where what a fit makes of chance averages out over them and over layers, as the means tell.
+    Nothing is multiplied again that the regression on all rows knows.
 
     Args:
         inputs: rows that the layer reads, (k, d), or (g, k, d) with groups.
@@ -132,11 +138,11 @@ def choose_strength(
 
 
 def _pick(errors: Mapping[float | None, Tensor]) -> float | None:
-    """The first one, or what is clearly better than what was picked before it; by the errors of each image."""
+    """The first one, or what is clearly better than what was picked before it; by errors (n, 2), see `measure`."""
     (picked, least), *rest = errors.items()
     for strength, error in rest:
         gain = least - error
-        if bool(gain.sum() > _CLEARLY * gain.norm()):
+        if bool((gain.sum(0) > _CLEARLY * gain.norm(dim=0)).all()):
             picked, least = strength, error
     return picked
 
