@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any import of numpy, and for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client: a test never goes online
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 torch.set_num_threads(1)  # tiny tensors run twice as fast on one thread, and the workers share the cores
 
@@ -19,6 +21,14 @@ def seeds() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - the legacy state is what third-party code draws from
+
+
+@pytest.fixture(scope="session")
+def digits_network() -> nn.Module:
+    """The digits network, trained once; a test that writes to it takes a copy."""
+    from intrafusion.lab import zoo
+
+    return zoo.train_digits()
 
 
 @pytest.fixture(scope="session")
