@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -40,3 +41,9 @@ def data_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"INTRAFUSION_DATA is {folder!r}, which is not a folder")
     return Path(folder)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and is not looked through again each time that objects are searched or collected."""
+    gc.collect()
+    gc.freeze()

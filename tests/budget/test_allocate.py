@@ -125,8 +125,7 @@ def test_twins_rounding_and_the_smallest_size() -> None:
     assert allocate(groups, curves, cost, 1e9) == sizes
 
 
-@pytest.mark.parametrize("kind", ["params", "macs"])
-@pytest.mark.parametrize("wanted", [0.6, 0.3])
+@pytest.mark.parametrize(("kind", "wanted"), [("params", 0.6), ("macs", 0.3)])
 def test_a_target_is_hit_within_two_percent(kind: str, wanted: float) -> None:
     model = chain(3, 32, 48, 64)
     small = intrafusion.compress(model, X, target={kind: wanted}, restore=None)

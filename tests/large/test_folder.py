@@ -141,7 +141,7 @@ def test_a_configuration_of_another_network_is_an_error(llama: Path) -> None:
     for change, what in (
         ({"num_hidden_layers": 3}, "there are no weights of model.layers.2"),
         ({"num_hidden_layers": 1}, "there are weights without a place of model.layers.1"),
-        ({"intermediate_size": 20}, "there are other shapes of model.layers.{0,1}.mlp.gate_proj"),
+        ({"intermediate_size": 20}, "there are other shapes of model.layers..0.1..mlp.gate_proj"),
         ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised"),
     ):
         (llama / "config.json").write_text(json.dumps(config | change))
