@@ -27,22 +27,22 @@ demo: setup
 	$(BIN)/intrafusion demo
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # What needs no extra, on the lowest versions that pyproject.toml promises.
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
+	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest pytest-xdist
 	touch $@
 
-# Random networks, kills and damaged folders, N times as many as in the tests, with counts.
-N ?= 10
-FUZZERS := $(wildcard tests/test_fuzz.py tests/test_kills.py tests/io/test_mutations.py)
+# Random networks, kills and damaged folders, N times as many as in the tests, with counts; published networks whole.
+N ?= 20
+FUZZERS := $(wildcard tests/test_fuzz.py tests/test_kills.py tests/io/test_mutations.py tests/io/test_pretrained.py) tests/trace/test_large.py
 fuzz: setup
-	INTRAFUSION_FUZZ=$(N) $(BIN)/python -m pytest -n 0 -s $(FUZZERS) $(ARGS)
+	INTRAFUSION_FUZZ=$(N) $(BIN)/python -m pytest -n 0 -s -m "" $(FUZZERS) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any import of numpy, and for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client: a test never goes online
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 torch.set_num_threads(1)  # tiny tensors run twice as fast on one thread, and the workers share the cores
 
@@ -22,6 +25,14 @@ def seeds() -> None:
 
 
 @pytest.fixture(scope="session")
+def digits_network() -> nn.Module:
+    """The digits network, trained once; a test that writes to it takes a copy."""
+    from intrafusion.lab import zoo
+
+    return zoo.train_digits()
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data and trained networks; skips where INTRAFUSION_DATA names none."""
     folder = os.environ.get("INTRAFUSION_DATA")
@@ -30,3 +41,9 @@ def data_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"INTRAFUSION_DATA is {folder!r}, which is not a folder")
     return Path(folder)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and is not looked through again each time that objects are searched or collected."""
+    gc.collect()
+    gc.freeze()

@@ -3,6 +3,7 @@ computes on the CPU and refuses, as a GPU does, what mixes devices; with one, th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import intrafusion
 import intrafusion.restore.calibration as calibration
-from intrafusion import Compressed, compress, compress_in_steps
+from intrafusion import Compressed, Recipe, compress, compress_in_steps
 from intrafusion.errors import ModelError
 from intrafusion.factorize import factorize
+from intrafusion.graph import ChannelGraph
 from intrafusion.importance import IMPORTANCES
 from intrafusion.io.folder import load_plan, save_plan
 from intrafusion.lab.zoo import Images
@@ -26,7 +28,7 @@ from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.drift import drift
 from intrafusion.measure.latency import latency_ms
 from intrafusion.reduce import REDUCERS
-from intrafusion.restore import LEVELS, RESTORERS, Synthesis, load_images, save_images
+from intrafusion.restore import LEVELS, RESTORERS, Synthesis, calibrate, load_images, save_images
 from intrafusion.train import Training, train_
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
@@ -68,6 +70,12 @@ def network() -> nn.Module:
     return Network().eval()
 
 
+@functools.cache
+def graph() -> ChannelGraph:
+    """Of every network here, on whatever device: it holds no tensors."""
+    return intrafusion.inspect(network(), X)
+
+
 @dataclass(frozen=True)
 class FewImages(Synthesis):
     images: int = 8
@@ -101,6 +109,22 @@ def check_compressed(place: Place, **options: Any) -> Compressed:
     return small
 
 
+def check_decided(place: Place, **options: Any) -> None:
+    """The maps are those that are found on the CPU, from the same weights and images."""
+    recipe, found = Recipe.of(keep=0.5, **options), []
+    for model, device in ((network(), torch.device("cpu")), (place.network(), place.device)):
+        images = IMAGES.to(device)
+        calibration = calibrate(model, X.to(device), "images", images) if recipe.needs_moments else None
+        found.append(intrafusion.decide(model, graph(), recipe, images=images, calibration=calibration))
+    close = 1e-5 if place.device.type == elsewhere.NAME else 1e-2
+    for name, expected in found[0].maps.items():
+        for part in ("merge", "unmerge", "shift", "scale"):
+            here, there = getattr(expected, part), getattr(found[1].maps[name], part)
+            assert (here is None) == (there is None)
+            if there is not None:
+                torch.testing.assert_close(there.cpu(), here, atol=close, rtol=close)
+
+
 def test_the_device_refuses_tensors_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with elsewhere.computing(monkeypatch) as device:
         model, x = elsewhere.moved_(network()), X.to(device)
@@ -124,42 +148,52 @@ def test_an_example_of_the_cpu_is_an_error_that_says_so(place: Place) -> None:
 
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_reducers(place: Place, reducer: str) -> None:
-    check_compressed(place, keep=0.5, reducer=reducer, restore=None)
+    check_decided(place, reducer=reducer)
 
 
-@pytest.mark.parametrize("restore", dict.fromkeys((*LEVELS, *RESTORERS)))
-def test_restorers(place: Place, restore: str) -> None:
-    images = {} if restore in ("noise", "synthetic", "closed_form") else {"images": IMAGES}
-    small = check_compressed(place, keep=0.5, restore=restore, **images)
+@pytest.mark.parametrize("restore", LEVELS)
+def test_levels_of_restoring(place: Place, restore: str) -> None:
+    small = check_compressed(place, keep=0.5, restore=restore, **({"images": IMAGES} if restore == "images" else {}))
     assert small.restored
 
 
+@pytest.mark.parametrize("name", [name for name in RESTORERS if name not in LEVELS])
+def test_restorers(place: Place, name: str) -> None:
+    plan, restored = intrafusion.decide(network(), graph(), Recipe.of(keep=0.5, reducer="intrafusion")), []
+    for model, device in ((network(), torch.device("cpu")), (place.network(), place.device)):
+        restored.append(intrafusion.apply(model, plan, X.to(device), graph=graph()))
+        RESTORERS[name]()(restored[-1], model, graph(), IMAGES.to(device))
+    check_same(place, restored[0].model, restored[1].model)
+    assert not torch.equal(restored[0].model(X), intrafusion.apply(network(), plan, X, graph=graph()).model(X))
+
+
 def test_images_of_the_cpu_go_where_the_network_is(place: Place) -> None:
-    here = compress(network(), X, 0.5, images=IMAGES)
+    options: dict[str, Any] = {"reducer": "select", "include": "inner"}
+    here = compress(network(), X, 0.5, images=IMAGES, **options)
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=16)
-    check_same(place, here.model, compress(place.network(), X.to(place.device), 0.5, images=loader).model)
+    check_same(place, here.model, compress(place.network(), X.to(place.device), 0.5, images=loader, **options).model)
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_importances(place: Place, importance: str) -> None:
-    check_compressed(
-        place,
-        keep=0.5,
-        reducer="select",
-        importance=importance,
-        restore=None,
-        images=IMAGES,
-        exclude=["hidden", "point"],
-    )
+    check_decided(place, reducer="select", importance=importance, exclude=["hidden", "point"])
 
 
-@pytest.mark.parametrize("target", [{"params": 0.5}, {"macs": 0.5}])
-def test_targets(place: Place, target: dict[str, float]) -> None:
-    check_compressed(place, target=target, images=IMAGES)
+def short() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
+
+
+def test_targets(place: Place) -> None:
+    options: dict[str, Any] = {"target": {"params": 0.6, "macs": 0.6}}
+    here = compress(short(), X, images=IMAGES, **options)
+    there = compress(place.move(short()), X.to(place.device), images=IMAGES.to(place.device), **options)
+    check_same(place, here.model, there.model)
 
 
 def test_a_latency_target(place: Place) -> None:
-    small = compress(place.network(), X.to(place.device), target={"latency_ms": 1e-3}, restore=None)
+    target = {"latency_ms": 1e-3}
+    small = compress(place.move(short()), X.to(place.device), target=target, restore=None)
     assert {p.device for p in small.model.parameters()} == {place.device}
 
 
@@ -212,10 +246,9 @@ def test_training(place: Place) -> None:
 
 
 def test_steps(place: Place) -> None:
-    here = compress_in_steps(network(), X, 0.5, steps=2, restore="noise")
-    check_same(
-        place, here.model, compress_in_steps(place.network(), X.to(place.device), 0.5, steps=2, restore="noise").model
-    )
+    options: dict[str, Any] = {"steps": 2, "restore": None, "include": "inner"}
+    here = compress_in_steps(network(), X, 0.5, **options)
+    check_same(place, here.model, compress_in_steps(place.network(), X.to(place.device), 0.5, **options).model)
 
 
 def test_measures(place: Place) -> None:

@@ -14,6 +14,7 @@ from vision import import_torchvision
 import intrafusion
 from intrafusion.graph import READS, ChannelGroup
 from intrafusion.network.inputs import Inputs
+from intrafusion.pipeline import follow
 
 with contextlib.suppress(ImportError):
     import_torchvision()  # where its compiled part does not load, transformers and timm do not import either
@@ -122,7 +123,8 @@ def test_heads_of(family: str) -> None:
     names = {g.name for g in groups}
     _copy_every_other_channel_(model, groups)
     expected = Inputs.of(example).call(model)
-    small = intrafusion.compress(model, example, keep={**dict.fromkeys(names, 0.5), "*": 1.0}, restore=None)
+    recipe = intrafusion.Recipe.of(keep={**dict.fromkeys(names, 0.5), "*": 1.0}, restore=None)
+    small = follow(recipe, model, graph, example)
     reduced = {d.group for d in small.plan.decisions if d.reduced}
     assert reduced <= names
     assert len(reduced) == count, small.rolled_back
@@ -153,10 +155,11 @@ def test_stream_and_heads_of(family: str) -> None:
     make, example = WHOLE[family]
     torch.manual_seed(0)
     model = make().eval()
-    groups = [g for g in intrafusion.inspect(model, example).reducible if g.is_channel]
+    graph = intrafusion.inspect(model, example)
+    groups = [g for g in graph.reducible if g.is_channel]
     _copy_every_other_channel_(model, groups)
     expected = Inputs.of(example).call(model)
-    small = intrafusion.compress(model, example, keep=0.5, reducer="select", restore=None)
+    small = follow(intrafusion.Recipe.of(keep=0.5, reducer="select", restore=None), model, graph, example)
     assert not small.rolled_back
     assert {d.group for d in small.plan.decisions if d.reduced} == {g.name for g in groups}
     for found, wanted in zip(Inputs.of(example).call(small.model), expected, strict=True):

@@ -48,6 +48,13 @@ def test_every_size_is_what_compress_gives(of: str, said: str) -> None:
         assert point.error == alone.comparison.held_out.after.error
 
 
+def test_memory_is_that_of_compress() -> None:
+    with pytest.raises(RecipeError, match="memory: expected at least .*, got 10 kB"):
+        print(intrafusion.frontier(network(), X, IMAGES, (0.5,), memory=10_000))
+    found = intrafusion.frontier(network(), X, IMAGES, (0.5,), of="channels", memory="20MB")
+    assert same(found[0].model, intrafusion.compress(network(), X, 0.5, inputs=IMAGES, memory="20MB").model)
+
+
 def test_nothing_is_carried_out_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     measured, heights = [], []
     measure, height = calibration.measure_moments, Sensitivity.error
@@ -107,6 +114,7 @@ def test_what_is_finished_is_kept_where_it_is_interrupted() -> None:
     found.carry_out()
     assert found[0].model is first
     assert [point.score for point in found] == [1.0, 3.0, 4.0]
+    assert found.score == 5.0
 
 
 def test_the_smallest_that_passes_is_found_in_few_tries() -> None:

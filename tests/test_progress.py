@@ -8,7 +8,6 @@ import logging
 import os
 import pty
 import re
-import subprocess
 import sys
 import time
 import types
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from torch import nn
@@ -194,21 +194,16 @@ def run_in_terminal(*, wait: bool, patience: float = 0.0, then: str = "pass", fi
     """What a terminal is sent by a program whose standard error, and output unless there is a file, it is."""
     code = SCRIPT.format(wait=wait, patience=patience, then=then)
     ours, theirs = pty.openpty()
-    with open(file or os.devnull, "w") as out:
-        program = subprocess.Popen(
-            [sys.executable, "-W", "always", "-c", code],
-            stdout=theirs if file is None else out,
-            stderr=theirs,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
-        )
-        os.close(theirs)
-        sent = b""
-        try:
-            while part := os.read(ours, 65536):
-                sent += part
-        except OSError:  # the other end is closed
-            pass
-        assert program.wait() == 0
+    name = os.ttyname(theirs)
+    done = programs.run(["-c", code], out=file or name, err=name, TERM="xterm", COLUMNS="100")
+    assert done.returncode == 0
+    os.close(theirs)
+    sent = b""
+    try:
+        while part := os.read(ours, 65536):
+            sent += part
+    except OSError:  # the other end is closed
+        pass
     os.close(ours)
     return sent.decode()
 

@@ -22,6 +22,7 @@ from intrafusion.measure.comparison import percent
 from intrafusion.measure.size import Size
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import choose_inputs
+from intrafusion.network.free_memory import MemoryLike
 from intrafusion.network.inputs import ExampleInputs
 from intrafusion.network.texts import Tokenizer
 from intrafusion.network.wrappers import outside_inference
@@ -53,6 +54,7 @@ def frontier(
     of: str = "macs",
     images: ImagesLike | None = None,
     tokenizer: Tokenizer | None = None,
+    memory: MemoryLike = None,
     progress: ShowProgress = None,
     **options: Any,
 ) -> Frontier:
@@ -67,7 +69,7 @@ def frontier(
     Args:
         model: any eager PyTorch network; not modified.
         example_inputs: as `compress`.
-        inputs, images, tokenizer: as `compress`.
+        inputs, images, tokenizer, memory: as `compress`.
         sizes: fractions of the original's MACs, parameters or channels, in (0, 1]; or whole targets, such as
             {"macs": 0.6, "params": 0.5} or {"latency_ms": 3.0}.
         evaluate: of a network, such as its accuracy: a number for each size, and for the original.
@@ -87,7 +89,9 @@ def frontier(
     first.refuse_foreign()
     core, example = make_workable(model), first.call_of(example_inputs)
     graph = inspect(prepare_model(core, first, example), example)
-    prepared = Prepared.of(first, core, graph, example, choose_inputs(inputs, images), tokenizer=tokenizer)
+    prepared = Prepared.of(
+        first, core, graph, example, choose_inputs(inputs, images), tokenizer=tokenizer, memory=memory
+    )
     shared = _Shared(model, prepared.calibrated(first), evaluate)
     return Frontier(tuple(Point(recipe, shared, f"size {k + 1} of {len(recipes)}") for k, recipe in enumerate(recipes)))
 
@@ -234,6 +238,11 @@ class Frontier(Sequence[Point]):
     def __len__(self) -> int:
         return len(self.points)
 
+    @property
+    def score(self) -> float | None:
+        """What `evaluate` gives of the original; None without."""
+        return self.points[0]._shared.score
+
     @checked
     @outside_inference
     @shows_progress("frontier")
@@ -283,7 +292,7 @@ class Frontier(Sequence[Point]):
         self.carry_out()
         shared, before = self.points[0]._shared, self.points[0].compressed.before
         header = ("size", "parameters", "MACs", "latency", "outputs differ by", "labels agree")
-        whole = ("original", f"{before.params:,}", f"{before.macs:,}", "", "", "", *_show_score(shared.score))
+        whole = ("original", f"{before.params:,}", f"{before.macs:,}", "", "", "", *_show_score(self.score))
         rows = tuple(_list_cells(point) for point in self.points)
         header = header if shared.evaluate is None else (*header, "score")
         return TextTable(header, (whole, *rows), ("", *_tell_of(self.points)), numbers=True)

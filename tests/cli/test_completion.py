@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
-import sys
 
+import programs
 import pytest
 
 from intrafusion.cli.completion import complete_device, complete_model
 
 BASH = shutil.which("bash")
+PROGRAM = "from intrafusion.cli.main import app; app(prog_name='intrafusion')"
 
 
 def completed(*words: str) -> list[str]:
     """What bash is answered where the last of these words is completed; it has parted them at colons."""
     where = {"COMP_WORDS": "\n".join(("intrafusion", *words)), "COMP_CWORD": str(len(words))}
-    code = "from intrafusion.cli.main import app; app(prog_name='intrafusion')"
-    environment = os.environ | where | {"_INTRAFUSION_COMPLETE": "complete_bash"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
-    return done.stdout.split()
+    return programs.run(["-c", PROGRAM], _INTRAFUSION_COMPLETE="complete_bash", **where).stdout.split()
 
 
 @pytest.mark.parametrize(
@@ -59,8 +56,6 @@ def test_networks_of_timm_are_completed() -> None:
 
 @pytest.mark.skipif(BASH is None, reason="needs bash")
 def test_the_script_for_bash_is_shown_and_runs() -> None:
-    code = "from intrafusion.cli.main import app; app(prog_name='intrafusion')"
-    environment = os.environ | {"_INTRAFUSION_COMPLETE": "source_bash"}
-    script = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
+    script = programs.run(["-c", PROGRAM], _INTRAFUSION_COMPLETE="source_bash").stdout
     assert "complete -o default -F _intrafusion_completion intrafusion" in script
     subprocess.run([str(BASH), "-c", f"{script}\ncomplete -p intrafusion"], check=True, capture_output=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from click.testing import Result
@@ -159,7 +160,7 @@ def test_bad_input_ends_with_2_and_no_records(program: Program, images, line: st
 
 @pytest.mark.slow
 def test_the_whole_command_killed_in_the_middle_goes_on_where_it_was(user_folder: Path, images) -> None:
-    keeps = " ".join(f"--keep 0.{k}" for k in range(30, 90, 4))
+    keeps = " ".join(f"--keep 0.{k}" for k in range(30, 90, 12))
     line = f"-m intrafusion experiment whole-model {OWN} {keeps} -o r.jsonl"
     process = subprocess.Popen([sys.executable, *line.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path, deadline = Path("r.jsonl"), time.monotonic() + 120
@@ -169,11 +170,11 @@ def test_the_whole_command_killed_in_the_middle_goes_on_where_it_was(user_folder
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     before = path.read_bytes()
     finished = {r.key for r in read_records(path)}
-    assert 3 <= len(finished) < 46
-    subprocess.run([sys.executable, *line.split()], check=True, capture_output=True)
+    assert 3 <= len(finished) < 16
+    assert programs.run(line.split()).returncode == 0
     assert path.read_bytes().startswith(before)
     keys = [r.key for r in read_records(path)]
-    assert len(keys) == len(set(keys)) == 46
+    assert len(keys) == len(set(keys)) == 16
     assert finished <= set(keys)
 
 

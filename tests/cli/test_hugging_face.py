@@ -49,7 +49,7 @@ class MineModel(PreTrainedModel):
 def make_bert(**sizes: Any) -> nn.Module:
     transformers = import_transformers()
     torch.manual_seed(0)
-    common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    common = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     return transformers.BertModel(transformers.BertConfig(**{"vocab_size": 40, **common, **sizes})).eval()
 
 
@@ -128,6 +128,26 @@ def test_half_precision_is_solved_in_single_and_written_as_it_came(bert: Path, p
     assert torch.equal(found.eval()(IDS)[0], intrafusion.load("small")(IDS)[0].to(dtype))
 
 
+def test_every_size_of_a_frontier_is_a_folder_like_the_original(bert: Path, program: Program) -> None:
+    make_bert().to(torch.bfloat16).save_pretrained("bert")
+    Path("scores.py").write_text("def dtype(model):\n    return next(model.parameters()).element_size()")
+    line = "frontier hf:bert --size 0.9 --size 0.5 --of channels --uniform --restore none --evaluate scores.py:dtype"
+    result = program(f"{line} -o several --json")
+    assert result.exit_code == 0, result.stderr
+    points = json.loads(result.stdout)["points"]
+    assert [point["score"] for point in points] == [4, 4]  # measured in the precision that it is solved in
+    for point, width in zip(points, (21, 12), strict=True):
+        found = make_bert().from_pretrained(point["output"], dtype="auto")
+        assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+        assert found.config.intermediate_size == width
+        assert (Path(point["output"]) / "vocab.txt").read_text() == "a\nb\n"
+    before = {p.name: p.read_bytes() for p in bert.iterdir()}
+    refused = program(f"{line} -o bert/several")
+    assert refused.exit_code == 2
+    assert "is or lies in the folder of the original" in " ".join(refused.stderr.split())
+    assert {p.name: p.read_bytes() for p in bert.iterdir()} == before
+
+
 def test_a_folder_of_sentence_transformers_in_parts(bert: Path, program: Program) -> None:
     folder = bert.parent / "sentences"
     folder.mkdir()
@@ -161,6 +181,7 @@ def test_a_folder_of_sentence_transformers_in_parts(bert: Path, program: Program
     ],
 )
 def test_folders_that_are_damaged(bert: Path, program: Program, damage: Callable[[Path], Any], message: str) -> None:
+    make_bert(num_hidden_layers=2).save_pretrained("bert")
     damage(bert)
     result = program("compress hf:bert --keep 0.5 --uniform --restore none -o small")
     assert result.exit_code == 2, result.stdout
@@ -225,7 +246,7 @@ def test_parts_that_are_not_in_the_folder_are_told(bert: Path) -> None:
 
 
 def test_targets_that_uniform_sizes_miss_say_so(bert: Path, program: Program) -> None:
-    """Only the two MLPs can be said: a tenth of the parameters cannot be reached with them."""
+    """Only the MLP can be said: a tenth of the parameters cannot be reached with it."""
     result = program("compress hf:bert --target params=0.1 --uniform --restore none -o small")
     assert result.exit_code == 0, result.stderr
     assert "with the groups and sizes that are allowed, nothing comes closer" in " ".join(result.stdout.split())
@@ -307,6 +328,7 @@ def test_a_tokenizer_that_has_no_padding_pads_with_the_end_of_texts(bert: Path, 
 
 @pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
 def test_blockwise_reads_texts(bert: Path, program: Program) -> None:
+    make_bert(num_hidden_layers=2).save_pretrained("bert")
     save_tokenizer(bert)
     Path("texts.txt").write_text("\n".join(LINES), encoding="utf-8")
     result = program("compress hf:bert --blockwise --keep 0.5 --texts texts.txt -o small")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import programs
 from click.testing import Result
 
 import intrafusion
@@ -41,18 +42,16 @@ def test_the_console_script_is_this_program() -> None:
 
 
 def test_as_a_process(user_folder: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, env=os.environ | {"FORCE_COLOR": "1"}, timeout=120
-        )
-
-    done = run("-m", "intrafusion", "compress", "nets.py:Net", "--input", "2,4", "-o", "small", "--json")
+    command = ["-m", "intrafusion", "compress", "nets.py:Net", "--input", "2,4"]
+    colours = os.environ | {"FORCE_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, "-o", "small", "--json"], capture_output=True, text=True, env=colours, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["after"]["params"] < data["before"]["params"] == 115
     assert Path("small/model.safetensors").is_file()
-    refused = run("-m", "intrafusion", "compress", "nets.py:Net", "--input", "2,4", "--keep", "2")
+    refused = programs.run([*command, "--keep", "2"], FORCE_COLOR="1")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "expected a fraction in (0, 1], got 2.0" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from click.testing import Result
@@ -123,8 +122,7 @@ def test_an_interrupted_command_says_what_is_left(
 
 def test_without_a_terminal_every_stage_is_a_line(user_folder: Path) -> None:
     """In a process of its own: what others left of the console in this one does not count."""
-    command = [sys.executable, "-m", "intrafusion", *f"compress {OWN} --restore noise".split()]
-    run = subprocess.run(command, cwd=user_folder, capture_output=True, text=True, check=False, timeout=300)
+    run = programs.run(["-m", "intrafusion", *f"compress {OWN} --restore noise".split()], user_folder)
     assert run.returncode == 0, run.stderr
     lines = run.stderr.splitlines()
     stages = [line for line in lines if line.startswith("compress: ")]

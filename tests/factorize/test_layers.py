@@ -246,9 +246,9 @@ def test_equal_filters_have_a_gradient_of_zero_not_of_nan() -> None:
     assert torch.equal(layer.weight.grad, torch.zeros(4, 3))
 
 
-def test_digits_keep_their_accuracy_at_sixty_percent_of_the_parameters() -> None:
+def test_digits_keep_their_accuracy_at_sixty_percent_of_the_parameters(digits_network: nn.Module) -> None:
     """Shared out by the singular values of all layers, not where each layer keeps the same fraction."""
-    test, model = zoo.load_data("digits", "test"), zoo.train_digits()
+    test, model = zoo.load_data("digits", "test"), digits_network
     right = lambda m: accuracy(m, test.images, test.labels)  # noqa: E731
     x = zoo.example_input("digits_resnet")
     shared, uniform = (factorize(model, x, rule(0.6)) for rule in (Global, Share))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from bare import compress
@@ -40,15 +38,10 @@ WITHOUT_CLASS = "what is saved with program=True loads without it"
 
 
 def run(code: str, folder: Path) -> list[str]:
-    environment = os.environ | {"PYTHONPATH": str(SOURCES)}
     flag, _, rest = code.partition(" ")
-    command = [sys.executable, flag, *([rest] if flag == "-c" else rest.split())]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = programs.run([flag, *([rest] if flag == "-c" else rest.split())], folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
-
-
-SOURCES = Path(__file__).parents[2] / "src"
 
 
 def check(command: str, work: Path, elsewhere: Path) -> str:

@@ -338,7 +338,7 @@ def misread_plan(folder: Path, plan: Plan, done: str) -> str:
 
 def test_damaged_networks_load_exactly_or_are_refused(folders: list[Folder], tmp_path: Path) -> None:
     tally = Tally()
-    for seed in range(400 * TIMES):
+    for seed in range(160 * TIMES):
         rng = random.Random(seed)
         source, original, saved = rng.choice(folders)
         folder = tmp_path / "net"
@@ -350,8 +350,8 @@ def test_damaged_networks_load_exactly_or_are_refused(folders: list[Folder], tmp
         tally.judge(f"{seed} ({done})", again, lambda n=network, b=before: difference(b, portrait(n)))
         shutil.rmtree(folder)
     tally.show("networks")
-    assert tally.counts["right"] > 10 * TIMES
-    assert tally.counts["refused"] > 200 * TIMES
+    assert tally.counts["right"] > 4 * TIMES
+    assert tally.counts["refused"] > 80 * TIMES
 
 
 def change_record(folder: Path, rng: random.Random) -> None:
@@ -387,7 +387,7 @@ def test_damaged_folders_that_load_alone_load_exactly_or_are_refused(
     alone: list[tuple[Path, nn.Module]], tmp_path: Path
 ) -> None:
     tally = Tally()
-    for seed in range(120 * TIMES):
+    for seed in range(60 * TIMES):
         rng = random.Random(seed)
         source, saved = rng.choice(alone)
         folder = tmp_path / "net"
@@ -402,8 +402,8 @@ def test_damaged_folders_that_load_alone_load_exactly_or_are_refused(
         tally.judge(f"{seed} ({done})", partial(misread_alone, folder, saved))
         shutil.rmtree(folder)
     tally.show("networks that name themselves")
-    assert tally.counts["refused"] > 30 * TIMES
-    assert tally.counts["right"] > 10 * TIMES
+    assert tally.counts["refused"] > 15 * TIMES
+    assert tally.counts["right"] > 5 * TIMES
 
 
 def test_damaged_plans_load_exactly_or_are_refused(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_damaged_plans_load_exactly_or_are_refused(tmp_path: Path) -> None:
     save_plan(plan, tmp_path / "plan")
     assert load_plan(tmp_path / "plan") == plan
     tally = Tally()
-    for seed in range(200 * TIMES):
+    for seed in range(80 * TIMES):
         rng = random.Random(seed)
         folder = tmp_path / "damaged"
         shutil.copytree(tmp_path / "plan", folder)
@@ -419,4 +419,4 @@ def test_damaged_plans_load_exactly_or_are_refused(tmp_path: Path) -> None:
         tally.judge(f"{seed} ({done})", partial(misread_plan, folder, plan, done))
         shutil.rmtree(folder)
     tally.show("plans")
-    assert tally.counts["refused"] > 100 * TIMES
+    assert tally.counts["refused"] > 40 * TIMES

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from bare import compress
@@ -169,7 +167,5 @@ def test_another_process_needs_no_class(tmp_path: Path) -> None:
     line = small.loading_line(tmp_path / "net")
     assert line == f"import intrafusion; model = intrafusion.load({str(tmp_path / 'net')!r}, trust_program=True)"
     code = f"{line}; import torch; print(model(torch.ones(7, 3, 6, 6))['logits'].tolist())"
-    own = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/", env=own)
-    shown = done.stdout
+    shown = programs.run(["-c", code], Path("/")).stdout
     torch.testing.assert_close(torch.tensor(json.loads(shown)), small.model(torch.ones(7, 3, 6, 6))["logits"])

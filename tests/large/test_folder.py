@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs transformers and accelerate",
 )
 
-SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
 GATES = "model.layers.*.mlp.gate_proj"
 
@@ -59,7 +59,7 @@ def open_folder(folder: Path) -> Any:
 
 
 def test_the_result_is_that_of_compress(llama: Path) -> None:
-    assert len(list(llama.glob("*.safetensors"))) > 3
+    assert len(list(llama.glob("*.safetensors"))) > 2
     out, data = llama.with_name("small"), draw_tokens()
     before = {path.name: path.read_bytes() for path in llama.iterdir()}
     done = intrafusion.compress_folder(llama, out, 0.5, inputs=data)
@@ -67,7 +67,7 @@ def test_the_result_is_that_of_compress(llama: Path) -> None:
     small = open_folder(out)
     assert small.config.intermediate_size == 12
     assert (out / "tokenizer.json").read_text() == "{}"
-    assert len(list(out.glob("model-*-of-*.safetensors"))) == 4
+    assert len(list(out.glob("model-*-of-*.safetensors"))) == 3
     example = {name: tensor[:1] for name, tensor in data.items()} | {"use_cache": False}
     whole = intrafusion.compress(make_llama(), example, 0.5, uniform=True, include=GATES, inputs=data, restore="images")
     assert not whole.restored[0].undone
@@ -101,7 +101,7 @@ def test_without_inputs_channels_are_selected_and_nothing_is_solved(llama: Path)
 def test_half_precision_comes_back_as_it_came(tmp_path: Path) -> None:
     make_llama().to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     done = intrafusion.compress_folder(tmp_path / "llama", tmp_path / "small", 0.5, reducer="select", restore=None)
-    assert [dict(report.sizes) for report in done.blocks] == [{"mlp.gate_proj": (24, 12)}] * 3
+    assert [dict(report.sizes) for report in done.blocks] == [{"mlp.gate_proj": (24, 12)}] * 2
     for path in (tmp_path / "small").glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
@@ -117,7 +117,7 @@ def test_an_interrupted_run_leaves_nothing(llama: Path, monkeypatch: pytest.Monk
     def stop(*args: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
-            assert any(llama.parent.rglob("model-00001-of-00004.safetensors")), "the first block was written"
+            assert any(llama.parent.rglob("model-00001-of-00003.safetensors")), "the first block was written"
             raise KeyboardInterrupt
         return solve(*args)
 
@@ -125,7 +125,7 @@ def test_an_interrupted_run_leaves_nothing(llama: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         intrafusion.compress_folder(llama, out, 0.5, inputs=draw_tokens(6))
     assert sorted(path.name for path in llama.parent.iterdir() if not path.name.startswith(".")) == ["llama"]
-    assert not list(llama.parent.rglob("model-00001-of-00004.safetensors"))
+    assert not list(llama.parent.rglob("model-00001-of-00003.safetensors"))
 
 
 def test_a_missing_shard_is_an_error_before_the_work(llama: Path) -> None:
@@ -139,9 +139,9 @@ def test_a_missing_shard_is_an_error_before_the_work(llama: Path) -> None:
 def test_a_configuration_of_another_network_is_an_error(llama: Path) -> None:
     config = json.loads((llama / "config.json").read_text())
     for change, what in (
-        ({"num_hidden_layers": 4}, "there are no weights of model.layers.3"),
-        ({"num_hidden_layers": 2}, "there are weights without a place of model.layers.2"),
-        ({"intermediate_size": 20}, "there are other shapes of model.layers.{0-2}.mlp.gate_proj"),
+        ({"num_hidden_layers": 3}, "there are no weights of model.layers.2"),
+        ({"num_hidden_layers": 1}, "there are weights without a place of model.layers.1"),
+        ({"intermediate_size": 20}, "there are other shapes of model.layers..0.1..mlp.gate_proj"),
         ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised"),
     ):
         (llama / "config.json").write_text(json.dumps(config | change))

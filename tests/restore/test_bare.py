@@ -188,7 +188,7 @@ def test_the_rows_of_a_bias_added_later_are_those_with_it() -> None:
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_batches_give_what_one_call_gives(batch_first: bool, rows: int) -> None:
     """Attention turns what it reads, so that the images of its rows do not lie one after another."""
-    model, x = randomise_(Turned(batch_first)).eval(), torch.randn(40, 7, 12)
+    model, x = randomise_(Turned(batch_first)).eval(), torch.randn(24, 7, 12)
     graph = intrafusion.inspect(model, x[:1])
     made = intrafusion.compress(model, x[:1], 0.75, restore=None)
     found = []

@@ -24,30 +24,44 @@ CONTROLS = 3  # negative controls per network
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-slow = pytest.mark.slow
-# Name, image size, number of reducible channel groups and of their channels. Counted by hand from the published
-# widths: one group per residual stream, one per inner width, one per squeezed width, each convolution group apart,
-# two per head.
+# Of a family, its network with fewer blocks than published, and for `make fuzz` the published one, which repeats them.
+published = [pytest.mark.slow, pytest.mark.exhaustive]
+ONE_EACH = {"layers": (1, 1, 1, 1)}
+# Name, image size, changes, number of reducible channel groups and of their channels. Counted by hand from the
+# published widths: one group per residual stream, one per inner width, one per squeezed width, each convolution group
+# apart, two per head.
 TIMM = [
-    ("resnet18", 64, 12, 2880),
-    pytest.param("resnet50", 64, 37, 11456, marks=slow),
-    pytest.param("resnext50_32x4d", 64, 5 + 2 * 16 * 32, 19008, marks=slow),
-    pytest.param("regnety_002", 64, 5 + 2 * 3264 // 8 + 13, 7892, marks=slow),
-    pytest.param("nf_resnet50", 64, 37, 11456, marks=slow),
-    ("convnext_atto", 64, 4 + 12, 7960),
-    ("mobilenetv3_small_050", 64, 7 + 10 + 9, 3072),
-    ("efficientnet_b0", 64, 9 + 15 + 16, 11404),
-    ("ghostnet_050", 64, 31, 4064),  # not counted by hand
-    pytest.param("densenet121", 64, 1 + 2 * 58 + 3, 64 + 160 * 58 + 896, marks=slow),
-    pytest.param("inception_v3", 96, 94, 17216, marks=slow),  # every convolution alone
-    ("vit_tiny_patch16_224", 64, 1 + 12 + 2 * 36, 192 + 12 * 768 + 2 * 36 * 64),
-    ("mixer_s32_224", 224, 2 * 8, 8 * (256 + 2048)),  # all but the stream, which the token layers tie together
-    pytest.param("swin_tiny_patch4_window7_224", 224, 4 + 12 + 2 * 138, 19104 + 2 * 138 * 32, marks=slow),
+    ("resnet18", 64, {}, 12, 2880),
+    ("resnet50", 64, ONE_EACH, 5 + 2 * 4, 3904 + 2 * 960),
+    pytest.param("resnet50", 64, {}, 37, 11456, marks=published),
+    ("resnext50_32x4d", 64, ONE_EACH, 5 + 2 * 4 * 32, 3904 + 2 * 1920),
+    pytest.param("resnext50_32x4d", 64, {}, 5 + 2 * 16 * 32, 19008, marks=published),
+    ("regnety_002", 64, {"depth": 7}, 5 + 2 * 1056 // 8 + 7, 632 + 2 * 1056 + 180),
+    pytest.param("regnety_002", 64, {}, 5 + 2 * 3264 // 8 + 13, 7892, marks=published),
+    ("nf_resnet50", 64, {"depths": (1, 1, 1, 1)}, 5 + 2 * 4, 3904 + 2 * 960),
+    pytest.param("nf_resnet50", 64, {}, 37, 11456, marks=published),
+    ("convnext_atto", 64, {}, 4 + 12, 7960),
+    ("mobilenetv3_small_050", 64, {}, 7 + 10 + 9, 3072),
+    ("efficientnet_b0", 64, {}, 9 + 15 + 16, 11404),
+    ("ghostnet_050", 64, {}, 31, 4064),  # not counted by hand
+    ("densenet121", 64, {"block_config": (2, 2, 2, 2)}, 1 + 2 * 8 + 3, 64 + 160 * 8 + 192),
+    pytest.param("densenet121", 64, {}, 1 + 2 * 58 + 3, 64 + 160 * 58 + 896, marks=published),
+    pytest.param("inception_v3", 96, {}, 94, 17216, marks=pytest.mark.slow),  # every convolution alone
+    ("vit_tiny_patch16_224", 64, {"img_size": 64, "depth": 4}, 1 + 4 + 2 * 12, 192 + 4 * 768 + 2 * 12 * 64),
+    ("mixer_s32_224", 224, {}, 2 * 8, 8 * (256 + 2048)),  # all but the stream, which the token layers tie together
+    (
+        "swin_tiny_patch4_window7_224",
+        112,
+        {"img_size": 112, "depths": (2, 2), "num_heads": (3, 6)},
+        2 + 4 + 2 * 18,
+        288 + 2304 + 2 * 18 * 32,
+    ),
+    pytest.param("swin_tiny_patch4_window7_224", 224, {}, 4 + 12 + 2 * 138, 19104 + 2 * 138 * 32, marks=published),
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "groups", "channels"), TIMM)
-def test_timm(name: str, size: int, groups: int, channels: int) -> None:
+@pytest.mark.parametrize(("name", "size", "changes", "groups", "channels"), TIMM)
+def test_timm(name: str, size: int, changes: dict[str, Any], groups: int, channels: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -55,8 +69,7 @@ def test_timm(name: str, size: int, groups: int, channels: int) -> None:
             timm = pytest.importorskip("timm")
         except ImportError as error:
             pytest.skip(f"needs timm and torchvision: {error}")
-    options = {"img_size": size} if name.startswith("vit") else {}
-    model = timm.create_model(name, pretrained=False, num_classes=10, **options).eval()
+    model = timm.create_model(name, pretrained=False, num_classes=10, **changes).eval()
     found = check(model, torch.randn(1, 3, size, size))
     assert len(found) == groups
     assert sum(g.size for g in found) == channels

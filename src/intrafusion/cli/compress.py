@@ -16,7 +16,15 @@ from intrafusion.cli import hugging_face
 from intrafusion.cli.console import ROLLED_BACK, Kept, messages, progress_bar, working
 from intrafusion.cli.defaults import tells_defaults
 from intrafusion.cli.inputs import check_there, read_images, read_texts
-from intrafusion.cli.network import Network, annotated, list_opening, read_network, say_saved, tell_doubt
+from intrafusion.cli.network import (
+    Network,
+    annotated,
+    lift_precision_,
+    list_opening,
+    read_network,
+    say_saved,
+    tell_doubt,
+)
 from intrafusion.cli.options import (
     Arguments,
     AsJson,
@@ -27,6 +35,7 @@ from intrafusion.cli.options import (
     ImageFile,
     InputShapes,
     KeepProgram,
+    Memory,
     Name,
     OptionalOutput,
     OptionalSeed,
@@ -37,24 +46,22 @@ from intrafusion.cli.options import (
     Steps,
     TextFile,
     TrustProgram,
+    Uniform,
     WeightFiles,
     choice_option,
     count_option,
 )
-from intrafusion.cli.outputs import check_file, check_program, check_saving, check_space, save_network
+from intrafusion.cli.outputs import check_file, check_place, check_program, check_saving, save_result
 from intrafusion.cli.show import plan_data, print_json, say
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.io.atomic import read_text
-from intrafusion.io.pretrained import check_apart
 from intrafusion.large import CompressedFolder, compress_folder
-from intrafusion.network.free_memory import read_memory
 from intrafusion.network.texts import Tokenizer
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
 from intrafusion.restore import save_images
-from intrafusion.surgery.configuration import is_loadable
 
 
 def _layer_option(about: str) -> Any:
@@ -69,14 +76,6 @@ def _list_defaults() -> dict[str, Any]:
         "normalization": IntraFusion().normalization,
         **{k: v for k, v in recipe.items() if v not in (None, []) and v is not False},
     }
-
-
-def _check_memory(said: str | None) -> str | None:
-    try:
-        read_memory(said)
-    except RecipeError as error:
-        raise typer.BadParameter(str(error)) from error
-    return said
 
 
 @tells_defaults(_list_defaults())
@@ -117,14 +116,7 @@ def compress_command(
     include: Annotated[list[str] | None, _layer_option("Reduce only the channels of this layer")] = None,
     exclude: Annotated[list[str] | None, _layer_option("Leave the channels of this layer alone")] = None,
     seed: OptionalSeed = None,
-    uniform: Annotated[
-        bool | None,
-        typer.Option(
-            "--uniform",
-            help="Of a network of transformers: only sizes that its configuration can say, so that from_pretrained "
-            "opens the folder.",
-        ),
-    ] = None,
+    uniform: Uniform = None,
     outputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -141,15 +133,7 @@ def compress_command(
             "can be rotated; that adds parameters.",
         ),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="What is held of the images and computed of them takes at most this, beside the network: 2GB, 500MB. "
-            "Half of what is free by default.",
-            callback=_check_memory,
-        ),
-    ] = None,
+    memory: Memory = None,
     blockwise: Annotated[
         bool,
         typer.Option(
@@ -185,17 +169,14 @@ def compress_command(
         found, tokenizer = read_given(network, images, lines)
         tell_doubt(network)
         if output:
-            check_space(output, network.model)
-            if network.folder:
-                check_apart(output, network.folder)
+            check_place(output, network)
         if program:
             check_program(output, network.model, network.inputs)
-        dtypes = hugging_face.lift_precision_(network.model) if network.folder else {}
+        dtypes = lift_precision_(network)
         small, rolled_back = _reduce_network(network, wanted, found, tokenizer, memory)
         small = hugging_face.lower_precision_(small, dtypes)
         if output:
-            opens = network.folder is not None and is_loadable(small.model)
-            save_network(small, output, program=program, pretrained=network.folder if opens else None)
+            save_result(small, output, network, program=program)
             kept.add(output)
         if keep_images and small.images:
             save_images(small.images.join().tensors()[0], keep_images)

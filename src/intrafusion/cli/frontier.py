@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from intrafusion.cli import hugging_face
 from intrafusion.cli.compress import check_given, read_fraction, read_given, read_recipe
 from intrafusion.cli.console import Kept, progress_bar, working
 from intrafusion.cli.defaults import tells_defaults
-from intrafusion.cli.network import Network, annotated, read_network, tell_doubt
+from intrafusion.cli.models import read_function
+from intrafusion.cli.network import Network, annotated, lift_precision_, read_network, tell_doubt
 from intrafusion.cli.options import (
     Arguments,
     AsJson,
@@ -19,6 +23,7 @@ from intrafusion.cli.options import (
     Device,
     ImageFile,
     InputShapes,
+    Memory,
     Name,
     OptionalOutput,
     OptionalSeed,
@@ -28,10 +33,11 @@ from intrafusion.cli.options import (
     Steps,
     TextFile,
     TrustProgram,
+    Uniform,
     WeightFiles,
     choice_option,
 )
-from intrafusion.cli.outputs import check_file, check_folder, check_saving, check_space, save_network
+from intrafusion.cli.outputs import check_file, check_folder, check_place, check_saving, save_result
 from intrafusion.cli.show import print_json, say
 from intrafusion.errors import RecipeError
 from intrafusion.frontiers import FRACTIONS, PICTURES, SIZES, Frontier, Point, frontier
@@ -61,6 +67,16 @@ def frontier_command(
     images: ImageFile = None,
     texts: TextFile = None,
     seed: OptionalSeed = None,
+    uniform: Uniform = None,
+    memory: Memory = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FUNCTION",
+            help="path.py:function or module:function that gives a number for a network, such as its accuracy: shown "
+            "for each size and for the original.",
+        ),
+    ] = None,
     recipe: RecipeFile = None,
     picture: Annotated[
         Path | None,
@@ -75,11 +91,12 @@ def frontier_command(
     """
     kept = Kept()
     with working(kept):
-        said = {"reducer": reducer, "round_to": round_to, "restore": restore, "seed": seed}
+        said = {"reducer": reducer, "round_to": round_to, "restore": restore, "seed": seed, "uniform": uniform}
         wanted = read_recipe(recipe, said, None)
         sizes = [read_fraction(text, "--size") for text in size or map(str, SIZES)]
         _check_outputs(output, picture)
         lines = check_given(images, texts, None)
+        judge = read_function(evaluate, "--evaluate") if evaluate else None
         network = read_network(
             model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
             trust_program=trust_program,
@@ -87,23 +104,26 @@ def frontier_command(
         given, tokenizer = read_given(network, images, lines)
         tell_doubt(network)
         if output:
-            check_space(output, network.model)
+            check_place(output, network)
+        dtypes = lift_precision_(network)
         options = {name: getattr(wanted, name) for name in Recipe.options() if name not in ("keep", "target")}
         with progress_bar("frontier") as progress:
             found = frontier(
-                *(network.model, network.inputs, given, sizes),
+                *(network.model, network.inputs, given, sizes, judge),
                 of=of,
                 tokenizer=tokenizer,
+                memory=memory,
                 progress=progress,
                 **options,
             )
-            _carry_out(found, network, output, kept)
+            _carry_out(found, network, dtypes, output, kept)
         if picture:
             found.draw(picture)
+        shown = str(found)
     if as_json:
         print_json("frontier", _summary(network, found, of, output))
         return
-    say(str(found))
+    say(shown)
     say(f"\nsaved in {output}" if output else "\nnothing was written; -o FOLDER saves all sizes")
 
 
@@ -121,15 +141,18 @@ def _check_outputs(folder: Path | None, picture: Path | None) -> None:
             raise RecipeError(f"--picture {picture}: expected a picture in .png, .svg or .pdf; name it so.")
 
 
-def _carry_out(found: Frontier, network: Network, output: Path | None, kept: Kept) -> None:
-    """One size after another, each saved once it is done."""
+def _carry_out(
+    found: Frontier, network: Network, dtypes: Mapping[str, torch.dtype], output: Path | None, kept: Kept
+) -> None:
+    """One size after another, each measured, and saved in the precision that the network came in, once it is done."""
     places = {point: output / name_folder(point) for point in found} if output else {}
     for place in places.values():
         check_saving(place)
     for point in found:
-        small = annotated(point.compressed, network)
+        _ = point.compressed, point.score
         if point in places:
-            save_network(small, places[point], program=False)
+            small = hugging_face.lower_precision_(annotated(point.compressed, network), dtypes)
+            save_result(small, places[point], network)
             kept.add(places[point])
 
 
@@ -144,6 +167,7 @@ def _summary(network: Network, found: Frontier, of: str, output: Path | None) ->
         "of": of,
         "output": str(output) if output else None,
         "before": asdict(found[0].compressed.before),
+        "score": found.score,
         "points": [_summarise_point(point, output) for point in found],
     }
 
@@ -156,6 +180,7 @@ def _summarise_point(point: Point, output: Path | None) -> dict[str, Any]:
         "after": asdict(small.after),
         "error": point.error,
         "agreement": point.agreement,
+        "score": point.score,
         "comparison": small.comparison.to_data() if small.comparison else None,
         "groups": {d.group: d.m for d in small.plan.decisions if d.reduced},
         "warnings": list(dict.fromkeys((*small.plan.warnings, *small.warnings))),

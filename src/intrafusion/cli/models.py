@@ -192,6 +192,32 @@ def resolve(name: str, arguments: Iterable[str] = (), *, trained: bool = True) -
     return ModelSpec(NetworkKind.FILE if place.endswith(".py") else NetworkKind.MODULE, name, args)
 
 
+def read_function(name: str, option: str) -> Callable[[nn.Module], Any]:
+    """A user's function of a network, such as its accuracy, named as `module:function` or `path.py:function`.
+
+    Raises:
+        ModelError: it cannot be found or is none; when it is called, whatever goes wrong in it.
+    """
+    kind, _, target = name.partition(":")
+    if kind in _NAMED or not target:
+        raise ModelError(f"{option} {name}: expected a function of a network as path.py:function or module:function.")
+    found = resolve(name).factory
+    if not callable(found) or isinstance(found, (type, nn.Module)):
+        raise ModelError(f"{option} {name}: expected a function of a network, got a {type(found).__name__}; name one.")
+
+    def call(model: nn.Module) -> Any:
+        try:
+            return found(model)
+        except IntrafusionError:  # says all that is needed
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"{option} {name}: raised {type(error).__name__}: {error}; it is called with a network alone."
+            ) from error
+
+    return call
+
+
 def list_names(place: str) -> list[str]:
     """The names of the networks at a place such as "zoo"; none where they have none, or its package is missing."""
     try:

@@ -71,6 +71,14 @@ def annotated(found: _C, *networks: Network) -> _C:
     return replace(found, notes=notes, original=original)
 
 
+def lift_precision_(network: Network) -> dict[str, torch.dtype]:
+    """A network of half precision out of a folder in single, in which it is solved (in place); what its tensors were.
+
+    `hugging_face.lower_precision_` gives results the precision that the network came in.
+    """
+    return hugging_face.lift_precision_(network.model) if network.folder else {}
+
+
 def say_saved(network: Network, folder: Path | None) -> None:
     """Where the result is, and the lines of Python that load it."""
     if folder is None:

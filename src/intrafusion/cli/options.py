@@ -11,9 +11,11 @@ import typer
 
 from intrafusion.cli.completion import complete_device, complete_from, complete_model
 from intrafusion.cli.models import FORMS
+from intrafusion.errors import RecipeError
 from intrafusion.fusion.networks import USING
 from intrafusion.importance import IMPORTANCES
 from intrafusion.lab.zoo.data import DATA_SETS
+from intrafusion.network.free_memory import read_memory
 from intrafusion.recipe import ORDERS
 from intrafusion.reduce import REDUCERS
 from intrafusion.restore import LEVELS, RESTORERS
@@ -121,6 +123,25 @@ Data = Annotated[
         autocompletion=complete_from(DATA_SETS),
     ),
 ]
+
+
+def _check_memory(said: str | None) -> str | None:
+    try:
+        read_memory(said)
+    except RecipeError as error:
+        raise typer.BadParameter(str(error)) from error
+    return said
+
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What is held of the images and computed of them takes at most this, beside the network: 2GB, 500MB. "
+        "Half of what is free by default.",
+        callback=_check_memory,
+    ),
+]
 TrainImages = Annotated[int | None, count_option("Take this many training images only.")]
 TestImages = Annotated[int | None, count_option("Take this many test images only.")]
 
@@ -147,6 +168,14 @@ Steps = Annotated[
 ]
 ReducerName = Annotated[str | None, choice_option(REDUCERS, "How channels become fewer; select is plain pruning")]
 RoundTo = Annotated[int | None, count_option("Make every size a multiple of this.")]
+Uniform = Annotated[
+    bool | None,
+    typer.Option(
+        "--uniform",
+        help="Of a network of transformers: only sizes that its configuration can say, so that from_pretrained "
+        "opens the folder.",
+    ),
+]
 RecipeFile = Annotated[
     Path | None,
     typer.Option("--recipe", metavar="FILE", help="recipe.yaml of an earlier run; options beside it count more."),

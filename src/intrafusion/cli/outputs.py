@@ -11,14 +11,17 @@ from pathlib import Path
 from torch import nn
 
 from intrafusion.cli.console import messages
+from intrafusion.cli.network import Network
 from intrafusion.compressed import Compressed
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.io.atomic import report_unwritable
 from intrafusion.io.folder import is_ours
+from intrafusion.io.pretrained import check_apart
 from intrafusion.io.program import export_network
 from intrafusion.lab.bench import read_records
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
+from intrafusion.surgery.configuration import is_loadable
 
 
 def check_saving(folder: Path) -> None:
@@ -70,6 +73,16 @@ def save_network(small: Compressed, folder: Path, *, program: bool, pretrained: 
             raise
         small.save(folder)
         raise ModelError(f"{error} {folder} was written without it.") from error
+
+
+def save_result(small: Compressed, folder: Path, network: Network, *, program: bool = False) -> None:
+    """In the format of Hugging Face too, where the network came in it and its configuration can say the sizes.
+
+    Raises:
+        ModelError: as `save_network`.
+    """
+    opens = network.folder is not None and is_loadable(small.model)
+    save_network(small, folder, program=program, pretrained=network.folder if opens else None)
 
 
 def check_folder(folder: Path) -> None:
@@ -132,6 +145,16 @@ def check_writable(path: Path) -> None:
                 file.write(b"\0")
     except (ValueError, RuntimeError) as error:  # a null character; links that lead in a circle
         raise FolderError(f"{str(path)!r}: is no name of a file or folder ({error}); choose another one.") from error
+
+
+def check_place(folder: Path, network: Network) -> None:
+    """
+    Raises:
+        FolderError: it has no room for the network, or lies in the folder that this came from.
+    """
+    check_space(folder, network.model)
+    if network.folder:
+        check_apart(folder, network.folder)
 
 
 def check_space(path: Path, model: nn.Module) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+from torch import nn
 
 from intrafusion.lab import zoo
 from intrafusion.lab.experiments import Subject
@@ -10,7 +13,7 @@ from intrafusion.network.inputs import Inputs
 
 
 @pytest.fixture(scope="session")
-def digits() -> Subject:
+def digits(digits_network: nn.Module) -> Subject:
     inputs = Inputs.of(zoo.example_input("digits_resnet"))
     test, train = (zoo.load_data("digits_resnet", split, limit=100) for split in ("test", "train"))
-    return Subject("digits", zoo.train_digits(), inputs, test, train)
+    return Subject("digits", copy.deepcopy(digits_network), inputs, test, train)

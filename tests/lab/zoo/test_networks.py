@@ -20,12 +20,12 @@ from intrafusion.network.sources import import_torchvision
 # accuracy in percent and the number of test images to measure it on; the published ones are of the full test sets,
 # but for cifar10_vgg11_bn (first 2,000) and imagenet_mobilenetv1_025 (1,000 images)
 PUBLISHED = {
-    "cifar10_resnet20": (92.60, 2000),
-    "cifar10_resnet20_pad": (91.73, 2000),
-    "cifar10_vgg11_bn": (83.95, 2000),
+    "cifar10_resnet20": (92.60, 500),
+    "cifar10_resnet20_pad": (91.73, 500),
+    "cifar10_vgg11_bn": (83.95, 500),
     "cifar10_resnet32": (93.53, 500),
     "cifar100_resnet20": (68.83, 500),
-    "cifar10_densenet100": (90.9, 200),
+    "cifar10_densenet100": (90.9, 100),
     "cifar10_vit": (71.93, 500),
     "imagenet_mobilenetv1_025": (59.2, 200),
     "mnist_mlp_a": (97.72, 2000),
