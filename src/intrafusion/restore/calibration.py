@@ -16,6 +16,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.closeness import Yardstick
+from intrafusion.network.apart import borrow
 from intrafusion.network.batches import (
     ImagesLike,
     channels_last,
@@ -30,6 +31,7 @@ from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.pass_memory import take_fitting
 from intrafusion.network.texts import Tokenizer, make_sentences, tokenize
 from intrafusion.network.token_limits import find_token_limits
+from intrafusion.network.wrappers import outside_inference
 from intrafusion.observe.moments import MomentTaker, measure_moments
 from intrafusion.progress import ShowProgress, shows_progress
 from intrafusion.reduce.problem import Moments
@@ -171,6 +173,7 @@ class Calibration:
 
 
 @checked
+@outside_inference
 @shows_progress("calibrate")
 def calibrate(
     model: nn.Module,
@@ -203,7 +206,7 @@ def calibrate(
     Warns:
         IntrafusionWarning: "auto" cannot afford the images that it would make.
     """
-    inputs = Inputs.of(inputs)
+    model, inputs = borrow(model), Inputs.of(inputs)
     if level not in ("auto", *LEVELS):
         raise RecipeError(unknown_name("restore", level, ("auto", *LEVELS)))
     start, synthesis, noise = time.perf_counter(), synthesis or Synthesis(seed=seed), noise or Noise(seed=seed)
