@@ -545,7 +545,8 @@ class _Pass:
                     x, arrange = self.waiting.pop(name)
                     given = layer.take_outputs(arrange(a), places) + layer.take_outputs(arrange(b), places)
                     if self.wait(layer, layer.take_inputs(arrange(x), places), given):
-                        output.copy_(layer.apply_norm(layer.module.forward(x)))
+                        with torch.inference_mode(output.is_inference()), torch.no_grad():
+                            output.copy_(layer.apply_norm(layer.module.forward(x)))
 
     def wait(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
         """Until the layer is solved on all batches; whether it was written."""
