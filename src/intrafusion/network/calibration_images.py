@@ -16,6 +16,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import ArgumentError, IntrafusionWarning, ModelError, show
 from intrafusion.names import name_some
 from intrafusion.network.batches import ImagesLike, as_call, count_images, is_held, make_reusable, read_labelled
+from intrafusion.network.images_first import put_images_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import find_unknown_masks, find_weights
 from intrafusion.network.texts import Tokenizer, is_text, list_texts, tokenize
@@ -43,6 +44,7 @@ class Calls:
         notes: what the user should know, once all batches were read.
         sample: the first of the batches that were read, with a few dozen images.
         lost: where rows of padded tokens could not be told from others, once the calls were used.
+        turned: arguments of which the images run along the second dimension; see `images_first`.
     """
 
     given: ImagesLike
@@ -54,6 +56,7 @@ class Calls:
     notes: dict[str, str] = field(default_factory=dict)
     sample: list[Inputs] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
+    turned: tuple[int | str, ...] = ()
     _warned: set[str] = field(default_factory=set)
 
     __repr__ = show_briefly
@@ -61,7 +64,7 @@ class Calls:
     def __iter__(self) -> Iterator[Inputs]:
         total = 0
         for call, labels in read_labelled(self._opened()):
-            call = self._checked(call if call.labels is not None else replace(call, labels=labels))
+            call = self._turned(self._checked(call if call.labels is not None else replace(call, labels=labels)))
             if total < _SAMPLE and sum(map(count_images, self.sample)) <= total:
                 self.sample.append(call)
             total += count_images(call)
@@ -92,6 +95,14 @@ class Calls:
             f"where all rows count, padded ones too: {name_some(sorted(self.lost))}"
         )
         return {**self.notes, "lost": lost}
+
+    def _turned(self, call: Inputs) -> Inputs:
+        """With the images first; labels that are not one for each of them are left out."""
+        if call.turned or not self.turned:
+            return call
+        turned = call.turn(self.turned)
+        labels = call.labels if call.labels is not None and len(call.labels) == count_images(turned) else None
+        return replace(turned, labels=labels)
 
     def _weighed(self, call: Inputs) -> Inputs:
         """With what its masks say, positional ones too; outputs that matter are those of the example."""
@@ -286,7 +297,8 @@ def as_calls(
     if images is None or isinstance(images, Calls):
         return images
     limits = find_token_limits(model, like)
-    return Calls(images, like, _arguments(model), _list_positional(model), limits, tokenizer)
+    turned = put_images_first(like, model).turned
+    return Calls(images, like, _arguments(model), _list_positional(model), limits, tokenizer, turned=turned)
 
 
 def choose_inputs(inputs: ImagesLike | None, images: ImagesLike | None) -> ImagesLike | None:

@@ -490,8 +490,9 @@ class _Pass:
             ran = self.solving.targets.ran
             bare = BareWatcher(model, self.solving.graph, ran, reached=self.reached_bare, called=self.called_bare)
         with live, fitting, watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
-            given = prepare(next(self.solving.coming), model).copied()
-            self.model, self.images = model, count_images(given)
+            call = prepare(next(self.solving.coming), model)
+            given = call.copied()
+            self.model, self.images = model, count_images(call)
             self.given = frozenset(t.untyped_storage()._cdata for t in given.tensors() if is_plain(t))
             with told_of(model, given):
                 read_iterators(model(*given.args, **(given.kwargs or {})))

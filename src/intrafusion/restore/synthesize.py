@@ -84,7 +84,7 @@ class Synthesis:
                 weights, or its forward takes no gradients.
             ModelError: it does not run on such images.
         """
-        like, model = image_like(example_inputs), borrow(model)
+        like, model, turned = image_like(example_inputs), borrow(model), bool(Inputs.of(example_inputs).turned)
         wanted = read_norms(model) or watch_noise(model, example_inputs, self.seed)
         if not wanted:
             raise NoInputsError(
@@ -98,7 +98,7 @@ class Synthesis:
             for step in range(self.steps):
                 report("making images", step, self.steps)
                 images = channels_last(self.roll_pixels(pixels, generator))
-                pixels.grad = _differentiate(self.loss(model, wanted, images), pixels)
+                pixels.grad = _differentiate(self.loss(model, wanted, images, turned=turned), pixels)
                 optimizer.step()
                 if time.monotonic() > end:
                     break
@@ -109,10 +109,13 @@ class Synthesis:
         """The images and, if they are to be `mirrored`, their mirror images."""
         return torch.cat([images, images.flip(-1)]) if self.mirrored and images.dim() > 3 else images
 
-    def loss(self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor) -> Tensor:
+    def loss(
+        self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor, *, turned: bool = False
+    ) -> Tensor:
         told = told_of(model, Inputs((pixels,), source="the images that are made"))
         with collect_mismatches(wanted) as found, told:
-            outputs = output_tensors(model(pixels.clone()))  # a forward may write into its input
+            given = pixels.transpose(0, 1) if turned else pixels
+            outputs = output_tensors(model(given.clone()))  # a forward may write into its input
         total = self.statistics * torch.stack(found).sum() + self.smoothness * total_variation(pixels)
         if (
             len(outputs) == 1
