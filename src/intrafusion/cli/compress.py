@@ -198,7 +198,7 @@ def compress_command(
             save_network(small, output, program=program, pretrained=network.folder if opens else None)
             kept.add(output)
         if keep_images and small.images:
-            save_images(small.images.join().tensors()[0], keep_images)
+            save_images(small.images.join().as_taken().tensors()[0], keep_images)
     if as_json:
         print_json("compress", _summary(network, small, output, rolled_back))
     else:

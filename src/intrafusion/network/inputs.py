@@ -97,13 +97,16 @@ class Inputs:
         return output if self.outputs is None else pick_outputs(output, self.outputs)
 
     def copied(self) -> Inputs:
-        """The call as a network takes it, with arguments of its own, for a forward that writes into them.
+        """As a network takes it, with arguments of its own, for a forward that writes into them.
 
         What was one tensor stays one. Tensors keep `requires_grad`, not their history.
         """
         own: dict[int, Any] = {}
-        found = self._changed(lambda leaf: own.setdefault(id(leaf), _own_copy(leaf)))
-        return replace(found.turn(self.turned), turned=())
+        return self._changed(lambda leaf: own.setdefault(id(leaf), _own_copy(leaf))).as_taken()
+
+    def as_taken(self) -> Inputs:
+        """The call as a network takes it; see `turned`."""
+        return replace(self.turn(self.turned), turned=())
 
     def turn(self, names: tuple[int | str, ...]) -> Inputs:
         """With the first two dimensions of these arguments in each other's place."""
@@ -162,7 +165,7 @@ class Inputs:
 
     def __str__(self) -> str:
         describe = lambda t: f"{str(t.dtype)[6:]}{list(t.shape)}"  # noqa: E731
-        return f"({', '.join(map(describe, self.turn(self.turned).tensors()))})"
+        return f"({', '.join(map(describe, self.as_taken().tensors()))})"
 
 
 @contextlib.contextmanager
@@ -179,12 +182,17 @@ def told_of(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     except Exception as error:
         raise ModelError(
             f"the network ({type(model).__name__}) does not run on {inputs.source} {inputs}: "
-            f"{type(error).__name__}: {error}. {_advise_on(inputs)}"
+            f"{type(error).__name__}: {error}. {_advise_on(inputs, error)}"
         ) from error
 
 
-def _advise_on(inputs: Inputs) -> str:
+def _advise_on(inputs: Inputs, error: Exception) -> str:
     """What to pass in place of inputs that a network does not take."""
+    if "more than 1 value per channel" in str(error):
+        return (
+            "A norm takes its statistics from the batch, also in evaluation mode: pass two images or more in each call "
+            "(drop_last=True of a DataLoader leaves out a last one)."
+        )
     leaves = tree_leaves((inputs.args, dict(inputs.kwargs or {})))
     if leaves and all(isinstance(leaf, str) for leaf in leaves):
         return f"Pass {_TOKENIZED}."
