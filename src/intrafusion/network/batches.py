@@ -253,22 +253,22 @@ def check_batch(size: int) -> None:
         raise RecipeError(f"batch: expected at least 2 images, a variance of one is 0; got {size!r}.")
 
 
-def rebatch(images: ImagesLike, size: int) -> Iterator[tuple[Inputs, int]]:
-    """Calls of about `size` images, never of one alone where there are more, and how many images each has.
+def rebatch(images: ImagesLike, size: int) -> Iterator[Inputs]:
+    """Calls of about `size` images, never of one alone where there are more.
 
     One batch is held at a time, with what is left over of the one before; texts of another length are not put to it.
     """
     left: Inputs | None = None
     for call, _ in read_labelled(images):
         if left is not None and _are_of_lengths(left, call):
-            yield left, count_images(left)
+            yield left
             left = None
         left = call if left is None else join_batches([left, call])
         while count_images(left) > size + 1:
-            yield take_images(left, 0, size), size
+            yield take_images(left, 0, size)
             left = take_images(left, size, count_images(left))
     if left is not None:
-        yield left, count_images(left)
+        yield left
 
 
 def _are_of_lengths(a: Inputs, b: Inputs) -> bool:

@@ -122,7 +122,7 @@ def _measure(model: nn.Module, layers: Mapping[str, Layer], images: ImagesLike, 
         found[name].add(rows, _weigh_places(layers[name], output, weights))
 
     with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
-        for call, _ in rebatch(images, batch):
+        for call in rebatch(images, batch):
             call = double_first(call)
             weights = call.weights
             cast_like(call, model).call(model)
@@ -167,7 +167,7 @@ def _repair_(
         return output * factor.to(output).reshape(shape) + constant.to(output).reshape(shape)
 
     with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
-        for call, _ in rebatch(images, batch):
+        for call in rebatch(images, batch):
             call = double_first(call)
             weights = call.weights
             cast_like(call, model).call(model)
