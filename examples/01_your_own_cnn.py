@@ -45,7 +45,7 @@ def accuracy(network: nn.Module) -> float:
     return 100 * (network(images[test]).argmax(1) == labels[test]).float().mean().item()
 
 
-small = intrafusion.compress(model, images[:1], target={"params": 0.5}, images=images[unlabelled])
+small = intrafusion.compress(model, images[:1], target={"params": 0.5}, inputs=images[unlabelled])
 print(small)
 print(f"accuracy on {len(labels[test])} test images: {accuracy(model):.1f} % -> {accuracy(small.model):.1f} %")
 

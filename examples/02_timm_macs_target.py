@@ -14,7 +14,7 @@ model = timm.create_model("resnet10t", pretrained=False, num_classes=10).eval()
 example = torch.randn(1, 3, 32, 32)
 images = torch.randn(64, 3, 32, 32)  # in your case: what the network was made for
 
-small = intrafusion.compress(model, example, target={"macs": 0.6}, images=images, round_to=8)
+small = intrafusion.compress(model, example, target={"macs": 0.6}, inputs=images, round_to=8)
 print(small)
 
 assert small.after.macs < 0.61 * small.before.macs  # the nearest that these sizes allow

@@ -58,7 +58,7 @@ for _ in range(60):  # trained for a moment, to find the square on the finest sc
 model.eval()
 images, _ = make_scenes(128)
 
-small = intrafusion.compress(model, images[:1], keep={"backbone.*": 0.75, "*": 0.5}, images=images)
+small = intrafusion.compress(model, images[:1], keep={"backbone.*": 0.75, "*": 0.5}, inputs=images)
 print(small)
 
 

@@ -29,7 +29,7 @@ def sentences(count: int, length: int = 12) -> dict[str, torch.Tensor]:
 
 
 batches = [sentences(16) for _ in range(4)]
-small = intrafusion.compress(model, sentences(2), keep=0.5, images=batches)
+small = intrafusion.compress(model, sentences(2), keep=0.5, inputs=batches)
 print(small)
 
 embedded = small.model(**batches[0]).last_hidden_state

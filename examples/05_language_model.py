@@ -21,7 +21,7 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config).eval()
 texts = [{"input_ids": torch.randint(300, (8, 32)), "use_cache": False} for _ in range(4)]
 
-small = intrafusion.compress(model, texts[0], keep=0.5, images=texts)
+small = intrafusion.compress(model, texts[0], keep=0.5, inputs=texts)
 print(small)
 
 prompt = torch.randint(300, (1, 5))

@@ -34,7 +34,7 @@ averaged = nn.Sequential(
 )
 averaged.load_state_dict({k: (v + b.state_dict()[k]) / 2 for k, v in a.state_dict().items()})
 
-fused = intrafusion.fuse([a, b], images[:1], using="activations", images=images[:200])
+fused = intrafusion.fuse([a, b], images[:1], using="activations", inputs=images[:200])
 print(f"first {accuracy(a):.1f} %, second {accuracy(b):.1f} %")
 print(f"averaged as they are {accuracy(averaged):.1f} %, fused {accuracy(fused.model):.1f} %")
 assert accuracy(fused.model) > accuracy(averaged)

@@ -19,5 +19,5 @@ images = torch.randn(64, 3, 8, 8)
 
 print(check_importance(largest_weight))
 for importance in ("l1", "l2", largest_weight):
-    small = intrafusion.compress(model, images[:1], keep=0.5, reducer="select", importance=importance, images=images)
+    small = intrafusion.compress(model, images[:1], keep=0.5, reducer="select", importance=importance, inputs=images)
     print(importance if isinstance(importance, str) else importance.__name__, small.restored[-1])

@@ -16,7 +16,7 @@ model = nn.Sequential(
     nn.Linear(32, 10),
 ).eval()
 images = torch.randn(128, 3, 16, 16)
-small = intrafusion.compress(model, images[:1], keep=0.5, images=images)
+small = intrafusion.compress(model, images[:1], keep=0.5, inputs=images)
 
 batch = {"input": {0: torch.export.Dim.DYNAMIC}}
 program = torch.export.export(small.model, (images[:2],), dynamic_shapes=tuple(batch.values()))

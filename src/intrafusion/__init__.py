@@ -76,7 +76,7 @@ __all__ = [
     "trace",
 ]
 
-_LATER = ("checks",)  # modules that are named in full, and imported when they first are
+_LATER = ("checks", "merge")  # modules that are named in full, and imported when they first are
 
 
 def __getattr__(name: str) -> Any:

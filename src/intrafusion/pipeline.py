@@ -17,6 +17,7 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.size import size_of
 from intrafusion.names import name_some
+from intrafusion.network.apart import borrow, uninterrupted
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.calibration_images import Calls, as_calls, choose_inputs
 from intrafusion.network.free_memory import MemoryLike
@@ -172,7 +173,7 @@ def compress(
 
 
 def make_workable(model: Any, *, inplace: bool = False) -> nn.Module:
-    """The network inside its wrappers, of ordinary tensors.
+    """The network inside its wrappers, of ordinary tensors, with nobody else to call it.
 
     Raises:
         ModelError: no network that can be worked on, see `wrappers`.
@@ -181,7 +182,7 @@ def make_workable(model: Any, *, inplace: bool = False) -> nn.Module:
     if inplace:
         check_inplace(model)
     with torch.inference_mode(False):
-        return copy_model(core) if holds_inference_tensors(core) else core
+        return copy_model(core) if holds_inference_tensors(core) else borrow(core)
 
 
 def prepare_model(model: nn.Module, recipe: Recipe, example_inputs: ExampleInputs) -> nn.Module:
@@ -337,13 +338,14 @@ def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Comp
     """The smaller weights in the original's own parameters; optimizers of these go on."""
     check_inplace(model)
     core = unwrap(model)
-    notes = carry_state_(core, graph, small.plan.maps)
-    with torch.inference_mode(inference := holds_inference_tensors(core)):  # tensors of that mode stay such
-        new = {n: t.data.clone() if inference else t.data for n, t in named_tensors(small.model).items()}
-        write_weights_(core, new)
-    make_repairs_(core, small.repairs)
-    keep_config_(core, core)
-    take_config_(core, small.model)
+    with uninterrupted():
+        notes = carry_state_(core, graph, small.plan.maps)
+        with torch.inference_mode(inference := holds_inference_tensors(core)):  # tensors of that mode stay such
+            new = {n: t.data.clone() if inference else t.data for n, t in named_tensors(small.model).items()}
+            write_weights_(core, new)
+        make_repairs_(core, small.repairs)
+        keep_config_(core, core)
+        take_config_(core, small.model)
     return replace(small, model=model, notes=(*small.notes, *notes))
 
 

@@ -17,6 +17,7 @@ from intrafusion.budget.uniform import find_pattern
 from intrafusion.errors import ModelError, RecipeError, show
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role, describe_fixed, families_of
 from intrafusion.importance.features import channel_biases, channel_features
+from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import choose_inputs, warn_caller
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -71,7 +72,7 @@ def decide(
         ModelError: no group can be reduced; gives the most frequent reasons.
         BudgetError: sizes that are no sizes.
     """
-    model, given = unwrap(model), choose_inputs(inputs, images)
+    model, given = borrow(unwrap(model)), choose_inputs(inputs, images)
     check_graph(graph, model)
     graph = tie_by_config(graph, model) if recipe.uniform else graph
     unwanted = _find_unwanted(graph, model, recipe)

@@ -125,7 +125,7 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
 
     with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated in newer releases
         torch.jit.script(Empty()).save(str(tmp_path / "w.pt"))
-    with pytest.raises(FolderError, match="TorchScript program, not weights"):
+    with pytest.raises(FolderError, match="it is a TorchScript program"):
         read_state(tmp_path / "w.pt")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -88,3 +91,20 @@ def test_precision_follows_the_network_but_integers_stay() -> None:
 def test_what_is_no_image(images: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         join_batches(read_batches(images))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_mode_that_a_loader_is_in_ends_where_its_batches_are_used(mode: Callable[[], Any]) -> None:
+    seen = []
+
+    def load() -> Iterator[torch.Tensor]:
+        with mode():
+            for part in IMAGES.split(2):
+                seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+                yield part
+        seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+
+    inside = (mode is torch.inference_mode, False)
+    for _ in read_labelled(load()):
+        assert (torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == (False, True)
+    assert seen == [inside, inside, (False, True)]

@@ -100,6 +100,61 @@ def test_forms_of_two_images(form: str) -> None:
     assert labels == (LABELS.tolist() if form in ("loader", "dicts") else None)
 
 
+class Optional(Single):
+    def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(a) if b is None else super().forward(a) - super().forward(b)
+
+
+def read(images: Any, like: Any) -> tuple[list[tuple[list[str], int]], list[str]]:
+    """Arguments and images of each call, and the keys of what is told of them."""
+    calls = as_calls(images, Optional(), Inputs.of(like))
+    assert calls is not None
+    names = lambda call: [*("a", "b")[: len(call.args)], *(call.kwargs or {})]  # noqa: E731
+    return [(names(call), len(call.tensors()[0])) for call in calls], sorted(calls.notes)
+
+
+PAIR, FIRST = (A[:2], B[:2]), A[:2]
+READ: dict[str, tuple[Any, Any, Any, list[str]]] = {
+    "a call": ((A, B), PAIR, [(["a", "b"], 40)], []),
+    "a call of arrays": ((A.numpy(), B.numpy()), PAIR, [(["a", "b"], 40)], []),
+    "a call and labels": ((A, B, LABELS), PAIR, [(["a", "b"], 40)], []),
+    "a tuple of calls": (((A, B), (B, A)), PAIR, [(["a", "b"], 40)] * 2, []),
+    "batches or a call": ((A, B), FIRST, [(["a"], 40)] * 2, ["tuple"]),
+    "batches": ([A, B], FIRST, [(["a"], 40)] * 2, []),
+    "uneven batches": ((A, B[:9]), FIRST, [(["a"], 40), (["a"], 9)], []),
+    "more batches than arguments": (A.split(10), FIRST, [(["a"], 10)] * 4, []),
+    "labels or an argument": ([(A, B)], FIRST, [(["a"], 40)], ["second"]),
+    "labels": ([(A, LABELS)], FIRST, [(["a"], 40)], []),
+    "a batch and labels": ((A, LABELS), FIRST, [(["a"], 40)], []),
+    "by name": ((A, LABELS), {"b": FIRST}, [(["b"], 40)], []),
+    "by name, in a list": ([(A, LABELS), B], {"b": FIRST}, [(["b"], 40)] * 2, []),
+    "another argument": ([{"a": A, "b": B}], FIRST, [(["a", "b"], 40)], ["more"]),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_the_example_decides_between_batches_and_arguments(case: str) -> None:
+    images, like, expected, notes = READ[case]
+    assert read(images, like) == (expected, notes)
+
+
+def test_what_a_tuple_was_taken_for_is_told() -> None:
+    with pytest.warns(IntrafusionWarning, match="2 tensors was read as 2 batches, .* where they are a, b of one call"):
+        small = compress(Optional().eval(), FIRST, 0.5, inputs=(A, B))
+    assert small.images is not None
+    assert small.images.count == 80 - 16
+    with pytest.warns(IntrafusionWarning, match="the second was taken for labels, .* where it is b, give it in the"):
+        compress(Optional().eval(), FIRST, 0.5, inputs=[(A, B)])
+
+
+@pytest.mark.parametrize("images", [[A, B], A, (A, B[:9]), A.numpy()])
+def test_one_argument_of_two_is_an_error(images: Any) -> None:
+    with pytest.raises(ModelError, match=r"expected 2 arguments as in the example inputs, got .* alone; a batch is a"):
+        compress(Optional().eval(), PAIR, 0.5, inputs=images)
+    with pytest.raises(ModelError, match=r"expected a dict with a, b as in the example, got .* alone"):
+        compress(Optional().eval(), {"a": FIRST, "b": FIRST}, 0.5, inputs=images)
+
+
 BAD = A[:20].clone()
 BAD[3, 1, 2, 2] = float("nan")
 

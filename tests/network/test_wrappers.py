@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import FolderError, ModelError, compress, compress_in_steps, inspect, load
+from intrafusion.errors import NoInputsError
 from intrafusion.factorize import factorize
 from intrafusion.network.wrappers import unwrap
+from intrafusion.observe.observe import observe
+from intrafusion.restore import calibrate
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 
@@ -158,6 +161,88 @@ def test_inference_mode(where: str, inplace: bool) -> None:
         assert small.model(X).shape == (16, 3)
     if where == "norm":
         assert "its forward takes no gradients" in str(small.restored[0].note)
+
+
+class Branching(nn.Module):
+    """A norm, a sum, and a weight that a function multiplies with; on the way, perhaps, in inference mode."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+        self.a, self.norm, self.b = nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Linear(32, 32)
+        self.w, self.head = nn.Parameter(torch.randn(32, 24) / 6), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode(self.mode != "plain"):
+            x = F.relu(self.norm(self.a(x)))
+        with torch.inference_mode(self.mode == "inside"):
+            x = x.clone()
+            x = x + self.b(x)
+            return self.head(F.relu(x @ self.w))
+
+
+def make_branching(mode: str) -> nn.Module:
+    torch.manual_seed(0)
+    return Branching(mode).eval()
+
+
+class InferringLoader:
+    def __iter__(self) -> Iterator[Tensor]:
+        with torch.inference_mode():
+            yield from (2 * part for part in IMAGES.split(25))
+
+
+IMAGES = torch.randn(100, 6, generator=torch.Generator().manual_seed(1))
+GIVEN: dict[str, Callable[[], Any]] = {
+    "plain": lambda: 2 * IMAGES,
+    "made there": lambda: 2 * IMAGES,
+    "loader": InferringLoader,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "keep": {"keep": 0.5},
+    "target": {"target": {"macs": 0.5}},
+    "eliminate": {"keep": 0.5, "reducer": "eliminate"},
+    "little memory": {"keep": 0.5, "memory": "200KB"},
+    "contribution": {"keep": 0.5, "importance": "contribution", "reducer": "select"},
+    "chip": {"keep": 0.5, "importance": "chip", "reducer": "select", "restore": "repair"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("mode", "given", "called"),
+    [
+        *(("inside", "plain", False), ("first", "plain", False), ("plain", "made there", False)),
+        *(("plain", "loader", False), ("plain", "plain", True), ("inside", "loader", True)),
+    ],
+)
+def test_inference_mode_anywhere_changes_no_number(mode: str, given: str, called: bool, options: str) -> None:
+    how = OPTIONS[options]
+    images = [2 * part for part in IMAGES.split(25)] if given == "loader" else 2 * IMAGES
+    plain = compress(make_branching("plain"), X, inputs=images, **how)
+    with torch.inference_mode(given != "plain"):
+        inputs = GIVEN[given]()
+    with torch.inference_mode(called):
+        small = compress(make_branching(mode), X, inputs=inputs, **how)
+    assert small.plan.sizes == plain.plan.sizes != {}
+    for name, tensor in small.model.state_dict().items():
+        assert not tensor.is_inference()
+        assert torch.allclose(tensor, plain.model.state_dict()[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_other_functions_in_inference_mode(called: bool) -> None:
+    net = make_branching("first")
+    with torch.inference_mode(called):
+        graph = intrafusion.trace.trace(net, X)
+        seen = calibrate(net, X, images=2 * IMAGES)
+        assert seen.moments_of(graph).keys() >= {"a"}
+        assert observe(net, graph, graph.groups, IMAGES, ["activations", "contributions"])["a"].activations is not None
+        assert factorize(net, X).model(X).shape == (16, 3)
+        fused = intrafusion.fuse([net, make_branching("plain")], X)
+        assert not any(t.is_inference() for t in fused.model.parameters())
+        with pytest.raises(NoInputsError, match="its forward takes no gradients"):
+            calibrate(net, X, "synthetic")
 
 
 class Forces(nn.Module):

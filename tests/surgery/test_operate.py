@@ -440,6 +440,23 @@ def test_an_output_of_nothing_but_nan_proves_nothing() -> None:
         intrafusion.inspect(net, torch.randn(4, 3))
 
 
+def test_statistics_of_a_batch_of_one_are_named_as_the_reason() -> None:
+    def deviate(net: Any, x: Tensor) -> Tensor:
+        x = net.a(x)
+        return net.b(F.relu((x - x.mean(0)) / ((x - x.mean(0)).square().sum(0) / (len(x) - 1)).sqrt()))
+
+    net = Wired(deviate, a=nn.Linear(3, 8), b=nn.Linear(8, 2))
+    with pytest.raises(ModelError, match="Pass two images or more, if the network takes statistics of the batch"):
+        intrafusion.inspect(net, torch.randn(1, 3))
+    assert [g.size for g in intrafusion.inspect(net, torch.randn(2, 3)).reducible] == [8]
+    norm = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2)).eval()
+    advice = "A norm takes its statistics from the batch, also in evaluation mode: pass two images or more in each call"
+    with pytest.raises(ModelError, match=rf"does not run on the example inputs \(float32\[1, 3\]\).*{advice}"):
+        intrafusion.inspect(norm, torch.randn(1, 3))
+    with pytest.raises(ModelError, match=rf"does not run on batch 1 of images.*{advice}"):
+        intrafusion.compress(norm, torch.randn(2, 3), 0.5, inputs=[torch.randn(40, 3), torch.randn(1, 3)])
+
+
 @pytest.mark.parametrize("kind", ["weight", "statistic", "frozen"])
 def test_broken_weights_are_still_refused(kind: str) -> None:
     net = Wired(lambda net, x: net.b(F.relu(net.a(x))), a=conv_bn(3, 8), b=nn.Conv2d(8, 2, 1))

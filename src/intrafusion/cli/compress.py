@@ -179,7 +179,7 @@ def compress_command(
             save_result(small, output, network, program=program)
             kept.add(output)
         if keep_images and small.images:
-            save_images(small.images.join().tensors()[0], keep_images)
+            save_images(small.images.join().as_taken().tensors()[0], keep_images)
     if as_json:
         print_json("compress", _summary(network, small, output, rolled_back))
     else:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from intrafusion.errors import FolderError, ModelError
+from intrafusion.errors import FolderError, ModelError, show
 from intrafusion.io.atomic import read_text
+from intrafusion.io.weights import read_torch_file
 from intrafusion.network.inputs import Inputs
 from intrafusion.restore import load_images
+
+IMAGE_FILES = ".npy, or .npz, .safetensors or .pt with an array `images` (.pt: or a tensor)"
+_REMEDY = "save the images alone: torch.save(images, FILE), of a tensor (n, ...)"
 
 
 def read_inputs(texts: Iterable[str]) -> Inputs:
@@ -38,9 +43,7 @@ def read_inputs(texts: Iterable[str]) -> Inputs:
 def check_there(images: Path | None, texts: Path | None = None) -> None:
     """Raise FolderError for a file of images or texts that does not exist, before anything is built."""
     if images is not None and not images.is_file():
-        raise FolderError(
-            f"--images {images}: expected .safetensors or .npz with an array `images`, or .npy; there is no such file."
-        )
+        raise FolderError(f"--images {images}: expected {IMAGE_FILES}; there is no such file.")
     if texts is not None and not texts.is_file():
         raise FolderError(f"--texts {texts}: expected a file with a text in each line; there is no such file.")
 
@@ -63,7 +66,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def read_images(path: Path, inputs: Inputs | None = None) -> Tensor:
-    """Images (n, ...) from .safetensors or .npz (an array `images`) or .npy; nothing is unpickled.
+    """Images (n, ...) from a file, see `IMAGE_FILES`; no code in it is run.
 
     Args:
         inputs: of the network that takes them; None where they are only looked at.
@@ -73,10 +76,7 @@ def read_images(path: Path, inputs: Inputs | None = None) -> Tensor:
     try:
         found = _read_array(path)
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, FolderError) as error:
-        raise FolderError(
-            f"--images {path}: expected .safetensors or .npz with an array `images`, or .npy, "
-            f"got {type(error).__name__}: {error}."
-        ) from error
+        raise FolderError(f"--images {path}: expected {IMAGE_FILES}, got {type(error).__name__}: {error}.") from error
     if found.is_complex() and not any(t.is_complex() for t in (inputs.tensors() if inputs else ())):
         raise FolderError(
             f"--images {path}: expected real images, as the example input is, got {found.dtype}; save the part that is "
@@ -89,10 +89,23 @@ def _read_array(path: Path) -> Tensor:
     """Double precision becomes single, everything else stays what it is."""
     if path.suffix == ".safetensors":
         return load_images(path)
+    if path.suffix in (".pt", ".pth"):
+        return _take_images(read_torch_file(path, _REMEDY))
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"a file with the suffix {path.suffix!r}")
     found = np.load(path, allow_pickle=False)
     found = torch.from_numpy(np.ascontiguousarray(found if isinstance(found, np.ndarray) else found["images"]))
+    return found.float() if found.dtype == torch.float64 else found
+
+
+def _take_images(found: Any) -> Tensor:
+    """A tensor itself, `images` of a dict, or the first of a tuple, behind which labels may be."""
+    if isinstance(found, Mapping):
+        found = found.get("images", found)
+    elif isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{show(found)} instead of a tensor; {_REMEDY}")
     return found.float() if found.dtype == torch.float64 else found
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from intrafusion.cli.completion import complete_device, complete_from, complete_model
+from intrafusion.cli.inputs import IMAGE_FILES
 from intrafusion.cli.models import FORMS
 from intrafusion.errors import RecipeError
 from intrafusion.fusion.networks import USING
@@ -103,7 +104,7 @@ ImageFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Unlabelled images as the network takes them: .safetensors or .npz with an array `images`, or .npy.",
+        help=f"Unlabelled images as the network takes them: {IMAGE_FILES}.",
     ),
 ]
 TextFile = Annotated[

@@ -19,7 +19,7 @@ from intrafusion.factorize.svd import Spectrum, factorize_layer, spectrum
 from intrafusion.measure.size import size_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model
-from intrafusion.network.wrappers import unwrap
+from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.pipeline import apply, check_weights
 from intrafusion.plan import Plan
 from intrafusion.recipe import Recipe
@@ -58,6 +58,7 @@ def _count_layers(count: int) -> str:
 
 
 @checked
+@outside_inference
 def factorize(
     model: nn.Module | Compressed,
     example_inputs: ExampleInputs,

@@ -22,11 +22,12 @@ from intrafusion.fusion.outputs import record_outputs
 from intrafusion.fusion.variance import find_lengths, strengthen
 from intrafusion.graph import ChannelGraph, Role
 from intrafusion.measure.size import size_of
+from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
 from intrafusion.network.calibration_images import choose_inputs
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
-from intrafusion.network.wrappers import unwrap
+from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.pipeline import apply, inspect
 from intrafusion.plan import Decision, list_layers
 from intrafusion.planning import decide
@@ -98,6 +99,7 @@ def _describe_group(decision: Decision, moved: float | None) -> GroupLine:
 
 
 @partial(checked, leaving=Recipe.options())
+@outside_inference
 @shows_progress("fuse")
 def fuse(
     models: Sequence[nn.Module],
@@ -149,7 +151,7 @@ def fuse(
     shares = _find_shares(models, using, given, weights, anchor)
     restorer = None if restore is None else restorers.get_restorer(restore)
     example, calibration = Inputs.of(example_inputs), None if given is None else join_batches(read_batches(given))
-    models = [unwrap(model) for model in models]
+    models = [borrow(unwrap(model)) for model in models]
     graphs = []
     for index, model in enumerate(models):
         with prefix_stages(f"network {index + 1} of {len(models)}"):

@@ -15,6 +15,7 @@ from intrafusion.arguments import Seed, checked
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup, Member, Role
 from intrafusion.importance.observation import get_observed
+from intrafusion.network.apart import forked_random_numbers
 
 _ON_MODULES = ("accumulate_grad", "MatGradHandler", "compute_importance")  # of criteria that keep what they saw
 
@@ -74,7 +75,7 @@ class TorchPruning:
         gradients = get_observed(observations, "gradients", self, group) if self.reads_gradients else None
         rank = _channel_ranks(group)
         theirs = _as_their_group(group, tensors, gradients, rank)
-        with torch.random.fork_rng(devices=[]):
+        with forked_random_numbers():
             torch.default_generator.manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
             scores = self.importance(theirs)
         if scores is None:

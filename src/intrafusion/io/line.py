@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafusion.network.apart import forked_random_numbers
 from intrafusion.network.tensors import named_tensors
 
 _WITHOUT_CLASS = "what is saved with program=True loads without it"
@@ -87,7 +88,7 @@ def _builds(kind: Callable[[], nn.Module], shapes: Mapping[str, Any]) -> bool:
     """Whether a class, called without arguments, gives the original network; tried on the meta device."""
     try:
         inspect.signature(kind).bind()
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with forked_random_numbers(), torch.device("meta"):
             found = {n: list(t.shape) for n, t in named_tensors(kind()).items() if t.is_floating_point()}
     except Exception:  # the user's code, which may need arguments, values or files
         return False

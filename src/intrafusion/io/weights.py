@@ -55,7 +55,7 @@ def _read(path: Path) -> Any:
     if suffix == ".safetensors":
         return _read_safetensors(path)
     if suffix in _TORCH_SUFFIXES:
-        return _read_torch(path)
+        return read_torch_file(path)
     raise FolderError(
         f"{path}: cannot tell from the suffix {path.suffix!r} what the file holds; "
         f"expected .safetensors, {', '.join(_TORCH_SUFFIXES)}."
@@ -114,17 +114,24 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise FolderError(f"{path}: not a safetensors file, or a damaged one ({error}); fetch it again.") from error
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch_file(path: Path, remedy: str = _REMEDY) -> Any:
+    """What `torch.save` wrote, as far as that is tensors and plain values.
+
+    Args:
+        remedy: what to do where it is more.
+    Raises:
+        FolderError: reading it would run code, or it is damaged.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise FolderError(f"{path}: refused, {_refusal(str(error))}. {_REMEDY}") from error
+        raise FolderError(f"{path}: refused, {_refusal(str(error))}. {remedy}") from error
     except Exception as error:  # torch.load passes on whatever a damaged file makes its readers raise
         if "TorchScript" in str(error):
-            raise FolderError(f"{path}: refused, it is a TorchScript program, not weights. {_REMEDY}") from error
+            raise FolderError(f"{path}: refused, it is a TorchScript program. {remedy}") from error
         raise FolderError(
-            f"{path}: not a PyTorch weight file, or a damaged one ({_first_line(error)}); fetch it again."
+            f"{path}: not a PyTorch file, or a damaged one ({_first_line(error)}); fetch it again."
         ) from error
 
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from intrafusion.errors import IntrafusionError
 from intrafusion.io.shards import Stored
+from intrafusion.network.apart import forked_random_numbers
 
 
 def _import_accelerate(part: str = "") -> Any:
@@ -45,7 +46,7 @@ def make_skeleton(architecture: type, config: Any) -> nn.Module:
 
 
 def _build_empty(architecture: type, config: Any, mode: contextlib.AbstractContextManager[Any]) -> Any:
-    with _import_accelerate().init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]), mode:
+    with _import_accelerate().init_empty_weights(include_buffers=False), forked_random_numbers(), mode:
         return architecture(config)
 
 

@@ -109,7 +109,7 @@ def _answer(model: nn.Module, inputs: Inputs) -> _Answer:
     call = double_first(inputs)
     with preserve_state(model):
         output = cast_like(call, model).run(model)
-    tensors = [t.detach() for t in output_tensors(output)]
+    tensors = call.turn_outputs([t.detach() for t in output_tensors(output)])
     scores, counted = find_scores(output, tensors), select_counted(tensors, call.weights)
     return counted, None if scores is None else scores[: count_images(inputs)]
 

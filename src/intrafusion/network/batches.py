@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -82,10 +83,11 @@ check_by(ImagesLike, check_images_like)
 
 def _read(images: Iterable[Any]) -> Iterator[Any]:
     """The batches; what fails while they are read is told with the number of the batch."""
-    index = 0
+    index, modes = 0, _see_modes()
     try:
         for batch in images:
-            yield batch
+            with _set_modes(*modes) if _see_modes() != modes else contextlib.nullcontext():
+                yield batch
             index += 1
     except (IntrafusionError, GeneratorExit):
         raise
@@ -93,6 +95,17 @@ def _read(images: Iterable[Any]) -> Iterator[Any]:
         raise ModelError(
             f"images: batch {index} cannot be read: {type(error).__name__}: {error}; check the data set behind it."
         ) from error
+
+
+def _see_modes() -> tuple[bool, bool]:
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+
+@contextlib.contextmanager
+def _set_modes(inference: bool, grad: bool) -> Iterator[None]:
+    """A loader that gives its batches from inside `torch.inference_mode` has that on while they are used, too."""
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        yield
 
 
 def _labels_of(batch: Any) -> Tensor | None:
@@ -240,22 +253,22 @@ def check_batch(size: int) -> None:
         raise RecipeError(f"batch: expected at least 2 images, a variance of one is 0; got {size!r}.")
 
 
-def rebatch(images: ImagesLike, size: int) -> Iterator[tuple[Inputs, int]]:
-    """Calls of about `size` images, never of one alone where there are more, and how many images each has.
+def rebatch(images: ImagesLike, size: int) -> Iterator[Inputs]:
+    """Calls of about `size` images, never of one alone where there are more.
 
     One batch is held at a time, with what is left over of the one before; texts of another length are not put to it.
     """
     left: Inputs | None = None
     for call, _ in read_labelled(images):
         if left is not None and _are_of_lengths(left, call):
-            yield left, count_images(left)
+            yield left
             left = None
         left = call if left is None else join_batches([left, call])
         while count_images(left) > size + 1:
-            yield take_images(left, 0, size), size
+            yield take_images(left, 0, size)
             left = take_images(left, size, count_images(left))
     if left is not None:
-        yield left, count_images(left)
+        yield left
 
 
 def _are_of_lengths(a: Inputs, b: Inputs) -> bool:

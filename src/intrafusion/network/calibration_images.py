@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
-from intrafusion.errors import ArgumentError, IntrafusionWarning, ModelError
+from intrafusion.errors import ArgumentError, IntrafusionWarning, ModelError, show
 from intrafusion.names import name_some
 from intrafusion.network.batches import ImagesLike, as_call, count_images, is_held, make_reusable, read_labelled
+from intrafusion.network.images_first import put_images_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import find_unknown_masks, find_weights
 from intrafusion.network.texts import Tokenizer, is_text, list_texts, tokenize
@@ -24,6 +25,9 @@ from intrafusion.network.token_limits import TokenLimits, find_token_limits
 _FEW = 32  # images, below which a layer is solved for the images themselves rather than for what they stand for
 _SAMPLE = 64  # images that are looked at
 _PICTURES, _COLOURS = 4, 4  # dimensions of a batch of pictures, and the most channels that pictures have
+
+
+_LABELS = ("labels", "label")  # of arguments
 
 
 @dataclass(eq=False)
@@ -40,6 +44,7 @@ class Calls:
         notes: what the user should know, once all batches were read.
         sample: the first of the batches that were read, with a few dozen images.
         lost: where rows of padded tokens could not be told from others, once the calls were used.
+        turned: arguments of which the images run along the second dimension; see `images_first`.
     """
 
     given: ImagesLike
@@ -51,6 +56,7 @@ class Calls:
     notes: dict[str, str] = field(default_factory=dict)
     sample: list[Inputs] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
+    turned: tuple[int | str, ...] = ()
     _warned: set[str] = field(default_factory=set)
 
     __repr__ = show_briefly
@@ -58,7 +64,7 @@ class Calls:
     def __iter__(self) -> Iterator[Inputs]:
         total = 0
         for call, labels in read_labelled(self._opened()):
-            call = self._checked(call if call.labels is not None else replace(call, labels=labels))
+            call = self._turned(self._checked(call if call.labels is not None else replace(call, labels=labels)))
             if total < _SAMPLE and sum(map(count_images, self.sample)) <= total:
                 self.sample.append(call)
             total += count_images(call)
@@ -90,6 +96,14 @@ class Calls:
         )
         return {**self.notes, "lost": lost}
 
+    def _turned(self, call: Inputs) -> Inputs:
+        """With the images first; labels that are not one for each of them are left out."""
+        if call.turned or not self.turned:
+            return call
+        turned = call.turn(self.turned)
+        labels = call.labels if call.labels is not None and len(call.labels) == count_images(turned) else None
+        return replace(turned, labels=labels)
+
     def _weighed(self, call: Inputs) -> Inputs:
         """With what its masks say, positional ones too; outputs that matter are those of the example."""
         self.limits.check(call)
@@ -111,24 +125,48 @@ class Calls:
         if isinstance(self.given, (list, tuple)) and is_text(self.given):
             texts = list_texts(self.given)
             return [self._named(tokenize(texts, self.tokenizer, self.limits.longest), "inputs")]
-        if isinstance(self.given, (Tensor, np.ndarray, Mapping, Inputs)):
+        if isinstance(self.given, (Tensor, np.ndarray, Mapping, Inputs)) or self._is_one_call(self.given):
             return [self._call(self.given, "images")]
+        self._tell_of_a_tuple(self.given)
         if hasattr(self.given, "images") or isinstance(self.given, (str, bytes)) or not hasattr(self.given, "__iter__"):
             return self.given
         return (self._call(batch, f"batch {index} of images") for index, batch in enumerate(self.given))
 
+    def _is_one_call(self, given: Any) -> bool:
+        """Whether a tuple is a call like the example, and labels or not: no entry could be a batch by itself."""
+        like, many = self.like.tensors(), len(self.like.args) + len(self.like.kwargs or {})
+        if type(given) is not tuple or not all(isinstance(value, (Tensor, np.ndarray)) for value in given):
+            return False
+        if (self.like.kwargs and many > 1) or len(like) < many or len(given) not in (max(2, many), many + 1):
+            return False
+        fits = all(_is_like(found, one) for found, one in zip(given, like, strict=False))
+        alike = len({len(value) for value in given if value.ndim}) == 1
+        return fits and alike and (many > 1 or not _is_like(given[1], like[0]))
+
+    def _tell_of_a_tuple(self, given: Any) -> None:
+        """Tensors of which each could be an argument, and each a batch."""
+        count = len(given) if type(given) is tuple else 0
+        tensors = count > 1 and all(isinstance(value, (Tensor, np.ndarray)) and value.ndim for value in given)
+        if tensors and count <= len(self.names) and len({len(value) for value in given}) == 1:
+            self.notes["tuple"] = (
+                f"images: the tuple of {count} tensors was read as {count} batches, as the example inputs have one "
+                f"argument; where they are {name_some(self.names[:count])} of one call, give the example all of them"
+            )
+
     def _call(self, batch: Any, source: str) -> Any:
         """A tuple is cut into arguments and labels by the number of arguments in the example."""
-        wanted = len(self.like.args)
         if isinstance(batch, Mapping):
             return self._named(batch, source)
-        if not isinstance(batch, (tuple, list)) or isinstance(batch[0] if batch else None, (Mapping, Inputs)):
+        if isinstance(batch, (tuple, list)) and isinstance(batch[0] if batch else None, (Mapping, Inputs)):
             return batch
+        if isinstance(batch, (Tensor, np.ndarray)):
+            return self._alone(batch, None, source)
+        if not isinstance(batch, (tuple, list)):
+            return batch
+        wanted = len(self.like.args)
         if wanted < 2:
-            names = list(self.like.kwargs or {})
-            if wanted == 0 and len(names) > 1:
-                raise ModelError(f"{source}: expected a dict with {', '.join(names)} as in the example, got a tuple.")
-            return batch
+            self._tell_of_labels(batch)
+            return self._alone(batch, batch[1] if len(batch) > 1 else None, source)
         if len(batch) < wanted:
             raise ModelError(
                 f"{source}: expected {wanted} arguments as in the example inputs, and labels or not, got {len(batch)}."
@@ -136,6 +174,37 @@ class Calls:
         labels = batch[wanted] if len(batch) > wanted and isinstance(batch[wanted], Tensor) else None
         given = [as_call(item, source).args[0] if isinstance(item, np.ndarray) else item for item in batch[:wanted]]
         return Inputs(tuple(given), None, source, labels)
+
+    def _alone(self, batch: Any, labels: Any, source: str) -> Any:
+        """One tensor, or a tuple that starts with one, for a network that was shown one: by the name it was shown by.
+
+        Raises:
+            ModelError: it was shown more.
+        """
+        names = [name for name, value in (self.like.kwargs or {}).items() if isinstance(value, Tensor)]
+        shown = [value for value in self.like.args if isinstance(value, Tensor)]
+        if len(names) + len(shown) > 1:
+            got = "a tuple" if isinstance(batch, (tuple, list)) else f"{show(batch)} alone"
+            if not shown:
+                raise ModelError(f"{source}: expected a dict with {', '.join(names)} as in the example, got {got}.")
+            raise ModelError(
+                f"{source}: expected {len(names) + len(shown)} arguments as in the example inputs, got {got}; a batch "
+                "is a tuple of them, and batches go in a list: [(a, b), ...]."
+            )
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if shown or not names or not isinstance(first, (Tensor, np.ndarray)):
+            return batch
+        return replace(as_call({names[0]: first}, source), labels=labels if isinstance(labels, Tensor) else None)
+
+    def _tell_of_labels(self, batch: Sequence[Any]) -> None:
+        """What was taken for labels, and looks like another argument."""
+        first, second = (*batch, None, None)[:2]
+        both = isinstance(first, (Tensor, np.ndarray)) and isinstance(second, (Tensor, np.ndarray))
+        if both and first.shape == second.shape and len(self.names) > 1 and self.names[1] not in _LABELS:
+            self.notes["second"] = (
+                "images: of each batch the first entry was given to the network, and the second was taken for labels, "
+                f"as the example inputs have one argument; where it is {self.names[1]}, give it in the example too"
+            )
 
     def _named(self, batch: Mapping[str, Any], source: str) -> Inputs:
         """Entries that forward does not take (a label, a path) are left out."""
@@ -145,7 +214,7 @@ class Calls:
                 f"{source}: expected tensors in a dict, got lists in {name_some(lists)}; pass what "
                 "tokenizer(texts, padding=True, truncation=True, return_tensors='pt') gives."
             )
-        labels = next((t for k in ("labels", "label") if isinstance(t := batch.get(k), Tensor)), None)
+        labels = next((t for k in _LABELS if isinstance(t := batch.get(k), Tensor)), None)
         taken = {k: v for k, v in batch.items() if self.forward is None or k in self.forward}
         missing = [
             k for k in self.like.kwargs or {} if k not in taken and isinstance((self.like.kwargs or {})[k], Tensor)
@@ -156,7 +225,20 @@ class Calls:
                 f"{source}: expected a dict with the arguments of forward ({takes}), "
                 f"got the keys {', '.join(map(str, batch))}."
             )
+        more = [k for k in taken if k not in self._shown and k not in _LABELS and "mask" not in k]
+        if more and self._shown:
+            self.notes["more"] = (
+                f"images: {name_some(more)}: given to the network too, which was inspected without, as the example "
+                "inputs have none; put it there as well, or leave it out here"
+            )
         return replace(as_call(taken, source), labels=labels)
+
+    @property
+    def _shown(self) -> set[str]:
+        """Names of the arguments in the example; empty where they are not known."""
+        if len(self.like.args) > len(self.names):
+            return set()
+        return {*(self.like.kwargs or {}), *self.names[: len(self.like.args)]}
 
     def _checked(self, call: Inputs) -> Inputs:
         pairs = list(zip(call.tensors(), self.like.tensors(), strict=False))
@@ -198,6 +280,12 @@ class Calls:
         return t.to(like.dtype)
 
 
+def _is_like(found: Tensor | np.ndarray, like: Tensor) -> bool:
+    """Whether it may be the same argument, of another number of images."""
+    floating = found.is_floating_point() if isinstance(found, Tensor) else found.dtype.kind == "f"
+    return found.ndim == like.dim() and floating == like.is_floating_point()
+
+
 def as_calls(
     images: ImagesLike | None, model: nn.Module, like: Inputs, tokenizer: Tokenizer | None = None
 ) -> Calls | None:
@@ -209,7 +297,8 @@ def as_calls(
     if images is None or isinstance(images, Calls):
         return images
     limits = find_token_limits(model, like)
-    return Calls(images, like, _arguments(model), _list_positional(model), limits, tokenizer)
+    turned = put_images_first(like, model).turned
+    return Calls(images, like, _arguments(model), _list_positional(model), limits, tokenizer, turned=turned)
 
 
 def choose_inputs(inputs: ImagesLike | None, images: ImagesLike | None) -> ImagesLike | None:

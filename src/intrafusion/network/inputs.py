@@ -29,6 +29,8 @@ class Inputs:
         labels: what came with a batch of images and is no argument.
         weights: how much its positions count, where it has a mask; see `row_weights`.
         outputs: names or indices of those outputs of the network that matter; None for all.
+        turned: positions and names of arguments that the network takes with the images along their second dimension;
+            here these run along the first of all.
     """
 
     args: tuple[Any, ...] = ()
@@ -37,6 +39,7 @@ class Inputs:
     labels: Tensor | None = None
     weights: RowWeights | None = None
     outputs: tuple[str | int, ...] | None = None
+    turned: tuple[int | str, ...] = ()
 
     __repr__ = show_briefly
 
@@ -68,7 +71,7 @@ class Inputs:
         Raises:
             ModelError: the forward pass fails on these inputs, or returns no tensor.
         """
-        return [t.detach() if t.requires_grad else t for t in self.opened(model).tensors]
+        return self.turn_outputs([t.detach() if t.requires_grad else t for t in self.opened(model).tensors])
 
     def opened(self, model: nn.Module) -> Opened:
         """The same, with what of the output could not be looked into."""
@@ -94,12 +97,31 @@ class Inputs:
         return output if self.outputs is None else pick_outputs(output, self.outputs)
 
     def copied(self) -> Inputs:
-        """The same call with arguments of its own, for a forward that writes into them; what was one tensor stays one.
+        """As a network takes it, with arguments of its own, for a forward that writes into them.
 
-        Tensors keep `requires_grad`, not their history.
+        What was one tensor stays one. Tensors keep `requires_grad`, not their history.
         """
         own: dict[int, Any] = {}
-        return self._changed(lambda leaf: own.setdefault(id(leaf), _own_copy(leaf)))
+        return self._changed(lambda leaf: own.setdefault(id(leaf), _own_copy(leaf))).as_taken()
+
+    def as_taken(self) -> Inputs:
+        """The call as a network takes it; see `turned`."""
+        return replace(self.turn(self.turned), turned=())
+
+    def turn(self, names: tuple[int | str, ...]) -> Inputs:
+        """With the first two dimensions of these arguments in each other's place."""
+        args = tuple(_swap(value) if index in names else value for index, value in enumerate(self.args))
+        kwargs = {name: _swap(value) if name in names else value for name, value in (self.kwargs or {}).items()}
+        return replace(self, args=args, kwargs=kwargs, turned=names) if names else self
+
+    def turn_outputs(self, outputs: list[Tensor]) -> list[Tensor]:
+        """What the network gave, with the images first where those of the arguments were turned."""
+        if not self.turned:
+            return outputs
+        named = {**dict(enumerate(self.args)), **(self.kwargs or {})}
+        count, length = named[self.turned[0]].shape[:2]
+        is_first = lambda t: t.dim() < 2 or t.shape[1] != count or (len(t) == count != length)  # noqa: E731
+        return [t if is_first(t) else t.transpose(0, 1) for t in outputs]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments."""
@@ -143,7 +165,7 @@ class Inputs:
 
     def __str__(self) -> str:
         describe = lambda t: f"{str(t.dtype)[6:]}{list(t.shape)}"  # noqa: E731
-        return f"({', '.join(map(describe, self.tensors()))})"
+        return f"({', '.join(map(describe, self.as_taken().tensors()))})"
 
 
 @contextlib.contextmanager
@@ -160,12 +182,17 @@ def told_of(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     except Exception as error:
         raise ModelError(
             f"the network ({type(model).__name__}) does not run on {inputs.source} {inputs}: "
-            f"{type(error).__name__}: {error}. {_advise_on(inputs)}"
+            f"{type(error).__name__}: {error}. {_advise_on(inputs, error)}"
         ) from error
 
 
-def _advise_on(inputs: Inputs) -> str:
+def _advise_on(inputs: Inputs, error: Exception) -> str:
     """What to pass in place of inputs that a network does not take."""
+    if "more than 1 value per channel" in str(error):
+        return (
+            "A norm takes its statistics from the batch, also in evaluation mode: pass two images or more in each call "
+            "(drop_last=True of a DataLoader leaves out a last one)."
+        )
     leaves = tree_leaves((inputs.args, dict(inputs.kwargs or {})))
     if leaves and all(isinstance(leaf, str) for leaf in leaves):
         return f"Pass {_TOKENIZED}."
@@ -197,6 +224,10 @@ def _check_keywords(example: Mapping[Any, Any]) -> dict[str, Any]:
                 "put positional arguments into a tuple."
             )
     return dict(example)
+
+
+def _swap(value: Any) -> Any:
+    return value.transpose(0, 1) if isinstance(value, Tensor) and value.dim() > 1 else value
 
 
 def _own_copy(leaf: Any) -> Any:

@@ -442,9 +442,16 @@ class Port:
 
 @contextlib.contextmanager
 def unseen_by_modes() -> Iterator[None]:
-    """Modes that watch a network do not see what is done inside."""
+    """Modes that watch a network do not see what is done inside, and what is made there can be written elsewhere.
+
+    A forward that runs in inference mode would make tensors there that nothing can be added to afterwards.
+    """
     with _disable_current_modes():
-        yield
+        if not torch.is_inference_mode_enabled():
+            yield
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            yield
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from intrafusion.errors import IntrafusionError, ModelError
+from intrafusion.network.apart import forked_random_numbers
 from intrafusion.network.sources import SourceKind, find_timm, find_torchvision, find_transformers, find_zoo
 
 _MARK, _CONFIGS = "_intrafusion_source", "_intrafusion_configs"
@@ -63,7 +63,7 @@ class Source:
             ModelError: the package is not installed, has no such network, or does not take the arguments.
         """
         check_source(self)
-        with torch.random.fork_rng(devices=[]):
+        with forked_random_numbers():
             try:
                 return _BUILDERS[self.kind](self).eval()
             except IntrafusionError:

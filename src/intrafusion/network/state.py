@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from intrafusion.network.apart import one_at_a_time
+
 _SEED = 0
 """Random numbers inside start here, so that two networks that draw them alike can be compared."""
 
@@ -27,20 +29,21 @@ def preserve_state(model: nn.Module) -> Iterator[Memory]:
 
     That is training flags, parameters, buffers, whatever modules keep in attributes (a hidden state, a queue, a cache,
     a counter, at any depth of lists, dicts and plain objects), and the random state of PyTorch, NumPy and Python.
-    Random numbers inside do not depend on the state outside.
+    Random numbers inside do not depend on the state outside. Other threads wait until this one is out again.
     """
-    put_back = Memory(model)
-    with evaluate_alone(model):
-        try:
-            yield put_back
-        finally:
-            put_back()
+    with one_at_a_time():
+        put_back = Memory(model)
+        with evaluate_alone(model):
+            try:
+                yield put_back
+            finally:
+                put_back()
 
 
 @contextlib.contextmanager
 def evaluate_alone(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and random numbers of its own inside; for a copy to throw away: what is changed stays."""
-    with _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
+    with one_at_a_time(), _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
         for module in model.modules():
             module.training = False
         yield

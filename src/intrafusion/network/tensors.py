@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -34,17 +34,20 @@ def check_graph(graph: ChannelGraph, model: nn.Module, *, smaller: bool = False)
             )
 
 
-def copy_model(model: nn.Module, *, share: bool | Collection[str] = False) -> nn.Module:
+def copy_model(
+    model: nn.Module, *, share: bool | Collection[str] = False, standing_in: Mapping[int, Tensor] | None = None
+) -> nn.Module:
     """A deep copy, also of networks that hold tensors with a history.
 
     Args:
         share: whether parameters and buffers are to be the same ones, not copies; or the names of those that are.
+        standing_in: what is to stand in the place of tensors, by their id.
     """
     try:
         tensors = named_tensors(model)
         shared = tensors if share is True else share or ()
         own = {id(tensors[name]): tensors[name] for name in shared}
-        return copy.deepcopy(model, own)
+        return copy.deepcopy(model, {**own, **(standing_in or {})})
     except Exception as error:
         raise ModelError(
             f"the network ({type(model).__name__}) cannot be copied: {type(error).__name__}: {error}. "

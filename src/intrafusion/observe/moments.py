@@ -15,7 +15,7 @@ from intrafusion.network.batches import ImagesLike, cast_like, double_first
 from intrafusion.network.gram import WIDE, find_scale, square_rows, square_transposed
 from intrafusion.network.input_batches import read_input_batches
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import Layer, Port, find_layers, watch_calls
+from intrafusion.network.layers import Layer, Port, find_layers, unseen_by_modes, watch_calls
 from intrafusion.network.row_weights import RowWeights
 from intrafusion.network.shares import ALL, ShareSampler
 from intrafusion.network.state import preserve_state
@@ -154,8 +154,9 @@ class MomentTaker(contextlib.ExitStack):
         for weight, coordinates in weights.items():
             index = None if self._is_watched(weight) else _index_along(coordinates, dim)
             if index is not None:
-                counts = None if self.weights is None else self.weights.of_rows(x, weight).flatten()
-                self._note_read(weight, index, x.flatten(0, -2), counts)
+                with unseen_by_modes():
+                    counts = None if self.weights is None else self.weights.of_rows(x, weight).flatten()
+                    self._note_read(weight, index, x.flatten(0, -2), counts)
 
     def _is_watched(self, weight: str) -> bool:
         """Whether the layer that owns a weight was seen to read with it."""

@@ -23,18 +23,21 @@ from intrafusion.errors import ArgumentError, ModelError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role
 from intrafusion.importance.observation import NEEDS, Activations, Observation, check_images, importance_label, needs_of
 from intrafusion.measure.accuracy import class_scores
+from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike, cast_like, count_images, double_first, read_labelled
 from intrafusion.network.inputs import Inputs, output_tensors
 from intrafusion.network.layers import Layer, Port, is_linear_map, watch_calls
 from intrafusion.network.row_weights import RowWeights, select_counted, weigh_within
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import check_graph, named_tensors
+from intrafusion.network.wrappers import outside_inference
 
 MAPS = 16  # images of which feature maps are kept
 PLACES = 1024  # places of a feature map that are kept; of larger ones, a sample
 
 
 @checked
+@outside_inference
 def observe(
     model: nn.Module,
     graph: ChannelGraph,
@@ -68,6 +71,7 @@ def observe(
         if not isinstance(need, str) or need not in NEEDS:
             raise ArgumentError(unknown_name("observation", need, NEEDS))
     check_graph(graph, model)
+    model = borrow(model)
     wanted, groups = frozenset(needs), list(groups)
     check_images("observe", wanted, images)
     if not wanted:

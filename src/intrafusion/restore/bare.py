@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.graph import ChannelGraph
-from intrafusion.network.layers import Layer, Norm
+from intrafusion.network.layers import Layer, Norm, unseen_by_modes
 from intrafusion.network.tensors import named_tensors
 from intrafusion.trace.dispatch import is_composite
 
@@ -145,12 +145,12 @@ class BareWatcher(TorchDispatchMode):
         known = [(t, name) for t in read if (name := self.name_of(t)) is not None]
         found = self.find(func, args, kwargs) if known else None
         if found is not None and self.reached is not None:
-            with _disable_current_modes():
+            with unseen_by_modes():
                 self.reached(*found)
         out = func(*args, **kwargs)
         self.note(func, args, kwargs, known, found, out)
         if found is not None and self.called is not None:
-            with _disable_current_modes():
+            with unseen_by_modes():
                 self.called(*found, out)
         return out
 

@@ -16,6 +16,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGraph
 from intrafusion.measure.closeness import Yardstick
+from intrafusion.network.apart import borrow
 from intrafusion.network.batches import (
     ImagesLike,
     channels_last,
@@ -25,11 +26,13 @@ from intrafusion.network.batches import (
 from intrafusion.network.calibration_images import as_calls, warn_caller
 from intrafusion.network.free_memory import MemoryLike, read_memory
 from intrafusion.network.held_out import held_out_places
+from intrafusion.network.images_first import put_images_first
 from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.pass_memory import take_fitting
 from intrafusion.network.texts import Tokenizer, make_sentences, tokenize
 from intrafusion.network.token_limits import find_token_limits
+from intrafusion.network.wrappers import outside_inference
 from intrafusion.observe.moments import MomentTaker, measure_moments
 from intrafusion.progress import ShowProgress, shows_progress
 from intrafusion.reduce.problem import Moments
@@ -171,6 +174,7 @@ class Calibration:
 
 
 @checked
+@outside_inference
 @shows_progress("calibrate")
 def calibrate(
     model: nn.Module,
@@ -203,7 +207,8 @@ def calibrate(
     Warns:
         IntrafusionWarning: "auto" cannot afford the images that it would make.
     """
-    inputs = Inputs.of(inputs)
+    model, inputs = borrow(model), Inputs.of(inputs)
+    inputs = put_images_first(inputs, model) if images is None else inputs
     if level not in ("auto", *LEVELS):
         raise RecipeError(unknown_name("restore", level, ("auto", *LEVELS)))
     start, synthesis, noise = time.perf_counter(), synthesis or Synthesis(seed=seed), noise or Noise(seed=seed)
@@ -213,7 +218,7 @@ def calibrate(
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
-        made = images, None
+        made = images if isinstance(images, Batches) else as_calls(images, model, inputs, tokenizer), None
     elif level == "noise":
         made, what = _make_noise(model, inputs, noise, tokenizer)
     elif made is None:

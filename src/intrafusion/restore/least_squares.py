@@ -10,6 +10,7 @@ from torch import nn
 
 from intrafusion.arguments import Seed, checked
 from intrafusion.graph import ChannelGraph
+from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.tensors import check_graph, copy_model
@@ -96,6 +97,7 @@ class LeastSquares:
             ModelError: no images, a network that gives NaN on them, or a full disk.
         """
         check_graph(graph, reference)
+        reference = borrow(reference)
         inputs = read_input_batches(require_images(images, self), reference)
         small = copy_model(compressed.model).eval()
         solved = self.solver.solve_(small, compressed.plan.maps, reference, graph, inputs, memory=inputs.memory)

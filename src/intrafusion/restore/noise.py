@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from intrafusion.arguments import Seed, checked
 from intrafusion.errors import NoInputsError, RecipeError
 from intrafusion.graph import ChannelGraph
+from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike, cast_like
 from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
@@ -89,6 +90,7 @@ class Noise:
             ModelError: the network does not take a single image tensor, or gives NaN on noise.
         """
         check_graph(graph, reference)
+        reference = borrow(reference)
         noise = self.make(compressed.inputs, reference) if images is None else images
         batches = read_input_batches(noise)
         self.restore(compressed, reference, graph, batches, standardise(reference, batches), lambda _: None)

@@ -66,7 +66,7 @@ class Reestimate:
         new: dict[str, Tensor] = {}
         with preserve_state(small):
             with _average_batches(norms) as averages:
-                for chunk, _ in chunks:
+                for chunk in chunks:
                     call = double_first(chunk)
                     averages.weights = call.weights
                     cast_like(call, small).call(small)

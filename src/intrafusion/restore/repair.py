@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
+from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike, cast_like, check_batch, double_first, make_reusable, rebatch
 from intrafusion.network.layers import Layer, find_layers, is_convolution_or_linear, watch_calls
 from intrafusion.network.row_weights import RowWeights
@@ -63,6 +64,7 @@ class ActivationRepair:
             ModelError: no images, or one of the networks gives NaN on them.
         """
         check_graph(graph, reference)
+        reference = borrow(reference)
         images = make_reusable(require_images(images, self))  # they are read twice
         small = copy_model(compressed.model)
         layers = find_layers(small, graph, is_convolution_or_linear)
@@ -120,7 +122,7 @@ def _measure(model: nn.Module, layers: Mapping[str, Layer], images: ImagesLike, 
         found[name].add(rows, _weigh_places(layers[name], output, weights))
 
     with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
-        for call, _ in rebatch(images, batch):
+        for call in rebatch(images, batch):
             call = double_first(call)
             weights = call.weights
             cast_like(call, model).call(model)
@@ -165,7 +167,7 @@ def _repair_(
         return output * factor.to(output).reshape(shape) + constant.to(output).reshape(shape)
 
     with preserve_state(model), watch_calls({n: layer.module for n, layer in layers.items()}, called):
-        for call, _ in rebatch(images, batch):
+        for call in rebatch(images, batch):
             call = double_first(call)
             weights = call.weights
             cast_like(call, model).call(model)

@@ -490,8 +490,9 @@ class _Pass:
             ran = self.solving.targets.ran
             bare = BareWatcher(model, self.solving.graph, ran, reached=self.reached_bare, called=self.called_bare)
         with live, fitting, watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
-            given = prepare(next(self.solving.coming), model).copied()
-            self.model, self.images = model, count_images(given)
+            call = prepare(next(self.solving.coming), model)
+            given = call.copied()
+            self.model, self.images = model, count_images(call)
             self.given = frozenset(t.untyped_storage()._cdata for t in given.tensors() if is_plain(t))
             with told_of(model, given):
                 read_iterators(model(*given.args, **(given.kwargs or {})))
@@ -545,7 +546,8 @@ class _Pass:
                     x, arrange = self.waiting.pop(name)
                     given = layer.take_outputs(arrange(a), places) + layer.take_outputs(arrange(b), places)
                     if self.wait(layer, layer.take_inputs(arrange(x), places), given):
-                        output.copy_(layer.apply_norm(layer.module.forward(x)))
+                        with torch.inference_mode(output.is_inference()), torch.no_grad():
+                            output.copy_(layer.apply_norm(layer.module.forward(x)))
 
     def wait(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
         """Until the layer is solved on all batches; whether it was written."""

@@ -20,6 +20,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import FolderError, NoInputsError, RecipeError, show
 from intrafusion.io.atomic import atomic_file, report_unreadable
 from intrafusion.io.tensors import detach_dense, read_tensors
+from intrafusion.network.apart import borrow
 from intrafusion.network.batches import channels_last
 from intrafusion.network.inputs import ExampleInputs, Inputs, output_tensors, told_of
 from intrafusion.network.layers import is_convolution_or_linear, watch_calls
@@ -83,7 +84,7 @@ class Synthesis:
                 weights, or its forward takes no gradients.
             ModelError: it does not run on such images.
         """
-        like = image_like(example_inputs)
+        like, model, turned = image_like(example_inputs), borrow(model), bool(Inputs.of(example_inputs).turned)
         wanted = read_norms(model) or watch_noise(model, example_inputs, self.seed)
         if not wanted:
             raise NoInputsError(
@@ -97,7 +98,7 @@ class Synthesis:
             for step in range(self.steps):
                 report("making images", step, self.steps)
                 images = channels_last(self.roll_pixels(pixels, generator))
-                (pixels.grad,) = torch.autograd.grad(_check_loss(self.loss(model, wanted, images)), pixels)
+                pixels.grad = _differentiate(self.loss(model, wanted, images, turned=turned), pixels)
                 optimizer.step()
                 if time.monotonic() > end:
                     break
@@ -108,10 +109,13 @@ class Synthesis:
         """The images and, if they are to be `mirrored`, their mirror images."""
         return torch.cat([images, images.flip(-1)]) if self.mirrored and images.dim() > 3 else images
 
-    def loss(self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor) -> Tensor:
+    def loss(
+        self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor, *, turned: bool = False
+    ) -> Tensor:
         told = told_of(model, Inputs((pixels,), source="the images that are made"))
         with collect_mismatches(wanted) as found, told:
-            outputs = output_tensors(model(pixels.clone()))  # a forward may write into its input
+            given = pixels.transpose(0, 1) if turned else pixels
+            outputs = output_tensors(model(given.clone()))  # a forward may write into its input
         total = self.statistics * torch.stack(found).sum() + self.smoothness * total_variation(pixels)
         if (
             len(outputs) == 1
@@ -129,12 +133,17 @@ class Synthesis:
         return torch.roll(pixels, moves, dims) if dims else pixels
 
 
-def _check_loss(loss: Tensor) -> Tensor:
-    if not loss.requires_grad:
+def _differentiate(loss: Tensor, pixels: Tensor) -> Tensor:
+    """
+    Raises:
+        NoInputsError: the loss does not depend on the pixels.
+    """
+    found = torch.autograd.grad(loss, pixels, allow_unused=True)[0] if loss.requires_grad else None
+    if found is None:
         raise NoInputsError(
             "no image can be made from this network: its forward takes no gradients (no_grad, inference)."
         )
-    return loss
+    return found
 
 
 def total_variation(pixels: Tensor) -> Tensor:

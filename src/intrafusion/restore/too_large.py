@@ -8,12 +8,10 @@ import torch
 from torch import nn
 
 from intrafusion.errors import RecipeError
-from intrafusion.network.batches import cast_like, count_images, cut_call, take_images
+from intrafusion.network.batches import count_images, cut_call, take_images
 from intrafusion.network.calibration_images import warn_caller
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.state import preserve_state
-
-_ALIKE = 1e-2  # of the size of what a network gives; other kernels may run on other numbers of images
+from intrafusion.network.rows_apart import is_row_by_row
 
 
 class TooLarge(Exception):
@@ -37,7 +35,7 @@ class TooLarge(Exception):
             IntrafusionWarning: it is cut.
         """
         count = count_images(self.call)
-        if count < 2 or not _treats_apart(model, self.call):
+        if count < 2 or not is_row_by_row(model, take_images(self.call, 0, 2)):
             raise self.why
         warn_caller(f"restoring: {self.why} Batches of {count} images are cut to {self.size}.")
 
@@ -65,14 +63,3 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def _treats_apart(model: nn.Module, call: Inputs) -> bool:
-    """Whether a network gives for an image what it gives for that and another one."""
-    with preserve_state(model):
-        one, two = (cast_like(take_images(call, 0, n), model).call(model) for n in (1, 2))
-    return len(one) == len(two) and all(
-        len(b) == 2 * len(a) and float((b[: len(a)] - a).double().norm()) <= _ALIKE * float(a.double().norm())
-        for a, b in zip(one, two, strict=True)
-        if a.dim() and a.is_floating_point()
-    )

@@ -14,6 +14,8 @@ from types import TracebackType
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from intrafusion.network.apart import only_here
+
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
@@ -47,7 +49,7 @@ def list_steps(error: BaseException) -> list[TracebackType]:
 def counted_calls() -> Iterator[list[str]]:
     """A list that fills with the class of each module that is called: how far a loop came, which no line says."""
     called: list[str] = []
-    hook = register_module_forward_pre_hook(lambda module, _: called.append(type(module).__name__))
+    hook = register_module_forward_pre_hook(only_here(lambda module, _: called.append(type(module).__name__)))
     try:
         yield called
     finally:

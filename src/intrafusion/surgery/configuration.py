@@ -24,6 +24,7 @@ from torch import nn
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
 from intrafusion.names import name_some
+from intrafusion.network.apart import forked_random_numbers
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
@@ -50,7 +51,7 @@ def is_configured(model: nn.Module) -> bool:
 def build_from_config(model: nn.Module, config: Any) -> nn.Module:
     """A network of the same class, with random weights: what `from_pretrained` makes of the configuration."""
     kind, read = type(model), type(config).from_dict
-    with _silent(), torch.random.fork_rng(devices=[]):
+    with _silent(), forked_random_numbers():
         return kind(read(config.to_dict()))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Role, families_of
+from intrafusion.network.batches import count_images
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.room import find_too_wide
@@ -115,8 +116,15 @@ def _check_outputs(outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Inputs]
         if numbers and not any(bool(torch.isfinite(t).any()) for t in numbers):
             raise ModelError(
                 f"the network gives nothing but NaN or infinity on {given.source} {given}; expected finite outputs at "
-                "some places at least. Check the scale of the inputs, and the buffers of the network."
+                f"some places at least. {_ALONE if count_images(given) == 1 else _CHECK}"
             )
+
+
+_CHECK = "Check the scale of the inputs, and the buffers of the network."
+_ALONE = (
+    "Pass two images or more, if the network takes statistics of the batch: of a single one, no deviation is defined. "
+    "Else check the scale of the inputs, and the buffers of the network."
+)
 
 
 def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGraph:

@@ -28,8 +28,8 @@ def unfuse(model: nn.Module) -> Iterator[None]:
 def unfuse_attention() -> Iterator[None]:
     """Attention layers step by step."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -14,6 +14,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.graph import Factor
+from intrafusion.network.apart import only_here
 from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor, Outcome
@@ -116,8 +117,8 @@ class Tracer(TorchDispatchMode):
             self.modules.pop()
 
         handles = [
-            module_hooks.register_module_forward_pre_hook(enter),
-            module_hooks.register_module_forward_hook(leave, always_call=True),
+            module_hooks.register_module_forward_pre_hook(only_here(enter)),
+            module_hooks.register_module_forward_hook(only_here(leave), always_call=True),
         ]
         try:
             yield

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
+from intrafusion.network.apart import borrow
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.state import Memory, preserve_state
-from intrafusion.network.wrappers import unwrap
+from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.dispatch import Tracer
 from intrafusion.trace.fixed import find_fixed_sides
@@ -25,6 +26,7 @@ from intrafusion.trace.random import Draws
 
 
 @checked
+@outside_inference
 def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None = None) -> ChannelGraph:
     """Find the coupled channel groups of a network from one run on an example input.
 
@@ -40,7 +42,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, *, calls: int | None 
     Raises:
         ModelError: the network does not run on the example inputs, or has uninitialised (lazy) parameters.
     """
-    model, inputs = unwrap(model), Inputs.of(example_inputs)
+    model, inputs = borrow(unwrap(model)), Inputs.of(example_inputs)
     run = _run_first_possible(model, inputs, calls)
     warnings = (*_warn_of_unreached(model, run.ledger), *_warn_of_unopened(run), *_warn_of_draws(run))
     graph = build_graph(run.ledger.relations, run.ledger.shapes, run.ledger.origins, warnings)
