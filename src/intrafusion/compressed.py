@@ -37,12 +37,13 @@ class Restoration:
         on: the images it was done on, None for none.
         seconds: images made from the network included.
         error_before: mean squared difference of the outputs to the original's, as a fraction of the variance of the
-            original's; None where it was not measured.
+            original's, of several outputs the largest; None where it was not measured.
         error_after: the same after the step.
         note: why not something better, where it was chosen automatically; what was undone.
         measured_on: the images that both errors are of.
         unseen: whether these were kept from the solver.
         agreement_before, agreement_after: share of the labels that are the original's; see `Closeness`.
+        outputs_before, outputs_after: the errors of several outputs by name; see `Closeness`.
         undone: whether the weights from before the step were put back, as the errors say that it did harm.
     """
 
@@ -57,14 +58,17 @@ class Restoration:
     agreement_before: float | None = None
     agreement_after: float | None = None
     undone: bool = False
+    outputs_before: Mapping[str, float] = field(default_factory=dict)
+    outputs_after: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def result(self) -> tuple[Closeness, Closeness] | None:
         """How close the outputs were before the step and are behind it; None where that was not measured."""
         if self.error_before is None or self.error_after is None:
             return None
-        before = Closeness(self.error_before, self.agreement_before)
-        return before, before if self.undone else Closeness(self.error_after, self.agreement_after)
+        before = Closeness(self.error_before, self.agreement_before, self.outputs_before)
+        after = Closeness(self.error_after, self.agreement_after, self.outputs_after)
+        return before, before if self.undone else after
 
     __repr__ = show_briefly
 

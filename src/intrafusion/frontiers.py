@@ -18,6 +18,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ArgumentError, BudgetError, RecipeError, show, unknown_name
 from intrafusion.io.atomic import atomic_file
+from intrafusion.measure.closeness import say_where
 from intrafusion.measure.comparison import percent
 from intrafusion.measure.size import Size
 from intrafusion.network.batches import ImagesLike
@@ -340,8 +341,8 @@ def _tell_of(points: Sequence[Point]) -> list[str]:
     held = [found.held_out for p in points if (found := p.compressed.comparison) is not None and found.held_out]
     said = []
     if held:
-        unseen = "not used by the solver" if held[0].unseen else "that it was solved on"
-        said.append(f"outputs: mean squared difference as a share of their variance, on {held[0].on}, {unseen}")
+        where = say_where(held[0].on, held[0].unseen)
+        said.append(f"outputs: mean squared difference as a share of their variance, {where}")
     warnings = [f"{p.asked}: {w}" for p in points for w in p.compressed.warnings if "noticeably faster" not in w]
     rounded = [w for p in points for w in p.compressed.plan.warnings if "round_to=1" in w][:1]
     return [*said, *(f"warning: {text}" for text in warnings), *(f"note: {text}" for text in rounded)]

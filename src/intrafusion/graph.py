@@ -6,9 +6,10 @@ and saved without the network it came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
@@ -279,6 +280,21 @@ class FixedSide:
         return f"{self.tensor}[{self.dim}] ({self.size})"
 
 
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way through a forward that goes by the values of its tensors.
+
+    Attributes:
+        answers: what is decided at each place of the code, in order, see `network.decisions`.
+        arguments: positional and keyword ones of a call that goes this way; None: those of the example.
+    """
+
+    answers: Mapping[str, tuple[Any, ...]]
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+
+    __repr__ = show_briefly
+
+
 @checked
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
@@ -294,6 +310,8 @@ class ChannelGraph:
         factors: numbers that met channels, in execution order; a smaller network must show the same.
         calls: forward calls in a row that were traced: 2 where the first leaves a state in an attribute.
         fixed: the sides of layers that are in no group; with the groups, these are all.
+        ways: of a forward that goes by the values of its tensors, the ways that were followed, that of the example
+            first; none of any other.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -305,6 +323,7 @@ class ChannelGraph:
     factors: tuple[Factor, ...] = ()
     calls: int = 1
     fixed: tuple[FixedSide, ...] = ()
+    ways: tuple[Way, ...] = ()
 
     @property
     def reducible(self) -> tuple[ChannelGroup, ...]:

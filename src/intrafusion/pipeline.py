@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from intrafusion.network.calibration_images import Calls, as_calls, choose_input
 from intrafusion.network.free_memory import MemoryLike
 from intrafusion.network.held_out import Split
 from intrafusion.network.identity import identify
+from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.provenance import keep_config_
 from intrafusion.network.tensors import copy_model, named_tensors
@@ -65,7 +67,9 @@ from intrafusion.surgery.untie import tell_of_untying, undo_ties
 from intrafusion.surgery.widths import tie_widths
 from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
 from intrafusion.trace import trace
+from intrafusion.trace.run import trace_more
 
+_LOOKED_AT = 256  # batches, for other ways through a forward than the example takes
 _UNFIT = {
     "meta": "it holds no values there; load its weights first",
     "mps": "that has no float64, in which maps are solved and proved; use model.cpu(), and move the result back",
@@ -168,8 +172,9 @@ def compress(
     core = make_workable(model, inplace=inplace)
     example = recipe.call_of(example_inputs)
     graph = inspect(prepare_model(core, recipe, example), example)
-    small = follow(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory)
-    return _move_into(model, small, graph) if inplace else wrap_result(model, small)
+    prepared = Prepared.of(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory)
+    small = prepared.carry_out(recipe)
+    return _move_into(model, small, prepared.graph) if inplace else wrap_result(model, small)
 
 
 def make_workable(model: Any, *, inplace: bool = False) -> nn.Module:
@@ -221,7 +226,6 @@ def follow(
         calibration: instead of the one that the recipe would make, for several recipes on one network.
         tokenizer, memory: as `compress`.
     """
-    recipe.refuse_foreign()
     prepared = Prepared.of(recipe, model, graph, example_inputs, images, calibration, tokenizer, memory)
     return prepared.carry_out(recipe)
 
@@ -265,10 +269,12 @@ class Prepared:
         Args:
             graph: of `prepare_model(model, recipe, ...)`.
         """
+        recipe.refuse_foreign()
         whole, inputs = make_workable(model), recipe.call_of(example_inputs)
         core = prepare_model(whole, recipe, inputs)
         calls = as_calls(make_reusable(images), core, inputs, tokenizer)
         split = Split(calls) if calibration is not None else split_images(calls, core, recipe, memory)
+        graph = _follow_given(core, graph, inputs, calls, split)
         return cls(whole, core, graph, inputs, calls, split, calibration, tokenizer, memory)
 
     def calibrated(self, recipe: Recipe) -> Prepared:
@@ -359,10 +365,25 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowPr
     report("tracing the network", 0)
     graph = trace(model, inputs)
     report("tracing the network", 1)
+    return _prove(model, graph, inputs)
+
+
+def _prove(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGraph:
     report("proving channel groups", 0)
     graph = tie_widths(_leave_masks_alone(model, verify_groups(model, graph, inputs)), model, inputs)
     report("proving channel groups", 1)
     return graph
+
+
+def _follow_given(
+    model: nn.Module, graph: ChannelGraph, inputs: Inputs, calls: Calls | None, split: Split
+) -> ChannelGraph:
+    """The graph with the ways that given inputs, as they come and as they are parted, take through a forward."""
+    if calls is None or not graph.ways:
+        return graph
+    parts = [part for part in (split.seen, split.measured) if isinstance(part, Batches)]
+    found = trace_more(model, inputs, graph, chain(islice(calls, _LOOKED_AT), *parts))
+    return graph if found is None else _prove(model, found, inputs)
 
 
 def check_weights(model: nn.Module) -> None:

@@ -30,4 +30,9 @@ def test_a_miss_says_both_amounts_and_their_shares() -> None:
     assert text.startswith("target missed: 1.36 M parameters (52 %) instead of 1.31 M (50 %); ")
     assert explain_miss("latency_ms", 4.25, 3.0, 9.0).startswith("target missed: 4.25 ms instead of 3 ms; ")
     assert is_miss(text)
+    even = explain_miss("macs", 1e6, 2e6, 4e6, even=True)
+    assert "nothing comes closer" not in even
+    assert (
+        "no such share of every group comes closer, and sizes that do were measured to change the output more" in even
+    )
     assert "e+" not in explain_miss("macs", 1.23e12, 1e12, 4e12)

@@ -171,11 +171,25 @@ def test_the_same_share_of_every_group_is_taken_where_it_changes_the_output_less
     reached = size_of(build_with_sizes(model, graph, sizes), X).macs
     if wanted == 0.9:
         assert reached <= 1.01 * wanted * whole
-        assert any("every group keeps the same share" in note for note in notes)
+        assert any("every group keeps about the same share" in note for note in notes)
     else:
         assert any(is_miss(note) and f"{reached:,} MACs (" in note and "(0.2 %)" in note for note in notes)
     sizes, notes, _ = find(model, Judge(lambda sizes: -spread(sizes, graph)), target={"macs": 0.9})
     assert not any("same share" in note for note in notes)
+
+
+def test_the_same_share_comes_as_close_as_single_steps_take_it() -> None:
+    """A share for all goes in steps of six hundredths of the MACs here; it was left there, as nothing came closer."""
+    model = three(padded, 16, 16, 32)
+    graph = intrafusion.inspect(model, X)
+    whole = size_of(model, X).macs
+    for wanted in (0.45, 0.5, 0.55, 0.6):
+        even = Judge(lambda sizes: spread(sizes, graph))
+        sizes, notes, _ = find(model, even, target={"macs": wanted}, round_to=1)
+        reached = size_of(build_with_sizes(model, graph, sizes), X).macs / whole
+        assert spread(sizes, graph) < 2 / 16
+        assert reached == pytest.approx(wanted, rel=0.02) or any("no such share of every group" in n for n in notes)
+        assert not any("nothing comes closer" in note for note in notes)
 
 
 def test_the_same_share_obeys_rounding_and_the_smallest_size() -> None:

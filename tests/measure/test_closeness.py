@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import intrafusion.measure.closeness as closeness_module
 from intrafusion.measure.closeness import Closeness, Yardstick
+from intrafusion.measure.comparison import HeldOut, percent
 from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 
@@ -90,3 +91,42 @@ def test_what_is_too_large_to_be_kept_is_computed_again(monkeypatch: pytest.Monk
     assert len(calls) == 3
     assert yardstick.measure(b) == first
     assert len(calls) == 4
+
+
+class Scaled(nn.Module):
+    """Two outputs, of which one is a thousand times as large, labels, and a constant."""
+
+    def __init__(self, off: tuple[float, float]) -> None:
+        super().__init__()
+        self.off = off
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        small, large = x[:, :2], 1000 * x[:, 2:]
+        a, b = self.off
+        constant = torch.full((2,), 5.0)
+        return {"small": small + a, "large": [large + 1000 * b], "labels": x.argmax(1), "grid": constant}
+
+
+def test_each_of_several_outputs_stands_beside_its_own_variance() -> None:
+    x = torch.randn(50, 4, dtype=torch.float64)
+    yardstick = Yardstick(Scaled((0, 0)), Inputs.of(x))
+    found = yardstick.measure(Scaled((3, 0.1)))
+    variances = {"small": x[:, :2].var(0, correction=0).mean(), "large": x[:, 2:].var(0, correction=0).mean()}
+    expected = {"small": 9 / float(variances["small"]), "large": 0.01 / float(variances["large"]), "grid": 0.0}
+    assert found.outputs == pytest.approx(expected)
+    assert found.error == pytest.approx(expected["small"])
+    better = yardstick.measure(Scaled((0.1, 0.2)))
+    assert found.is_worse_than(better)
+    assert not better.is_worse_than(found)
+    words = HeldOut("50 images", True, found).row()[1]
+    shown = [f"{percent(expected[name])} ({name})" for name in ("small", "large", "grid")]
+    assert f"differ by {', '.join(shown)} of their variance" in words
+
+
+def test_places_name_the_outputs_of_a_tuple() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, 2 * x
+
+    found = Yardstick(Pair(), Inputs.of(torch.randn(9, 3))).measure(Pair())
+    assert found.outputs == {"output 0": 0.0, "output 1": 0.0}

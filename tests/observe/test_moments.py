@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from gallery.core import Wired
 from oracle import randomise_
 from sklearn.covariance import oas
 from torch import Tensor, nn
@@ -133,3 +136,23 @@ def test_masked_sequences_of_other_lengths_in_each_batch_count_as_if_padded_toge
         torch.testing.assert_close(moments.means, expected[name].means, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(moments.covariances, expected[name].covariances, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(moments.reader, expected[name].reader, rtol=1e-9, atol=1e-12)
+
+
+def test_a_stream_of_low_rank_becomes_the_same_however_inputs_are_cut() -> None:
+    """Its norm sees eight directions of 24, the readers behind the residual branches see more without a norm."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        h = net.stem(x)
+        h = h + net.b(torch.tanh(net.a(net.norm(h))))
+        return net.head(h)
+
+    torch.manual_seed(0)
+    layers = {"stem": nn.Linear(8, 24), "a": nn.Linear(24, 20), "b": nn.Linear(20, 24), "head": nn.Linear(24, 4)}
+    net = Wired(wiring, **layers, norm=nn.LayerNorm(24)).eval()
+    x = torch.randn(300, 8)
+    keep = {"stem": 0.5, "*": 1.0}
+    one, many = (intrafusion.compress(net, x[:2], keep, inputs=x, restore=None, memory=m) for m in (None, "60KB"))
+    assert "rotated" in str(one)
+    assert (moments := measure_moments(net, intrafusion.inspect(net, x[:2]), x)["stem"].bare) is not None
+    assert (len(moments.means), moments.plain) == (2, 1)
+    torch.testing.assert_close(one.model(x), many.model(x), rtol=1e-4, atol=1e-4)

@@ -60,6 +60,40 @@ def test_losses_are_what_readers_lose(centred: bool) -> None:
         assert losses[m] == pytest.approx(float(lost), abs=1e-10)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_directions_of_rounding_alone_are_the_same_whatever_the_rounding(centred: bool) -> None:
+    """Norms see two directions; which others are kept must not be a matter of noise."""
+    low = torch.randn(N, 2, dtype=torch.float64)
+    found = []
+    for _ in range(2):
+        noise = 1e-7 * torch.randn(N, N, dtype=torch.float64)
+        covariance = low @ low.T + noise @ noise.T
+        found.append(rotation_map(Moments(torch.zeros(1, N).double(), covariance[None], spd(N)), 5, centred=centred))
+    projections = [reduction.unmerge @ reduction.merge for reduction in found]
+    torch.testing.assert_close(*projections, rtol=0, atol=1e-5)
+    centre = torch.eye(N, dtype=torch.float64) - (1 / N if centred else 0.0)
+    torch.testing.assert_close(projections[0] @ centre @ low, centre @ low, rtol=0, atol=1e-5)
+    losses = list_rotation_losses(Moments(torch.zeros(1, N).double(), (low @ low.T)[None], spd(N)), centred=centred)
+    assert bool((losses[2 + centred :] == 0).all())
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_readers_without_a_norm_fill_what_norms_leave_and_do_not_change_the_scale(centred: bool) -> None:
+    centre = torch.eye(N, dtype=torch.float64) - (1 / N if centred else 0.0)
+    low, other = (centre @ torch.randn(N, 2, dtype=torch.float64) for _ in range(2))
+    covariances = torch.stack([low @ low.T, other @ other.T])
+    moments = Moments(torch.zeros(2, N).double(), covariances, spd(N), plain=1)
+    m = 4 + centred
+    found = rotation_map(moments, m, centred=centred)
+    for seen in (low, other):  # nothing is lost of either
+        torch.testing.assert_close(found.unmerge @ found.merge @ seen, seen)
+    assert float(found.merge.norm() ** 2 / m) == pytest.approx(m / N)  # all of what the norm sees is kept
+    fewer = rotation_map(moments, 2 + centred, centred=centred)
+    kept = fewer.merge / fewer.merge.norm() * (2 + centred) ** 0.5
+    share = float((kept @ covariances[0] @ kept.T).trace() / covariances[0].trace())
+    assert float(fewer.merge.norm() ** 2 / (2 + centred)) == pytest.approx((2 + centred) / (N * share))
+
+
 @pytest.mark.parametrize("m", [0, N + 1])
 def test_sizes_that_are_none_are_refused(m: int) -> None:
     with pytest.raises(BudgetError, match=rf"cannot keep {m} of {N} channels; expected 1 <= m <= {N}"):

@@ -26,18 +26,23 @@ def _shorten(kind: str, amount: float) -> str:
     return f"{amount:,.0f}"
 
 
-def explain_miss(kind: str, reached: float, goal: float, whole: float, held: str = "") -> str:
+def explain_miss(kind: str, reached: float, goal: float, whole: float, held: str = "", *, even: bool = False) -> str:
     """
     Args:
         whole: what the original has.
         held: the options that keep groups from becoming smaller, in words.
+        even: whether the same share of every group was taken, as other sizes, also closer ones, lose more.
     """
     unit = _UNITS[kind] if kind in _PLAIN else ""
     got, wanted = describe_amount(kind, reached), f"{_shorten(kind, goal)}{unit}"
     if kind not in _PLAIN:
         got, wanted = f"{got} ({_share(reached, whole)})", f"{wanted} ({_share(goal, whole)})"
     allowed = f"that {held} allow" if " and " in held else f"that {held} allows" if held else "that are allowed"
-    return f"{MISSED}{got} instead of {wanted}; with the groups and sizes {allowed}, nothing comes closer."
+    if even:
+        end = "no such share of every group comes closer, and sizes that do were measured to change the output more"
+    else:
+        end = "nothing comes closer"
+    return f"{MISSED}{got} instead of {wanted}; with the groups and sizes {allowed}, {end}."
 
 
 def _share(part: float, whole: float) -> str:

@@ -171,7 +171,7 @@ class _Search:
             return rounded.find(sensitivity, opinions)
         notes = [limit.doubt for limit in self.limits if limit.doubt]
         notes += [*said, *describe_rounding(self.groups, sizes, self.steps, self.recipe.round_to)]
-        return sizes, (*notes, *self.explain_misses(sizes, reached))
+        return sizes, (*notes, *self.explain_misses(sizes, reached, even=bool(said)))
 
     def reach(self) -> tuple[float, Sizes]:
         """What is spent by the sizes that these curves lead to, as a share of the limits, and the sizes."""
@@ -190,7 +190,9 @@ class _Search:
         if distinct[best][1] != same:
             return distinct[best], []
         error = f"by {errors[best]:.2%} of its variance instead of {min(errors[:best]):.2%}"
-        return distinct[best], [f"target: every group keeps the same share, as that changes the output less ({error})."]
+        return distinct[best], [
+            f"target: every group keeps about the same share, as that changes the output less ({error})."
+        ]
 
     def is_off_by_rounding(self, reached: float) -> bool:
         """Whether limits are missed, or more is cut than they ask for, with sizes that nobody asked to be rounded."""
@@ -202,15 +204,19 @@ class _Search:
         at_most = self.clock or len(self.limits) > 1
         return (reached - 1 if at_most else abs(reached - 1)) > _MISSED
 
-    def explain_misses(self, sizes: Sizes, reached: float) -> list[str]:
-        """The limits that are missed by more than 2 %."""
+    def explain_misses(self, sizes: Sizes, reached: float, *, even: bool = False) -> list[str]:
+        """The limits that are missed by more than 2 %.
+
+        Args:
+            even: whether the same share of every group was taken, although other sizes may come closer.
+        """
         if not self.is_missed(reached):
             return self.describe_memory(sizes)
         self.check_sensible()
         found = [(limit, self.measure_of(limit, sizes, reached)) for limit in self.limits]
         missed = [(limit, amount) for limit, amount in found if self.is_missed(amount / limit.goal)]
         held = describe_held(self.recipe)
-        told = [explain_miss(limit.kind, amount, limit.goal, limit.whole, held) for limit, amount in missed]
+        told = [explain_miss(limit.kind, amount, limit.goal, limit.whole, held, even=even) for limit, amount in missed]
         return [*self.describe_memory(sizes), *told]
 
     def describe_memory(self, sizes: Sizes) -> list[str]:
@@ -388,7 +394,10 @@ class _Search:
     # ---- the same share of every group ------------------------------------------------------------------------------
 
     def same_share(self, reached: float, sizes: Mapping[str, int]) -> Sizes | None:
-        """The largest sizes, the same share of every group, that cost no more than these; None if there are none."""
+        """The largest sizes, the same share of every group, that cost no more than these; None if there are none.
+
+        Where a share for all leaves room, one step more of some groups fills it.
+        """
         exact = bool(self.clock) or not self.doubtful
         most = self.cost(sizes) if self.clock else max(reached, 1.0)
         low, high, best = 0.0, 1.0, None
@@ -397,8 +406,22 @@ class _Search:
             found = self._uniform(keep)
             met = (self.cost if exact else self.measure)(found) <= most and self._meets_counted(found)
             low, high, best = (keep, high, found) if met else (low, keep, best)
+        if best is not None and exact and not self.clock:
+            best = self._filled(best)
         met = best is None or not self.clock or self.timed(best)[0] <= max(1.0, reached)
         return best if met else None
+
+    def _filled(self, sizes: Sizes) -> Sizes:
+        """One step more of some groups, as long as what is predicted comes closer to the limits from below."""
+        left = families_of(self.groups)
+        while left and self.off(sizes) > _CLOSE_ENOUGH:
+            steps = [(self._step(sizes, twins, up=True), twins) for twins in left]
+            steps = [(more, twins) for more, twins in steps if self.cost(sizes) < self.cost(more) <= 1]
+            if not steps:
+                break
+            sizes, taken = min(steps, key=lambda step: self.off(step[0]))
+            left = [twins for twins in left if twins is not taken]
+        return sizes
 
     def _meets_counted(self, sizes: Mapping[str, int]) -> bool:
         """Whether the limits beside a latency hold, as far as they are predicted."""

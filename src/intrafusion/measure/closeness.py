@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from intrafusion.measure.drift import OutputError
 from intrafusion.network.batches import cast_like, count_images, double_first
 from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.inputs import Inputs, output_tensors
+from intrafusion.network.outputs import name_tensors
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
 
@@ -33,22 +34,29 @@ class Closeness:
     """How close outputs are to the original's.
 
     Attributes:
-        error: the output error: mean squared difference as a fraction of the variance of the original's.
+        error: the output error: mean squared difference as a fraction of the variance of the original's; of several
+            outputs, the largest.
         agreement: share of the rows whose largest output, the label, is the same; None where no class scores are seen.
+        outputs: the error of each output beside its own variance, by name, where there are several.
     """
 
     error: float
     agreement: float | None = None
+    outputs: Mapping[str, float] = field(default_factory=dict)
 
     __repr__ = show_briefly
 
     def is_worse_than(self, other: Closeness) -> bool:
-        """By the output error; one that is no number is worse than any."""
-        return self.error > other.error or math.isnan(self.error)
+        """By the output error, of several outputs by the sum of theirs; one that is no number is worse than any."""
+        if self.outputs and self.outputs.keys() == other.outputs.keys():
+            own, others = sum(self.outputs.values()), sum(other.outputs.values())
+        else:
+            own, others = self.error, other.error
+        return own > others or math.isnan(own)
 
 
-_Answer = tuple[list[Tensor], Tensor | None]
-"""What counts of the outputs of a call, and what looks like class scores among them."""
+_Answer = tuple[list[Tensor], Tensor | None, list[str]]
+"""What counts of the outputs of a call, what looks like class scores among them, and what the outputs are called."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,20 +92,22 @@ class Yardstick:
         Raises:
             ModelError: one of them does not run on these inputs.
         """
-        error, alike = OutputError(), list[Tensor | None]()
+        error, alike, names = OutputError(), list[Tensor | None](), list[str]()
         for index, call in enumerate(self._batches):
-            (found, scores), (expected, labels) = _answer(model, call), self._expect(index, call)
+            (found, scores, _), (expected, labels, names) = _answer(model, call), self._expect(index, call)
             error.add(found, expected)
             alike.append(_compare(scores, labels))
         known = [t for t in alike if t is not None]
         agreement = float(torch.cat(known).double().mean()) if len(known) == len(alike) else None
-        return Closeness(error.value, agreement)
+        outputs = _name_errors(error, names)
+        worst = error.value if len(outputs) < 2 else max(outputs.values(), key=lambda e: (math.isnan(e), e))
+        return Closeness(worst, agreement, outputs if len(outputs) > 1 else {})
 
     def _expect(self, index: int, call: Inputs) -> _Answer:
         if index in self._kept:
             return self._kept[index]
         found = _answer(self.original, call)
-        if sum(t.nbytes for tensors, _ in (*self._kept.values(), found) for t in tensors) <= _KEPT:
+        if sum(t.nbytes for tensors, _, _ in (*self._kept.values(), found) for t in tensors) <= _KEPT:
             self._kept[index] = found
         return found
 
@@ -110,8 +120,22 @@ def _answer(model: nn.Module, inputs: Inputs) -> _Answer:
     with preserve_state(model):
         output = cast_like(call, model).run(model)
     tensors = call.turn_outputs([t.detach() for t in output_tensors(output)])
-    scores, counted = find_scores(output, tensors), select_counted(tensors, call.weights)
-    return counted, None if scores is None else scores[: count_images(inputs)]
+    names = name_tensors(output)
+    scores = find_scores(output, tensors)
+    floating = [t.is_floating_point() or t.is_complex() for t in tensors]
+    if any(floating):  # beside numbers with a point, whole ones (labels, places) are no outputs of their own
+        tensors = [t for t, chosen in zip(tensors, floating, strict=True) if chosen]
+        names = [name for name, chosen in zip(names, floating, strict=True) if chosen]
+    counted = select_counted(tensors, call.weights)
+    return counted, None if scores is None else scores[: count_images(inputs)], names
+
+
+def _name_errors(error: OutputError, names: Sequence[str]) -> dict[str, float]:
+    """The worst of the tensors of each name."""
+    found: dict[str, float] = {}
+    for index, own in error.each.items():
+        found[names[index]] = max(found.get(names[index], 0.0), own) if own == own else math.nan
+    return found
 
 
 def _compare(scores: Tensor | None, labels: Tensor | None) -> Tensor | None:

@@ -20,6 +20,7 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
 
 _SECONDS, _RUNS, _WARMUP = 1.0, 30, 1
+_NAMED = 4  # outputs whose errors are printed
 _ENOUGH = 3  # runs, to say which network is faster
 _FASTER = 0.97  # of the original's time; above it, the difference is within what a machine varies
 
@@ -68,7 +69,16 @@ class HeldOut:
 
     def _how_far(self) -> str:
         before = f" ({percent(self.before.error)} before restoring)" if self.before else ""
-        return f"differ by {percent(self.after.error)} of their variance{before}"
+        return f"differ by {percent(self.after.error)}{self._which()} of their variance{before}"
+
+    def _which(self) -> str:
+        """The worst of several outputs by name, and the others."""
+        ranked = sorted(self.after.outputs.items(), key=lambda item: -item[1])
+        if not ranked:
+            return ""
+        others = [f", {percent(error)} ({name})" for name, error in ranked[1:_NAMED]]
+        rest = [f" and {len(ranked) - _NAMED} by less"] if len(ranked) > _NAMED else []
+        return "".join([f" ({ranked[0][0]})", *others, *rest])
 
     def _agreement(self) -> str:
         return "" if self.after.agreement is None else f"; labels agree on {percent(self.after.agreement)}"

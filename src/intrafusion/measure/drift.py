@@ -13,6 +13,8 @@ from intrafusion.measure.accuracy import BATCH_SIZE, answer
 from intrafusion.network.inputs import output_tensors
 from intrafusion.network.state import preserve_state
 
+_CONSTANT = 1e-12  # an output whose variance is a smaller share of its square is a constant
+
 
 @checked
 def output_rows(model: nn.Module, images: Batch, batch_size: Count = BATCH_SIZE) -> Tensor:
@@ -90,11 +92,15 @@ def output_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 class OutputError:
-    """The same over several calls, whose outputs are seen one after another."""
+    """The same over several calls, whose outputs are seen one after another.
+
+    Attributes:
+        lost: the squared difference of each output, by its place.
+    """
 
     def __init__(self) -> None:
-        self.lost = 0.0
-        self.spreads: dict[tuple[int, tuple[int, ...] | None], _Spread] = {}  # by output, and shape of a row
+        self.lost: dict[int, float] = {}
+        self.spreads: dict[tuple[int, int, tuple[int, ...] | None], _Spread] = {}  # by output, part, shape of a row
 
     def add(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         """What another call gave, and what it should have given."""
@@ -103,19 +109,33 @@ class OutputError:
                 f"output_error: expected as many outputs as expected ones, got {len(found)} and {len(expected)}; "
                 "compare the outputs of the same call."
             )
-        pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True) if not a.is_complex()]
-        pairs += [parts for a, b in zip(found, expected, strict=True) if a.is_complex() for parts in _parts(a, b)]
-        self.lost += sum(_squared_difference(a, b) for a, b in pairs if a.shape == b.shape)
-        for index, (_, b) in enumerate(pairs):
-            key = index, tuple(b.shape[1:]) if b.dim() else None
-            self.spreads.setdefault(key, _Spread()).add(b)
+        for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+            for part, (x, y) in enumerate(_parts(a, b)):
+                if x.shape == y.shape:
+                    self.lost[index] = self.lost.get(index, 0.0) + _squared_difference(x, y)
+                key = index, part, tuple(y.shape[1:]) if y.dim() else None
+                self.spreads.setdefault(key, _Spread()).add(y)
 
     @property
     def value(self) -> float:
-        return self.lost / max(sum(spread.total() for spread in self.spreads.values()), 1e-300)
+        """Over all outputs at once."""
+        return sum(self.lost.values()) / max(sum(spread.total() for spread in self.spreads.values()), 1e-300)
+
+    @property
+    def each(self) -> dict[int, float]:
+        """The same of each output beside its own variance, by its place; beside its square, where it does not vary."""
+        return {index: lost / self._measure_scale(index) for index, lost in self.lost.items()}
+
+    def _measure_scale(self, index: int) -> float:
+        own = [spread for key, spread in self.spreads.items() if key[0] == index]
+        total, size = sum(spread.total() for spread in own), sum(spread.size for spread in own)
+        return max(total if total > _CONSTANT * size else size, 1e-300)
 
 
 def _parts(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """In float64; of complex numbers both parts."""
+    if not a.is_complex():
+        return [(a.double(), b.double())]
     return [(a.real.double(), b.real.double()), (a.imag.double(), b.imag.double())]
 
 
@@ -129,9 +149,11 @@ class _Spread:
 
     def __init__(self) -> None:
         self.rows = 0
+        self.size = 0.0  # the sum of squares
         self.centre = self.moved = self.squares = torch.zeros(())  # the mean of the first rows, and sums about it
 
     def add(self, b: Tensor) -> None:
+        self.size += float(b.square().nan_to_num(0.0, 0.0, 0.0).sum())
         if not b.dim():
             self.squares = self.squares.to(b) + b.square()
             return

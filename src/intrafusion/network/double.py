@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from intrafusion.graph import Way
+from intrafusion.network.decisions import call_ways
 from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import preserve_state
@@ -55,16 +58,18 @@ def run_in_double(
     inputs: Inputs,
     calls: int = 1,
     draws: contextlib.AbstractContextManager[object] | None = None,
+    ways: Sequence[Way] = (),
 ) -> list[Tensor]:
     """Every tensor that one call, or several in a row, give in float64; random numbers start from one seed.
 
     Args:
         calls: as many as the network was traced over, `ChannelGraph.calls`.
+        ways: `ChannelGraph.ways`, which are followed too, each in a call of its own.
         draws: a mode that notes or replaces what the forward draws, see `trace.random`.
     """
     drawing = draws or contextlib.nullcontext()
     with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), DoublePrecision(), drawing:
-        return [output for _ in range(calls) for output in inputs.double().call(model)]
+        return call_ways(lambda given: given.double().call(model), inputs, calls, ways)
 
 
 def output_difference(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -242,7 +242,7 @@ class Layer:
 
     def take_rows(self, x: Tensor, places: Tensor) -> Tensor:
         """The channels (k, c) of what the layer reads or gives at these places, in their own precision."""
-        return (x if x.dim() < 2 else x.movedim(self.channel_dim, -1))[tuple(places.T)]
+        return x.expand(len(places), -1) if x.dim() < 2 else x.movedim(self.channel_dim, -1)[tuple(places.T)]
 
     def take_outputs(self, output: Tensor, places: Tensor) -> Tensor:
         """Rows (k, c) of what the layer, or its norm, or a sum gave at these places."""
@@ -254,7 +254,7 @@ class Layer:
         With groups, (g, k, d): the inputs of each group.
         """
         if not self.spatial_dims:
-            return x[tuple(places.T)]
+            return self.take_rows(x, places)
         rows = self._scattered(x, places) if self._is_transposed else self._patches(self._padded(x), places)
         if self.groups == 1:
             return rows.flatten(1)
@@ -375,7 +375,16 @@ def sample_places(name: str, shape: tuple[int, ...], limit: int, seed: int, weig
         return _draw_places(name, shape, limit, seed)
     counted = weights.flatten().nonzero()[:, 0].cpu()
     chosen = counted[_draw_places(name, (len(counted),), limit, seed)[:, 0]]
-    return torch.stack(torch.unravel_index(chosen, shape), dim=1)
+    return unravel(chosen, shape)
+
+
+def unravel(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Places (k, dims) in a shape by their numbers; of a single row, which has no dimension but its channels, (k, 0).
+
+    >>> unravel(torch.tensor([0, 5]), (2, 3)).tolist(), unravel(torch.tensor([0]), ()).shape
+    ([[0, 0], [1, 2]], torch.Size([1, 0]))
+    """
+    return torch.stack(torch.unravel_index(flat, shape), dim=1) if shape else flat.new_zeros(len(flat), 0)
 
 
 @lru_cache(maxsize=64)
@@ -388,7 +397,7 @@ def _draw_places(name: str, shape: tuple[int, ...], limit: int, seed: int) -> Te
         chosen = chosen[torch.randperm(len(chosen), generator=generator)[:limit]]
     else:
         chosen = torch.randperm(size, generator=generator)[:limit]
-    return torch.stack(torch.unravel_index(chosen.sort().values, shape), dim=1)
+    return unravel(chosen.sort().values, shape)
 
 
 # ---- the channels of a group at a layer -----------------------------------------------------------------------------

@@ -97,6 +97,19 @@ def name_entries(output: Any) -> list[tuple[str, list[Tensor]]]:
     return [(name, tensors) for name, tensors in found if tensors]
 
 
+def name_tensors(output: Any) -> list[str]:
+    """What each tensor of an output is called, in the order of `open_output`: its entry, else its place in a sequence.
+
+    >>> name_tensors({"boxes": [torch.zeros(2), torch.ones(2)]}), name_tensors((torch.zeros(1), [torch.ones(1)]))
+    (['boxes', 'boxes'], ['output 0', 'output 1'])
+    """
+    entries = name_entries(output)
+    if not entries and isinstance(output, (list, tuple)):
+        entries = [(f"output {k}", open_output(item).tensors) for k, item in enumerate(output)]
+    names = {id(t): name.partition(":")[0] for name, tensors in reversed(entries) for t in tensors}
+    return [names.get(id(t), "output") for t in open_output(output).tensors]
+
+
 def _call_cache(name: str, item: Any) -> str:
     is_cache = type(item).__name__.endswith("Cache") or name in _CACHES
     return f"{name}: {_CACHE}" if is_cache else name

@@ -369,7 +369,10 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _join_bare_reads(group: ChannelGroup, reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Moments:
-    """The moments of what norms give before gain and shift, if they have such; a gain of zero hides a channel."""
+    """The moments of what norms give before gain and shift, if they have such; a gain of zero hides a channel.
+
+    Then those of what others read of the stream as it is.
+    """
     norms = group.rotation.norms if group.rotation is not None else ()
     places = {m.tensor: m.positions[:, 0] for m in group.with_role(Role.SCALES, Role.SHIFTS)}
     bare: dict[str, _Read] = {}
@@ -384,10 +387,12 @@ def _join_bare_reads(group: ChannelGroup, reads: Mapping[str, _Read], weights: M
         covariance = inverse[:, None] * read.sample * inverse  # not shrunk: that would turn the directions
         bare[name] = replace(read, mean=(read.mean - shift) * inverse, covariance=covariance)
         readers.append(gain[:, None] * read.square_columns(weights[name]).to(one) * gain)
+    plain = {name: replace(read, covariance=read.sample) for name, read in reads.items() if name not in bare}
     if not bare:
-        bare = {name: replace(read, covariance=read.sample) for name, read in reads.items()}
-        return _join_reads(bare, weights)
-    return replace(_join_reads(bare, weights), reader=torch.stack(readers).sum(0))
+        return _join_reads(plain, weights)
+    readers += [read.square_columns(weights[name]).to(read.mean) for name, read in plain.items()]
+    joined = _join_reads(bare | plain, weights)
+    return replace(joined, reader=torch.stack(readers).sum(0), plain=len(plain))
 
 
 def _index_along(coordinates: Tensor, dim: int) -> Tensor | None:

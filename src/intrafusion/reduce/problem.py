@@ -26,13 +26,16 @@ class Moments:
         means: (p, n).
         covariances: (p, n, n).
         reader: (n, n), sum over the consumers of W_c^T W_c, norms folded: squared change of what they give.
-        bare: the same of what norms over the channels give before their gain, for groups that may be rotated.
+        bare: the same of what norms over the channels give before their gain, for groups that may be rotated, and
+            behind it of what others read.
+        plain: how many of the points, the last ones, are read by others than norms.
     """
 
     means: Tensor
     covariances: Tensor
     reader: Tensor
     bare: Moments | None = None
+    plain: int = 0
 
     __repr__ = show_briefly
 

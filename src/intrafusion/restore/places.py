@@ -13,7 +13,7 @@ from torch import Tensor
 from intrafusion.brief import show_briefly
 from intrafusion.network.batches import count_images
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import sample_places
+from intrafusion.network.layers import sample_places, unravel
 
 _SPARE = 2  # times as many as are wanted are picked where it is estimated how many come
 
@@ -65,7 +65,7 @@ class PlaceSampler:
         if chosen is None:
             return None
         flat = chosen if counted is None else counted[chosen]
-        return torch.stack(torch.unravel_index(flat, shape), dim=1)
+        return unravel(flat, shape)
 
     def list_kept(self, name: str) -> list[Tensor] | None:
         """Of the places that were chosen in each batch, which remain; None for all."""

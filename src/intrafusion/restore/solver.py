@@ -154,6 +154,7 @@ class LayerSolver:
         stores = [RowStore(sampler, shelf) for _ in range(2)]
         fits = NormFits(find_channel_norms(small, graph, maps), stores[1], self.fixed_strength, self.scarcity)
         seen: dict[str, Any] = {"drift": self.drift, "memory": memory, "graph": graph if bare else None, "left": left}
+        seen["decides"] = bool(graph.ways)
         targets = record_targets(reference, common, inputs, stores[0], fits, **seen)
         merges = {name: find_output_merge(layer, graph, maps) for name, layer in targets.layers.items()}
         known = {name: layers[name] for name in targets.layers if name in layers}
@@ -494,7 +495,7 @@ class _Pass:
             given = call.copied()
             self.model, self.images = model, count_images(call)
             self.given = frozenset(t.untyped_storage()._cdata for t in given.tensors() if is_plain(t))
-            with told_of(model, given):
+            with told_of(model, given), self.solving.targets.decide(self.batch):
                 read_iterators(model(*given.args, **(given.kwargs or {})))
 
     def before(self, given: Sequence[Tensor]) -> None:

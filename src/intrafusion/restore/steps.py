@@ -221,6 +221,8 @@ def add_figures(done: Restoration, before: Closeness, after: Closeness, yardstic
         "error_after": after.error,
         "agreement_before": before.agreement,
         "agreement_after": after.agreement,
+        "outputs_before": before.outputs,
+        "outputs_after": after.outputs,
     }
     return replace(done, **figures, measured_on=str(yardstick), unseen=yardstick.unseen)
 

@@ -14,6 +14,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import cast_like, channels_last, count_images, double_first
+from intrafusion.network.decisions import Decisions
 from intrafusion.network.free_pages import return_free_pages
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, has_own_forward, watch_calls
@@ -63,6 +64,7 @@ class Targets:
         layers: those of the original network that there are rows of.
         calls: of each of them, the names in the store of what it gave at its calls.
         ran: modules whose weights are theirs alone.
+        decisions: of each batch what its forward decided by values, to be decided alike in the smaller network.
     """
 
     store: RowStore
@@ -76,8 +78,15 @@ class Targets:
     layers: dict[str, Layer] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     calls: dict[str, list[str]] = field(default_factory=dict)
+    decisions: list[Decisions] = field(default_factory=list)
 
     __repr__ = show_briefly
+
+    def decide(self, batch: int) -> contextlib.AbstractContextManager[object]:
+        """Around a pass of another network on a batch, which then goes the way that the original one went."""
+        if not self.decisions:
+            return contextlib.nullcontext()
+        return Decisions(self.decisions[batch].record, ordered=True).played()
 
     @property
     def repeated(self) -> list[str]:
@@ -96,6 +105,7 @@ def record_targets(
     memory: int | None = None,
     graph: ChannelGraph | None = None,
     left: Collection[str] = (),
+    decides: bool = False,
 ) -> Targets:
     """One forward pass of the original network on each batch; it is left as it was.
 
@@ -109,11 +119,12 @@ def record_targets(
         memory: bytes that a batch may hold between two layers; None for any.
         graph: that of the network, if weights are to be seen that functions multiply with.
         left: modules whose weights are not.
+        decides: whether the forward goes by the values of its tensors.
     Raises:
         ModelError: the network gives NaN on a batch, which is named.
         TooLarge: a batch does not fit into memory, or the device has no room for it.
     """
-    recording = _Recording(layers, store, fits, drift)
+    recording = _Recording(layers, store, fits, drift, decides=decides)
     if graph is not None:
         recording.watch_bare(reference, graph, left)
     with preserve_state(reference) as put_back, unfuse_attention():
@@ -136,8 +147,10 @@ class _Recording:
         store: RowStore,
         fits: NormFits | None,
         drift: bool,
+        *,
+        decides: bool = False,
     ) -> None:
-        self.layers, self.store, self.fits, self.drift = dict(layers), store, fits, drift
+        self.layers, self.store, self.fits, self.drift, self.decides = dict(layers), store, fits, drift, decides
         self.targets = Targets(store)
         self.bare: BareWatcher | None = None
         self.left: Collection[str] = ()
@@ -177,13 +190,22 @@ class _Recording:
         bare = contextlib.nullcontext() if self.bare is None else self.bare
         if self.bare is not None and batch > 0:
             self.bare.begin()
-        with fitting, self.live, watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
+        with (
+            fitting, self.live, watch_calls(modules, self.called, reached=self.reached), self.uses, bare,
+            self.deciding(),
+        ):  # fmt: skip
             outputs = self.call.call(reference)
         if batch == 0:
             self.uses.mark_read(outputs)
             self.finish_first()
         after = _list_versions(reference)
         self.targets.written |= {name for name, version in versions.items() if after.get(name) != version}
+
+    def deciding(self) -> contextlib.AbstractContextManager[object]:
+        if not self.decides:
+            return contextlib.nullcontext()
+        self.targets.decisions.append(Decisions(ordered=True))
+        return self.targets.decisions[-1].played()
 
     def reached(self, name: str, x: Tensor) -> None:
         if not has_own_forward(self.layers[name].module):

@@ -8,7 +8,7 @@ the groups that most likely cannot be cut.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, Member
+from intrafusion.network.decisions import call_ways
 from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import evaluate_alone
@@ -34,7 +35,7 @@ from intrafusion.trace.info import LabelledTensor
 from intrafusion.trace.labels import narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.random import Draws
-from intrafusion.trace.run import follow_run
+from intrafusion.trace.run import answered, follow_call, follow_run
 from intrafusion.trace.shared import settle_shared
 
 _Suspects = tuple[tuple[str, ...], ...]
@@ -162,8 +163,7 @@ class Forecast:
     def _record_on(self, inputs: Inputs) -> _Recorder:
         recorder = _Recorder(Ledger(self.model))
         with follow_run(recorder, self.model, inputs), recorder, Draws(mean=True):
-            for _ in range(self.graph.calls):
-                inputs.call(self.model)
+            self._call_all(inputs, lambda given: follow_call(recorder.ledger, self.model, given))
         return recorder
 
     def run(self, sizes: Mapping[str, int]) -> Trial:
@@ -182,8 +182,13 @@ class Forecast:
         small = self._scratch if self.graph.calls == 1 else copy_model(self.model)  # else it keeps a state
         cut = weights_written(small, cut_weights(self.weights, self.graph, sizes))
         with cut, evaluate_alone(small), decompose(small), follower, Draws(mean=True):
-            for _ in range(self.graph.calls):
-                self.inputs.call(small)
+            self._call_all(self.inputs, lambda given: given.call(small))
+
+    def _call_all(self, inputs: Inputs, call: Callable[[Inputs], list[Tensor]]) -> None:
+        """Along all ways, decided alike in every network."""
+        with answered(self.graph.ways):
+            call_ways(call, inputs, self.graph.calls, ())
+        call_ways(call, inputs, 0, self.graph.ways)
 
     def _find_first_other(self, follower: _Follower, sizes: Mapping[str, int], last: int) -> int:
         """The first operation that is another one, or gives another shape than the channels that are left."""

@@ -293,7 +293,7 @@ class _Attempts:
         sizes = self.sizes_of(groups)
         with counted_calls() as called:
             try:
-                found = trace(small, self.inputs, calls=self.graph.calls)
+                found = trace(small, self.inputs, calls=self.graph.calls, ways=self.graph.ways)
             except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
                 why = self._explain(error, self.literals.find_old_sizes(small, sizes))
                 return Breakdown.of(why, error, small, len(called))

@@ -57,7 +57,7 @@ class _PermutationCheck:
         self.double = copy_as_double(self.model)
         self.weights = {n: t.detach() for n, t in named_tensors(self.double).items()}
         draws = Draws()
-        self.expected = [run_in_double(self.double, i, self.graph.calls, draws) for i in self.inputs]
+        self.expected = [run_in_double(self.double, i, self.graph.calls, draws, self.graph.ways) for i in self.inputs]
         self.draws = tuple(draws.names)  # operations that draw random numbers
         self.means = self._outputs(mean=True) if self.draws else []
         _check_outputs(self.expected, self.inputs)
@@ -66,7 +66,7 @@ class _PermutationCheck:
         return [self._run(self.double, i, mean=mean) for i in self.inputs]
 
     def _run(self, model: nn.Module, inputs: Inputs, *, mean: bool) -> list[Tensor]:
-        return run_in_double(model, inputs, self.graph.calls, Draws(mean=mean))
+        return run_in_double(model, inputs, self.graph.calls, Draws(mean=mean), self.graph.ways)
 
     @cached_property
     def tolerance(self) -> float:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
+from intrafusion.network.decisions import call_ways
 from intrafusion.network.double import DoublePrecision, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
@@ -51,7 +52,7 @@ from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.random import Draws
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.contraction import PRODUCTS
-from intrafusion.trace.run import follow_run, trace
+from intrafusion.trace.run import follow_call, follow_run, trace
 
 FUNCTION = "function"
 _SYMMETRY = "symmetry"
@@ -100,7 +101,7 @@ class Reference:
 
     def run(self) -> list[Tensor]:
         """Outputs over the calls that were traced; random numbers at their mean, as other widths draw others."""
-        return run_in_double(self.double, self.probe, self.graph.calls, Draws(mean=True))
+        return run_in_double(self.double, self.probe, self.graph.calls, Draws(mean=True), self.graph.ways)
 
 
 @dataclass(eq=False)
@@ -205,7 +206,8 @@ class FunctionCheck:
         reference = self.reference
         weights = reduce_weights(reference.weights, self.graph, self.settled(exact))
         with weights_written(reference.double, weights, self.repairs_of(exact) or ()):
-            alone = trace(reference.double, reference.probe.double(), calls=self.graph.calls).factors
+            inputs = reference.probe.double()
+            alone = trace(reference.double, inputs, calls=self.graph.calls, ways=self.graph.ways).factors
         alike = _find_changed_factors(self.graph.factors, alone)
         is_same = lambda i, new: i in alike and math.isclose(alike[i][1].value, new.value, rel_tol=1e-6)  # noqa: E731
         return {i: pair for i, pair in changed.items() if not is_same(i, pair[1])}
@@ -269,9 +271,9 @@ class FunctionCheck:
                 return reference.run()
             tracer, inputs = _Masking(reference.double, masks), reference.probe.double()
             with follow_run(tracer, reference.double, inputs), tracer, DoublePrecision():
-                calls = range(self.graph.calls)
+                call = lambda given: follow_call(tracer.ledger, reference.double, given.double())  # noqa: E731
                 with Draws(mean=True):
-                    return [output for _ in calls for output in inputs.call(reference.double)]
+                    return call_ways(call, inputs, self.graph.calls, self.graph.ways)
 
     # ---- numbers that the forward takes from the width ---------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.graph import Factor
 from intrafusion.network.apart import only_here
+from intrafusion.network.decisions import decides
 from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor, Outcome
@@ -33,6 +34,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.ledger = ledger
         self.modules: list[str] = []  # names of the modules that are running, the innermost last
+        self.decides = False  # whether the forward goes by the values of tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -44,6 +46,7 @@ class Tracer(TorchDispatchMode):
                 func(*args, **kwargs)  # it does not take every width
             with self:
                 return multiply_groups(*args, **kwargs)
+        self.decides = self.decides or decides(func, args)
         seen = self._keep_written(func, args)
         out = self.execute(func, args, kwargs)
         call = Call(func, seen, kwargs, out, self.modules[-1] if self.modules else "")
