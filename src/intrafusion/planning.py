@@ -70,8 +70,11 @@ def decide(
     Raises:
         ModelError: no group can be reduced; gives the most frequent reasons.
         BudgetError: sizes that are no sizes.
+        RecipeError: heads are to be merged, which `compress` does by itself.
     """
     model, given = unwrap(model), choose_inputs(inputs, images)
+    if recipe.merge_heads is not None:
+        raise RecipeError("merge_heads: no plan merges heads; compress(..., merge_heads=...) does, at one size.")
     check_graph(graph, model)
     graph = tie_by_config(graph, model) if recipe.uniform else graph
     unwanted = _find_unwanted(graph, model, recipe)
