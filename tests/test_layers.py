@@ -30,6 +30,7 @@ LAYERS = (
     {"restore"},
     {"budget"},
     {"planning"},
+    {"heads"},
     {"pipeline"},
     {"checks", "frontiers", "fusion", "factorize", "iterate", "large", "merge", "train"},
     {"", "lab"},  # "" is the package itself: its public names

@@ -16,6 +16,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
+from intrafusion.heads import merge_inspected
 from intrafusion.measure.size import size_of
 from intrafusion.names import name_some
 from intrafusion.network.apart import borrow, uninterrupted
@@ -42,7 +43,7 @@ from intrafusion.planning import decide, list_sizes
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer
-from intrafusion.restore import Calibration, add_shifts_
+from intrafusion.restore import Calibration, add_shifts_, calibrate
 from intrafusion.restore.steps import (
     add_comparison,
     calibrate_for,
@@ -101,6 +102,7 @@ def compress(
     uniform: bool = False,
     outputs: Any = None,
     untie: bool = False,
+    merge_heads: int | None = None,
     inplace: bool = False,
     memory: MemoryLike = None,
     progress: ShowProgress = None,
@@ -146,6 +148,8 @@ def compress(
             nobody wants (hidden states, caches); the others may change their values and shapes. None: all matter.
         untie: of a language model whose head shares the weight of its embedding, give the head a copy of its own first,
             so that the stream between can be rotated; that adds parameters, and the result says how many.
+        merge_heads: instead of `keep`, for grouped-query attention: as many key/value heads are left, each made of
+            several, and nothing else is cut; see `intrafusion.merge.merge_heads`.
         inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
             remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
         memory: bytes, or text such as "2GB", that what is held of the inputs and computed of them may take, beside the
@@ -169,6 +173,8 @@ def compress(
     given = choose_inputs(inputs, images)
     if untie and inplace:
         raise RecipeError("untie: expected a copy to be made, got inplace=True too; leave one of them out.")
+    if merge_heads is not None and inplace:
+        raise RecipeError("merge_heads: expected a copy to be made, got inplace=True too; leave one of them out.")
     core = make_workable(model, inplace=inplace)
     example = recipe.call_of(example_inputs)
     graph = inspect(prepare_model(core, recipe, example), example)
@@ -226,6 +232,14 @@ def follow(
         calibration: instead of the one that the recipe would make, for several recipes on one network.
         tokenizer, memory: as `compress`.
     """
+    recipe.refuse_foreign()
+    if recipe.merge_heads is not None:
+        core, example = make_workable(model), recipe.call_of(example_inputs)
+        level = "auto" if images is None else "images"
+        calibration = calibration or calibrate(
+            core, example, level, images, seed=recipe.seed, tokenizer=tokenizer, memory=memory
+        )
+        return merge_inspected(recipe, core, graph, example, calibration)
     prepared = Prepared.of(recipe, model, graph, example_inputs, images, calibration, tokenizer, memory)
     return prepared.carry_out(recipe)
 
@@ -312,7 +326,7 @@ def explain_unsaid(recipe: Recipe, model: nn.Module, graph: ChannelGraph) -> str
     Of a target, which chooses the size of every group by itself, that it may not.
     """
     model = unwrap(model)
-    if recipe.uniform or not is_configured(model):
+    if recipe.uniform or recipe.merge_heads is not None or not is_configured(model):
         return None
     if recipe.target is not None:
         return "a target chooses the size of every group by itself"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from intrafusion.budget.sensitivity import Sensitivity, choose_teller
 from intrafusion.budget.target import require_inputs, sizes_for_target
 from intrafusion.budget.uniform import find_pattern
 from intrafusion.errors import ModelError, RecipeError, show
-from intrafusion.graph import ChannelGraph, ChannelGroup, Role, describe_fixed, families_of
+from intrafusion.graph import BLOCKS, ChannelGraph, ChannelGroup, describe_fixed, families_of
 from intrafusion.importance.features import channel_biases, channel_features
 from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike
@@ -25,11 +24,12 @@ from intrafusion.network.room import check_room
 from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.observe.observe import observe_for
+from intrafusion.observe.whole_blocks import flatten_blocks
 from intrafusion.plan import Decision, Plan, describe_members, is_miss
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Recipe
-from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form, selection_map
-from intrafusion.reduce.eliminate import eliminate
+from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
+from intrafusion.reduce.eliminate import unit_map
 from intrafusion.restore import Calibration
 from intrafusion.selectors import NOT_INCLUDED, explain_idle_selectors, find_left_alone
 from intrafusion.surgery.configuration import round_sizes, tie_by_config
@@ -71,12 +71,15 @@ def decide(
     Raises:
         ModelError: no group can be reduced; gives the most frequent reasons.
         BudgetError: sizes that are no sizes.
+        RecipeError: heads are to be merged, which `compress` does by itself.
     """
     model, given = borrow(unwrap(model)), choose_inputs(inputs, images)
+    if recipe.merge_heads is not None:
+        raise RecipeError("merge_heads: no plan merges heads; compress(..., merge_heads=...) does, at one size.")
     check_graph(graph, model)
     graph = tie_by_config(graph, model) if recipe.uniform else graph
     unwanted = _find_unwanted(graph, model, recipe)
-    units = [g for g in graph.groups if g.is_channel or is_asked_for(g, recipe)]
+    units = [g for g in graph.groups if g.is_channel or is_asked_for(g, recipe) or is_offered(g, recipe)]
     groups = [g for g in units if g.reducible and g.name not in unwanted]
     if not groups:
         raise ModelError(_nothing_to_reduce(units, unwanted))
@@ -95,17 +98,20 @@ def decide(
         example = require_inputs(example_inputs, recipe)
         own = {g.name: scores(g, weights) for g in groups}
         teller = choose_teller(recipe.reducer)
-        solves = bool(recipe.levels)
-        sensitivity = Sensitivity(model, graph, own, moments, calibration, example, teller=teller, solves=solves)
-        wanted, missed = sizes_for_target(model, graph, groups, sensitivity, recipe, example)
+        solves, blocks = bool(recipe.levels), [g for g in groups if not g.is_channel]
+        known = Sensitivity(
+            *(model, graph, own, moments, calibration, example), blocks=blocks, teller=teller, solves=solves
+        )
+        wanted, missed = sizes_for_target(model, graph, groups, known, recipe, example)
         for note in filter(is_miss, missed):
             warn_caller(note)
     wanted, rounded = round_sizes(wanted, graph, recipe.round_to) if recipe.uniform else (wanted, ())
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
     maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments)
+    told = [g for g in units if g.is_channel or recipe.target is None or g in smaller]
     decisions = tuple(
-        decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name), read=g.name in moments) for g in units
+        decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name), read=g.name in moments) for g in told
     )
     idle = missed or explain_idle_sizes(groups, wanted, graph, recipe)
     unused = explain_idle_selectors(graph, model, recipe.include, recipe.exclude)
@@ -165,17 +171,10 @@ def is_asked_for(group: ChannelGroup, recipe: Recipe) -> bool:
     return recipe.target is None and isinstance(recipe.keep, Mapping) and find_pattern(group, recipe.keep) is not None
 
 
-def flatten_blocks(graph: ChannelGraph, blocks: Sequence[ChannelGroup]) -> ChannelGraph:
-    """The graph of the readers of these blocks, in which every slot of a block is a channel, block by block.
-
-    Blocks are not in it that several layers read as different numbers of channels.
-    """
-    groups = []
-    for block in blocks:
-        read = [replace(m, positions=m.positions.reshape(-1, 1)) for m in block.with_role(Role.CONSUMES)]
-        if len({len(m.positions) for m in read}) == 1:
-            groups.append(replace(block, size=len(read[0].positions), members=tuple(read), kind="channel"))
-    return replace(graph, groups=tuple(groups))
+def is_offered(group: ChannelGroup, recipe: Recipe) -> bool:
+    """Whether a target may cut whole blocks, such as heads; not where one number must say how many all layers have."""
+    whole = not group.is_channel and group.name.partition("#")[0].endswith(BLOCKS)
+    return recipe.target is not None and whole and group.reducible and not recipe.uniform
 
 
 def _in_order(groups: Sequence[ChannelGroup], recipe: Recipe) -> Sequence[ChannelGroup]:
@@ -216,9 +215,9 @@ def _solve(
 
     Of whole blocks those stay that the layer which reads them misses most where it is solved anew.
     """
-    if not group.is_channel and group.name in moments:
-        read = moments[group.name]
-        return selection_map(eliminate(read, len(read.reader) // group.size).kept(m), group.size)
+    looks = ReducerTraits.of(recipe.reducer).needs_moments
+    if not group.is_channel and looks and group.name in moments:
+        return unit_map(moments[group.name], group.size, m)
     rows, added = channel_features(group, weights), channel_biases(group, weights)
     problem = ReductionProblem(
         rows, scores, m, recipe.seed, added, moments.get(group.name), group.linear, group.rotation

@@ -33,7 +33,7 @@ class _Unshared(yaml.SafeDumper):
         return True
 
 
-@partial(checked, leaving=("keep", "target", "round_to", "min_channels", "order"))
+@partial(checked, leaving=("keep", "target", "round_to", "min_channels", "order", "merge_heads"))
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the result, apart from the network and its example input.
@@ -57,6 +57,7 @@ class Recipe:
             opens what `save_pretrained` writes: what one number there sets becomes one size.
         outputs: names or indices of those outputs of the network that matter; None: all.
         untie: give heads that share the weight of an embedding one of their own first.
+        merge_heads: key/value heads that are left where several query heads share one; then nothing else is cut.
     """
 
     keep: Keep = 0.7
@@ -73,6 +74,7 @@ class Recipe:
     uniform: bool = False
     outputs: tuple[str | int, ...] | None = None
     untie: bool = False
+    merge_heads: int | None = None
 
     __repr__ = show_briefly
 
@@ -84,6 +86,8 @@ class Recipe:
         if self.target is not None:
             check_target(self.target)
         _check_levels(self.levels)
+        if self.merge_heads is not None:
+            _check_alone(self)
         if not isinstance(self.order, str) or self.order not in ORDERS:
             raise RecipeError(unknown_name("order", self.order, ORDERS))
 
@@ -126,12 +130,17 @@ class Recipe:
                 raise RecipeError(unknown_name("option", name, cls.options()))
         if options.get("keep") is not None and options.get("target") is not None:
             raise RecipeError("expected keep or target, got both; a target chooses the sizes itself, leave keep out.")
+        if options.get("merge_heads") is not None:
+            sizes = [name for name in ("keep", "target") if options.get(name) is not None]
+            if sizes:
+                raise RecipeError(f"merge_heads: goes without {sizes[0]}; merge first, and compress what comes out.")
+            options["keep"] = 1.0
         return cls(**{name: _read(name, value) for name, value in options.items() if _is_said(name, value)})
 
     def to_yaml(self) -> str:
         """YAML that `from_yaml` reads back; of a method that is not ours only the name is, see `Foreign`."""
         data = {name: _to_text(name, getattr(self, name)) for name in self.options()}
-        if self.target is not None:
+        if self.target is not None or self.merge_heads is not None:
             data["keep"] = None
         return yaml.dump(data, Dumper=_Unshared, sort_keys=False)
 
@@ -156,6 +165,20 @@ class Recipe:
             return cls.of(**{str(name): value for name, value in data.items()})
         except RecipeError as error:
             raise RecipeError(f"recipe: {error}") from error
+
+
+def _check_alone(recipe: Recipe) -> None:
+    """
+    Raises:
+        BudgetError: no number of heads.
+        RecipeError: options that merging heads does not take.
+    """
+    check_count(recipe.merge_heads, "merge_heads")
+    taken = ("keep", "merge_heads", "seed", "outputs", "uniform")
+    plain_recipe = Recipe()
+    beside = [n for n in Recipe.options() if n not in taken and getattr(recipe, n) != getattr(plain_recipe, n)]
+    if beside:
+        raise RecipeError(f"merge_heads: goes without {', '.join(beside)}; merge first, and compress what comes out.")
 
 
 # ---- what a caller says -> what a recipe holds -> what YAML holds ----------------------------------------------------

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bare import compress
-from torch import nn
+from torch import Tensor, nn
 
 from intrafusion import ModelError
 
@@ -31,8 +32,16 @@ def notes_of(**options: Any) -> tuple[str, ...]:
         ({"keep": 0.5, "min_channels": 7}, "min_channels=7 leaves groups as they are that keep would shrink: 2 (6);"),
         ({"keep": 1.0}, "keep=1.0 leaves every group as it is; give a smaller fraction."),
         ({"keep": 0.99, "include": "2", "min_channels": 6}, "min_channels=6 leaves every group as it is: 2 (6); "),
-        ({"keep": {"0": 0.5, "4": 0.5}}, "keep['4'] changes nothing: no group that can be reduced goes by it."),
-        ({"keep": {"*": 0.5, "2": 0.9}}, "keep['2'] changes nothing: no group that can be reduced goes by it."),
+        (
+            {"keep": {"0": 0.5, "4": 0.5}},
+            "keep['4'] changes nothing: no group that can be reduced goes by it (4: output ",
+        ),
+        (
+            {"keep": {"4": 0.5, "*": 1.0}},
+            "keep['4'] changes nothing: no group that can be reduced goes by it (4: output ",
+        ),
+        ({"keep": {"*": 0.5, "2": 0.9}}, "keep['2'] changes nothing: its groups go by '*', which comes first and so "),
+        ({"keep": {"*": 1.0, "2": 0.9}}, "keep['2'] changes nothing: its groups go by '*', which comes first and so "),
         ({"keep": 0.5, "include": ["0", "4"]}, "include '4' changes nothing: none of its channels can be "),
         ({"keep": 0.5, "exclude": "1"}, "exclude '1' changes nothing: these layers have no channels of "),
         ({"target": {"params": 1.0}}, "target {'params': 1.0}: no group becomes smaller."),
@@ -55,6 +64,45 @@ def test_an_option_that_changes_nothing_says_so(options: dict[str, Any], note: s
 )
 def test_options_with_effect_are_passed_over(options: dict[str, Any]) -> None:
     assert notes_of(**options) == ()
+
+
+class _Attention(nn.Module):
+    """Queries, keys and values take the width of a head from one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.q, self.k, self.v = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.o, self.head, self.width = nn.Linear(8, 8), nn.Linear(8, 2), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k, v = (layer(x).unflatten(-1, (2, self.width)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.head(self.o(mixed.reshape(*x.shape[:2], 2 * self.width)).relu())
+
+
+@pytest.mark.parametrize(
+    ("keep", "note", "sizes"),
+    [
+        ({"q": 0.5, "*": 1.0}, "q#{0,1}: cut in step with v#0, of which 100% were asked for; whole heads ", {}),
+        ({"k": 0.5, "stem": 1.0}, "q#{0,1}: cut in step with v#0, of which 100% were asked for; whole heads ", {}),
+        (
+            {"v*": 0.5, "q*": 0.75},
+            "v#{0,1}: cut in step with q#0, of which 75% were asked for; whole ",
+            {"q": 3, "v": 3},
+        ),
+        ({"v#0": 0.5, "*": 0.75}, "v#0: cut in step with q#0, of which 75% were asked for; whole ", {"q": 3, "v": 3}),
+    ],
+)
+def test_the_side_of_heads_that_is_cut_in_step_with_another_says_so(
+    keep: dict[str, float], note: str, sizes: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    plan = compress(_Attention(), torch.randn(2, 5, 3), keep).plan
+    (found,) = [text for text in plan.warnings if "in step" in text]
+    assert found.startswith(note)
+    assert {name.partition("#")[0]: m for name, m in plan.sizes.items() if "#" in name} == sizes
+    assert not any("give a smaller fraction" in text for text in plan.warnings)
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_steps_are_those_asked_for_else_eights_of_wide_groups() -> None:
     groups = [ChannelGroup("wide", 32, (), family=1), ChannelGroup("narrow", 31, (), family=2)]
     groups.append(ChannelGroup("heads", 64, (), kind="block", family=3))
     assert list_steps(groups, None) == {"wide": 8, "narrow": 1, "heads": 1}
-    assert list_steps(groups, 4) == {"wide": 4, "narrow": 4, "heads": 4}
+    assert list_steps(groups, 4) == {"wide": 4, "narrow": 4, "heads": 1}
     assert list_steps(groups, 1) == {"wide": 1, "narrow": 1, "heads": 1}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import Result
 from torch import nn
 
@@ -274,6 +275,61 @@ def test_blockwise_writes_a_folder_that_opens(program: Program, user_folder: Pat
     ],
 )
 def test_blockwise_says_what_it_takes(program: Program, bert: Path, options: str, message: str) -> None:
+    done = program(f"compress {options}")
+    assert done.exit_code != 0
+    assert message in " ".join(done.output.split())
+
+
+# ---- merged heads ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(user_folder: Path) -> Path:
+    """Eight query heads on four key/value heads."""
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=40, num_hidden_layers=2, max_position_embeddings=64, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained("llama")
+    return user_folder / "llama"
+
+
+def test_merged_heads_are_a_folder_that_opens_and_a_recipe_to_follow(llama: Path, program: Program) -> None:
+    result = program("compress hf:llama --merge-heads 2 --outputs logits -o small")
+    assert result.exit_code == 0, result.stderr
+    assert "4 -> 2 blocks" in result.stdout
+    opened = import_transformers().LlamaForCausalLM.from_pretrained("small").eval()
+    assert opened.config.num_key_value_heads == 2
+    assert opened.model.layers[0].self_attn.k_proj.weight.shape == (8, 32)
+    loaded = intrafusion.load("small")
+    assert torch.equal(loaded(IDS).logits, opened(IDS).logits)
+    assert yaml.safe_load((llama.parent / "small" / "recipe.yaml").read_text())["merge_heads"] == 2
+    again = program("compress hf:llama --recipe small/recipe.yaml -o again")
+    assert again.exit_code == 0, again.stderr
+    same = import_transformers().LlamaForCausalLM.from_pretrained("again").eval()
+    assert torch.equal(same(IDS).logits, opened(IDS).logits)
+
+
+def test_a_folder_with_merged_heads_is_compressed_further(llama: Path, program: Program) -> None:
+    assert program("compress hf:llama --merge-heads 2 --outputs logits -o merged").exit_code == 0
+    result = program("compress hf:merged --keep 0.5 --uniform --restore none -o small")
+    assert result.exit_code == 0, result.stderr
+    config = import_transformers().LlamaForCausalLM.from_pretrained("small").config
+    assert (config.num_key_value_heads, config.intermediate_size) == (2, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("hf:llama --merge-heads 2 --keep 0.5", "merge_heads: goes without keep; merge first"),
+        ("hf:llama --merge-heads 2 --target params=0.5", "merge_heads: goes without target; merge first"),
+        ("hf:llama --merge-heads 2 --reducer fold", "merge_heads: goes without reducer; merge first"),
+        ("hf:llama --merge-heads 2 --blockwise -o small", "--blockwise: does not go with --merge-heads"),
+        ("hf:llama --merge-heads 3 --outputs logits", "has 4; expected one of 4, 2, 1, got 3"),
+        ("hf:llama --merge-heads 2", "could share. model.layers.0.self_attn.q_proj#0: output of the network (past_key"),
+    ],
+)
+def test_merging_heads_says_what_it_takes(llama: Path, program: Program, options: str, message: str) -> None:
     done = program(f"compress {options}")
     assert done.exit_code != 0
     assert message in " ".join(done.output.split())

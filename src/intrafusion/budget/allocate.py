@@ -42,7 +42,7 @@ def allocate(
             close below.
         weights: of the costs, in one over their units.
         round_to: sizes are multiples of this, or the whole group; one number, or by group.
-        min_channels: smallest size of a group (of the whole group where it has fewer).
+        min_channels: smallest size of a group (of the whole group where it has fewer); of whole blocks it is one.
     Returns:
         sizes; where even the smallest ones cost more than the budget, those.
     Raises:
@@ -84,7 +84,7 @@ class _Unit:
         self.size = groups[0].size // groups[0].multiple  # of a group whose multiple is 1
         self.curve = torch.stack([curves[g.name].double().cpu()[:: g.multiple] for g in groups]).sum(0)
         self.round_to = round_to or 1
-        self.least = min(self.size, least_size(min_channels, round_to))
+        self.least = min(self.size, least_size(min_channels, round_to)) if groups[0].is_channel else 1
         self.version = 0
 
     def smaller(self, m: int, coarse: bool) -> int | None:

@@ -66,10 +66,10 @@ class Cost:
             None where a network had other products than the original.
         """
         products = _find_changes(graph, whole, tried)
-        return None if products is None else cls._of_changes(graph, products)
+        return None if products is None else cls.of_changes(graph, products)
 
     @classmethod
-    def _of_changes(cls, graph: ChannelGraph, products: Sequence[_Product]) -> Cost:
+    def of_changes(cls, graph: ChannelGraph, products: Sequence[_Product]) -> Cost:
         """Of products whose factors are known to change with groups; equal ones become one part."""
         count: dict[_Product, int] = defaultdict(int)
         for product in products:
@@ -136,7 +136,7 @@ def costs_of_results(
         return None
     costs, shared = [], weights.scaled(unit).parts
     for moment in map(sorted, whole.moments):
-        own = Cost._of_changes(graph, [results[index] for index in moment])
+        own = Cost.of_changes(graph, [results[index] for index in moment])
         parts = *own.scaled(unit).parts, *shared
         costs.append(Cost(own.sizes, parts, (own.constant + weights.constant) * unit))
     return tuple(costs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from intrafusion.budget.uniform import find_pattern, uniform_sizes
@@ -29,9 +30,10 @@ def explain_idle_sizes(
     shrinking = [g for g in groups if by_keep[g.name] < g.size]
     if not shrinking:
         idle = f"keep={recipe.keep!r} leaves every group as it is; give a smaller fraction."
-        return tuple(_held_twins(groups, graph, recipe)) or (idle,)
+        told = *_held_twins(groups, graph, recipe), *_idle_patterns(groups, graph, recipe.keep, below=1.0)
+        return told or (idle,)
     return (
-        *_idle_patterns(groups, recipe.keep),
+        *_idle_patterns(groups, graph, recipe.keep),
         *_idle_limits(shrinking, sizes, graph, recipe),
         *_held_twins(groups, graph, recipe),
     )
@@ -58,13 +60,26 @@ def _say_stopped(option: str, stopped: Sequence[ChannelGroup], shrinking: Sequen
     return f"{option} leaves {whole}: {names}{more}; give {remedy}, or keep less."
 
 
-def _idle_patterns(groups: Iterable[ChannelGroup], keep: float | Mapping[str, float]) -> Iterable[str]:
-    """Patterns that no group goes by which can shrink."""
+def _idle_patterns(
+    groups: Sequence[ChannelGroup], graph: ChannelGraph, keep: float | Mapping[str, float], below: float = math.inf
+) -> Iterable[str]:
+    """Patterns, of fractions below some, that no group goes by which can shrink."""
     if isinstance(keep, Mapping):
         used = {find_pattern(group, keep) for group in groups}
-        for pattern in keep:
-            if pattern not in used:
-                yield f"keep[{pattern!r}] changes nothing: no group that can be reduced goes by it."
+        for pattern, fraction in keep.items():
+            if pattern not in used and fraction < below:
+                yield f"keep[{pattern!r}] changes nothing: {_explain_pattern(pattern, groups, graph, keep)}."
+
+
+def _explain_pattern(
+    pattern: str, groups: Iterable[ChannelGroup], graph: ChannelGraph, keep: Mapping[str, float]
+) -> str:
+    """Why no group goes by a pattern: others stand before it, or what it names stays for a reason of its own."""
+    before = [find_pattern(g, keep) for g in groups if find_pattern(g, [pattern])]
+    if before:
+        return f"its groups go by {name_some(list(dict.fromkeys(map(repr, before))))}, which comes first and so counts"
+    stays = next((g for g in graph.groups if g.reason and find_pattern(g, [pattern])), None)
+    return "no group that can be reduced goes by it" + (f" ({stays.name}: {stays.reason})" if stays else "")
 
 
 def _held_twins(groups: Sequence[ChannelGroup], graph: ChannelGraph, recipe: Recipe) -> Iterable[str]:
@@ -75,7 +90,7 @@ def _held_twins(groups: Sequence[ChannelGroup], graph: ChannelGraph, recipe: Rec
         patterns = {g.name: find_pattern(g, recipe.keep) for g in twins}
         shares = {name: 1.0 if pattern is None else recipe.keep[pattern] for name, pattern in patterns.items()}
         most = max(twins, key=lambda g: shares[g.name])
-        held = [g for g in twins if g.multiple != most.multiple and shares[g.name] < shares[most.name]]
+        held = [g for g in twins if shares[g.name] < shares[most.name]]
         if held:
             names, offer = name_some([g.name for g in held]), offer_blocks(held[0], graph)
             yield f"{names}: cut in step with {most.name}, of which {shares[most.name]:.0%} were asked for{offer}."

@@ -14,10 +14,10 @@ def list_steps(groups: Sequence[ChannelGroup], round_to: int | None) -> dict[str
     """The multiples that the sizes of groups are of, by name.
 
     Args:
-        round_to: one for all of them; None for the default, 8 where a group has 32 channels or more.
+        round_to: one for all but whole blocks; None for the default, 8 where a group has 32 channels or more.
     """
     if round_to is not None:
-        return {g.name: round_to for g in groups}
+        return {g.name: round_to if g.is_channel else 1 for g in groups}
     families = families_of(groups)
     wide = [all(g.is_channel and g.size // g.multiple >= WIDE for g in twins) for twins in families]
     return {g.name: STEP if bears else 1 for twins, bears in zip(families, wide, strict=True) for g in twins}

@@ -21,8 +21,10 @@ from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.state import preserve_state
+from intrafusion.observe.whole_blocks import flatten_blocks
 from intrafusion.plan import Plan
 from intrafusion.recipe import Recipe
+from intrafusion.reduce.eliminate import eliminate, unit_map
 from intrafusion.reduce.pivot import Pivot
 from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
 from intrafusion.reduce.telling import Telling
@@ -47,6 +49,7 @@ class Sensitivity:
         scores: importance of the channels, (n,) by group.
         moments: what is read of them, by group, where that is known.
         calibration: what errors are measured on; without one, the example inputs.
+        blocks: groups of whole blocks that may be cut beside the channels; what is read of these is known too.
         literals: numbers in attributes that follow the sizes.
         teller: what reduces the groups, and tells beforehand what that loses.
         solves: whether layers will be solved on what the calibration holds.
@@ -58,6 +61,7 @@ class Sensitivity:
     moments: Mapping[str, Moments]
     calibration: Calibration | None
     example_inputs: Inputs
+    blocks: Sequence[ChannelGroup] = ()
     literals: Literals | None = None
     teller: Telling = field(default_factory=lambda: Pivot(rotate=False))
     solves: bool = False
@@ -68,9 +72,10 @@ class Sensitivity:
         r"""Predicted errors when a group alone keeps k of its n channels, (n + 1,) for k = 0..n, by group.
 
         The shape of a curve is the share of the consumers' signal that the first k pivots, or directions, cannot tell
-        (or, where no layer that reads the group was seen, the share of the importance given up). Its height is
-        measured: the group is cut alone, its consumers make up for the rest as well as they can, and the output is
-        compared on a few images, from which nothing was learnt of what is read of the channels. Twins are cut together.
+        (or, where no layer that reads the group was seen, the share of the importance given up); of whole blocks, what
+        eliminating them one after another loses. Its height is measured: the group is cut alone, its consumers make up
+        for the rest as well as they can, and the output is compared on a few images, from which nothing was learnt of
+        what is read of the channels. Twins are cut together.
 
         Two opinions: one has the height at half the channels, the other at seven eighths as well, since an output that
         is off by all it says cannot get worse: half a stream does not tell what a tenth of it does. The first is closer
@@ -92,8 +97,12 @@ class Sensitivity:
         return {name: fit_curve(shape, at(g)) for g, (name, shape) in zip(twins, shapes.items(), strict=True)}
 
     def _find_shape(self, group: ChannelGroup) -> Tensor:
-        problem = _pose(group, self.scores[group.name], group.size, self.moments.get(group.name))
-        return _find_shape(problem, self.teller)
+        """Falls from 1 for no channel, or block, to 0 for all, (n + 1,)."""
+        moments, scores = self.moments.get(group.name), self.scores[group.name]
+        if not group.is_channel and moments is not None:
+            return eliminate(moments, len(moments.reader) // group.size).losses
+        losses = self.teller.list_losses(_pose(group, scores, group.size, moments))
+        return _share_given_up(scores) if losses is None else losses
 
     def _find_height(self, twins: Sequence[ChannelGroup], sizes: Mapping[str, int]) -> float:
         """The error with these groups cut; measured once for all targets on one calibration."""
@@ -157,8 +166,12 @@ class Sensitivity:
 
     def _find_maps(self, sizes: Mapping[str, int]) -> dict[str, ReductionMap]:
         smaller, moments = [g for g in self.graph.groups if sizes.get(g.name, g.size) < g.size], self._probe.moments
-        pose = lambda g: _pose(g, self.scores[g.name], sizes[g.name], moments.get(g.name))  # noqa: E731
-        return {g.name: self.teller(pose(g)) for g in smaller}
+        return {g.name: self._find_map(g, sizes[g.name], moments.get(g.name)) for g in smaller}
+
+    def _find_map(self, group: ChannelGroup, m: int, moments: Moments | None) -> ReductionMap:
+        if not group.is_channel and moments is not None:
+            return unit_map(moments, group.size, m)
+        return self.teller(_pose(group, self.scores[group.name], m, moments))
 
     @property
     def _reference(self) -> nn.Module:
@@ -180,7 +193,11 @@ class Sensitivity:
         if apart is None:
             apart, rest = _part_images(self.calibration.images)
             if moments and rest is not apart:
-                moments = replace(self.calibration, images=rest, _moments={}).moments_of(self.graph)
+                others = replace(self.calibration, images=rest, _moments={})
+                moments = {
+                    **others.moments_of(self.graph),
+                    **others.moments_of(flatten_blocks(self.graph, self.blocks)),
+                }
         first, second = (self._run(half) for half in _halve_images(apart))
         return _Probe(moments, first, second, rest)
 
@@ -204,13 +221,13 @@ def halve(groups: Iterable[ChannelGroup]) -> dict[str, int]:
 def _cut_little(twins: Sequence[ChannelGroup]) -> dict[str, int]:
     """An eighth of the channels fewer, at least one, twins in step."""
     n = twins[0].size // twins[0].multiple
-    return size_twins(twins, n - max(1, n // _EIGHTH))
+    return size_twins(twins, max(1, n - max(1, n // _EIGHTH)))
 
 
 def _is_told(shape: Tensor, m: int, heights: Mapping[int, float]) -> bool:
     """Whether an error is measured where about as much is lost as with m channels, or m loses nothing."""
     close = lambda k: max(shape[k], shape[m]) <= _CLOSE * min(shape[k], shape[m])  # noqa: E731
-    return bool(shape[m] <= _NOTHING) or m in heights or any(bool(close(k)) for k in heights)
+    return bool(heights) and (bool(shape[m] <= _NOTHING) or m in heights or any(bool(close(k)) for k in heights))
 
 
 def fit_curve(shape: Tensor, heights: Mapping[int, float]) -> Tensor:
@@ -315,12 +332,9 @@ def _pose(group: ChannelGroup, scores: Tensor, m: int, moments: Moments | None) 
     return ReductionProblem(scores[:, None], scores, m, moments=moments, linear=group.linear, rotation=group.rotation)
 
 
-def _find_shape(problem: ReductionProblem, teller: Telling) -> Tensor:
-    """Falls from 1 for no channel to 0 for all, (n + 1,)."""
-    losses = teller.list_losses(problem)
-    if losses is not None:
-        return losses
-    ranked = problem.importance.clamp(min=0).sort(descending=True).values
+def _share_given_up(scores: Tensor) -> Tensor:
+    """Of the importance, with the k most important channels kept, for k = 0..n."""
+    ranked = scores.clamp(min=0).sort(descending=True).values
     return 1 - torch.cat([ranked.new_zeros(1), ranked.cumsum(0)]) / ranked.sum().clamp(min=1e-300)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -88,14 +88,15 @@ def sizes_for_target(
     groups, literals = _find_shrinkable(reference, groups)
     sensitivity = replace(sensitivity, literals=literals) if literals.learned else sensitivity
     sizes, notes, refused = Sizes(), (), {}
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS + any(not g.is_channel for g in groups)):
         opinions = sensitivity.list_curves(groups)
         search = _Search.of(model, graph, groups, opinions[0], recipe, inputs, limits, literals)
         sizes, notes = search.find(sensitivity, opinions)
         refused = _try_sizes(reference, sizes).rolled_back
         if not refused:
             return sizes, (*kept, *notes)
-        groups = [g for g in groups if g.name not in refused]
+        around = _find_cut_blocks(groups, sizes, refused)
+        groups = [g for g in groups if g.name not in (around or refused)]
     stuck = f"{MISSED}groups do not shrink to the sizes that it takes: {', '.join(refused)}."
     return sizes, (*kept, *notes, stuck)
 
@@ -349,7 +350,7 @@ class _Search:
         """One channel, or one of the multiples that sizes are of, more or less."""
         whole, m = (n // twins[0].multiple for n in (twins[0].size, sizes[twins[0].name]))
         step = self.steps[twins[0].name]
-        least = min(whole, least_size(self.recipe.min_channels, step))
+        least = min(whole, least_size(self.recipe.min_channels, step)) if twins[0].is_channel else 1
         m = min(whole, (m // step + 1) * step) if up else max(least, (m - 1) // step * step)
         return {**sizes, **size_twins(twins, m)}
 
@@ -436,9 +437,29 @@ class _Search:
 
 
 def _find_shrinkable(reference: Reference, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], Literals]:
-    """The groups that would not be rolled back if all were halved, and which numbers in attributes follow."""
-    surgery = _try_sizes(reference, halve(groups))
-    return [g for g in groups if g.name not in surgery.rolled_back], surgery.literals
+    """The groups that would not be rolled back if all were halved, and which numbers in attributes follow.
+
+    Whole blocks are tried beside the channels, so that none of these stays for their sake.
+    """
+    surgery = _try_sizes(reference, halve(g for g in groups if g.is_channel))
+    channels = [g for g in groups if g.is_channel and g.name not in surgery.rolled_back]
+    blocks = [g for g in groups if not g.is_channel]
+    while blocks:
+        fewer = {g.name: g.size - max(1, g.size // 4) for g in blocks}  # another share: a number may count either
+        halves = {**halve(channels), **fewer}
+        together = _try_sizes(reference, halves)
+        if not together.rolled_back:
+            return [g for g in groups if g in channels or g in blocks], together.literals
+        stuck = _find_cut_blocks([*channels, *blocks], halves, together.rolled_back) or halves.keys()
+        blocks = [g for g in blocks if g.name not in stuck]
+    return channels, surgery.literals
+
+
+def _find_cut_blocks(groups: Sequence[ChannelGroup], sizes: Mapping[str, int], refused: Container[str]) -> set[str]:
+    """Whole blocks that are cut and share tensors with groups that were refused, which stay in their place."""
+    tensors = {m.tensor for g in groups if g.name in refused for m in g.members}
+    cut = [g for g in groups if not g.is_channel and sizes.get(g.name, g.size) < g.size]
+    return {g.name for g in cut if any(m.tensor in tensors for m in g.members)}
 
 
 def _try_sizes(reference: Reference, sizes: Mapping[str, int]) -> Surgery:

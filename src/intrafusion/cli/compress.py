@@ -133,6 +133,10 @@ def compress_command(
             "can be rotated; that adds parameters.",
         ),
     ] = None,
+    merge_heads: Annotated[
+        int | None,
+        count_option("Instead of --keep: so many key/value heads are left, each made of several; nothing else is cut."),
+    ] = None,
     memory: Memory = None,
     blockwise: Annotated[
         bool,
@@ -190,7 +194,7 @@ def compress_command(
 
 _WHOLE = (
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
-    *("as_json", "strict", "memory"),
+    *("as_json", "strict", "memory", "merge_heads"),
 )
 """Options that a network block by block does not take."""
 _FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument
@@ -277,10 +281,10 @@ def read_recipe(file: Path | None, options: dict[str, Any], normalization: str |
     chosen = {name: _READERS.get(name, _same)(said) for name, said in options.items() if said not in (None, [])}
     if normalization and not file:
         chosen.setdefault("reducer", "intrafusion")
-    if "target" in chosen or (recipe.target and "keep" not in chosen):
-        stated["keep"] = None  # the sizes come from the target, unless a keep is given now
+    if {"target", "merge_heads"} & chosen.keys() or ((recipe.target or recipe.merge_heads) and "keep" not in chosen):
+        stated["keep"] = None  # the sizes come from the target, or the heads, unless a keep is given now
     elif "keep" in chosen:
-        stated["target"] = None
+        stated["target"] = stated["merge_heads"] = None
     recipe = Recipe.of(**stated | chosen)
     recipe = replace(recipe, reducer=_with_normalization(recipe.reducer, normalization)) if normalization else recipe
     recipe.refuse_foreign()

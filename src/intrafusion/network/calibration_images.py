@@ -199,8 +199,9 @@ class Calls:
     def _tell_of_labels(self, batch: Sequence[Any]) -> None:
         """What was taken for labels, and looks like another argument."""
         first, second = (*batch, None, None)[:2]
-        both = isinstance(first, (Tensor, np.ndarray)) and isinstance(second, (Tensor, np.ndarray))
-        if both and first.shape == second.shape and len(self.names) > 1 and self.names[1] not in _LABELS:
+        if not isinstance(first, (Tensor, np.ndarray)) or not isinstance(second, (Tensor, np.ndarray)):
+            return
+        if first.shape == second.shape and len(self.names) > 1 and self.names[1] not in _LABELS:
             self.notes["second"] = (
                 "images: of each batch the first entry was given to the network, and the second was taken for labels, "
                 f"as the example inputs have one argument; where it is {self.names[1]}, give it in the example too"

@@ -13,6 +13,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import RecipeError
 from intrafusion.network.gram import find_scale
 from intrafusion.reduce.problem import Moments, ReductionMap
+from intrafusion.reduce.select import selection_map
 from intrafusion.reduce.sweep import sweep
 from intrafusion.reduce.telling import Telling, least_squares_map
 
@@ -94,6 +95,15 @@ def eliminate(moments: Moments, size: int = 1, *, strength: float = _STRENGTH) -
         lost = torch.cat([scores.new_zeros(1), scores.clamp(min=0).cumsum(0)])
         done[size, strength] = Elimination(order, lost.flip(0))
     return done[size, strength]
+
+
+def unit_map(moments: Moments, units: int, m: int) -> ReductionMap:
+    """The selection of those m of n units, such as heads, that go last.
+
+    Args:
+        moments: of all channels, unit by unit.
+    """
+    return selection_map(eliminate(moments, len(moments.reader) // units).kept(m), units)
 
 
 def _eliminate(moments: Moments, size: int, strength: float) -> tuple[Tensor, Tensor]:

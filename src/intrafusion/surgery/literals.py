@@ -35,6 +35,7 @@ _PART_TRIES = 12  # for some groups of these
 _ALL_TRIES = 96  # and in all
 _OPTIONS = 12  # at one failure
 _END = 1 << 40  # more than any network has calls of modules
+_SUM, _ORIGINS = "tensor", frozenset(["channel", "block", "tensor"])  # of a size
 _IN_VAIN = 3  # failures at one place that nothing mended, after which they are not looked at again
 
 Place = tuple[str, str]
@@ -45,11 +46,23 @@ Numbers = Mapping[Place, int]
 
 
 class _Change(NamedTuple):
-    """A size that became another. scope: the smallest module around all groups that made it so."""
+    """A size that became another.
+
+    scope: the smallest module around all groups that made it so; origin: the kind of the group that has this size, or
+    that it is a dimension of a tensor, to which several may add up.
+    """
 
     old: int
     new: int
     scope: str
+    origin: str
+
+
+class _Lesson(NamedTuple):
+    """How numbers of one kind followed: groups inside the module, and what is as large as the number: see `_Change`."""
+
+    inside: bool
+    origins: frozenset[str]
 
 
 _Targets = dict[int, bool]
@@ -121,15 +134,14 @@ class Literals:
     """Searches numbers that make smaller networks of one original right, and remembers which kinds of them did.
 
     Attributes:
-        learned: (class of a module, place) of numbers that had to follow before: tried first; and whether they followed
-            groups inside the module.
+        learned: (class of a module, place) of numbers that had to follow before: tried first; and what they followed.
         in_vain: how often nothing led past a place in the code; the empty place: where nothing failed to run.
     """
 
     model: nn.Module
     graph: ChannelGraph
     inputs: Inputs
-    learned: dict[tuple[type, str], bool] = field(default_factory=dict)
+    learned: dict[tuple[type, str], _Lesson] = field(default_factory=dict)
     in_vain: Counter[tuple[tuple[int, int], ...]] = field(default_factory=Counter)
     left: int = _ALL_TRIES
 
@@ -189,7 +201,8 @@ class Literals:
         """
         if self.learned:
             search = _Search(self, small, self._find_changes(small, sizes), self.run, _PART_TRIES)
-            make_repairs_(small, self.repairs(search.run_from(search.recall()) or {}))
+            found = search.run_from(search.recall())
+            make_repairs_(small, self.repairs((search.run_from({}) if found is None else found) or {}))
 
     def run(self, small: nn.Module, _: tuple[Repair, ...]) -> Breakdown | None:
         """What goes wrong where a network is simply called: it fails, or gives outputs of other shapes."""
@@ -217,12 +230,12 @@ class Literals:
         for group in reduced:
             modules = {member.module for member in group.members}
             for member in group.members:
-                changes[member.module].add(_Change(group.size, sizes[group.name], find_scope(modules)))
+                changes[member.module].add(_Change(group.size, sizes[group.name], find_scope(modules), group.kind))
                 around[member.tensor, member.dim] |= modules
         for name, tensor in named_tensors(small).items():
             for dim, (old, new) in enumerate(zip(self.shapes[name], tensor.shape, strict=False)):
                 if old != new:
-                    changes[name.rpartition(".")[0]].add(_Change(old, new, find_scope(around[name, dim])))
+                    changes[name.rpartition(".")[0]].add(_Change(old, new, find_scope(around[name, dim]), _SUM))
         return changes
 
 
@@ -297,16 +310,25 @@ class _Search:
         """Numbers of the kinds that had to follow before."""
         learned = self.known.learned
         places = [(n, p) for n, own in self.numbers.items() for p in own if self._kind((n, p)) in learned]
-        wanted = {(n, p): self._find_likely(n, p, inside=learned[self._kind((n, p))]) for n, p in places}
+        wanted = {place: self._find_likely(*place, *learned[self._kind(place)]) for place in places}
         return {place: n for place, n in wanted.items() if n is not None}
 
-    def find_kinds(self, numbers: Numbers) -> dict[tuple[type, str], bool]:
-        """The kinds of these numbers, and whether they follow groups inside their modules."""
-        return {self._kind(place): self.find_targets(*place, own=True).get(n, False) for place, n in numbers.items()}
+    def find_kinds(self, numbers: Numbers) -> dict[tuple[type, str], _Lesson]:
+        """The kinds of these numbers, and what they follow."""
+        return {self._kind(place): self._find_lesson(place, n) for place, n in numbers.items()}
 
-    def _find_likely(self, name: str, place: str, *, inside: bool) -> int | None:
+    def _find_lesson(self, place: Place, new: int) -> _Lesson:
+        old, changes = self.numbers[place[0]][place[1]], self._changes_in(place[0])
+        inside = self.find_targets(*place, own=True).get(new, False)
+        for find in (_follow, _follow_in_proportion):
+            origins = {c.origin for c in changes if any(n == new for n, _ in find(old, [c]))}
+            if origins:
+                return _Lesson(inside, _ORIGINS if _SUM in origins else frozenset(origins))
+        return _Lesson(inside, _ORIGINS)
+
+    def _find_likely(self, name: str, place: str, inside: bool, origins: frozenset[str] = _ORIGINS) -> int | None:
         """What a number becomes where it follows as one of its kind did; None where there is nothing for it to."""
-        targets = self.find_targets(name, place, own=True)
+        targets = self.find_targets(name, place, own=True, origins=origins)
         return next((n for n, is_inside in targets.items() if is_inside or not inside), None)
 
     def _try(self, numbers: Numbers) -> Numbers | Breakdown:
@@ -405,12 +427,14 @@ class _Search:
         for other, own in self.numbers.items():
             if other != name and type(self.known.modules[other]) is type(self.known.modules[name]):
                 for place in choice.keys() & own.keys():
-                    likely = self._find_likely(other, place, inside=inside[place])
+                    likely = self._find_likely(other, place, inside[place])
                     if likely is not None and (other, place) not in numbers:
                         option[other, place] = likely
         return option
 
-    def find_targets(self, name: str, place: str, *, own: bool = False, exact: bool = False) -> _Targets:
+    def find_targets(
+        self, name: str, place: str, *, own: bool = False, exact: bool = False, origins: frozenset[str] = _ORIGINS
+    ) -> _Targets:
         """What a number of a module may become: the new sizes of what had its size, from the nearest module that has.
 
         Else in proportion to a size that it is a multiple or a fraction of. What groups make it that lie inside the
@@ -419,12 +443,13 @@ class _Search:
         Args:
             own: look no further than the module itself and what is in it.
             exact: nothing in proportion.
+            origins: of the sizes that it may follow.
         """
         old = self.numbers[name][place]
         scopes = [name] if own else _list_ancestors(name)
         for find in (_follow,) if exact else (_follow, _follow_in_proportion):
             for scope in scopes:
-                if found := find(old, self._changes_in(scope)):
+                if found := find(old, [c for c in self._changes_in(scope) if c.origin in origins]):
                     inside = {n: any(is_inside(s, name) for m, s in found if m == n) for n, _ in found}
                     return dict(sorted(inside.items(), key=lambda item: (not item[1], item[0])))
         return {}

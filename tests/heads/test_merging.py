@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion.errors import BudgetError, ModelError, PlanError
+from intrafusion.errors import BudgetError, ModelError, PlanError, RecipeError
 from intrafusion.measure.closeness import Closeness, Yardstick
 from intrafusion.merge import merge_heads
 from intrafusion.network.sources import import_transformers
@@ -170,6 +170,41 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert intrafusion.Plan.from_json(small.plan.to_json(), small.plan.maps) == small.plan
     with pytest.raises(PlanError, match=r"group 'attention.key:merged' is not the same here"):
         intrafusion.apply(model, small.plan, X[:2])
+
+
+def test_merging_is_an_option_of_compress_and_of_its_recipe() -> None:
+    """Of the seed alone, and written down, so that it can be done again."""
+    model = Network().eval()
+    small = intrafusion.compress(model, X[:2], merge_heads=2, inputs=X)
+    assert all(
+        map(torch.equal, small.model.state_dict().values(), merge_heads(model, X[:2], 2, X).model.state_dict().values())
+    )
+    recipe = intrafusion.Recipe.from_yaml(small.plan.recipe.to_yaml())
+    assert recipe == small.plan.recipe
+    assert recipe.merge_heads == 2
+    graph = intrafusion.inspect(model, X[:2])
+    with pytest.raises(RecipeError, match="merge_heads: no plan merges heads"):
+        intrafusion.decide(model, graph, recipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.5}, "merge_heads: goes without keep; merge first, and compress what comes out"),
+        ({"target": {"params": 0.5}}, "merge_heads: goes without target"),
+        ({"round_to": 8, "exclude": "first"}, "merge_heads: goes without round_to, exclude"),
+        ({"restore": None}, "merge_heads: goes without restore"),
+        ({"inplace": True}, "merge_heads: expected a copy to be made, got inplace=True too"),
+    ],
+)
+def test_options_that_merging_does_not_take_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        intrafusion.compress(Network().eval(), X[:2], merge_heads=2, inputs=X, **options)
+
+
+def test_a_number_of_heads_that_is_none_is_refused() -> None:
+    with pytest.raises(BudgetError, match="merge_heads: expected a whole number >= 1, got 0"):
+        intrafusion.compress(Network().eval(), X[:2], merge_heads=0, inputs=X)
 
 
 def test_a_configuration_says_how_many_heads_there_are_and_masks_count(tmp_path: Path) -> None:

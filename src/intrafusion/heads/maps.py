@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intrafusion.merge.heads import Heads, KeyPart
+from intrafusion.heads.find import Heads, KeyPart
 from intrafusion.reduce.principal import principal_map
 from intrafusion.reduce.problem import Moments
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from intrafusion.merge.maps import as_matrix, merge_pair, merge_rows, pair_up
+from intrafusion.heads.maps import as_matrix, merge_pair, merge_rows, pair_up
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
