@@ -17,7 +17,8 @@ from intrafusion import ChannelGraph, ChannelGroup, PlanError, Role
 from intrafusion.importance.features import linear_rows
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce import ReductionMap, selection_map
-from intrafusion.surgery.maps import find_picks, hollow_, reduce_weights
+from intrafusion.reduce.problem import find_picks
+from intrafusion.surgery.maps import hollow_, reduce_weights
 from intrafusion.surgery.write import Repair, find_repairs, write_weights_
 from intrafusion.trace import trace
 
