@@ -65,18 +65,27 @@ class Memory:
         with torch.inference_mode(False):
             for step in self.steps:
                 step()
-            for mapping in filter(len, self.empty):
-                mapping.clear()
+            for mapping in self.empty:
+                _empty_(mapping)
 
     @property
     def rebound(self) -> bool:
         """Whether modules now hold other objects, in attributes or deeper, as where a state is kept between calls."""
-        return any(map(len, self.empty)) or any(changed() for changed in self.changed) or any(
-            not _same_items({k: v for k, v in vars(m).items() if k != "training"}, own) for m, own in self.attributes
+        return (
+            any(map(len, self.empty))
+            or any(changed() for changed in self.changed)
+            or any(
+                not _same_items({k: v for k, v in vars(m).items() if k != "training"}, own)
+                for m, own in self.attributes
+            )
         )
 
     def _remember(self, value: Any) -> None:
-        if type(value) in _ATOMS or id(value) in self.seen:
+        kind = type(value)
+        if kind in _ATOMS or id(value) in self.seen:
+            return
+        if kind in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None):
+            self.empty.append(value)
             return
         self.seen.add(id(value))
         self.kept.append(value)
@@ -131,9 +140,6 @@ class Memory:
         self._each(before.values())
 
     def _remember_mapping(self, found: MutableMapping[Any, Any]) -> None:
-        if type(found) in (dict, OrderedDict) and not found and not getattr(found, "__dict__", None):
-            self.empty.append(found)
-            return
         try:
             before = list(found.items())
         except Exception:  # a mapping that computes its items
@@ -196,6 +202,13 @@ class Memory:
             self.steps.append(functools.partial(value.setstate, value.getstate()))
         elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, _WITHOUT_STATE):
             self._remember_dict(value.__dict__)
+
+
+def _empty_(mapping: MutableMapping[Any, Any]) -> None:
+    if mapping:
+        mapping.clear()
+    if getattr(mapping, "__dict__", None):
+        vars(mapping).clear()
 
 
 _ATOMS = frozenset([int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device])

@@ -113,7 +113,7 @@ class ReductionMap:
 
     @cached_property
     def picked(self) -> Tensor | None:
-        """Which old channel each new one is (m,), where merge only picks; it is looked for once, not by every member."""
+        """Which old channel each new one is (m,), where merge only picks; looked for once, not by every member."""
         return find_picks(self.merge)
 
     @cached_property

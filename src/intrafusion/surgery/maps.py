@@ -66,7 +66,7 @@ def _find_mixed(groups: Sequence[ChannelGroup], maps: Mapping[str, ReductionMap]
 def _is_picked(
     norm: FoldableNorm, groups: Sequence[ChannelGroup], mixed: set[str], weights: Mapping[str, Tensor]
 ) -> bool:
-    """Whether every tensor of a norm keeps the same entries as they are, and no channel has gamma = 0: nothing to fold."""
+    """Whether every tensor of a norm keeps the same entries as they are, no gamma of 0 among them: nothing to fold."""
     names = norm_tensors(norm)
     if mixed & set(names) or (norm.weight is not None and not bool(weights[norm.weight].all())):
         return False
@@ -126,7 +126,7 @@ def _remap(
 
 
 def _pick(tensor: Tensor, picks: Sequence[tuple[Member, np.ndarray]]) -> Tensor:
-    """A tensor of which each member keeps the chosen channels, at its group's first places: one copy for a dimension."""
+    """A tensor of which each member keeps the chosen channels, at its group's first places: one copy a dimension."""
     for dim in dict.fromkeys(m.dim for m, _ in picks):
         source, keep = np.arange(tensor.shape[dim]), np.ones(tensor.shape[dim], bool)
         for member, chosen in picks:

@@ -248,11 +248,11 @@ def _prove_rotations(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGr
     return _keep_rotations(graph, list(found.values()), errors)
 
 
-def _keep_rotations(
-    graph: ChannelGraph, passed: Sequence[ChannelGroup], errors: Mapping[str, float]
-) -> ChannelGraph:
+def _keep_rotations(graph: ChannelGraph, passed: Sequence[ChannelGroup], errors: Mapping[str, float]) -> ChannelGraph:
     found = {g.name: g.rotation for g in passed}
-    groups = (replace(g, rotation=found[g.name]) if g.name in found else _leave_unrotated(g, errors) for g in graph.groups)
+    groups = (
+        replace(g, rotation=found[g.name]) if g.name in found else _leave_unrotated(g, errors) for g in graph.groups
+    )
     return replace(graph, groups=tuple(groups))
 
 
