@@ -1,6 +1,7 @@
 """Claim: tracing costs about what Torch-Pruning's dependency graph costs; what a whole compression costs beside it.
 
 Ratios of medians, both sides measured in turn in the same run on the same network and input:
+  inspect   intrafusion.inspect (the trace and the proof of every group, in float64, on two inputs) against the same.
   trace     intrafusion.trace (labels, groups, the forward pass included) against DependencyGraph.build_dependency plus
             get_all_groups (its forward pass included), at 224 pixels.
   compress  intrafusion.compress (trace, proof by permutation, transport, surgery, second trace) and its share without
@@ -79,12 +80,10 @@ def trace_records(names: tuple[str, ...], repeats: int) -> list[Record]:
         with torch.no_grad():
             model(x)
             forward = min(seconds(lambda m=model, v=x: m(v)) for _ in range(3))
-        found = compare(lambda m=model, v=x: trace(m, v), lambda m=model, v=x: their_graph(m, v), repeats)
-        records.append(
-            Record(
-                "speed", {"what": "trace", "network": name, "pixels": 224}, {**found, "forward_s": round(forward, 4)}
-            )
-        )
+        for what, ours in (("trace", trace), ("inspect", intrafusion.inspect)):
+            found = compare(lambda m=model, v=x, f=ours: f(m, v), lambda m=model, v=x: their_graph(m, v), repeats)
+            setting = {"what": what, "network": name, "pixels": 224}
+            records.append(Record("speed", setting, {**found, "forward_s": round(forward, 4)}))
     return records
 
 

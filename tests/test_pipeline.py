@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +77,30 @@ def test_the_same_seed_gives_the_same_bytes(reducer: Any, order: str) -> None:
     assert not same(
         state(first.model), state(compress(residual(), X, 0.5, reducer=reducer, importance=Random(1)).model)
     )
+
+
+_THREADS = """
+import hashlib, torch, intrafusion
+from intrafusion.lab import zoo
+torch.manual_seed(0)
+model, x = zoo.build("cifar10_resnet20").eval(), zoo.example_input("cifar10_resnet20")
+print(torch.get_num_threads())
+for reducer in ("select", "intrafusion"):
+    small = intrafusion.compress(model, x, 0.5, reducer=reducer, restore=None)
+    print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in small.model.state_dict().values())).hexdigest())
+"""
+
+
+def test_two_threads_give_the_same_bytes_as_one_where_nothing_is_solved() -> None:
+    run = [sys.executable, "-c", _THREADS]
+    texts = [
+        subprocess.run(run, env={**os.environ, "OMP_NUM_THREADS": n}, capture_output=True, text=True, check=True).stdout
+        for n in ("1", "2")
+    ]
+    (_, *one), (threads, *two) = (text.split() for text in texts)
+    assert len(one) == 2
+    assert threads == "2"
+    assert one == two
 
 
 @pytest.mark.parametrize(

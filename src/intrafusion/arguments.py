@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import os
 import types
@@ -78,10 +79,18 @@ def _guard(function: Any, annotated: Any, where: str, leaving: Collection[str]) 
     """The function, which is called once its arguments are what `annotated` says."""
     signature = inspect.signature(function)
     hints = functools.cache(lambda: get_type_hints(annotated, include_extras=True))
+    names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = {p.name for p in signature.parameters.values() if p.default is p.empty}
+    plain_names = frozenset(names) if len(names) == len(signature.parameters) else frozenset()
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for name, value, hint in _pair_with_hints(_bind(signature, args, kwargs), hints()):
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if len(given) == len(args) + len(kwargs) and needed <= given.keys() <= plain_names:
+            pairs = [(name, value, hints()[name]) for name, value in given.items() if name in hints()]
+        else:
+            pairs = _pair_with_hints(_bind(signature, args, kwargs), hints())
+        for name, value, hint in pairs:
             if name not in leaving:
                 check_argument(value, hint, f"{where}: {name}", annotated)
         return function(*args, **kwargs)
@@ -144,6 +153,7 @@ def check_by(hint: Any, check: Callable[[Any], object]) -> None:
     _OWN[_key_of(hint)] = check
 
 
+@functools.cache
 def _key_of(hint: Any) -> frozenset[Any]:
     return frozenset(map(repr, _alternatives(hint))) - {repr(type(None))}
 
@@ -153,6 +163,8 @@ def _key_of(hint: Any) -> frozenset[Any]:
 
 def find_fault(value: Any, hint: Any) -> Fault | None:
     """What of a value is not as an annotation says; None if all is."""
+    if type(value) is hint and hint not in _KINDS:
+        return None
     origin = get_origin(hint)
     if hint is Any or hint is object or isinstance(hint, TypeVar):
         return None
@@ -173,6 +185,7 @@ def find_fault(value: Any, hint: Any) -> Fault | None:
     return _find_inside(value, kind, get_args(hint))
 
 
+@functools.cache
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
@@ -246,14 +259,17 @@ def _find_inside(value: Any, kind: Any, inner: tuple[Any, ...]) -> Fault | None:
     if not inner or kind in (Callable, type, os.PathLike):
         return None
     if isinstance(value, Mapping):
-        pairs = [(f"[{show(key)}]", item, inner[-1]) for key, item in value.items()]
-        pairs = [(" key", key, inner[0]) for key in value] + pairs
+        pairs: Iterable[tuple[str, Any, Any]] = itertools.chain(
+            ((" key", key, inner[0]) for key in value),
+            ((f"[{show(key)}]", item, inner[-1]) for key, item in value.items()),
+        )
     elif kind is tuple and inner[-1] is not Ellipsis:
         if len(value) != len(inner):
             return Fault("", f"a tuple of {len(inner)}", value)
         pairs = [(f"[{i}]", item, hint) for i, (item, hint) in enumerate(zip(value, inner, strict=True))]
     elif isinstance(value, (Sequence, set, frozenset)):
-        pairs = [(f"[{i}]", item, inner[0]) for i, item in enumerate(value)]
+        one = inner[0]
+        pairs = ((f"[{i}]", item, one) for i, item in enumerate(value) if type(item) is not one or one in _KINDS)
     else:
         return None
     for path, item, hint in pairs:

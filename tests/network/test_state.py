@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -407,6 +407,21 @@ def test_what_a_forward_stores_is_put_back_when_it_fails() -> None:
         model(torch.randn(4, 3))
         raise ZeroDivisionError
     assert state_of(model) == before
+
+
+def test_dicts_that_were_empty_are_empty_again() -> None:
+    net: Any = nn.Linear(2, 2)
+    found: OrderedDict[str, Any] = OrderedDict()
+    net.cache, net.found = {}, found
+    with preserve_state(net) as memory:
+        assert not memory.rebound
+        net.register_forward_hook(lambda *_: None)
+        net.cache["x"] = 1
+        found["y"] = 2
+        found.mark = 3  # type: ignore[attr-defined]
+        assert memory.rebound
+    assert (net.cache, found, vars(found), dict(net._forward_hooks)) == ({}, OrderedDict(), {}, {})
+    assert net.found is found
 
 
 def test_random_numbers_inside_do_not_depend_on_those_outside() -> None:

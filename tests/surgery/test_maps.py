@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,8 @@ from intrafusion import ChannelGraph, ChannelGroup, PlanError, Role
 from intrafusion.importance.features import linear_rows
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce import ReductionMap, selection_map
-from intrafusion.surgery.maps import find_picks, hollow_, reduce_weights
+from intrafusion.reduce.problem import find_picks
+from intrafusion.surgery.maps import hollow_, reduce_weights
 from intrafusion.surgery.write import Repair, find_repairs, write_weights_
 from intrafusion.trace import trace
 
@@ -89,6 +91,28 @@ def test_selecting_equals_zeroing_what_reads_the_others(case: Case) -> None:
     small = operated(model, graph, {g.name: selection(every_other(g), g.size) for g in groups})
     assert oracle.relative_difference(oracle.outputs_of(small, inputs), oracle.outputs_of(full, inputs)) <= EXACT
     assert oracle.relative_difference(oracle.outputs_of(small, inputs), oracle.outputs_of(model, inputs)) > 1e-3
+
+
+def test_a_selection_has_the_entries_themselves_bit_by_bit() -> None:
+    """In float32, behind a batch norm: nothing is folded, scaled and rounded where channels are only picked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    oracle.randomise_(model)
+    graph, kept = trace(model, torch.randn(1, 3, 8, 8)), torch.tensor([1, 4, 6])
+    small = operated(model, graph, {"0": selection(kept, 8)})
+    for (name, new), old in zip(small.state_dict().items(), model.state_dict().values(), strict=True):
+        whole = name == "3.bias" or not old.dim()
+        assert torch.equal(new, old if whole else old[:, kept] if name == "3.weight" else old[kept]), name
+
+
+def test_what_a_map_picks_is_no_field_of_it() -> None:
+    """It is remembered for each map, and neither shown nor compared nor handed on."""
+    one = selection(torch.tensor([2, 0]), 3)
+    assert one.picked is not None
+    assert one.picked.tolist() == [2, 0]
+    other = replace(one, unmerge=torch.ones(3, 2, dtype=torch.float64))
+    assert other.read is None
+    assert one.read is not None
 
 
 def with_old_weight_norm(layer: nn.Module, **options: Any) -> nn.Module:

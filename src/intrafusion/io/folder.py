@@ -8,7 +8,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -475,10 +475,10 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         FolderError: the folder exists and is not one of ours, or cannot be written.
     """
     tensors = {
-        f"{kind}/{name}": detach_dense(name, tensor)
+        f"{field.name}/{name}": detach_dense(name, tensor)
         for name, m in plan.maps.items()
-        for kind, tensor in vars(m).items()
-        if tensor is not None
+        for field in fields(m)
+        if (tensor := getattr(m, field.name)) is not None
     }
     with atomic_folder(folder, ours=is_ours, names=_OURS, yours=is_users_card) as target:
         save_file(tensors, target / _MAPS_FILE)

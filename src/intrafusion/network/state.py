@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -59,6 +60,7 @@ class Memory:
         self.changed: list[Callable[[], bool]] = []  # of lists, dicts and plain objects that modules hold
         self.seen: set[int] = {id(m) for m in self.modules}
         self.kept: list[Any] = []  # alive, so that no id is given twice
+        self.empty: list[MutableMapping[Any, Any]] = []  # most of what modules hold: a dozen each, for hooks
         for module in self.modules:
             self._remember_dict(module.__dict__, of_module=True)
 
@@ -66,16 +68,27 @@ class Memory:
         with torch.inference_mode(False):
             for step in self.steps:
                 step()
+            for mapping in self.empty:
+                _empty_(mapping)
 
     @property
     def rebound(self) -> bool:
         """Whether modules now hold other objects, in attributes or deeper, as where a state is kept between calls."""
-        return any(changed() for changed in self.changed) or any(
-            not _same_items({k: v for k, v in vars(m).items() if k != "training"}, own) for m, own in self.attributes
+        return (
+            any(map(len, self.empty))
+            or any(changed() for changed in self.changed)
+            or any(
+                not _same_items({k: v for k, v in vars(m).items() if k != "training"}, own)
+                for m, own in self.attributes
+            )
         )
 
     def _remember(self, value: Any) -> None:
-        if id(value) in self.seen:
+        kind = type(value)
+        if kind in _ATOMS or id(value) in self.seen:
+            return
+        if kind in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None):
+            self.empty.append(value)
             return
         self.seen.add(id(value))
         self.kept.append(value)
@@ -194,6 +207,14 @@ class Memory:
             self._remember_dict(value.__dict__)
 
 
+def _empty_(mapping: MutableMapping[Any, Any]) -> None:
+    if mapping:
+        mapping.clear()
+    if getattr(mapping, "__dict__", None):
+        vars(mapping).clear()
+
+
+_ATOMS = frozenset([int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device])
 _WITHOUT_STATE = (
     *(type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType),
     *(torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader),  # large, and no forward's own
@@ -201,7 +222,7 @@ _WITHOUT_STATE = (
 
 
 def _same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
-    return list(a) == list(b) and all(a[key] is b[key] for key in a)
+    return len(a) == len(b) and list(a) == list(b) and all(map(operator.is_, a.values(), b.values()))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -112,6 +113,24 @@ class ReductionMap:
     scale: Tensor | None = None
 
     __repr__ = show_briefly
+
+    @cached_property
+    def picked(self) -> Tensor | None:
+        """Which old channel each new one is (m,), where merge only picks; looked for once, not by every member."""
+        return find_picks(self.merge)
+
+    @cached_property
+    def read(self) -> Tensor | None:
+        """The same of unmerge transposed: which column each reader keeps."""
+        return find_picks(self.unmerge.T)
+
+
+def find_picks(matrix: Tensor) -> Tensor | None:
+    """Which row each row of matrix @ rows is, for a matrix that only picks rows."""
+    if int(matrix.count_nonzero()) != len(matrix):
+        return None
+    largest, chosen = matrix.max(1)
+    return chosen if bool((largest == 1).all()) else None
 
 
 @runtime_checkable

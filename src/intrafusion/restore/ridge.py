@@ -71,7 +71,9 @@ class Ridge:
         moved = other.average(x) if self.intercept else x.new_zeros(x.shape[1])
         other.x, other.mean = x.sub_(moved), self.mean + moved.double()
         other.rooted = other.root(other.x)
-        if self.few:
+        if self.few and weights is None:
+            other.inner = _centre(self.inner[kept][:, kept]) if self.intercept else self.inner[kept][:, kept]
+        elif self.few:
             other.inner = square_rows(other.rooted.T)
         else:
             rest = len(self.x) * self.inner - square_rows(self.rooted[rows])
@@ -145,6 +147,8 @@ class Ridge:
     def predict(self, response: Tensor) -> Tensor:
         """What the change gives that is fitted to a response, (k, c)."""
         right, shift = self.project(response)
+        if self.few and self.weights is None and not self.rigid:  # by the products of rows, which are at hand
+            return (self.inner @ self.solved(right)).to(self.x) + shift.to(self.x)
         return self.x @ self.change(right).T.to(self.x) + shift.to(self.x)
 
     def project(self, response: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,3 +171,9 @@ class Ridge:
         if self.failed:
             return torch.linalg.pinv(self.add_ridge(), hermitian=True) @ right
         return torch.cholesky_solve(right, self.factor)
+
+
+def _centre(products: Tensor) -> Tensor:
+    """Products of rows (k, k), of which the mean row is taken away."""
+    mean = products.mean(1)
+    return products - mean - mean[:, None] + mean.mean()

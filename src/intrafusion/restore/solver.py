@@ -27,7 +27,7 @@ from intrafusion.network.outputs import read_iterators
 from intrafusion.network.state import evaluate_alone, remember_random_numbers
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.progress import report
-from intrafusion.reduce.problem import ReductionMap
+from intrafusion.reduce.problem import ReductionMap, find_picks
 from intrafusion.restore.bare import BareLayer, BareWatcher
 from intrafusion.restore.live import LiveTensors, is_plain
 from intrafusion.restore.lockstep import Turn, run_in_lockstep
@@ -207,6 +207,7 @@ class _Solving:
         graph: ChannelGraph,
     ) -> None:
         self.layers, self.merges = dict(layers), dict(merges)
+        self.picks = {name: None if merge is None else find_picks(merge) for name, merge in merges.items()}
         self.targets, self.fits, self.solver, self.graph = targets, fits, solver, graph
         self.shelf, self.summed = targets.store.shelf, targets.summed
         self.left_out = leave_out(targets.store.count)
@@ -365,7 +366,8 @@ class _Solving:
             if merge is None:
                 self.targets.skipped[name] = "in the smaller network it gives what came from another product as well"
                 return False
-            self.layers[name], self.merges[name] = layer.like(original, named_tensors(model)), merge
+            self.layers[name] = layer.like(original, named_tensors(model))
+            self.merges[name], self.picks[name] = merge, None if merge is None else find_picks(merge)
         known = self.layers[name]
         return isinstance(known, BareLayer) and (known.start, known.outputs) == (layer.start, layer.outputs)
 
@@ -430,7 +432,9 @@ class _Solving:
         return name_batch(counts, bisect.bisect(ends, int(finite.int().argmin())) % len(counts))
 
     def merge(self, name: str, rows: Tensor) -> Tensor:
-        merge = self.merges[name]
+        merge, picks = self.merges[name], self.picks[name]
+        if picks is not None:
+            return rows.index_select(1, picks.to(rows.device))
         return rows if merge is None else rows @ merge.T.to(rows)
 
 

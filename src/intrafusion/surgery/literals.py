@@ -162,7 +162,13 @@ class Literals:
         old = {g.size for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
         return self.left > 0 and any(n in old for own in self.numbers.values() for n in own.values())
 
-    def search(self, small: nn.Module, sizes: Mapping[str, int], failure: Breakdown, check: Check) -> Numbers | None:
+    def exist(self, small: nn.Module, sizes: Mapping[str, int], failure: Breakdown) -> bool:
+        """Whether there are numbers with which a smaller network runs; which modules need them is not looked at."""
+        return self.search(small, sizes, failure, self.run, each=False) is not None
+
+    def search(
+        self, small: nn.Module, sizes: Mapping[str, int], failure: Breakdown, check: Check, *, each: bool = True
+    ) -> Numbers | None:
         """Numbers with which a smaller network passes a check; None if none were found.
 
         Args:
@@ -170,10 +176,11 @@ class Literals:
             sizes: of the groups that were reduced.
             failure: what is wrong with it as it is.
             check: looks at `small` with the numbers written.
+            each: whether every one of the numbers is asked whether it has to follow, beside every kind of them.
         """
         if failure.final or self.in_vain[failure.place] >= _IN_VAIN:
             return None
-        search = _Search(self, small, self._find_changes(small, sizes), check, min(_TRIES, self.left))
+        search = _Search(self, small, self._find_changes(small, sizes), check, min(_TRIES, self.left), each)
         found = search.run(failure)
         self.left -= min(_TRIES, self.left) - search.left
         if found is None:
@@ -262,6 +269,7 @@ class _Search:
     changes: Mapping[str, set[_Change]]
     check: Check
     left: int
+    each: bool = True  # see `Literals.search`
     stuck: set[tuple[tuple[int, int], ...]] = field(default_factory=set)  # places that nothing led past
 
     def __post_init__(self) -> None:
@@ -292,7 +300,7 @@ class _Search:
             fewer = {place: n for place, n in numbers.items() if self._kind(place) != kind}
             if fewer and self.left > 0 and not isinstance(self._try(fewer), Breakdown):
                 numbers = fewer
-        for place in numbers:  # one module of a class may need what another does not
+        for place in numbers if self.each else ():  # one module of a class may need what another does not
             fewer = {other: n for other, n in numbers.items() if other != place}
             if fewer and self.runs_with(fewer) and not isinstance(self._try(fewer), Breakdown):
                 numbers = fewer

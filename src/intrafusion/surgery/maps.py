@@ -39,14 +39,15 @@ def reduce_weights(
     """
     groups = [g for g in graph.groups if g.name in maps]
     names = {m.tensor for g in groups for m in g.members}
-    norms = [n for n in graph.norms if names & set(norm_tensors(n))]
+    mixed = _find_mixed(groups, maps) | {t for w in graph.weight_norms for t in (w.direction, w.length)}
+    norms = [n for n in graph.norms if names & set(norm_tensors(n)) and not _is_picked(n, groups, mixed, weights)]
     names |= {t for n in norms for t in norm_tensors(n)}
     lengths = [w for w in graph.weight_norms if w.direction in names]
     names |= {w.length for w in lengths}
     original = {name: weights[name] for name in names}
     turned = find_turned(groups, maps)
     centred = find_averaged_biases([g for g in groups if g not in turned], norms)
-    folded = _fold_all(original, norms, turned)
+    folded = _fold_all(original, norms, turned, mixed)
     reduced = {name: _remap(name, folded[name], groups, maps, centred) for name in names}
     for pair in lengths:
         reduced |= _set_length(pair, folded, reduced, groups, maps)
@@ -57,15 +58,42 @@ def reduce_weights(
     return {name: tensor.to(original[name].dtype) for name, tensor in final.items()}
 
 
+def _find_mixed(groups: Sequence[ChannelGroup], maps: Mapping[str, ReductionMap]) -> set[str]:
+    """Tensors of which a map does more than pick entries: only those need more than their own precision."""
+    return {m.tensor for g in groups for m in g.members if find_picks_of(m, maps[g.name]) is None}
+
+
+def _is_picked(
+    norm: FoldableNorm, groups: Sequence[ChannelGroup], mixed: set[str], weights: Mapping[str, Tensor]
+) -> bool:
+    """Whether every tensor of a norm keeps the same entries as they are, no gamma of 0 among them: nothing to fold."""
+    names = norm_tensors(norm)
+    if mixed & set(names) or (norm.weight is not None and not bool(weights[norm.weight].all())):
+        return False
+    sides = [
+        {name: m.positions for m in g.members if (name := m.tensor) in names and _is_along(m, norm)} for g in groups
+    ]
+    return all(_are_alike(side.get(name), side.get(norm.mean)) for side in sides if side for name in names)
+
+
+def _is_along(member: Member, norm: FoldableNorm) -> bool:
+    return member.dim == (norm.producer_dim if member.tensor == norm.producer_weight else 0)
+
+
+def _are_alike(positions: np.ndarray | None, others: np.ndarray | None) -> bool:
+    return positions is not None and others is not None and np.array_equal(positions, others)
+
+
 def _fold_all(
-    original: Mapping[str, Tensor], norms: Sequence[FoldableNorm], turned: Sequence[ChannelGroup]
+    original: Mapping[str, Tensor], norms: Sequence[FoldableNorm], turned: Sequence[ChannelGroup], mixed: set[str]
 ) -> dict[str, Tensor]:
-    """Tensors in float64, norms and rotated streams folded; those that neither changes are not copied."""
+    """Tensors with norms and rotated streams folded, in float64 where they are mixed; others are not copied."""
     changed = set(original) if turned else {t for n in norms for t in norm_tensors(n)}
     folded = fold_norms({name: tensor for name, tensor in original.items() if name in changed}, norms)
     fold_streams_(folded, turned)
-    as_double = lambda t: t.detach().double() if t.is_floating_point() else t  # noqa: E731
-    return {name: folded[name] if name in changed else as_double(tensor) for name, tensor in original.items()}
+    own = {name: tensor.detach() for name, tensor in original.items() if name not in changed}
+    as_double = lambda name, t: t.double() if name in mixed and t.is_floating_point() else t  # noqa: E731
+    return {**folded, **{name: as_double(name, tensor) for name, tensor in own.items()}}
 
 
 def norm_tensors(norm: FoldableNorm) -> list[str]:
@@ -88,34 +116,51 @@ def _remap(
     touching = [(g, m) for g in groups for m in g.members if m.tensor == name]
     if not touching:
         return tensor
+    picks = [(m, find_picks_of(m, maps[g.name], average=name in centred)) for g, m in touching]
+    if all(chosen is not None and m.within is None for m, chosen in picks):
+        return _pick(tensor, [(m, chosen.cpu().numpy()) for m, chosen in picks if chosen is not None])
     tensor = tensor.clone()
     for group, member in touching:
         tensor = mix_channels(tensor, member, maps[group.name], average=name in centred)
     return shorten(tensor, [(m, len(maps[g.name].merge)) for g, m in touching], name)
 
 
+def _pick(tensor: Tensor, picks: Sequence[tuple[Member, np.ndarray]]) -> Tensor:
+    """A tensor of which each member keeps the chosen channels, at its group's first places: one copy a dimension."""
+    for dim in dict.fromkeys(m.dim for m, _ in picks):
+        source, keep = np.arange(tensor.shape[dim]), np.ones(tensor.shape[dim], bool)
+        for member, chosen in picks:
+            if member.dim == dim:
+                source[member.positions[: len(chosen)].ravel()] = source[member.positions[chosen].ravel()]
+                keep[member.positions[len(chosen) :].ravel()] = False
+        tensor = tensor.index_select(dim, torch.from_numpy(source[keep]).to(tensor.device))
+    return tensor
+
+
 def mix_channels(tensor: Tensor, member: Member, reduction: ReductionMap, *, average: bool = False) -> Tensor:
     """Write the m new channels over the group's first m places (in place)."""
-    matrix = matrix_for(member, reduction, average=average).to(tensor.device)
     part = tensor if member.within is None else narrow_to(tensor, member.within)
     positions = torch.from_numpy(member.positions).to(tensor.device)
-    places = positions[: len(matrix)].flatten()
-    chosen = find_picks(matrix)
+    places = positions[: len(reduction.merge)].flatten()
+    chosen = find_picks_of(member, reduction, average=average)
     if chosen is not None:
+        chosen = chosen.to(tensor.device)
         part.index_copy_(member.dim, places, part.index_select(member.dim, positions[chosen].flatten()))
         return tensor
+    matrix = matrix_for(member, reduction, average=average).to(tensor.device)
     rows = part.index_select(member.dim, positions.flatten()).movedim(member.dim, 0)
     new = map_rows(matrix, rows.reshape(len(positions), -1), member).reshape(len(places), *rows.shape[1:])
     part.index_copy_(member.dim, places, new.movedim(0, member.dim))
     return tensor
 
 
-def find_picks(matrix: Tensor) -> Tensor | None:
-    """Which row each row of matrix @ rows is, for a matrix that only picks rows."""
-    if int(matrix.count_nonzero()) != len(matrix):
-        return None
-    largest, chosen = matrix.max(1)
-    return chosen if bool((largest == 1).all()) else None
+def find_picks_of(member: Member, reduction: ReductionMap, *, average: bool = False) -> Tensor | None:
+    """Which channel each new one is where `matrix_for` only picks; weighted means of one channel each are picks too."""
+    into, out_of = (1.0, 1.0) if reduction.scale is None else reduction.scale.tolist()
+    if member.roles & READS and Role.PRODUCES not in member.roles:
+        return reduction.read if out_of == 1 else None
+    scaled = Role.PRODUCES in member.roles or (member.roles & {Role.SHIFTS, Role.MEAN} and not average)
+    return None if scaled and into != 1 else reduction.picked
 
 
 def hollow_(weights: dict[str, Tensor], group: ChannelGroup, reduction: ReductionMap) -> None:

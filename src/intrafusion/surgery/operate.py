@@ -35,7 +35,7 @@ _ROUNDING = 2.0**-52  # of float64
 _ROUNDINGS = 100  # that add up
 
 
-_CEILING = 1e-3  # a larger difference is none of rounding
+CEILING = 1e-3  # a larger difference is none of rounding
 
 
 _END = 1 << 40  # more than any network has operations
@@ -66,7 +66,7 @@ def tolerance_of(
     write_weights_(double, {n: w * (1 + _ROUNDING * noise(w)) for n, w in weights.items()})
     changed = output_difference(outputs(double), expected)
     write_weights_(double, weights)
-    return min(max(least, _ROUNDINGS * changed), _CEILING)
+    return min(max(least, _ROUNDINGS * changed), CEILING)
 
 
 def copy_reduced(

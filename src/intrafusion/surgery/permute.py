@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,7 +22,7 @@ from intrafusion.reduce.problem import ReductionMap
 from intrafusion.reduce.select import pick_rows
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.numbers import explain_state
-from intrafusion.surgery.operate import tolerance_of
+from intrafusion.surgery.operate import CEILING, tolerance_of
 from intrafusion.surgery.search import find_largest_passing
 from intrafusion.surgery.streams import random_turn
 from intrafusion.surgery.write import write_weights_
@@ -42,6 +43,9 @@ def random_rotation(group: ChannelGroup, generator: np.random.Generator) -> Redu
     turned, _ = np.linalg.qr(generator.standard_normal((group.size, group.size)))
     stretched = turned * generator.uniform(0.5, 2.0, group.size)
     return ReductionMap(torch.from_numpy(stretched), torch.from_numpy(np.linalg.inv(stretched)))
+
+
+Transform = Callable[[ChannelGroup, np.random.Generator], ReductionMap]
 
 
 @dataclass(eq=False)
@@ -78,12 +82,12 @@ class _PermutationCheck:
         )
 
     def passes(self, error: float) -> bool:
-        return error <= TOLERANCE or error <= self.tolerance
+        return error <= TOLERANCE or (error <= CEILING and error <= self.tolerance)
 
     def error(
         self,
         groups: Sequence[ChannelGroup],
-        make: Callable[[ChannelGroup, np.random.Generator], ReductionMap] = random_derangement,
+        make: Transform = random_derangement,
         *,
         random: bool = False,
     ) -> float:
@@ -92,17 +96,39 @@ class _PermutationCheck:
         Args:
             random: whether the same random numbers must do, for a network that draws some; else their mean will too.
         """
-        generator = np.random.default_rng(self.seed)
-        maps = {g.name: make(g, generator) for g in groups}
-        tried = {g.name: g for g in groups}
-        graph = replace(self.graph, groups=tuple(tried.get(g.name, g) for g in self.graph.groups))
-        permuted = reduce_weights(self.weights, graph, maps)
-        write_weights_(self.double, permuted)
+        with self._transformed([(g, make) for g in groups]):
+            return self._measure(random=random)
+
+    def _measure(self, *, random: bool = False) -> float:
         worst = _find_worst(self._outputs(mean=False), self.expected)
         if self.draws and worst > TOLERANCE and not random:
             worst = min(worst, _find_worst(self._outputs(mean=True), self.means))
-        write_weights_(self.double, {name: self.weights[name] for name in permuted})
         return worst
+
+    def holds(self, transformed: Sequence[tuple[ChannelGroup, Transform]]) -> bool:
+        """Whether the output stays when all this is done to groups at once; one input that tells otherwise will do."""
+        worst = 0.0
+        with self._transformed(transformed):
+            if self.draws:
+                worst = self._measure()
+            for given, expected in () if self.draws else zip(self.inputs, self.expected, strict=True):
+                worst = max(worst, output_difference(self._run(self.double, given, mean=False), expected))
+                if worst > CEILING:
+                    break
+        return self.passes(worst)
+
+    @contextlib.contextmanager
+    def _transformed(self, transformed: Sequence[tuple[ChannelGroup, Transform]]) -> Iterator[None]:
+        generator = np.random.default_rng(self.seed)
+        maps = {g.name: make(g, generator) for g, make in transformed}
+        tried = {g.name: g for g, _ in transformed}
+        graph = replace(self.graph, groups=tuple(tried.get(g.name, g) for g in self.graph.groups))
+        changed = reduce_weights(self.weights, graph, maps)
+        write_weights_(self.double, changed)
+        try:
+            yield
+        finally:
+            write_weights_(self.double, {name: self.weights[name] for name in changed})
 
 
 def _find_worst(found: Sequence[list[Tensor]], expected: Sequence[list[Tensor]]) -> float:
@@ -130,21 +156,30 @@ _ALONE = (
 def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGraph:
     """The graph, in which every group that fails the permutation check has that as its reason.
 
-    All groups are permuted at once; only a failure is searched for, by halving.
+    All groups are permuted at once, and whole blocks with them; only a failure is searched for, by halving.
     """
     graph = _leave_too_wide(graph)
     groups = [g for g in graph.reducible if g.is_channel]
     if not groups:
         return graph
     check = _PermutationCheck(model, graph, (inputs, inputs.varied(seed=1)))
+    blocks = [g for g in graph.reducible if not g.is_channel]
+    if check.draws or not (blocks and check.holds([(g, random_derangement) for g in (*groups, *blocks)])):
+        graph = _prove_blocks(_prove_channels(model, graph, groups, check), check)
+    return _prove_mixing(graph, check)
+
+
+def _prove_channels(
+    model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], check: _PermutationCheck
+) -> ChannelGraph:
+    """The graph, in which channels whose order matters have that as their reason."""
     passed, failed = find_largest_passing(
         families_of(groups), lambda gs: None if check.passes(e := check.error(gs)) else e
     )
     why = "permuting its channels changes the output by"
     drawn = f"; the forward draws random numbers ({', '.join(check.draws)})" if check.draws else ""
     reasons = {g.name: f"{why} {e:.1e} (relative){drawn}{explain_state(model, {g.size})}" for g, e in failed}
-    graph = _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed), _DRAWN)
-    return _prove_rotations(_prove_linear(_prove_blocks(graph, check), check), check)
+    return _forbid_mixing(add_reasons(graph, reasons), _find_drawn(check, passed), _DRAWN)
 
 
 def _leave_too_wide(graph: ChannelGraph) -> ChannelGraph:
@@ -168,14 +203,37 @@ _DRAWN = "random numbers are drawn for each of its channels"
 _NOT_LINEAR = "something that is not linear, or a rotary embedding, lies before the product of its two sides"
 
 
+def _prove_mixing(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph:
+    """The graph, in which groups may be mixed, and rotated, only as random matrices leave the output as it is.
+
+    All that is claimed is tried at once first: any rotations, or those of the one stream that leave its mean alone.
+    """
+    linear = _list_linear(graph)
+    turned = [g for g in graph.reducible if g.rotation is not None]
+    apart = not {g.name for g in linear} & {g.name for g in turned}
+    for centred in (False, True) if len(families_of(turned)) == 1 else (False,):
+        tried = [_centre(g, centred) for g in turned]
+        maps = [*((g, random_rotation) for g in linear), *((g, random_turn) for g in tried)]
+        if maps and apart and check.holds(maps):
+            return _keep_rotations(_keep_linear(graph, linear), tried, {})
+    return _prove_rotations(_prove_linear(graph, check), check)
+
+
+def _list_linear(graph: ChannelGraph) -> list[ChannelGroup]:
+    return [g for g in graph.reducible if g.is_channel and g.linear and g.unmixable is None and g.size > 1]
+
+
 def _prove_linear(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph:
     """The graph, in which `linear` holds only where a random invertible matrix leaves the output as it is."""
-    candidates = [g for g in graph.reducible if g.is_channel and g.linear and g.unmixable is None and g.size > 1]
     passed, _ = find_largest_passing(
-        families_of(candidates),
-        lambda groups: None if check.passes(e := check.error(groups, random_rotation)) else e,
-        lambda _, error: error,
+        families_of(_list_linear(graph)),
+        lambda groups: None if check.holds([(g, random_rotation) for g in groups]) else True,
+        lambda _, failed: failed,
     )
+    return _keep_linear(graph, passed)
+
+
+def _keep_linear(graph: ChannelGraph, passed: Sequence[ChannelGroup]) -> ChannelGraph:
     names = {g.name for g in passed}
     graph = replace(graph, groups=tuple(replace(g, linear=g.name in names) for g in graph.groups))
     return _forbid_mixing(graph, {g.name for g in graph.groups if g.with_role(Role.MATCHES)} - names, _NOT_LINEAR)
@@ -195,7 +253,15 @@ def _prove_rotations(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGr
         )
         found |= {g.name: g for g in passed}
         errors |= {g.name: e for g, e in failed}
-    return replace(graph, groups=tuple(found.get(g.name) or _leave_unrotated(g, errors) for g in graph.groups))
+    return _keep_rotations(graph, list(found.values()), errors)
+
+
+def _keep_rotations(graph: ChannelGraph, passed: Sequence[ChannelGroup], errors: Mapping[str, float]) -> ChannelGraph:
+    found = {g.name: g.rotation for g in passed}
+    groups = (
+        replace(g, rotation=found[g.name]) if g.name in found else _leave_unrotated(g, errors) for g in graph.groups
+    )
+    return replace(graph, groups=tuple(groups))
 
 
 def _centre(group: ChannelGroup, centred: bool) -> ChannelGroup:

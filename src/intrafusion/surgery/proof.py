@@ -33,7 +33,6 @@ from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.frozen import Statistics, frozen_statistics, noted_statistics
 from intrafusion.surgery.maps import (
     find_averaged_biases,
-    find_picks,
     mix_channels,
     narrow_to,
     norm_tensors,
@@ -397,7 +396,7 @@ def _zero_removed(
 
 def _remove_(weights: dict[str, Tensor], group: ChannelGroup, reduction: ReductionMap, centred: set[str]) -> np.ndarray:
     """Carry out a map at the full width (in place); the channels that are left over, by number."""
-    picked, read = find_picks(reduction.merge), find_picks(reduction.unmerge.T)
+    picked, read = reduction.picked, reduction.read
     if picked is not None and read is not None and torch.equal(picked, read):
         return np.setdiff1d(np.arange(group.size), picked.cpu().numpy())
     for member in group.members:

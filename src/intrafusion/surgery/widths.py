@@ -149,4 +149,4 @@ class _Trial:
         maps = {n: selection_map(torch.arange(m), self.graph[n].size) for n, m in sizes.items()}
         small = copy_reduced(self.model, self.graph, maps)
         failure = self.literals.run(small, ())
-        return failure is None or self.literals.search(small, sizes, failure, self.literals.run) is not None
+        return failure is None or self.literals.exist(small, sizes, failure)
