@@ -117,6 +117,18 @@ def wide(records: list[Record]) -> str:
     return markdown(["reducer", "", *(f"n = {n:,}" for n in sizes), "growth"], rows)
 
 
+def imagenet(records: list[Record]) -> str:
+    """A row per cut and method: what is left of the MACs and the parameters, and what of the accuracy."""
+    rows = []
+    for r in latest(records):
+        cuts = [f"{name} {r.setting[name]:g}" for name in ("keep", "macs", "params") if name in r.setting]
+        left = [f"{r.result[kind]:.2f}" for kind in ("macs", "params")]
+        error = f"{r.result['held_out_error']:.3f}" if "held_out_error" in r.result else ""
+        found = (percent(r.result["accuracy"]), error, f"{r.result['cpu_s']:.0f}")
+        rows.append([*(cuts or ["nothing"]), r.setting["method"], *left, *found])
+    return markdown(["cut", "method", "MACs", "parameters", "accuracy, %", "held-out error", "processor, s"], rows)
+
+
 def fit_growth(values: Mapping[int, float]) -> str:
     """The power of n that values by size n grow with, fitted."""
     logs = [(math.log(n), math.log(value)) for n, value in values.items()]
@@ -276,6 +288,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "paper_cifar": lambda: by_network(read_records(RECORDS / "paper_cifar.jsonl"), paper_table),
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
+        "imagenet": lambda: imagenet(read_records(RECORDS / "imagenet.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
         "wide": lambda: wide(read_records(RECORDS / "wide.jsonl")),
         "gpu": lambda: gpu(read_records(RECORDS / "gpu.jsonl")),
