@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from click.testing import Result
@@ -64,6 +65,19 @@ def bert(user_folder: Path) -> Path:
 def change_config(folder: Path, **entries: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def change_weights(folder: Path, kind: torch.dtype, value: float = 1.0) -> None:
+    """The first query layer in other numbers, of which one has this value."""
+    path, name = folder / "model.safetensors", "encoder.layer.0.attention.self.query.weight"
+    tensors = safetensors.torch.load_file(path)
+    tensors[name][0, 0] = value
+    safetensors.torch.save_file({**tensors, name: tensors[name].to(kind)}, path, metadata={"format": "pt"})
+
+
+def cut_off(folder: Path, length: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
 
 
 def test_a_folder_becomes_a_smaller_folder(bert: Path, program: Program) -> None:
@@ -179,6 +193,18 @@ def test_a_folder_of_sentence_transformers_in_parts(bert: Path, program: Program
             lambda folder: change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
             "hf:bert: its weights are quantised, which cannot be solved anew",
         ),
+        (
+            lambda folder: change_weights(folder, torch.int8),
+            "query.weight are quantised; compress those",
+        ),
+        (lambda folder: change_weights(folder, torch.float8_e4m3fn), "query.weight are quantised; compress those"),
+        (lambda folder: change_weights(folder, torch.float32, torch.nan), "expected finite weights, got NaN"),
+        (lambda folder: cut_off(folder, -100), "hf:bert: BertModel cannot be built"),
+        (lambda folder: cut_off(folder, 20), "hf:bert: BertModel cannot be built"),
+        (lambda folder: change_config(folder, num_attention_heads=3), "hf:bert: BertModel cannot be built"),
+        (lambda folder: change_config(folder, num_attention_heads=0), "hf:bert: BertModel cannot be built"),
+        (lambda folder: change_config(folder, hidden_act="nope"), "hf:bert: BertModel cannot be built"),
+        (lambda folder: change_config(folder, hidden_size="16"), "hf:bert: expected a folder with a config.json"),
     ],
 )
 def test_folders_that_are_damaged(bert: Path, program: Program, damage: Callable[[Path], Any], message: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -136,6 +137,19 @@ def test_a_missing_shard_is_an_error_before_the_work(llama: Path) -> None:
     assert not llama.with_name("small").exists()
 
 
+def test_weights_that_are_no_numbers_are_an_error_wherever_they_lie(llama: Path) -> None:
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"):
+        path = next(p for p in llama.glob("*.safetensors") if name in safetensors.torch.load_file(p))
+        whole = path.read_bytes()
+        tensors = safetensors.torch.load_file(path)
+        tensors[name][1, 2] = torch.nan
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match="expected finite weights, got NaN or infinity"):
+            intrafusion.compress_folder(llama, llama.with_name("small"), 0.5)
+        assert not llama.with_name("small").exists()
+        path.write_bytes(whole)
+
+
 def test_a_configuration_of_another_network_is_an_error(llama: Path) -> None:
     config = json.loads((llama / "config.json").read_text())
     for change, what in (
@@ -143,6 +157,10 @@ def test_a_configuration_of_another_network_is_an_error(llama: Path) -> None:
         ({"num_hidden_layers": 1}, "there are weights without a place of model.layers.1"),
         ({"intermediate_size": 20}, "there are other shapes of model.layers..0.1..mlp.gate_proj"),
         ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised"),
+        ({"num_attention_heads": 0}, "its config.json cannot be read"),
+        ({"num_attention_heads": 3}, "cannot be built from its config.json|its config.json cannot be read"),
+        ({"hidden_size": "16"}, "its config.json cannot be read"),
+        ({"hidden_act": "nope"}, "LlamaForCausalLM cannot be built from its config.json"),
     ):
         (llama / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(IntrafusionError, match=what):

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.compressed import Compressed
-from intrafusion.errors import ModelError, unknown_name
+from intrafusion.errors import FolderError, ModelError, unknown_name
 from intrafusion.io.pretrained import find_network_part, without_bars
+from intrafusion.io.shards import FLOATS, Shards
 from intrafusion.names import hide_numbers, name_some
 from intrafusion.network.calibration_images import warn_of
 from intrafusion.network.double import output_difference
@@ -68,6 +69,7 @@ def build_from_folder(target: str, *, trained: bool, args: Mapping[str, Any]) ->
             "check the folder, or name another architecture as hf:FOLDER:ARCHITECTURE."
         ) from error
     _check_complete(target, found, told)
+    _check_floats(target, Path(name), found)
     return found.eval()
 
 
@@ -151,6 +153,24 @@ def _find_brought(transformers: Any, config: Any, name: str) -> Any:
             type(config).register_for_auto_class()
             return found
     return None
+
+
+def _check_floats(target: str, folder: Path, model: nn.Module) -> None:
+    """
+    Raises:
+        ModelError: weights of the folder are of another kind than half, single or double precision, which a
+            configuration that says nothing of it makes numbers of.
+    """
+    if not folder.is_dir():
+        return
+    try:
+        stored = Shards.of(folder).tensors
+    except FolderError:  # weights in another format
+        return
+    own = {name for name, t in named_tensors(model).items() if t.is_floating_point()}
+    odd = [name for name, s in stored.items() if s.dtype not in FLOATS and any(n.endswith(name) for n in own)]
+    if odd:
+        raise ModelError(f"hf:{target}: {name_some(odd)} are quantised; compress those they were quantised from.")
 
 
 def _check_complete(target: str, model: nn.Module, told: Mapping[str, Any]) -> None:

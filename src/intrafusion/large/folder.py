@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from intrafusion.arguments import checked
 from intrafusion.brief import show_briefly
-from intrafusion.errors import FolderError, ModelError, RecipeError
+from intrafusion.errors import FolderError, IntrafusionError, ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.importance.observation import needs_of
 from intrafusion.io.atomic import atomic_folder
@@ -52,6 +52,7 @@ from intrafusion.restore.solver import LayerSolver
 from intrafusion.surgery.configuration import find_config, shrink_shapes, tie_by_config
 
 _TOKENS = 16  # of the example, where none is given
+_ROWS = 4096  # of a weight that are looked at together
 
 
 @checked
@@ -223,7 +224,9 @@ class _Network:
         release_memory()  # maps of files, which count where private memory is limited
         try:
             skeleton = make_skeleton(kind, config)
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        except (IntrafusionError, MemoryError):
+            raise
+        except Exception as error:  # whatever a configuration without meaning makes it raise
             raise ModelError(f"{origin}: {kind.__name__} cannot be built from its config.json ({error}).") from error
         places, notes = _match_names(skeleton, shards)
         network = cls(skeleton, find_blocks(skeleton), shards, places, notes)
@@ -239,6 +242,19 @@ class _Network:
         for name, buffer in self.skeleton.named_buffers():
             if name in kept and not name.startswith(tuple(f"{block}." for block in self.blocks)):
                 buffer.data = self.read(name).to(buffer.dtype)
+
+    def check_finite(self) -> None:
+        """
+        Raises:
+            ModelError: a parameter holds NaN or infinity.
+        """
+        for stored in sorted({self.places[name][0] for name, _ in self.skeleton.named_parameters()}):
+            if not all(bool(torch.isfinite(part).all()) for part in self.shards.map(stored).split(_ROWS)):
+                raise ModelError(
+                    f"{self.shards.folder}: {stored}: expected finite weights, got NaN or infinity; the network was "
+                    "saved broken, fetch another."
+                )
+        release_memory()
 
     @property
     def takes(self) -> set[str]:
@@ -261,7 +277,7 @@ def _find_architecture(origin: Path, architecture: str | None) -> tuple[Any, typ
         transformers: Any = import_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(origin, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # no promise of narrower ones
         raise FolderError(f"{origin}: its config.json cannot be read ({error}); fetch the folder again.") from error
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{origin}: its weights are quantised; compress those that it was quantised from.")
@@ -355,6 +371,7 @@ class _Work:
     def write(self, place: Path) -> CompressedFolder:
         """Everything into an empty folder."""
         network, blocks = self.network, self.network.blocks
+        network.check_finite()
         examples = self.follow(self.example)
         graphs = {name: self.look(index, examples[index]) for index, name in enumerate(blocks)}
         sizes, config = _choose_sizes(network, graphs, self.recipe)
