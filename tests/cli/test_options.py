@@ -81,6 +81,7 @@ WITHOUT = {
     *(
         "--memory",
         "--merge-heads",
+        "--evaluate",
         "--base",
         "--weights",
         "--arg",

@@ -259,7 +259,7 @@ def test_function_with_closed_form_beats_source_inside_the_blocks_of_a_real_netw
     from intrafusion.measure.accuracy import accuracy
 
     name = "cifar10_resnet20"
-    model, example, test = zoo.build(name, pretrained=True), zoo.example_input(name), zoo.load_data(name, "test", 1000)
+    model, example, test = zoo.build(name, pretrained=True), zoo.example_input(name), zoo.load_data(name, "test", 400)
     graph = intrafusion.inspect(model, example)
     inner = [g.producers[0] for g in graph.reducible if len(g.producers) == 1]
     scores = {}

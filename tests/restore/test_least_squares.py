@@ -451,7 +451,7 @@ def test_half_of_a_real_network(data_dir: Path) -> None:
 
     name = "cifar10_resnet20_pad"
     model, example = zoo.build(name, pretrained=True), zoo.example_input(name)
-    calibration, test = zoo.load_data(name, "train", limit=256), zoo.load_data(name, "test", limit=1000)
+    calibration, test = zoo.load_data(name, "train", limit=256), zoo.load_data(name, "test", limit=500)
     graph = intrafusion.inspect(model, example)
     inner = [g.producers[0] for g in graph.reducible if len(g.producers) == 1]
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5, reducer="select", include=inner))

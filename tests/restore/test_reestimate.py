@@ -204,7 +204,7 @@ def test_a_pruned_real_network_profits(data_dir: Path) -> None:
     from intrafusion.measure.accuracy import accuracy
 
     name = "cifar10_resnet20"
-    model, example, test = zoo.build(name, pretrained=True), zoo.example_input(name), zoo.load_data(name, "test", 500)
+    model, example, test = zoo.build(name, pretrained=True), zoo.example_input(name), zoo.load_data(name, "test", 250)
     graph = intrafusion.inspect(model, example)
     plan = intrafusion.decide(model, graph, Recipe.of(keep=0.8, reducer="select"))
     small = intrafusion.apply(model, plan, example, graph=graph)

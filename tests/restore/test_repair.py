@@ -138,7 +138,7 @@ def test_a_real_network_without_batch_norms_profits(data_dir: Path) -> None:
     from intrafusion.measure.accuracy import accuracy
 
     name = "cifar10_resnet20"
-    model, example, test = zoo.build(name, pretrained=True), zoo.example_input(name), zoo.load_data(name, "test", 500)
+    model, example, test = zoo.build(name, pretrained=True), zoo.example_input(name), zoo.load_data(name, "test", 250)
     for path, norm in list(model.named_modules()):
         if isinstance(norm, nn.BatchNorm2d):
             conv = path.replace("downsample.1", "downsample.0").replace("bn", "conv")
