@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import intrafusion
 from intrafusion.errors import ModelError
-from intrafusion.network.batches import cast_like, join_batches, read_batches, read_labelled
+from intrafusion.network.batches import cast_like, join_batches, read_batches, read_labelled, reading
+from intrafusion.network.calibration_images import as_calls
+from intrafusion.network.input_batches import read_input_batches
 from intrafusion.network.inputs import Inputs
 
 IMAGES = torch.arange(12.0).reshape(4, 3)
@@ -108,3 +111,43 @@ def test_a_mode_that_a_loader_is_in_ends_where_its_batches_are_used(mode: Callab
     for _ in read_labelled(load()):
         assert (torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == (False, True)
     assert seen == [inside, inside, (False, True)]
+
+
+class Interrupted:
+    """Is interrupted while it ends."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        try:
+            yield from torch.randn(60, 3, generator=torch.Generator().manual_seed(0)).split(10)
+        except GeneratorExit:
+            raise KeyboardInterrupt from None
+
+
+MODEL = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)).eval()
+PARTS: dict[str, Callable[[], Any]] = {
+    "the first of a loader": lambda: read_input_batches(Interrupted(), memory=500).first,
+    "some of a loader": lambda: read_input_batches(Interrupted(), MODEL, 500),
+    "calls": lambda: next_of(as_calls(Interrupted(), MODEL, Inputs((IMAGES,)))),
+    "selected": lambda: intrafusion.compress(MODEL, IMAGES, 0.5, reducer="select", restore=None, inputs=Interrupted()),
+}
+
+
+def next_of(calls: Any) -> Inputs:
+    with reading(calls) as found:
+        return next(found)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_interrupt_while_a_loader_ends_is_not_lost(part: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        PARTS[part]()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_end_where_reading_does(persistent: bool) -> None:
+    loader = DataLoader(TensorDataset(IMAGES), 1, num_workers=1, persistent_workers=persistent)
+    with reading(loader) as batches:
+        next(batches)
+    (worker,) = batches._workers  # type: ignore[attr-defined]
+    assert worker.is_alive() == persistent
+    batches._shutdown_workers()  # type: ignore[attr-defined]

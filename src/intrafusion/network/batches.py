@@ -23,6 +23,8 @@ ImagesLike = Tensor | np.ndarray | Mapping[str, Any] | Inputs | Iterable[Any]
 NumPy arrays may stand for tensors; an object with `images` and `labels`, as the zoo reads them, is one batch.
 """
 
+T = TypeVar("T")
+
 
 def read_batches(images: ImagesLike) -> list[Inputs]:
     """One call of the network per batch.
@@ -59,10 +61,28 @@ def read_labelled(images: ImagesLike) -> Iterator[tuple[Inputs, Tensor | None]]:
         return
     check_images_like(images)
     index = -1
-    for index, batch in enumerate(_read(images)):
-        yield as_call(batch, f"batch {index} of images"), _labels_of(batch)
+    with reading(_read(images)) as batches:
+        for index, batch in enumerate(batches):
+            yield as_call(batch, f"batch {index} of images"), _labels_of(batch)
     if index < 0:
         raise ModelError("images: expected at least one batch, got none; a generator can be read only once.")
+
+
+@contextlib.contextmanager
+def reading(batches: Iterable[T]) -> Iterator[Iterator[T]]:
+    """An iterator over them that is closed when this is left, with the workers of a loader.
+
+    Else Python closes it when it lets go of it, and an interrupt that comes meanwhile is lost: workers take their time.
+    """
+    iterator = iter(batches)
+    try:
+        yield iterator
+    finally:
+        close: Any = getattr(iterator, "close", None)
+        if close is None and not getattr(batches, "persistent_workers", False):
+            close = getattr(iterator, "_shutdown_workers", None)  # of a DataLoader with workers
+        if close is not None:
+            close()
 
 
 def check_images_like(images: Any) -> None:
@@ -85,10 +105,11 @@ def _read(images: Iterable[Any]) -> Iterator[Any]:
     """The batches; what fails while they are read is told with the number of the batch."""
     index, modes = 0, _see_modes()
     try:
-        for batch in images:
-            with _set_modes(*modes) if _see_modes() != modes else contextlib.nullcontext():
-                yield batch
-            index += 1
+        with reading(images) as batches:
+            for batch in batches:
+                with _set_modes(*modes) if _see_modes() != modes else contextlib.nullcontext():
+                    yield batch
+                index += 1
     except (IntrafusionError, GeneratorExit):
         raise
     except Exception as error:
@@ -228,9 +249,6 @@ def cast_like(inputs: Inputs, model: nn.Module) -> Inputs:
 def channels_last(images: Tensor) -> Tensor:
     """The same images in the memory layout in which convolutions run, and a place's channels are read, the fastest."""
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
-
-
-T = TypeVar("T")
 
 
 def is_held(images: ImagesLike) -> bool:

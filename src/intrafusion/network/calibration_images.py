@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ArgumentError, IntrafusionWarning, ModelError, show
 from intrafusion.names import name_some
-from intrafusion.network.batches import ImagesLike, as_call, count_images, is_held, make_reusable, read_labelled
+from intrafusion.network.batches import (
+    ImagesLike,
+    as_call,
+    count_images,
+    is_held,
+    make_reusable,
+    read_labelled,
+    reading,
+)
 from intrafusion.network.images_first import put_images_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import find_unknown_masks, find_weights
@@ -63,12 +71,13 @@ class Calls:
 
     def __iter__(self) -> Iterator[Inputs]:
         total = 0
-        for call, labels in read_labelled(self._opened()):
-            call = self._turned(self._checked(call if call.labels is not None else replace(call, labels=labels)))
-            if total < _SAMPLE and sum(map(count_images, self.sample)) <= total:
-                self.sample.append(call)
-            total += count_images(call)
-            yield self._weighed(call)
+        with reading(read_labelled(self._opened())) as calls:
+            for call, labels in calls:
+                call = self._turned(self._checked(call if call.labels is not None else replace(call, labels=labels)))
+                if total < _SAMPLE and sum(map(count_images, self.sample)) <= total:
+                    self.sample.append(call)
+                total += count_images(call)
+                yield self._weighed(call)
         if total < _FEW:
             self.notes["few"] = (
                 f"images: {total} are few for solving layers on them; give a few hundred, or restore='synthetic'"
@@ -130,7 +139,12 @@ class Calls:
         self._tell_of_a_tuple(self.given)
         if hasattr(self.given, "images") or isinstance(self.given, (str, bytes)) or not hasattr(self.given, "__iter__"):
             return self.given
-        return (self._call(batch, f"batch {index} of images") for index, batch in enumerate(self.given))
+        return self._call_each(self.given)
+
+    def _call_each(self, given: Iterable[Any]) -> Iterator[Any]:
+        with reading(given) as batches:
+            for index, batch in enumerate(batches):
+                yield self._call(batch, f"batch {index} of images")
 
     def _is_one_call(self, given: Any) -> bool:
         """Whether a tuple is a call like the example, and labels or not: no entry could be a batch by itself."""
@@ -198,10 +212,9 @@ class Calls:
 
     def _tell_of_labels(self, batch: Sequence[Any]) -> None:
         """What was taken for labels, and looks like another argument."""
-        first, second = (*batch, None, None)[:2]
-        if not isinstance(first, (Tensor, np.ndarray)) or not isinstance(second, (Tensor, np.ndarray)):
-            return
-        if first.shape == second.shape and len(self.names) > 1 and self.names[1] not in _LABELS:
+        arrays = [value for value in batch[:2] if isinstance(value, (Tensor, np.ndarray))]
+        alike = len(arrays) == 2 and arrays[0].shape == arrays[1].shape
+        if alike and len(self.names) > 1 and self.names[1] not in _LABELS:
             self.notes["second"] = (
                 "images: of each batch the first entry was given to the network, and the second was taken for labels, "
                 f"as the example inputs have one argument; where it is {self.names[1]}, give it in the example too"

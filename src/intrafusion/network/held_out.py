@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
-from intrafusion.network.batches import ImagesLike, take_images
+from intrafusion.network.batches import ImagesLike, reading, take_images
 from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.inputs import Inputs
 
@@ -60,7 +60,8 @@ def take_first(images: Iterable[Inputs], *, unseen: bool) -> Split:
     Args:
         unseen: whether nothing will be fitted.
     """
-    return Split(images, Batches.of(take_images(next(iter(images)), 0, _MOST)), unseen)
+    with reading(images) as calls:
+        return Split(images, Batches.of(take_images(next(calls), 0, _MOST)), unseen)
 
 
 def held_out_places(total: int) -> Tensor:

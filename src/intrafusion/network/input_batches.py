@@ -22,6 +22,7 @@ from intrafusion.network.batches import (
     name_inputs,
     pick_images,
     read_labelled,
+    reading,
     share_out,
     take_images,
 )
@@ -132,7 +133,8 @@ class Batches(Sequence[Inputs]):
 
     @property
     def first(self) -> Inputs:
-        return next(iter(self))
+        with reading(self) as calls:
+            return next(calls)
 
     @property
     def kind(self) -> str:
@@ -144,7 +146,11 @@ class Batches(Sequence[Inputs]):
 
     def __iter__(self) -> Iterator[Inputs]:
         """In order; each of the calls that came is read once."""
-        stream, at, held = enumerate(self.came), -1, dict[int, Inputs]()
+        with reading(self.came) as calls:
+            yield from self._cut_out(enumerate(calls))
+
+    def _cut_out(self, stream: Iterator[tuple[int, Inputs]]) -> Iterator[Inputs]:
+        at, held = -1, dict[int, Inputs]()
         for cuts in self.cuts:
             while at < cuts[-1].call:
                 at, call = next(stream)
@@ -166,7 +172,7 @@ class Batches(Sequence[Inputs]):
     def __getitem__(self, index: int | slice) -> Inputs | Batches:
         if isinstance(index, slice):
             return replace(self, cuts=self.cuts[index])
-        return next(iter(replace(self, cuts=(self.cuts[index],))))
+        return replace(self, cuts=(self.cuts[index],)).first
 
     def take(self, count: int) -> Batches:
         """The first so many images."""
@@ -227,12 +233,13 @@ class _Anew:
 
     def __iter__(self) -> Iterator[Inputs]:
         index = -1
-        for index, call in enumerate(_read_calls(self.images)):
-            if index >= len(self.sums):
-                raise ModelError(_complain(f"more than {len(self.sums)} batches, which it gave first"))
-            if _sum_up(call) != self.sums[index]:
-                raise ModelError(_complain(f"another batch {index} than it gave first"))
-            yield call
+        with reading(_read_calls(self.images)) as calls:
+            for index, call in enumerate(calls):
+                if index >= len(self.sums):
+                    raise ModelError(_complain(f"more than {len(self.sums)} batches, which it gave first"))
+                if _sum_up(call) != self.sums[index]:
+                    raise ModelError(_complain(f"another batch {index} than it gave first"))
+                yield call
         if index + 1 < len(self.sums):
             raise ModelError(_complain(f"{index + 1} batches, and {len(self.sums)} first"))
 
@@ -294,8 +301,9 @@ def _read(images: ImagesLike, room: int) -> tuple[Sequence[Inputs] | _Anew, tupl
 
 
 def _read_calls(images: ImagesLike) -> Iterator[Inputs]:
-    for call, labels in read_labelled(images):
-        yield call if call.labels is not None else replace(call, labels=labels)
+    with reading(read_labelled(images)) as calls:
+        for call, labels in calls:
+            yield call if call.labels is not None else replace(call, labels=labels)
 
 
 def _cut_for(found: Batches, model: nn.Module) -> Batches:
@@ -327,13 +335,14 @@ def _find_size(found: Batches, model: nn.Module) -> int | None:
 def _take_few(found: Batches) -> Inputs:
     """The first images that can be one call, of whichever batches."""
     few, total = list[Inputs](), 0
-    for form, call in zip(found.forms, found, strict=True):
-        if few and (form.key != found.forms[0].key or not form.joins):
-            break
-        few.append(take_images(call, 0, _FEW - total))
-        total += count_images(few[-1])
-        if total >= _FEW:
-            break
+    with reading(found) as calls:
+        for form, call in zip(found.forms, calls, strict=False):
+            if few and (form.key != found.forms[0].key or not form.joins):
+                break
+            few.append(take_images(call, 0, _FEW - total))
+            total += count_images(few[-1])
+            if total >= _FEW:
+                break
     return join_batches(few)
 
 
