@@ -164,10 +164,13 @@ class LayerSolver:
         with evaluate_alone(small):
             solving.run(small, reached)
         if targets.parted:
-            warn_caller(
-                f"restoring: {name_some(sorted(targets.parted))} left as before: batches reach them in different ways; "
-                "give such a network all inputs as one batch."
+            why = (
+                "batches take different ways through the forward, and only layers that all of them reach are solved; "
+                "give batches that each take all ways."
+                if graph.ways
+                else "batches reach them in different ways; give such a network all inputs as one batch."
             )
+            warn_caller(f"restoring: {name_some(sorted(targets.parted))} left as before: {why}")
         if solving.unsettled:
             warn_caller(
                 f"restoring: {name_some(sorted(solving.unsettled))}, which read what they gave, still got better by "
@@ -283,7 +286,7 @@ class _Solving:
         if read:
             self.solve_calls_(name, read)
         else:
-            self.targets.skipped[name] = "it runs another number of times in the smaller network"
+            self.targets.skipped.setdefault(name, "it runs another number of times in the smaller network")
         self.settled.add(name)
         self.wanted.pop(name, None)
 
@@ -374,7 +377,7 @@ class _Solving:
         if kind == "layer":
             self.settled.add(name)
             self.targets.parted.add(name)
-            self.targets.skipped[name] = "batches reach it in different ways in the smaller network"
+            self.targets.skipped.setdefault(name, "batches reach it in different ways in the smaller network")
 
     def knows(self, layer: BareLayer, model: nn.Module) -> bool:
         """Whether what a function computes is to be solved; the first batch tells what it is in the smaller network."""
@@ -564,7 +567,7 @@ class _Pass:
         layer, calls = self.layers[name], self.solving.targets.calls[name]
         self.note_read(layer, calls[self.turns[name] : self.turns[name] + 1], x)
         self.turns[name] += 1
-        if name in self.solving.settled:
+        if name in self.solving.settled or not self.has_rows(name, name, arrange(x)):
             return
         self.open = self.open or len(calls) > 1
         if self.open:
@@ -578,8 +581,18 @@ class _Pass:
     def note_read(self, layer: Layer, calls: Sequence[str], x: Tensor) -> None:
         """What a layer reads at a call, if that is watched."""
         for key in calls:
-            if key in self.solving.read:
+            if key in self.solving.read and self.has_rows(layer.name, key, x):
                 self.solving.read[key][self.batch] = layer.take_inputs(x, self.store.places[key][self.batch])
+
+    def has_rows(self, name: str, key: str, x: Tensor) -> bool:
+        """Whether as many rows are read as in the original network; the layer is left as it is otherwise."""
+        if self.layers[name].shape_places(x)[:1] == self.solving.targets.lengths.get((key, self.batch)):
+            return True
+        self.solving.targets.skipped[name] = (
+            "other rows reach it in the smaller network, whose forward goes by values that are not answered alike"
+        )
+        self.solving.settled.add(name)
+        return False
 
     def called_bare(self, layer: BareLayer, x: Tensor, output: Tensor) -> None:
         self.called(layer.name, x, output)
