@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import warnings
 
 import pytest
 import torch
@@ -116,6 +118,30 @@ def test_a_loop_comes_nearer_to_the_original_on_unseen_inputs() -> None:
     LeastSquares()(small, model, graph, x)
     assert error(small.model, model, unseen) < 0.9 * error(left, model, unseen)
     assert small.model.up.weight.shape == (12, 6)
+
+
+@pytest.mark.parametrize("falls", [0.5, 0.995, 1.0])
+def test_a_loop_is_solved_until_its_error_falls_no_longer_and_else_that_is_told(
+    falls: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fall by less than one hundredth is none; two layers, of which solving each once must have led no further."""
+    small, model, graph, x = looped(0.75)
+    solved: list[str] = []
+    error = itertools.count()
+    monkeypatch.setattr(_Solving, "measure", lambda self, name, read: falls ** (next(error) // 2))
+    monkeypatch.setattr(_Solving, "solve_calls_", lambda self, name, read: solved.append(name))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LeastSquares().solver.solve_(small.model, small.plan.maps, model, graph, [Inputs.of(x)])
+    told = [str(w.message) for w in caught if "still got better by 1% or more" in str(w.message)]
+    assert solved[:2] == ["up", "down"]
+    if falls == 0.5:
+        assert solved == ["up", "down"] * 4
+        assert "down, up, which read what they gave" in told[0]
+    else:
+        assert not told
+        rest = solved[3:]  # of none better, the first calls are tried alone
+        assert rest == ([] if falls < 1 else ["up", "down"] * 4)
 
 
 def test_a_loop_that_comes_out_worse_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

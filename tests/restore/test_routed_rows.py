@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,3 +78,25 @@ def test_a_list_of_experts_is_followed_row_by_row() -> None:
     net = Wired(wiring, **{**parts(), "gate": nn.Linear(6, 3)}).eval()
     small = intrafusion.compress(net, X[:2], 0.5, inputs=X)
     assert small.model(X).shape == (90, 4)
+
+
+def test_rows_that_cannot_be_paired_leave_their_layer_as_it_is() -> None:
+    """An array is read, so that nothing says how the original network decided."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        h = F.relu(net.stem(x))
+        to = torch.from_numpy(net.gate(h).numpy()).argmax(1)
+        rows = torch.tensor([k for k, own in enumerate(to) if int(own) == 0])
+        return net.head(h.index_add(0, rows, net.e[0](h[rows])))
+
+    layers = {name: part for name, part in parts().items() if name != "e"}
+    expert = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16))
+    net = Wired(wiring, **layers, e=nn.ModuleList([expert])).eval()
+    small = intrafusion.compress(net, X, 0.5, reducer="select", restore=None)
+    with torch.no_grad():
+        small.model.get_parameter("gate.bias")[0] -= 2  # fewer rows come to the expert
+    graph = replace(intrafusion.inspect(net, X), ways=())
+    before = small.model.get_parameter("e.0.2.weight").detach().clone()
+    solved = LeastSquares(strength=0.01).solver.solve_(small.model, small.plan.maps, net, graph, [Inputs.of(X)])
+    assert "other rows reach it in the smaller network" in solved.skipped["e.0.2"]
+    assert torch.equal(small.model.get_parameter("e.0.2.weight"), before)

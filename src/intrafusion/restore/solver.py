@@ -46,6 +46,8 @@ Arrange = Callable[[Tensor], Tensor]
 """Of what a layer reads or gives, a view along whose first dimension the images run; see `BareLayer.arrange`."""
 
 _UNREAD = 1e8  # when it is due what a network was called on, as most is read at the beginning only
+_ROUNDS = 4  # in which each layer of a loop is solved for all its calls
+_SETTLED = 0.01  # a fall of the error of a loop by a smaller share of it is none
 _RIGHT = 1e-5  # a layer whose outputs are off by less than this fraction of their size is left alone
 
 
@@ -162,9 +164,17 @@ class LayerSolver:
         with evaluate_alone(small):
             solving.run(small, reached)
         if targets.parted:
+            why = (
+                "batches take different ways through the forward, and only layers that all of them reach are solved; "
+                "give batches that each take all ways."
+                if graph.ways
+                else "batches reach them in different ways; give such a network all inputs as one batch."
+            )
+            warn_caller(f"restoring: {name_some(sorted(targets.parted))} left as before: {why}")
+        if solving.unsettled:
             warn_caller(
-                f"restoring: {name_some(sorted(targets.parted))} left as before: batches reach them in different ways; "
-                "give such a network all inputs as one batch."
+                f"restoring: {name_some(sorted(solving.unsettled))}, which read what they gave, still got better by "
+                f"{_SETTLED:.0%} or more when solving them ended, after {_ROUNDS} rounds; restoring once more may help."
             )
         return Solved(solving.changes, fits.list_written(small), solving.list_written(small), targets.skipped)
 
@@ -214,6 +224,7 @@ class _Solving:
         self.inputs: dict[str, Tensor] = {}  # rows that a layer reads, as far as batches have come
         self.changes: dict[str, Change] = {}
         self.settled: set[str] = set()
+        self.unsettled: list[str] = []  # of loops that still got better when solving them ended
         self.wanted: dict[str, list[Tensor]] = {}  # of each call of layers that run more than once
         self.read: dict[str, dict[int, Tensor]] = {}  # by what the store calls a call, and by batch
 
@@ -276,7 +287,7 @@ class _Solving:
         if read:
             self.solve_calls_(name, read)
         else:
-            self.targets.skipped[name] = "it runs another number of times in the smaller network"
+            self.targets.skipped.setdefault(name, "it runs another number of times in the smaller network")
         self.settled.add(name)
         self.wanted.pop(name, None)
 
@@ -295,29 +306,42 @@ class _Solving:
         return self.solve_layer_(layer, LayerRows(inputs, given, wanted, store.weigh(calls), images))
 
     def solve_loop_(self, names: Sequence[str]) -> None:
-        """Solve layers that read what they gave, for their first call, then for the first 2, 4, ... and all.
+        """Solve layers that read what they gave, one after another, for all their calls, as long as that helps.
 
-        By then, what they read at these calls is near what it is to be. The weights with the least error at all calls,
-        as it then is, stay; the least may be that of before.
+        Where it does not from the beginning, what they read is far from what it is to be: then for their first call,
+        for the first 2, 4, ... and all. The weights with the least error at all calls stay, be it those of before.
         """
-        writable = [t for name in names for t in self.layers[name].writable]
         calls = max(len(self.targets.calls[name]) for name in names)
-        least, best, changes = math.inf, [t.detach().clone() for t in writable], dict(self.changes)
-        for name, upto in (*((n, upto) for upto in _double_up_to(calls) for n in names), (names[0], 0)):
-            found = self.watch(names)
-            error = sum(self.measure(n, read) for n, read in found.items())
-            if error < least:
-                least, best, changes = error, [t.detach().clone() for t in writable], dict(self.changes)
-            elif not math.isfinite(error) and math.isfinite(least):
-                break  # a loop that grew without bounds
-            if upto and found[name]:
-                self.solve_calls_(name, found[name][:upto])
-        self.changes = changes
-        for tensor, value in zip(writable, best, strict=True):
-            tensor.data.copy_(value)
+        loop, rounds = _LoopState(self, names), [(name, calls) for _ in range(_ROUNDS) for name in names]
+        if not self.go_round_(loop, rounds, patience=len(names)):
+            self.unsettled += names
+        if not loop.is_better:
+            loop.put_back_()
+            self.go_round_(loop, [(name, upto) for upto in _double_up_to(calls) for name in names])
+        loop.put_back_()
         for name in names:
             self.settled.add(name)
             self.wanted.pop(name, None)
+
+    def go_round_(self, loop: _LoopState, steps: Sequence[tuple[str, int]], patience: int | None = None) -> bool:
+        """Solve a layer of a loop for so many of its calls at each step; whether the error does not fall any longer.
+
+        Args:
+            patience: steps that need not lead further before that is so; None for all.
+        """
+        stuck = 0
+        for name, upto in (*steps, ("", 0)):
+            found = self.watch(loop.names)
+            error = sum(self.measure(n, read) for n, read in found.items())
+            stuck = 0 if error < (1 - _SETTLED) * loop.least else stuck + 1
+            loop.note(error)
+            if not math.isfinite(error) and math.isfinite(loop.least):  # it grew without bounds
+                return True
+            if patience is not None and stuck > patience:
+                return True
+            if name and found[name]:
+                self.solve_calls_(name, found[name][:upto])
+        return patience is None or not steps or stuck >= len(loop.names)
 
     def measure(self, name: str, read: Sequence[Tensor]) -> float:
         """The squared error of what a layer gives at all its calls, as a fraction of the square of what it should.
@@ -354,7 +378,7 @@ class _Solving:
         if kind == "layer":
             self.settled.add(name)
             self.targets.parted.add(name)
-            self.targets.skipped[name] = "batches reach it in different ways in the smaller network"
+            self.targets.skipped.setdefault(name, "batches reach it in different ways in the smaller network")
 
     def knows(self, layer: BareLayer, model: nn.Module) -> bool:
         """Whether what a function computes is to be solved; the first batch tells what it is in the smaller network."""
@@ -446,6 +470,35 @@ def _double_up_to(count: int) -> list[int]:
     return [*(2**i for i in range(count.bit_length()) if 2**i < count), count]
 
 
+class _LoopState:
+    """The weights of the layers of a loop with which their error was the least so far."""
+
+    def __init__(self, solving: _Solving, names: Sequence[str]) -> None:
+        self.solving, self.names = solving, names
+        self.writable = [t for name in names for t in solving.layers[name].writable]
+        self.least, self.noted = math.inf, 0
+        self.keep()
+
+    def keep(self) -> None:
+        self.best, self.changes = [t.detach().clone() for t in self.writable], dict(self.solving.changes)
+
+    def note(self, error: float) -> None:
+        """The error of the weights as they are."""
+        if error < self.least:
+            self.least, self.noted = error, self.noted + 1
+            self.keep()
+
+    @property
+    def is_better(self) -> bool:
+        """Whether any weights were better than those of before."""
+        return self.noted > 1
+
+    def put_back_(self) -> None:
+        self.solving.changes = dict(self.changes)
+        for tensor, value in zip(self.writable, self.best, strict=True):
+            tensor.data.copy_(value)
+
+
 class _Pass:
     """The smaller network on one batch; all batches share its weights, and else have copies of their own.
 
@@ -519,7 +572,7 @@ class _Pass:
         layer, calls = self.layers[name], self.solving.targets.calls[name]
         self.note_read(layer, calls[self.turns[name] : self.turns[name] + 1], x)
         self.turns[name] += 1
-        if name in self.solving.settled:
+        if name in self.solving.settled or not self.has_rows(name, name, arrange(x)):
             return
         self.open = self.open or len(calls) > 1
         if self.open:
@@ -533,8 +586,18 @@ class _Pass:
     def note_read(self, layer: Layer, calls: Sequence[str], x: Tensor) -> None:
         """What a layer reads at a call, if that is watched."""
         for key in calls:
-            if key in self.solving.read:
+            if key in self.solving.read and self.has_rows(layer.name, key, x):
                 self.solving.read[key][self.batch] = layer.take_inputs(x, self.store.places[key][self.batch])
+
+    def has_rows(self, name: str, key: str, x: Tensor) -> bool:
+        """Whether as many rows are read as in the original network; the layer is left as it is otherwise."""
+        if self.layers[name].shape_places(x)[:1] == self.solving.targets.lengths.get((key, self.batch)):
+            return True
+        self.solving.targets.skipped[name] = (
+            "other rows reach it in the smaller network, whose forward goes by values that are not answered alike"
+        )
+        self.solving.settled.add(name)
+        return False
 
     def called_bare(self, layer: BareLayer, x: Tensor, output: Tensor) -> None:
         self.called(layer.name, x, output)

@@ -64,6 +64,7 @@ class Targets:
         layers: those of the original network that there are rows of.
         calls: of each of them, the names in the store of what it gave at its calls.
         ran: modules whose weights are theirs alone.
+        lengths: how many rows a call read on a batch, by the call's name in the store and the batch.
         decisions: of each batch what its forward decided by values, to be decided alike in the smaller network.
     """
 
@@ -78,6 +79,7 @@ class Targets:
     layers: dict[str, Layer] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     calls: dict[str, list[str]] = field(default_factory=dict)
+    lengths: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
     decisions: list[Decisions] = field(default_factory=list)
 
     __repr__ = show_briefly
@@ -242,6 +244,7 @@ class _Recording:
         name, counts = layer.name, layer.weigh_rows(output, self.call.weights)
         rows = output if output.dim() < 2 else output.movedim(layer.channel_dim, -1)
         limit = layer.limit_rows(self.store.sampler.limit)
+        self.targets.lengths[key, self.batch] = layer.shape_places(x)[:1]
         places = self.store.sample(key, self.batch, rows, counts, self.images, limit)
         if places is None:
             self.part(name, self.batch)
