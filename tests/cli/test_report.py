@@ -68,7 +68,7 @@ def test_a_saved_folder_makes_a_page_of_its_plan(program: Program) -> None:
         ("report a.jsonl empty", "this is a folder; give it alone"),
         ("report nets.py", "nets.py: holds no record"),
         ("report a.jsonl -o empty", "expected the name of a file, but this is a folder"),
-        ("report a.jsonl --images nets.py", "--images nets.py: expected .safetensors or .npz"),
+        ("report a.jsonl --images nets.py", "--images nets.py: expected .npy, or .npz, .safetensors or .pt"),
     ],
 )
 def test_what_makes_no_page_is_told(program: Program, files, line: str, message: str) -> None:

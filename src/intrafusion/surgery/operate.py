@@ -27,7 +27,7 @@ from intrafusion.surgery.scopes import find_scope
 from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects, take_back, take_back_by_kind
 from intrafusion.surgery.ties import explain_shared_width, offer_blocks
 from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
-from intrafusion.trace import trace
+from intrafusion.trace.run import trace_private
 
 _ROUNDING = 2.0**-52  # of float64
 
@@ -293,7 +293,7 @@ class _Attempts:
         sizes = self.sizes_of(groups)
         with counted_calls() as called:
             try:
-                found = trace(small, self.inputs, calls=self.graph.calls, ways=self.graph.ways)
+                found = trace_private(small, self.inputs, calls=self.graph.calls, ways=self.graph.ways)
             except Exception as error:  # anything that goes wrong is a reason to leave these groups alone
                 why = self._explain(error, self.literals.find_old_sizes(small, sizes))
                 return Breakdown.of(why, error, small, len(called))

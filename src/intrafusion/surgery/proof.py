@@ -51,7 +51,7 @@ from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.random import Draws
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.contraction import PRODUCTS
-from intrafusion.trace.run import follow_call, follow_run, trace
+from intrafusion.trace.run import follow_call, follow_run, trace_private
 
 FUNCTION = "function"
 _SYMMETRY = "symmetry"
@@ -206,7 +206,7 @@ class FunctionCheck:
         weights = reduce_weights(reference.weights, self.graph, self.settled(exact))
         with weights_written(reference.double, weights, self.repairs_of(exact) or ()):
             inputs = reference.probe.double()
-            alone = trace(reference.double, inputs, calls=self.graph.calls, ways=self.graph.ways).factors
+            alone = trace_private(reference.double, inputs, calls=self.graph.calls, ways=self.graph.ways).factors
         alike = _find_changed_factors(self.graph.factors, alone)
         is_same = lambda i, new: i in alike and math.isclose(alike[i][1].value, new.value, rel_tol=1e-6)  # noqa: E731
         return {i: pair for i, pair in changed.items() if not is_same(i, pair[1])}

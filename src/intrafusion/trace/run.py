@@ -56,7 +56,13 @@ def trace(
     Raises:
         ModelError: the network does not run on the example inputs, or has uninitialised (lazy) parameters.
     """
-    model, inputs = borrow(unwrap(model)), Inputs.of(example_inputs)
+    return trace_private(borrow(unwrap(model)), Inputs.of(example_inputs), calls=calls, ways=ways)
+
+
+def trace_private(
+    model: nn.Module, inputs: Inputs, *, calls: int | None = None, ways: tuple[Way, ...] | None = None
+) -> ChannelGraph:
+    """The same for a network that no other thread knows: it is not copied, and errors come from its own modules."""
     run = _run_first_possible(model, inputs, calls, ways or ())
     if ways is None and run.reads:
         found = find_ways(model, run.inputs, inputs)
