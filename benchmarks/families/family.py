@@ -77,6 +77,8 @@ def randomise_(model: nn.Module, seed: int = 1) -> nn.Module:
             buffer.copy_(0.5 + noise(buffer).abs())
         elif name.endswith("running_mean"):
             buffer.copy_(0.3 * noise(buffer))
+        elif name.endswith(("weight", "bias", "rel_coords_log")) and buffer.is_floating_point():  # of frozen norms
+            buffer.add_(0.3 * noise(buffer))
     return model
 
 

@@ -379,7 +379,8 @@ HUGGING_FACE = (
         {
             **VISION,
             "is_hybrid": False,
-            "backbone_out_indices": [0, 0, 1, 1],
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
             "neck_hidden_sizes": [8, 8, 16, 16],
             "fusion_hidden_size": 16,
         },

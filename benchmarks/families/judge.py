@@ -174,7 +174,7 @@ def _hand_written_norms(model: nn.Module) -> Iterator[None]:
             if kind.__module__.startswith("transformers.") and not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 if "RMSNorm" in kind.__name__ or kind.__name__ == "T5LayerNorm":
                     _correct(module, stack)
-                elif "LayerNorm" in kind.__name__ and len(list(module.parameters())) == 1:
+                elif kind.__name__.endswith("LayerNorm") and len(list(module.parameters())) == 1:
                     _narrow(module, stack)
         yield
 
