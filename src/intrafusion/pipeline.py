@@ -178,6 +178,9 @@ def compress(
     core = make_workable(model, inplace=inplace)
     example = recipe.call_of(example_inputs)
     graph = inspect(prepare_model(core, recipe, example), example)
+    if merge_heads is not None:
+        merged = follow(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory, progress=False)
+        return wrap_result(model, merged)
     prepared = Prepared.of(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory)
     small = prepared.carry_out(recipe)
     return _move_into(model, small, prepared.graph) if inplace else wrap_result(model, small)

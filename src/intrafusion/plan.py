@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -291,7 +291,7 @@ def _count(value: Any) -> int:
 
 
 def _is_same_map(a: ReductionMap, b: ReductionMap) -> bool:
-    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    pairs = ((getattr(a, f.name), getattr(b, f.name)) for f in fields(ReductionMap))
     return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 

@@ -181,8 +181,9 @@ class _Search:
     def choose(
         self, found: Sequence[tuple[float, Sizes]], sensitivity: Sensitivity, same: Sizes | None
     ) -> tuple[tuple[float, Sizes], list[str]]:
-        """Of those that cost no more than the limits, or the first, the one that changes the output least."""
-        near = [one for one in found if one[0] <= max(found[0][0], 1 + _CLOSE_ENOUGH)]
+        """The one that changes the output least, of those as close to the limits as the first, and of even shares."""
+        far = lambda reached: max(reached - 1, 0.0) if self.clock else abs(reached - 1)  # noqa: E731
+        near = [one for one in found if one[1] == same or far(one[0]) <= max(far(found[0][0]), _CLOSE_ENOUGH)]
         distinct = [one for i, one in enumerate(near) if one[1] not in [sizes for _, sizes in near[:i]]]
         if len(distinct) == 1:
             return distinct[0], []

@@ -9,6 +9,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, ParamSpec
 
 import torch
@@ -74,9 +75,10 @@ def borrow(model: nn.Module) -> nn.Module:
 
     Hooks, modes and states that it gets are never met by a thread that calls the given one meanwhile, nor what that one
     does by whoever watches this; and wherever an interrupt falls, the given one is as it was. What is borrowed already
-    comes back as it is, and so does a network that cannot be copied.
+    comes back as it is, and so does a network that cannot be copied, or whose modules functions call that were put into
+    it, as these would call the given ones.
     """
-    if _borrowed.get(id(model)) is model:
+    if _borrowed.get(id(model)) is model or _is_called_from_outside(model):
         return model
     aliases = {id(p): _alias(p) for p in model.parameters()}
     try:
@@ -85,6 +87,20 @@ def borrow(model: nn.Module) -> nn.Module:
         return model
     _borrowed[id(own)] = own
     return own
+
+
+def _is_called_from_outside(model: nn.Module) -> bool:
+    """Whether a function that is an attribute, such as a forward of one's own, knows modules of this network."""
+    own = {id(module) for module in model.modules()}
+    functions = [f for m in model.modules() for f in vars(m).values() if isinstance(f, FunctionType)]
+    return any(id(value) in own for function in functions for value in _list_known(function))
+
+
+def _list_known(function: FunctionType) -> Iterator[object]:
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it is empty
+            yield cell.cell_contents
+    yield from (function.__globals__.get(name) for name in function.__code__.co_names)
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:

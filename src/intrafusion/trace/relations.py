@@ -89,6 +89,7 @@ class Relations:
 
     def __init__(self) -> None:
         self.sets = UnionFind()
+        self.sides = UnionFind()  # the same but for what products of activations, such as queries and keys, pair up
         self.is_block = np.zeros(4096, bool)
         self.count = FIRST
         self.tables: dict[Key, np.ndarray] = {}
@@ -128,6 +129,7 @@ class Relations:
         start, self.count = self.count, self.count + count
         self.births.append(start)
         self.sets.reserve(self.count)
+        self.sides.reserve(self.count)
         if self.count > len(self.is_block):
             self.is_block = np.concatenate([self.is_block, np.zeros(max(self.count, len(self.is_block)), bool)])
         self.is_block[start : self.count] = block
@@ -167,6 +169,8 @@ class Relations:
         """Labels of channels that are one from now on, and what made them so."""
         self.unions.append((x, y, self.where))
         self.sets.unite(x, y)
+        if self.where not in self.products:
+            self.sides.unite(x, y)
 
     def copy(self, labels: np.ndarray, places: np.ndarray | int) -> np.ndarray:
         """New labels of the same channels, apart for each place: what follows may treat the places differently."""
@@ -179,7 +183,8 @@ class Relations:
         self.is_block[fresh] = blocks
         self.ties.append((origins[blocks], fresh[blocks]))
         # Copies are the same channel from birth; they only have names of their own, so that slots can be told apart.
-        self.sets.parent[fresh[~blocks]] = self.roots(origins[~blocks])
+        for sets in (self.sets, self.sides):
+            sets.parent[fresh[~blocks]] = sets.find(origins[~blocks])
         self.copies.append((fresh, origins, (distinct & 0xFFFFFF) + (self.calls << 24)))
         result = labels.copy()
         result[named] = fresh[which]

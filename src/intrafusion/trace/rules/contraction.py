@@ -206,7 +206,8 @@ def _make_outputs(ledger: Ledger, b: Weight, axes: list[Axis], shape: torch.Size
         ledger.record(
             b, axis, Role.PRODUCES, fresh.expand(batch, 1, columns).expand(batch, axis.coordinates.shape[1], columns)
         )
-    return widen(ledger.relations.roots(fresh.numpy()), shape)
+    # Where the layer ran before: its channels as they were then, and not what they were multiplied with since.
+    return widen(ledger.relations.sides.find(fresh.numpy()), shape)
 
 
 def _multiply_weights(ledger: Ledger, a: Weight, b: Weight, inner: int, shape: torch.Size) -> Weight:
@@ -245,8 +246,8 @@ def _multiply_activations(
         call.where,
     )
     # Over (batch, rows, inner, columns) the product is element-wise: labels meet there, then `inner` is summed away.
-    labels = meet(ledger, met)
     ledger.relations.products.add(call.where)
+    labels = meet(ledger, met)
     four = (shape[0], *labels.shape[1:])
     reduced = reduce_labels(ledger, widen(labels, four), {2}, Cause.PRODUCT, call.where).squeeze(2)
     return LabelledTensor(widen(narrow(reduced), shape))

@@ -112,7 +112,7 @@ class _Sides:
         outputs = self.fresh_outputs()
         self.record(self.in_axes, self.in_dim, Role.CONSUMES, self.inputs)
         self.record(self.out_axes, self.out_dim, Role.PRODUCES, outputs)
-        return self.ledger.relations.roots(outputs)
+        return self.ledger.relations.sides.find(outputs)
 
     def depthwise(self) -> np.ndarray:
         """Each input channel has its own kernels: the weight follows."""
@@ -149,7 +149,7 @@ class _Sides:
                 self.record([axis], 1, part_role, columns, self.slice_of(axis, whole, g * size, size))
             members = np.concatenate([rows, columns])
             self.ledger.relations.block(members[members >= FIRST], Cause.CONVOLUTION, self.call.where)
-        return self.ledger.relations.roots(outputs)
+        return self.ledger.relations.sides.find(outputs)
 
     def slice_of(self, axis: Axis, whole: list[Axis], start: int, size: int) -> Slice | None:
         """Where this group's kernels lie along the other dimension of the same parameter."""
