@@ -56,13 +56,13 @@ def select(graph: ChannelGraph, keep: float = 0.5) -> dict[str, ReductionMap]:
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each network that surgery traces."""
     seen: list[str] = []
-    real = operate.trace
+    real = operate.trace_private
 
     def counted(*args: Any, **kwargs: Any) -> ChannelGraph:
         seen.append("trace")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(operate, "trace", counted)
+    monkeypatch.setattr(operate, "trace_private", counted)
     return seen
 
 
@@ -282,7 +282,7 @@ def test_a_target_is_searched_with_one_copy_in_float64(monkeypatch: pytest.Monke
     monkeypatch.setattr(proof, "copy_as_double", counted)
     recipe = intrafusion.Recipe.of(target={"params": 0.6}, reducer="select", restore=None)
     plan = intrafusion.decide(net, graph, recipe, X)
-    assert made == [net]
+    assert len(made) == 1
     assert "1.i" not in plan.sizes
 
 
