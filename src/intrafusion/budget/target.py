@@ -189,7 +189,7 @@ class _Search:
             return distinct[0], []
         errors = sensitivity.compare(*(sizes for _, sizes in distinct))
         best = errors.index(min(errors))
-        if distinct[best][1] != same:
+        if best == 0 or distinct[best][1] != same:
             return distinct[best], []
         error = f"by {errors[best]:.2%} of its variance instead of {min(errors[:best]):.2%}"
         return distinct[best], [
