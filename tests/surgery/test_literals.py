@@ -170,8 +170,8 @@ def blocks() -> nn.Sequential:
 
 def test_blocks_of_one_class_follow_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     traces = []
-    original = operate.trace
-    monkeypatch.setattr(operate, "trace", lambda *a, **k: traces.append(1) or original(*a, **k))
+    original = operate.trace_private
+    monkeypatch.setattr(operate, "trace_private", lambda *a, **k: traces.append(1) or original(*a, **k))
     small = select(blocks(), torch.randn(2, 3, 5))
     assert followed(small) == {(str(k), f"dims.{i}"): (n, n // 2) for k in range(1, 7) for i, n in ((0, 6), (1, 12))}
     assert len(traces) < 8  # not one search for each block
