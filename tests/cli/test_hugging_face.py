@@ -292,6 +292,12 @@ def test_blockwise_writes_a_folder_that_opens(program: Program, user_folder: Pat
     assert transformers.LlamaForCausalLM.from_pretrained("small").config.intermediate_size == 6
 
 
+def assert_refused(program: Program, options: str, message: str) -> None:
+    done = program(f"compress {options}")
+    assert done.exit_code != 0
+    assert message in " ".join(done.output.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -301,9 +307,7 @@ def test_blockwise_writes_a_folder_that_opens(program: Program, user_folder: Pat
     ],
 )
 def test_blockwise_says_what_it_takes(program: Program, bert: Path, options: str, message: str) -> None:
-    done = program(f"compress {options}")
-    assert done.exit_code != 0
-    assert message in " ".join(done.output.split())
+    assert_refused(program, options, message)
 
 
 # ---- merged heads ---------------------------------------------------------------------------------------------------
@@ -356,9 +360,7 @@ def test_a_folder_with_merged_heads_is_compressed_further(llama: Path, program: 
     ],
 )
 def test_merging_heads_says_what_it_takes(llama: Path, program: Program, options: str, message: str) -> None:
-    done = program(f"compress {options}")
-    assert done.exit_code != 0
-    assert message in " ".join(done.output.split())
+    assert_refused(program, options, message)
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -81,20 +81,20 @@ class Sensitivity:
         is off by all it says cannot get worse: half a stream does not tell what a tenth of it does. The first is closer
         where the layers behind make up for more than the consumers do. `compare` tells which leads further. OURS.
         """
-        return [
-            {name: curve for twins in families_of(groups) for name, curve in self._draw(twins, at).items()}
-            for at in ([halve], [halve, _cut_little])
-        ]
+        drawn = [self._draw(twins) for twins in families_of(groups)]
+        return [{name: curve for each in drawn for name, curve in each[k].items()} for k in range(2)]
 
-    def _draw(self, twins: Sequence[ChannelGroup], cuts: Sequence[_Cutting]) -> dict[str, Tensor]:
-        """The curves of twins, measured at some sizes."""
+    def _draw(self, twins: Sequence[ChannelGroup]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The curves of twins through the error of half of them, and through that of seven eighths as well."""
         shapes, heights = {g.name: self._find_shape(g) for g in twins}, dict[int, float]()
-        for sizes in (cut(twins) for cut in cuts):
+        for sizes in (halve(twins), _cut_little(twins)):
             m = sizes[twins[0].name] // twins[0].multiple
             if not _is_told(shapes[twins[0].name][:: twins[0].multiple], m, heights):
                 heights[m] = self._find_height(twins, sizes) ** self._trust / len(twins)
-        at = lambda g: {m * g.multiple: height for m, height in heights.items()}  # noqa: E731
-        return {name: fit_curve(shape, at(g)) for g, (name, shape) in zip(twins, shapes.items(), strict=True)}
+        fit = lambda sizes: {  # noqa: E731
+            g.name: fit_curve(shapes[g.name], {m * g.multiple: heights[m] for m in sizes}) for g in twins
+        }
+        return fit([*heights][:1]), fit([*heights])
 
     def _find_shape(self, group: ChannelGroup) -> Tensor:
         """Falls from 1 for no channel, or block, to 0 for all, (n + 1,)."""
@@ -260,7 +260,6 @@ def fit_curve(shape: Tensor, heights: Mapping[int, float]) -> Tensor:
     return torch.where(shape > lost, error * (shape / lost) ** min(max(power, _FLATTEST), 1.0), curve)
 
 
-_Cutting = Callable[[Sequence[ChannelGroup]], dict[str, int]]
 _Seen = Sequence[tuple[Inputs, list[Tensor]]]
 """Images in batches, and what the network as it is to be seen gives on them."""
 

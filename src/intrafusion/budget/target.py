@@ -87,9 +87,9 @@ def sizes_for_target(
     reference = Reference(model, graph, inputs)
     groups, literals = _find_shrinkable(reference, groups)
     sensitivity = replace(sensitivity, literals=literals) if literals.learned else sensitivity
+    opinions = sensitivity.list_curves(groups)
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS + any(not g.is_channel for g in groups)):
-        opinions = sensitivity.list_curves(groups)
         search = _Search.of(model, graph, groups, opinions[0], recipe, inputs, limits, literals)
         sizes, notes = search.find(sensitivity, opinions)
         refused = _try_sizes(reference, sizes).rolled_back

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, Member
-from intrafusion.network.decisions import call_ways, take_way
+from intrafusion.network.decisions import call_ways
 from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.state import evaluate_alone
@@ -35,7 +35,7 @@ from intrafusion.trace.info import LabelledTensor
 from intrafusion.trace.labels import narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.random import Draws
-from intrafusion.trace.run import answered, follow_run, learn_inputs
+from intrafusion.trace.run import answered, follow_call, follow_run
 from intrafusion.trace.shared import settle_shared
 
 _Suspects = tuple[tuple[str, ...], ...]
@@ -162,10 +162,8 @@ class Forecast:
 
     def _record_on(self, inputs: Inputs) -> _Recorder:
         recorder = _Recorder(Ledger(self.model))
-        for way in self.graph.ways[1:]:  # before the recorder looks: the labels are no steps of the network
-            learn_inputs(recorder.ledger, take_way(inputs, way))
         with follow_run(recorder, self.model, inputs), recorder, Draws(mean=True):
-            self._call_all(inputs, lambda given: given.call(self.model))
+            self._call_all(inputs, lambda given: follow_call(recorder.ledger, self.model, given))
         return recorder
 
     def run(self, sizes: Mapping[str, int]) -> Trial:

@@ -18,6 +18,7 @@ from intrafusion.names import name_some
 from intrafusion.network.apart import borrow
 from intrafusion.network.decisions import Decisions, ListsRead, call_ways
 from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.layers import unseen_by_modes
 from intrafusion.network.state import Memory, preserve_state
 from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.trace.decomposition import decompose
@@ -112,7 +113,7 @@ def answered(ways: Sequence[Way]) -> Iterator[None]:
 @contextlib.contextmanager
 def follow_run(tracer: Tracer, model: nn.Module, inputs: Inputs) -> Iterator[Memory]:
     """Where a forward pass under this tracer shows every step; the network is left as it was found."""
-    learn_inputs(tracer.ledger, inputs)
+    _learn_inputs(tracer.ledger, inputs)
     with preserve_state(model) as memory, torch.no_grad(), decompose(model), tracer.naming_modules(model):
         yield memory
 
@@ -173,15 +174,16 @@ def _run(model: nn.Module, inputs: Inputs, calls: int | None, ways: Sequence[Way
     return run
 
 
-def learn_inputs(ledger: Ledger, inputs: Inputs) -> None:
-    """No channel runs along what a network is called on."""
-    for given in inputs.tensors():
-        ledger.learn(given, LabelledTensor.fixed(given.shape))
+def _learn_inputs(ledger: Ledger, inputs: Inputs) -> None:
+    """No channel runs along what a network is called on; that is no step of the network."""
+    with unseen_by_modes():
+        for given in inputs.tensors():
+            ledger.learn(given, LabelledTensor.fixed(given.shape))
 
 
 def follow_call(ledger: Ledger, model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """A call on inputs of another way, under a tracer with this ledger."""
-    learn_inputs(ledger, inputs)
+    _learn_inputs(ledger, inputs)
     return inputs.call(model)
 
 
