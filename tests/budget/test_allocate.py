@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_min_channels_and_excludes_hold_and_an_impossible_target_comes_as_close_
     assert small.plan.sizes == {"0": 4}
     share = 100 * small.after.params / small.before.params
     said = f"target missed: {small.after.params:,} parameters ({share:.3g} %) instead of "
-    (text,) = small.warnings
+    (text,) = replace(small, comparison=None).warnings  # on a busy machine, the clock has something to say too
     assert text.startswith(said)
     assert "(1 %)" in text
     assert [str(w.message) for w in seen] == [text]
