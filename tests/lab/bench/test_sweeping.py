@@ -15,6 +15,7 @@ import pytest
 
 from intrafusion.errors import IntrafusionError
 from intrafusion.lab.bench import read_records, sweep
+from intrafusion.lab.bench.claims import claims
 
 SETTINGS = [{"keep": keep, "group": group} for group in ("conv1", "conv2") for keep in (0.9, 0.5)]
 
@@ -125,6 +126,19 @@ def test_two_sweeps_on_one_file_share_the_work(tmp_path):
     assert sorted(int(i) for i, _ in ran) == list(range(8)), "nothing is measured twice"
     assert {process for _, process in ran} == set(map(str, both)), "each has its part"
     assert sorted(os.listdir(tmp_path)) == ["log", "r.jsonl"]
+
+
+def test_what_a_killed_sweep_left_is_removed_where_all_is_measured_already(tmp_path):
+    path = tmp_path / "r.jsonl"
+    sweep("squares", SETTINGS, Counting(), path)
+    process = os.fork()
+    if process == 0:
+        with claims(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert len(os.listdir(tmp_path)) == 2
+    sweep("squares", SETTINGS, Counting(), path)
+    assert os.listdir(tmp_path) == ["r.jsonl"]
 
 
 def test_what_a_killed_sweep_had_claimed_is_taken_up_by_another_that_waits(tmp_path):

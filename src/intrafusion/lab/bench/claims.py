@@ -2,7 +2,8 @@
 
 Each keeps a hidden file of its own beside the records, with a line for every setting that it has claimed, and a lock on
 it for as long as it lives. The operating system drops the lock of a sweep that is killed: its claims count no more, and
-whoever sees that first removes them. Claims are made one after another, under a lock on the records.
+whoever sees that first removes them, the next sweep at the latest. Claims are made one after another, under a lock on
+the records.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class Claims:
             self._held.discard(key)
             self._note()
 
+    def clear(self) -> None:
+        """Remove the claims of dead sweeps, also where nothing is left to claim."""
+        with report_unwritable(self._path), lock(self._path):
+            self._find_others()
+
     def wait(self) -> None:
         """Let others work for a moment, if they have claims, then look what they did."""
         with report_unwritable(self._path):
@@ -96,7 +102,9 @@ def claims(path: Path) -> Iterator[Claims]:
         path.touch()
         own, descriptor = _begin(path.resolve())
     try:
-        yield Claims(path.resolve(), own)
+        found = Claims(path.resolve(), own)
+        found.clear()
+        yield found
     finally:
         own.unlink(missing_ok=True)
         os.close(descriptor)
