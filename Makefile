@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST := .venv-lowest
-EXTRAS := dev,torchvision,timm,transformers,benchmarks,ray,train
+EXTRAS := dev,torchvision,timm,transformers,onnx,benchmarks,ray,train
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 # Tests, demo and benchmarks that need real data look for it in INTRAFUSION_DATA.
