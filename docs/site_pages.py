@@ -1,7 +1,7 @@
 """What the site shows of files that stand elsewhere in the repository, and the links between both.
 
-The README is the first page; the benchmarks' tables, CONTRIBUTING and the CHANGELOG are pages too. A link from a page to
-a file that is no page (a script, a licence) becomes its name: the site knows no address of the repository.
+The README is the first page; the benchmarks' tables, CONTRIBUTING and the CHANGELOG are pages too. A link from a page
+to a file that is no page (a script, a licence) becomes its name: the site knows no address of the repository.
 """
 
 from __future__ import annotations
