@@ -6,7 +6,9 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -47,3 +49,11 @@ def test_modules_are_what_their_names_give_and_the_checks_are_imported_only_when
 def test_an_unknown_name_is_an_ordinary_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'intrafusion' has no attribute 'carry_out'"):
         intrafusion.carry_out  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_one_version_in_three_places() -> None:
+    root = Path(__file__).parents[1]
+    built = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    cited = next(x for x in (root / "CITATION.cff").read_text().splitlines() if x.startswith("version:"))
+    assert built == cited.split()[1] == intrafusion.__version__
+    assert f"\n## {built}\n" in (root / "CHANGELOG.md").read_text(encoding="utf-8")

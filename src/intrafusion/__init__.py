@@ -34,7 +34,7 @@ from intrafusion.selectors import inputs_of, outputs_of
 if TYPE_CHECKING:
     from intrafusion import checks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Alignment",
