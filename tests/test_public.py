@@ -46,6 +46,14 @@ def test_modules_are_what_their_names_give_and_the_checks_are_imported_only_when
     assert done.stdout.splitlines() == ["False True", "intrafusion.trace True", "intrafusion.checks True"]
 
 
+def test_importing_loads_no_library_that_is_not_always_needed() -> None:
+    later = ("timm", "transformers", "torchvision", "ray", "onnx", "onnxruntime", "onnxscript", "accelerate", "plotly")
+    later += ("matplotlib", "PIL", "sklearn", "scipy", "ot", "typer", "rich", "mkdocs")
+    code = "import torch, sys; before = set(sys.modules); import intrafusion; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()).isdisjoint(later)
+
+
 def test_an_unknown_name_is_an_ordinary_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'intrafusion' has no attribute 'carry_out'"):
         intrafusion.carry_out  # type: ignore[attr-defined]  # noqa: B018
