@@ -288,7 +288,8 @@ def test_blockwise_writes_a_folder_that_opens(program: Program, user_folder: Pat
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes)).save_pretrained("llama")
     done = program("compress hf:llama --blockwise --keep 0.5 -o small")
     assert done.exit_code == 0, done.output
-    assert "12 -> 6" in done.output
+    assert "12 -> 6" in done.stdout
+    assert "import transformers; model = transformers.LlamaForCausalLM.from_pretrained('small')" in done.stdout
     assert transformers.LlamaForCausalLM.from_pretrained("small").config.intermediate_size == 6
 
 

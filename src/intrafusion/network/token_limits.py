@@ -23,10 +23,12 @@ class TokenLimits:
     Attributes:
         tokens: by argument, the embedding that it picks rows of, and how many there are.
         positions: embeddings of positions, how many rows they have, and which is that of the first position.
+        known: tokens of the longest sequences that the network was made for, where its configuration says so.
     """
 
     tokens: Mapping[str | int, tuple[str, int]] = field(default_factory=dict)
     positions: tuple[tuple[str, int, int], ...] = ()
+    known: int | None = None
 
     __repr__ = show_briefly
 
@@ -34,6 +36,22 @@ class TokenLimits:
     def longest(self) -> int | None:
         """Tokens that a sequence may have; None where no embedding of positions was seen."""
         return min((rows - first for _, rows, first in self.positions), default=None)
+
+    @property
+    def cut(self) -> int | None:
+        """Tokens at which longer texts are cut."""
+        return self.known if self.longest is None else self.longest
+
+    def doubt(self, call: Inputs) -> str | None:
+        """What is to be said of sequences that run, and are longer than the network knows."""
+        given = list_arguments(call)
+        lengths = [ids.shape[-1] for k in self.tokens if isinstance(ids := given.get(k), Tensor) and ids.dim() > 1]
+        if self.cut is None or max(lengths, default=0) <= self.cut:
+            return None
+        return (
+            f"{call.source}: sequences of {max(lengths)} tokens, where the configuration of the network says at most "
+            f"{self.cut} (max_position_embeddings): it was not trained on what is longer; cut them"
+        )
 
     def check(self, call: Inputs) -> None:
         """
@@ -62,11 +80,16 @@ class TokenLimits:
 
 
 def find_token_limits(model: nn.Module, example: Inputs) -> TokenLimits:
-    """What is seen in one forward pass; nothing where no argument is a whole number, or the network does not run."""
+    """What is seen in one forward pass, and what a configuration says.
+
+    Nothing is seen where no argument is a whole number, or the network does not run.
+    """
     tokens: dict[str | int, Tensor] = {k: t for k, t in list_arguments(example).items() if _is_whole(t)}
     tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if not tokens or not tables:
         return TokenLimits()
+    known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    known = known if type(known) is int and known > 0 else None
     given = example.copied()
     owners = {_memory_of(t): key for key, t in list_arguments(given).items() if key in tokens and isinstance(t, Tensor)}
     found: dict[str | int, tuple[str, int]] = {}
@@ -85,8 +108,8 @@ def find_token_limits(model: nn.Module, example: Inputs) -> TokenLimits:
         with preserve_state(model), watch_calls(tables, reached=reached):
             model(*given.args, **(given.kwargs or {}))
     except Exception:  # whatever a network raises: told where it is traced
-        return TokenLimits()
-    return TokenLimits(found, tuple(positions))
+        return TokenLimits(known=known)
+    return TokenLimits(found, tuple(positions), known)
 
 
 def list_arguments(call: Inputs) -> dict[str | int, Any]:
