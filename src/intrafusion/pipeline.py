@@ -178,9 +178,6 @@ def compress(
     core = make_workable(model, inplace=inplace)
     example = recipe.call_of(example_inputs)
     graph = inspect(prepare_model(core, recipe, example), example)
-    if merge_heads is not None:
-        merged = follow(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory, progress=False)
-        return wrap_result(model, merged)
     prepared = Prepared.of(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory)
     small = prepared.carry_out(recipe)
     return _move_into(model, small, prepared.graph) if inplace else wrap_result(model, small)
@@ -235,14 +232,6 @@ def follow(
         calibration: instead of the one that the recipe would make, for several recipes on one network.
         tokenizer, memory: as `compress`.
     """
-    recipe.refuse_foreign()
-    if recipe.merge_heads is not None:
-        core, example = make_workable(model), recipe.call_of(example_inputs)
-        level = "auto" if images is None else "images"
-        calibration = calibration or calibrate(
-            core, example, level, images, seed=recipe.seed, tokenizer=tokenizer, memory=memory
-        )
-        return merge_inspected(recipe, core, graph, example, calibration)
     prepared = Prepared.of(recipe, model, graph, example_inputs, images, calibration, tokenizer, memory)
     return prepared.carry_out(recipe)
 
@@ -301,8 +290,9 @@ class Prepared:
         return replace(self, graph=graph, calibration=found)
 
     def carry_out(self, recipe: Recipe) -> Compressed:
-        """Decide, apply, restore, compare."""
-        small = reduce_and_restore(
+        """Decide, apply, restore, compare; or merge heads, and compare."""
+        carry = reduce_and_restore if recipe.merge_heads is None else merge_and_restore
+        small = carry(
             *(recipe, self.model, self.graph, self.inputs, self.split),
             calibration=self.calibration,
             tokenizer=self.tokenizer,
@@ -355,6 +345,25 @@ def reduce_and_restore(
     small = apply(model, plan, inputs, graph=graph)
     yardstick = find_yardstick(images, model)
     return run_restorers(small, model, graph, calibration, images.seen, yardstick=yardstick)
+
+
+def merge_and_restore(
+    recipe: Recipe,
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Inputs,
+    images: Split,
+    *,
+    calibration: Calibration | None = None,
+    tokenizer: Tokenizer | None = None,
+    memory: MemoryLike = None,
+) -> Compressed:
+    """The same where the recipe merges heads, which needs something to look at in any case."""
+    level = "auto" if images.seen is None else "images"
+    calibration = calibration or calibrate(
+        model, inputs, level, images.seen, seed=recipe.seed, tokenizer=tokenizer, memory=memory
+    )
+    return merge_inspected(recipe, model, graph, inputs, calibration, find_yardstick(images, model))
 
 
 def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Compressed:

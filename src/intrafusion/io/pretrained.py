@@ -19,6 +19,7 @@ from intrafusion.documents import parse_json
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
+from intrafusion.surgery.configuration import take_rounded_
 
 _CONFIG, _MODULES = "config.json", "modules.json"
 _WEIGHTS = (
@@ -145,8 +146,9 @@ def _check_opens(network: Any, place: Path, inputs: Inputs) -> None:
                 place, dtype="auto", local_files_only=True, output_loading_info=True
             )
         lost = [name for kind in ("missing_keys", "mismatched_keys") for name in told.get(kind, ())]
-        device = next(network.parameters()).device
-        a, b = (run_in_double(copy_as_double(m), inputs) for m in (found.to(device).eval(), network))
+        found.to(next(network.parameters()).device).eval()
+        take_rounded_(found, network)
+        a, b = (run_in_double(copy_as_double(m), inputs) for m in (found, network))
         differ = output_difference(a, b) if len(a) == len(b) else float("inf")
     except Exception as error:  # whatever it makes of what it does not understand
         raise ModelError(
