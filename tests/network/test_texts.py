@@ -145,6 +145,27 @@ def test_limits_are_read_off_the_embeddings() -> None:
     assert find_token_limits(nn.Linear(3, 2), Inputs((torch.zeros(1, 3),))).longest is None
 
 
+class Places(nn.Embedding):
+    """Called on tokens, of which it takes the number only, as the decoders of BART and Whisper have it."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.arange(ids.shape[1]) + 2)
+
+
+def test_positions_that_are_called_on_tokens_hold_no_tokens() -> None:
+    class Decoder(Encoder):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.last(self.first(self.words(input_ids) + self.places(input_ids)).relu())
+
+    model = Decoder().eval()
+    model.places = Places(9, 8)
+    limits = find_token_limits(model, Inputs.of(EXAMPLE))
+    assert limits.tokens == {"input_ids": ("words", 13)}
+    assert (limits.positions, limits.longest) == ((("places", 9, 2),), 7)
+    ids = torch.full((40, 5), 12)
+    assert intrafusion.compress(model, {"input_ids": ids[:2]}, 0.5, inputs={"input_ids": ids}).plan.sizes
+
+
 class Turned(nn.Module):
     """Without embeddings of positions, as where keys are turned by them; a configuration says how many there are."""
 

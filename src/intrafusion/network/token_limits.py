@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.layers import watch_calls
 from intrafusion.network.state import preserve_state
 
 
@@ -85,7 +85,7 @@ def find_token_limits(model: nn.Module, example: Inputs) -> TokenLimits:
     Nothing is seen where no argument is a whole number, or the network does not run.
     """
     tokens: dict[str | int, Tensor] = {k: t for k, t in list_arguments(example).items() if _is_whole(t)}
-    tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    tables = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if not tokens or not tables:
         return TokenLimits()
     known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -96,20 +96,34 @@ def find_token_limits(model: nn.Module, example: Inputs) -> TokenLimits:
     positions: list[tuple[str, int, int]] = []
     lengths = {t.shape[-1] for t in tokens.values() if t.dim()}
 
-    def reached(name: str, picked: Tensor) -> None:
-        rows = tables[name].num_embeddings
-        key = owners.get(_memory_of(picked))
+    def reached(weight: Tensor, picked: Tensor) -> None:
+        if (name := tables.get(id(weight))) is None:
+            return
+        key, rows = owners.get(_memory_of(picked)), len(weight)
         if key is not None:
             found[key] = min((found[key], (name, rows)), key=lambda entry: entry[1]) if key in found else (name, rows)
         elif picked.dim() and picked.shape[-1] in lengths and _counts_up(picked):
             positions.append((name, rows, int(picked.min())))
 
     try:
-        with preserve_state(model), watch_calls(tables, reached=reached):
+        with preserve_state(model), _Picks(reached):
             model(*given.args, **(given.kwargs or {}))
     except Exception:  # whatever a network raises: told where it is traced
         return TokenLimits(known=known)
     return TokenLimits(found, tuple(positions), known)
+
+
+class _Picks(TorchDispatchMode):
+    """Tells of every pick of rows: a module for positions may be called on tokens, and takes only how many there are."""
+
+    def __init__(self, reached: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self.reached = reached
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            self.reached(args[0], args[1])
+        return func(*args, **(kwargs or {}))
 
 
 def list_arguments(call: Inputs) -> dict[str | int, Any]:
