@@ -114,7 +114,7 @@ def find_token_limits(model: nn.Module, example: Inputs) -> TokenLimits:
 
 
 class _Picks(TorchDispatchMode):
-    """Tells of every pick of rows: a module for positions may be called on tokens, and takes only how many there are."""
+    """Tells of every pick of rows: a module for positions may be called on tokens, of which it takes the number."""
 
     def __init__(self, reached: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
