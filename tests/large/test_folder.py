@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,23 @@ def test_images_are_the_example_of_a_network_without_tokens(tmp_path: Path, name
     message = "no example is known for a network without tokens; give example_inputs or inputs"
     with pytest.raises(ModelError, match=message):
         intrafusion.compress_folder(tmp_path / "old", tmp_path / "other", 0.5)
+
+
+def test_a_network_of_sentence_transformers_keeps_what_stands_behind_it(tmp_path: Path) -> None:
+    transformers, old, new = import_transformers(), tmp_path / "old", tmp_path / "new"
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=20, **SOME)).save_pretrained(old)
+    (old / "1_Pooling").mkdir()
+    (old / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 16}')
+    (old / "README.md").write_text("the old network")
+    entries = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    (old / "modules.json").write_text(json.dumps([{"type": f"a.{kind}", "path": path} for kind, path in entries]))
+    intrafusion.compress_folder(old, new, 0.5)
+    assert transformers.BertModel.from_pretrained(new).config.intermediate_size == 12
+    for name in ("modules.json", "1_Pooling/config.json"):
+        assert (new / name).read_bytes() == (old / name).read_bytes()
+    assert not (new / "README.md").exists()
+    (old / "modules.json").write_text('[{"type": "a.Transformer", "path": "0_Transformer"}]')
+    message = f"name the folder of the network in it, {old / '0_Transformer'}."
+    with pytest.raises(FolderError, match=re.escape(message)):
+        intrafusion.compress_folder(old, tmp_path / "other", 0.5)

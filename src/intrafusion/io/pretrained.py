@@ -96,9 +96,7 @@ def write_pretrained(model: nn.Module, inputs: Inputs, origin: Path, folder: Pat
     copy_beside(origin / part, place, ours)
     if is_of_sentences(origin):
         copy_beside(origin, folder, ours)
-        for _, other in _read_modules(origin / _MODULES):
-            if other != part and (origin / other).is_dir():  # of a module without files none is kept
-                shutil.copytree(origin / other, folder / other, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        copy_modules(origin, folder)
         _mend_widths(folder, part, _read_width(origin / part), _read_width(place))
     _check_opens(network, place, inputs)
     return sorted(path.name for path in folder.iterdir())
@@ -110,6 +108,16 @@ def copy_beside(source: Path, target: Path, ours: tuple[str, ...] = ()) -> None:
         goal, wanted = target / path.name, path.name not in ours and not path.name.endswith(_WEIGHTS)
         if wanted and path.is_file() and not goal.exists():
             shutil.copyfile(path, goal)
+
+
+def copy_modules(origin: Path, folder: Path) -> None:
+    """The folders of the modules that stand behind a network of sentence-transformers; nothing of another folder."""
+    if not is_of_sentences(origin):
+        return
+    part = find_network_part(origin)
+    for _, other in _read_modules(origin / _MODULES):
+        if other != part and (origin / other).is_dir():  # of a module without files none is kept
+            shutil.copytree(origin / other, folder / other, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def _read_width(folder: Path) -> Any:

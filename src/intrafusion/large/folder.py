@@ -21,7 +21,7 @@ from intrafusion.errors import FolderError, IntrafusionError, ModelError, Recipe
 from intrafusion.graph import ChannelGraph
 from intrafusion.importance.observation import needs_of
 from intrafusion.io.atomic import atomic_folder
-from intrafusion.io.pretrained import check_apart, copy_beside, is_of_sentences
+from intrafusion.io.pretrained import check_apart, copy_beside, copy_modules, find_network_part
 from intrafusion.io.shards import FLOATS, Shards, ShardWriter, Stored
 from intrafusion.large.block import Streams, explain_groups, join_graphs, reduce_block, solve_block_
 from intrafusion.large.chain import BlockCall, find_blocks, follow_blocks, load_block
@@ -156,7 +156,8 @@ def compress_folder(
         calls = _make_calls(network, inputs, tokenizer, example_inputs)
         example = calls[0] if example_inputs is None and calls else _find_example(network, example_inputs)
         small = _Work(network, recipe, solver, example, calls).write(place)
-        copy_beside(origin, place)
+        copy_beside(origin, place, ("README.md",))  # it tells of the original
+        copy_modules(origin, place)
         (place / "recipe.yaml").write_text(recipe.to_yaml())
     return replace(small, folder=target, seconds=time.perf_counter() - start)
 
@@ -273,8 +274,8 @@ def _find_architecture(origin: Path, architecture: str | None) -> tuple[Any, typ
         FolderError: no folder of one network of transformers.
         ModelError: its weights are quantised, or its architecture is not installed.
     """
-    if is_of_sentences(origin):
-        raise FolderError(f"{origin}: holds several modules; name the folder of the network in it.")
+    if part := find_network_part(origin):
+        raise FolderError(f"{origin}: holds several modules; name the folder of the network in it, {origin / part}.")
     if not (origin / "config.json").is_file():
         raise FolderError(f"{origin}: expected a folder with a config.json, got none; save_pretrained writes it.")
     with needing("transformers"):
