@@ -17,6 +17,7 @@ from intrafusion.restore import LeastSquares
 from intrafusion.restore.places import PlaceSampler
 from intrafusion.restore.row_store import RowStore
 from intrafusion.restore.shelf import Shelf
+from intrafusion.restore.statistics import find_merge
 from intrafusion.restore.targets import record_targets
 
 EXACT = LeastSquares(strength=0.0, scarcity=0.0, steps=0).solver
@@ -61,6 +62,52 @@ def test_spoilt_weights_are_solved_for(batch_first: bool) -> None:
     assert found == parts | {"across.in_proj_weight[0]", "across.in_proj_weight[1]"}
     for name, tensor in spoilt.items():
         torch.testing.assert_close(tensor, named_tensors(model)[name], atol=2e-3, rtol=2e-3)
+
+
+class Far(nn.Module):
+    """Attention to something of another width: three weights share a bias, of which each has a third."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.embed, self.far = nn.Linear(12, 8), nn.Linear(12, 5)
+        self.across = nn.MultiheadAttention(8, 2, kdim=5, vdim=5, batch_first=batch_first)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = self.far(x).tanh()
+        return self.head(self.across(self.embed(x).tanh(), far, far, need_weights=False)[0].tanh())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_weights_that_share_a_bias_in_parts_are_solved_for(batch_first: bool) -> None:
+    model, x = randomise_(Far(batch_first)).eval(), torch.randn(40, 30, 12)
+    small = copy_model(model)
+    spoilt = {name: t for name, t in named_tensors(small).items() if name.startswith("across")}
+    for tensor in spoilt.values():
+        tensor.data.add_(0.2 * torch.randn_like(tensor))
+    weights = {f"across.{name}_proj_weight[0]" for name in "qkv"}
+    assert solve(model, small, x) == {*weights, "across.out_proj.weight[0]"}
+    for name, tensor in spoilt.items():
+        torch.testing.assert_close(tensor, named_tensors(model)[name], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_parts_of_a_bias_are_found_again_in_a_smaller_network(batch_first: bool) -> None:
+    """The parts begin elsewhere in it: solved with the wrong ones, it would give something else."""
+    model, x, unseen = randomise_(Far(batch_first)).eval(), torch.randn(60, 5, 12), torch.randn(60, 5, 12)
+    graph, small = intrafusion.inspect(model, x[:1]), intrafusion.compress(model, x[:1], 0.75, restore=None)
+    found = EXACT.solve_(small.model, small.plan.maps, model, graph, [Inputs.of(x)])
+    assert small.model.across.in_proj_bias.shape == (18,)
+    assert {f"across.{name}_proj_weight[0]" for name in "qkv"} <= found.changes.keys()
+    inputs: dict[str, Tensor] = {}
+    small.model.across.register_forward_pre_hook(lambda _, args: inputs.update(zip("qk", args, strict=False)))
+    merge, bias = find_merge("across.q_proj_weight", 8, graph, small.plan.maps), small.model.across.in_proj_bias
+    assert merge is not None
+    with torch.no_grad():
+        small.model(unseen)
+        given = F.linear(inputs["q"], small.model.across.q_proj_weight, bias[:6])
+        wanted = F.linear(model.embed(unseen).tanh(), model.across.q_proj_weight, model.across.in_proj_bias[:8])
+    torch.testing.assert_close(given.mean((0, 1)), (wanted @ merge.T.float()).mean((0, 1)), atol=0.1, rtol=0.05)
 
 
 def test_attention_in_a_smaller_network_comes_nearer_to_the_original_on_unseen_inputs() -> None:
