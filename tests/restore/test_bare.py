@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,6 +182,81 @@ def test_a_product_that_enters_a_sum_makes_up_for_the_other_branch() -> None:
     expected = torch.linalg.lstsq(h.double(), (wanted - h).double()).solution.T
     torch.testing.assert_close(small.branch.double(), expected, atol=1e-3, rtol=1e-3)
     assert torch.equal(small.along, model.along)
+
+
+class Residual(nn.Module):
+    """Attention that enters a sum."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 2)
+        self.own, self.batch_first = nn.MultiheadAttention(8, 2, batch_first=batch_first), batch_first
+
+    def hidden(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return h if self.batch_first else h.transpose(0, 1)
+
+    def read_heads(self, h: Tensor) -> Tensor:
+        """What the output projection reads."""
+        plain = copy_model(self.own)
+        plain.out_proj.weight.data.copy_(torch.eye(8))
+        plain.out_proj.bias.data.zero_()
+        return plain(h, h, h, need_weights=False)[0].flatten(0, 1)
+
+    def attend(self, h: Tensor) -> Tensor:
+        return self.own(h, h, h, need_weights=False)[0].flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        return self.head((h + self.own(h, h, h, need_weights=False)[0]).tanh())
+
+
+class ResidualByHand(Residual):
+    """A product of rows in which it stands for attention, whose rows are read as they were, too, where that is said."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__(batch_first=True)
+        self.twice = twice
+
+    def read_heads(self, h: Tensor) -> Tensor:
+        return h.square().flatten(0, 1)
+
+    def attend(self, h: Tensor) -> Tensor:
+        return F.linear(self.read_heads(h), self.own.out_proj.weight, self.own.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        rows = self.attend(h)
+        moved = rows.view(h.shape)
+        more = rows.square().view(h.shape) if self.twice else 0.0
+        return self.head((h + moved).tanh() + more)
+
+
+@pytest.mark.parametrize("parts", [1, 3], ids=["one call", "batches"])
+@pytest.mark.parametrize(
+    ("build", "summed"),
+    [
+        (lambda: Residual(True), True), (lambda: Residual(False), True),
+        (lambda: ResidualByHand(twice=False), True), (lambda: ResidualByHand(twice=True), False),
+    ],
+    ids=["attention", "tokens first", "by hand", "read elsewhere too"],
+)  # fmt: skip
+def test_rows_that_are_moved_into_a_sum_make_up_for_the_other_branch(
+    build: Callable[[], Residual], summed: bool, parts: int
+) -> None:
+    model, x = randomise_(build()).eval(), torch.randn(60, 7, 5)
+    small, graph = copy_model(model), intrafusion.inspect(model, x[:2])
+    small.first.weight.data.mul_(0.7)
+    left = ("first", "own")  # keys, queries and values stay as they were
+    EXACT.solve_(small, {}, model, graph, [Inputs.of(part) for part in x.chunk(parts)], left=left)
+    with torch.no_grad():
+        h, y = small.hidden(x), model.hidden(x)
+        wanted = model.attend(y) + ((y - h).flatten(0, 1) if summed else 0.0)
+        rows = small.read_heads(h)
+    rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1).double()
+    expected = torch.linalg.lstsq(rows, wanted.double()).solution.T
+    torch.testing.assert_close(small.own.out_proj.weight.double(), expected[:, :8], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(small.own.out_proj.bias.double(), expected[:, 8], atol=2e-3, rtol=2e-3)
 
 
 class Reading(nn.Module):

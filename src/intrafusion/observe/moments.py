@@ -280,9 +280,9 @@ class _Sides:
         mean = (counts * x).sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1e-300)
         x = x - mean if self.is_second(index) else x
         total = (counts * x).unflatten(2, (-1, port.positions.shape[1])).sum((0, 2))
-        own = torch.einsum("inp,imp->nm", counts * x, x), total, counts.sum()
-        before = self.squares.get(index)
-        self.squares[index] = own if before is None else tuple(map(torch.add, before, own))
+        square, count = torch.einsum("inp,imp->nm", counts * x, x), counts.sum()
+        before = self.squares.get(index, (0.0, 0.0, 0.0))
+        self.squares[index] = before[0] + square, before[1] + total, before[2] + count
 
     def moments(self, late: Mapping[str, Tensor]) -> Moments | None:
         """None unless all that gives either side was seen.

@@ -610,7 +610,7 @@ class _Pass:
 
     def called(self, name: str, x: Tensor, output: Tensor) -> None:
         if name in self.waiting:
-            self.uses.watch(output, name)
+            self.uses.watch(output, name, moves=isinstance(self.layers[name], BareLayer))
 
     def entered(self, found: Unread, a: Tensor, b: Tensor) -> None:
         with unseen_by_modes():  # rows that are brought are no part of what the batch holds
@@ -618,10 +618,12 @@ class _Pass:
                 if name in self.waiting and not self.open:
                     layer, places = self.layers[name], self.store.places[name][self.batch]
                     x, arrange = self.waiting.pop(name)
-                    given = layer.take_outputs(arrange(a), places) + layer.take_outputs(arrange(b), places)
+                    parts = (arrange(self.uses.take_back(output, t)) for t in (a, b))
+                    given = sum(layer.take_outputs(part, places) for part in parts)
                     if self.wait(layer, layer.take_inputs(arrange(x), places), given):
                         with torch.inference_mode(output.is_inference()), torch.no_grad():
-                            output.copy_(layer.apply_norm(layer.module.forward(x)))
+                            new = layer.apply_norm(layer.module.forward(x))
+                            output.copy_(self.uses.take_along(output, new))
 
     def wait(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
         """Until the layer is solved on all batches; whether it was written."""

@@ -226,7 +226,7 @@ class _Recording:
         if name not in self.targets.skipped:
             self.look_at(layer, key, arrange(x), arrange(output))
         if self.plain.get(key):
-            self.uses.watch(output, name)
+            self.uses.watch(output, name, moves=isinstance(layer, BareLayer))
 
     def count_call(self, name: str) -> str:
         """What the store calls this one."""
@@ -262,7 +262,8 @@ class _Recording:
         self.events[-1][_name_sum(name)] = name
         self.targets.summed |= set() if self.batch else {name}
         if name not in self.targets.skipped and len(self.calls[name]) == 1:
-            rows = self.arranged[name](total)
+            output = next(t for t, own in found if own == name)
+            rows = self.arranged[name](self.uses.take_back(output, total))
             rows = self.layers[name].take_outputs(rows, self.store.places[name][self.batch])
             self.put(name, name if self.batch else _name_sum(name), rows)
         return name
