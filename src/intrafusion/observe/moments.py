@@ -247,7 +247,7 @@ class _Sides:
     members: list[Member]
     ports: dict[int, Port]
     bare: dict[int, BareLayer] = field(default_factory=dict)
-    squares: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    squares: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, group: ChannelGroup, layers: Mapping[str, Layer], shapes: Mapping[str, Sequence[int]]) -> _Sides:
@@ -281,8 +281,9 @@ class _Sides:
         x = x - mean if self.is_second(index) else x
         total = (counts * x).unflatten(2, (-1, port.positions.shape[1])).sum((0, 2))
         square, count = torch.einsum("inp,imp->nm", counts * x, x), counts.sum()
-        before = self.squares.get(index, (0.0, 0.0, 0.0))
-        self.squares[index] = before[0] + square, before[1] + total, before[2] + count
+        before = self.squares.get(index)
+        sums = (square, total, count)
+        self.squares[index] = sums if before is None else tuple(a + b for a, b in zip(before, sums, strict=True))
 
     def moments(self, late: Mapping[str, Tensor]) -> Moments | None:
         """None unless all that gives either side was seen.

@@ -618,8 +618,8 @@ class _Pass:
                 if name in self.waiting and not self.open:
                     layer, places = self.layers[name], self.store.places[name][self.batch]
                     x, arrange = self.waiting.pop(name)
-                    parts = (arrange(self.uses.take_back(output, t)) for t in (a, b))
-                    given = sum(layer.take_outputs(part, places) for part in parts)
+                    one, other = (arrange(self.uses.take_back(output, t)) for t in (a, b))
+                    given = layer.take_outputs(one, places) + layer.take_outputs(other, places)
                     if self.wait(layer, layer.take_inputs(arrange(x), places), given):
                         with torch.inference_mode(output.is_inference()), torch.no_grad():
                             new = layer.apply_norm(layer.module.forward(x))
