@@ -210,7 +210,7 @@ class BareWatcher(TorchDispatchMode):
     def find_start(self, name: str, part: Tensor) -> int | None:
         """Of entries of a parameter that lie one after another, the first; None where they are no such."""
         whole = self.tensors[name]
-        start = part.storage_offset() - whole.storage_offset()
+        start = int(part.storage_offset()) - int(whole.storage_offset())
         own = whole[start : start + len(part)] if whole.dim() == 1 and start >= 0 else None
         return start if own is not None and _is_same(own, part) else None
 
