@@ -29,7 +29,7 @@ LAYERS = (
     {"compressed"},
     {"restore"},
     {"budget"},
-    {"planning"},
+    {"planning", "smallest"},
     {"heads"},
     {"pipeline"},
     {"checks", "frontiers", "fusion", "factorize", "iterate", "large", "merge", "train"},
