@@ -30,7 +30,7 @@ LAYERS = (
     {"restore"},
     {"budget"},
     {"planning", "smallest"},
-    {"heads"},
+    {"choice", "heads"},
     {"pipeline"},
     {"checks", "frontiers", "fusion", "factorize", "iterate", "large", "merge", "train"},
     {"", "lab"},  # "" is the package itself: its public names

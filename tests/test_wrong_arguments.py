@@ -219,6 +219,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "importance.Taylor.__call__": {"self": intrafusion.importance.Taylor(), **SCORING},
     "importance.get_importance": {"importance": "l1"},
     "importance.needs_of": {"importance": intrafusion.importance.CHIP()},
+    "reduce.Auto": {"candidates": ("pivot", "fold")},
+    "reduce.Auto.__call__": {"self": intrafusion.reduce.Auto(), "problem": PROBLEM},
     "reduce.Moments": parts(MOMENTS),
     "reduce.ReductionMap": parts(MAP),
     "reduce.ReductionProblem": parts(PROBLEM),

@@ -13,6 +13,7 @@ from torch import nn
 
 from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
+from intrafusion.choice import decide_best
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
@@ -41,7 +42,7 @@ from intrafusion.network.wrappers import (
     wrap_like,
 )
 from intrafusion.plan import Plan
-from intrafusion.planning import decide, list_sizes
+from intrafusion.planning import list_sizes
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer
@@ -394,7 +395,7 @@ def reduce_and_restore(
     """The same with images that were split before, and no comparison of the two networks."""
     graph = tie_by_config(graph, model) if recipe.uniform else graph
     calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen, tokenizer, memory)
-    plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
+    plan = decide_best(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
     small = apply(model, plan, inputs, graph=graph)
     yardstick = find_yardstick(images, model)
     return run_restorers(small, model, graph, calibration, images.seen, yardstick=yardstick)

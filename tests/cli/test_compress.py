@@ -285,7 +285,7 @@ def test_a_defect_ends_with_code_1_and_says_how_to_report_it(program: Program, m
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr("intrafusion.pipeline.decide", fails)
+    monkeypatch.setattr("intrafusion.choice.decide", fails)
     result = program("compress nets.py:Net --input 2,4")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "error: RuntimeError at test_compress.py:" in result.stderr
