@@ -127,8 +127,9 @@ def compress(
         target: instead of `keep`, at most so much: {"params": 0.5} or {"macs": 0.5}, fractions of the original's,
             {"latency_ms": 3.0} or {"memory_mb": 20} (10^6 bytes of weights and results) for a call on the example
             inputs, or several of these, which are all met; where to cut is then chosen for the least predicted error.
-        reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ..., a
-            name with hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
+        reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ...,
+            "auto" (the best of several on inputs that they were not solved on, about twice the time), a name with
+            hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
         importance: "l2" (Torch-Pruning's magnitude), "l1", "linf", "random", ..., a name with hyper-parameters, or
             any callable (group, weights, observations) -> (n,) scores; not used by "pivot".
         restore: what is done against the loss: "auto" (on the images given; else on what about 20 seconds allow, by a
