@@ -71,7 +71,7 @@ def test_all_tries_are_reported(tmp_path: Path) -> None:
     assert small.trials is not None
     for shown in (str(small), str(small.plan), small._repr_html_()):
         flat = " ".join(shown.replace("<wbr>", "").split())
-        assert f"{small.trials.found.asked} is the smallest of 38 sizes found with at most 0.1 of the score" in flat
+        assert f"{small.trials.found.asked} is the smallest of 38 sizes that loses at most 0.1 of the score 0 (" in flat
         assert all(f"{trial.asked}: {trial.value:.4g}" in flat for trial in small.trials.tried)
     assert f"score       {small.trials.original:.4g} -> {small.trials.found.value:.4g}" in str(small)
     small.save(tmp_path / "small")
@@ -94,7 +94,7 @@ def test_without_a_function_the_output_error_counts() -> None:
     assert [t.passes for t in small.trials.tried] == [t.value <= 0.15 for t in small.trials.tried]
     assert {t.passes for t in small.trials.tried} == {True, False}
     text = " ".join(str(small).split())
-    assert "with output error at most 15 %, on 16 unseen images; tried: channels 0.5:" in text
+    assert "of 38 sizes with output error at most 15 %, on 16 unseen images; tried: channels 0.5:" in text
 
 
 def test_the_original_itself_can_be_made_smaller() -> None:

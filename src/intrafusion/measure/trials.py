@@ -81,15 +81,15 @@ class Trials:
 
     def __str__(self) -> str:
         """All of it in a sentence."""
-        allowed = f"{self.measure} at most {self._show(self.most)}" if self.original is None else self._allowed()
+        allowed = f"with {self.measure} at most {self._show(self.most)}" if self.original is None else self._allowed()
         tried = ", ".join(f"{t.asked}: {self._show(t.value)}{'' if t.passes else ' (no)'}" for t in self.tried)
         where = f", {self.on}" if self.on else ""
-        return f"{self.found.asked} is the smallest of {self.count} sizes found with {allowed}{where}; tried: {tried}"
+        return f"{self.found.asked} is the smallest of {self.count} sizes {allowed}{where}; tried: {tried}"
 
     def _allowed(self) -> str:
         assert self.original is not None
-        nothing = "" if self.nothing is None else f", {self._show(self.nothing)} with all weights zero"
-        return f"at most {self.most:g} of the score {self._show(self.original)} lost{nothing}"
+        nothing = "" if self.nothing is None else f" ({self._show(self.nothing)} with all weights zero)"
+        return f"that loses at most {self.most:g} of the score {self._show(self.original)}{nothing}"
 
     def _show(self, value: float) -> str:
         return f"{value:.4g}" if self.original is not None else percent(value)
