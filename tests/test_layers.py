@@ -29,8 +29,8 @@ LAYERS = (
     {"compressed"},
     {"restore"},
     {"budget"},
-    {"planning"},
-    {"heads"},
+    {"planning", "smallest"},
+    {"choice", "heads"},
     {"pipeline"},
     {"checks", "frontiers", "fusion", "factorize", "iterate", "large", "merge", "train"},
     {"", "lab"},  # "" is the package itself: its public names

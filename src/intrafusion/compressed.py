@@ -19,6 +19,7 @@ from intrafusion.io.line import write_line_of
 from intrafusion.measure.closeness import OUTPUT_ERROR, Closeness, say_where
 from intrafusion.measure.comparison import Comparison, describe_change
 from intrafusion.measure.size import Size
+from intrafusion.measure.trials import Trials
 from intrafusion.names import name_some
 from intrafusion.network.identity import Identity
 from intrafusion.network.input_batches import Batches
@@ -96,6 +97,7 @@ class Compressed:
         rolled_back: groups that were to be reduced and could not be, with the reason.
         original: what tells the original from other networks.
         comparison: what both networks take, and how close their outputs are; None where only a plan was carried out.
+        trials: the sizes that were tried, where the smallest was looked for that loses little enough.
     """
 
     model: nn.Module
@@ -110,6 +112,7 @@ class Compressed:
     rolled_back: Mapping[str, str] = field(default_factory=dict)
     original: Identity | None = None
     comparison: Comparison | None = None
+    trials: Trials | None = None
 
     __repr__ = show_briefly
 
@@ -173,9 +176,11 @@ class Compressed:
             "rolled_back": dict(self.rolled_back),
             "comparison": None if self.comparison is None else self.comparison.to_data(),
             "inputs": self.inputs.shapes(),
+            "trials": None if self.trials is None else self.trials.to_data(),
         }
         made = {"repairs": self.repairs, "before": self.before, "after": self.after, "original": self.original}
-        words = Words(_list_figures(self), [*map(str, self.restored), *_label(self.warnings), *self.notes])
+        tried = None if self.trials is None else self.trials.table()
+        words = Words(_list_figures(self), [*map(str, self.restored), *_label(self.warnings), *self.notes], tried)
         made |= {"program": program, "pretrained": None if pretrained is None else Path(pretrained)}
         folders.save(self.model, self.plan, folder, inputs=self.inputs, told=told, words=words, **made)
 
@@ -237,7 +242,7 @@ def _list_plan_notes(plan: Plan) -> tuple[str, ...]:
 def _list_figures(small: Compressed) -> list[tuple[str, str]]:
     """What was measured, and both values in words."""
     if small.comparison is not None:
-        return small.comparison.figures()
+        return [*small.comparison.figures(), *([small.trials.row()] if small.trials else [])]
     before, after = small.before, small.after
     if before == after:
         return [("parameters", f"{before.params:,}"), ("MACs", f"{before.macs:,}")]

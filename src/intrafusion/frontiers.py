@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,16 +9,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import nn
 
 from intrafusion.arguments import checked
-from intrafusion.asked import SHARES, check_keep, check_target
+from intrafusion.asked import check_keep, check_target
 from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ArgumentError, BudgetError, RecipeError, show, unknown_name
 from intrafusion.io.atomic import atomic_file
 from intrafusion.measure.closeness import say_where
 from intrafusion.measure.comparison import percent
+from intrafusion.measure.evaluate import Evaluate, Judge
 from intrafusion.measure.size import Size
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import choose_inputs
@@ -30,16 +30,12 @@ from intrafusion.network.wrappers import outside_inference
 from intrafusion.pipeline import Prepared, inspect, make_workable, prepare_model, wrap_result
 from intrafusion.progress import ShowProgress, prefix_stages, report, show_progress, shows_progress
 from intrafusion.recipe import Recipe
+from intrafusion.smallest import FRACTIONS, bisect
 from intrafusion.table import TextTable
 
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
-FRACTIONS = (*SHARES, "channels")
-"""What a size may be a fraction of."""
 PICTURES = (".png", ".svg", ".pdf")
 """What a picture may be."""
-
-Evaluate = Callable[[nn.Module], Any]
-"""Gives a number for a network, such as its accuracy."""
 
 
 @partial(checked, leaving=("sizes", "of", "evaluate", *Recipe.options()))
@@ -73,7 +69,8 @@ def frontier(
         inputs, images, tokenizer, memory: as `compress`.
         sizes: fractions of the original's MACs, parameters or channels, in (0, 1]; or whole targets, such as
             {"macs": 0.6, "params": 0.5} or {"latency_ms": 3.0}.
-        evaluate: of a network, such as its accuracy: a number for each size, and for the original.
+        evaluate: of a network, such as its accuracy: a number for each size, and for the original; it is given a copy,
+            in evaluation mode.
         of: what fractions are of: "macs" or "params", where to cut is then chosen; "channels": as `keep` of `compress`.
         options: as `compress`, but for `keep`, `target` and `inplace`.
     Returns:
@@ -83,8 +80,7 @@ def frontier(
         RecipeError: an option that does not exist, or that means nothing.
         ModelError: as `compress`.
     """
-    if evaluate is not None and not callable(evaluate):
-        raise ArgumentError(f"evaluate: expected a function of a network, got {show(evaluate)}; pass one, or None.")
+    judge = None if evaluate is None else Judge(evaluate)
     recipes = _read_sizes(sizes, of, options)
     first = recipes[0]
     first.refuse_foreign()
@@ -93,7 +89,7 @@ def frontier(
     prepared = Prepared.of(
         first, core, graph, example, choose_inputs(inputs, images), tokenizer=tokenizer, memory=memory
     )
-    shared = _Shared(model, prepared.calibrated(first), evaluate)
+    shared = _Shared(model, prepared.calibrated(first), judge)
     return Frontier(tuple(Point(recipe, shared, f"size {k + 1} of {len(recipes)}") for k, recipe in enumerate(recipes)))
 
 
@@ -130,33 +126,13 @@ class _Shared:
 
     original: nn.Module
     prepared: Prepared
-    evaluate: Evaluate | None
+    judge: Judge | None
 
     __repr__ = show_briefly
 
     @cached_property
     def score(self) -> float | None:
-        return self.judge(self.original)
-
-    def judge(self, model: nn.Module) -> float | None:
-        """What `evaluate` gives.
-
-        Raises:
-            ArgumentError: that is no number.
-        """
-        if self.evaluate is None:
-            return None
-        found = self.evaluate(model)
-        found = found.detach() if isinstance(found, Tensor) else found
-        try:
-            number = float(found)
-        except (TypeError, ValueError) as error:
-            raise ArgumentError(f"evaluate: expected it to return a number, got {show(found)}; return one.") from error
-        if isinstance(found, str) or not math.isfinite(number):
-            raise ArgumentError(
-                f"evaluate: expected it to return a finite number, got {show(found)}; check what it does."
-            )
-        return number
+        return None if self.judge is None else self.judge.score(self.original, "the original network")
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +193,8 @@ class Point:
     @cached_property
     def score(self) -> float | None:
         """What `evaluate` gives of it; None without."""
-        return self._shared.judge(self.model)
+        judge = self._shared.judge
+        return None if judge is None else judge.score(self.model, f"the network at {self.asked}")
 
     def __repr__(self) -> str:
         return f"Point({self.asked}; {'carried out' if self.is_done else 'not carried out yet'})"
@@ -266,11 +243,8 @@ class Frontier(Sequence[Point]):
             passes: such as `lambda point: point.error < 0.1`.
         """
         ordered = self._order()
-        low, high = 0, len(ordered)  # ordered[:low] pass, ordered[high:] do not
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if passes(ordered[middle]) else (low, middle)
-        return ordered[low - 1] if low else None
+        passed = bisect(len(ordered), lambda index: bool(passes(ordered[index])))
+        return ordered[passed - 1] if passed else None
 
     def _order(self) -> list[Point]:
         """The largest first."""
@@ -295,8 +269,9 @@ class Frontier(Sequence[Point]):
         header = ("size", "parameters", "MACs", "latency", "outputs differ by", "labels agree")
         whole = ("original", f"{before.params:,}", f"{before.macs:,}", "", "", "", *_show_score(self.score))
         rows = tuple(_list_cells(point) for point in self.points)
-        header = header if shared.evaluate is None else (*header, "score")
-        return TextTable(header, (whole, *rows), ("", *_tell_of(self.points)), numbers=True)
+        header = header if shared.judge is None else (*header, "score")
+        noticed = [] if shared.judge is None else [f"note: {text}" for text in shared.judge.notes]
+        return TextTable(header, (whole, *rows), ("", *_tell_of(self.points), *noticed), numbers=True)
 
     @checked
     def draw(self, path: str | os.PathLike[str]) -> None:

@@ -13,10 +13,13 @@ from torch import nn
 
 from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
+from intrafusion.choice import decide_best
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGraph, families_of
 from intrafusion.heads import merge_inspected
+from intrafusion.measure.comparison import HeldOut
+from intrafusion.measure.evaluate import Evaluate
 from intrafusion.measure.size import size_of
 from intrafusion.names import name_some
 from intrafusion.network.apart import borrow, uninterrupted
@@ -39,7 +42,7 @@ from intrafusion.network.wrappers import (
     wrap_like,
 )
 from intrafusion.plan import Plan
-from intrafusion.planning import decide, list_sizes
+from intrafusion.planning import list_sizes
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import Reducer
@@ -49,9 +52,11 @@ from intrafusion.restore.steps import (
     calibrate_for,
     find_held_out,
     find_yardstick,
+    measure_held_out,
     run_restorers,
     split_images,
 )
+from intrafusion.smallest import Search, read_wanted
 from intrafusion.surgery.configuration import (
     find_config,
     fit_config_,
@@ -78,7 +83,7 @@ _UNFIT = {
 """Devices that a network cannot be on, and why."""
 
 
-@partial(checked, leaving=Recipe.options())
+@partial(checked, leaving=(*Recipe.options(), "evaluate", "max_drop", "max_error", "of"))
 @outside_inference
 @shows_progress("compress")
 def compress(
@@ -88,7 +93,7 @@ def compress(
     *,
     target: Mapping[str, float] | None = None,
     reducer: str | Mapping[str, Any] | Reducer = "pivot",
-    importance: Any = "l1",
+    importance: Any = "l2",
     restore: Any = "auto",
     inputs: ImagesLike | None = None,
     images: ImagesLike | None = None,
@@ -103,6 +108,11 @@ def compress(
     outputs: Any = None,
     untie: bool = False,
     merge_heads: int | None = None,
+    evaluate: Evaluate | None = None,
+    max_drop: float | None = None,
+    lower_is_better: bool = False,
+    max_error: float | None = None,
+    of: str | None = None,
     inplace: bool = False,
     memory: MemoryLike = None,
     progress: ShowProgress = None,
@@ -117,10 +127,11 @@ def compress(
         target: instead of `keep`, at most so much: {"params": 0.5} or {"macs": 0.5}, fractions of the original's,
             {"latency_ms": 3.0} or {"memory_mb": 20} (10^6 bytes of weights and results) for a call on the example
             inputs, or several of these, which are all met; where to cut is then chosen for the least predicted error.
-        reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ..., a
-            name with hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
-        importance: "l1", "l2", "linf", "random", ..., a name with hyper-parameters, or any callable (group, weights,
-            observations) -> (n,) scores; not used by "pivot".
+        reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ...,
+            "auto" (the best of several on inputs that they were not solved on, about twice the time), a name with
+            hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
+        importance: "l2" (Torch-Pruning's magnitude), "l1", "linf", "random", ..., a name with hyper-parameters, or
+            any callable (group, weights, observations) -> (n,) scores; not used by "pivot".
         restore: what is done against the loss: "auto" (on the images given; else on what about 20 seconds allow, by a
             timed step), "images" (least squares on those given), "synthetic" (on images made from the network,
             minutes), "noise" (without data, in seconds), None, a restorer or its name, or several in order; see
@@ -150,6 +161,13 @@ def compress(
             so that the stream between can be rotated; that adds parameters, and the result says how many.
         merge_heads: instead of `keep`, for grouped-query attention: as many key/value heads are left, each made of
             several, and nothing else is cut; see `intrafusion.merge.merge_heads`.
+        evaluate: with `max_drop`: a number for a network, such as its accuracy; it is given a copy in evaluation mode.
+        max_drop: instead of `keep`, how much of that number may be lost, such as 0.01: the smallest size that does is
+            looked for, in five or six tries, and all of them are told.
+        lower_is_better: whether a lower number is the better one, as of a loss.
+        max_error: instead of `evaluate` and `max_drop`: the smallest size whose outputs differ by at most this fraction
+            of their variance on inputs that the solver did not see.
+        of: what is made small then: "macs" (None), "params", or "channels", the same share of every group.
         inplace: write the smaller weights into `model` itself. Optimizers that train it are found and go on: what they
             remember (momentum, moments) goes through the same maps. Losses from before can no longer be differentiated.
         memory: bytes, or text such as "2GB", that what is held of the inputs and computed of them may take, beside the
@@ -161,8 +179,11 @@ def compress(
         the smaller network with the plan that was carried out; groups that were left alone say why.
     Raises:
         ModelError: the network does not run on the example inputs, holds NaN, or has no group to reduce.
-        BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing.
+        BudgetError: a keep outside (0, 1], a name that nothing matches, a target that means nothing, a drop that no
+            size meets.
         RecipeError: a method, a hyper-parameter or another option that means nothing; less memory than one image takes.
+        ArgumentError: `evaluate` raises something, gives no number, or no better one for the network than for the same
+            with all weights zero.
     Warns:
         IntrafusionWarning: fewer than 32 images, whole numbers where the example has floating ones, a target that is
             missed, or no images, and "auto" would take long for the best that it can do without; what it does then
@@ -170,16 +191,20 @@ def compress(
     """
     said = locals()
     recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
+    sizes = {"keep": keep, "target": target, "merge_heads": merge_heads}
+    wanted = read_wanted(evaluate, max_drop, max_error, lower_is_better=lower_is_better, of=of, **sizes)
     given = choose_inputs(inputs, images)
     if untie and inplace:
         raise RecipeError("untie: expected a copy to be made, got inplace=True too; leave one of them out.")
     if merge_heads is not None and inplace:
         raise RecipeError("merge_heads: expected a copy to be made, got inplace=True too; leave one of them out.")
+    search = None if wanted is None else wanted.start(model)
+    recipe = recipe if wanted is None else wanted.ask(recipe)
     core = make_workable(model, inplace=inplace)
     example = recipe.call_of(example_inputs)
     graph = inspect(prepare_model(core, recipe, example), example)
     prepared = Prepared.of(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory)
-    small = prepared.carry_out(recipe)
+    small = prepared.carry_out(recipe) if search is None else prepared.find_smallest(recipe, search)
     return _move_into(model, small, prepared.graph) if inplace else wrap_result(model, small)
 
 
@@ -222,6 +247,7 @@ def follow(
     *,
     calibration: Calibration | None = None,
     tokenizer: Tokenizer | None = None,
+    search: Search | None = None,
     memory: MemoryLike = None,
     progress: ShowProgress = None,
 ) -> Compressed:
@@ -231,9 +257,11 @@ def follow(
         graph: of the network, of `prepare_model(model, recipe, ...)` where the recipe unties.
         calibration: instead of the one that the recipe would make, for several recipes on one network.
         tokenizer, memory: as `compress`.
+        search: for the smallest size that loses little enough, in place of the recipe's.
     """
+    recipe = recipe if search is None else search.wanted.ask(recipe)
     prepared = Prepared.of(recipe, model, graph, example_inputs, images, calibration, tokenizer, memory)
-    return prepared.carry_out(recipe)
+    return prepared.carry_out(recipe) if search is None else prepared.find_smallest(recipe, search)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,8 +317,18 @@ class Prepared:
         found = calibrate_for(self.model, graph, self.inputs, recipe, self.split.seen, self.tokenizer, self.memory)
         return replace(self, graph=graph, calibration=found)
 
+    def find_smallest(self, recipe: Recipe, search: Search) -> Compressed:
+        """The same at the smallest size that passes; what sizes share is found out once."""
+        shared = self if self.calibration is not None else self.calibrated(recipe)
+        small, trials = search.find(recipe, shared.make, shared.measure)
+        return search.tell(shared.compare(small), trials)
+
     def carry_out(self, recipe: Recipe) -> Compressed:
         """Decide, apply, restore, compare; or merge heads, and compare."""
+        return self.compare(self.make(recipe))
+
+    def make(self, recipe: Recipe) -> Compressed:
+        """Decide, apply, restore; or merge heads."""
         carry = reduce_and_restore if recipe.merge_heads is None else merge_and_restore
         small = carry(
             *(recipe, self.model, self.graph, self.inputs, self.split),
@@ -299,8 +337,15 @@ class Prepared:
             memory=self.memory,
         )
         small = replace(small, notes=(*small.notes, *(self.calls.warn() if self.calls is not None else ())))
-        small = count_ties(small, self.whole, self.model)
+        return count_ties(small, self.whole, self.model)
+
+    def compare(self, small: Compressed) -> Compressed:
+        """With what both networks take, and how close their outputs are."""
         return add_comparison(small, self.whole, self.split, find_held_out(small.restored))
+
+    def measure(self, small: Compressed) -> HeldOut | None:
+        """How close its outputs are; None where there is nothing to see it on."""
+        return find_held_out(small.restored) or measure_held_out(small.model, self.whole, self.split)
 
 
 def count_ties(small: Compressed, model: nn.Module, untied: nn.Module) -> Compressed:
@@ -341,7 +386,7 @@ def reduce_and_restore(
     """The same with images that were split before, and no comparison of the two networks."""
     graph = tie_by_config(graph, model) if recipe.uniform else graph
     calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen, tokenizer, memory)
-    plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
+    plan = decide_best(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
     small = apply(model, plan, inputs, graph=graph)
     yardstick = find_yardstick(images, model)
     return run_restorers(small, model, graph, calibration, images.seen, yardstick=yardstick)

@@ -28,7 +28,7 @@ from intrafusion.observe.whole_blocks import flatten_blocks
 from intrafusion.plan import Decision, Plan, describe_members, is_miss
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Recipe
-from intrafusion.reduce import Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
+from intrafusion.reduce import Auto, Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
 from intrafusion.reduce.eliminate import unit_map
 from intrafusion.restore import Calibration
 from intrafusion.selectors import NOT_INCLUDED, explain_idle_selectors, find_left_alone
@@ -45,6 +45,8 @@ _BLIND = (
     "channels are only selected, as nothing was seen of what is read of them. compress() looks by itself; decide() "
     "does with calibration=intrafusion.restore.calibrate(model, example_inputs, images=...)."
 )
+
+_UNCOMPARED = "reducer auto: pivot, as candidates were not compared; compress() does."
 
 
 @checked
@@ -117,7 +119,8 @@ def decide(
     unused = explain_idle_selectors(graph, model, recipe.include, recipe.exclude)
     traits = ReducerTraits.of(recipe.reducer)
     blind = [_BLIND] if calibration is None and traits.mixes and traits.needs_moments and smaller else []
-    notes = *graph.warnings, *idle, *unused, *blind, *rounded
+    uncompared = [_UNCOMPARED] if isinstance(recipe.reducer, Auto) else []
+    notes = *graph.warnings, *idle, *unused, *blind, *rounded, *uncompared
     return Plan(recipe, decisions, graph.shapes, maps, notes, describe_fixed(graph))
 
 

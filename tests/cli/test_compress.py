@@ -285,7 +285,7 @@ def test_a_defect_ends_with_code_1_and_says_how_to_report_it(program: Program, m
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr("intrafusion.pipeline.decide", fails)
+    monkeypatch.setattr("intrafusion.choice.decide", fails)
     result = program("compress nets.py:Net --input 2,4")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "error: RuntimeError at test_compress.py:" in result.stderr
@@ -518,3 +518,53 @@ def test_an_interruption_after_saving_says_what_is_there(program: Program, monke
     assert result.exit_code == 130
     assert "interrupted: small is written; the rest is not" in result.stderr
     assert torch.isfinite(intrafusion.load("small", original())(X)).all()
+
+
+EVALUATION = """
+import torch
+X = torch.randn(64, 4, generator=torch.Generator().manual_seed(3))
+seen = []
+def close(model):
+    y = model(X).detach()
+    seen.append(y)
+    return float(1 - (y - seen[0]).square().mean() / seen[0].var(0).mean())
+fail = lambda model: 1 / 0
+"""
+FOUND = "compress nets.py:Net --input 2,4 --arg width=24 --restore noise"
+
+
+def test_the_smallest_size_that_a_function_lets_pass_is_found(program: Program) -> None:
+    Path("own.py").write_text(EVALUATION)
+    result = program(f"{FOUND} --evaluate own.py:close --max-drop 0.3 --of channels -o small --json")
+    assert result.exit_code == 0, result.stderr
+    trials = json.loads(result.stdout)["trials"]
+    assert (trials["measure"], trials["original"], trials["most"]) == ("score", 1.0, 0.3)
+    assert all(trial["passes"] == (trial["value"] >= 0.7 - 1e-9) for trial in trials["tried"])
+    assert "sizes that loses at most 0.3 of the score 1 (" in " ".join(Path("small/plan.json").read_text().split())
+    (Path("r.yaml")).write_text("keep: 0.25\n")
+    shown = program(f"{FOUND} --max-error 0.5 --recipe r.yaml --reducer select --of channels --images x.npy")
+    assert "there is no such file" in shown.stderr
+    shown = program(f"{FOUND} --max-error 0.5 --recipe r.yaml --of channels")
+    assert "is the smallest of 38 sizes with output error at most 50 %, on" in " ".join(shown.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--max-drop 0.01", "max_drop: expected evaluate= too"),
+        ("--evaluate own.py:close", "evaluate: goes with max_drop="),
+        ("--evaluate own.py:fail --max-drop 0.1", "--evaluate own.py:fail: raised ZeroDivisionError: division by zero"),
+        ("--evaluate own.py:none --max-drop 0.1", "own.py:none: "),
+        ("--evaluate own.py:close --max-drop -1", "max_drop: expected a number of at least 0, got -1"),
+        ("--evaluate own.py:close --max-drop 0.1 --keep 0.5", "max_drop: goes without keep"),
+        ("--max-error 0.1 --target macs=0.5", "max_error: goes without target"),
+        ("--max-error 0.1 --of weights", "unknown measure 'weights'"),
+        ("--lower-is-better", "lower_is_better: goes with max_drop="),
+        ("--blockwise --max-error 0.1", "--blockwise: does not go with --arg, --input, --max-error"),
+    ],
+)
+def test_a_search_that_means_nothing_is_told(options: str, message: str, program: Program) -> None:
+    Path("own.py").write_text(EVALUATION)
+    result = program(f"{FOUND} {options}")
+    assert result.exit_code == 2, result.stderr
+    assert message in " ".join(result.stderr.split())

@@ -16,6 +16,7 @@ from intrafusion.cli import hugging_face
 from intrafusion.cli.console import ROLLED_BACK, Kept, messages, progress_bar, working
 from intrafusion.cli.defaults import tells_defaults
 from intrafusion.cli.inputs import check_there, read_images, read_texts
+from intrafusion.cli.models import read_function
 from intrafusion.cli.network import (
     Network,
     annotated,
@@ -31,12 +32,14 @@ from intrafusion.cli.options import (
     Base,
     Criterion,
     Device,
+    EvaluateFunction,
     Fractions,
     ImageFile,
     InputShapes,
     KeepProgram,
     Memory,
     Name,
+    Of,
     OptionalOutput,
     OptionalSeed,
     Order,
@@ -62,6 +65,7 @@ from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
 from intrafusion.restore import save_images
+from intrafusion.smallest import Search, Wanted, read_wanted
 
 
 def _layer_option(about: str) -> Any:
@@ -74,6 +78,7 @@ def _list_defaults() -> dict[str, Any]:
     recipe: dict[str, Any] = yaml.safe_load(Recipe().to_yaml())
     return {
         "normalization": IntraFusion().normalization,
+        "of": "macs",
         **{k: v for k, v in recipe.items() if v not in (None, []) and v is not False},
     }
 
@@ -137,6 +142,27 @@ def compress_command(
         int | None,
         count_option("Instead of --keep: so many key/value heads are left, each made of several; nothing else is cut."),
     ] = None,
+    evaluate: EvaluateFunction = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Instead of --keep: the smallest size that loses at most so much of what --evaluate gives, such as "
+            "0.01; found in five or six tries.",
+        ),
+    ] = None,
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="Of --evaluate, as of a loss: a lower number is better.")
+    ] = False,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FRACTION",
+            help="Instead of --evaluate and --max-drop: the smallest size whose outputs differ by at most this "
+            "fraction of their variance on inputs that the solver did not see.",
+        ),
+    ] = None,
+    of: Of = None,
     memory: Memory = None,
     blockwise: Annotated[
         bool,
@@ -163,6 +189,7 @@ def compress_command(
     kept = Kept()
     with working(kept):
         wanted = read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
+        loss = _read_loss(said)
         _check_outputs(output, keep_images)
         lines = check_given(images, texts, keep_images)
         network = read_network(
@@ -176,7 +203,8 @@ def compress_command(
         if program:
             check_program(output, network.model, network.inputs)
         dtypes = lift_precision_(network)
-        small, rolled_back = _reduce_network(network, wanted, found, tokenizer, memory)
+        search = None if loss is None else loss.start(network.model)
+        small, rolled_back = _reduce_network(network, wanted, found, tokenizer, memory, search)
         small = hugging_face.lower_precision_(small, dtypes)
         if output:
             save_result(small, output, network, program=program)
@@ -194,6 +222,7 @@ def compress_command(
 _WHOLE = (
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
     *("as_json", "strict", "memory", "merge_heads"),
+    *("evaluate", "max_drop", "max_error", "lower_is_better", "of"),
 )
 """Options that a network block by block does not take."""
 _FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument
@@ -210,6 +239,18 @@ def _refuse_beside(said: Mapping[str, Any]) -> None:
     if beside:
         named = ", ".join(f"--{_FLAGS.get(name, name).replace('_', '-')}" for name in beside)
         raise RecipeError(f"--blockwise: does not go with {named}; leave out one or the other.")
+
+
+def _read_loss(said: Mapping[str, Any]) -> Wanted | None:
+    """What the smallest size may lose; in place of sizes that a recipe in a file has, not of those that were given.
+
+    Raises:
+        RecipeError, BudgetError, ModelError: options that mean nothing.
+    """
+    function = read_function(said["evaluate"], "--evaluate") if said["evaluate"] else None
+    sizes = {name: said[name] or None for name in ("keep", "target", "merge_heads")}
+    limits = said["max_drop"], said["max_error"]
+    return read_wanted(function, *limits, lower_is_better=said["lower_is_better"], of=said["of"], **sizes)
 
 
 def _compress_blockwise(said: Mapping[str, Any]) -> None:
@@ -381,8 +422,10 @@ def _reduce_network(
     given: Tensor | list[str] | None,
     tokenizer: Tokenizer | None,
     memory: str | None,
+    search: Search | None = None,
 ) -> tuple[Compressed, list[str]]:
     """The smaller network, and the groups that were to be reduced but had to be rolled back."""
+    recipe = recipe if search is None else search.wanted.ask(recipe)
     with progress_bar("compress") as progress:
         model = pipeline.prepare_model(network.model, recipe, network.inputs)
         graph = pipeline.inspect(model, recipe.call_of(network.inputs), progress=progress)
@@ -393,7 +436,11 @@ def _reduce_network(
                 soft_wrap=True,
             )
         small = pipeline.follow(
-            recipe, network.model, graph, network.inputs, given, tokenizer=tokenizer, memory=memory, progress=progress
+            *(recipe, network.model, graph, network.inputs, given),
+            tokenizer=tokenizer,
+            search=search,
+            memory=memory,
+            progress=progress,
         )
     return annotated(small, network), list(small.rolled_back)
 
@@ -408,6 +455,7 @@ def _summary(network: Network, small: Compressed, folder: Path | None, rolled_ba
         "restored": [asdict(step) for step in small.restored],
         "comparison": small.comparison.to_data() if small.comparison else None,
         "notes": list(small.notes),
+        "trials": small.trials.to_data() if small.trials else None,
         **plan_data(small.plan, small.before, small.after),
         "warnings": list(dict.fromkeys((*small.plan.warnings, *small.warnings))),
     }

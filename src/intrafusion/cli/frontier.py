@@ -21,10 +21,12 @@ from intrafusion.cli.options import (
     AsJson,
     Base,
     Device,
+    EvaluateFunction,
     ImageFile,
     InputShapes,
     Memory,
     Name,
+    Of,
     OptionalOutput,
     OptionalSeed,
     RecipeFile,
@@ -35,15 +37,14 @@ from intrafusion.cli.options import (
     TrustProgram,
     Uniform,
     WeightFiles,
-    choice_option,
 )
 from intrafusion.cli.outputs import check_file, check_folder, check_place, check_saving, save_result
 from intrafusion.cli.show import print_json, say
 from intrafusion.errors import RecipeError
-from intrafusion.frontiers import FRACTIONS, PICTURES, SIZES, Frontier, Point, frontier
+from intrafusion.frontiers import PICTURES, SIZES, Frontier, Point, frontier
 from intrafusion.recipe import Recipe
 
-_DEFAULTS = {"size": SIZES, "reducer": "pivot", "restore": "auto", "seed": 0}
+_DEFAULTS = {"size": SIZES, "of": "macs", "reducer": "pivot", "restore": "auto", "seed": 0}
 
 
 @tells_defaults(_DEFAULTS)
@@ -58,9 +59,7 @@ def frontier_command(
     size: Annotated[
         list[str] | None, typer.Option(metavar="FRACTION", help="A size, as a fraction of the original (repeatable).")
     ] = None,
-    of: Annotated[
-        str, choice_option(FRACTIONS, "What sizes are fractions of; of MACs and parameters where to cut is chosen")
-    ] = "macs",
+    of: Of = None,
     reducer: ReducerName = None,
     round_to: RoundTo = None,
     restore: Steps = None,
@@ -69,14 +68,7 @@ def frontier_command(
     seed: OptionalSeed = None,
     uniform: Uniform = None,
     memory: Memory = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FUNCTION",
-            help="path.py:function or module:function that gives a number for a network, such as its accuracy: shown "
-            "for each size and for the original.",
-        ),
-    ] = None,
+    evaluate: EvaluateFunction = None,
     recipe: RecipeFile = None,
     picture: Annotated[
         Path | None,
@@ -97,6 +89,7 @@ def frontier_command(
         _check_outputs(output, picture)
         lines = check_given(images, texts, None)
         judge = read_function(evaluate, "--evaluate") if evaluate else None
+        of = of or "macs"
         network = read_network(
             model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
             trust_program=trust_program,

@@ -20,6 +20,7 @@ from intrafusion.network.free_memory import read_memory
 from intrafusion.recipe import ORDERS
 from intrafusion.reduce import REDUCERS
 from intrafusion.restore import LEVELS, RESTORERS
+from intrafusion.smallest import FRACTIONS
 
 _MOST, MOST_EPOCHS, MOST_NETWORKS = 10**9, 10**6, 1000
 """Largest counts: what is above is a slip of the pen, or never ends."""
@@ -168,6 +169,18 @@ Steps = Annotated[
     ),
 ]
 ReducerName = Annotated[str | None, choice_option(REDUCERS, "How channels become fewer; select is plain pruning")]
+Of = Annotated[
+    str | None,
+    choice_option(FRACTIONS, "What sizes are fractions of; of MACs and parameters where to cut is chosen"),
+]
+EvaluateFunction = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluate",
+        metavar="FUNCTION",
+        help="path.py:function or module:function that gives a number for a network, such as its accuracy.",
+    ),
+]
 RoundTo = Annotated[int | None, count_option("Make every size a multiple of this.")]
 Uniform = Annotated[
     bool | None,

@@ -26,10 +26,12 @@ class Words:
     Attributes:
         figures: what was measured, and both values.
         done: against the loss, and what the user should know.
+        tried: a header and a row for each size, where the smallest was looked for.
     """
 
     figures: Sequence[tuple[str, str]] = ()
     done: Sequence[str] = ()
+    tried: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
 
 
 def build_card(data: Mapping[str, Any], plan: Plan, words: Words) -> str:
@@ -50,6 +52,7 @@ def build_card(data: Mapping[str, Any], plan: Plan, words: Words) -> str:
         *_describe_program(data),
         "## What was done",
         _list([*words.done, *plan.warnings]),
+        *([] if words.tried is None else [_tabulate(*words.tried)]),
         _tabulate(groups.header, groups.rows),
         *_describe_rolled_back(data),
         "## Recipe",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from intrafusion.arguments import checked
+from intrafusion.reduce.auto import Auto
 from intrafusion.reduce.eliminate import Eliminate
 from intrafusion.reduce.fold import Fold, cluster_map
 from intrafusion.reduce.fuse import IntraFusion, intrafusion_map
@@ -20,6 +21,7 @@ REDUCERS: dict[str, Callable[[], Reducer]] = {
     "fold": Fold,
     "pivot": Pivot,
     "eliminate": Eliminate,
+    "auto": Auto,
 }
 
 
@@ -46,6 +48,7 @@ def selecting_form(reducer: Reducer) -> Reducer:
 __all__ = [
     "REDUCERS",
     "REGISTRY",
+    "Auto",
     "Eliminate",
     "Fold",
     "IntraFusion",

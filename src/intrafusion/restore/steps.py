@@ -234,13 +234,22 @@ def add_comparison(small: Compressed, model: nn.Module, split: Split, held_out: 
         held_out: that, where it is known; else it is measured now, if there are images for it.
     """
     found = compare_networks(model, small.model, small.inputs, small.before, small.after)
-    yardstick = find_yardstick(split, model)
-    if held_out is None and yardstick is not None:
+    if held_out is None:
         try:
-            held_out = HeldOut(str(yardstick), split.unseen, yardstick.measure(small.model))
+            held_out = measure_held_out(small.model, model, split)
         except ModelError as error:
             found = replace(found, failed=f"outputs could not be compared: {error}")
     return replace(small, comparison=replace(found, held_out=held_out))
+
+
+def measure_held_out(small: nn.Module, model: nn.Module, split: Split) -> HeldOut | None:
+    """How close the outputs of a smaller network are; None without images that were held out.
+
+    Raises:
+        ModelError: one of the networks does not run on them.
+    """
+    yardstick = find_yardstick(split, model)
+    return None if yardstick is None else HeldOut(str(yardstick), split.unseen, yardstick.measure(small))
 
 
 def find_held_out(steps: Sequence[Restoration]) -> HeldOut | None:
