@@ -164,7 +164,7 @@ class Case:
             tried = [self.uniform(k / 1000) for k in range(1, 1001)]
         else:
             groups = [g for g in self.graph.reducible if g.is_channel]
-            weights, score = fold_weights(self.model, self.graph, groups), Magnitude(p=1.0)
+            weights, score = fold_weights(self.model, self.graph, groups), Magnitude(p=1.0, folded=True)
             scores = {g.name: score(g, weights) for g in groups}  # of mean 1 in every group
             tried = [{name: max(1, int((x >= t).sum())) for name, x in scores.items()} for t in THRESHOLDS]
         return min(tried, key=lambda sizes: abs(cost(sizes) - fraction * cost({})))

@@ -23,7 +23,7 @@ def test_the_default() -> None:
     assert recipe == Recipe() == through_yaml(recipe) == Recipe.from_yaml("{}")
     assert recipe.reducer == Pivot()
     assert recipe.restore == ("auto",)
-    assert recipe.importance == Magnitude(p=1.0)
+    assert recipe.importance == Magnitude(p=2.0)
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)

@@ -88,7 +88,7 @@ def compress(
     *,
     target: Mapping[str, float] | None = None,
     reducer: str | Mapping[str, Any] | Reducer = "pivot",
-    importance: Any = "l1",
+    importance: Any = "l2",
     restore: Any = "auto",
     inputs: ImagesLike | None = None,
     images: ImagesLike | None = None,
@@ -119,7 +119,7 @@ def compress(
             inputs, or several of these, which are all met; where to cut is then chosen for the least predicted error.
         reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ..., a
             name with hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
-        importance: "l1", "l2", "linf", "random", ..., a name with hyper-parameters, or any callable (group, weights,
+        importance: "l2" (Torch-Pruning's magnitude), "l1", "linf", "random", ..., a name with hyper-parameters, or any callable (group, weights,
             observations) -> (n,) scores; not used by "pivot".
         restore: what is done against the loss: "auto" (on the images given; else on what about 20 seconds allow, by a
             timed step), "images" (least squares on those given), "synthetic" (on images made from the network,

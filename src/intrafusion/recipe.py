@@ -62,7 +62,7 @@ class Recipe:
 
     keep: Keep = 0.7
     reducer: Reducer = field(default_factory=lambda: reducers.get_reducer("pivot"))
-    importance: Importance = field(default_factory=lambda: importances.get_importance("l1"))
+    importance: Importance = field(default_factory=lambda: importances.get_importance("l2"))
     round_to: int | None = None
     include: tuple[Selector, ...] | None = None
     exclude: tuple[Selector, ...] = ()

@@ -34,6 +34,8 @@ def test_registered_importance(name: str) -> None:
     "criterion",
     [
         Magnitude(p=2, reduction="prod", normalizer="gaussian", bias=True),
+        Magnitude(folded=True, member_normalizer="max"),
+        type(IMPORTANCES["fpgm"])(reduction="mean", member_normalizer="mean", folded=True),  # type: ignore[call-arg]
         type(IMPORTANCES["taylor"])(multivariable=True, bias=True, reduction="max", normalizer="standardize"),  # type: ignore[call-arg]
     ],
     ids=repr,
@@ -114,7 +116,7 @@ class Score:
 
 
 def l1(group: Any, weights: Any, observations: Any = None) -> Tensor:
-    return Magnitude()(group, weights)
+    return Magnitude(folded=True)(group, weights)
 
 
 def spoils_weights(group: Any, weights: Any, observations: Any) -> Tensor:

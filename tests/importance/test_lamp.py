@@ -16,9 +16,10 @@ def test_each_score_is_divided_by_all_that_are_not_smaller() -> None:
     group, weights = graph["0"], {k: v.double() for k, v in model.state_dict().items()}
     sizes = sum(rows.square().sum(1).numpy() for rows in linear_rows(group, weights)) / 2
     expected = [s / sizes[sizes >= s].sum() for s in sizes]
-    np.testing.assert_allclose(LAMP()(group, weights).numpy(), expected, rtol=1e-12)
-    assert LAMP()(group, weights).argsort().tolist() == Magnitude(p=2)(group, weights).argsort().tolist()
-    assert float(LAMP()(group, weights).max()) == 1.0
+    np.testing.assert_allclose(LAMP(folded=True)(group, weights).numpy(), expected, rtol=1e-12)
+    magnitudes = Magnitude(p=2, folded=True)(group, weights)
+    assert LAMP(folded=True)(group, weights).argsort().tolist() == magnitudes.argsort().tolist()
+    assert float(LAMP(folded=True)(group, weights).max()) == 1.0
 
 
 def test_errors() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from intrafusion.errors import ModelError, RecipeError
 from intrafusion.graph import ChannelGroup, Member, Role
-from intrafusion.importance import IMPORTANCES, Magnitude, get_importance
+from intrafusion.importance import IMPORTANCES, Magnitude, Observation, ObservationError, get_importance
 from intrafusion.importance.aggregate import NORMALIZERS, aggregate
 
 
@@ -53,11 +53,12 @@ def test_sum_of_powers_per_member_then_the_reduction(p, produce, consume):
         ("first", pair[0]),
         ("last", pair[1]),
     ):
-        assert Magnitude(p, name, normalizer=None)(GROUP, WEIGHTS).tolist() == expected.tolist(), name
+        assert Magnitude(p, name, normalizer=None, folded=True)(GROUP, WEIGHTS).tolist() == expected.tolist(), name
 
 
 def test_bias_is_a_member_only_if_asked():
-    with_bias = Magnitude(1.0, "sum", None, bias=True)(GROUP, WEIGHTS) - Magnitude(1.0, "sum", None)(GROUP, WEIGHTS)
+    own = Magnitude(1.0, "sum", None, folded=True)
+    with_bias = replace(own, bias=True)(GROUP, WEIGHTS) - own(GROUP, WEIGHTS)
     assert with_bias.tolist() == [10.0, 20.0, 30.0]
 
 
@@ -65,13 +66,35 @@ def test_bias_is_a_member_only_if_asked():
 def test_asking_for_the_bias_of_a_group_without_any_changes_nothing(p):
     bare = replace(GROUP, members=tuple(m for m in GROUP.members if m.tensor != "fc1.bias"))
     for reduction in ("mean", "prod", "last"):
-        asked, not_asked = (Magnitude(p, reduction, None, bias=bias)(bare, WEIGHTS) for bias in (True, False))
+        asked, not_asked = (
+            Magnitude(p, reduction, None, bias=bias, folded=True)(bare, WEIGHTS) for bias in (True, False)
+        )
         assert asked.tolist() == not_asked.tolist()
 
 
 def test_default_is_the_mean_divided_by_its_mean():
     raw = np.array([5.0, 10.0, 5.0]) / 2
-    np.testing.assert_allclose(get_importance("l1")(GROUP, WEIGHTS).numpy(), raw / raw.mean(), rtol=1e-15)
+    folded = get_importance({"name": "l1", "folded": True})
+    np.testing.assert_allclose(folded(GROUP, WEIGHTS).numpy(), raw / raw.mean(), rtol=1e-15)
+
+
+def test_not_folded_the_weights_of_the_network_count_and_the_scales_of_its_norms():
+    own = {**WEIGHTS, "fc1.weight": 10 * WEIGHTS["fc1.weight"], "bn.weight": torch.tensor([-1.0, 2.0, 3.0])}
+    scores = Magnitude(1.0, "sum", None)(GROUP, WEIGHTS, Observation(tensors=own))
+    assert scores.tolist() == [30.0 + 1 + 2, 60.0 - 20 + 2 + 6, 30.0 + 3 + 2]
+    with pytest.raises(ObservationError, match=r"Magnitude\(p=1.0.*group 'fc1': expected an Observation with tensors"):
+        Magnitude()(GROUP, WEIGHTS)
+
+
+@pytest.mark.parametrize("name", [None, *NORMALIZERS])
+def test_members_are_normalised_before_they_are_reduced(name):
+    rows = [torch.tensor([3.0, 4.0, 3.0]), torch.tensor([2.0, 6.0, 2.0])]
+    own = [r if name is None else aggregate(r[None], "mean", name) for r in rows]
+    found = Magnitude(1.0, "sum", None, member_normalizer=name, folded=True)(GROUP, WEIGHTS)
+    np.testing.assert_allclose(found.numpy(), sum(own).numpy(), rtol=1e-12)
+    louder = {**WEIGHTS, "fc2.weight": 100 * WEIGHTS["fc2.weight"]}
+    again = Magnitude(1.0, "sum", None, member_normalizer=name, folded=True)(GROUP, louder)
+    assert torch.allclose(found, again) == (name is not None)
 
 
 @pytest.mark.parametrize(("name", "p"), [("l1", 1.0), ("l2", 2.0), ("linf", math.inf)])
@@ -112,7 +135,7 @@ def test_agrees_with_torch_pruning_on_a_residual_network():
     )
     for p, reduction, normalizer in ((1, "mean", "mean"), (2, "sum", "max"), (2, "max", "sum"), (1, "prod", None)):
         expected = tp.importance.MagnitudeImportance(p=p, group_reduction=reduction, normalizer=normalizer)(theirs)
-        score = Magnitude(float(p), reduction, normalizer)(ours, dict(net.state_dict()))
+        score = Magnitude(float(p), reduction, normalizer, folded=True)(ours, dict(net.state_dict()))
         torch.testing.assert_close(score.float(), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -144,7 +167,8 @@ def test_constant_scores_stay_finite_and_equal(name, value):
 
 def test_relabelling_permutes_the_scores():
     flipped = {name: w.flip(1 if name == "fc2.weight" else 0) for name, w in WEIGHTS.items()}
-    assert torch.equal(get_importance("l2")(GROUP, flipped), get_importance("l2")(GROUP, WEIGHTS).flip(0))
+    scores = Magnitude(p=2.0, folded=True)
+    assert torch.equal(scores(GROUP, flipped), scores(GROUP, WEIGHTS).flip(0))
 
 
 def test_errors():
@@ -154,12 +178,14 @@ def test_errors():
         Magnitude(reduction="meen")
     with pytest.raises(ValueError, match="unknown normalizer 'maks'. Did you mean 'max'"):
         Magnitude(normalizer="maks")
+    with pytest.raises(ValueError, match="unknown normalizer 'maks'. Did you mean 'max'"):
+        Magnitude(member_normalizer="maks")
     with pytest.raises(ValueError, match="unknown reduction 'x'"):
         aggregate(torch.ones(1, 2), "x", None)
     with pytest.raises(ValueError, match="unknown normalizer 'x'"):
         aggregate(torch.ones(1, 2), "mean", "x")
     with pytest.raises(ModelError, match="group 'empty': no weight to measure"):
-        Magnitude()(ChannelGroup("empty", 3, ()), WEIGHTS)
+        Magnitude(folded=True)(ChannelGroup("empty", 3, ()), WEIGHTS)
     with pytest.raises(ValueError, match="unknown importance 'l3'. Did you mean 'l1'|'l2'"):
         get_importance("l3")
     with pytest.raises(RecipeError, match="expected a name, a mapping with a name or a callable"):

@@ -180,3 +180,23 @@ def test_errors() -> None:
     ours = get_importance(tp.importance.BNScaleImportance())
     with pytest.raises(ModelError, match="group '0': .*BNScaleImportance.* finds no layer to score it by"):
         ours(graph["0"], {}, observe_for(ours, model, graph, graph.reducible, None)["0"])
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("l1", tp.importance.MagnitudeImportance(p=1)),
+        ("l2", tp.importance.MagnitudeImportance(p=2)),
+        ("lamp", tp.importance.LAMPImportance()),
+        ("bn_scale", tp.importance.BNScaleImportance()),
+    ],
+)
+def test_our_criteria_of_these_names_are_torch_prunings_own(name: str, theirs: Any, case: Any) -> None:
+    model, graph, _, groups, _ = case
+    ours = get_importance(name)
+    seen = observe_for(ours, model, graph, graph.reducible, None)
+    exact = 1e-2 if name == "lamp" else 1e-4  # theirs subtracts sums in single precision
+    exact = 1e-2 if name == "lamp" else 1e-4  # theirs subtracts sums in single precision
+    for group, their in zip(graph.reducible, groups, strict=True):
+        expected = theirs(their).double()
+        torch.testing.assert_close(ours(group, {}, seen[group.name]), expected, rtol=exact, atol=1e-6, msg=group.name)

@@ -443,7 +443,7 @@ def scored(criterion: Any, *question: Any) -> tuple[Tensor | None, str]:
 
 def test_nothing_needed_is_nothing_done() -> None:
     assert observe(MODEL, GRAPH, GRAPH.reducible, None, ()) == {}
-    assert observe_for(Magnitude(), MODEL, GRAPH, GRAPH.reducible, None) == {}
+    assert observe_for(Magnitude(folded=True), MODEL, GRAPH, GRAPH.reducible, None) == {}
     assert observe_for(lambda group, weights, observations: None, MODEL, GRAPH, GRAPH.reducible, IMAGES) == {}
 
 

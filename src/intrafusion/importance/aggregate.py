@@ -10,7 +10,7 @@ from torch import Tensor
 from intrafusion.errors import RecipeError, unknown_name
 
 
-def aggregate(scores: Tensor, reduction: str, normalizer: str | None) -> Tensor:
+def aggregate(scores: Tensor, reduction: str, normalizer: str | None, member_normalizer: str | None = None) -> Tensor:
     """Reduce scores (members, n) to (n,) and put them on a scale that can be compared between groups.
 
     Args:
@@ -19,20 +19,26 @@ def aggregate(scores: Tensor, reduction: str, normalizer: str | None) -> Tensor:
         normalizer: "mean", "sum" or "max" divide by it, "standardize" maps to 0..1, "gaussian" to mean 0 and
             deviation 1, "lamp" divides each score by the sum of all that are not smaller; None leaves the scores alone.
             Scores that are all equal stay finite: a zero divisor is not applied.
+        member_normalizer: the same for the scores of each member before they are reduced, so that members of another
+            scale weigh alike.
     Raises:
         RecipeError: unknown name.
     """
-    check_aggregation(reduction, normalizer)
-    reduced = _MEMBER_REDUCTIONS[reduction](scores.double())
+    check_aggregation(reduction, normalizer, member_normalizer)
+    scores = scores.double()
+    if member_normalizer is not None:
+        scores = torch.stack([NORMALIZERS[member_normalizer](own) for own in scores])
+    reduced = _MEMBER_REDUCTIONS[reduction](scores)
     return reduced if normalizer is None else NORMALIZERS[normalizer](reduced)
 
 
-def check_aggregation(reduction: str, normalizer: str | None) -> None:
+def check_aggregation(reduction: str, *normalizers: str | None) -> None:
     """Raise RecipeError for an unknown name."""
     if reduction not in _MEMBER_REDUCTIONS:
         raise RecipeError(unknown_name("reduction", reduction, _MEMBER_REDUCTIONS))
-    if normalizer is not None and normalizer not in NORMALIZERS:
-        raise RecipeError(unknown_name("normalizer", normalizer, NORMALIZERS))
+    for name in normalizers:
+        if name is not None and name not in NORMALIZERS:
+            raise RecipeError(unknown_name("normalizer", name, NORMALIZERS))
 
 
 def _divide(scores: Tensor, by: Tensor) -> Tensor:

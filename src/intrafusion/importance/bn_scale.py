@@ -27,17 +27,19 @@ class BNScale:
     Attributes:
         reduction: over the norms: "mean", "sum", "max", "prod", "first" or "last".
         normalizer: over the channels, see `aggregate`.
+        member_normalizer: over the channels of each norm before they are reduced, by the same names.
 
     Reference: Liu et al. 2017 (network slimming); aggregation as Torch-Pruning's BNScaleImportance.
     """
 
     reduction: str = "mean"
     normalizer: str | None = "mean"
+    member_normalizer: str | None = None
 
     needs = frozenset({"tensors"})  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        check_aggregation(self.reduction, self.normalizer)
+        check_aggregation(self.reduction, self.normalizer, self.member_normalizer)
 
     @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
@@ -45,7 +47,8 @@ class BNScale:
         rows = [channel_rows(tensors, member) for member in _norm_scales(group, tensors)]
         if not rows:
             raise ModelError(f"group {group.name!r}: no norm scales its channels; exclude it or use another criterion.")
-        return aggregate(torch.stack([r.abs().sum(dim=1) for r in rows]), self.reduction, self.normalizer)
+        scores = torch.stack([r.abs().sum(dim=1) for r in rows])
+        return aggregate(scores, self.reduction, self.normalizer, self.member_normalizer)
 
 
 def _norm_scales(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> list[Member]:

@@ -23,18 +23,21 @@ class RelativeContribution:
     Attributes:
         reduction: over the readers: "sum", "mean", "max", "prod", "first" or "last".
         normalizer: over the channels, see `aggregate`.
+        member_normalizer: over the channels of each reader before they are reduced, by the same names.
 
     Reference: Hussien et al. 2024; the bounded form (they divide by the sum itself, which explodes near 0) is OURS.
     """
 
     reduction: str = "sum"
     normalizer: str | None = "mean"
+    member_normalizer: str | None = None
 
     needs = frozenset({"contributions"})  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        check_aggregation(self.reduction, self.normalizer)
+        check_aggregation(self.reduction, self.normalizer, self.member_normalizer)
 
     @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
-        return aggregate(get_observed(observations, "contributions", self, group), self.reduction, self.normalizer)
+        shares = get_observed(observations, "contributions", self, group)
+        return aggregate(shares, self.reduction, self.normalizer, self.member_normalizer)

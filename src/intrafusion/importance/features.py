@@ -33,13 +33,17 @@ def _find_weight(weights: Mapping[str, Tensor], member: Member) -> Tensor:
     return weights[member.tensor]
 
 
-def linear_rows(group: ChannelGroup, weights: Mapping[str, Tensor]) -> list[Tensor]:
+def linear_rows(group: ChannelGroup, weights: Mapping[str, Tensor], *, scales: bool = False) -> list[Tensor]:
     """The rows of every member that weighs channels, in execution order: one (n, d) matrix per member.
 
     These are producers, consumers and depthwise kernels. Scales and statistics of norms are left out: where a norm can
     be folded they say nothing, elsewhere they are no part of a linear map.
+
+    Args:
+        scales: take the scales of norms too, for weights in which norms are not folded.
     """
-    return [channel_rows(weights, member) for member in group.members if weighs(member, weights)]
+    members = [m for m in group.members if weighs(m, weights) or (scales and Role.SCALES in m.roles)]
+    return [channel_rows(weights, member) for member in members]
 
 
 def weighs(member: Member, weights: Mapping[str, Tensor]) -> bool:

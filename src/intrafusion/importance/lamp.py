@@ -20,7 +20,7 @@ class LAMP:
     Within a group the order is that of the magnitudes; the scale makes groups comparable.
 
     Attributes:
-        p, reduction, bias: as in `Magnitude`.
+        p, reduction, bias, member_normalizer, folded: as in `Magnitude`.
 
     Reference: Lee et al. 2021, section 3, for channels as Torch-Pruning's LAMPImportance.
     """
@@ -28,14 +28,20 @@ class LAMP:
     p: float = 2.0
     reduction: str = "mean"
     bias: bool = False
+    member_normalizer: str | None = None
+    folded: bool = False
 
     def __post_init__(self) -> None:
         _ = self.magnitude  # refuses what it does not take
 
     @property
     def magnitude(self) -> Magnitude:
-        return Magnitude(self.p, self.reduction, "lamp", self.bias)
+        return Magnitude(self.p, self.reduction, "lamp", self.bias, self.member_normalizer, self.folded)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.magnitude.needs
 
     @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
-        return self.magnitude(group, weights)
+        return self.magnitude(group, weights, observations)

@@ -125,6 +125,22 @@ def get_observed(observation: Any, field: str, importance: object, group: Channe
     return value
 
 
+def choose_weights(
+    importance: object, group: ChannelGroup, weights: Mapping[str, Tensor], observation: object, *, folded: bool
+) -> Mapping[str, Tensor]:
+    """The weights with norms folded, as they are handed to a criterion, or those of the network as it is.
+
+    Raises:
+        ObservationError: the latter, without an observation.
+    """
+    return weights if folded else get_observed(observation, "tensors", importance, group)
+
+
+def needs_tensors(folded: bool) -> frozenset[str]:
+    """What a criterion needs that reads weights alone, with norms folded or as they are."""
+    return frozenset() if folded else frozenset({"tensors"})
+
+
 def importance_label(importance: object) -> str:
     """How messages call a criterion."""
     return repr(importance) if hasattr(importance, "__dataclass_fields__") else _importance_name(importance)

@@ -30,6 +30,7 @@ class Taylor:
         multivariable: | sum of w dL/dw | instead: the change if the entries of a member vanish together.
         reduction: over the members: "mean", "sum", "max", "prod", "first" or "last".
         normalizer: over the channels, see `aggregate`.
+        member_normalizer: over the channels of each member before they are reduced, by the same names.
         bias: whether biases are members too.
 
     Reference: Molchanov et al. 2019 (first order); per channel as Torch-Pruning's TaylorImportance.
@@ -39,11 +40,12 @@ class Taylor:
     reduction: str = "mean"
     normalizer: str | None = "mean"
     bias: bool = False
+    member_normalizer: str | None = None
 
     needs = frozenset({"tensors", "gradients"})  # of the class, not a hyper-parameter
 
     def __post_init__(self) -> None:
-        check_aggregation(self.reduction, self.normalizer)
+        check_aggregation(self.reduction, self.normalizer, self.member_normalizer)
 
     @checked
     def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], observations: object = None) -> Tensor:
@@ -56,7 +58,7 @@ class Taylor:
         ]
         if not scores:
             raise ModelError(f"group {group.name!r}: no parameter weighs its channels; exclude the group.")
-        return aggregate(torch.stack(scores), self.reduction, self.normalizer)
+        return aggregate(torch.stack(scores), self.reduction, self.normalizer, self.member_normalizer)
 
 
 def _first_order(rows: Tensor, gradients: Tensor, multivariable: bool = False) -> Tensor:

@@ -62,11 +62,14 @@ def recipe_of(subject: Subject, setting: dict[str, Any]) -> Recipe:
 
 
 def _make_criterion(name: str, seed: int) -> Any:
-    """The criterion of this name; one that draws random numbers draws those of this seed."""
+    """The criterion of this name; one that draws random numbers draws those of this seed.
+
+    One of weights sees norms folded into them, as in the experiments of Theus et al. 2024.
+    """
     found: Any = importance.get_importance(name)
-    if is_dataclass(found) and not isinstance(found, type) and "seed" in {f.name for f in fields(found)}:
-        return replace(found, seed=seed)
-    return found
+    known = {f.name for f in fields(found)} if is_dataclass(found) and not isinstance(found, type) else set()
+    own = {"seed": seed, "folded": True}
+    return replace(found, **{key: own[key] for key in own if key in known}) if known else found
 
 
 def reduce_subject(subject: Subject, setting: dict[str, Any]) -> tuple[Compressed, dict[str, Any]]:
