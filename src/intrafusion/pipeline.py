@@ -119,8 +119,8 @@ def compress(
             inputs, or several of these, which are all met; where to cut is then chosen for the least predicted error.
         reducer: "pivot" (the channels that tell most of the others), "intrafusion", "select" (plain pruning), ..., a
             name with hyper-parameters, {"name": "intrafusion", "normalization": "function"}, or any Reducer.
-        importance: "l2" (Torch-Pruning's magnitude), "l1", "linf", "random", ..., a name with hyper-parameters, or any callable (group, weights,
-            observations) -> (n,) scores; not used by "pivot".
+        importance: "l2" (Torch-Pruning's magnitude), "l1", "linf", "random", ..., a name with hyper-parameters, or
+            any callable (group, weights, observations) -> (n,) scores; not used by "pivot".
         restore: what is done against the loss: "auto" (on the images given; else on what about 20 seconds allow, by a
             timed step), "images" (least squares on those given), "synthetic" (on images made from the network,
             minutes), "noise" (without data, in seconds), None, a restorer or its name, or several in order; see
