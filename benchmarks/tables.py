@@ -83,12 +83,12 @@ def drawn(records: list[Record]) -> str:
 def named(method: str) -> tuple[str, str]:
     """Reducer and repair of, for instance, `intrafusion:normalization=source+repair`."""
     reducer, _, repair = method.partition("+")
-    return reducer.replace(":normalization=", ", "), repair or "nothing"
+    return reducer.replace(":normalization=", ", ").replace(":raw=false", ", folded"), repair or "nothing"
 
 
 def paper_rank(method: str) -> tuple[int, int]:
     reducer, repair = named(method)
-    reducers = ("select", *(f"intrafusion, {n}" for n in ("source", "target", "function")), "fold")
+    reducers = ("select", *(f"intrafusion, {n}" for n in ("source", "target", "function")), "fold, folded")
     return reducers.index(reducer), ("nothing", "closed_form", "reestimate", "repair").index(repair)
 
 
@@ -166,7 +166,7 @@ def restored_table(records: list[Record]) -> str:
 
 
 def rank(line: tuple[str, str]) -> tuple[int, int]:
-    return REDUCERS.index(line[0]), (*RESTORERS, *RIVALS).index(line[1])
+    return list(REDUCERS).index(line[0]), (*RESTORERS, *RIVALS).index(line[1])
 
 
 def sizes_table(records: list[Record]) -> str:
