@@ -9,6 +9,7 @@ from intrafusion.arguments import checked
 from intrafusion.reduce.eliminate import Eliminate
 from intrafusion.reduce.fold import Fold, cluster_map
 from intrafusion.reduce.fuse import IntraFusion, intrafusion_map
+from intrafusion.reduce.mean_shift import Flap, VarianceBased
 from intrafusion.reduce.pivot import Pivot
 from intrafusion.reduce.problem import Moments, Reducer, ReducerTraits, ReductionMap, ReductionProblem, Selecting
 from intrafusion.reduce.select import Select, most_important, selection_map
@@ -20,6 +21,8 @@ REDUCERS: dict[str, Callable[[], Reducer]] = {
     "fold": Fold,
     "pivot": Pivot,
     "eliminate": Eliminate,
+    "variance": VarianceBased,
+    "flap": Flap,
 }
 
 
@@ -47,6 +50,7 @@ __all__ = [
     "REDUCERS",
     "REGISTRY",
     "Eliminate",
+    "Flap",
     "Fold",
     "IntraFusion",
     "Moments",
@@ -56,6 +60,7 @@ __all__ = [
     "ReductionMap",
     "ReductionProblem",
     "Select",
+    "VarianceBased",
     "cluster_map",
     "get_reducer",
     "intrafusion_map",
