@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,8 @@ def decide(
         moments = {**moments, **calibration.moments_of(flatten_blocks(graph, blocks))}
     weights = fold_weights(model, graph, groups)
     seen = observe_for(recipe.importance, model, graph, groups, given, seed=recipe.seed)
+    raw = _copy_raw(model, groups) if recipe.order == "backward" else None  # seen as the groups before left it
+    seen = {name: o if raw is None or o.tensors is None else replace(o, tensors=raw) for name, o in seen.items()}
     scores = lambda g, w: _check_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
     if recipe.target is None:
         wanted = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
@@ -108,8 +111,8 @@ def decide(
     wanted, rounded = round_sizes(wanted, graph, recipe.round_to) if recipe.uniform else (wanted, ())
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
-    described = named_tensors(model) if ReducerTraits.of(recipe.reducer).raw else weights
-    maps = _solve_all(smaller, wanted, weights, described, scores, dead, recipe, moments)
+    described = (raw or named_tensors(model)) if ReducerTraits.of(recipe.reducer).raw else weights
+    maps = _solve_all(smaller, wanted, weights, described, scores, dead, recipe, moments, raw)
     told = [g for g in units if g.is_channel or recipe.target is None or g in smaller]
     decisions = tuple(
         decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name), read=g.name in moments) for g in told
@@ -155,8 +158,9 @@ def _solve_all(
     dead: Mapping[str, Tensor],
     recipe: Recipe,
     moments: Mapping[str, Moments],
+    raw: dict[str, Tensor] | None,
 ) -> dict[str, ReductionMap]:
-    """The map of every group that shrinks; with the order "backward", each leaves its mark in `weights`.
+    """The map of every group that shrinks; with the order "backward", each leaves its mark in `weights` and `raw`.
 
     Args:
         described: what reducers see of the channels: `weights`, or for those that are `raw` the network's own tensors.
@@ -167,9 +171,17 @@ def _solve_all(
         asked = scores(group, weights), wanted[group.name], dead.get(group.name)
         maps[group.name] = _solve(group, weights, described, *asked, recipe, moments)
         if recipe.order == "backward":
-            hollow_(weights, group, maps[group.name])
+            for tensors in filter(None, (weights, raw)):
+                hollow_(tensors, group, maps[group.name])
     report("choosing channels", len(groups), len(groups))
     return maps
+
+
+def _copy_raw(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """The tensors of these groups as they are in the network, float64, for writing."""
+    tensors = named_tensors(model)
+    names = {m.tensor for g in groups for m in g.members}
+    return {name: tensors[name].detach().to(torch.float64, copy=True) for name in names}
 
 
 def is_asked_for(group: ChannelGroup, recipe: Recipe) -> bool:
