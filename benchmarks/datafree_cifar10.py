@@ -59,6 +59,7 @@ def measure(network: str, setting: dict[str, Any], model: Any, graph: ChannelGra
     recipe = Recipe.of(
         keep=setting["keep"],
         reducer=METHODS[setting["method"]],
+        importance={"name": "l1", "folded": True},
         order=setting["order"],
         **scope_of(graph, setting["group"]),
     )

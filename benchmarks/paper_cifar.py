@@ -3,7 +3,8 @@
 Pruned, Intra-Fusion with each normalisation, and folded; each alone and with each repair of the statistics; the whole
 network and its block-inner channels; on the full test sets of CIFAR-10 and CIFAR-100. Nothing is trained. `closed_form`
 needs no data; `reestimate` and `repair` look at 256 unlabelled training images. Importance is l1; groups are described
-by the original weights ("joint"). Resumable: what is in the records is not measured again.
+by the original weights ("joint"), norms folded (what the authors of folding run themselves: rivals.py). Resumable: what
+is in the records is not measured again.
 Records: benchmarks/records/paper_cifar.jsonl; `intrafusion report` shows them.
 """
 
@@ -35,7 +36,7 @@ EXPERIMENT = "paper_cifar"
 NETWORKS = ("cifar10_resnet20", "cifar10_resnet32", "cifar100_resnet20", "cifar10_densenet100")
 SCOPES = {WHOLE: (0.9, 0.8, 0.7), INNER: (0.7, 0.5)}
 NORMALIZATIONS = ("source", "target", "function")
-ALONE = ("select", *(f"intrafusion:normalization={name}" for name in NORMALIZATIONS), "fold")
+ALONE = ("select", *(f"intrafusion:normalization={name}" for name in NORMALIZATIONS), "fold:raw=false")
 REPAIRS = ("", "+closed_form", "+reestimate", "+repair")
 CALIBRATION_SPLIT = {"cifar10": "train", "cifar100": "calibration"}
 SEEN = 512  # training images to load; the first 256 are looked at

@@ -27,7 +27,7 @@ LEVELS = {
     "256 unlabelled images": ("pivot", "real 256"),
     "128 images made from the network": ("pivot", "synthetic 128"),
     "noise": ("pivot", "noise"),
-    "pruned, not restored": ("select", "none"),
+    "pruned, not restored": ("select, l1 folded", "none"),
 }
 
 

@@ -4,7 +4,8 @@ solved for what the original network gives.
 Measures, on the first --images test images (standard error about 0.7 points for 2,000; also recorded: `--images 10000
 --networks cifar10_resnet20`, 0.3 points): block-inner channels of cifar10_resnet20_pad at keep 0.7, 0.5, 0.3; all
 channels of cifar10_resnet20 at keep 0.9, 0.8, 0.7, 0.5 and of other networks; reduced by pruning, Intra-Fusion, folding
-or pivoting; restored with nothing, on noise (no data, seconds), on 128 images made from the network and their mirror
+(norms folded into the weights; rivals.py runs them as their authors do) or pivoting; restored with nothing, on noise
+(no data, seconds), on 128 images made from the network and their mirror
 images (no data, minutes), or on 64 or 256 unlabelled training images. Sizes are round(n * keep). The rival: the pruned
 network fine-tuned on the same 256 images with their labels, for as many multiply-accumulates as restoring may cost (six
 forward passes: 16 steps of 32 images, AdamW, flips and shifts), and for ten times as many; its learning rate was chosen
@@ -47,7 +48,13 @@ from intrafusion.train import Training, train_
 RECORDS = Path(__file__).parent / "records" / "restoration.jsonl"
 EXPERIMENT = "restoration_cifar10"
 INNER, WHOLE = "block-inner channels", "whole network"
-REDUCERS = ("select", "intrafusion", "fold", "pivot")
+_L1_FOLDED = {"name": "l1", "folded": True}
+REDUCERS: Mapping[str, Mapping[str, Any]] = {
+    "select, l1 folded": {"reducer": "select", "importance": _L1_FOLDED},
+    "intrafusion": {"reducer": "intrafusion", "importance": _L1_FOLDED},
+    "fold, folded": {"reducer": {"name": "fold", "raw": False}},
+    "pivot": {"reducer": "pivot"},
+}
 RESTORERS = ("none", "noise", "synthetic 128", "real 64", "real 256")
 MADE = ("none", "noise", "synthetic 128", "real 256")
 RIVALS = {"256 labels, trained": 16, "256 labels, trained x10": 160}  # steps
@@ -62,7 +69,7 @@ class Plan:
     """What is measured on one network."""
 
     keeps: tuple[float, ...] = ()
-    reducers: tuple[str, ...] = REDUCERS
+    reducers: tuple[str, ...] = tuple(REDUCERS)
     restorers: tuple[str, ...] = ("none", "noise", "real 256")
     macs: tuple[float, ...] = ()
     rivals: tuple[str, ...] = tuple(RIVALS)
@@ -135,7 +142,7 @@ class Case:
         restore = None if restorer == "none" else "images" if restorer[:4] in ("real", "synt") else restorer
         if sizes:
             options["keep"] = {g.name: sizes[g.name] / g.size for g in self.graph.reducible if g.name in sizes}
-        recipe = Recipe.of(reducer=reducer, restore=restore, **options)
+        recipe = Recipe.of(restore=restore, **REDUCERS[reducer], **options)
         images = Split(None if calibration is None else calibration.images)
         inputs = Inputs.of(self.example)
         small = reduce_and_restore(recipe, self.model, self.graph, inputs, images, calibration=calibration)
@@ -178,7 +185,7 @@ def settings(network: str, scope: str, images: int, plan: Plan) -> Iterator[dict
             for restorer in plan.restorers:
                 yield {**base, "keep": keep, "reducer": reducer, "restorer": restorer}
         for rival in plan.rivals:
-            yield {**base, "keep": keep, "reducer": "select", "restorer": rival}
+            yield {**base, "keep": keep, "reducer": next(iter(REDUCERS)), "restorer": rival}
     for fraction in plan.macs:
         for how in SIZES:
             yield {**base, "macs": fraction, "sizes": how, "reducer": "pivot", "restorer": "real 256"}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from compatibility import write_table
 from restoration_cifar10 import REDUCERS, RESTORERS, RIVALS
+from rivals import METHODS
 
 from intrafusion.io.atomic import atomic_file
 from intrafusion.lab.bench import Record, read_records
@@ -83,12 +84,12 @@ def drawn(records: list[Record]) -> str:
 def named(method: str) -> tuple[str, str]:
     """Reducer and repair of, for instance, `intrafusion:normalization=source+repair`."""
     reducer, _, repair = method.partition("+")
-    return reducer.replace(":normalization=", ", "), repair or "nothing"
+    return reducer.replace(":normalization=", ", ").replace(":raw=false", ", folded"), repair or "nothing"
 
 
 def paper_rank(method: str) -> tuple[int, int]:
     reducer, repair = named(method)
-    reducers = ("select", *(f"intrafusion, {n}" for n in ("source", "target", "function")), "fold")
+    reducers = ("select", *(f"intrafusion, {n}" for n in ("source", "target", "function")), "fold, folded")
     return reducers.index(reducer), ("nothing", "closed_form", "reestimate", "repair").index(repair)
 
 
@@ -156,6 +157,23 @@ def where(record: Record) -> tuple[str, str, int]:
     return record.setting["network"], record.setting["group"], record.setting["test_images"]
 
 
+def rivals(records: list[Record]) -> str:
+    """One table per network: a row per method, those without data first, a column per keep."""
+    parts = []
+    for place in dict.fromkeys((r.setting["network"], r.setting["test_images"]) for r in records):
+        own = [r for r in latest(records) if (r.setting["network"], r.setting["test_images"]) == place]
+        value = {(r.setting["method"], r.setting["keep"]): percent(r.result["accuracy"]) for r in own}
+        keeps = sorted({keep for method, keep in value if method != "original"}, reverse=True)
+        rows = [
+            [name, method.sees, *(value.get((name, keep), "") for keep in keeps)]
+            for name, method in METHODS.items()
+            if any((name, keep) in value for keep in keeps)
+        ]
+        head = f"`{place[0]}`, {place[1]:,} test images, original {value['original', 1.0]} %"
+        parts.append(f"{head}\n\n{markdown(['method', 'sees', *(f'keep {k:g}' for k in keeps)], rows)}")
+    return "\n\n".join(parts)
+
+
 def restored_table(records: list[Record]) -> str:
     keeps = sorted({r.setting["keep"] for r in records}, reverse=True)
     line = lambda r: (r.setting["reducer"], r.setting["restorer"])  # noqa: E731
@@ -166,7 +184,7 @@ def restored_table(records: list[Record]) -> str:
 
 
 def rank(line: tuple[str, str]) -> tuple[int, int]:
-    return REDUCERS.index(line[0]), (*RESTORERS, *RIVALS).index(line[1])
+    return list(REDUCERS).index(line[0]), (*RESTORERS, *RIVALS).index(line[1])
 
 
 def sizes_table(records: list[Record]) -> str:
@@ -287,6 +305,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "datafree_cifar10": lambda: by_network(read_records(RECORDS / "datafree_cifar10.jsonl"), network_table),
         "paper_cifar": lambda: by_network(read_records(RECORDS / "paper_cifar.jsonl"), paper_table),
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
+        "rivals": lambda: rivals(read_records(RECORDS / "rivals.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "imagenet": lambda: imagenet(read_records(RECORDS / "imagenet.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),

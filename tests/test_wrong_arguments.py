@@ -118,11 +118,12 @@ CALLS: dict[str, dict[str, Any]] = {
     "Fused": parts(SMALL) | {"alignments": ({"a": MAP},), "weights": (1.0,)},
     "Eliminate": {"strength": 1e-3, "unmerge": True},
     "Eliminate.__call__": {"self": intrafusion.Eliminate(), "problem": PROBLEM},
-    "Fold": {"features": "rows", "bias": False, "n_init": 1},
+    "Fold": {"features": "rows", "bias": False, "n_init": 1, "raw": True, "balanced": False},
     "Fold.__call__": {"self": intrafusion.Fold(), "problem": PROBLEM},
     "IntraFusion": {
         "normalization": "source", "p": 1.0, "source_marginal": "uniform", "target_marginal": "uniform",
         "target": "most_important", "bias": True, "cost": "lp", "solver": "exact", "epsilon": 0.01, "n_init": 1,
+        "raw": False, "balanced": False,
     },
     "IntraFusion.__call__": {"self": intrafusion.IntraFusion(), "problem": PROBLEM},
     "Member": parts(GROUP.members[0], within=Slice(0, 0, 2)),
@@ -226,6 +227,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "reduce.Moments": parts(MOMENTS),
     "reduce.ReductionMap": parts(MAP),
     "reduce.ReductionProblem": parts(PROBLEM),
+    "reduce.Flap.__call__": {"self": intrafusion.reduce.Flap(), "problem": PROBLEM},
+    "reduce.VarianceBased.__call__": {"self": intrafusion.reduce.VarianceBased(), "problem": PROBLEM},
     "reduce.cluster_map": {"labels": torch.tensor([0, 1, 0, 2])},
     "reduce.get_reducer": {"reducer": "fold"},
     "reduce.intrafusion_map": {
@@ -241,6 +244,10 @@ CALLS: dict[str, dict[str, Any]] = {
     "restore.Calibration.moments_of": {"self": calibration, "graph": GRAPH},
     "restore.ClosedForm": {"reach": 1.0, "floor": 1e-3},
     "restore.ClosedForm.__call__": {"self": intrafusion.restore.ClosedForm(), **RESTORING},
+    "restore.Grail": {"strength": 1e-3, "batch": 4},
+    "restore.Grail.__call__": {"self": intrafusion.restore.Grail(), **RESTORING},
+    "restore.LeaveBeforeYouLeave": {"strength": 0.1, "shift": 1.0},
+    "restore.LeaveBeforeYouLeave.__call__": {"self": intrafusion.restore.LeaveBeforeYouLeave(), **RESTORING},
     "restore.LeastSquares": {"strength": 1e-3, "scarcity": 0.2, "steps": 1, "rows": 20, "drift": True, "seed": 0},
     "restore.LeastSquares.__call__": {"self": LeastSquares(rows=20, steps=1), **RESTORING},
     "restore.Noise": {

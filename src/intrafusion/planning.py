@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from intrafusion.budget.target import require_inputs, sizes_for_target
 from intrafusion.budget.uniform import find_pattern
 from intrafusion.errors import ModelError, RecipeError, show
 from intrafusion.graph import BLOCKS, ChannelGraph, ChannelGroup, describe_fixed, families_of
-from intrafusion.importance.features import channel_biases, channel_features
+from intrafusion.importance.features import channel_biases, describing_rows
 from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.calibration_images import choose_inputs, warn_caller
@@ -92,6 +93,8 @@ def decide(
         moments = {**moments, **calibration.moments_of(flatten_blocks(graph, blocks))}
     weights = fold_weights(model, graph, groups)
     seen = observe_for(recipe.importance, model, graph, groups, given, seed=recipe.seed)
+    raw = _copy_raw(model, groups) if recipe.order == "backward" else None  # seen as the groups before left it
+    seen = {name: o if raw is None or o.tensors is None else replace(o, tensors=raw) for name, o in seen.items()}
     scores = lambda g, w: _check_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
     if recipe.target is None:
         wanted = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
@@ -110,7 +113,8 @@ def decide(
     wanted, rounded = round_sizes(wanted, graph, recipe.round_to) if recipe.uniform else (wanted, ())
     smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
-    maps = _solve_all(smaller, wanted, weights, scores, dead, recipe, moments)
+    described = (raw or named_tensors(model)) if ReducerTraits.of(recipe.reducer).raw else weights
+    maps = _solve_all(smaller, wanted, weights, described, scores, dead, recipe, moments, raw)
     told = [g for g in units if g.is_channel or recipe.target is None or g in smaller]
     decisions = tuple(
         decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name), read=g.name in moments) for g in told
@@ -152,21 +156,35 @@ def _solve_all(
     groups: Sequence[ChannelGroup],
     wanted: Mapping[str, int],
     weights: dict[str, Tensor],
+    described: Mapping[str, Tensor],
     scores: _Scores,
     dead: Mapping[str, Tensor],
     recipe: Recipe,
     moments: Mapping[str, Moments],
+    raw: dict[str, Tensor] | None,
 ) -> dict[str, ReductionMap]:
-    """The map of every group that shrinks; with the order "backward", each leaves its mark in `weights`."""
+    """The map of every group that shrinks; with the order "backward", each leaves its mark in `weights` and `raw`.
+
+    Args:
+        described: what reducers see of the channels: `weights`, or for those that are `raw` the network's own tensors.
+    """
     maps: dict[str, ReductionMap] = {}
     for index, group in enumerate(_in_order(groups, recipe)):
         report("choosing channels", index, len(groups))
         asked = scores(group, weights), wanted[group.name], dead.get(group.name)
-        maps[group.name] = _solve(group, weights, *asked, recipe, moments)
+        maps[group.name] = _solve(group, weights, described, *asked, recipe, moments)
         if recipe.order == "backward":
-            hollow_(weights, group, maps[group.name])
+            for tensors in filter(None, (weights, raw)):
+                hollow_(tensors, group, maps[group.name])
     report("choosing channels", len(groups), len(groups))
     return maps
+
+
+def _copy_raw(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """The tensors of these groups as they are in the network, float64, for writing."""
+    tensors = named_tensors(model)
+    names = {m.tensor for g in groups for m in g.members}
+    return {name: tensors[name].detach().to(torch.float64, copy=True) for name in names}
 
 
 def is_asked_for(group: ChannelGroup, recipe: Recipe) -> bool:
@@ -208,6 +226,7 @@ def fold_weights(model: nn.Module, graph: ChannelGraph, groups: Iterable[Channel
 def _solve(
     group: ChannelGroup,
     weights: dict[str, Tensor],
+    described: Mapping[str, Tensor],
     scores: Tensor,
     m: int,
     dead: Tensor | None,
@@ -218,18 +237,19 @@ def _solve(
 
     Of whole blocks those stay that the layer which reads them misses most where it is solved anew.
     """
-    looks = ReducerTraits.of(recipe.reducer).needs_moments
-    if not group.is_channel and looks and group.name in moments:
+    traits = ReducerTraits.of(recipe.reducer)
+    if not group.is_channel and traits.needs_moments and group.name in moments:
         return unit_map(moments[group.name], group.size, m)
-    rows, added = channel_features(group, weights), channel_biases(group, weights)
+    rows = describing_rows(group, described, raw=traits.raw, balanced=traits.balanced)
+    features, added = torch.cat([own for _, own in rows], dim=1), channel_biases(group, weights)
     problem = ReductionProblem(
-        rows, scores, m, recipe.seed, added, moments.get(group.name), group.linear, group.rotation
+        features, scores, m, recipe.seed, added, moments.get(group.name), group.linear, group.rotation
     )
     if _rotates(group, recipe, moments):
         return _check_map(recipe.reducer(problem), group)
     reducer = selecting_form(recipe.reducer) if group.unmixable else recipe.reducer
     classes = find_classes(group, weights, dead, copies=reducer.mixes)
-    return _check_map(reduce_distinct(reducer, group, weights, problem, classes), group)
+    return _check_map(reduce_distinct(reducer, group, weights, problem, classes, rows), group)
 
 
 def _rotates(group: ChannelGroup, recipe: Recipe, moments: Mapping[str, Moments]) -> bool:

@@ -26,7 +26,7 @@ def completed(*words: str) -> list[str]:
     [
         (("comp",), {"compress"}),
         (("compress", "x", "--min"), {"--min-channels"}),
-        (("compress", "x", "--reducer", "f"), {"fold"}),
+        (("compress", "x", "--reducer", "f"), {"fold", "flap"}),
         (("experiment", "whole-model", "--importance", "l"), {"l1", "l2", "linf", "lamp"}),
         (("inspect", "z"), {"zoo:"}),
         (("inspect", "zoo", ":", "digits"), {"digits_resnet"}),

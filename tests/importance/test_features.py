@@ -88,6 +88,21 @@ def test_features_are_producers_kernels_and_consumers_in_order(group):
     assert channel_features(group, WEIGHTS).tolist() == [[1, 5, 6, 9, 11], [2, 7, 8, 10, 12]]
 
 
+def test_raw_features_hold_scales_shifts_and_biases_of_the_network(group):
+    raw = channel_features(group, WEIGHTS, raw=True)
+    assert raw.tolist() == [[1, 3, 50, 5, 6, 9, 11], [2, 4, 60, 7, 8, 10, 12]]
+
+
+def test_balanced_rows_of_every_member_have_the_same_length(group):
+    balanced = channel_features(group, WEIGHTS, balanced=True)
+    plain = channel_features(group, WEIGHTS)
+    for part in (slice(0, 1), slice(1, 3), slice(3, 5)):
+        own = plain[:, part]
+        torch.testing.assert_close(balanced[:, part], own / own.square().sum(1).mean().sqrt())
+    zero = {**WEIGHTS, "fc.weight": torch.zeros(2, 2)}
+    assert channel_features(group, zero, balanced=True)[:, 3:].tolist() == [[0, 0], [0, 0]]
+
+
 def test_biases_are_what_is_added_to_the_channels(group):
     rows = channel_biases(group, WEIGHTS)
     assert rows.dtype == torch.float64

@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from intrafusion import Recipe, decide, inspect
 from intrafusion.reduce import Fold, ReductionProblem, cluster_map, get_reducer
 from intrafusion.reduce.targets import k_means
 
@@ -72,6 +73,27 @@ def test_keeping_every_channel_is_the_identity() -> None:
         answer = Fold()(problem(rows, 6))
         assert torch.equal(answer.merge, torch.eye(6).double())
         assert torch.equal(answer.unmerge, torch.eye(6).double())
+
+
+def test_by_default_it_compares_weights_scales_and_shifts_as_they_are() -> None:
+    """The authors' features: k-means of [w, gamma, beta, reading columns], statistics and folding left out."""
+    torch.manual_seed(0)
+    conv, norm, reader = nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12), nn.Conv2d(12, 4, 1)
+    model = nn.Sequential(conv, norm, nn.ReLU(), reader).eval().double().requires_grad_(False)
+    for tensor in norm.state_dict().values():
+        if tensor.dim():
+            nn.init.uniform_(tensor, 0.1, 3)
+    columns, variance = reader.weight.transpose(0, 1).flatten(1), norm.state_dict()["running_var"]
+    scale = norm.weight / (variance + norm.eps).sqrt()
+    graph = inspect(model, torch.randn(1, 3, 6, 6).double())
+    recipe = lambda **how: Recipe.of(keep=0.5, reducer={"name": "fold", **how})  # noqa: E731
+    unmerge = lambda **how: decide(model, graph, recipe(**how)).maps["0"].unmerge  # noqa: E731
+    expected = lambda *parts: cluster_map(k_means(torch.cat(parts, 1), 6, n_init=10)).unmerge  # noqa: E731
+    rows = conv.weight.flatten(1)
+    assert torch.equal(unmerge(), expected(rows, norm.weight[:, None], norm.bias[:, None], columns))
+    assert torch.equal(unmerge(raw=False), expected(scale[:, None] * rows, columns))
+    assert not torch.equal(unmerge(), unmerge(raw=False))
+    assert not torch.equal(unmerge(), unmerge(balanced=True))
 
 
 def test_registry_and_hyper_parameters() -> None:

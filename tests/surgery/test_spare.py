@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from intrafusion import ChannelGraph, ChannelGroup, Role, compress, inspect
 from intrafusion.errors import ModelError
+from intrafusion.importance.features import describing_rows as rows_of
 from intrafusion.network.inputs import Inputs
 from intrafusion.planning import fold_weights
 from intrafusion.reduce import ReductionProblem, Select
@@ -228,7 +229,9 @@ def test_what_fills_up_the_size_is_the_most_important_of_the_rest() -> None:
     group, weights = small_group()
     dead = torch.tensor([False, False, False, True, True])
     asked = problem(group, weights, [1, 1, 5, 2, 3], 4)
-    found = reduce_distinct(Select(), group, weights, asked, find_classes(group, weights, dead))
+    found = reduce_distinct(
+        Select(), group, weights, asked, find_classes(group, weights, dead), rows_of(group, weights)
+    )
     assert found.merge.argmax(1).tolist() == [0, 1, 2, 4], "0 and 1 are needed; 2 and 4 count most of the others"
     assert found.unmerge.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
 
@@ -245,7 +248,7 @@ def test_the_reducer_sees_classes_with_their_columns_summed() -> None:
             return super().__call__(problem)
 
     asked = problem(group, weights, [1, 2, 5, 2, 3], 2)
-    found = reduce_distinct(Spy(), group, weights, asked, find_classes(group, weights))
+    found = reduce_distinct(Spy(), group, weights, asked, find_classes(group, weights), rows_of(group, weights))
     columns = weights["b.weight"].T
     assert torch.equal(seen[0].features[:, :2], weights["a.weight"][[0, 1, 3, 4]])
     assert torch.allclose(seen[0].features[:, 2:], torch.stack([columns[0] + columns[2], *columns[[1, 3, 4]]]))
@@ -272,7 +275,8 @@ def test_a_network_without_anything_to_spare_is_reduced_as_before() -> None:
     classes = find_classes(group, weights)
     assert not classes.spare
     asked = problem(group, weights, [1, 2, 5, 2, 3], 2)
-    assert torch.equal(reduce_distinct(Select(), group, weights, asked, classes).merge, Select()(asked).merge)
+    found = reduce_distinct(Select(), group, weights, asked, classes, rows_of(group, weights))
+    assert torch.equal(found.merge, Select()(asked).merge)
 
 
 def test_pooled_networks_with_unread_channels() -> None:

@@ -51,23 +51,47 @@ def weighs(member: Member, weights: Mapping[str, Tensor]) -> bool:
     return kernel or bool(member.roles & {Role.PRODUCES, *READS})
 
 
-def channel_features(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
+def describing_rows(
+    group: ChannelGroup, weights: Mapping[str, Tensor], *, raw: bool = False, balanced: bool = False
+) -> list[tuple[Member, Tensor]]:
+    """The rows (n, d) by which the channels of a group are told apart, of each member, in execution order.
+
+    Args:
+        weights: tensors by name, norms folded (`intrafusion.surgery.norms.fold_norms`) unless `raw`.
+        raw: weights are those of the network as it is: scales and shifts of norms and biases describe a channel too.
+        balanced: the rows of each member are divided by their root mean squared length, so that all weigh alike.
+    Raises:
+        ModelError: no member of the group weighs its channels.
+    """
+    told = [m for m in group.members if weighs(m, weights) or (raw and m.roles & {Role.SCALES, Role.SHIFTS})]
+    if not told:
+        raise ModelError(f"group {group.name!r}: no weight describes its channels; exclude the group.")
+    rows = [(m, channel_rows(weights, m)) for m in told]
+    return [(m, _balance(r)) for m, r in rows] if balanced else rows
+
+
+def _balance(rows: Tensor) -> Tensor:
+    length = rows.square().sum(1).mean().sqrt()
+    return rows / torch.where(length > 0, length, 1.0)
+
+
+def channel_features(
+    group: ChannelGroup, weights: Mapping[str, Tensor], *, raw: bool = False, balanced: bool = False
+) -> Tensor:
     r"""Describe each channel by one row: its producer rows, its kernels and its consumer columns, concatenated.
 
     x_c = [W_p[c, :], W_f[:, c], ...] over all members of the group, in execution order.
 
     Args:
-        weights: tensors by name, norms folded (`intrafusion.surgery.norms.fold_norms`).
+        weights, raw, balanced: as for `describing_rows`.
     Returns:
         (n, d) float64.
     Raises:
         ModelError: no member of the group weighs its channels.
     Reference: Theus et al. 2024, Algorithm 2.
     """
-    rows = linear_rows(group, weights)
-    if not rows:
-        raise ModelError(f"group {group.name!r}: no weight describes its channels; exclude the group.")
-    return torch.cat(rows, dim=1)
+    rows = describing_rows(group, weights, raw=raw, balanced=balanced)
+    return torch.cat([own for _, own in rows], dim=1)
 
 
 def channel_biases(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from intrafusion.reduce.auto import Auto
 from intrafusion.reduce.eliminate import Eliminate
 from intrafusion.reduce.fold import Fold, cluster_map
 from intrafusion.reduce.fuse import IntraFusion, intrafusion_map
+from intrafusion.reduce.mean_shift import Flap, VarianceBased
 from intrafusion.reduce.pivot import Pivot
 from intrafusion.reduce.problem import Moments, Reducer, ReducerTraits, ReductionMap, ReductionProblem, Selecting
 from intrafusion.reduce.select import Select, most_important, selection_map
@@ -21,6 +22,8 @@ REDUCERS: dict[str, Callable[[], Reducer]] = {
     "fold": Fold,
     "pivot": Pivot,
     "eliminate": Eliminate,
+    "variance": VarianceBased,
+    "flap": Flap,
     "auto": Auto,
 }
 
@@ -50,6 +53,7 @@ __all__ = [
     "REGISTRY",
     "Auto",
     "Eliminate",
+    "Flap",
     "Fold",
     "IntraFusion",
     "Moments",
@@ -59,6 +63,7 @@ __all__ = [
     "ReductionMap",
     "ReductionProblem",
     "Select",
+    "VarianceBased",
     "cluster_map",
     "get_reducer",
     "intrafusion_map",

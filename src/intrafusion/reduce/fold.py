@@ -24,10 +24,13 @@ class Fold:
     "closed_form" without data.
 
     Attributes:
-        features: what is compared: "rows" (producer rows and consumer columns, batch norms folded) or "directions" (the
-            same at unit length).
-        bias: compare biases too.
+        features: what is compared: "rows" (producer rows and consumer columns) or "directions" (the same at unit
+            length).
+        bias: compare biases, norms folded into them, too.
         n_init: starts of k-means, of which the best is taken.
+        raw: rows are those of the network as it is, with the scales and shifts of its norms beside them, as in the
+            authors' released code; else batch norms are folded into them.
+        balanced: every layer weighs alike, see `importance.features.describing_rows`.
 
     Reference: Wang et al. 2025 (Model Folding).
     """
@@ -35,6 +38,8 @@ class Fold:
     features: str = "rows"
     bias: bool = False
     n_init: int = 10
+    raw: bool = True
+    balanced: bool = False
 
     mixes = True  # of the class, not a hyper-parameter
     absorbs_duplicates = True

@@ -43,6 +43,7 @@ class IntraFusion:
         solver: "exact" or "entropic" (Sinkhorn; a dense plan, for groups of thousands of channels).
         epsilon: of the entropic solver: weight of the entropy as a fraction of the mean cost.
         n_init: starts of the clustering of centres, of which the best is taken.
+        raw, balanced: how channels are described, see `importance.features.describing_rows`; the paper folds norms.
 
     Reference: Theus et al. 2024, Algorithm 2.
     """
@@ -57,6 +58,8 @@ class IntraFusion:
     solver: str = "exact"
     epsilon: float = 0.01
     n_init: int = 1
+    raw: bool = False
+    balanced: bool = False
 
     __repr__ = show_briefly
 

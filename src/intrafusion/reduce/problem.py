@@ -75,7 +75,8 @@ class ReductionProblem:
     """Reduce n channels to m. Knows no network.
 
     Attributes:
-        features: (n, d) float64, one row per channel: producer rows and consumer columns.
+        features: (n, d) float64, one row per channel: producer rows and consumer columns, norms folded into them; for
+            reducers that are `raw` as they are in the network.
         importance: (n,) float64, finite, larger = more important.
         size: m, with 1 <= m <= n.
         seed: for reducers that draw random numbers.
@@ -164,6 +165,7 @@ class ReducerTraits(Traits):
         absorbs_duplicates: a promise: merging exact duplicates changes nothing.
         rotates: whether it rotates groups that allow it, see `ReductionProblem.rotation`.
         random: whether its answer belongs to the channels' numbers, not to what they are.
+        raw, balanced: how channels are to be described to it, see `importance.features.describing_rows`.
     """
 
     mixes: bool
@@ -171,3 +173,5 @@ class ReducerTraits(Traits):
     absorbs_duplicates: bool = False
     rotates: bool = False
     random: bool = False
+    raw: bool = False
+    balanced: bool = False

@@ -9,6 +9,8 @@ from intrafusion.network.batches import read_batches
 from intrafusion.registry import Registry, register
 from intrafusion.restore.calibration import LEVELS, Calibration, calibrate
 from intrafusion.restore.closed_form import ClosedForm
+from intrafusion.restore.grail import Grail
+from intrafusion.restore.lbyl import LeaveBeforeYouLeave
 from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.noise import Noise
 from intrafusion.restore.reestimate import Reestimate
@@ -23,6 +25,8 @@ RESTORERS: dict[str, type[Any]] = {
     "closed_form": ClosedForm,
     "reestimate": Reestimate,
     "repair": ActivationRepair,
+    "grail": Grail,
+    "lbyl": LeaveBeforeYouLeave,
 }
 
 
@@ -54,7 +58,9 @@ __all__ = [
     "ActivationRepair",
     "Calibration",
     "ClosedForm",
+    "Grail",
     "LeastSquares",
+    "LeaveBeforeYouLeave",
     "Noise",
     "Reduced",
     "Reestimate",

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
-from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Role
-from intrafusion.importance.features import channel_biases, channel_rows, weighs
+from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.importance.features import channel_biases, channel_rows
 from intrafusion.network.inputs import Inputs
 from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
 from intrafusion.reduce.select import selection_map
@@ -147,6 +147,7 @@ def reduce_distinct(
     weights: Mapping[str, Tensor],
     whole: ReductionProblem,
     classes: Classes,
+    rows: Sequence[tuple[Member, Tensor]],
 ) -> ReductionMap:
     """The map of a group of which only the different channels are put before the reducer.
 
@@ -156,12 +157,15 @@ def reduce_distinct(
 
     If there are fewer classes than channels to keep, nothing is lost: each class keeps its first channel, and the most
     important of the others stay as they are.
+
+    Args:
+        rows: what the features of the problem were made of.
     """
     if not classes.spare:
         return reducer(whole)
     if len(classes.first) <= whole.size:
         return _fill(classes, whole)
-    found = reducer(_restrict_to_classes(group, weights, whole, classes))
+    found = reducer(_restrict_to_classes(group, weights, whole, classes, rows))
     member = classes.member.to(found.merge.device)
     merge = found.merge.new_zeros(len(found.merge), group.size)
     merge[:, classes.first.to(merge.device)] = found.merge
@@ -170,12 +174,15 @@ def reduce_distinct(
 
 
 def _restrict_to_classes(
-    group: ChannelGroup, weights: Mapping[str, Tensor], whole: ReductionProblem, classes: Classes
+    group: ChannelGroup,
+    weights: Mapping[str, Tensor],
+    whole: ReductionProblem,
+    classes: Classes,
+    rows: Sequence[tuple[Member, Tensor]],
 ) -> ReductionProblem:
     """The problem in which each class is one channel, read by the sum of its channels' columns."""
     device = whole.features.device
     member, first = classes.member.to(device), classes.first.to(device)
-    rows = [(m, channel_rows(weights, m)) for m in group.members if weighs(m, weights)]
     features = [member.T @ r if m.roles & READS else r[first] for m, r in rows]
     moments = whole.moments
     if moments is not None:

@@ -29,8 +29,10 @@ def ran(name: str, subjects, folder, **options) -> list[Record]:
 
 
 def by_hand(digits: Subject, keep: float, reducer: str, **options) -> intrafusion.Compressed:
+    """The criteria see norms folded, as in the paper."""
     example = zoo.example_input("digits_resnet")
-    return intrafusion.compress(digits.model, example, keep, reducer=reducer, restore=None, **options)
+    options = {"importance": {"name": "l1", "folded": True}, "restore": None, **options}
+    return intrafusion.compress(digits.model, example, keep, reducer=reducer, **options)
 
 
 def test_data_free_measures_every_group_alone(digits, tmp_path):
@@ -44,7 +46,7 @@ def test_data_free_measures_every_group_alone(digits, tmp_path):
     assert records[0].result["accuracy"] == accuracy(digits.model, digits.test.images, digits.test.labels)
     group = digits.graph[groups[2]]
     found = next(r for r in records if r.setting["group"] == group.name and r.setting["method"] == "intrafusion")
-    small = by_hand(digits, 0.5, "intrafusion", include=group.producers[0], importance="l2")
+    small = by_hand(digits, 0.5, "intrafusion", include=group.producers[0], importance={"name": "l2", "folded": True})
     assert found.result["accuracy"] == accuracy(small.model, digits.test.images, digits.test.labels)
     assert (found.result["params"], found.result["macs"]) == (small.after.params, small.after.macs)
     assert found.result["sizes"] == {group.name: [group.size, group.size // 2]}
@@ -58,10 +60,7 @@ def test_whole_model_with_a_step_against_the_loss(digits, tmp_path):
     found = {(r.setting["group"], r.setting["method"]): r.result["accuracy"] for r in records}
     bare = by_hand(digits, 0.7, "select")
     assert found[WHOLE, "select"] == accuracy(bare.model, digits.test.images, digits.test.labels)
-    example = zoo.example_input("digits_resnet")
-    solved = intrafusion.compress(
-        digits.model, example, 0.7, reducer="select", restore="least_squares", images=digits.labelled()
-    )
+    solved = by_hand(digits, 0.7, "select", restore="least_squares", images=digits.labelled())
     assert found[WHOLE, "select+least_squares"] == accuracy(solved.model, digits.test.images, digits.test.labels)
     assert found[WHOLE, "select+least_squares"] > found[WHOLE, "select"] + 0.2
     assert found[INNER, "select"] > found[WHOLE, "select"]

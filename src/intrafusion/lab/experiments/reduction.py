@@ -67,9 +67,10 @@ def _make_criterion(name: str, seed: int) -> Any:
     One of weights sees norms folded into them, as in the experiments of Theus et al. 2024.
     """
     found: Any = importance.get_importance(name)
-    known = {f.name for f in fields(found)} if is_dataclass(found) and not isinstance(found, type) else set()
-    own = {"seed": seed, "folded": True}
-    return replace(found, **{key: own[key] for key in own if key in known}) if known else found
+    if not is_dataclass(found) or isinstance(found, type):
+        return found
+    own, known = {"seed": seed, "folded": True}, {f.name for f in fields(found)}
+    return replace(found, **{key: own[key] for key in own if key in known})
 
 
 def reduce_subject(subject: Subject, setting: dict[str, Any]) -> tuple[Compressed, dict[str, Any]]:
