@@ -1,4 +1,4 @@
-"""Restoring what a reduction lost, without training: one restorer per file."""
+"""Restoring what a reduction lost, without labels: one restorer per file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from intrafusion.network.batches import read_batches
 from intrafusion.registry import Registry, register
 from intrafusion.restore.calibration import LEVELS, Calibration, calibrate
 from intrafusion.restore.closed_form import ClosedForm
+from intrafusion.restore.distill import Distill
 from intrafusion.restore.least_squares import LeastSquares
 from intrafusion.restore.noise import Noise
 from intrafusion.restore.reestimate import Reestimate
@@ -23,6 +24,7 @@ RESTORERS: dict[str, type[Any]] = {
     "closed_form": ClosedForm,
     "reestimate": Reestimate,
     "repair": ActivationRepair,
+    "distill": Distill,
 }
 
 
@@ -54,6 +56,7 @@ __all__ = [
     "ActivationRepair",
     "Calibration",
     "ClosedForm",
+    "Distill",
     "LeastSquares",
     "Noise",
     "Reduced",
