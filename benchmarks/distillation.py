@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,10 @@ NETWORK, KEEP = "cifar10_resnet20", 0.5
 INPUTS = {"256 images": "images", "none": "synthetic"}
 
 
-def settings(images: int, steps: int) -> Iterator[dict[str, Any]]:
+def settings(images: int, steps: int, rate: float | None, wanted: Collection[str]) -> Iterator[dict[str, Any]]:
     base = {"network": NETWORK, "keep": KEEP, "test_images": images}
-    for inputs in INPUTS:
-        yield {**base, "inputs": inputs, "distilled_steps": steps}
-    for inputs in INPUTS:
+    for inputs in wanted:
+        yield {**base, "inputs": inputs, "distilled_steps": steps, "rate": rate or "chosen"}
         yield {**base, "inputs": inputs, "distilled_steps": 0}
 
 
@@ -48,7 +47,8 @@ def measure(setting: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     given = zoo.load_data(NETWORK, "train", limit=256).images if setting["inputs"] != "none" else None
     steps: list[Any] = [INPUTS[setting["inputs"]]]
     if setting["distilled_steps"]:
-        steps.append(Distill(steps=setting["distilled_steps"], seconds=None, folder=str(folder)))
+        chosen = {} if setting["rate"] == "chosen" else {"lr": setting["rate"], "views": True}
+        steps.append(Distill(steps=setting["distilled_steps"], seconds=None, folder=str(folder), **chosen))
     start, work = time.perf_counter(), time.process_time()
     small = intrafusion.compress(model, example, KEEP, restore=steps, inputs=given)
     taken = time.perf_counter() - start, time.process_time() - work
@@ -65,9 +65,9 @@ def measure(setting: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def run(images: int, steps: int, records: Path) -> None:
+def run(images: int, steps: int, rate: float | None, wanted: Collection[str], records: Path) -> None:
     finished = finished_keys(read_records(records))
-    todo = [s for s in settings(images, steps) if key_of(EXPERIMENT, s) not in finished]
+    todo = [s for s in settings(images, steps, rate, wanted) if key_of(EXPERIMENT, s) not in finished]
     for setting in track(todo, NETWORK):
         append_record(records, Record(EXPERIMENT, setting, measure(setting, records.parent / "build")))
 
@@ -77,7 +77,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=Distill().steps)
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--inputs", choices=INPUTS, default=None, help="only these")
+    parser.add_argument("--rate", type=float, default=None, help="nothing is tried: this learning rate, other views")
+    parser.add_argument("--inputs", choices=INPUTS, nargs="+", default=[*INPUTS], help="only these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="two steps on 256 images, recorded nowhere")
     options = parser.parse_args()
@@ -85,22 +86,18 @@ def main() -> None:
         print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz and models/.")
         return
     torch.set_num_threads(options.threads)
-    if options.inputs:
-        for name in [name for name in INPUTS if name != options.inputs]:
-            del INPUTS[name]
     if options.smoke:
         smoke()
     else:
-        run(options.images, options.steps, options.records)
+        run(options.images, options.steps, options.rate, options.inputs, options.records)
 
 
 def smoke() -> None:
     import tempfile
 
-    del INPUTS["none"]
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "smoke.jsonl"
-        run(100, 2, records)
+        run(100, 2, None, ["256 images"], records)
         for record in read_records(records):
             print(record.setting["inputs"], record.setting["distilled_steps"], f"{record.result['accuracy']:.3f}")
 

@@ -29,8 +29,10 @@ from intrafusion.cli.options import (
     Arguments,
     AsJson,
     Base,
+    Checkpoints,
     Criterion,
     Device,
+    DistillSeconds,
     Fractions,
     ImageFile,
     InputShapes,
@@ -50,6 +52,7 @@ from intrafusion.cli.options import (
     WeightFiles,
     choice_option,
     count_option,
+    set_distilling,
 )
 from intrafusion.cli.outputs import check_file, check_place, check_program, check_saving, save_result
 from intrafusion.cli.show import plan_data, print_json, say
@@ -104,6 +107,8 @@ def compress_command(
     order: Order = None,
     round_to: RoundTo = None,
     restore: Steps = None,
+    distill_seconds: DistillSeconds = None,
+    checkpoints: Checkpoints = None,
     images: ImageFile = None,
     texts: TextFile = None,
     keep_images: Annotated[
@@ -160,6 +165,7 @@ def compress_command(
     kept = Kept()
     with working(kept):
         wanted = read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
+        wanted = set_distilling(wanted, distill_seconds, checkpoints)
         _check_outputs(output, keep_images)
         lines = check_given(images, texts, keep_images)
         if blockwise:

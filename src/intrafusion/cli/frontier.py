@@ -20,7 +20,9 @@ from intrafusion.cli.options import (
     Arguments,
     AsJson,
     Base,
+    Checkpoints,
     Device,
+    DistillSeconds,
     ImageFile,
     InputShapes,
     Memory,
@@ -36,6 +38,7 @@ from intrafusion.cli.options import (
     Uniform,
     WeightFiles,
     choice_option,
+    set_distilling,
 )
 from intrafusion.cli.outputs import check_file, check_folder, check_place, check_saving, save_result
 from intrafusion.cli.show import print_json, say
@@ -64,6 +67,8 @@ def frontier_command(
     reducer: ReducerName = None,
     round_to: RoundTo = None,
     restore: Steps = None,
+    distill_seconds: DistillSeconds = None,
+    checkpoints: Checkpoints = None,
     images: ImageFile = None,
     texts: TextFile = None,
     seed: OptionalSeed = None,
@@ -93,6 +98,7 @@ def frontier_command(
     with working(kept):
         said = {"reducer": reducer, "round_to": round_to, "restore": restore, "seed": seed, "uniform": uniform}
         wanted = read_recipe(recipe, said, None)
+        wanted = set_distilling(wanted, distill_seconds, checkpoints)
         sizes = [read_fraction(text, "--size") for text in size or map(str, SIZES)]
         _check_outputs(output, picture)
         lines = check_given(images, texts, None)

@@ -1,4 +1,4 @@
-"""The last step: all weights of the smaller network trained together, without labels, to give what the original gives."""
+"""The last step: all weights of the smaller network trained together, without labels, for what the original gives."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.arguments import Count, Positive, Seed, checked
+from intrafusion.arguments import Count, NotNegative, Positive, Seed, checked
 from intrafusion.brief import show_briefly
-from intrafusion.errors import DivergenceError, FolderError, ModelError, RecipeError
+from intrafusion.errors import DivergenceError, FolderError, ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.io.atomic import atomic_file
 from intrafusion.measure.closeness import Closeness, Yardstick
@@ -41,6 +41,7 @@ RATES = (1e-3, 3e-3, 3e-4)
 _TRIAL = 0.05  # of the updates and of the time, for each thing that is tried
 _RISE = 0.1  # of the updates, over which the rate rises
 _CHECK = 50  # updates from one look at the held-out error to the next
+_FEWEST_CHECKS = 8  # of few updates
 _PATIENCE = 8  # such looks without a better error, after which it ends
 _MOST = 4096  # images that are drawn from
 _ROOM = 8  # of the memory for them, one part in so many
@@ -53,11 +54,11 @@ class Distill:
     r"""Train all weights of the smaller network for the original's outputs and what its layers read; no labels.
 
     Each update is one of Adam on a batch of the inputs, see `Imitation`: in evaluation mode, so that norms keep their
-    statistics and the network that is trained is the one that is used. The rate rises over the first tenth and falls to 0 as half a cosine. Images are
-    mirrored, shifted and mixed with each other. Which rate, and whether other views of the images help, is tried on a
-    twentieth of the updates each and judged by the output error on inputs that are kept apart; so is the course, every
-    50 updates: the network ends with the weights of the least error there, and with those from before if that is not
-    less than theirs. OURS; for parts see `Imitation`.
+    statistics and the network that is trained is the one that is used. The rate rises over the first tenth and falls to
+    0 as half a cosine. Images are mirrored, shifted and mixed with each other. Which rate, and whether other views of
+    the images help, is tried on a twentieth of the updates each and judged by the output error on inputs that are kept
+    apart; so is the course, every 50 updates: the network ends with the weights of the least error there, and with
+    those from before if that is not less than theirs. OURS; for parts see `Imitation`.
 
     As the first step of a recipe, the layers are solved before ("auto").
 
@@ -78,22 +79,13 @@ class Distill:
     seconds: Positive | None = 300.0
     batch: Count = 64
     lr: Positive | None = None
-    blocks: float = 3.0
+    blocks: NotNegative = 3.0
     views: bool | None = None
     folder: str | None = None
     seed: Seed = 0
 
     needs_data = True  # of the class, not a hyper-parameter
     follows = "auto"
-
-    def __post_init__(self) -> None:
-        if self.seconds is not None and not self.seconds > 0:
-            raise RecipeError(
-                f"seconds: expected a time above 0, or None for as long as the steps take, got {self.seconds!r}; "
-                "to distil nothing, leave the step out."
-            )
-        if not 0 <= self.blocks < math.inf:
-            raise RecipeError(f"blocks: expected a weight of at least 0, got {self.blocks!r}.")
 
     @checked
     def __call__(
@@ -277,8 +269,9 @@ class _Run:
         objective = replace(imitation, views=choice.views)
         count, each = imitation.pool.count, how.batch_size if imitation.pool.joined else 1
         how = replace(how, batch_size=each, accumulate=how.accumulate if imitation.pool.joined else 1)
-        places = torch.arange(_CHECK * each) % count
-        checked_steps = lambda index, epoch: report("distilling", (index + 1) * _CHECK, how.steps or 1)  # noqa: E731
+        updates = min(_CHECK, max(1, (how.steps or 1) // _FEWEST_CHECKS))
+        places = torch.arange(updates * each) % count
+        checked_steps = lambda index, epoch: report("distilling", (index + 1) * updates, how.steps or 1)  # noqa: E731
         validation = self.score if how.patience is not None else None
         with torch.enable_grad():
             history = train_(
@@ -313,7 +306,9 @@ class _Run:
 
     def tell(self, choice: _Choice | None, steps: int, reads: bool) -> str:
         if choice is None or not steps:
-            return f"undone, as the loss became no number: {self.failed[-1]}"
+            return (
+                f"undone, as it diverged: {self.failed[-1] if self.failed else 'the outputs are no numbers any more'}"
+            )
         views = ", images mirrored, shifted and mixed" if choice.views else ""
         aims = "outputs and what layers read" if reads else "outputs"
         return f"{steps} steps at a rate of {choice.lr:g} for {aims}{views}"

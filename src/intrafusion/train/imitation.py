@@ -118,7 +118,7 @@ class Imitation:
                 outputs[index] = outputs.get(index, 0.0) + _find_variance(y)
             for key, x in wanted.items():
                 if key in found and found[key].shape == x.shape:
-                    lost[key] = lost.get(key, 0.0) + _take_square(found[key] - x)
+                    lost[key] = lost.get(key, 0.0) + _take_square(found[key] - x, x)
                     spreads[key] = spreads.get(key, 0.0) + _find_variance(x)
         looked = min(_LOOKED_AT, len(list(self.pool.first())))
         self.scales = {index: total / looked for index, total in outputs.items()}
@@ -131,9 +131,9 @@ class Imitation:
             torch.manual_seed(0)  # as `preserve_state` has it for the original, of which random numbers are no part
             given, found = self.run(model, call)
         pairs = zip(given, expected, strict=True)
-        outputs = [_take_square(a - b) / _as_scale(self.scales[i]) for i, (a, b) in enumerate(pairs)]
+        outputs = [_take_square(a - b, b) / _as_scale(self.scales[i]) for i, (a, b) in enumerate(pairs)]
         reads = [
-            _take_square(found[key] - wanted[key]) / _as_scale(scale)
+            _take_square(found[key] - wanted[key], wanted[key]) / _as_scale(scale)
             for key, scale in self.known.items()
             if key in found and key in wanted and found[key].shape == wanted[key].shape
         ]
@@ -208,15 +208,17 @@ def _merge_rows(rows: Tensor, merge: Tensor) -> Tensor:
     return rows @ merge.T.to(rows)
 
 
-def _take_square(difference: Tensor) -> Tensor:
-    """Mean square of what is a number; infinite where both networks have the same, which counts nothing."""
-    return difference.nan_to_num(0.0, 0.0, 0.0).square().mean()
+def _take_square(difference: Tensor, expected: Tensor) -> Tensor:
+    """Mean square, where a number is expected; what the original masks or leaves undefined counts nothing."""
+    finite = expected.isfinite()
+    return (difference if bool(finite.all()) else torch.where(finite, difference, 0.0)).square().mean()
 
 
 def _find_variance(x: Tensor) -> Tensor:
     """About the mean over the rows, of a single one about 0."""
     x = x.detach().float() if x.dtype.itemsize < 4 else x.detach()
-    return _take_square(x - x.mean(0) if x.dim() and len(x) > 1 else x)
+    centre = x.nan_to_num(0.0, 0.0, 0.0).mean(0) if x.dim() and len(x) > 1 else 0.0
+    return _take_square(x - centre, x)
 
 
 def _as_scale(variance: Tensor) -> Tensor:
