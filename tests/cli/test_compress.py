@@ -28,7 +28,7 @@ from intrafusion.cli.inputs import read_inputs
 from intrafusion.cli.models import ModelSpec, resolve
 from intrafusion.cli.outputs import save_network
 from intrafusion.recipe import Recipe
-from intrafusion.restore import load_images
+from intrafusion.restore import Distill, load_images
 
 Program = Callable[[str], Result]
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
@@ -518,3 +518,31 @@ def test_an_interruption_after_saving_says_what_is_there(program: Program, monke
     assert result.exit_code == 130
     assert "interrupted: small is written; the rest is not" in result.stderr
     assert torch.isfinite(intrafusion.load("small", original())(X)).all()
+
+
+def test_distilled_within_a_budget_and_with_checkpoints(program: Program) -> None:
+    save_file({"images": torch.randn(60, 4, generator=torch.Generator().manual_seed(0))}, "images.safetensors")
+    Path("few.yaml").write_text("restore: {name: distill, steps: 4, views: false, lr: 0.001}")
+    line = (
+        "compress nets.py:Net --input 2,4 --images images.safetensors --recipe few.yaml --distill-seconds 50 -o small"
+    )
+    data = json.loads(program(f"{line} --checkpoints kept --json").stdout)
+    assert [step["step"] for step in data["restored"]] == ["LeastSquares", "Distill"]
+    recipe = intrafusion.Recipe.from_yaml(Path("small/recipe.yaml").read_text())
+    assert recipe.restore[1] == Distill(steps=4, seconds=50.0, views=False, lr=0.001, folder="kept")
+    assert list(Path("kept").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--distill-seconds 20", "--distill-seconds 20: goes with --restore distill, which is not there; add it"),
+        ("--checkpoints kept", "--checkpoints kept: goes with --restore distill"),
+        ("--restore distill --distill-seconds 0", "expected a time above 0, got 0.0; to distil nothing"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compress", "frontier"])
+def test_budgets_without_meaning(program: Program, command: str, options: str, message: str) -> None:
+    result = program(f"{command} nets.py:Net --input 2,4 {options}")
+    assert result.exit_code != 0
+    assert message in " ".join(result.stderr.replace("\u2502", " ").split())

@@ -93,7 +93,7 @@ WITHOUT = {
         "--ray",
         "--cores",
     ),
-    *("--target", "--round-to", "--include", "--exclude", "--outputs", "--test-images", "--picture"),
+    *("--target", "--round-to", "--include", "--exclude", "--outputs", "--test-images", "--picture", "--checkpoints"),
 }
 """Options that nothing stands for where they are left out."""
 ONLY_SOMETIMES = {("fuse", "--data"), ("compress", "--output"), ("frontier", "--output"), ("fuse", "--output")} | {

@@ -64,7 +64,7 @@ from intrafusion.network.texts import Tokenizer
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
-from intrafusion.restore import save_images
+from intrafusion.restore import Distill, save_images
 
 
 def _layer_option(about: str) -> Any:
@@ -77,6 +77,7 @@ def _list_defaults() -> dict[str, Any]:
     recipe: dict[str, Any] = yaml.safe_load(Recipe().to_yaml())
     return {
         "normalization": IntraFusion().normalization,
+        "distill_seconds": Distill().seconds,
         **{k: v for k, v in recipe.items() if v not in (None, []) and v is not False},
     }
 

@@ -45,8 +45,9 @@ from intrafusion.cli.show import print_json, say
 from intrafusion.errors import RecipeError
 from intrafusion.frontiers import FRACTIONS, PICTURES, SIZES, Frontier, Point, frontier
 from intrafusion.recipe import Recipe
+from intrafusion.restore import Distill
 
-_DEFAULTS = {"size": SIZES, "reducer": "pivot", "restore": "auto", "seed": 0}
+_DEFAULTS = {"size": SIZES, "reducer": "pivot", "restore": "auto", "seed": 0, "distill_seconds": Distill().seconds}
 
 
 @tells_defaults(_DEFAULTS)

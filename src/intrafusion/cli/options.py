@@ -184,7 +184,7 @@ DistillSeconds = Annotated[
     typer.Option(
         _BUDGET,
         metavar="SECONDS",
-        help="Budget of --restore distill, all that it tries included. 300 by default.",
+        help="Budget of --restore distill, all that it tries included.",
         callback=_check_seconds,
     ),
 ]
@@ -207,7 +207,7 @@ def set_distilling(recipe: Recipe, seconds: float | None, folder: Path | None) -
     said = {"seconds": seconds, "folder": None if folder is None else str(folder)}
     said = {name: value for name, value in said.items() if value is not None}
     if said and not any(isinstance(step, Distill) for step in recipe.restore):
-        named = _BUDGET if seconds is not None else _CHECKPOINTS
+        named = f"{_CHECKPOINTS} {folder}" if seconds is None else f"{_BUDGET} {seconds:g}"
         raise RecipeError(f"{named}: goes with --restore distill, which is not there; add it, or leave this out.")
     steps = tuple(replace(step, **said) if isinstance(step, Distill) else step for step in recipe.restore)
     return replace(recipe, restore=steps)
