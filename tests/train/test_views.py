@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from intrafusion.network.inputs import Inputs
 from intrafusion.train import views
-from intrafusion.train.views import draw_view, find_images, shift_images
+from intrafusion.train.views import draw_view, find_plain_images, shift_images
 
 
 def test_shifted_images_are_windows_of_what_was_extended_at_the_edges() -> None:
@@ -46,6 +46,6 @@ def test_a_view_lies_between_two_images_each_mirrored_or_not(monkeypatch) -> Non
 
 def test_only_calls_of_images_alone_have_views() -> None:
     images = torch.randn(2, 3, 4, 4)
-    assert find_images(Inputs.of(images)) is images
+    assert find_plain_images(Inputs.of(images)) is images
     for other in (torch.randn(2, 3), torch.randn(2, 3, 4), torch.zeros(2, 3, 4, 4).long(), (images, torch.ones(2))):
-        assert find_images(Inputs.of(other)) is None
+        assert find_plain_images(Inputs.of(other)) is None

@@ -187,7 +187,7 @@ def calibrate(
     seed: Seed = 0,
     tokenizer: Tokenizer | None = None,
     memory: MemoryLike = None,
-    affordable: Positive = AFFORDABLE,
+    affordable: Positive | None = None,
     progress: ShowProgress = None,
 ) -> Calibration:
     """Take or make images of a level; "auto" takes those given, else makes the best that it can afford.
@@ -201,7 +201,7 @@ def calibrate(
         tokenizer: of a network of tokens, for sentences of dictionary words in place of random tokens.
         memory: bytes, or text such as "2GB", that what is held of the inputs and of what is computed of them may take;
             None: half of what is free.
-        affordable: seconds that "auto" spends on making images.
+        affordable: seconds that "auto" spends on making images; None: 20.
     Raises:
         ModelError: level "images" without images; a network that no image can be made for, or that is no causal
             language model where it reads tokens.
@@ -216,7 +216,7 @@ def calibrate(
     start, synthesis, noise = time.perf_counter(), synthesis or Synthesis(seed=seed), noise or Noise(seed=seed)
     made, why, what, most = None, None, None, read_memory(memory)
     if level == "auto":
-        level, made, why = _choose_level(model, inputs, images, synthesis, affordable)
+        level, made, why = _choose_level(model, inputs, images, synthesis, affordable or AFFORDABLE)
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')

@@ -33,7 +33,7 @@ from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.surgery.write import write_weights_
 from intrafusion.train import Training, train_
 from intrafusion.train.imitation import Imitation, Pool, find_read_merges
-from intrafusion.train.views import find_images
+from intrafusion.train.views import find_plain_images
 
 RATES = (1e-3, 3e-3, 3e-4)
 """Learning rates that are tried."""
@@ -194,7 +194,7 @@ class _Run:
         known = None if folder is None else _read_choice(folder)
         if known is not None:
             return known
-        can_view = find_images(imitation.pool.pick(torch.arange(1))) is not None
+        can_view = find_plain_images(imitation.pool.pick(torch.arange(1))) is not None
         viewed = can_view and self.how.views is not False
         rates = RATES if self.how.lr is None else (self.how.lr,)
         found = [_Choice(rate, viewed) for rate in rates]

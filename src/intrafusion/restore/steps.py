@@ -103,10 +103,10 @@ def calibrate_for(
     return found
 
 
-def _find_affordable(recipe: Recipe) -> float:
-    """Seconds for images that are made: as much as for training on them, where that is done."""
-    budgets = [step.seconds for step in recipe.restore if isinstance(step, Distill)]
-    return max([AFFORDABLE, *(seconds for seconds in budgets if seconds is not None)])
+def _find_affordable(recipe: Recipe) -> float | None:
+    """Seconds for images that are made: as much as for training on them, where that is done; None: the usual."""
+    budgets = [step.seconds for step in recipe.restore if isinstance(step, Distill) and step.seconds is not None]
+    return max([AFFORDABLE, *budgets]) if budgets else None
 
 
 def _runs_on(model: nn.Module, images: Batches) -> bool:

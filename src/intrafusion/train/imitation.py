@@ -21,7 +21,7 @@ from intrafusion.network.state import preserve_state
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.surgery.maps import compose_merges
 from intrafusion.surgery.streams import is_turned
-from intrafusion.train.views import draw_view, find_images
+from intrafusion.train.views import draw_view, find_plain_images
 
 Reads = dict[tuple[str, int], Tensor]
 """Rows (k, c) that a layer reads, by its name and how often it had run before in the same pass."""
@@ -141,7 +141,7 @@ class Imitation:
         return loss + self.blocks * torch.stack(reads).mean() if reads and self.blocks else loss
 
     def view(self, call: Inputs) -> Inputs:
-        images = find_images(call) if self.views else None
+        images = find_plain_images(call) if self.views else None
         return call if images is None else call.map(lambda t: draw_view(t) if t is images else t)
 
     def run_teacher(self, call: Inputs) -> tuple[list[Tensor], Reads]:

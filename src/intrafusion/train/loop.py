@@ -28,7 +28,7 @@ from intrafusion.train.objectives import Labels, Objective
 from intrafusion.train.training import Epoch, History, Labelled, Training
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-Measure = Callable[[nn.Module], float]
+Judge = Callable[[nn.Module], float]
 
 _TIMED = 10  # updates before it is looked at how long they take
 
@@ -40,7 +40,7 @@ def train_(
     how: Training | None = None,
     *,
     objective: Objective | None = None,
-    validation: Labelled | Measure | None = None,
+    validation: Labelled | Judge | None = None,
     masks: Mapping[str, Tensor] | None = None,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     augment: Augment | None = None,
@@ -82,7 +82,7 @@ def train_(
         return run.go(None if folder is None else Path(folder), on_epoch or (lambda index, epoch: None))
 
 
-def _check_data(data: Labelled, how: Training, validation: Labelled | Measure | None) -> None:
+def _check_data(data: Labelled, how: Training, validation: Labelled | Judge | None) -> None:
     if not len(data.images) or len(data.images) != len(data.labels):
         raise ArgumentError(f"expected one label per image, got {len(data.images)} images, {len(data.labels)} labels.")
     if how.patience is not None and validation is None:
@@ -97,7 +97,7 @@ class _Run:
     data: Labelled
     how: Training
     objective: Objective
-    validation: Labelled | Measure | None
+    validation: Labelled | Judge | None
     penalty: Callable[[nn.Module], Tensor] | None
     augment: Augment | None
     within: str

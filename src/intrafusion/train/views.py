@@ -11,10 +11,10 @@ from intrafusion.network.inputs import Inputs
 _SHIFT = 8  # by up to one pixel in so many
 
 
-def find_images(call: Inputs) -> Tensor | None:
+def find_plain_images(call: Inputs) -> Tensor | None:
     """The images (n, c, h, w) of a call that takes nothing else; None where it takes anything else.
 
-    >>> find_images(Inputs.of(torch.zeros(2, 3))) is None
+    >>> find_plain_images(Inputs.of(torch.zeros(2, 3))) is None
     True
     """
     tensors = call.tensors()
