@@ -85,6 +85,8 @@ def train_(
 def _check_data(data: Labelled, how: Training, validation: Labelled | Judge | None) -> None:
     if not len(data.images) or len(data.images) != len(data.labels):
         raise ArgumentError(f"expected one label per image, got {len(data.images)} images, {len(data.labels)} labels.")
+    if isinstance(validation, nn.Module):
+        raise ArgumentError(f"validation: expected images or a function of the network, got {show(validation)}.")
     if how.patience is not None and validation is None:
         raise ArgumentError("patience: stopping early needs validation images; give some, out of the training set.")
 
@@ -150,7 +152,7 @@ class _Run:
     def validate(self) -> float | None:
         if isinstance(self.validation, Labelled):
             return accuracy(self.model, self.validation.images, self.validation.labels)
-        return None if self.validation is None else float(self.validation(self.model))
+        return None if self.validation is None else _check_number(self.validation(self.model))
 
     def note(self, epoch: Epoch) -> None:
         """Add an epoch that is done; the best is the first of those with the highest validation, or else the last."""
@@ -258,6 +260,14 @@ class _Run:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes: parameters, adapters and buffers."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+
+def _check_number(value: Any) -> float:
+    """What a function of the caller gave."""
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentError(f"train: validation: expected a function that returns a number, got {show(value)} from it.")
+    return float(value)
 
 
 def _check_tensor(value: Any, name: str) -> Tensor:
