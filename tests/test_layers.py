@@ -26,13 +26,13 @@ LAYERS = (
     {"recipe", "surgery"},
     {"plan", "measure"},
     {"io", "observe"},
-    {"compressed"},
+    {"compressed", "train"},
     {"restore"},
     {"budget"},
     {"planning", "smallest"},
     {"choice", "heads"},
     {"pipeline"},
-    {"checks", "frontiers", "fusion", "factorize", "iterate", "large", "merge", "train"},
+    {"checks", "frontiers", "fusion", "factorize", "iterate", "large", "merge"},
     {"", "lab"},  # "" is the package itself: its public names
     {"cli"},
 )

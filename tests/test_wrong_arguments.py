@@ -248,6 +248,12 @@ CALLS: dict[str, dict[str, Any]] = {
     "restore.Grail.__call__": {"self": intrafusion.restore.Grail(), **RESTORING},
     "restore.LeaveBeforeYouLeave": {"strength": 0.1, "shift": 1.0},
     "restore.LeaveBeforeYouLeave.__call__": {"self": intrafusion.restore.LeaveBeforeYouLeave(), **RESTORING},
+    "restore.Distill": {
+        "steps": 1, "seconds": 1.0, "batch": 2, "lr": 1e-3, "blocks": 1.0, "views": False, "folder": None, "seed": 0,
+    },
+    "restore.Distill.__call__": {
+        "self": intrafusion.restore.Distill(steps=1, lr=1e-3, views=False), **RESTORING,
+    },
     "restore.LeastSquares": {"strength": 1e-3, "scarcity": 0.2, "steps": 1, "rows": 20, "drift": True, "seed": 0},
     "restore.LeastSquares.__call__": {"self": LeastSquares(rows=20, steps=1), **RESTORING},
     "restore.Noise": {
@@ -269,6 +275,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "restore.calibrate": {
         "model": MODEL, "inputs": Inputs.of(X), "level": "noise", "images": X, "seed": 0, "progress": None,
         "synthesis": intrafusion.restore.Synthesis(images=2, steps=1), "noise": intrafusion.restore.Noise(images=4),
+        "affordable": 20.0,
     },
     "restore.get_restorer": {"restorer": "closed_form"},
     "restore.load_images": {"path": "images.safetensors"},

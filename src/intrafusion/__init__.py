@@ -10,6 +10,7 @@ from intrafusion.compressed import Compressed
 from intrafusion.errors import (
     ArgumentError,
     BudgetError,
+    DivergenceError,
     FolderError,
     IntrafusionError,
     IntrafusionWarning,
@@ -44,6 +45,7 @@ __all__ = [
     "ChannelGroup",
     "Compressed",
     "Decision",
+    "DivergenceError",
     "Eliminate",
     "Exported",
     "Fold",

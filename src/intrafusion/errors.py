@@ -47,6 +47,10 @@ class PlanError(IntrafusionError):
     """A plan that does not fit the network it is applied to."""
 
 
+class DivergenceError(IntrafusionError):
+    """A training whose loss is no number any more."""
+
+
 class FolderError(IntrafusionError):
     """A saved folder or weight file that is not ours, is damaged, or must not be read."""
 

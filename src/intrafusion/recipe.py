@@ -19,7 +19,7 @@ from intrafusion.errors import RecipeError, show, unknown_name
 from intrafusion.importance import Importance
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.reduce import Reducer, ReducerTraits
-from intrafusion.registry import Foreign, registry_of
+from intrafusion.registry import Foreign, Registry, registry_of
 from intrafusion.selectors import Selector, as_selectors
 
 Keep = float | Mapping[str, float]
@@ -203,7 +203,13 @@ def _steps(restore: Any) -> tuple[Any, ...]:
     found = tuple(registry.resolve(step, words=(*registry.words, "none")) for step in steps)
     if "none" in found:
         raise RecipeError(f"restore: 'none' stands alone, got {show(steps)}; leave it or the other steps out.")
-    return found
+    return found if not found or isinstance(found[0], str) else (*_list_before(found[0], registry), *found)
+
+
+def _list_before(restorer: Any, registry: Registry) -> tuple[Any, ...]:
+    """What goes before a restorer that would be the first step; see `RestorerTraits`."""
+    word = getattr(registry.traits.of(restorer), "follows", None)
+    return () if word is None else (registry.resolve(word, words=registry.words),)
 
 
 def _outputs(value: Any) -> tuple[str | int, ...] | None:

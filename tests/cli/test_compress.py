@@ -28,7 +28,7 @@ from intrafusion.cli.inputs import read_inputs
 from intrafusion.cli.models import ModelSpec, resolve
 from intrafusion.cli.outputs import save_network
 from intrafusion.recipe import Recipe
-from intrafusion.restore import load_images
+from intrafusion.restore import Distill, load_images
 
 Program = Callable[[str], Result]
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
@@ -197,8 +197,7 @@ def test_plain_pruning_selects(program: Program) -> None:
     result = program("compress nets.py:Net --input 2,4 --reducer select --keep 0.5 -o small")
     assert "selected" in result.stdout
     small, full = intrafusion.load("small", original()), original()
-    scores = full.first.weight.abs().sum(1) / full.first.weight.abs().sum(1).mean()
-    scores = scores + full.second.weight.abs().sum(0) / full.second.weight.abs().sum(0).mean()
+    scores = full.first.weight.square().sum(1) + full.second.weight.square().sum(0)
     kept = scores.topk(4).indices.sort().values
     assert torch.equal(small.first.weight, full.first.weight[kept])
 
@@ -548,6 +547,19 @@ def test_the_smallest_size_that_a_function_lets_pass_is_found(program: Program) 
     assert "is the smallest of 38 sizes with output error at most 50 %, on" in " ".join(shown.stdout.split())
 
 
+def test_distilled_within_a_budget_and_with_checkpoints(program: Program) -> None:
+    save_file({"images": torch.randn(60, 4, generator=torch.Generator().manual_seed(0))}, "images.safetensors")
+    Path("few.yaml").write_text("restore: {name: distill, steps: 4, views: false, lr: 0.001}")
+    line = (
+        "compress nets.py:Net --input 2,4 --images images.safetensors --recipe few.yaml --distill-seconds 50 -o small"
+    )
+    data = json.loads(program(f"{line} --checkpoints kept --json").stdout)
+    assert [step["step"] for step in data["restored"]] == ["LeastSquares", "Distill"]
+    recipe = intrafusion.Recipe.from_yaml(Path("small/recipe.yaml").read_text())
+    assert recipe.restore[1] == Distill(steps=4, seconds=50.0, views=False, lr=0.001, folder="kept")
+    assert list(Path("kept").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -568,3 +580,18 @@ def test_a_search_that_means_nothing_is_told(options: str, message: str, program
     result = program(f"{FOUND} {options}")
     assert result.exit_code == 2, result.stderr
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--distill-seconds 20", "--distill-seconds 20: goes with --restore distill, which is not there; add it"),
+        ("--checkpoints kept", "--checkpoints kept: goes with --restore distill"),
+        ("--restore distill --distill-seconds 0", "expected a time above 0, got 0.0; to distil nothing"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compress", "frontier"])
+def test_budgets_without_meaning(program: Program, command: str, options: str, message: str) -> None:
+    result = program(f"{command} nets.py:Net --input 2,4 {options}")
+    assert result.exit_code != 0
+    assert message in " ".join(result.stderr.replace("\u2502", " ").split())

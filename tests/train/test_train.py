@@ -130,6 +130,49 @@ def test_the_rate_halves() -> None:
     assert [e.lr for e in history.epochs] == [0.1, 0.1, 0.05, 0.05, 0.025]
 
 
+def test_in_evaluation_mode_nothing_is_dropped_and_norms_keep_their_statistics() -> None:
+    model, modes = points(), list[bool]()
+    model[3].register_forward_hook(lambda module, args, output: modes.append(module.training))
+    before = state(model)
+    train_(model, blobs(), Training(epochs=2, batch_size=20, evaluating=True))
+    assert modes == [False] * 4
+    assert torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    assert model.training
+
+
+def test_the_rate_falls_with_the_time_where_that_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("intrafusion.train.loop.time.perf_counter", lambda: clock[0])
+
+    def pass_second(images: Tensor, generator: torch.Generator) -> Tensor:
+        clock[0] += 1.0
+        return images
+
+    how = Training(epochs=100, batch_size=40, warmup=0.0, lr=1.0, seconds=20.0)
+    history = train_(nn.Linear(4, 3), blobs(40), how, augment=pass_second)
+    assert history.steps == 20
+    rates = [epoch.lr for epoch in history.epochs]
+    assert rates[:9] == pytest.approx([1 - k / 100 for k in range(9)])  # the first do not tell how long they take
+    assert rates[11:] == pytest.approx([1 - 5 * (k + 1) / 100 for k in range(11, 20)], abs=0.051)
+    assert rates[-1] < 0.06
+    slow = train_(nn.Linear(4, 3), blobs(40), replace(how, seconds=1000.0), augment=pass_second)
+    assert slow.steps == 100
+
+
+def test_a_function_of_the_network_may_judge_it() -> None:
+    model, seen = nn.Linear(4, 3), list[Tensor]()
+
+    def judge(network: nn.Module) -> float:
+        seen.append(network.weight.detach().clone())
+        return [0.1, 0.7, 0.3][len(seen) - 1]
+
+    history = train_(model, blobs(), Training(epochs=3, batch_size=20, lr=0.1), validation=judge)
+    assert [epoch.validation for epoch in history.epochs] == [0.1, 0.7, 0.3]
+    assert history.best == 1
+    assert torch.equal(model.weight, seen[1])
+
+
 def seen_in(how: Training, count: int) -> list[list[int]]:
     """The numbers of the images in each batch."""
     batches: list[list[int]] = []

@@ -30,8 +30,10 @@ from intrafusion.cli.options import (
     Arguments,
     AsJson,
     Base,
+    Checkpoints,
     Criterion,
     Device,
+    DistillSeconds,
     EvaluateFunction,
     Fractions,
     ImageFile,
@@ -53,6 +55,7 @@ from intrafusion.cli.options import (
     WeightFiles,
     choice_option,
     count_option,
+    set_distilling,
 )
 from intrafusion.cli.outputs import check_file, check_place, check_program, check_saving, save_result
 from intrafusion.cli.show import plan_data, print_json, say
@@ -64,7 +67,7 @@ from intrafusion.network.texts import Tokenizer
 from intrafusion.recipe import Keep, Recipe
 from intrafusion.reduce import IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
-from intrafusion.restore import save_images
+from intrafusion.restore import Distill, save_images
 from intrafusion.smallest import Search, Wanted, read_wanted
 
 
@@ -79,6 +82,7 @@ def _list_defaults() -> dict[str, Any]:
     return {
         "normalization": IntraFusion().normalization,
         "of": "macs",
+        "distill_seconds": Distill().seconds,
         **{k: v for k, v in recipe.items() if v not in (None, []) and v is not False},
     }
 
@@ -109,6 +113,8 @@ def compress_command(
     order: Order = None,
     round_to: RoundTo = None,
     restore: Steps = None,
+    distill_seconds: DistillSeconds = None,
+    checkpoints: Checkpoints = None,
     images: ImageFile = None,
     texts: TextFile = None,
     keep_images: Annotated[
@@ -190,6 +196,7 @@ def compress_command(
     with working(kept):
         wanted = read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
         loss = _read_loss(said)
+        wanted = set_distilling(wanted, distill_seconds, checkpoints)
         _check_outputs(output, keep_images)
         lines = check_given(images, texts, keep_images)
         network = read_network(
@@ -222,7 +229,7 @@ def compress_command(
 _WHOLE = (
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
     *("as_json", "strict", "memory", "merge_heads"),
-    *("evaluate", "max_drop", "max_error", "lower_is_better", "of"),
+    *("evaluate", "max_drop", "max_error", "lower_is_better", "of", "distill_seconds", "checkpoints"),
 )
 """Options that a network block by block does not take."""
 _FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument

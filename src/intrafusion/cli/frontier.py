@@ -20,7 +20,9 @@ from intrafusion.cli.options import (
     Arguments,
     AsJson,
     Base,
+    Checkpoints,
     Device,
+    DistillSeconds,
     EvaluateFunction,
     ImageFile,
     InputShapes,
@@ -37,14 +39,23 @@ from intrafusion.cli.options import (
     TrustProgram,
     Uniform,
     WeightFiles,
+    set_distilling,
 )
 from intrafusion.cli.outputs import check_file, check_folder, check_place, check_saving, save_result
 from intrafusion.cli.show import print_json, say
 from intrafusion.errors import RecipeError
 from intrafusion.frontiers import PICTURES, SIZES, Frontier, Point, frontier
 from intrafusion.recipe import Recipe
+from intrafusion.restore import Distill
 
-_DEFAULTS = {"size": SIZES, "of": "macs", "reducer": "pivot", "restore": "auto", "seed": 0}
+_DEFAULTS = {
+    "size": SIZES,
+    "of": "macs",
+    "reducer": "pivot",
+    "restore": "auto",
+    "seed": 0,
+    "distill_seconds": Distill().seconds,
+}
 
 
 @tells_defaults(_DEFAULTS)
@@ -63,6 +74,8 @@ def frontier_command(
     reducer: ReducerName = None,
     round_to: RoundTo = None,
     restore: Steps = None,
+    distill_seconds: DistillSeconds = None,
+    checkpoints: Checkpoints = None,
     images: ImageFile = None,
     texts: TextFile = None,
     seed: OptionalSeed = None,
@@ -85,6 +98,7 @@ def frontier_command(
     with working(kept):
         said = {"reducer": reducer, "round_to": round_to, "restore": restore, "seed": seed, "uniform": uniform}
         wanted = read_recipe(recipe, said, None)
+        wanted = set_distilling(wanted, distill_seconds, checkpoints)
         sizes = [read_fraction(text, "--size") for text in size or map(str, SIZES)]
         _check_outputs(output, picture)
         lines = check_given(images, texts, None)

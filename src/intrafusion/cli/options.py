@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,9 @@ from intrafusion.fusion.networks import USING
 from intrafusion.importance import IMPORTANCES
 from intrafusion.lab.zoo.data import DATA_SETS
 from intrafusion.network.free_memory import read_memory
-from intrafusion.recipe import ORDERS
+from intrafusion.recipe import ORDERS, Recipe
 from intrafusion.reduce import REDUCERS
-from intrafusion.restore import LEVELS, RESTORERS
+from intrafusion.restore import LEVELS, RESTORERS, Distill
 from intrafusion.smallest import FRACTIONS
 
 _MOST, MOST_EPOCHS, MOST_NETWORKS = 10**9, 10**6, 1000
@@ -168,6 +169,51 @@ Steps = Annotated[
         "What is done against the loss (repeatable, in order); auto takes the strongest that the images allow",
     ),
 ]
+_BUDGET, _CHECKPOINTS = "--distill-seconds", "--checkpoints"
+
+
+def _check_seconds(seconds: float | None) -> float | None:
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise typer.BadParameter(
+            f"expected a time above 0, got {seconds!r}; to distil nothing, leave --restore distill out."
+        )
+    return seconds
+
+
+DistillSeconds = Annotated[
+    float | None,
+    typer.Option(
+        _BUDGET,
+        metavar="SECONDS",
+        help="Budget of --restore distill, all that it tries included.",
+        callback=_check_seconds,
+    ),
+]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(
+        _CHECKPOINTS,
+        metavar="FOLDER",
+        help="Where --restore distill keeps how far it is, so that the same command goes on after an interruption.",
+    ),
+]
+
+
+def set_distilling(recipe: Recipe, seconds: float | None, folder: Path | None) -> Recipe:
+    """The recipe with these in its step of distillation.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    said = {"seconds": seconds, "folder": None if folder is None else str(folder)}
+    said = {name: value for name, value in said.items() if value is not None}
+    if said and not any(isinstance(step, Distill) for step in recipe.restore):
+        named = f"{_CHECKPOINTS} {folder}" if seconds is None else f"{_BUDGET} {seconds:g}"
+        raise RecipeError(f"{named}: goes with --restore distill, which is not there; add it, or leave this out.")
+    steps = tuple(replace(step, **said) if isinstance(step, Distill) else step for step in recipe.restore)
+    return replace(recipe, restore=steps)
+
+
 ReducerName = Annotated[str | None, choice_option(REDUCERS, "How channels become fewer; select is plain pruning")]
 Of = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""Restoring what a reduction lost, without training: one restorer per file."""
+"""Restoring what a reduction lost, without labels: one restorer per file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from intrafusion.network.batches import read_batches
 from intrafusion.registry import Registry, register
 from intrafusion.restore.calibration import LEVELS, Calibration, calibrate
 from intrafusion.restore.closed_form import ClosedForm
+from intrafusion.restore.distill import Distill
 from intrafusion.restore.grail import Grail
 from intrafusion.restore.lbyl import LeaveBeforeYouLeave
 from intrafusion.restore.least_squares import LeastSquares
@@ -27,6 +28,7 @@ RESTORERS: dict[str, type[Any]] = {
     "repair": ActivationRepair,
     "grail": Grail,
     "lbyl": LeaveBeforeYouLeave,
+    "distill": Distill,
 }
 
 
@@ -58,6 +60,7 @@ __all__ = [
     "ActivationRepair",
     "Calibration",
     "ClosedForm",
+    "Distill",
     "Grail",
     "LeastSquares",
     "LeaveBeforeYouLeave",

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from intrafusion.arguments import Seed, checked
+from intrafusion.arguments import Positive, Seed, checked
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError, RecipeError, unknown_name
 from intrafusion.graph import ChannelGraph
@@ -187,6 +187,7 @@ def calibrate(
     seed: Seed = 0,
     tokenizer: Tokenizer | None = None,
     memory: MemoryLike = None,
+    affordable: Positive | None = None,
     progress: ShowProgress = None,
 ) -> Calibration:
     """Take or make images of a level; "auto" takes those given, else makes the best that it can afford.
@@ -200,6 +201,7 @@ def calibrate(
         tokenizer: of a network of tokens, for sentences of dictionary words in place of random tokens.
         memory: bytes, or text such as "2GB", that what is held of the inputs and of what is computed of them may take;
             None: half of what is free.
+        affordable: seconds that "auto" spends on making images; None: 20.
     Raises:
         ModelError: level "images" without images; a network that no image can be made for, or that is no causal
             language model where it reads tokens.
@@ -214,7 +216,7 @@ def calibrate(
     start, synthesis, noise = time.perf_counter(), synthesis or Synthesis(seed=seed), noise or Noise(seed=seed)
     made, why, what, most = None, None, None, read_memory(memory)
     if level == "auto":
-        level, made, why = _choose_level(model, inputs, images, synthesis)
+        level, made, why = _choose_level(model, inputs, images, synthesis, affordable or AFFORDABLE)
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
@@ -286,18 +288,18 @@ def _count_made(synthesis: Synthesis, seen: Batches, apart: Batches | None) -> i
 
 
 def _choose_level(
-    model: nn.Module, inputs: Inputs, images: ImagesLike | None, synthesis: Synthesis
+    model: nn.Module, inputs: Inputs, images: ImagesLike | None, synthesis: Synthesis, seconds: float
 ) -> tuple[str, _Parts | None, str | None]:
     """The best level for what there is, the images where some were made, and why not a better one."""
     if images is not None:
         return "images", None, None
     if all(not t.is_floating_point() for t in inputs.tensors()):
-        return _choose_for_tokens(model, inputs, synthesis.seed)
+        return _choose_for_tokens(model, inputs, synthesis.seed, seconds)
     if not batch_norms(model):
         why = "no images were given, and without batch norms images that are made keep no more than noise"
         return "noise", None, why
     try:
-        found = find_affordable(model, inputs, synthesis, AFFORDABLE)
+        found = find_affordable(model, inputs, synthesis, seconds)
         if not found.is_whole:
             warn_caller(f"no images were given, and {found.explain()}. {_BETTER}")
         if found.synthesis is not None:
@@ -308,10 +310,12 @@ def _choose_level(
     return "noise", None, f"no images were given; {found.explain()}"
 
 
-def _choose_for_tokens(model: nn.Module, inputs: Inputs, seed: int) -> tuple[str, _Parts | None, str | None]:
+def _choose_for_tokens(
+    model: nn.Module, inputs: Inputs, seed: int, seconds: float
+) -> tuple[str, _Parts | None, str | None]:
     """Texts that a language model samples itself, else noise."""
     try:
-        seen, apart, fewer = sample_texts(find_sampler(model, inputs), seed, AFFORDABLE)
+        seen, apart, fewer = sample_texts(find_sampler(model, inputs), seed, seconds)
     except ModelError as error:
         return "noise", None, f"no inputs were given; {str(error).rstrip('.')}"
     return "synthetic", (seen, apart), "; ".join(filter(None, ("no inputs were given", fewer)))

@@ -53,9 +53,11 @@ class RestorerTraits(Traits):
 
     Attributes:
         needs_data: whether it works only with images.
+        follows: what goes before it where it would be the first step of a recipe, as recipes call it.
     """
 
     needs_data: bool
+    follows: str | None = None
 
 
 def require_images(images: ImagesLike | None, restorer: Restorer) -> ImagesLike:

@@ -27,6 +27,7 @@ from intrafusion.progress import report
 from intrafusion.recipe import Recipe
 from intrafusion.restore import Calibration, Noise, Restorer, calibrate
 from intrafusion.restore.calibration import AFFORDABLE
+from intrafusion.restore.distill import Distill
 from intrafusion.restore.implausible import find_implausible
 from intrafusion.surgery.write import write_weights_
 
@@ -78,7 +79,12 @@ def calibrate_for(
     may_give_up = images is None and (not levels or levels[0] == "auto")
     try:
         found = calibrate(
-            model, inputs, level, images, noise=noise, seed=recipe.seed, tokenizer=tokenizer, memory=memory
+            *(model, inputs, level, images),
+            noise=noise,
+            seed=recipe.seed,
+            tokenizer=tokenizer,
+            memory=memory,
+            affordable=_find_affordable(recipe),
         )
     except NoInputsError:
         if not may_give_up:
@@ -95,6 +101,12 @@ def calibrate_for(
         if chosen and levels and images is None:
             _warn_of_long_work(str(found), _SOLVING * (time.perf_counter() - start))
     return found
+
+
+def _find_affordable(recipe: Recipe) -> float | None:
+    """Seconds for images that are made: as much as for training on them, where that is done; None: the usual."""
+    budgets = [step.seconds for step in recipe.restore if isinstance(step, Distill) and step.seconds is not None]
+    return max([AFFORDABLE, *budgets]) if budgets else None
 
 
 def _runs_on(model: nn.Module, images: Batches) -> bool:
@@ -136,7 +148,11 @@ def run_restorers(
     steps, done, notes = small.plan.recipe.restore, list[Restoration](), list[str]()
     for index, step in enumerate(steps):
         report("restoring", index, len(steps))
-        if not isinstance(step, str):
+        if isinstance(step, Distill):
+            told = _distil(step, small, model, graph, images, calibration, yardstick)
+            done += [told] if isinstance(told, Restoration) else []
+            notes += [told] if isinstance(told, str) else []
+        elif not isinstance(step, str):
             by = calibration.plain_yardstick if yardstick is None and calibration is not None else yardstick
             on = None if images is None or calibration is None else str(calibration)
             done.append(_run_restorer(step, small, model, graph, images, by, on))
@@ -212,6 +228,36 @@ def _run_restorer(
     if yardstick is None or before is None:
         return done
     return add_figures(done, before, yardstick.measure(small.model), yardstick)
+
+
+def _distil(
+    step: Distill,
+    small: Compressed,
+    model: nn.Module,
+    graph: ChannelGraph,
+    images: ImagesLike | None,
+    calibration: Calibration | None,
+    yardstick: Yardstick | None,
+) -> Restoration | str:
+    """On what was given, or made; where it cannot be done, what was restored before stays, and it is said why."""
+    start, by = time.perf_counter(), yardstick
+    if images is None:
+        if calibration is None or calibration.level == "noise":
+            return _NO_DISTILLING
+        images, by = calibration.images, by or calibration.yardstick
+    on = str(calibration) if calibration is not None else None
+    try:
+        found = step.distil(small, model, graph, images, by)
+    except ModelError as error:
+        return f"not distilled: {str(error).removeprefix('distill: ')}"
+    done = Restoration(type(step).__name__, on, time.perf_counter() - start, note=found.note, undone=found.undone)
+    return add_figures(done, found.before, found.after, found.yardstick)
+
+
+_NO_DISTILLING = (
+    "not distilled: noise tells too little to train on; give inputs=, or restore=['synthetic', 'distill'], which makes "
+    "some from the network"
+)
 
 
 def add_figures(done: Restoration, before: Closeness, after: Closeness, yardstick: Yardstick) -> Restoration:

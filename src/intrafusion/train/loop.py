@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from intrafusion.arguments import checked
-from intrafusion.errors import ArgumentError, IntrafusionError, show
+from intrafusion.errors import ArgumentError, DivergenceError, show
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.train.accelerator import find_accelerator
 from intrafusion.train.adapters import adapt
@@ -28,6 +28,9 @@ from intrafusion.train.objectives import Labels, Objective
 from intrafusion.train.training import Epoch, History, Labelled, Training
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+Judge = Callable[[nn.Module], float]
+
+_TIMED = 10  # updates before it is looked at how long they take
 
 
 @checked
@@ -37,7 +40,7 @@ def train_(
     how: Training | None = None,
     *,
     objective: Objective | None = None,
-    validation: Labelled | None = None,
+    validation: Labelled | Judge | None = None,
     masks: Mapping[str, Tensor] | None = None,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     augment: Augment | None = None,
@@ -54,7 +57,8 @@ def train_(
         data: images and labels in memory; their number is at least one batch, else the batch is smaller.
         how: hyper-parameters; `Training()` by default.
         objective: `Labels()` by default; `Distillation(original)` and `Block(...)` need no labels.
-        validation: measured after every epoch; the network ends with the weights of the best one.
+        validation: measured after every epoch; the network ends with the weights of the best one. Images, or a function
+            of the network, higher being better.
         masks: entries of weights that may be other than zero, by name; see `intrafusion.train.masks`.
         penalty: added to the loss, such as `factorize.Smooth(...)`.
         augment: (images, generator) -> images, for each batch.
@@ -65,7 +69,8 @@ def train_(
         ArgumentError: no images, or patience without validation images.
         ModelError: nothing to train, labels that are missing, or masks that do not fit.
         FolderError: a checkpoint of another training.
-        IntrafusionError: the loss is NaN, or Accelerate is needed and not installed.
+        DivergenceError: the loss is NaN.
+        IntrafusionError: Accelerate is needed and not installed.
     """
     how = how or Training()
     _check_data(data, how, validation)
@@ -77,9 +82,11 @@ def train_(
         return run.go(None if folder is None else Path(folder), on_epoch or (lambda index, epoch: None))
 
 
-def _check_data(data: Labelled, how: Training, validation: Labelled | None) -> None:
+def _check_data(data: Labelled, how: Training, validation: Labelled | Judge | None) -> None:
     if not len(data.images) or len(data.images) != len(data.labels):
         raise ArgumentError(f"expected one label per image, got {len(data.images)} images, {len(data.labels)} labels.")
+    if isinstance(validation, nn.Module):
+        raise ArgumentError(f"validation: expected images or a function of the network, got {show(validation)}.")
     if how.patience is not None and validation is None:
         raise ArgumentError("patience: stopping early needs validation images; give some, out of the training set.")
 
@@ -92,13 +99,14 @@ class _Run:
     data: Labelled
     how: Training
     objective: Objective
-    validation: Labelled | None
+    validation: Labelled | Judge | None
     penalty: Callable[[nn.Module], Tensor] | None
     augment: Augment | None
     within: str
     trained: list[nn.Parameter]
     accelerator: Any
     course: Course = field(default_factory=Course)
+    began: float | None = None  # the epoch under way
 
     def __post_init__(self) -> None:
         several = self.accelerator.num_processes > 1
@@ -127,17 +135,24 @@ class _Run:
     def is_finished(self) -> bool:
         course, patience = self.course, self.how.patience
         waited = len(course.epochs) - 1 - course.best
-        return course.steps >= self.total or (bool(course.epochs) and patience is not None and waited >= patience)
+        return (
+            course.steps >= self.total
+            or (course.steps > 0 and self.is_time_over)
+            or (bool(course.epochs) and patience is not None and waited >= patience)
+        )
 
     def run_epoch(self) -> Epoch:
-        start = time.perf_counter()
+        self.began = start = time.perf_counter()
         loss = self.pass_over_data()
-        validation = None
-        if self.validation is not None:
-            validation = accuracy(self.model, self.validation.images, self.validation.labels)
-        epoch = Epoch(loss, self.find_rate(self.course.steps - 1), time.perf_counter() - start, validation)
+        rate, validation = self.find_rate(self.course.steps - 1), self.validate()
+        epoch, self.began = Epoch(loss, rate, time.perf_counter() - start, validation), None
         self.note(epoch)
         return epoch
+
+    def validate(self) -> float | None:
+        if isinstance(self.validation, Labelled):
+            return accuracy(self.model, self.validation.images, self.validation.labels)
+        return None if self.validation is None else _check_number(self.validation(self.model))
 
     def note(self, epoch: Epoch) -> None:
         """Add an epoch that is done; the best is the first of those with the highest validation, or else the last."""
@@ -161,10 +176,14 @@ class _Run:
     def pass_over_data(self) -> float:
         """Mean loss; everything random in a pass depends on the seed and the number of the epoch alone."""
         torch.manual_seed(_seed_of(self.how, len(self.course.epochs)))
-        _set_mode_(self.model, self.within)
+        _set_mode_(self.model, self.within, evaluating=self.how.evaluating)
         order, generator = _draw_order(self.how, len(self.course.epochs), len(self.data.images))
         chosen = _split_batches(order, self.how)[: self.total - self.course.steps]
-        losses = [self.update(batch, generator) for batch in chosen]
+        losses = list[float]()
+        for batch in chosen:
+            losses.append(self.update(batch, generator))
+            if self.is_time_over:
+                break
         return sum(losses) / len(losses)
 
     def update(self, chosen: Tensor, generator: torch.Generator) -> float:
@@ -204,7 +223,7 @@ class _Run:
             if self.penalty is not None:
                 loss = loss + _check_tensor(self.penalty(self.model), "penalty").to(loss) * share
         if not bool(torch.isfinite(loss)):
-            raise IntrafusionError(
+            raise DivergenceError(
                 f"train: the loss is {loss.item()} after {self.course.steps} updates; lower lr (now {self.how.lr})."
             )
         return loss
@@ -221,13 +240,34 @@ class _Run:
         updates = self.how.epochs * self.per_epoch
         return updates if self.how.steps is None else min(updates, self.how.steps)
 
+    @property
+    def time_passed(self) -> float:
+        """As a share of the budget, 0 without one; what an interruption took does not count."""
+        if self.how.seconds is None:
+            return 0.0
+        now = 0.0 if self.began is None else time.perf_counter() - self.began
+        return (sum(epoch.seconds for epoch in self.course.epochs) + now) / self.how.seconds
+
+    @property
+    def is_time_over(self) -> bool:
+        return self.time_passed >= 1
+
     def find_rate(self, step: int) -> float:
-        return self.how.find_rate(step, self.total, self.per_epoch)
+        late = min(int(self.time_passed * self.total), self.total - 1) if step >= _TIMED else 0
+        return self.how.find_rate(max(step, late), self.total, self.per_epoch)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes: parameters, adapters and buffers."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+
+def _check_number(value: Any) -> float:
+    """What a function of the caller gave."""
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentError(f"train: validation: expected a function that returns a number, got {show(value)} from it.")
+    return float(value)
 
 
 def _check_tensor(value: Any, name: str) -> Tensor:
@@ -269,12 +309,11 @@ def _cut(x: Tensor, count: int) -> Sequence[Tensor]:
 # ---- how the network is found and left ------------------------------------------------------------------------------
 
 
-def _set_mode_(model: nn.Module, within: str) -> None:
-    if within:
+def _set_mode_(model: nn.Module, within: str, *, evaluating: bool) -> None:
+    if evaluating or within:
         model.eval()
+    if not evaluating:
         model.get_submodule(within).train()
-    else:
-        model.train()
 
 
 @contextmanager

@@ -66,6 +66,9 @@ class Training:
         drop_last: leave out what does not fill a batch; else it is a batch too, unless it is a single image, from which
             a batch norm has nothing to learn.
         shuffle: "epoch" draws the order of each epoch from a seed of its own, "stream" all orders from one stream.
+        evaluating: leave the network in evaluation mode: no dropout, and norms keep their statistics.
+        seconds: budget of time, None for none: where it would not do for all updates, the rate falls as it passes, and
+            with it the training ends. Then the result depends on the machine.
     """
 
     epochs: Count = 10
@@ -87,6 +90,8 @@ class Training:
     halve_every: Count = 30
     drop_last: bool = True
     shuffle: Literal["epoch", "stream"] = "epoch"
+    evaluating: bool = False
+    seconds: Positive | None = None
 
     __repr__ = show_briefly
 

@@ -1,0 +1,433 @@
+"""The last step: all weights of the smaller network trained together, without labels, for what the original gives."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.arguments import Count, NotNegative, Positive, Seed, checked
+from intrafusion.brief import show_briefly
+from intrafusion.errors import DivergenceError, FolderError, ModelError
+from intrafusion.graph import ChannelGraph
+from intrafusion.io.atomic import atomic_file
+from intrafusion.measure.closeness import Closeness, Yardstick
+from intrafusion.network.apart import borrow, forked_random_numbers
+from intrafusion.network.batches import ImagesLike
+from intrafusion.network.free_memory import choose_memory
+from intrafusion.network.held_out import held_out_places
+from intrafusion.network.input_batches import Batches, read_input_batches
+from intrafusion.network.pass_memory import count_bytes
+from intrafusion.network.tensors import check_graph, copy_model, named_tensors
+from intrafusion.progress import report
+from intrafusion.restore.restorer import Reduced, require_images
+from intrafusion.surgery.write import write_weights_
+from intrafusion.train import Training, train_
+from intrafusion.train.imitation import Imitation, Pool, find_read_merges
+from intrafusion.train.views import find_plain_images
+
+RATES = (1e-3, 3e-3, 3e-4)
+"""Learning rates that are tried."""
+
+_TRIAL = 0.05  # of the updates and of the time, for each thing that is tried
+_RISE = 0.1  # of the updates, over which the rate rises
+_CHECK = 50  # updates from one look at the held-out error to the next
+_FEWEST_CHECKS = 8  # of few updates
+_PATIENCE = 8  # such looks without a better error, after which it ends
+_MOST = 4096  # images that are drawn from
+_ROOM = 8  # of the memory for them, one part in so many
+_APART = 5  # one in so many is kept to look at, where none are
+
+
+@checked
+@dataclass(frozen=True)
+class Distill:
+    r"""Train all weights of the smaller network for the original's outputs and what its layers read; no labels.
+
+    Each update is one of Adam on a batch of the inputs, see `Imitation`: in evaluation mode, so that norms keep their
+    statistics and the network that is trained is the one that is used. The rate rises over the first tenth and falls to
+    0 as half a cosine. Images are mirrored, shifted and mixed with each other. Which rate, and whether other views of
+    the images help, is tried on a twentieth of the updates each and judged by the output error on inputs that are kept
+    apart; so is the course, every 50 updates: the network ends with the weights of the least error there, and with
+    those from before if that is not less than theirs. OURS; for parts see `Imitation`.
+
+    As the first step of a recipe, the layers are solved before ("auto").
+
+    Attributes:
+        steps: updates at most.
+        seconds: budget of time, trials included; None for none. Where it ends before the steps do, the result depends
+            on the machine.
+        batch: images of an update.
+        lr: largest learning rate; None: chosen.
+        blocks: weight of what layers read.
+        views: whether images are mirrored, shifted and mixed; None: chosen. Other inputs never are.
+        folder: where checkpoints are kept, so that a run that was interrupted goes on when it is started again; they
+            are removed at the end. None: nowhere.
+        seed: of the order of the inputs, and of the views.
+    """
+
+    steps: Count = 2_000
+    seconds: Positive | None = 300.0
+    batch: Count = 64
+    lr: Positive | None = None
+    blocks: NotNegative = 3.0
+    views: bool | None = None
+    folder: str | None = None
+    seed: Seed = 0
+
+    needs_data = True  # of the class, not a hyper-parameter
+    follows = "auto"
+
+    @checked
+    def __call__(
+        self, compressed: Reduced, reference: nn.Module, graph: ChannelGraph, images: ImagesLike | None
+    ) -> None:
+        """Write the trained weights into `compressed.model`, unless they are no better; on any error none of them.
+
+        Args:
+            images: unlabelled, as the networks take them; one in five is kept to look at.
+        Raises:
+            ModelError: no images, or too few to keep some apart; a network that cannot be trained.
+        """
+        self.distil(compressed, reference, graph, require_images(images, self))
+
+    def distil(
+        self,
+        compressed: Reduced,
+        reference: nn.Module,
+        graph: ChannelGraph,
+        images: ImagesLike,
+        yardstick: Yardstick | None = None,
+    ) -> Distilled:
+        """The same, with what came of it.
+
+        Args:
+            yardstick: inputs kept apart from these images; None: some of these are.
+        """
+        check_graph(graph, reference)
+        reference = borrow(reference)
+        seen = read_input_batches(images, reference)
+        if yardstick is None or not yardstick.unseen:
+            seen, yardstick = _keep_apart(seen, reference)
+        return _Run(self, compressed, reference, graph, _limit(seen), yardstick).go()
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What came of it.
+
+    Attributes:
+        before, after: how close the outputs were, measured by `yardstick`.
+        undone: whether the weights are those from before.
+        note: what was done, or why nothing.
+    """
+
+    before: Closeness
+    after: Closeness
+    yardstick: Yardstick
+    undone: bool
+    note: str
+
+    __repr__ = show_briefly
+
+
+@dataclass(frozen=True)
+class _Choice:
+    lr: float
+    views: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """The numbers of the inputs, as images of a training."""
+
+    images: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.zeros(len(self.images), dtype=torch.long)
+
+
+@dataclass(eq=False)
+class _Run:
+    """One distillation."""
+
+    how: Distill
+    compressed: Reduced
+    reference: nn.Module
+    graph: ChannelGraph
+    seen: Batches
+    yardstick: Yardstick
+    scores: dict[_Choice, float] = field(default_factory=dict)  # of what was tried
+    failed: list[str] = field(default_factory=list)
+
+    def go(self) -> Distilled:
+        before = self.yardstick.measure(self.compressed.model)
+        small = _lift(self.compressed.model)
+        _check_floating(small)
+        pool = Pool.of(self.seen, self.how.batch)
+        merges = find_read_merges(self.reference, self.graph, self.compressed.plan.maps) if self.how.blocks else {}
+        imitation = Imitation(_lift(self.reference), self.graph, merges, pool, self.how.blocks)
+        imitation.look(small)
+        _check_gradients(imitation, small)
+        with _checkpoints(self.how, small, pool) as folder:
+            choice = self.choose(imitation, small, folder)
+            steps = self.train(small, imitation, choice, folder) if choice is not None else 0
+        note = self.tell(choice, steps, bool(imitation.known))
+        if choice is None or not steps:
+            return Distilled(before, before, self.yardstick, True, note)
+        return self.write(small, before, note)
+
+    # ---- what is chosen ---------------------------------------------------------------------------------------------
+
+    def choose(self, imitation: Imitation, small: nn.Module, folder: Path | None) -> _Choice | None:
+        """The rate, then the views; None where every rate makes the loss infinite."""
+        known = None if folder is None else _read_choice(folder)
+        if known is not None:
+            return known
+        can_view = find_plain_images(imitation.pool.pick(torch.arange(1))) is not None
+        viewed = can_view and self.how.views is not False
+        rates = RATES if self.how.lr is None else (self.how.lr,)
+        found = [_Choice(rate, viewed) for rate in rates]
+        if len(found) > 1:
+            found = self.rank(found, imitation, small, "rates")
+        if found and viewed and self.how.views is None:
+            found = self.rank([found[0], replace(found[0], views=False)], imitation, small, "views")
+        if not found:
+            return None
+        if folder is not None:
+            _write_choice(folder, found[0])
+        return found[0]
+
+    def rank(self, choices: list[_Choice], imitation: Imitation, small: nn.Module, what: str) -> list[_Choice]:
+        """The best first, by the held-out error after a short training; without those that diverge."""
+        for index, choice in enumerate(choices):
+            report(f"trying {what}", index, len(choices))
+            if choice not in self.scores:
+                self.scores[choice] = self.try_out(choice, imitation, copy_model(small))
+        finite = [choice for choice in choices if self.scores[choice] > -math.inf]
+        return sorted(finite, key=lambda choice: -self.scores[choice])
+
+    def try_out(self, choice: _Choice, imitation: Imitation, trial: nn.Module) -> float:
+        steps = max(1, round(self.how.steps * _TRIAL))
+        try:
+            self.run(trial, imitation, choice, self.plan(choice, steps, self.share_of(_TRIAL)))
+        except DivergenceError as error:
+            self.failed.append(str(error))
+            return -math.inf
+        return self.score(trial)
+
+    @property
+    def trials(self) -> int:
+        """How many there are at most."""
+        rates = len(RATES) if self.how.lr is None else 1
+        return (rates if rates > 1 or self.how.views is None else 0) + (self.how.views is None)
+
+    def share_of(self, share: float) -> float | None:
+        return None if self.how.seconds is None else self.how.seconds * share
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def plan(self, choice: _Choice, steps: int, seconds: float | None) -> Training:
+        return Training(
+            epochs=steps,
+            steps=steps,
+            batch_size=self.how.batch,
+            optimizer="adam",
+            lr=choice.lr,
+            warmup=_RISE,
+            decay="cosine",
+            seed=self.how.seed,
+            evaluating=True,
+            seconds=seconds,
+            accumulate=max(1, -(-self.how.batch // (self.seen.size or self.how.batch))),
+        )
+
+    def train(self, small: nn.Module, imitation: Imitation, choice: _Choice, folder: Path | None) -> int:
+        """In place; how many updates the weights have that it ends with."""
+        how = self.plan(choice, self.how.steps, self.share_of(1 - _TRIAL * self.trials))
+        how = replace(how, patience=_PATIENCE)
+        report("distilling", 0, how.steps or 1)
+        try:
+            return self.run(small, imitation, choice, how, folder)
+        except DivergenceError as error:
+            self.failed.append(str(error))
+            return 0
+
+    def run(
+        self, model: nn.Module, imitation: Imitation, choice: _Choice, how: Training, folder: Path | None = None
+    ) -> int:
+        objective = replace(imitation, views=choice.views)
+        count, each = imitation.pool.count, how.batch_size if imitation.pool.joined else 1
+        how = replace(how, batch_size=each, accumulate=how.accumulate if imitation.pool.joined else 1)
+        updates = min(_CHECK, max(1, (how.steps or 1) // _FEWEST_CHECKS))
+        places = torch.arange(updates * each) % count
+        checked_steps = lambda index, epoch: report("distilling", (index + 1) * updates, how.steps or 1)  # noqa: E731
+        validation = self.score if how.patience is not None else None
+        with torch.enable_grad():
+            history = train_(
+                *(model, _Places(places), how),
+                objective=objective,
+                validation=validation,
+                folder=folder,
+                on_epoch=checked_steps if how.patience is not None else None,
+            )
+        return history.steps
+
+    def score(self, model: nn.Module) -> float:
+        """Higher is better."""
+        found = self.yardstick.measure(model)
+        lost = sum(found.outputs.values()) if found.outputs else found.error
+        return -math.inf if math.isnan(lost) else -lost
+
+    # ---- what comes of it -------------------------------------------------------------------------------------------
+
+    def write(self, small: nn.Module, before: Closeness, note: str) -> Distilled:
+        """The new weights into the network that was given, unless it is worse with them."""
+        own = named_tensors(self.compressed.model)
+        new = {name: p.detach() for name, p in small.named_parameters() if p.is_floating_point()}
+        weights = {name: own[name].detach().clone() for name in new}
+        write_weights_(self.compressed.model, {name: t.to(own[name].dtype) for name, t in new.items()})
+        after = self.yardstick.measure(self.compressed.model)
+        better = before.is_worse_than(after)
+        if not better:
+            write_weights_(self.compressed.model, weights)
+            note = f"{note}; undone, as the outputs were no better"
+        return Distilled(before, after, self.yardstick, not better, note)
+
+    def tell(self, choice: _Choice | None, steps: int, reads: bool) -> str:
+        if choice is None or not steps:
+            return (
+                f"undone, as it diverged: {self.failed[-1] if self.failed else 'the outputs are no numbers any more'}"
+            )
+        views = ", images mirrored, shifted and mixed" if choice.views else ""
+        aims = "outputs and what layers read" if reads else "outputs"
+        return f"{steps} steps at a rate of {choice.lr:g} for {aims}{views}"
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def _keep_apart(seen: Batches, reference: nn.Module) -> tuple[Batches, Yardstick]:
+    """The rest, and one in five to look at, of few too; of calls that are not cut, whole ones.
+
+    Raises:
+        ModelError: there is only one.
+    """
+    whole = seen.size is None
+    count = len(seen) if whole else seen.count
+    if count < 2:
+        raise ModelError(f"distill: expected several inputs, to keep one apart to stop by, got {seen}; give more.")
+    places = held_out_places(count)
+    places = places if len(places) else torch.arange(min(_APART // 2, count - 1), count, _APART)
+    rest = torch.ones(count, dtype=torch.bool)
+    rest[places] = False
+    if not whole:
+        return seen.part(rest.nonzero()[:, 0]), Yardstick(reference, seen.part(places).kept(), seen.kind)
+    calls = list(seen)
+    apart, left = ([calls[i] for i in chosen.tolist()] for chosen in (places, rest.nonzero()[:, 0]))
+    return Batches.of(*left), Yardstick(reference, Batches.of(*apart), seen.kind)
+
+
+def _limit(seen: Batches) -> Batches:
+    """As many as are held in memory, and no more than are drawn from."""
+    each = count_bytes(seen.first) / max(1, seen.counts[0])
+    most = min(_MOST, max(2, int(choose_memory(seen.memory) / _ROOM / max(1.0, each))))
+    if seen.count <= most:
+        return seen
+    return seen[: max(1, most // max(seen.counts))] if seen.size is None else seen.take(most)
+
+
+# ---- networks -------------------------------------------------------------------------------------------------------
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _lift(model: nn.Module) -> nn.Module:
+    """A copy, of half precision in single, in which small updates are not lost."""
+    copy = copy_model(model)
+    for tensor in named_tensors(copy).values():
+        if tensor.dtype in _HALF:
+            tensor.data = tensor.data.float()
+    return copy
+
+
+def _check_floating(model: nn.Module) -> None:
+    if not any(p.is_floating_point() and p.numel() for p in model.parameters()):
+        raise ModelError("distill: the network has no floating-point parameters to train; leave the step out.")
+
+
+def _check_gradients(imitation: Imitation, model: nn.Module) -> None:
+    """
+    Raises:
+        ModelError: no gradient comes back to the parameters.
+    """
+    trial = copy_model(model).eval()
+    for p in trial.parameters():
+        p.requires_grad_(p.is_floating_point())
+    try:
+        with torch.enable_grad(), forked_random_numbers():
+            loss = imitation(trial, torch.arange(min(2, imitation.pool.count) if imitation.pool.joined else 1), None)
+            if loss.requires_grad:
+                loss.backward()
+    except RuntimeError as error:
+        raise ModelError(f"distill: the network cannot be differentiated: {error}; leave the step out.") from error
+    if not any(p.grad is not None for p in trial.parameters()):
+        raise ModelError(
+            "distill: no gradient comes back to the parameters: the network's forward takes none (no_grad, inference, "
+            "detach, rounding); leave the step out."
+        )
+
+
+# ---- going on after an interruption ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _checkpoints(how: Distill, small: nn.Module, pool: Pool) -> Iterator[Path | None]:
+    """A folder for this distillation of this network alone, which is removed once it is done."""
+    if how.folder is None:
+        yield None
+        return
+    place = Path(how.folder) / f"distill-{_name(how, small, pool)}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"{place}: cannot be made for checkpoints: {error}; choose another folder.") from error
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _name(how: Distill, small: nn.Module, pool: Pool) -> str:
+    """Of what it depends on: options, weights, how many inputs and which."""
+    digest = hashlib.sha256(json.dumps({**asdict(how), "folder": None}, sort_keys=True).encode())
+    tensors = [*named_tensors(small).values(), *(t for call in pool.calls for t in call.tensors())]
+    for tensor in tensors:
+        data: Any = tensor.detach().cpu().contiguous().flatten()
+        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(data.view(torch.uint8).numpy() if data.numel() else b"")
+    return digest.hexdigest()[:12]
+
+
+def _read_choice(folder: Path) -> _Choice | None:
+    path = folder / "choice.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        return _Choice(float(found["lr"]), bool(found["views"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"{path}: damaged ({error}); remove it.") from error
+
+
+def _write_choice(folder: Path, choice: _Choice) -> None:
+    with atomic_file(folder / "choice.json") as path:
+        path.write_text(json.dumps(asdict(choice)))
