@@ -119,7 +119,8 @@ class Synthesis:
         with preserve_state(model), torch.enable_grad():
             size = choose_part(look, channels_last(pixels.detach()), most)
             few = Inputs.of(example_inputs).map(lambda t: pixels[:4].detach() if t is like else t)
-            size = size if is_row_by_row(model, few) else self.images
+            if size < self.images and not is_row_by_row(model, few):
+                size = self.images
             for step in range(self.steps):
                 report("making images", step, self.steps)
                 pixels.grad = self.differentiate(look, pixels, size, generator)
