@@ -118,6 +118,18 @@ def wide(records: list[Record]) -> str:
     return markdown(["reducer", "", *(f"n = {n:,}" for n in sizes), "growth"], rows)
 
 
+def memory(records: list[Record]) -> str:
+    """A row per network and size of image: the peak at each number of images."""
+    records = latest(records)
+    counts = sorted({r.setting["images"] for r in records})
+    rows = []
+    for network, pixels in dict.fromkeys((r.setting["network"], r.setting["pixels"]) for r in records):
+        own = [r for r in records if (r.setting["network"], r.setting["pixels"]) == (network, pixels)]
+        found = {r.setting["images"]: f"{r.result['peak_mb'] / 1024:.2f}" for r in own}
+        rows.append([network, str(pixels), *(found.get(count, "") for count in counts)])
+    return markdown(["network", "pixels", *(f"{count:,} images" for count in counts)], rows)
+
+
 def imagenet(records: list[Record]) -> str:
     """A row per cut and method: what is left of the MACs and the parameters, and what of the accuracy."""
     rows = []
@@ -309,6 +321,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "imagenet": lambda: imagenet(read_records(RECORDS / "imagenet.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
+        "memory": lambda: memory(read_records(RECORDS / "memory.jsonl")),
         "wide": lambda: wide(read_records(RECORDS / "wide.jsonl")),
         "gpu": lambda: gpu(read_records(RECORDS / "gpu.jsonl")),
     },

@@ -124,3 +124,17 @@ def test_modes_do_not_see_what_the_watching_computes() -> None:
 
 def test_a_graph_without_norms_gives_layers_without() -> None:
     assert find_layers(nn.Sequential(nn.Linear(2, 2)), ChannelGraph(()))["0"].norm is None
+
+
+@pytest.mark.parametrize(
+    ("layer", "rows"),
+    [
+        (nn.Linear(10, 16), 20_000),
+        (nn.Linear(10, 4096), 1536),  # as many as give 6 * 2^20 numbers
+        (nn.Linear(100, 4096), 3200),  # 32 for each input
+        (nn.Conv2d(512, 512, 3), 20_000),
+        (nn.Conv2d(4096, 4096, 3, groups=4096), 1024),
+    ],
+)
+def test_rows_that_would_take_much_memory_are_fewer(layer: nn.Module, rows: int) -> None:
+    assert Layer("layer", layer).limit_rows(20_000) == rows  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import intrafusion
 import intrafusion.restore.calibration as calibration_module
 from intrafusion import ChannelGraph, ModelError, Recipe
+from intrafusion.errors import RecipeError
 from intrafusion.network.inputs import Inputs
 from intrafusion.observe.moments import measure_moments
 from intrafusion.restore import Noise, Synthesis, calibrate
@@ -137,3 +138,29 @@ def test_where_images_that_are_made_go_is_told() -> None:
         "8 were made: 8 and their mirror images to solve on",
     ]
     assert calibrate(model, Inputs.of(X), "images", IMAGES).explain_counts() is None
+
+
+def test_making_images_keeps_within_the_memory() -> None:
+    model, _ = network()
+    found = list[int]()
+    model.register_forward_pre_hook(lambda _, given: found.append(len(given[0])))
+    how = {"synthesis": Synthesis(images=40, steps=2)}
+    whole = calibrate(model, Inputs.of(X), "synthetic", **how).images.join()  # type: ignore[arg-type]
+    assert max(found) == 40
+    found.clear()
+    parts = calibrate(model, Inputs.of(X), "synthetic", memory=100_000, **how).images.join()  # type: ignore[arg-type]
+    assert 1 < max(found) < 40
+    torch.testing.assert_close(parts.args[0], whole.args[0], atol=1e-3, rtol=1e-3)
+
+
+def test_auto_takes_noise_where_memory_is_too_little_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RecipeError("memory: expected at least 5 GB, as making one image from the network takes that.")
+
+    monkeypatch.setattr(calibration_module, "_make_images", refuse)
+    found = calibrate(network()[0], Inputs.of(X), synthesis=Synthesis(images=20, steps=2))
+    assert (found.level, found.why) == (
+        "noise",
+        "no images were given, and none could be made: memory: expected at least 5 GB, as making one image from the "
+        "network takes that.",
+    )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.restore.grouped_ridge import GroupedRidge
-from intrafusion.restore.ridge import Ridge
+from intrafusion.restore.row_ridge import set_up_ridge
 
 G, K, D, C = 4, 60, 5, 3
 
@@ -20,8 +20,8 @@ def rows(k: int = K, precision: torch.dtype = torch.float64) -> tuple[Tensor, Te
 def one_by_one(x: Tensor, r: Tensor, steps: int, **options: object) -> tuple[Tensor, Tensor]:
     found = []
     for own, wanted in zip(x, r.unflatten(1, (G, C)).unbind(1), strict=True):
-        lack = lambda z, r=wanted: r if z is None else r.relu() - z.relu()  # noqa: E731
-        found.append(Ridge(own, **options).solve(lack, steps))  # type: ignore[arg-type]
+        lack = lambda z, rows, r=wanted: r[rows] if z is None else r[rows].relu() - z.relu()  # noqa: E731
+        found.append(set_up_ridge(own, **options).solve(lack, steps))  # type: ignore[arg-type]
     changes, shifts = zip(*found, strict=True)
     return torch.cat(changes), torch.cat(shifts)
 
@@ -35,7 +35,7 @@ def test_each_group_is_solved_as_if_alone(steps: int, intercept: bool, weighed: 
     weights = torch.rand(k, 1, dtype=torch.float64) if weighed else None
     weights = None if weights is None else weights / weights.mean()
     options = {"strength": 0.01, "scarcity": 0.3, "intercept": intercept, "weights": weights}
-    lacking = lambda z: r if z is None else r.relu() - z.relu()  # noqa: E731
+    lacking = lambda z, own: r[own] if z is None else r[own].relu() - z.relu()  # noqa: E731
     found = GroupedRidge(x, **options).solve(lacking, steps)  # type: ignore[arg-type]
     torch.testing.assert_close(found, one_by_one(x, r, steps, **options), atol=1e-8, rtol=1e-8)
 
@@ -45,7 +45,7 @@ def test_a_group_without_inputs_leaves_the_others_as_they_are() -> None:
     x, r = rows()
     x[1] = 0.0
     x[2] = torch.tensor([1.0, -1.0]).repeat(K // 2)[:, None]
-    change, shift = GroupedRidge(x, 0.0).solve(lambda _: r)
+    change, shift = GroupedRidge(x, 0.0).solve(lambda _, own: r[own])
     for g in (0, 2, 3):
         centred, wanted = x[g] - x[g].mean(0), r[:, g * C : (g + 1) * C]
         least = torch.linalg.pinv(centred) @ (wanted - wanted.mean(0))
@@ -58,7 +58,7 @@ def test_inputs_far_from_zero_lose_no_digits_in_single_precision() -> None:
     x, _ = rows(3000, torch.float32)
     true = torch.randn(G, C, D)
     y = (x @ true.mT).transpose(0, 1).flatten(1)
-    change, _ = GroupedRidge(x + 1000, 1e-9).solve(lambda _: y)
+    change, _ = GroupedRidge(x + 1000, 1e-9).solve(lambda _, own: y[own])
     torch.testing.assert_close(change.float(), true.flatten(0, 1), atol=1e-3, rtol=0)
 
 

@@ -178,7 +178,7 @@ def test_steps_lead_to_what_the_activation_function_gives(reducer: str) -> None:
             got = F.relu(small.model.norm1(small.model.first(x)))
             got = F.relu(small.model.norm2(small.model.second(got)))
         missing.append(float((got - wanted).norm() / wanted.norm()))
-    assert missing[0] > 1.02 * missing[1] > 1.02 * missing[2]
+    assert missing[0] > 1.01 * missing[1] > 1.02 * missing[2]
 
 
 def test_output_merge_is_the_merge_along_the_produced_channels() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from intrafusion.restore.ridge import Ridge
+from intrafusion.restore.ridge import Rows
+from intrafusion.restore.row_ridge import set_up_ridge
 
 
 def rows(k: int = 50, d: int = 6, c: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,13 +27,14 @@ def augmented(x: np.ndarray, r: np.ndarray, lam: float) -> np.ndarray:
 
 
 def ridge(x: torch.Tensor, r: torch.Tensor, strength: float, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return Ridge(x, strength, **options).solve(lambda _: r)  # type: ignore[arg-type]
+    return set_up_ridge(x, strength, **options).solve(lambda _, own: r[own])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("k", [50, 7, 6, 4])  # more and fewer rows than unknowns
-@pytest.mark.parametrize("chunk", [2**20, 18])
-def test_with_intercept_it_is_the_ridge_on_centred_rows(k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("intrafusion.network.gram.CHUNK", chunk)
+@pytest.mark.parametrize("part", [1024, 3])
+def test_with_intercept_it_is_the_ridge_on_centred_rows(k: int, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("intrafusion.restore.ridge._MOST", part)
+    monkeypatch.setattr("intrafusion.restore.ridge.Ridge.fewest", part)
     x, r = rows(k)
     change, shift = ridge(x, r, 0.1, scarcity=0.5)
     xn, rn = x.numpy(), r.numpy()
@@ -75,7 +77,7 @@ def test_constant_inputs_change_nothing_but_the_shift() -> None:
 
 def test_no_rows() -> None:
     with pytest.raises(ValueError, match="at least one row"):
-        Ridge(torch.zeros(0, 3), 1e-3)
+        set_up_ridge(torch.zeros(0, 3), 1e-3)
 
 
 def test_inputs_far_from_zero_lose_no_digits_in_single_precision() -> None:
@@ -98,10 +100,10 @@ def test_steps_lead_to_the_least_matching_loss(activation, integral, k: int, int
     x, base = rows(k, 6, 1)
     y, base = torch.randn(k, 1, dtype=torch.float64) * 2, (base - 5)
 
-    def lacking(given: torch.Tensor | None) -> torch.Tensor:
-        return y - base if given is None else activation(y) - activation(given + base)
+    def lacking(given: torch.Tensor | None, own: Rows) -> torch.Tensor:
+        return (y - base)[own] if given is None else activation(y[own]) - activation(given + base[own])
 
-    change, shift = Ridge(x, 0.1, intercept=intercept).solve(lacking, 5000)
+    change, shift = set_up_ridge(x, 0.1, intercept=intercept).solve(lacking, 5000)
     centred = x - x.mean(0) if intercept else x
     lam = 0.1 * float(centred.square().mean())
 
@@ -121,8 +123,8 @@ def test_no_step_increases_the_matching_loss() -> None:
     x, base, y = x.float(), base.float() - 5, torch.randn(100, 2)
     losses = []
     for steps in range(1, 12):
-        lacking = lambda given: y - base if given is None else y.relu() - (given + base).relu()  # noqa: E731
-        change, shift = Ridge(x, 1e-6).solve(lacking, steps)
+        lacking = lambda z, own: (y - base)[own] if z is None else y[own].relu() - (z + base[own]).relu()  # noqa: E731
+        change, shift = set_up_ridge(x, 1e-6).solve(lacking, steps)
         z = x @ change.T.float() + shift.float() + base
         losses.append(float((z.relu().square() / 2 - y.relu() * z).mean()))
     assert all(after <= before + 1e-6 for before, after in itertools.pairwise(losses))
@@ -131,5 +133,26 @@ def test_no_step_increases_the_matching_loss() -> None:
 
 def test_one_input() -> None:
     x = torch.randn(20, 1, dtype=torch.float64)
-    change, shift = Ridge(x, 0.0).solve(lambda _: 3 * x + 2)
+    change, shift = set_up_ridge(x, 0.0).solve(lambda _, own: 3 * x[own] + 2)
     torch.testing.assert_close((change, shift), (torch.tensor([[3.0]]).double(), torch.tensor([2.0]).double()))
+
+
+@pytest.mark.parametrize("k", [200, 5])  # more and fewer rows than unknowns
+@pytest.mark.parametrize("weighed", [False, True])
+def test_steps_go_on_from_a_change(k: int, weighed: bool) -> None:
+    x, base = rows(k, 6, 2)
+    y, base = torch.randn(k, 2, dtype=torch.float64), base - 5
+    weights = torch.rand(k, 1, dtype=torch.float64) + 0.5 if weighed else None
+    lacking = lambda z, own: (y - base)[own] if z is None else y[own].relu() - (z + base[own]).relu()  # noqa: E731
+    found = set_up_ridge(x, 0.1, weights=None if weights is None else weights / weights.mean())
+    for one, other in zip(found.solve(lacking, 2, start=found.solve(lacking, 3)), found.solve(lacking, 5), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("k", [50, 4])
+def test_what_a_change_gives_at_some_rows(k: int) -> None:
+    x, r = rows(k)
+    found = set_up_ridge(x, 0.1)
+    change, shift = found.solve(lambda _, own: r[own])
+    some = torch.tensor([3, 0, 2])
+    torch.testing.assert_close(found.predict((change, shift), some), x[some] @ change.T + shift)

@@ -94,7 +94,7 @@ def test_rows_that_cannot_be_paired_leave_their_layer_as_it_is() -> None:
     net = Wired(wiring, **layers, e=nn.ModuleList([expert])).eval()
     small = intrafusion.compress(net, X, 0.5, reducer="select", restore=None)
     with torch.no_grad():
-        small.model.get_parameter("gate.bias")[0] -= 2  # fewer rows come to the expert
+        small.model.get_parameter("gate.bias")[0] -= 4  # fewer rows come to the expert
     graph = replace(intrafusion.inspect(net, X), ways=())
     before = small.model.get_parameter("e.0.2.weight").detach().clone()
     solved = LeastSquares(strength=0.01).solver.solve_(small.model, small.plan.maps, net, graph, [Inputs.of(X)])

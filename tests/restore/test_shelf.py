@@ -125,4 +125,4 @@ def test_a_bound_by_default_is_less_on_a_small_machine(monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "sysconf", values.__getitem__)
     assert find_bound() == 512_000
     values["SC_PHYS_PAGES"] = 10**9
-    assert find_bound() == 2**29
+    assert find_bound() == 2**27

@@ -18,7 +18,8 @@ from intrafusion.network.layers import Layer, Norm
 from intrafusion.network.row_weights import weigh_evenly
 from intrafusion.restore import LeastSquares
 from intrafusion.restore.activation import Activation
-from intrafusion.restore.ridge import Ridge
+from intrafusion.restore.ridge import Change, Lacking, Ridge
+from intrafusion.restore.row_ridge import set_up_ridge
 from intrafusion.restore.strength import STRENGTHS, Task, choose_strength, leave_out
 
 GROUPS = torch.arange(60).repeat_interleave(2)  # sixty images of two rows
@@ -39,7 +40,8 @@ def task_of(lacking: Tensor, x: Tensor, weights: Tensor | None = None, bias: boo
 
 
 def choose(task: Task, x: Tensor, apart: Tensor = APART, images: Tensor = GROUPS) -> float | None:
-    return choose_strength(task, x, task.ridge(x, STRENGTHS[0], 0.2), apart, images, 3)
+    found = choose_strength(task, task.ridge(x, STRENGTHS[0], 0.2), apart, images, 3)
+    return None if found is None else found[0]
 
 
 def augmented(x: np.ndarray, r: np.ndarray, lam: float) -> np.ndarray:
@@ -112,7 +114,7 @@ def test_what_is_better_at_places_and_not_in_means_is_not_taken() -> None:
     x, apart = draw(480, 60), leave_out(60)[images]
     lacking = 0.3 * x @ draw(60, 3) + 10 * draw(480, 3)
     task = task_of(lacking, x)
-    weak, strong = (task.ridge(x, s, 0.2).without(apart).fit(lacking[~apart]) for s in (STRENGTHS[0], 1.0))
+    weak, strong = (task.ridge(x, s, 0.2).without(apart).solve(task.lacking) for s in (STRENGTHS[0], 1.0))
     unseen = task.take(apart)
     weakly, strongly = (unseen.measure(images[apart], x[apart] @ m.T + c) for m, c in (weak, strong))
     gain = weakly - strongly
@@ -153,22 +155,22 @@ def test_a_ridge_without_some_rows_is_that_of_the_others(d: int, weighted: bool,
     weights = weigh_evenly(torch.rand(120, generator=torch.Generator().manual_seed(2)).double()) if weighted else None
     rest = None if weights is None else weigh_evenly(weights[~APART][:, 0])
     for strength in (0.01, math.inf):
-        whole = Ridge(x, strength, scarcity=0.2, intercept=intercept, weights=weights)
-        found = whole.without(APART).solve(lambda _: lacking[~APART])
-        alone = Ridge(x[~APART], strength, scarcity=0.2, intercept=intercept, weights=rest)
-        for one, other in zip(found, alone.solve(lambda _: lacking[~APART]), strict=True):
+        whole = set_up_ridge(x, strength, scarcity=0.2, intercept=intercept, weights=weights)
+        found = whole.without(APART).solve(lambda _, own: lacking[own])
+        alone = set_up_ridge(x[~APART], strength, scarcity=0.2, intercept=intercept, weights=rest)
+        for one, other in zip(found, alone.solve(lambda _, own: lacking[~APART][own]), strict=True):
             torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-8)
 
 
 def test_another_strength_is_a_ridge_of_that_strength() -> None:
     x, lacking = sample(0.3, 2.0)
-    found = Ridge(x, 1e-3, scarcity=0.2).with_strength(0.7).solve(lambda _: lacking)
-    torch.testing.assert_close(found, Ridge(x, 0.7, scarcity=0.2).solve(lambda _: lacking))
+    found = set_up_ridge(x, 1e-3, scarcity=0.2).with_strength(0.7).solve(lambda _, own: lacking[own])
+    torch.testing.assert_close(found, set_up_ridge(x, 0.7, scarcity=0.2).solve(lambda _, own: lacking[own]))
 
 
 def test_an_infinite_strength_leaves_the_constant() -> None:
     x, lacking = sample(0.3, 2.0)
-    change, shift = Ridge(x, math.inf).solve(lambda _: lacking)
+    change, shift = set_up_ridge(x, math.inf).solve(lambda _, own: lacking[own])
     assert not change.any()
     torch.testing.assert_close(shift, lacking.mean(0))
 
@@ -186,18 +188,19 @@ def test_what_comes_out_of_the_activation_function_counts() -> None:
 def test_behind_a_function_rows_left_out_have_no_part_in_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise: what the others are like cannot be told from the rows that are solved on."""
     x, lacking = sample(0, 1, 60)
-    relu, rows, respond = Activation(torch.relu), list[int](), Ridge.respond
+    relu, rows, respond = Activation(torch.relu), list[Tensor | None](), Ridge.respond
     task = replace(task_of(lacking, x), given=torch.ones_like(lacking), activation=relu, wanted=relu(lacking))
-    alone = Ridge(x[~APART], STRENGTHS[0], scarcity=0.2)
-    fits = alone.fit_each(alone.respond(task.take(~APART).lacking, 3), STRENGTHS)
+    alone = set_up_ridge(x[~APART], STRENGTHS[0], scarcity=0.2)
+    told = alone.respond(task.take(~APART).lacking, 3)
+    fits = [alone.with_strength(strength).fit(told) for strength in STRENGTHS]
     left = {
         strength: by_image((relu(lacking) - relu(1 + x @ matrix.T + constant))[APART].numpy())
         for strength, (matrix, constant) in zip(STRENGTHS, fits, strict=True)
     }
     left = {**left, None: by_image((relu(lacking) - 1)[APART].numpy())}
-    monkeypatch.setattr(Ridge, "respond", lambda self, *how: rows.append(len(self.x)) or respond(self, *how))
+    monkeypatch.setattr(Ridge, "respond", lambda self, *how: rows.append(self.fitted) or respond(self, *how))
     assert choose(task, x) == pick(left) != STRENGTHS[0]
-    assert rows == [len(alone.x)]
+    assert [own.tolist() for own in rows if own is not None] == [(~APART).nonzero()[:, 0].tolist()]
 
 
 def test_constant_inputs() -> None:
@@ -283,10 +286,10 @@ def test_rows_that_are_images_and_rows_that_are_places() -> None:
     """What is chosen for convolutions is left out by image, not by row."""
     seen: list[Tensor] = []
 
-    def look(task: Task, inputs: Tensor, ridge: Ridge, apart: Tensor, images: Tensor, steps: int) -> float | None:
+    def look(task: Task, ridge: Ridge, apart: Tensor, images: Tensor, steps: int) -> tuple[float, Change | None]:
         assert torch.equal(apart, leave_out(40)[images])
         seen.append(apart)
-        return STRENGTHS[0]
+        return STRENGTHS[0], None
 
     class Pooled(nn.Module):
         def __init__(self) -> None:
@@ -304,3 +307,26 @@ def test_rows_that_are_images_and_rows_that_are_places() -> None:
     by_row, by_image = seen
     assert torch.equal(by_row.reshape(40, -1).double().mean(1), leave_out(40).double())
     assert torch.equal(by_image, leave_out(40))
+
+
+def test_of_the_steps_the_last_is_taken_on_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts from what the others led to on a part; without a function behind there are none."""
+    seen, solve, found = list[tuple[int, bool]](), Ridge.solve, list[int]()
+
+    def choose(task: Task, ridge: Ridge, apart: Tensor, images: Tensor, steps: int) -> tuple[float, Change | None]:
+        found.append(steps)
+        change = ridge.without(apart).solve(task.lacking, steps)
+        return STRENGTHS[0], change
+
+    def look(self: Ridge, lacking: Lacking, steps: int = 0, start: Change | None = None) -> Change:
+        seen.append((steps, start is not None))
+        return solve(self, lacking, steps, start)
+
+    monkeypatch.setattr("intrafusion.restore.solver.choose_strength", choose)
+    monkeypatch.setattr(Ridge, "solve", look)
+    layers = (nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8))
+    model = randomise_(nn.Sequential(*layers)).eval()  # of these the first needs no change
+    small, graph = halve(model, draw(1, 0))
+    LeastSquares(steps=3)(small, model, graph, draw(40, 1))
+    assert found == [2, 0]
+    assert seen == [(2, False), (1, True), (0, False), (0, True)]

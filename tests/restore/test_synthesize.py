@@ -11,9 +11,9 @@ import torch
 from oracle import randomise_
 from torch import Tensor, nn
 
-from intrafusion.errors import FolderError, ModelError
+from intrafusion.errors import FolderError, ModelError, RecipeError
 from intrafusion.restore import Synthesis, load_images, save_images
-from intrafusion.restore.synthesize import collect_mismatches, read_norms, take_statistics, total_variation, watch_noise
+from intrafusion.restore.synthesize import collect_statistics, read_norms, take_statistics, total_variation, watch_noise
 
 QUICK = Synthesis(images=8, mirrored=False, steps=25)
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -60,9 +60,10 @@ def test_every_image_comes_with_its_mirror_image() -> None:
 
 def test_the_collected_mismatch_is_the_one_by_hand() -> None:
     model, images = made().eval(), torch.randn(5, 3, 8, 8)
-    with collect_mismatches(read_norms(model)) as found, torch.no_grad():
+    with collect_statistics(read_norms(model)) as found, torch.no_grad():
         model(images)
-    assert float(found[0]) == pytest.approx(mismatch(model, images), rel=1e-4)
+    ((one, mean, variance),) = found
+    assert float(one.measure_mismatch(mean, variance)) == pytest.approx(mismatch(model, images), rel=1e-4)
     assert not model[1]._forward_hooks
 
 
@@ -119,6 +120,39 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         load_images(tmp_path / "none.safetensors")
 
 
+def test_in_parts_they_are_the_same_up_to_rounding() -> None:
+    """Seven images, three or one at a time: the norm is wanted to see the statistics of all."""
+    model, example = made().double().eval(), EXAMPLE.double()
+    wanted = Synthesis(images=7, mirrored=False, steps=6)
+    whole = wanted(model, example)
+    parts = list[int]()
+    model.register_forward_pre_hook(lambda _, given: parts.append(len(given[0])))
+    for memory in (90_000, 30_000):
+        torch.testing.assert_close(wanted(model, example, memory=memory), whole, atol=1e-9, rtol=1e-9)
+    assert {3, 1} <= set(parts)
+    assert max(parts) < 7
+
+
+def test_a_network_whose_images_meet_is_not_given_parts() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = made()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x - x.mean(0))
+
+    model, parts = Centred().eval(), list[int]()
+    model.inner.register_forward_pre_hook(lambda _, given: parts.append(len(given[0])))
+    Synthesis(images=7, mirrored=False, steps=2)(model, EXAMPLE, memory=20_000)
+    assert parts[-2:] == [7, 7]
+
+
+def test_too_little_memory_for_one_image() -> None:
+    with pytest.raises(RecipeError, match=r"expected at least [\d.]+ kB, as making one image .* got 100 bytes"):
+        QUICK(made(), EXAMPLE, memory=100)
+
+
 def test_what_cannot_be_made() -> None:
     with pytest.raises(ModelError, match="only from batch norms, convolutions or linear layers; there are none"):
         QUICK(nn.AvgPool2d(2), EXAMPLE)
@@ -133,7 +167,7 @@ def test_moments_of_channels_and_their_gradients(shape: tuple[int, ...], dim: in
     x = 2 * torch.randn(shape, dtype=torch.float64) + 1
     x.requires_grad_()
     rows = x.movedim(dim, -1).flatten(0, -2)
-    found, expected = take_statistics(x, dim), (rows.mean(0), rows.std(0, correction=0))
+    found, expected = take_statistics(x, dim), (rows.mean(0), rows.var(0, correction=0))
     torch.testing.assert_close(found, expected)
     weights = torch.randn(2, rows.shape[1], dtype=torch.float64)
     gradients = [torch.autograd.grad((weights * torch.stack(m)).sum(), x)[0] for m in (found, expected)]

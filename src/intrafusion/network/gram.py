@@ -44,10 +44,23 @@ def _add_products_(total: Tensor, x: Tensor, y: Tensor) -> None:
 
 def square_rows(x: Tensor) -> Tensor:
     """x^T x likewise; of what is the same on both sides of the diagonal, half is multiplied once."""
-    half = x.shape[1] // 2
     total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    _add_products_(total[:half], x[:, :half], x)
-    _add_products_(total[half:, half:], x[:, half:], x[:, half:])
+    size = max(1, CHUNK // max(1, min(x.shape[1], WIDE)))
+    for rows in x.split(size):
+        add_square_(total, rows)
+    return mirror_(total)
+
+
+def add_square_(total: Tensor, x: Tensor) -> None:
+    """Add x^T x to a float64 matrix, but for its lower left quarter, which `mirror_` fills in the end."""
+    half = x.shape[1] // 2
+    total[:half] += x[:, :half].T @ x
+    total[half:, half:] += x[:, half:].T @ x[:, half:]
+
+
+def mirror_(total: Tensor) -> Tensor:
+    """The lower left quarter as the upper right one."""
+    half = len(total) // 2
     total[half:, :half] = total[:half, half:].T
     return total
 

@@ -27,6 +27,7 @@ from intrafusion.network.tensors import named_tensors
 _ALIKE = 0.05  # of the outputs of a layer; half precision is off by less
 _ENTRIES = 2**24  # of what the sampled rows of all groups of a layer read together, unless that are fewer rows than ...
 _FEWEST_ROWS = 1024
+_GIVEN, _EACH = 6 * 2**20, 32  # entries of what the sampled rows give, unless that are fewer rows for each input
 
 LinearMap = nn.Linear | nn.modules.conv._ConvNd
 K = TypeVar("K", bound=Hashable)
@@ -190,11 +191,14 @@ class Layer:
         return self.module.weight.numel() // self.outputs
 
     def limit_rows(self, rows: int) -> int:
-        """That many rows, or fewer of a layer whose groups read so much together that they would take too much memory.
+        """That many rows, or fewer of a layer whose rows would take too much memory together.
 
-        Each group has a small system of its own, which needs no more rows because there are more groups.
+        Each group has a small system of its own, which needs no more rows because there are more groups, nor does one
+        system because it has more outputs.
         """
-        return rows if self.groups == 1 else min(rows, max(_FEWEST_ROWS, _ENTRIES // (self.groups * self.fan_in)))
+        if self.groups == 1:
+            return min(rows, max(_EACH * self.fan_in, _GIVEN // self.outputs))
+        return min(rows, max(_FEWEST_ROWS, _ENTRIES // (self.groups * self.fan_in)))
 
     @property
     def takes_constant(self) -> bool:

@@ -32,7 +32,7 @@ def measure_pass(model: nn.Module, call: Inputs) -> int:
         ModelError: the network does not run on it.
     """
     call = cast_like(call, model)
-    live = _Live([*model.parameters(), *model.buffers(), *call.tensors()])
+    live = LiveBytes([*model.parameters(), *model.buffers(), *call.tensors()])
     with preserve_state(model), live:
         call.call(model)
     return max(1, live.peak + count_bytes(call))
@@ -97,8 +97,12 @@ def _round_up(count: int) -> int:
     return -(-count // step) * step
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of what tensors lie in that are made inside and alive."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what tensors lie in that are made inside and alive.
+
+    Args:
+        before: tensors that were there already.
+    """
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()

@@ -216,7 +216,7 @@ def calibrate(
     start, synthesis, noise = time.perf_counter(), synthesis or Synthesis(seed=seed), noise or Noise(seed=seed)
     made, why, what, most = None, None, None, read_memory(memory)
     if level == "auto":
-        level, made, why = _choose_level(model, inputs, images, synthesis, affordable or AFFORDABLE)
+        level, made, why = _choose_level(model, inputs, images, synthesis, affordable or AFFORDABLE, most)
     if level == "images":
         if images is None:
             raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
@@ -224,7 +224,7 @@ def calibrate(
     elif level == "noise":
         made, what = _make_noise(model, inputs, noise, tokenizer)
     elif made is None:
-        made = _make_inputs(model, inputs, synthesis)
+        made = _make_inputs(model, inputs, synthesis, most)
     whole = level == "noise" and bool(batch_norms(model))  # each norm has to see all of it, and it is little
     if whole and most is not None:
         made = tuple(take_fitting(model, call, most) if isinstance(call, Inputs) else call for call in made)
@@ -263,17 +263,17 @@ def _make_noise(
     return (noise.make(inputs, model), few.make(inputs, model)), None
 
 
-def _make_inputs(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Parts:
+def _make_inputs(model: nn.Module, inputs: Inputs, synthesis: Synthesis, memory: int | None) -> _Parts:
     """Texts sampled from a language model, images made from another network."""
     if name_inputs(inputs) == "sequences":
         return sample_texts(find_sampler(model, inputs), synthesis.seed, synthesis.seconds)[:2]
-    return _make_images(model, inputs, synthesis)
+    return _make_images(model, inputs, synthesis, memory)
 
 
-def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis) -> _Parts:
+def _make_images(model: nn.Module, inputs: Inputs, synthesis: Synthesis, memory: int | None) -> _Parts:
     """Mirror images are made of those that the layers are solved on only."""
     like = image_like(inputs)
-    made = replace(synthesis, mirrored=False)(model, inputs)
+    made = replace(synthesis, mirrored=False)(model, inputs, memory=memory)
     apart = torch.zeros(len(made), dtype=torch.bool, device=made.device)
     apart[held_out_places(len(made)).to(made.device)] = True
     seen, held = synthesis.mirror(made[~apart]), made[apart]
@@ -288,7 +288,12 @@ def _count_made(synthesis: Synthesis, seen: Batches, apart: Batches | None) -> i
 
 
 def _choose_level(
-    model: nn.Module, inputs: Inputs, images: ImagesLike | None, synthesis: Synthesis, seconds: float
+    model: nn.Module,
+    inputs: Inputs,
+    images: ImagesLike | None,
+    synthesis: Synthesis,
+    seconds: float,
+    memory: int | None,
 ) -> tuple[str, _Parts | None, str | None]:
     """The best level for what there is, the images where some were made, and why not a better one."""
     if images is not None:
@@ -303,9 +308,9 @@ def _choose_level(
         if not found.is_whole:
             warn_caller(f"no images were given, and {found.explain()}. {_BETTER}")
         if found.synthesis is not None:
-            made = _make_images(model, inputs, found.synthesis)
+            made = _make_images(model, inputs, found.synthesis, memory)
             return "synthetic", made, "no images were given" + ("" if found.is_whole else f"; {found.explain()}")
-    except ModelError as error:
+    except (ModelError, RecipeError) as error:  # the network does not run on them, or memory is too little for one
         return "noise", None, f"no images were given, and none could be made: {error}"
     return "noise", None, f"no images were given; {found.explain()}"
 

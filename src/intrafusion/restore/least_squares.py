@@ -43,7 +43,7 @@ class LeastSquares:
 
     How strong the ridge is, is chosen layer by layer on one image in five, on which the layer is not solved meanwhile:
     the least strength, unless a larger one, a constant alone or no change at all is clearly better there, see
-    `choose_strength`. Then all images are solved on.
+    `choose_strength`. Then all images are solved on; of the steps, the last.
 
     Norms over channels of which some are gone (a LayerNorm in a stream that was selected from) are fitted where they
     are reached: gain and shift of each channel, for what the original's norm gave, see `NormFits`.
@@ -53,8 +53,8 @@ class LeastSquares:
     the network keeps no state; weights that functions multiply with (`BareLayer`), as attention's projections, where
     nothing else reads them. Tied and reparametrised weights are left alone. Images go through in batches, which wait
     for each other at each layer: it is solved on all of them. What they hold meanwhile, and the stored rows, lie in a
-    temporary file where they exceed half a gigabyte; a layer with d inputs to each output takes `rows` * 4 d bytes for
-    them and 32 d^2 bytes for the solution.
+    temporary file where they exceed 128 MiB; a layer with d inputs to each output takes `rows` * 4 d
+    bytes for them and 24 d^2 bytes for the solution.
     OURS: no paper is known to us that does this for channel fusion.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -125,12 +125,16 @@ class RowStore:
 
     def take(self, name: str) -> Tensor:
         """The rows of all batches, (k, c); they are not kept any longer."""
-        for batch in self.rows[name]:
-            self.shelf.take((self, name, batch))
-        rows = list(self.rows.pop(name).values())
-        kept = self.kept.get(name)
-        found = torch.cat(rows if kept is None else _take(rows, kept))
+        found = join_rows(self._fetch(name), sum(map(len, self.places[name])))
         return found + self.lacking[name].to(found) if name in self.lacking else found
+
+    def _fetch(self, name: str) -> Iterator[Tensor]:
+        """The rows of each batch, one after another; only the one that is given out is there."""
+        rows, kept = self.rows.pop(name), self.kept.get(name)
+        for index, batch in enumerate([*rows]):
+            self.shelf.take((self, name, batch))
+            own = rows.pop(batch)
+            yield own if kept is None else own[kept[index].to(own.device)]
 
     def _keep(self, name: str, kept: Sequence[Tensor]) -> None:
         """Of what was kept before, (k,) of True and False for each batch."""
@@ -150,6 +154,19 @@ class RowStore:
             mask = torch.zeros(sum(own), dtype=torch.bool)
             mask[sample_places(name, (len(mask),), len(mask) * limit // total, self.sampler.seed)[:, 0]] = True
             self._keep(name, mask.split(own))
+
+
+def join_rows(parts: Iterable[Tensor], total: int) -> Tensor:
+    """Rows (r, c) of parts, of which there are so many in all: as they come, so that they are not there twice."""
+    found, start = None, 0
+    for part in parts:
+        if len(part) == total:
+            return part
+        found = part.new_empty(total, *part.shape[1:]) if found is None else found
+        found[start : start + len(part)] = part
+        start += len(part)
+    assert found is not None
+    return found
 
 
 def _take(tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:

@@ -16,12 +16,12 @@ import torch
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 
-_MOST = 2**29  # bytes: a bound by default, so that what is taken does not grow with the images
+_MOST = 2**27  # bytes: a bound by default, so that what is taken does not grow with the images
 _SHARE = 8  # of what the machine has, an eighth at most
 
 
 def find_bound() -> int:
-    """Bytes that the shelf may hold where nobody says how many: half a gigabyte, or less on a small machine."""
+    """Bytes that the shelf may hold where nobody says how many: 128 MiB, or less on a small machine."""
     try:
         return min(_MOST, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _SHARE)
     except (AttributeError, ValueError, OSError):  # not known here

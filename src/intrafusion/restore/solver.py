@@ -33,10 +33,11 @@ from intrafusion.restore.live import LiveTensors, is_plain
 from intrafusion.restore.lockstep import Turn, run_in_lockstep
 from intrafusion.restore.norm_fits import NormFits, find_channel_norms
 from intrafusion.restore.places import PlaceSampler
-from intrafusion.restore.row_store import RowStore
+from intrafusion.restore.ridge import Change
+from intrafusion.restore.row_store import RowStore, join_rows
 from intrafusion.restore.shelf import Shelf, find_bound
 from intrafusion.restore.statistics import find_output_merge
-from intrafusion.restore.strength import STRENGTHS, Change, Task, choose_strength, leave_out
+from intrafusion.restore.strength import ROWS, STRENGTHS, Task, choose_strength, leave_out
 from intrafusion.restore.targets import Targets, name_batch, prepare, record_targets
 from intrafusion.restore.too_large import TooLarge
 from intrafusion.restore.uses import Unread, UseWatcher
@@ -120,7 +121,7 @@ class LayerSolver:
             reached: the same calls of the smaller network, where that is part of one whose earlier parts are smaller
                 already and it reads something else.
             memory: bytes of activations that are held at most besides those of the batch that runs; where one batch
-                needs more, all are cut. None: half a gigabyte, see `find_bound`, and batches stay as they are.
+                needs more, all are cut. None: 128 MiB, see `find_bound`, and batches stay as they are.
             bare: whether weights that functions multiply with are solved too, see `BareLayer`.
         Raises:
             ModelError: one of the networks gives NaN on the images; the disk is full.
@@ -186,13 +187,15 @@ class LayerRows:
     Attributes:
         inputs: what it reads (k, d), or (g, k, d) with groups; columns as in `Layer.matrix`.
         given: what its norm, or the sum that it enters, is before it is solved (k, c).
-        wanted: what that was in the original network (k, n).
+        target: what that should be (k, c).
+        wanted: what its activation function should give (k, c); without one, the target.
         weights: how much each row counts, (k, 1) of mean 1; None for all alike.
         images: which of all images each row comes from, (k,) int64 below `RowStore.count`.
     """
 
     inputs: Tensor
     given: Tensor
+    target: Tensor
     wanted: Tensor
     weights: Tensor | None
     images: Tensor
@@ -222,6 +225,7 @@ class _Solving:
         self.shelf, self.summed = targets.store.shelf, targets.summed
         self.left_out = leave_out(targets.store.count)
         self.inputs: dict[str, Tensor] = {}  # rows that a layer reads, as far as batches have come
+        self.given: dict[str, Tensor] = {}  # and those that it gives
         self.changes: dict[str, Change] = {}
         self.settled: set[str] = set()
         self.unsettled: list[str] = []  # of loops that still got better when solving them ended
@@ -301,9 +305,9 @@ class _Solving:
         """Solve a layer for its first calls, at which it reads this."""
         layer, inputs, store = self.layers[name], torch.cat(list(read), -2), self.targets.store
         calls = self.targets.calls[name][: len(read)]
-        wanted, images = torch.cat(self.take_wanted(name)[: len(read)]), torch.cat([store.images[key] for key in calls])
+        aims, images = self.aim(name, torch.cat(self.take_wanted(name)[: len(read)])), [store.images[k] for k in calls]
         given = layer.apply_norm(layer.compute(inputs))
-        return self.solve_layer_(layer, LayerRows(inputs, given, wanted, store.weigh(calls), images))
+        return self.solve_layer_(layer, LayerRows(inputs, given, *aims, store.weigh(calls), torch.cat(images)))
 
     def solve_loop_(self, names: Sequence[str]) -> None:
         """Solve layers that read what they gave, one after another, for all their calls, as long as that helps.
@@ -364,17 +368,27 @@ class _Solving:
         if kind != "layer":
             return self.fits.meet(key, brought)
         store = self.targets.store
-        rows = LayerRows(
-            self.inputs.pop(name), torch.cat(list(brought)), store.take(name), store.weights[name], store.images[name]
-        )
+        aims = self.aim(name, store.take(name))
+        inputs, given = self.inputs.pop(name), self.given.pop(name)
+        rows = LayerRows(inputs, given, *aims, store.weights[name], store.images[name])
         is_written = self.solve_layer_(self.layers[name], rows)
         self.settled.add(name)
         return [is_written] * len(brought)
+
+    def aim(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer should give, and its activation function behind it, (k, c), by what it gave (k, n)."""
+        activation = self.targets.activations.get(name) if self.solver.steps else None
+        parts = rows.split(ROWS)
+        target = join_rows((self.merge(name, part) for part in parts), len(rows))
+        if activation is None:
+            return target, target
+        return target, join_rows((self.merge(name, activation(part)) for part in parts), len(rows))
 
     def part(self, key: tuple[str, str]) -> None:
         """Some batches stand at a layer, others at another one or at the end."""
         kind, name = key
         self.inputs.pop(name, None)
+        self.given.pop(name, None)
         if kind == "layer":
             self.settled.add(name)
             self.targets.parted.add(name)
@@ -405,27 +419,26 @@ class _Solving:
         written = {t.untyped_storage()._cdata for name in self.changes for t in self.layers[name].writable}
         return {n: t for n, t in named_tensors(small).items() if t.untyped_storage()._cdata in written}
 
-    def bring_inputs(self, name: str, batch: int, inputs: Tensor) -> None:
-        """Into one matrix for all batches, so that they are not there twice."""
+    def bring(self, name: str, batch: int, inputs: Tensor, given: Tensor) -> None:
+        """What a layer reads and gives into one matrix each for all batches, so that they are not there twice."""
         places = self.targets.store.places[name]
         if len(places) == 1:
-            self.inputs[name] = inputs
+            self.inputs[name], self.given[name] = inputs, given
             return
         counts = [len(own) for own in places]
-        if name not in self.inputs:
-            self.inputs[name] = inputs.new_empty(*inputs.shape[:-2], sum(counts), inputs.shape[-1])
         start = sum(counts[:batch])
-        self.inputs[name][..., start : start + counts[batch], :] = inputs
+        for known, rows in ((self.inputs, inputs), (self.given, given)):
+            if name not in known:
+                known[name] = rows.new_empty(*rows.shape[:-2], sum(counts), rows.shape[-1])
+            known[name][..., start : start + counts[batch], :] = rows
 
     def solve_layer_(self, layer: Layer, rows: LayerRows) -> bool:
         """Solve one layer on these rows and write it; False if it is right already."""
         report("restoring layers", len(self.settled), len(self.layers))
-        given, target = rows.given, self.merge(layer.name, rows.wanted)
-        if float((target - given).norm()) <= _RIGHT * float(target.norm()):
+        if _is_right(rows.given, rows.target):
             return False
-        activation = self.targets.activations.get(layer.name) if self.solver.steps else None
-        wanted = target if activation is None else self.merge(layer.name, activation(rows.wanted))
-        change = self.find_change(Task(layer, given, target, activation, wanted, rows.weights), rows)
+        activation = None if rows.wanted is rows.target else self.targets.activations[layer.name]
+        change = self.find_change(Task(layer, rows.given, rows.target, activation, rows.wanted, rows.weights), rows)
         if change is None:
             return False
         if not all(bool(torch.isfinite(t).all()) for t in change):
@@ -440,15 +453,20 @@ class _Solving:
         return True
 
     def find_change(self, task: Task, rows: LayerRows) -> Change | None:
-        """What rows call for; None where a layer is better left as it is."""
+        """What rows call for; None where a layer is better left as it is.
+
+        Of the steps for an activation function, the last is taken on all rows, from what the others on a part led to.
+        """
         solver, apart = self.solver, self.left_out.to(rows.images.device)[rows.images]
-        ridge = task.ridge(rows.inputs, solver.fixed_strength, solver.scarcity)
+        ridge, start = task.ridge(rows.inputs, solver.fixed_strength, solver.scarcity), None
+        steps = 0 if task.activation is None else solver.steps
         if solver.strength is None and bool(apart.any()) and not bool(apart.all()):
-            strength = choose_strength(task, rows.inputs, ridge, apart, rows.images, solver.steps)
-            if strength is None:
+            found = choose_strength(task, ridge, apart, rows.images, max(0, steps - 1))
+            if found is None:
                 return None
-            ridge = ridge.with_strength(strength)
-        return task.solve(ridge, solver.steps)
+            strength, start = found
+            ridge, steps = ridge.with_strength(strength), min(1, steps)
+        return ridge.solve(task.lacking, steps, start)
 
     def blame(self, name: str, rows: LayerRows) -> str:
         """Where the first row comes from that is not finite."""
@@ -465,6 +483,12 @@ class _Solving:
         if picks is not None:
             return rows.index_select(1, picks.to(rows.device))
         return rows if merge is None else rows @ merge.T.to(rows)
+
+
+def _is_right(given: Tensor, target: Tensor) -> bool:
+    """Whether rows are off by next to nothing."""
+    off = [float((b - a).norm()) for a, b in zip(given.split(ROWS), target.split(ROWS), strict=True)]
+    return math.hypot(*off) <= _RIGHT * float(target.norm())
 
 
 def _double_up_to(count: int) -> list[int]:
@@ -586,8 +610,8 @@ class _Pass:
         if name in self.solving.summed:
             self.waiting[name] = x, arrange
         else:
-            inputs = layer.take_inputs(arrange(x), self.store.places[name][self.batch])
-            self.wait(layer, inputs, layer.apply_norm(layer.compute(inputs)))
+            self.bring(layer, arrange(x))
+            self.wait(layer)
 
     def note_read(self, layer: Layer, calls: Sequence[str], x: Tensor) -> None:
         """What a layer reads at a call, if that is watched."""
@@ -616,16 +640,21 @@ class _Pass:
         with unseen_by_modes():  # rows that are brought are no part of what the batch holds
             for output, name in found:
                 if name in self.waiting and not self.open:
-                    layer, places = self.layers[name], self.store.places[name][self.batch]
-                    x, arrange = self.waiting.pop(name)
+                    layer, (x, arrange) = self.layers[name], self.waiting.pop(name)
                     one, other = (arrange(self.uses.take_back(output, t)) for t in (a, b))
-                    given = layer.take_outputs(one, places) + layer.take_outputs(other, places)
-                    if self.wait(layer, layer.take_inputs(arrange(x), places), given):
+                    self.bring(layer, arrange(x), (one, other))
+                    if self.wait(layer):
                         with torch.inference_mode(output.is_inference()), torch.no_grad():
                             new = layer.apply_norm(layer.module.forward(x))
                             output.copy_(self.uses.take_along(output, new))
 
-    def wait(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
+    def bring(self, layer: Layer, x: Tensor, summands: Sequence[Tensor] = ()) -> None:
+        """Rows of what a layer reads and gives, or of the sum that it enters; nothing of them stays here."""
+        places = self.store.places[layer.name][self.batch]
+        inputs, rows = layer.take_inputs(x, places), [layer.take_outputs(t, places) for t in summands]
+        given = torch.add(*rows) if rows else layer.apply_norm(layer.compute(inputs))
+        self.solving.bring(layer.name, self.batch, inputs, given)
+
+    def wait(self, layer: Layer) -> bool:
         """Until the layer is solved on all batches; whether it was written."""
-        self.solving.bring_inputs(layer.name, self.batch, inputs)
-        return bool(self.turn.wait(("layer", layer.name), given))
+        return bool(self.turn.wait(("layer", layer.name), None))

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,19 @@ from intrafusion.io.atomic import atomic_file, report_unreadable
 from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.network.apart import borrow
 from intrafusion.network.batches import channels_last
+from intrafusion.network.free_memory import MemoryLike, choose_memory, read_memory
 from intrafusion.network.inputs import ExampleInputs, Inputs, output_tensors, told_of
 from intrafusion.network.layers import is_convolution_or_linear, watch_calls
+from intrafusion.network.rows_apart import is_row_by_row
 from intrafusion.network.state import preserve_state
 from intrafusion.progress import ShowProgress, report, shows_progress
+from intrafusion.restore.image_parts import (
+    Look,
+    Statistics,
+    choose_part,
+    differentiate,
+    differentiate_in_parts,
+)
 from intrafusion.restore.noise import Noise, batch_norms, image_like
 
 _TINY = 1e-12  # added to variances where batch norm divides by them
@@ -74,17 +84,27 @@ class Synthesis:
 
     @checked
     @shows_progress("synthesis")
-    def __call__(self, model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowProgress = None) -> Tensor:
+    def __call__(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        *,
+        memory: MemoryLike = None,
+        progress: ShowProgress = None,
+    ) -> Tensor:
         """The images (n, ...), on the device and in the precision of the example; the network is left as it was.
 
         Args:
             example_inputs: one call of the network with a single floating-point tensor; gives the shape of an image.
+            memory: bytes, or text such as "2GB", that a step may take: fewer images go through the network at a time
+                where all take more, with the same result up to rounding. None: half of what is free.
         Raises:
+            RecipeError: less memory than one image takes.
             NoInputsError: the network does not take a single image tensor, or has no batch norm and no layer with
                 weights, or its forward takes no gradients.
             ModelError: it does not run on such images.
         """
-        like, model, turned = image_like(example_inputs), borrow(model), bool(Inputs.of(example_inputs).turned)
+        like, model = image_like(example_inputs), borrow(model)
         wanted = read_norms(model) or watch_noise(model, example_inputs, self.seed)
         if not wanted:
             raise NoInputsError(
@@ -94,11 +114,16 @@ class Synthesis:
         pixels = torch.randn(self.images, *like.shape[1:], generator=generator).to(like).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=self.lr)
         end = float("inf") if self.seconds is None else time.monotonic() + self.seconds
+        most, turned = choose_memory(read_memory(memory)), bool(Inputs.of(example_inputs).turned)
+        look = partial(self.look, model, wanted, turned=turned)
         with preserve_state(model), torch.enable_grad():
+            size = choose_part(look, channels_last(pixels.detach()), most)
+            few = Inputs.of(example_inputs).map(lambda t: pixels[:4].detach() if t is like else t)
+            if size < self.images and not is_row_by_row(model, few):
+                size = self.images
             for step in range(self.steps):
                 report("making images", step, self.steps)
-                images = channels_last(self.roll_pixels(pixels, generator))
-                pixels.grad = _differentiate(self.loss(model, wanted, images, turned=turned), pixels)
+                pixels.grad = self.differentiate(look, pixels, size, generator)
                 optimizer.step()
                 if time.monotonic() > end:
                     break
@@ -109,41 +134,42 @@ class Synthesis:
         """The images and, if they are to be `mirrored`, their mirror images."""
         return torch.cat([images, images.flip(-1)]) if self.mirrored and images.dim() > 3 else images
 
-    def loss(
-        self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor, *, turned: bool = False
-    ) -> Tensor:
+    def differentiate(self, look: Look, pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        """The gradient of the loss on the pixels, that were moved by chance; so many images at a time."""
+        images = channels_last(self.roll_pixels(pixels, generator))
+        if size < len(images):
+            found = differentiate_in_parts(images.detach(), size, look, self.measure)
+            return torch.autograd.grad(images, pixels, found)[0]
+        statistics, rest = look(images, slice(0, len(images)))
+        return differentiate(self.measure(statistics) + rest, pixels)
+
+    def look(
+        self, model: nn.Module, wanted: Sequence[ChannelStatistics], pixels: Tensor, own: slice, *, turned: bool
+    ) -> tuple[Statistics, Tensor]:
+        """What some images, which are these of all, give, and what is lost besides; a `Look`."""
         told = told_of(model, Inputs((pixels,), source="the images that are made"))
-        with collect_mismatches(wanted) as found, told:
+        with collect_statistics(wanted) as found, told:
             given = pixels.transpose(0, 1) if turned else pixels
             outputs = output_tensors(model(given.clone()))  # a forward may write into its input
-        total = self.statistics * torch.stack(found).sum() + self.smoothness * total_variation(pixels)
+        rest = self.smoothness * total_variation(pixels)
         if (
             len(outputs) == 1
             and outputs[0].dim() == 2
             and outputs[0].shape[1] > 1
             and bool(outputs[0].isfinite().all())
         ):
-            labels = torch.arange(len(pixels), device=pixels.device) % outputs[0].shape[1]
-            total = total + F.cross_entropy(outputs[0], labels)
-        return total
+            labels = torch.arange(own.start, own.stop, device=pixels.device) % outputs[0].shape[1]
+            rest = rest + F.cross_entropy(outputs[0], labels)
+        return found, rest
+
+    def measure(self, found: Statistics) -> Tensor:
+        """How far statistics are from those that are wanted."""
+        return self.statistics * torch.stack([one.measure_mismatch(*both) for one, *both in found]).sum()
 
     def roll_pixels(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         dims = tuple(range(2, pixels.dim()))
         moves = torch.randint(-self.roll, self.roll + 1, (len(dims),), generator=generator).tolist()
         return torch.roll(pixels, moves, dims) if dims else pixels
-
-
-def _differentiate(loss: Tensor, pixels: Tensor) -> Tensor:
-    """
-    Raises:
-        NoInputsError: the loss does not depend on the pixels.
-    """
-    found = torch.autograd.grad(loss, pixels, allow_unused=True)[0] if loss.requires_grad else None
-    if found is None:
-        raise NoInputsError(
-            "no image can be made from this network: its forward takes no gradients (no_grad, inference)."
-        )
-    return found
 
 
 def total_variation(pixels: Tensor) -> Tensor:
@@ -164,8 +190,8 @@ class ChannelStatistics:
 
     __repr__ = show_briefly
 
-    def measure_mismatch(self, x: Tensor) -> Tensor:
-        mean, deviation = take_statistics(x, self.dim)
+    def measure_mismatch(self, mean: Tensor, variance: Tensor) -> Tensor:
+        deviation = _find_deviation(variance)
         off = (mean - self.mean) / self.deviation
         return off.square().mean() + (deviation / self.deviation - 1).square().mean()
 
@@ -188,9 +214,12 @@ class _MeanAndVariance(torch.autograd.Function):
 
 
 def take_statistics(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the channels."""
-    mean, variance = _MeanAndVariance.apply(x if dim == 1 else x.movedim(dim, -1).flatten(0, -2))
-    return mean, variance.clamp(min=1e-8).sqrt()
+    """Mean and variance of the channels."""
+    return _MeanAndVariance.apply(x if dim == 1 else x.movedim(dim, -1).flatten(0, -2))
+
+
+def _find_deviation(variance: Tensor) -> Tensor:
+    return variance.clamp(min=1e-8).sqrt()
 
 
 def read_norms(model: nn.Module) -> list[ChannelStatistics]:
@@ -209,7 +238,8 @@ def watch_noise(model: nn.Module, example_inputs: ExampleInputs, seed: int) -> l
 
     def called(module: nn.Module, x: Tensor, output: Tensor) -> None:
         dim = -1 if isinstance(module, nn.Linear) else 1
-        found[module] = ChannelStatistics(module, *take_statistics(output, dim), dim, reads=False)
+        mean, variance = take_statistics(output, dim)
+        found[module] = ChannelStatistics(module, mean, _find_deviation(variance), dim, reads=False)
 
     inputs = Noise(seed=seed).make(example_inputs)
     with preserve_state(model), watch_calls({m: m for m in filter(is_convolution_or_linear, model.modules())}, called):
@@ -218,12 +248,14 @@ def watch_noise(model: nn.Module, example_inputs: ExampleInputs, seed: int) -> l
 
 
 @contextlib.contextmanager
-def collect_mismatches(wanted: Sequence[ChannelStatistics]) -> Iterator[list[Tensor]]:
-    """Collects, for each of these modules that runs inside, how far its statistics are from what is wanted."""
-    found: list[Tensor] = []
+def collect_statistics(
+    wanted: Sequence[ChannelStatistics],
+) -> Iterator[list[tuple[ChannelStatistics, Tensor, Tensor]]]:
+    """Collects mean and variance, with what is wanted, each time that one of these modules runs inside."""
+    found: list[tuple[ChannelStatistics, Tensor, Tensor]] = []
 
     def called(one: ChannelStatistics, x: Tensor, output: Tensor) -> None:
-        found.append(one.measure_mismatch(x if one.reads else output.clone()))  # it may be changed in place
+        found.append((one, *take_statistics(x if one.reads else output.clone(), one.dim)))  # it may change in place
 
     with watch_calls({one: one.module for one in wanted}, called, history=True):
         yield found
