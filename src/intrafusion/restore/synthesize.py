@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from intrafusion.errors import FolderError, NoInputsError, RecipeError, show
 from intrafusion.io.atomic import atomic_file, report_unreadable
 from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.network.apart import borrow
-from intrafusion.network.batches import channels_last
+from intrafusion.network.batches import cast_like, channels_last
 from intrafusion.network.inputs import ExampleInputs, Inputs, output_tensors, told_of
 from intrafusion.network.layers import is_convolution_or_linear, watch_calls
 from intrafusion.network.state import preserve_state
@@ -43,7 +44,7 @@ class Synthesis:
 
     and every step rolls the images by up to `roll` pixels. Without a row of class scores as the only output, the first
     term is left out. Without batch norms, the sum goes over the outputs of all convolutions and linear layers, whose mu
-    and sigma are taken from smooth noise (`Noise`): the images stay in the range of such inputs and mean something.
+    and sigma are taken from smooth noise (`Noise`, without shapes): the images stay in the range of such inputs and mean something.
 
     Attributes:
         images: how many are made.
@@ -211,10 +212,21 @@ def watch_noise(model: nn.Module, example_inputs: ExampleInputs, seed: int) -> l
         dim = -1 if isinstance(module, nn.Linear) else 1
         found[module] = ChannelStatistics(module, *take_statistics(output, dim), dim, reads=False)
 
-    inputs = Noise(seed=seed).make(example_inputs)
+    inputs = Noise(cover=0.0, likeness=0.0, seed=seed).make(example_inputs)
     with preserve_state(model), watch_calls({m: m for m in filter(is_convolution_or_linear, model.modules())}, called):
         inputs.call(model)
     return list(found.values())
+
+
+def find_mismatch(model: nn.Module, images: Inputs) -> float:
+    """How far what batch norms read of images is from what they remember: the mean over them of their part of the loss.
+
+    Raises:
+        ModelError: the network does not run on these images.
+    """
+    with preserve_state(model), collect_mismatches(read_norms(model)) as found, torch.no_grad():
+        cast_like(images.map(channels_last), model).call(model)
+    return float(torch.stack(found).mean()) if found else math.nan
 
 
 @contextlib.contextmanager
