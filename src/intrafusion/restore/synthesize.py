@@ -44,7 +44,8 @@ class Synthesis:
 
     and every step rolls the images by up to `roll` pixels. Without a row of class scores as the only output, the first
     term is left out. Without batch norms, the sum goes over the outputs of all convolutions and linear layers, whose mu
-    and sigma are taken from smooth noise (`Noise`, without shapes): the images stay in the range of such inputs and mean something.
+    and sigma are taken from smooth noise (`Noise`, without shapes): the images stay in the range of such inputs and
+    mean something.
 
     Attributes:
         images: how many are made.
