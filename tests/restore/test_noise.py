@@ -12,10 +12,10 @@ from oracle import randomise_
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion.errors import ModelError
+from intrafusion.errors import ModelError, RecipeError
 from intrafusion.network.inputs import Inputs
 from intrafusion.restore import Noise
-from intrafusion.restore.noise import image_like, smooth, standardise
+from intrafusion.restore.noise import correlate_channels, image_like, scatter_shapes, smooth, standardise
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -54,6 +54,65 @@ def test_slope_zero_and_vectors_stay_white() -> None:
     assert torch.equal(smooth(white[:, :, 0, 0], 1.5), white[:, :, 0, 0])
 
 
+def test_shapes_hide_what_they_fall_on() -> None:
+    """Where they cover an image many times over, most neighbours differ by the little of the field in a shape."""
+    generator = torch.Generator().manual_seed(3)
+    field = smooth(torch.randn(6, 2, 40, 48, generator=generator), 0.0)
+    found = scatter_shapes(field, 20.0, generator)
+    assert found.shape == field.shape
+    assert not torch.equal(found[0], found[1])
+    below, above = (x.diff(dim=3).numpy() for x in (field, found))
+    inside = np.isclose(above, 0.3 * below, atol=1e-5)
+    assert np.array_equal(inside[:, 0], inside[:, 1])  # a shape is one in all channels
+    assert 0.5 < inside.mean() < 0.95
+    assert float((found == field).float().mean()) < 0.02
+    assert np.std(above[~inside]) > 1.0  # of two colours
+
+
+def test_the_balls_around_shapes_cover_an_image_as_often_as_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    radii: list[float] = []
+    place = intrafusion.restore.noise._place_shape
+
+    def spy(n: int, shape: list[int], radius: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        radii.append(radius)
+        places, inside = place(n, shape, radius, generator)
+        assert all(len(row.unique()) == len(row) for row in places)
+        assert int(inside.sum(1).max()) <= (2 * radius + 1) ** 2
+        return places, inside
+
+    monkeypatch.setattr(intrafusion.restore.noise, "_place_shape", spy)
+    scatter_shapes(torch.zeros(2, 1, 64, 96), 7.0, torch.Generator().manual_seed(0))
+    assert sum(np.pi * r * r for r in radii) == pytest.approx(7 * 64 * 96, rel=0.02)
+    assert min(radii) >= 0.035 * 64
+    assert max(radii) <= 0.45 * 64
+    larger = [sum(r > bound for r in radii) for bound in (4.0, 8.0)]
+    expected = (4.0**-2 - 28.8**-2) / (8.0**-2 - 28.8**-2)  # of a density of r^-3
+    assert larger[0] / larger[1] == pytest.approx(expected, rel=0.1)
+
+
+def test_channels_are_as_alike_as_is_asked() -> None:
+    white = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
+    found = np.cov(correlate_channels(white, 0.8).numpy().T)
+    np.testing.assert_allclose(found, 0.2 * np.eye(3) + 0.8, atol=0.03)
+    torch.testing.assert_close(correlate_channels(white, 0.0), white, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_no_picture_gets_no_shapes() -> None:
+    for shape in ((4, 20), (4, 6, 20)):
+        like = torch.zeros(1, *shape[1:])
+        plain = Noise(images=4, cover=0.0, likeness=0.0).make(like).tensors()[0]
+        assert torch.equal(Noise(images=4).make(like).tensors()[0], plain)
+    small = Noise(images=4).make(torch.zeros(1, 1, 2, 2)).tensors()[0]  # too small for any
+    assert bool(small.isfinite().all())
+
+
+@pytest.mark.parametrize("options", [{"cover": -1.0}, {"cover": float("inf")}, {"likeness": 1.0}, {"images": 1}])
+def test_hyper_parameters_that_mean_nothing(options: dict) -> None:
+    (name,) = options
+    with pytest.raises(RecipeError, match=f"{name}: expected .* got"):
+        Noise(**options)
+
+
 def test_there_are_fewer_images_where_they_are_large() -> None:
     count = lambda *shape: len(Noise().make(Inputs.of(torch.zeros(1, 3, *shape))).tensors()[0])  # noqa: E731
     assert (count(8, 8), count(32, 32), count(64, 64), count(224, 224)) == (512, 512, 128, 32)
@@ -75,8 +134,8 @@ def test_behind_every_norm_a_channel_has_the_mean_and_deviation_that_it_has_on_d
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("reducer", ["select", "intrafusion", "pivot"])
 def test_it_gains_on_images_that_it_has_not_seen(norm: bool, reducer: str) -> None:
-    """Smooth images of another slope; batch norms remember these."""
-    images = smooth(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(5)), 1.0)
+    """Of another slope, with fewer shapes; batch norms remember these."""
+    images = Noise(images=64, slope=1.0, cover=3.0, seed=5).make(X).tensors()[0]
     model = standardise(residual(norm), Inputs.of(images))
     errors = []
     for restore in (None, "noise"):

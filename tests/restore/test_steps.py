@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +17,10 @@ import intrafusion.restore.calibration as calibration_module
 from intrafusion.compressed import Restoration
 from intrafusion.errors import IntrafusionWarning, ModelError, RecipeError
 from intrafusion.measure.closeness import Closeness, Yardstick
-from intrafusion.restore import LeastSquares, Noise, Reestimate
+from intrafusion.restore import LeastSquares, Noise, Reestimate, Synthesis, calibrate
 from intrafusion.restore import steps as steps_module
+from intrafusion.restore.noise import standardise
+from intrafusion.restore.synthesize import find_mismatch
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -54,6 +57,7 @@ def test_auto_takes_the_images_that_are_given_also_from_a_generator() -> None:
 def test_auto_makes_images_where_it_can_afford_to(monkeypatch: pytest.MonkeyPatch) -> None:
     synthesis = calibration_module.Synthesis
     monkeypatch.setattr(calibration_module, "Synthesis", lambda **options: synthesis(images=8, steps=2, **options))
+    monkeypatch.setattr(calibration_module, "_NEARER", math.inf)  # in two steps they come nearer to nothing
     (step,) = intrafusion.compress(network(), X, 0.5).restored
     assert (step.step, step.on, step.note) == (
         "LeastSquares",
@@ -66,6 +70,24 @@ def test_auto_makes_images_where_it_can_afford_to(monkeypatch: pytest.MonkeyPatc
     assert warned[0].filename == __file__
     assert (step.step, step.on) == ("Noise", "512 noise images")
     assert "making images from the network is left out: 8 in 2 steps would take about 0 s here" in str(step.note)
+
+
+@pytest.mark.parametrize(("bright", "level"), [(0.0, "noise"), (5.0, "synthetic")])
+def test_auto_makes_images_only_where_noise_is_far_from_what_norms_remember(bright: float, level: str) -> None:
+    """Norms that remember other noise of the kind, or such noise far brighter."""
+    data = Noise(images=64, seed=7).make(X).map(lambda t: t + bright)
+    model, synthesis = standardise(network(), data), Synthesis(images=60, steps=60)
+    found = calibrate(model, X, synthesis=synthesis)
+    assert found.level == level
+    if level == "synthetic":
+        assert found.why == "no images were given"
+        return
+    made = calibrate(model, X, "synthetic", synthesis=synthesis).images.join()
+    noise = Noise(images=96).make(X)
+    off, noisy = (find_mismatch(model, images) for images in (made, noise))
+    assert off > 0.3 * noisy
+    said = f"images made from the network are {off:.2g} off what its batch norms remember, noise is {noisy:.2g}"
+    assert found.why == f"no images were given; {said}"
 
 
 def test_a_choice_of_channels_alone_takes_a_few_noise_images() -> None:
@@ -183,6 +205,7 @@ def test_images_from_the_network_that_do_harm_give_way_to_noise(monkeypatch: pyt
             super().__init__(**{"images": 50, "steps": 2, **options})
 
     monkeypatch.setattr(calibration_module, "AFFORDABLE", 1e9)
+    monkeypatch.setattr(calibration_module, "_NEARER", math.inf)
     monkeypatch.setattr(calibration_module, "Synthesis", Small)
     monkeypatch.setattr(calibration_module, "LeastSquares", Worse)
     made, noise = intrafusion.compress(network(), X, 0.5).restored

@@ -12,8 +12,16 @@ from oracle import randomise_
 from torch import Tensor, nn
 
 from intrafusion.errors import FolderError, ModelError, RecipeError
+from intrafusion.network.inputs import Inputs
 from intrafusion.restore import Synthesis, load_images, save_images
-from intrafusion.restore.synthesize import collect_statistics, read_norms, take_statistics, total_variation, watch_noise
+from intrafusion.restore.synthesize import (
+    collect_statistics,
+    find_mismatch,
+    read_norms,
+    take_statistics,
+    total_variation,
+    watch_noise,
+)
 
 QUICK = Synthesis(images=8, mirrored=False, steps=25)
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -38,6 +46,12 @@ def mismatch(model: nn.Sequential, images: Tensor) -> float:
         sigma = (norm.running_var + norm.eps).sqrt()
         mean = ((z.mean(1) - norm.running_mean) / sigma).square().mean()
         return float(mean + (z.std(1, unbiased=False) / sigma - 1).square().mean())
+
+
+def test_how_far_images_are_from_what_the_norms_remember() -> None:
+    model, images = made().eval(), torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    assert find_mismatch(model, Inputs.of(images)) == pytest.approx(mismatch(model, images), rel=1e-5)
+    assert np.isnan(find_mismatch(nn.Sequential(nn.Flatten()), Inputs.of(images)))
 
 
 def test_statistics_come_closer_and_labels_are_met() -> None:

@@ -1,10 +1,10 @@
-"""Restoration without data: least squares on smooth noise, with every batch norm made to see what it expects."""
+"""Restoration without data: least squares on random shapes, with every batch norm made to see what it expects."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,6 +33,10 @@ from intrafusion.surgery.write import write_weights_
 _PIXELS = 2**19  # of all noise images together, unless that would leave fewer than _FEWEST
 _FEWEST = 32
 
+_RADII = 0.035, 0.45  # of shapes, the least and the largest, as fractions of an image's shorter side
+_NARROW = 0.4  # the least of an axis of a shape, as a fraction of its radius
+_TEXTURE = 0.3  # how much of the field is seen in a shape, whose colours have deviation 1
+
 T = TypeVar("T")
 Watch = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 
@@ -42,8 +46,10 @@ Watch = Callable[[nn.Module], contextlib.AbstractContextManager[object]]
 class Noise:
     r"""Least squares without data, in seconds: the images are noise, and every batch norm standardises its input.
 
-    Neighbouring pixels of natural images are alike: the noise is Gaussian with amplitude 1 / f^slope at the spatial
-    frequency f, mean 0 and deviation 1. On it, both networks run with the statistics of the noise in their batch norms,
+    Neighbouring pixels of natural images are alike, and differ where one thing ends and another begins: the noise is of
+    shapes that hide each other, see `scatter_shapes`, on a Gaussian field with amplitude 1 / f^slope at the spatial
+    frequency f, of mean 0 and deviation 1 in all; with fewer than two spatial dimensions the field alone. On it, both
+    networks run with the statistics of the noise in their batch norms,
     so that behind every norm each channel has the mean beta and the deviation |gamma| that it has on the data, and
     only the correlations of channels come from noise. The layers are solved there (see `LeastSquares`); what was added
     to a layer is then added to the network with its own statistics, in units of the norm behind the layer. Without
@@ -56,6 +62,11 @@ class Noise:
         scarcity: likewise; ten times as much, for where rows are few they are not even of the data.
         images: how many, fewer where they are large (all pixels together 2^19, at least 32 images).
         slope: of the amplitude over the spatial frequency; 0 is white noise.
+        cover: how often the shapes cover an image; 0 for the field alone.
+        likeness: correlation of the channels of an image, such as its colours.
+
+    Reference: images of shapes that hide each other: Matheron 1968, with radii r of density 1 / r^3: Lee, Mumford and
+        Huang 2001; that networks learn more from them than from fields of the right spectrum: Baradad et al. 2021.
     """
 
     strength: float = 1e-3
@@ -66,6 +77,8 @@ class Noise:
     seed: Seed = 0
     images: int = 512
     slope: float = 1.5
+    cover: float = 10.0
+    likeness: float = 0.8
 
     needs_data = False  # of the class, not a hyper-parameter
 
@@ -73,6 +86,10 @@ class Noise:
         self.solver  # noqa: B018  # refuses hyper-parameters that mean nothing
         if self.images < 2:
             raise RecipeError(f"images: expected at least 2, got {self.images!r}.")
+        if not 0 <= self.cover < math.inf:
+            raise RecipeError(f"cover: expected a number >= 0, got {self.cover!r}.")
+        if not 0 <= self.likeness < 1:
+            raise RecipeError(f"likeness: expected a number in [0, 1), got {self.likeness!r}.")
 
     @property
     def solver(self) -> LayerSolver:
@@ -143,9 +160,16 @@ class Noise:
         pixels = math.prod(like.shape[2:])
         count = min(self.images, max(_FEWEST, _PIXELS // max(1, pixels)))
         generator = torch.Generator().manual_seed(self.seed)
-        white = torch.randn(count, *like.shape[1:], generator=generator)
-        noise = smooth(white, self.slope).to(like)
+        field = smooth(torch.randn(count, *like.shape[1:], generator=generator), self.slope)
+        noise = self.paint(field, generator).to(like)
         return Inputs.of(example_inputs).map(lambda t: noise if t is like else t)
+
+    def paint(self, field: Tensor, generator: torch.Generator) -> Tensor:
+        """Shapes on a field (n, c, *spatial), alike in its channels, deviation 1; what is no picture stays as it is."""
+        if field.dim() < 4:  # a signal, or tokens, whose features are no neighbours
+            return field
+        painted = correlate_channels(scatter_shapes(field, self.cover, generator), self.likeness)
+        return painted / painted.std()
 
 
 def image_like(example_inputs: ExampleInputs) -> Tensor:
@@ -172,6 +196,59 @@ def smooth(white: Tensor, slope: float) -> Tensor:
     spectrum = torch.fft.rfftn(white, dim=dims) * frequency.clamp(min=1).pow(-slope)
     field = torch.fft.irfftn(spectrum, s=white.shape[2:], dim=dims)
     return field / field.std()
+
+
+def scatter_shapes(field: Tensor, cover: float, generator: torch.Generator) -> Tensor:
+    """Ellipses and boxes of one colour each, and a little of the field in it, on the field (n, c, *spatial).
+
+    One after another hides what it falls on; those that leave at one side come in at the other. Every image has the
+    same sizes, with as many of half the size as fill as much space, and places, shapes and colours of its own.
+
+    Args:
+        cover: how often balls of their size would cover the image.
+    """
+    n, c, *shape = field.shape
+    below, painted = field.flatten(2), field.flatten(2).clone()
+    for radius in _draw_radii(shape, cover, generator):
+        places, inside = _place_shape(n, shape, radius, generator)
+        at = places[:, None].expand(-1, c, -1)
+        new = torch.randn(n, c, 1, generator=generator) + _TEXTURE * below.gather(2, at)
+        painted.scatter_(2, at, torch.where(inside[:, None], new, painted.gather(2, at)))
+    return painted.view_as(field)
+
+
+def _draw_radii(shape: Sequence[int], cover: float, generator: torch.Generator) -> list[float]:
+    """Of density r^-(d + 1) between two bounds, in any order; none where images are too small for shapes."""
+    d, low, high = len(shape), *(part * min(shape) for part in _RADII)
+    low = max(low, 1.0)
+    if low >= high:
+        return []
+    span = low**-d - high**-d
+    ball = math.pi ** (d / 2) / math.gamma(d / 2 + 1) * d * math.log(high / low) / span  # the mean volume
+    count = round(cover * math.prod(shape) / ball)
+    parts = (torch.randperm(count, generator=generator) + 0.5) / max(1, count)
+    return (low**-d - parts * span).pow(-1 / d).tolist()
+
+
+def _place_shape(n: int, shape: Sequence[int], radius: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A shape in each of n images: the positions around its middle (n, p), of which some are inside, (n, p)."""
+    d, reach = len(shape), int(radius)
+    around = torch.cartesian_prod(*[torch.arange(-reach, reach + 1)] * d).view(-1, d)
+    sizes = torch.tensor(shape)
+    middles = (torch.rand(n, 1, d, generator=generator) * sizes).long()
+    steps = sizes.flip(0).cumprod(0).flip(0) // sizes
+    turns, _ = torch.linalg.qr(torch.randn(n, d, d, generator=generator))
+    axes = radius * (_NARROW + (1 - _NARROW) * torch.rand(n, 1, d, generator=generator))
+    found = ((around.float() @ turns) / axes).abs()
+    is_box = torch.rand(n, 1, generator=generator) < 0.5
+    inside = torch.where(is_box, found.amax(2), found.square().sum(2)) < 1
+    return ((middles + around) % sizes * steps).sum(2), inside
+
+
+def correlate_channels(images: Tensor, likeness: float) -> Tensor:
+    """Independent channels (n, c, ...) of one variance, so that every two of them correlate as `likeness`."""
+    mean, count = images.mean(1, keepdim=True), images.shape[1]
+    return (1 - likeness) ** 0.5 * (images - mean) + (1 - likeness + likeness * count) ** 0.5 * mean
 
 
 def standardise(model: nn.Module, inputs: Inputs | Batches, watch: Watch = contextlib.nullcontext) -> nn.Module:

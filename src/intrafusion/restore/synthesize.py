@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from intrafusion.errors import FolderError, NoInputsError, RecipeError, show
 from intrafusion.io.atomic import atomic_file, report_unreadable
 from intrafusion.io.tensors import detach_dense, read_tensors
 from intrafusion.network.apart import borrow
-from intrafusion.network.batches import channels_last
+from intrafusion.network.batches import cast_like, channels_last
 from intrafusion.network.free_memory import MemoryLike, choose_memory, read_memory
 from intrafusion.network.inputs import ExampleInputs, Inputs, output_tensors, told_of
 from intrafusion.network.layers import is_convolution_or_linear, watch_calls
@@ -53,7 +54,8 @@ class Synthesis:
 
     and every step rolls the images by up to `roll` pixels. Without a row of class scores as the only output, the first
     term is left out. Without batch norms, the sum goes over the outputs of all convolutions and linear layers, whose mu
-    and sigma are taken from smooth noise (`Noise`): the images stay in the range of such inputs and mean something.
+    and sigma are taken from smooth noise (`Noise`, without shapes): the images stay in the range of such inputs and
+    mean something.
 
     Attributes:
         images: how many are made.
@@ -241,10 +243,22 @@ def watch_noise(model: nn.Module, example_inputs: ExampleInputs, seed: int) -> l
         mean, variance = take_statistics(output, dim)
         found[module] = ChannelStatistics(module, mean, _find_deviation(variance), dim, reads=False)
 
-    inputs = Noise(seed=seed).make(example_inputs)
+    inputs = Noise(cover=0.0, likeness=0.0, seed=seed).make(example_inputs)
     with preserve_state(model), watch_calls({m: m for m in filter(is_convolution_or_linear, model.modules())}, called):
         inputs.call(model)
     return list(found.values())
+
+
+def find_mismatch(model: nn.Module, images: Inputs) -> float:
+    """How far what batch norms read of images is from what they remember: the mean over them of their part of the loss.
+
+    Raises:
+        ModelError: the network does not run on these images.
+    """
+    with preserve_state(model), collect_statistics(read_norms(model)) as found, torch.no_grad():
+        cast_like(images.map(channels_last), model).call(model)
+    off = [one.measure_mismatch(mean, variance) for one, mean, variance in found]
+    return float(torch.stack(off).mean()) if off else math.nan
 
 
 @contextlib.contextmanager
