@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST := .venv-lowest
-EXTRAS := dev,torchvision,timm,transformers,benchmarks,ray,train
+EXTRAS := dev,docs,torchvision,timm,transformers,onnx,benchmarks,ray,train
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 # Tests, demo and benchmarks that need real data look for it in INTRAFUSION_DATA.
@@ -13,7 +13,7 @@ ifneq ($(DATA),)
 export INTRAFUSION_DATA ?= $(DATA)
 endif
 
-.PHONY: setup demo test test-lowest fuzz lint types bench-smoke
+.PHONY: setup demo test test-lowest fuzz lint types bench-smoke site
 
 setup: $(STAMP)
 
@@ -54,3 +54,7 @@ types: setup
 
 bench-smoke: setup
 	@set -e; for script in $(BENCHMARKS); do echo "$$script --smoke"; $(BIN)/python "$$script" --smoke; done
+
+# The pages of docs/, README and CHANGELOG as a site in .site/; a broken link or an unknown name fails.
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -123,7 +123,9 @@ def open_minilm(few: bool, held_out: bool) -> Case:
     others = [text for text in _list_sentences("train") if text.strip().lower() not in banned]
     inputs = tokenize(tokenizer, random.Random(0).sample(others, 32 if few else 256), 32)
     example = {name: tensor[:2] for name, tensor in inputs.items()}
-    return Case(model, example, "encoder.layer.", inputs, measure, {"outputs": ["last_hidden_state"]})
+    return Case(
+        model, example, "encoder.layer.", inputs, measure, {"outputs": ["last_hidden_state"], "tokenizer": tokenizer}
+    )
 
 
 def open_stories(few: bool, held_out: bool) -> Case:
@@ -377,7 +379,7 @@ def make_smaller(case: Case, setting: Mapping[str, Any]) -> nn.Module:
         return whiten_ranks_(case, setting["ratio"])
     options = {**case.options, **METHODS[setting["method"]], "progress": False}
     if setting["level"] == DATA:
-        options["inputs"] = case.inputs
+        options |= {"inputs": case.inputs, "tokenizer": None}
     if setting["cut"] == "everything":
         return compress_to_ratio(case, setting["ratio"], options)
     layers = MLPS[setting["network"]][0] if setting["cut"] == "MLPs" else STREAMS[setting["network"]]

@@ -171,15 +171,16 @@ def _describe(error: BaseException) -> str:
 # ---- a process for each ----------------------------------------------------------------------------------------------
 
 
-def measure_apart(family: Family, side: str, limit_s: int = LIMIT_S) -> dict[str, Any]:
+def measure_apart(measure: Callable[[Any], dict[str, Any]], subject: Any, limit_s: int = LIMIT_S) -> dict[str, Any]:
     """What was found in a process of its own; whatever happens to it is the result.
 
     Args:
+        measure: of the subject.
         limit_s: of processor time; ten times as many by the clock, for a process that sleeps.
     """
     context = multiprocessing.get_context("fork")  # packages are imported once, here
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(family, side, theirs, limit_s), daemon=True)
+    process = context.Process(target=_work, args=(measure, subject, theirs, limit_s), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -197,13 +198,13 @@ def _over(what: str) -> dict[str, Any]:
     return {"verdict": "over the limit", "why": f"more than {what}"}
 
 
-def _work(family: Family, side: str, pipe: Connection, limit_s: int) -> None:
+def _work(measure: Callable[[Any], dict[str, Any]], subject: Any, pipe: Connection, limit_s: int) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s + 5))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, used + LIMIT_BYTES))
     try:
-        pipe.send(SIDES[side](family))
+        pipe.send(measure(subject))
     except (Skipped, ModuleNotFoundError) as why:
         pipe.send({"verdict": "skipped", "why": _describe(why)})
     except MemoryError:
@@ -325,7 +326,7 @@ def main() -> None:
         for side in ["ours"] if options.smoke else options.side or SIDES:
             setting = {"family": name, "side": side, "keep": KEEP}
             if Record(EXPERIMENT, setting, {}).key not in finished:
-                result = measure_apart(FAMILIES[name], side)
+                result = measure_apart(SIDES[side], FAMILIES[name])
                 print(name, side, {k: v for k, v in result.items() if k != "reasons"}, flush=True)
                 wrong += [name] if side == "ours" and result["verdict"] in ("wrong", "crash") else []
                 if not options.smoke:

@@ -112,3 +112,30 @@ def test_dimensions_that_are_zero_go_from_attention_of_torch(widths: Mapping[str
     assert small.model.attention.head_dim == DIM // 2
     unseen = draw(3, 9, 5, seed=5), draw(3, 2, kdim, seed=6), draw(3, 2, vdim, seed=7)
     torch.testing.assert_close(small.model(*unseen), model(*unseen), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("widths", [{}, MEMORY])
+def test_what_heads_of_torch_have_twice_is_lost_without_loss(widths: Mapping[str, Any]) -> None:
+    """Of queries, keys and values no dimension is zero, half of them tell the others; of its stream half is zero."""
+    torch.manual_seed(0)
+    model = CrossPacked(**widths).eval()
+    attention, kdim, vdim = model.attention, widths.get("kdim", 5), widths.get("vdim", 5)
+    packed = attention.in_proj_weight is not None
+    rows = attention.in_proj_weight.chunk(3) if packed else (attention.k_proj_weight, attention.v_proj_weight)
+    keys = rows[-2:], attention.in_proj_bias.chunk(3)[-2:]
+    with torch.no_grad():
+        attention.in_proj_bias.copy_(draw(3 * WIDTH, seed=4))
+        for head in range(HEADS):
+            own = slice(DIM * head, DIM * head + DIM)
+            mixed = draw(DIM, 3, seed=head) @ draw(3, DIM, seed=10 + head) / 3
+            for weight, bias in zip(*keys, strict=True):
+                weight[own], bias[own] = mixed @ weight[own], mixed @ bias[own]
+        for layer in (model.stem, attention.out_proj):
+            layer.weight[1::2], layer.bias[1::2] = 0, 0
+    example = draw(2, 4, 5), draw(2, 6, kdim), draw(2, 6, vdim)
+    inputs = [(draw(64, 4, 5, seed=1), draw(64, 6, kdim, seed=2), draw(64, 6, vdim, seed=3))]
+    small = intrafusion.compress(model, example, 0.5, inputs=inputs, restore=None)
+    assert small.model.attention.head_dim == DIM // 2
+    assert {d.mixing for d in small.plan.decisions if d.group.startswith("attention#")} == {"mixed"}
+    unseen = draw(3, 9, 5, seed=5), draw(3, 2, kdim, seed=6), draw(3, 2, vdim, seed=7)
+    torch.testing.assert_close(small.model(*unseen), model(*unseen), rtol=1e-3, atol=1e-4)

@@ -6,7 +6,9 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -44,6 +46,22 @@ def test_modules_are_what_their_names_give_and_the_checks_are_imported_only_when
     assert done.stdout.splitlines() == ["False True", "intrafusion.trace True", "intrafusion.checks True"]
 
 
+def test_importing_loads_no_library_that_is_not_always_needed() -> None:
+    later = ("timm", "transformers", "torchvision", "ray", "onnx", "onnxruntime", "onnxscript", "accelerate", "plotly")
+    later += ("matplotlib", "PIL", "sklearn", "scipy", "ot", "typer", "rich", "mkdocs")
+    code = "import torch, sys; before = set(sys.modules); import intrafusion; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()).isdisjoint(later)
+
+
 def test_an_unknown_name_is_an_ordinary_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'intrafusion' has no attribute 'carry_out'"):
         intrafusion.carry_out  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_one_version_in_three_places() -> None:
+    root = Path(__file__).parents[1]
+    built = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    cited = next(x for x in (root / "CITATION.cff").read_text().splitlines() if x.startswith("version:"))
+    assert built == cited.split()[1] == intrafusion.__version__
+    assert f"\n## {built}\n" in (root / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -118,7 +118,7 @@ def test_functions_in_the_table_exist() -> None:
 
 def test_commands_in_the_table_exist() -> None:
     commands = {s.split()[1] for snippets in rows().values() for s in snippets if s.startswith("intrafusion ")}
-    assert commands == {"compress", "experiment", "report"}
+    assert commands == {"compress", "experiment", "export", "report"}
     assert commands <= set(get_command(app).commands)  # type: ignore[attr-defined]
 
 

@@ -112,6 +112,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "ChannelGroup.with_role": {"self": GROUP, "roles": Role.PRODUCES},
     "Compressed": parts(SMALL),
     "Compressed.save": {"self": SMALL, "folder": "saved"},
+    "Compressed.export": {"self": SMALL, "path": "net.pt2", "overwrite": True},
+    "export": {"model": MODEL, "example_inputs": X, "path": "net.pt2", "overwrite": True},
     "Decision": parts(PLAN.decisions[0]),
     "Fused": parts(SMALL) | {"alignments": ({"a": MAP},), "weights": (1.0,)},
     "Eliminate": {"strength": 1e-3, "unmerge": True},
@@ -598,7 +600,7 @@ UNASKED = {
     "download": "reaches for the network", "fetch_cifar": "reaches for the network", "train_digits": "trains",
     "environment": "takes nothing", "answer": "is called by measurements",
     "OutputError": "is added up by measurements",
-    "Point": "is made by frontier",
+    "Point": "is made by frontier", "Exported": "is made by export",
     "Epoch": "is made by trainings", "History": "is made by trainings",
 }  # fmt: skip
 """Public names that are not called here, and why."""

@@ -20,6 +20,7 @@ from intrafusion.errors import (
 from intrafusion.frontiers import Frontier, Point, frontier
 from intrafusion.fusion import Alignment, Fused, fuse
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.io.export import Exported, export
 from intrafusion.io.folder import load
 from intrafusion.iterate import compress_in_steps
 from intrafusion.large.folder import compress_folder
@@ -33,7 +34,7 @@ from intrafusion.selectors import inputs_of, outputs_of
 if TYPE_CHECKING:
     from intrafusion import checks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Alignment",
@@ -44,6 +45,7 @@ __all__ = [
     "Compressed",
     "Decision",
     "Eliminate",
+    "Exported",
     "Fold",
     "FolderError",
     "Frontier",
@@ -67,6 +69,7 @@ __all__ = [
     "compress_folder",
     "compress_in_steps",
     "decide",
+    "export",
     "frontier",
     "fuse",
     "inputs_of",

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from intrafusion.arguments import checked
+from intrafusion.arguments import Count, checked
 from intrafusion.brief import show_briefly
 from intrafusion.io import folder as folders
 from intrafusion.io.card import Words
+from intrafusion.io.export import Exported, export_inputs
 from intrafusion.io.line import write_line_of
 from intrafusion.measure.closeness import OUTPUT_ERROR, Closeness, say_where
 from intrafusion.measure.comparison import Comparison, describe_change
@@ -181,6 +182,21 @@ class Compressed:
         words = Words(_list_figures(self), [*map(str, self.restored), *_label(self.warnings), *self.notes])
         made |= {"program": program, "pretrained": None if pretrained is None else Path(pretrained)}
         folders.save(self.model, self.plan, folder, inputs=self.inputs, told=told, words=words, **made)
+
+    @checked
+    def export(self, path: str | os.PathLike[str], *, opset: Count | None = None, overwrite: bool = False) -> Exported:
+        """Write the smaller network as one file that runs without its class, and check it; see `intrafusion.export`.
+
+        Of several outputs those that mattered to the compression (`outputs=`) are in it.
+
+        Args:
+            path: ends in `.onnx` (needs `intrafusion[onnx]`) or in `.pt2`.
+            opset: version of ONNX's operators, 20 if not said.
+            overwrite: whether a file of that name may be replaced.
+        Raises:
+            ArgumentError, FolderError, ModelError: as of `intrafusion.export`; nothing is written.
+        """
+        return export_inputs(self.model, self.inputs, Path(path), opset=opset, overwrite=overwrite)
 
     @checked
     def loading_line(self, folder: str | os.PathLike[str]) -> str:

@@ -17,7 +17,7 @@ from intrafusion.budget.rank_curves import list_unsaving
 from intrafusion.budget.sensitivity import judge_network
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, RecipeError
-from intrafusion.graph import ChannelGraph
+from intrafusion.graph import ChannelGraph, families_of
 from intrafusion.heads import merge_inspected
 from intrafusion.measure.size import size_of
 from intrafusion.names import name_some
@@ -63,7 +63,7 @@ from intrafusion.surgery.configuration import (
     tie_by_config,
 )
 from intrafusion.surgery.lowrank import ranks_of, split_exactly, split_provably
-from intrafusion.surgery.operate import operate
+from intrafusion.surgery.operate import Surgery, operate
 from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
 from intrafusion.surgery.proof import FunctionCheck, Reference
@@ -188,9 +188,6 @@ def compress(
     core = make_workable(model, inplace=inplace)
     example = recipe.call_of(example_inputs)
     graph = inspect(prepare_model(core, recipe, example), example)
-    if merge_heads is not None:
-        merged = follow(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory, progress=False)
-        return wrap_result(model, merged)
     prepared = Prepared.of(recipe, core, graph, example, given, tokenizer=tokenizer, memory=memory)
     small = prepared.carry_out(recipe)
     return _move_into(model, small, prepared.graph) if inplace else wrap_result(model, small)
@@ -245,14 +242,6 @@ def follow(
         calibration: instead of the one that the recipe would make, for several recipes on one network.
         tokenizer, memory: as `compress`.
     """
-    recipe.refuse_foreign()
-    if recipe.merge_heads is not None:
-        core, example = make_workable(model), recipe.call_of(example_inputs)
-        level = "auto" if images is None else "images"
-        calibration = calibration or calibrate(
-            core, example, level, images, seed=recipe.seed, tokenizer=tokenizer, memory=memory
-        )
-        return merge_inspected(recipe, core, graph, example, calibration)
     prepared = Prepared.of(recipe, model, graph, example_inputs, images, calibration, tokenizer, memory)
     return prepared.carry_out(recipe)
 
@@ -311,8 +300,9 @@ class Prepared:
         return replace(self, graph=graph, calibration=found)
 
     def carry_out(self, recipe: Recipe) -> Compressed:
-        """Decide, apply, restore, compare."""
-        small = reduce_and_restore(
+        """Decide, apply, restore, compare; or merge heads, and compare."""
+        carry = reduce_and_restore if recipe.merge_heads is None else merge_and_restore
+        small = carry(
             *(recipe, self.model, self.graph, self.inputs, self.split),
             calibration=self.calibration,
             tokenizer=self.tokenizer,
@@ -371,6 +361,25 @@ def reduce_and_restore(
     plan = decide(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
     small = apply(model, plan, inputs, graph=graph)
     return run_restorers(small, model, graph, calibration, images.seen, yardstick=yardstick)
+
+
+def merge_and_restore(
+    recipe: Recipe,
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Inputs,
+    images: Split,
+    *,
+    calibration: Calibration | None = None,
+    tokenizer: Tokenizer | None = None,
+    memory: MemoryLike = None,
+) -> Compressed:
+    """The same where the recipe merges heads, which needs something to look at in any case."""
+    level = "auto" if images.seen is None else "images"
+    calibration = calibration or calibrate(
+        model, inputs, level, images.seen, seed=recipe.seed, tokenizer=tokenizer, memory=memory
+    )
+    return merge_inspected(recipe, model, graph, inputs, calibration, find_yardstick(images, model))
 
 
 _Candidate = tuple[Compressed, nn.Module, ChannelGraph, Calibration | None]
@@ -591,6 +600,38 @@ def _find_masks(model: nn.Module) -> set[str]:
     return own | {n for n, p in frozen.items() if not p.isnan().any() and len(p.unique()) <= 2}
 
 
+def _carry_out_said(
+    plan: Plan, model: nn.Module, graph: ChannelGraph, reference: Reference
+) -> tuple[Surgery, Plan, str | None]:
+    """A plan carried out; of uniform sizes without those from which what the configuration builds derives something.
+
+    Tied embeddings of T5, whose outputs are scaled by the width that the configuration says, are such.
+    """
+    surgery, done, unsaid = _carry_out(plan, model, graph, reference)
+    if not plan.recipe.uniform or unsaid is None:
+        return surgery, done, unsaid
+    families = families_of(group for group in graph.groups if group.name in done.maps)
+    for family in sorted(families, key=lambda groups: -sum(len(group.members) for group in groups)):
+        reasons = {group.name: f"uniform: with fewer of these, {unsaid}" for group in family}
+        tried, other, why = _carry_out(plan.rolled_back(reasons), model, graph, reference)
+        if why is None and other.sizes:
+            return replace(tried, rolled_back={**tried.rolled_back, **reasons}), other, None
+    return surgery, done, unsaid
+
+
+def _carry_out(
+    plan: Plan, model: nn.Module, graph: ChannelGraph, reference: Reference
+) -> tuple[Surgery, Plan, str | None]:
+    """And why no configuration says the sizes of the smaller network."""
+    check, inputs = FunctionCheck(reference), reference.inputs
+    surgery = operate(model, graph, dict(plan.maps), inputs, check)
+    plan = plan.rolled_back(surgery.rolled_back).proved(surgery.maps, check.proved)
+    add_shifts_(surgery.model, model, graph, plan.maps)
+    _check_written(surgery.model, model)
+    keep_config_(surgery.model, model)
+    return surgery, plan, fit_config_(surgery.model, inputs) if plan.sizes else None
+
+
 @checked
 @outside_inference
 @shows_progress("apply")
@@ -627,14 +668,8 @@ def apply(
     graph = tie_by_config(graph, core) if plan.recipe.uniform else graph
     report("checking the smaller network", 0)
     before = size_of(core, inputs)
-    check = FunctionCheck(Reference(core, graph, inputs))
-    surgery = operate(core, graph, dict(plan.maps), inputs, check)
-    plan = plan.rolled_back(surgery.rolled_back).proved(surgery.maps, check.proved)
-    add_shifts_(surgery.model, core, graph, plan.maps)
-    _check_written(surgery.model, core)
+    surgery, plan, unsaid = _carry_out_said(plan, core, graph, Reference(core, graph, inputs))
     after = size_of(surgery.model, inputs)
-    keep_config_(surgery.model, core)
-    unsaid = fit_config_(surgery.model, inputs) if plan.sizes else None
     small = Compressed(
         *(surgery.model, plan, before, after, inputs, surgery.repairs),
         rolled_back=surgery.rolled_back,

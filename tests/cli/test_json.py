@@ -32,6 +32,7 @@ LINES = {
     "compress, not saved": f"compress {OWN} --restore none",
     "frontier": f"frontier {OWN} --restore noise --size 0.8 --size 0.5 -o several",
     "frontier, not saved": f"frontier {OWN} --restore none --size 0.8 --of channels",
+    "export": "export saved --base nets.py:Net -o saved.pt2",
     "fuse": f"fuse {OWN} --weights w.safetensors --weights w.safetensors -o fused",
     "split-train": "split-train --train-images 96 --epochs 1 --tune-epochs 1 --schedule fap",
     "experiment": f"experiment whole-model --model {OWN} --data d.safetensors --keep 0.5",

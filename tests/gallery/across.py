@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gallery.core import Inputs, Wired, case, image
+from gallery.core import Inputs, Wired, case, image, parameter
 
 Built = tuple[nn.Module, Inputs]
 
@@ -95,6 +95,45 @@ def spectrum_along_time() -> Built:
         return torch.fft.irfft(spectrum[:2], n=5, dim=0) + torch.fft.fft(h, dim=0).abs()
 
     return between(operation)
+
+
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """x (images, steps, channels) with a kernel (channels, steps) of all that came before."""
+    n = 2 * x.shape[1]
+    return torch.fft.irfft(torch.fft.rfft(x.mT, n=n) * torch.fft.rfft(kernel, n=n), n=n)[..., : x.shape[1]].mT
+
+
+@case({"a mix": 6}, blocked={"head": "output"})
+def state_space_as_a_convolution() -> Built:
+    """S4D: a kernel as long as the sequence, computed of two parameters, which is transformed along time."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        h = net.a(x)
+        decay = (-net.rate.exp()[..., None] * torch.arange(5)).exp()
+        return net.head(h + net.mix(F.gelu(convolve(h, (net.weight[..., None] * decay).sum(1)))))
+
+    layers = {"a": nn.Linear(3, 6), "mix": nn.Linear(6, 6), "head": nn.Linear(6, 2)}
+    return Wired(wiring, **layers, rate=parameter(6, 4), weight=parameter(6, 4)), torch.randn(2, 5, 3)
+
+
+@case({"a": 6}, blocked={"head": "output"})
+def learned_kernel_of_a_long_convolution() -> Built:
+    """As of Hyena: an entry for each channel and step, transformed along the steps."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.gelu(convolve(net.a(x), net.kernel)))
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2), kernel=parameter(6, 5)), torch.randn(2, 5, 3)
+
+
+@case(blocked={"a": "transformed along it: _fft_r2c", "head": "output"})
+def kernel_transformed_along_its_channels() -> Built:
+    """A spectrum over channels, of which every entry depends on all of them."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.a(x) * torch.fft.fft(net.weight).real)
+
+    return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2), weight=parameter(6)), torch.randn(5, 3)
 
 
 @case({"a": 6}, blocked={"head": "output"})

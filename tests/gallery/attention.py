@@ -156,6 +156,20 @@ def grouped_query_attention_built_in() -> Built:
     return Wired(wiring, **projections(6, 16, 8)), torch.randn(2, 5, 3)
 
 
+@case({"stem o": 6}, partial=True, blocked={"head": "output"})
+def attention_of_parameters_with_a_dimension_of_heads() -> Built:
+    """XLNet: queries and keys are parameters (width, heads, dimensions), which have a channel nowhere alone."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        q, k = (torch.einsum("bih,hnd->bind", x, weight) for weight in (net.q, net.k))
+        weights = torch.einsum("bind,bjnd->bnij", q, k).softmax(-1)
+        return net.head(F.gelu(x + net.o(join_heads(weights @ split_heads(net.v(x), 2)))))
+
+    layers = {name: layer for name, layer in projections(6, 8, 8).items() if name not in "qk"}
+    return Wired(wiring, **layers, q=parameter(6, 2, 4), k=parameter(6, 2, 4)), torch.randn(2, 5, 3)
+
+
 @case({"q k": 8, "v": 8, "stem o": 6}, blocked={"head": "output"})
 def multi_query_attention() -> Built:
     """Two query heads share one key-value head."""

@@ -38,6 +38,25 @@ def one_grid_for_all() -> Built:
     return quantised(lambda net, h: torch.fake_quantize_per_tensor_affine(h, 0.02, 3, 0, 255))
 
 
+class Int8(nn.Module):
+    """A layer whose weight is kept as numbers from -127 to 127, with a scale for each row."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8))
+        self.register_buffer("scale", torch.rand(outputs, 1) / 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+@case({"b": 7}, partial=True, blocked={"a": "multiplied by a constant matrix", "head": "output"})
+def a_layer_with_integers_for_weights() -> Built:
+    """What it reads and gives is left alone, the layers behind it are not."""
+    layers = {"a": nn.Linear(4, 6), "quantised": Int8(6, 5), "act": nn.ReLU()}
+    return chain(**layers, b=nn.Linear(5, 7), more=nn.Tanh(), head=nn.Linear(7, 2)), torch.randn(3, 4)
+
+
 @case({"a": 6}, blocked={"head": "output"}, unmixable=("a",))
 def a_module_whose_observer_is_off() -> Built:
     grid: Any = FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255)

@@ -202,3 +202,20 @@ def test_weights_that_the_two_formats_name_otherwise_are_written_twice(tmp_path:
     ]
     assert folders._write_weights(tmp_path, {"other": torch.ones(2)}) == ["rest.safetensors"]
     assert set(folders.read_tensors(tmp_path / "rest.safetensors")) == {"other"}
+
+
+def test_what_half_rounds_beside_the_weights_is_no_other_network(tmp_path: Path) -> None:
+    """Angles, which `half()` rounds and `from_pretrained` does not."""
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval().half()
+    model.save_pretrained(tmp_path / "old")
+    example = {"input_ids": IDS, "use_cache": False}
+    small = intrafusion.compress(model, example, {"*mlp*": 0.5, "*": 1.0}, restore=None, uniform=True)
+    small.save(tmp_path / "new", pretrained=tmp_path / "old")
+    found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "new", dtype="auto").eval()
+    assert found.dtype == torch.float16
+    assert found.config.intermediate_size == 12
+    given, expected = (m.double()(IDS).logits.detach() for m in (found, small.model))
+    assert 0 < float((given - expected).abs().max()) < 1e-3

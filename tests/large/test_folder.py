@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,64 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
         ModelError, match=r"expected one list of blocks of one class, got 2 \(encoder.block, decoder.block\)"
     ):
         intrafusion.compress_folder(tmp_path / "t5", tmp_path / "small", 0.5)
+
+
+def test_a_keep_for_some_blocks_alone_says_why_nothing_becomes_smaller(llama: Path) -> None:
+    message = r"mlp\.gate_proj: one number of the configuration sets them, to the largest size that keep asks for"
+    with pytest.raises(ModelError, match=message):
+        intrafusion.compress_folder(llama, llama.with_name("small"), {"model.layers.0*": 0.5, "*": 1.0})
+
+
+SOME = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("GPTNeoXForCausalLM", {"vocab_size": 20}),  # another name for the head alone
+        ("ViTModel", {"image_size": 8, "patch_size": 4}),  # for all layers
+        ("MixtralForCausalLM", {"vocab_size": 20, "num_local_experts": 2, "num_key_value_heads": 2}),  # experts apart
+    ],
+)
+def test_weights_that_lie_otherwise_in_the_files_are_refused(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
+    architecture: Any = getattr(import_transformers(), kind)
+    architecture(architecture.config_class(**SOME, **sizes)).save_pretrained(tmp_path / "old")
+    with pytest.raises(ModelError, match="its files hold weights otherwise than the network.*without --blockwise"):
+        intrafusion.compress_folder(tmp_path / "old", tmp_path / "new", 0.5)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_images_are_the_example_of_a_network_without_tokens(tmp_path: Path, named: bool) -> None:
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(**SOME, image_size=8, patch_size=4)
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "old")
+    images = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = {"pixel_values": images, "labels": torch.zeros(40)} if named else images
+    done = intrafusion.compress_folder(tmp_path / "old", tmp_path / "new", 0.5, inputs=given)
+    assert done.measured_on == "40 images"
+    assert transformers.CLIPVisionModel.from_pretrained(tmp_path / "new").config.intermediate_size == 12
+    message = "no example is known for a network without tokens; give example_inputs or inputs"
+    with pytest.raises(ModelError, match=message):
+        intrafusion.compress_folder(tmp_path / "old", tmp_path / "other", 0.5)
+
+
+def test_a_network_of_sentence_transformers_keeps_what_stands_behind_it(tmp_path: Path) -> None:
+    transformers, old, new = import_transformers(), tmp_path / "old", tmp_path / "new"
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=20, **SOME)).save_pretrained(old)
+    (old / "1_Pooling").mkdir()
+    (old / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 16}')
+    (old / "README.md").write_text("the old network")
+    entries = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    (old / "modules.json").write_text(json.dumps([{"type": f"a.{kind}", "path": path} for kind, path in entries]))
+    intrafusion.compress_folder(old, new, 0.5)
+    assert transformers.BertModel.from_pretrained(new).config.intermediate_size == 12
+    for name in ("modules.json", "1_Pooling/config.json"):
+        assert (new / name).read_bytes() == (old / name).read_bytes()
+    assert not (new / "README.md").exists()
+    (old / "modules.json").write_text('[{"type": "a.Transformer", "path": "0_Transformer"}]')
+    message = f"name the folder of the network in it, {old / '0_Transformer'}."
+    with pytest.raises(FolderError, match=re.escape(message)):
+        intrafusion.compress_folder(old, tmp_path / "other", 0.5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion.measure.drift import drift, histogram, output_rows
+from intrafusion.measure.drift import drift, histogram, output_error, output_rows
 
 
 class Two(nn.Module):
@@ -61,3 +61,9 @@ def test_histogram_counts_as_numpy_does_and_what_lies_beyond():
 def test_a_value_in_no_bin_is_refused(value):
     with pytest.raises(ValueError, match="histogram"):
         histogram(torch.tensor([0.5, value]), [0.0, 1.0])
+
+
+def test_an_output_that_does_not_vary_is_compared_with_its_square():
+    constant = torch.full((5, 1), 2.0)
+    assert output_error([constant + 1], [constant]) == 0.25
+    assert output_error([constant + 1, torch.tensor([[1.0], [3.0]])], [constant, torch.tensor([[1.0], [3.0]])]) == 2.5

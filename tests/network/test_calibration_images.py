@@ -247,3 +247,50 @@ def test_a_network_that_takes_whole_numbers_gets_them_in_peace() -> None:
 
     images = (A * 50 + 100).clamp(0, 255).to(torch.uint8)
     assert compress(Pixels().eval(), images[:2], 0.5, images=images).notes == ()
+
+
+# ---- switches -------------------------------------------------------------------------------------------------------
+
+
+class Switched(Single):
+    """Returns more where it is asked to, which only positional and named switches tell."""
+
+    def forward(self, a: Tensor, b: Tensor | None = None, more: bool = True, *, scale: float = 1.0) -> Any:  # type: ignore[override]
+        inner = F.relu(self.a(a)).mean((2, 3)) * scale
+        return (self.b(inner), inner) if more else self.b(inner)
+
+
+@pytest.mark.parametrize(
+    ("images", "like"),
+    [
+        ({"a": A}, {"a": FIRST, "more": False}),
+        (A, {"a": FIRST, "more": False}),
+        ([(A[:20], LABELS[:20]), (A[20:], LABELS[20:])], {"a": FIRST, "more": False, "scale": 1.0}),
+        (A, (FIRST, None, False)),
+        ({"a": A}, (FIRST, None, False)),
+        ([Inputs((A,))], (FIRST, None, False)),
+        ([Inputs((A,), {"scale": 1.0})], (FIRST, None, False)),
+    ],
+)
+def test_switches_that_images_leave_out_are_those_of_the_example(images: Any, like: Any) -> None:
+    network = Switched()
+    calls = as_calls(images, network, Inputs.of(like))
+    assert calls is not None
+    given = [call.call(network) for call in calls]
+    assert all(len(outputs) == 1 for outputs in given)
+    torch.testing.assert_close(torch.cat([outputs[0] for outputs in given]), network(A, more=False))
+    assert compress(Switched().eval(), like, 0.5, images=images).model.b.weight.shape == (4, 8)
+
+
+def test_switches_that_images_bring_stay_as_they_are() -> None:
+    calls = as_calls({"a": A, "scale": 2.0}, Switched(), Inputs.of({"a": FIRST, "more": False, "scale": 1.0}))
+    assert calls is not None
+    torch.testing.assert_close(next(iter(calls)).call(Switched().eval())[0].shape, (40, 4))
+    assert next(iter(calls)).kwargs == {"a": A, "scale": 2.0, "more": False}
+
+
+def test_tensors_inside_of_an_argument_are_missed_like_tensors() -> None:
+    calls = as_calls({"a": A}, Optional(), Inputs.of({"a": FIRST, "b": (FIRST, FIRST)}))
+    assert calls is not None
+    with pytest.raises(ModelError, match=r"expected a dict with the arguments of forward \(a, b\), got the keys a"):
+        list(calls)

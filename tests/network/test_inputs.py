@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import intrafusion
+from intrafusion import ModelError
 from intrafusion.network.inputs import Inputs
 
 SHUT = {"least": torch.finfo(torch.float32).min, "infinite": -torch.inf, "large": -1e4}
@@ -39,3 +40,21 @@ def test_attention_with_such_a_mask_is_reduced(value: str) -> None:
     mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1) == 1, SHUT[value])
     small = intrafusion.compress(Masked(), (torch.randn(2, 5, 3), mask), 0.5, restore=None)
     assert not small.rolled_back
+
+
+class Cache:
+    """As those of transformers."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def test_keys_and_values_of_earlier_tokens_are_refused() -> None:
+    x = torch.zeros(2, 3)
+    assert Inputs.of({"x": x, "cache": Cache(0), "kind": Cache}).tensors() == [x]
+    for example in ({"x": x, "cache": Cache(5)}, (x, [Cache(5)])):
+        with pytest.raises(ModelError, match="got a Cache of 5 of them, which fit this network alone; leave it out"):
+            Inputs.of(example)

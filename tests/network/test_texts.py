@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import intrafusion
-from intrafusion import ArgumentError, ModelError
+from intrafusion import ArgumentError, IntrafusionWarning, ModelError
 from intrafusion.network.batches import join_batches, read_batches
 from intrafusion.network.calibration_images import as_calls
 from intrafusion.network.inputs import Inputs
@@ -142,6 +143,58 @@ def test_limits_are_read_off_the_embeddings() -> None:
     assert limits.tokens == {"input_ids": ("words", 13)}
     assert (limits.positions, limits.longest) == ((("places", 16, 0),), 16)
     assert find_token_limits(nn.Linear(3, 2), Inputs((torch.zeros(1, 3),))).longest is None
+
+
+class Places(nn.Embedding):
+    """Called on tokens, of which it takes the number only, as the decoders of BART and Whisper have it."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.arange(ids.shape[1]) + 2)
+
+
+def test_positions_that_are_called_on_tokens_hold_no_tokens() -> None:
+    class Decoder(Encoder):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.last(self.first(self.words(input_ids) + self.places(input_ids)).relu())
+
+    model = Decoder().eval()
+    model.places = Places(9, 8)
+    limits = find_token_limits(model, Inputs.of(EXAMPLE))
+    assert limits.tokens == {"input_ids": ("words", 13)}
+    assert (limits.positions, limits.longest) == ((("places", 9, 2),), 7)
+    ids = torch.full((40, 5), 12)
+    assert intrafusion.compress(model, {"input_ids": ids[:2]}, 0.5, inputs={"input_ids": ids}).plan.sizes
+
+
+class Turned(nn.Module):
+    """Without embeddings of positions, as where keys are turned by them; a configuration says how many there are."""
+
+    def __init__(self, known: Any = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.first, self.second = nn.Embedding(13, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+        self.config = SimpleNamespace(max_position_embeddings=known)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.second(self.first(self.words(input_ids)).relu())
+
+
+def test_positions_that_only_a_configuration_counts() -> None:
+    ids = EXAMPLE["input_ids"]
+    calls = as_calls([" ".join(WORDS * 3)], Turned(), Inputs.of({"input_ids": ids[:, :5]}), Tokenizer())
+    assert calls is not None
+    assert next(iter(calls)).tensors()[0].shape == (1, 8)
+    assert not calls.notes.get("long")
+    long = torch.randint(13, (40, 9), generator=torch.Generator().manual_seed(0))
+    message = r"images: sequences of 9 tokens, where the configuration of the network says at most 8"
+    with pytest.warns(IntrafusionWarning, match=message):
+        small = intrafusion.compress(Turned().eval(), {"input_ids": long[:2, :5]}, 0.5, inputs={"input_ids": long})
+    assert any("at most 8 (max_position_embeddings)" in note for note in small.notes)
+    for known in (9, None, -1, "8"):
+        calls = as_calls({"input_ids": long}, Turned(known), Inputs.of({"input_ids": long[:2, :5]}))
+        assert calls is not None
+        assert list(calls)
+        assert not calls.notes
 
 
 def test_images_is_another_name_of_inputs() -> None:

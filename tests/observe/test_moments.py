@@ -156,3 +156,80 @@ def test_a_stream_of_low_rank_becomes_the_same_however_inputs_are_cut() -> None:
     assert (moments := measure_moments(net, intrafusion.inspect(net, x[:2]), x)["stem"].bare) is not None
     assert (len(moments.means), moments.plain) == (2, 1)
     torch.testing.assert_close(one.model(x), many.model(x), rtol=1e-4, atol=1e-4)
+
+
+# ---- queries and keys that functions compute ------------------------------------------------------------------------
+
+HEADS, DIM = 2, 4
+
+
+class Packed(nn.Module):
+    """Attention of PyTorch to itself, or from one sequence to another of other widths."""
+
+    def __init__(self, batch_first: bool = True, **widths: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, batch_first=batch_first, **widths)
+        self.head, self.batch_first = nn.Linear(HEADS * DIM, 3), batch_first
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        x, memory = (t if self.batch_first or t is None else t.transpose(0, 1) for t in (x, memory))
+        memory = x if memory is None else memory
+        return self.head(torch.relu(self.attention(x, memory, memory, need_weights=False)[0]))
+
+    def project(self, x: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries and keys (images, tokens, channels), by plain matrix products."""
+        own, memory = self.attention, x if memory is None else memory
+        rows = own.in_proj_weight.chunk(3) if own.in_proj_weight is not None else (own.q_proj_weight, own.k_proj_weight)
+        shifts = own.in_proj_bias.chunk(3)
+        return x @ rows[0].T + shifts[0], memory @ rows[1].T + shifts[1]
+
+
+class Products(nn.Module):
+    """The weight of one layer, and parameters, the bias added to a product that does not lie in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, HEADS * DIM), nn.Parameter(torch.randn(8, HEADS * DIM))
+        self.shift, self.v = nn.Parameter(torch.randn(HEADS * DIM)), nn.Linear(8, HEADS * DIM)
+        self.head = nn.Linear(HEADS * DIM, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.transpose(0, 1)
+        q = nn.functional.linear(turned, self.q.weight, self.q.bias).transpose(0, 1)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, x @ self.k + self.shift, self.v(x)))
+        return self.head(torch.relu(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ self.q.weight.T + self.q.bias, x @ self.k + self.shift
+
+
+@pytest.mark.parametrize("batches", [(30,), (7, 23), (1,) * 30], ids=["one", "two", "many"])
+@pytest.mark.parametrize(
+    ("build", "widths"),
+    [
+        (Packed, (8,)), (lambda: Packed(False), (8,)), (Packed, (8, 8)), (lambda: Packed(kdim=5, vdim=5), (8, 5)),
+        (lambda: Packed(False, kdim=5, vdim=5), (8, 5)), (Products, (8,)),
+    ],
+    ids=["packed", "tokens first", "to another sequence", "of other widths", "of other widths, tokens first", "bare"],
+)  # fmt: skip
+def test_queries_and_keys_of_functions_are_seen_as_those_of_layers(
+    build: Any, widths: tuple[int, ...], batches: tuple[int, ...]
+) -> None:
+    """The second moment of a head's queries, and of its keys about each sequence's mean, by the formulas."""
+    model = randomise_(build()).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    lengths = (6, 9)
+    inputs = [
+        torch.randn(30, n, w, generator=generator, dtype=torch.float64) for n, w in zip(lengths, widths, strict=False)
+    ]
+    graph = intrafusion.inspect(model, Inputs(tuple(t[:2] for t in inputs)))
+    calls = [Inputs(parts) for parts in zip(*(t.split(batches) for t in inputs), strict=True)]
+    found = measure_moments(model, graph, Batches.of(*calls))
+    queries, keys = (t.detach().unflatten(-1, (HEADS, DIM)).movedim(2, 0) for t in model.project(*inputs))
+    groups = [g for g in graph.reducible if g.is_channel and g.with_role(intrafusion.Role.MATCHES)]
+    assert len(groups) == HEADS
+    for head, group in enumerate(groups):
+        rows, others = queries[head].flatten(0, 1), keys[head] - keys[head].mean(1, keepdim=True)
+        others = others.flatten(0, 1)
+        torch.testing.assert_close(found[group.name].covariances[0], rows.T @ rows / len(rows))
+        torch.testing.assert_close(found[group.name].reader, others.T @ others / len(others))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from intrafusion.restore import LeastSquares
 from intrafusion.restore.places import PlaceSampler
 from intrafusion.restore.row_store import RowStore
 from intrafusion.restore.shelf import Shelf
+from intrafusion.restore.statistics import find_merge
 from intrafusion.restore.targets import record_targets
 
 EXACT = LeastSquares(strength=0.0, scarcity=0.0, steps=0).solver
@@ -61,6 +64,52 @@ def test_spoilt_weights_are_solved_for(batch_first: bool) -> None:
     assert found == parts | {"across.in_proj_weight[0]", "across.in_proj_weight[1]"}
     for name, tensor in spoilt.items():
         torch.testing.assert_close(tensor, named_tensors(model)[name], atol=2e-3, rtol=2e-3)
+
+
+class Far(nn.Module):
+    """Attention to something of another width: three weights share a bias, of which each has a third."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.embed, self.far = nn.Linear(12, 8), nn.Linear(12, 5)
+        self.across = nn.MultiheadAttention(8, 2, kdim=5, vdim=5, batch_first=batch_first)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = self.far(x).tanh()
+        return self.head(self.across(self.embed(x).tanh(), far, far, need_weights=False)[0].tanh())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_weights_that_share_a_bias_in_parts_are_solved_for(batch_first: bool) -> None:
+    model, x = randomise_(Far(batch_first)).eval(), torch.randn(40, 30, 12)
+    small = copy_model(model)
+    spoilt = {name: t for name, t in named_tensors(small).items() if name.startswith("across")}
+    for tensor in spoilt.values():
+        tensor.data.add_(0.2 * torch.randn_like(tensor))
+    weights = {f"across.{name}_proj_weight[0]" for name in "qkv"}
+    assert solve(model, small, x) == {*weights, "across.out_proj.weight[0]"}
+    for name, tensor in spoilt.items():
+        torch.testing.assert_close(tensor, named_tensors(model)[name], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_parts_of_a_bias_are_found_again_in_a_smaller_network(batch_first: bool) -> None:
+    """The parts begin elsewhere in it: solved with the wrong ones, it would give something else."""
+    model, x, unseen = randomise_(Far(batch_first)).eval(), torch.randn(60, 5, 12), torch.randn(60, 5, 12)
+    graph, small = intrafusion.inspect(model, x[:1]), intrafusion.compress(model, x[:1], 0.75, restore=None)
+    found = EXACT.solve_(small.model, small.plan.maps, model, graph, [Inputs.of(x)])
+    assert small.model.across.in_proj_bias.shape == (18,)
+    assert {f"across.{name}_proj_weight[0]" for name in "qkv"} <= found.changes.keys()
+    inputs: dict[str, Tensor] = {}
+    small.model.across.register_forward_pre_hook(lambda _, args: inputs.update(zip("qk", args, strict=False)))
+    merge, bias = find_merge("across.q_proj_weight", 8, graph, small.plan.maps), small.model.across.in_proj_bias
+    assert merge is not None
+    with torch.no_grad():
+        small.model(unseen)
+        given = F.linear(inputs["q"], small.model.across.q_proj_weight, bias[:6])
+        wanted = F.linear(model.embed(unseen).tanh(), model.across.q_proj_weight, model.across.in_proj_bias[:8])
+    torch.testing.assert_close(given.mean((0, 1)), (wanted @ merge.T.float()).mean((0, 1)), atol=0.1, rtol=0.05)
 
 
 def test_attention_in_a_smaller_network_comes_nearer_to_the_original_on_unseen_inputs() -> None:
@@ -133,6 +182,81 @@ def test_a_product_that_enters_a_sum_makes_up_for_the_other_branch() -> None:
     expected = torch.linalg.lstsq(h.double(), (wanted - h).double()).solution.T
     torch.testing.assert_close(small.branch.double(), expected, atol=1e-3, rtol=1e-3)
     assert torch.equal(small.along, model.along)
+
+
+class Residual(nn.Module):
+    """Attention that enters a sum."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 2)
+        self.own, self.batch_first = nn.MultiheadAttention(8, 2, batch_first=batch_first), batch_first
+
+    def hidden(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return h if self.batch_first else h.transpose(0, 1)
+
+    def read_heads(self, h: Tensor) -> Tensor:
+        """What the output projection reads."""
+        plain = copy_model(self.own)
+        plain.out_proj.weight.data.copy_(torch.eye(8))
+        plain.out_proj.bias.data.zero_()
+        return plain(h, h, h, need_weights=False)[0].flatten(0, 1)
+
+    def attend(self, h: Tensor) -> Tensor:
+        return self.own(h, h, h, need_weights=False)[0].flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        return self.head((h + self.own(h, h, h, need_weights=False)[0]).tanh())
+
+
+class ResidualByHand(Residual):
+    """A product of rows in which it stands for attention, whose rows are read as they were, too, where that is said."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__(batch_first=True)
+        self.twice = twice
+
+    def read_heads(self, h: Tensor) -> Tensor:
+        return h.square().flatten(0, 1)
+
+    def attend(self, h: Tensor) -> Tensor:
+        return F.linear(self.read_heads(h), self.own.out_proj.weight, self.own.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        rows = self.attend(h)
+        moved = rows.view(h.shape)
+        more = rows.square().view(h.shape) if self.twice else 0.0
+        return self.head((h + moved).tanh() + more)
+
+
+@pytest.mark.parametrize("parts", [1, 3], ids=["one call", "batches"])
+@pytest.mark.parametrize(
+    ("build", "summed"),
+    [
+        (lambda: Residual(True), True), (lambda: Residual(False), True),
+        (lambda: ResidualByHand(twice=False), True), (lambda: ResidualByHand(twice=True), False),
+    ],
+    ids=["attention", "tokens first", "by hand", "read elsewhere too"],
+)  # fmt: skip
+def test_rows_that_are_moved_into_a_sum_make_up_for_the_other_branch(
+    build: Callable[[], Residual], summed: bool, parts: int
+) -> None:
+    model, x = randomise_(build()).eval(), torch.randn(60, 7, 5)
+    small, graph = copy_model(model), intrafusion.inspect(model, x[:2])
+    small.first.weight.data.mul_(0.7)
+    left = ("first", "own")  # keys, queries and values stay as they were
+    EXACT.solve_(small, {}, model, graph, [Inputs.of(part) for part in x.chunk(parts)], left=left)
+    with torch.no_grad():
+        h, y = small.hidden(x), model.hidden(x)
+        wanted = model.attend(y) + ((y - h).flatten(0, 1) if summed else 0.0)
+        rows = small.read_heads(h)
+    rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1).double()
+    expected = torch.linalg.lstsq(rows, wanted.double()).solution.T
+    torch.testing.assert_close(small.own.out_proj.weight.double(), expected[:, :8], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(small.own.out_proj.bias.double(), expected[:, 8], atol=2e-3, rtol=2e-3)
 
 
 class Reading(nn.Module):

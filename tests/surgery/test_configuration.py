@@ -319,18 +319,22 @@ def test_a_graph_is_tied_once() -> None:
     assert replace(tied, groups=graph.groups) is not tied
 
 
-def test_what_code_derives_from_a_size_that_is_uniform_is_told_to_be_excluded() -> None:
+def test_what_code_derives_from_a_size_that_is_uniform_stays() -> None:
     """Gemma multiplies its embeddings with the root of the width of its stream."""
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     widths = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 40, "max_position_embeddings": 32}
     gemma = build("GemmaForCausalLM", "GemmaConfig", use_cache=False, **sizes, **widths)
     options = {"keep": 0.5, "restore": None, "uniform": True, "outputs": "logits"}
     small = intrafusion.compress(gemma, TEXT, **options)
-    [note] = [note for note in small.notes if "intrafusion.load is needed" in note]
-    assert "gives other outputs; the sizes are such as it says, but its code derives something from them" in note
-    assert "uniform=True makes" not in note
+    assert not any("intrafusion.load is needed" in note for note in small.notes)
+    assert (small.model.config.hidden_size, small.model.config.intermediate_size) == (16, 12)
+    [(name, why)] = small.rolled_back.items()
+    assert [d.reason for d in small.plan.decisions if d.group == name] == [why]
+    assert why == (
+        "uniform: with fewer of these, a network of these sizes, built from its GemmaConfig, gives other outputs"
+    )
     apart = intrafusion.compress(gemma, TEXT, exclude="model.embed_tokens", **options)
-    assert not any("intrafusion.load is needed" in note for note in apart.notes)
+    assert all(torch.equal(a, b) for a, b in zip(small.model.parameters(), apart.model.parameters(), strict=True))
 
 
 def test_a_transformers_that_is_there_but_does_not_work_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,15 +159,14 @@ def compress_command(
     A group is rolled back if the smaller network does not run with it, or no longer shows it; the others stay reduced.
     """
     said = locals()
+    if blockwise:
+        _compress_blockwise(said)
+        return
     kept = Kept()
     with working(kept):
         wanted = read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
         _check_outputs(output, keep_images)
         lines = check_given(images, texts, keep_images)
-        if blockwise:
-            _refuse_beside(said)
-            say(str(_compress_blockwise(model, output, wanted, images, lines)))
-            return
         network = read_network(
             model, base=base, weights=weights or (), arguments=arguments or (), inputs=inputs or (), device=device,
             trust_program=trust_program,
@@ -215,7 +214,22 @@ def _refuse_beside(said: Mapping[str, Any]) -> None:
         raise RecipeError(f"--blockwise: does not go with {named}; leave out one or the other.")
 
 
-def _compress_blockwise(
+def _compress_blockwise(said: Mapping[str, Any]) -> None:
+    """The command with --blockwise."""
+    output = said["output"]
+    with working():
+        _refuse_beside(said)
+        wanted = read_recipe(said["recipe"], {name: said[name] for name in Recipe.options()}, said["normalization"])
+        _check_outputs(output, None)
+        lines = check_given(said["images"], said["texts"], None)
+        done = _compress_blocks(said["model"], output, wanted, said["images"], lines)
+    say(str(done))
+    _, architecture = hugging_face.split_target(said["model"].removeprefix("hf:"))
+    written = hugging_face.python_expression(f"{output}:{architecture}" if architecture else f"{output}", {})
+    say(f"\nsaved to {output}; back in one line:\nimport transformers; model = {written}")
+
+
+def _compress_blocks(
     model: str, output: Path | None, recipe: Recipe, images: Path | None, texts: list[str] | None
 ) -> CompressedFolder:
     """

@@ -64,6 +64,11 @@ def build_from_folder(target: str, *, trained: bool, args: Mapping[str, Any]) ->
                 name, config=config, dtype="auto", trust_remote_code=trust, output_loading_info=True
             )
     except Exception as error:  # whatever damaged weights and odd configurations make it raise
+        if "ignore_mismatched_sizes" in str(error):  # an option of transformers, which nobody here has set
+            raise ModelError(
+                f"hf:{target}: config.json and the weights contradict each other: there are weights of other shapes, "
+                "which the report of transformers names; fetch the folder again."
+            ) from error
         raise ModelError(
             f"hf:{target}: {architecture.__name__} cannot be built ({_first_line(error)}); "
             "check the folder, or name another architecture as hf:FOLDER:ARCHITECTURE."

@@ -11,6 +11,7 @@ from intrafusion.cli.compress import compress_command
 from intrafusion.cli.console import EXIT_CODES
 from intrafusion.cli.demo import demo
 from intrafusion.cli.experiment import experiment
+from intrafusion.cli.export import export_command
 from intrafusion.cli.frontier import frontier_command
 from intrafusion.cli.fuse import fuse_command
 from intrafusion.cli.inspect import inspect_command
@@ -23,6 +24,7 @@ COMMANDS = {
     "inspect": inspect_command,
     "compress": compress_command,
     "frontier": frontier_command,
+    "export": export_command,
     "fuse": fuse_command,
     "split-train": split_train_command,
     "experiment": experiment,

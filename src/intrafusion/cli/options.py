@@ -215,7 +215,7 @@ Cores = Annotated[int | None, count_option("Of this machine for Ray; all if not 
 # ---- what comes out -------------------------------------------------------------------------------------------------
 
 _OUTPUT = typer.Option(
-    "--output", "-o", metavar="PATH", help="Where to write: a folder; experiment and report: a file."
+    "--output", "-o", metavar="PATH", help="Where to write: a folder; experiment, report and export: a file."
 )
 Output = Annotated[Path, _OUTPUT]
 OptionalOutput = Annotated[Path | None, _OUTPUT]

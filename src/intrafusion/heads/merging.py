@@ -17,6 +17,7 @@ from intrafusion.errors import BudgetError, ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.heads.find import Heads, find_heads
 from intrafusion.heads.maps import Merging, Seen, as_matrix
+from intrafusion.measure.closeness import Yardstick
 from intrafusion.measure.size import size_of
 from intrafusion.network.batches import cast_like, double_first
 from intrafusion.network.double import output_difference
@@ -48,13 +49,19 @@ _EXACT = 1e-9  # outputs in float64 may differ by this fraction where nothing wa
 
 
 def merge_inspected(
-    recipe: Recipe, model: nn.Module, graph: ChannelGraph, example: Inputs, calibration: Calibration
+    recipe: Recipe,
+    model: nn.Module,
+    graph: ChannelGraph,
+    example: Inputs,
+    calibration: Calibration,
+    yardstick: Yardstick | None = None,
 ) -> Compressed:
     """Merge the key/value heads of a network that was inspected until as many are left as a recipe says, and solve.
 
     Args:
         graph: of the network, whole heads included.
         calibration: what is looked at and solved on.
+        yardstick: what errors are measured by, rather than by the calibration's own.
     Raises:
         ModelError: there are no heads that can be merged, or the smaller network is not proved to do what the maps say.
         BudgetError: a number of heads that cannot be reached by halving.
@@ -79,7 +86,8 @@ def merge_inspected(
         graph.warnings,
     )
     rows = _describe_rows(model, found, merged, heads) if changed else {}
-    restored = _restore_(small, model, graph, calibration, rows) if changed else ()
+    by = yardstick or calibration.plain_yardstick
+    restored = _restore_(small, model, graph, calibration, rows, by) if changed and by else ()
     return Compressed(
         *(small, plan, size_of(model, example), size_of(small, example), example, repairs),
         restored=restored,
@@ -431,15 +439,18 @@ def _describe_rows(
 
 
 def _restore_(
-    small: nn.Module, model: nn.Module, graph: ChannelGraph, calibration: Calibration, rows: Mapping[str, Tensor]
+    small: nn.Module,
+    model: nn.Module,
+    graph: ChannelGraph,
+    calibration: Calibration,
+    rows: Mapping[str, Tensor],
+    yardstick: Yardstick,
 ) -> tuple[Restoration, ...]:
     """Solve all layers, those of the heads for what `rows` make of the original's (in place).
 
     What made the outputs worse is taken back.
     """
-    start, yardstick = time.perf_counter(), calibration.plain_yardstick
-    if yardstick is None:
-        return ()
+    start = time.perf_counter()
     before, kept = yardstick.measure(small), {n: t.detach().clone() for n, t in named_tensors(small).items()}
     small.eval()
     known = replace(graph, groups=tuple(_as_group(layer, matrix) for layer, matrix in rows.items()))

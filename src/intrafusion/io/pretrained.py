@@ -19,6 +19,7 @@ from intrafusion.documents import parse_json
 from intrafusion.errors import FolderError, ModelError
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
+from intrafusion.surgery.configuration import take_rounded_
 
 _CONFIG, _MODULES = "config.json", "modules.json"
 _WEIGHTS = (
@@ -95,9 +96,7 @@ def write_pretrained(model: nn.Module, inputs: Inputs, origin: Path, folder: Pat
     copy_beside(origin / part, place, ours)
     if is_of_sentences(origin):
         copy_beside(origin, folder, ours)
-        for _, other in _read_modules(origin / _MODULES):
-            if other != part and (origin / other).is_dir():  # of a module without files none is kept
-                shutil.copytree(origin / other, folder / other, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        copy_modules(origin, folder)
         _mend_widths(folder, part, _read_width(origin / part), _read_width(place))
     _check_opens(network, place, inputs)
     return sorted(path.name for path in folder.iterdir())
@@ -109,6 +108,16 @@ def copy_beside(source: Path, target: Path, ours: tuple[str, ...] = ()) -> None:
         goal, wanted = target / path.name, path.name not in ours and not path.name.endswith(_WEIGHTS)
         if wanted and path.is_file() and not goal.exists():
             shutil.copyfile(path, goal)
+
+
+def copy_modules(origin: Path, folder: Path) -> None:
+    """The folders of the modules that stand behind a network of sentence-transformers; nothing of another folder."""
+    if not is_of_sentences(origin):
+        return
+    part = find_network_part(origin)
+    for _, other in _read_modules(origin / _MODULES):
+        if other != part and (origin / other).is_dir():  # of a module without files none is kept
+            shutil.copytree(origin / other, folder / other, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def _read_width(folder: Path) -> Any:
@@ -145,8 +154,9 @@ def _check_opens(network: Any, place: Path, inputs: Inputs) -> None:
                 place, dtype="auto", local_files_only=True, output_loading_info=True
             )
         lost = [name for kind in ("missing_keys", "mismatched_keys") for name in told.get(kind, ())]
-        device = next(network.parameters()).device
-        a, b = (run_in_double(copy_as_double(m), inputs) for m in (found.to(device).eval(), network))
+        found.to(next(network.parameters()).device).eval()
+        take_rounded_(found, network)
+        a, b = (run_in_double(copy_as_double(m), inputs) for m in (found, network))
         differ = output_difference(a, b) if len(a) == len(b) else float("inf")
     except Exception as error:  # whatever it makes of what it does not understand
         raise ModelError(

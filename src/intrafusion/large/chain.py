@@ -18,7 +18,7 @@ from intrafusion.network.inputs import Inputs, told_of
 from intrafusion.network.tensors import copy_model
 
 _STREAM = "hidden_states"  # as networks of transformers call what goes from block to block
-_ELSE = "compress it whole, without `blockwise`"
+_ELSE = "compress it whole (in a shell, without --blockwise)"
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +21,7 @@ from intrafusion.errors import FolderError, IntrafusionError, ModelError, Recipe
 from intrafusion.graph import ChannelGraph
 from intrafusion.importance.observation import needs_of
 from intrafusion.io.atomic import atomic_folder
-from intrafusion.io.pretrained import check_apart, copy_beside, is_of_sentences
+from intrafusion.io.pretrained import check_apart, copy_beside, copy_modules, find_network_part
 from intrafusion.io.shards import FLOATS, Shards, ShardWriter, Stored
 from intrafusion.large.block import Streams, explain_groups, join_graphs, reduce_block, solve_block_
 from intrafusion.large.chain import BlockCall, find_blocks, follow_blocks, load_block
@@ -35,6 +37,8 @@ from intrafusion.network.batches import (
     make_reusable,
     name_inputs,
     pick_images,
+    read_labelled,
+    reading,
 )
 from intrafusion.network.calibration_images import as_calls
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
@@ -134,7 +138,7 @@ def compress_folder(
         keep: as `compress`.
         inputs: texts with a `tokenizer`, or what the network takes, as `compress`; None: channels are selected by
             their weights, and no layer is solved.
-        example_inputs: one call; by default `inputs`, or some tokens.
+        example_inputs: one call; by default some tokens, or the first batch of `inputs` of a network that reads none.
         architecture: name of a class of transformers; None: the one that config.json names.
         **options: reducer, importance, restore ("auto", None or a `LeastSquares`), round_to, min_channels, include,
             exclude and seed, as `compress`.
@@ -152,7 +156,8 @@ def compress_folder(
         calls = _make_calls(network, inputs, tokenizer, example_inputs)
         example = calls[0] if example_inputs is None and calls else _find_example(network, example_inputs)
         small = _Work(network, recipe, solver, example, calls).write(place)
-        copy_beside(origin, place)
+        copy_beside(origin, place, ("README.md",))  # it tells of the original
+        copy_modules(origin, place)
         (place / "recipe.yaml").write_text(recipe.to_yaml())
     return replace(small, folder=target, seconds=time.perf_counter() - start)
 
@@ -269,8 +274,8 @@ def _find_architecture(origin: Path, architecture: str | None) -> tuple[Any, typ
         FolderError: no folder of one network of transformers.
         ModelError: its weights are quantised, or its architecture is not installed.
     """
-    if is_of_sentences(origin):
-        raise FolderError(f"{origin}: holds several modules; name the folder of the network in it.")
+    if part := find_network_part(origin):
+        raise FolderError(f"{origin}: holds several modules; name the folder of the network in it, {origin / part}.")
     if not (origin / "config.json").is_file():
         raise FolderError(f"{origin}: expected a folder with a config.json, got none; save_pretrained writes it.")
     with needing("transformers"):
@@ -301,6 +306,12 @@ def _match_names(skeleton: nn.Module, shards: Shards) -> tuple[dict[str, tuple[s
     wrong = [n for n, (_, s) in found.items() if s.shape != tuple(own[n].shape)]
     odd = [n for n, (_, s) in found.items() if own[n].is_floating_point() and s.dtype not in FLOATS]
     extra = [name for name in shards.tensors if name not in own]
+    if _are_renamed([tuple(own[n].shape) for n in missing], [shards.tensors[n].shape for n in extra]):
+        raise ModelError(
+            f"{shards.folder}: its files hold weights otherwise than the network, such as {extra[0]} for "
+            f"{missing[0]}; from_pretrained converts them, which is not done block by block: compress the network "
+            "whole, with intrafusion.compress (in a shell, without --blockwise)."
+        )
     kinds = {hide_numbers(name) for name in own}
     alike = [name for name in extra if hide_numbers(name) in kinds]
     for names, what in ((missing, "no weights of"), (wrong, "other shapes of"), (alike, "weights without a place of")):
@@ -312,6 +323,12 @@ def _match_names(skeleton: nn.Module, shards: Shards) -> tuple[dict[str, tuple[s
     if odd:
         raise ModelError(f"{shards.folder}: {name_some(odd)} are quantised; compress those they were quantised from.")
     return found, (f"left out, as the network has no place for them: {name_some(extra)}",) if extra else ()
+
+
+def _are_renamed(missing: Sequence[tuple[int, ...]], extra: Sequence[tuple[int, ...]]) -> bool:
+    """Whether what is missing is there under other names, or in other parts: its shapes, or as many entries."""
+    same = sum(map(math.prod, missing)) == sum(map(math.prod, extra))
+    return bool(missing) and (same or not Counter(missing) - Counter(extra))
 
 
 # ---- calls ----------------------------------------------------------------------------------------------------------
@@ -334,8 +351,11 @@ def _make_calls(
     """What the layers are solved on, and what errors are measured on; the same where inputs are few."""
     if inputs is None:
         return []
+    inputs = make_reusable(inputs)
+    if example is None and "input_ids" not in network.takes:
+        example = _read_first(inputs, network.skeleton)
     like = _find_example(network, example)
-    calls = as_calls(make_reusable(inputs), network.skeleton, like, tokenizer)
+    calls = as_calls(inputs, network.skeleton, like, tokenizer)
     call = _without_cache(join_batches(list(calls or ())), network.takes)
     total = count_images(call)
     apart = torch.zeros(total, dtype=torch.bool)
@@ -343,6 +363,14 @@ def _make_calls(
     if not bool(apart.any()):
         return [double_first(call)] * 2
     return [double_first(pick_images(call, part.nonzero()[:, 0])) for part in (~apart, apart)]
+
+
+def _read_first(inputs: ImagesLike, model: nn.Module) -> Inputs:
+    """The first batch of inputs, as a call by which all are read; without entries that forward does not take."""
+    with reading(read_labelled(inputs)) as batches:
+        first, _ = next(batches)
+    taken = signature(model.forward).parameters
+    return replace(first, kwargs={name: value for name, value in (first.kwargs or {}).items() if name in taken})
 
 
 def _without_cache(call: Inputs, takes: set[str]) -> Inputs:
@@ -488,12 +516,23 @@ def _choose_sizes(network: _Network, graphs: Mapping[str, ChannelGraph], recipe:
     if heads:
         raise ModelError(f"{name_some(heads)}: whole heads stay block by block; leave out the pattern that names them.")
     if not smaller:
-        why = explain_groups(tie_by_config(graph, network.skeleton).groups)
-        raise ModelError(f"there is no channel group to reduce in the blocks, with this keep and these layers. {why}")
+        tied = tie_by_config(graph, network.skeleton)
+        raise ModelError(
+            "there is no channel group to reduce in the blocks, with this keep and these layers. "
+            f"{_explain_largest(tied, recipe)}{explain_groups(tied.groups)}"
+        )
     config, why = find_config(network.skeleton, {**_shapes_of(network.skeleton), **shrink_shapes(graph, smaller)})
     if config is None:
         raise ModelError(f"no configuration says these sizes: {why}; exclude these layers.")
     return smaller, config
+
+
+def _explain_largest(graph: ChannelGraph, recipe: Recipe) -> str:
+    """Why a keep for some layers alone makes nothing smaller."""
+    free = [group.name for group in graph.groups if group.is_channel and group.reducible]
+    if not free or not isinstance(recipe.keep, Mapping):
+        return ""
+    return f"{name_some(free)}: one number of the configuration sets them, to the largest size that keep asks for. "
 
 
 def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

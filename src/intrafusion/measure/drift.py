@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def output_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Mean squared difference of outputs as a fraction of the variance of the expected ones, over all tensors.
 
     Infinite or NaN entries that both have (masked classes, undefined places) do not count; where one alone has them the
-    share is infinite. The variance is over the rows; of a single one, it is the mean square.
+    share is infinite. The variance is over the rows; of a single one, or where none varies, it is the mean square.
 
     >>> output_error([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 3.0]])])
     0.1
@@ -118,18 +118,19 @@ class OutputError:
 
     @property
     def value(self) -> float:
-        """Over all outputs at once."""
-        return sum(self.lost.values()) / max(sum(spread.total() for spread in self.spreads.values()), 1e-300)
+        """Over all outputs at once; beside their square, where none varies."""
+        return sum(self.lost.values()) / _measure_scale(self.spreads.values())
 
     @property
     def each(self) -> dict[int, float]:
         """The same of each output beside its own variance, by its place; beside its square, where it does not vary."""
-        return {index: lost / self._measure_scale(index) for index, lost in self.lost.items()}
+        own = {index: [spread for key, spread in self.spreads.items() if key[0] == index] for index in self.lost}
+        return {index: lost / _measure_scale(own[index]) for index, lost in self.lost.items()}
 
-    def _measure_scale(self, index: int) -> float:
-        own = [spread for key, spread in self.spreads.items() if key[0] == index]
-        total, size = sum(spread.total() for spread in own), sum(spread.size for spread in own)
-        return max(total if total > _CONSTANT * size else size, 1e-300)
+
+def _measure_scale(spreads: Collection[_Spread]) -> float:
+    total, size = sum(spread.total() for spread in spreads), sum(spread.size for spread in spreads)
+    return max(total if total > _CONSTANT * size else size, 1e-300)
 
 
 def _parts(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -33,7 +33,7 @@ def read_batches(images: ImagesLike) -> list[Inputs]:
     (labels) is dropped. A network of several inputs takes dicts, or `Inputs`.
 
     >>> images = [(torch.zeros(2, 3), torch.tensor([0, 1])), (torch.zeros(1, 3), torch.tensor([1]))]
-    >>> [str(call) for call in read_batches(images)]
+    >>> list(map(str, read_batches(images)))
     ['(float32[2, 3])', '(float32[1, 3])']
 
     Raises:

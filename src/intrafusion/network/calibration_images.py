@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ArgumentError, IntrafusionWarning, ModelError, show
@@ -73,7 +74,8 @@ class Calls:
         total = 0
         with reading(read_labelled(self._opened())) as calls:
             for call, labels in calls:
-                call = self._turned(self._checked(call if call.labels is not None else replace(call, labels=labels)))
+                call = self._completed(call if call.labels is not None else replace(call, labels=labels))
+                call = self._turned(self._checked(call))
                 if total < _SAMPLE and sum(map(count_images, self.sample)) <= total:
                     self.sample.append(call)
                 total += count_images(call)
@@ -105,6 +107,17 @@ class Calls:
         )
         return {**self.notes, "lost": lost}
 
+    def _completed(self, call: Inputs) -> Inputs:
+        """With the switches of the example that it leaves out: they change what a forward does and returns."""
+        like, there = self.like, len(call.args)
+        rest = () if call.kwargs or any(map(_holds_tensors, like.args[there:])) else like.args[there:]
+        given = {*(call.kwargs or {}), *self.names[: there + len(rest)]}
+        shown = {**dict(zip(self.names, like.args, strict=False)), **(like.kwargs or {})}
+        switches = {k: v for k, v in shown.items() if k not in given and not _holds_tensors(v)}
+        if not rest and not switches:
+            return call
+        return replace(call, args=(*call.args, *rest), kwargs={**(call.kwargs or {}), **switches})
+
     def _turned(self, call: Inputs) -> Inputs:
         """With the images first; labels that are not one for each of them are left out."""
         if call.turned or not self.turned:
@@ -116,6 +129,8 @@ class Calls:
     def _weighed(self, call: Inputs) -> Inputs:
         """With what its masks say, positional ones too; outputs that matter are those of the example."""
         self.limits.check(call)
+        if long := self.limits.doubt(call):
+            self.notes["long"] = long
         named = {**dict(zip(self.names, call.args, strict=False)), **(call.kwargs or {})}
         weights = find_weights(named, call.source)
         if unknown := find_unknown_masks(named, count_images(call)):
@@ -133,7 +148,7 @@ class Calls:
         self.given = make_reusable(self.given)
         if isinstance(self.given, (list, tuple)) and is_text(self.given):
             texts = list_texts(self.given)
-            return [self._named(tokenize(texts, self.tokenizer, self.limits.longest), "inputs")]
+            return [self._named(tokenize(texts, self.tokenizer, self.limits.cut), "inputs")]
         if isinstance(self.given, (Tensor, np.ndarray, Mapping, Inputs)) or self._is_one_call(self.given):
             return [self._call(self.given, "images")]
         self._tell_of_a_tuple(self.given)
@@ -230,14 +245,13 @@ class Calls:
             )
         labels = next((t for k in _LABELS if isinstance(t := batch.get(k), Tensor)), None)
         taken = {k: v for k, v in batch.items() if self.forward is None or k in self.forward}
-        missing = [
-            k for k in self.like.kwargs or {} if k not in taken and isinstance((self.like.kwargs or {})[k], Tensor)
-        ]
+        missing = [k for k, value in (self.like.kwargs or {}).items() if k not in taken and _holds_tensors(value)]
         if missing or not taken:
-            takes = ", ".join(self.forward or missing)
+            takes = f"the arguments of forward ({', '.join(self.forward)})" if self.forward else ", ".join(missing)
+            lost = f"; the example inputs have {name_some(missing)}: give it here too, or leave it out there"
             raise ModelError(
-                f"{source}: expected a dict with the arguments of forward ({takes}), "
-                f"got the keys {', '.join(map(str, batch))}."
+                f"{source}: expected a dict with {takes or 'arguments of forward'}, "
+                f"got the keys {', '.join(map(str, batch))}{lost if missing else ''}."
             )
         more = [k for k in taken if k not in self._shown and k not in _LABELS and "mask" not in k]
         if more and self._shown:
@@ -292,6 +306,10 @@ class Calls:
             f"{int(t.max())}: normalise images as the network was trained on them"
         )
         return t.to(like.dtype)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, (Tensor, np.ndarray)) for leaf in tree_leaves(value))
 
 
 def _is_like(found: Tensor | np.ndarray, like: Tensor) -> bool:

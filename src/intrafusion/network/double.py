@@ -33,11 +33,17 @@ class DoublePrecision(TorchDispatchMode):
             args, kwargs = tree_map(_as_double, args), tree_map(_as_double, kwargs)
         if is_grouped_product(func):  # it has no float64
             return multiply_groups(*args, **kwargs)
+        if func.namespace == "quantized":  # nor have these
+            return tree_map(_as_double, func(*tree_map(_as_single, args), **tree_map(_as_single, kwargs)))
         return func(*args, **kwargs)
 
 
 def _as_double(x: Any) -> Any:
     return x.to(_double_of(x.dtype)) if isinstance(x, Tensor) else x
+
+
+def _as_single(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype == torch.float64 else x
 
 
 def _double_of(dtype: torch.dtype) -> torch.dtype:

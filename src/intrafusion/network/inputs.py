@@ -49,6 +49,7 @@ class Inputs:
         if isinstance(example, Inputs):
             return example
         _check_depth(example)
+        _check_caches(example)
         if isinstance(example, Mapping):
             return cls((), _check_keywords(example))
         if isinstance(example, (tuple, list)):
@@ -214,6 +215,20 @@ def _check_depth(example: Any) -> None:
             "example_inputs: expected tensors in a tuple or a dict, got some that are nested too deeply, or within "
             "themselves; pass what one call of the network takes."
         ) from error
+
+
+def _check_caches(example: Any) -> None:
+    """
+    Raises:
+        ModelError: keys and values of earlier tokens, which the layers of the original gave: no smaller one takes them.
+    """
+    for leaf in tree_leaves(example):
+        length = getattr(leaf, "get_seq_length", None)
+        if callable(length) and not isinstance(leaf, type) and length():
+            raise ModelError(
+                f"example_inputs: expected no keys and values of earlier tokens, got a {type(leaf).__name__} of "
+                f"{length()} of them, which fit this network alone; leave it out: a smaller network makes its own."
+            )
 
 
 def _check_keywords(example: Mapping[Any, Any]) -> dict[str, Any]:

@@ -28,7 +28,10 @@ _PLAIN = (
 )
 """What holds no tensor."""
 
-_CACHE = "the cache for a next call; to reduce these, let the example ask for none: use_cache=False in transformers"
+_CACHE = (
+    "the cache for a next call; to reduce these, let the example ask for none (use_cache=False in transformers), or "
+    "name the outputs that matter: outputs=, in a shell --outputs"
+)
 """What is said of the part of an output that keeps keys, values or states for the next call."""
 
 _CACHES = ("past_key_values", "cache_params")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
-from intrafusion.network.batches import ImagesLike, cast_like, double_first
+from intrafusion.network.batches import ImagesLike, cast_like, count_images, double_first
 from intrafusion.network.gram import WIDE, find_scale, square_rows, square_transposed
 from intrafusion.network.input_batches import read_input_batches
 from intrafusion.network.inputs import Inputs
@@ -20,6 +20,7 @@ from intrafusion.network.row_weights import RowWeights
 from intrafusion.network.shares import ALL, ShareSampler
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
+from intrafusion.observe.bare import BareLayer, BareWatcher
 from intrafusion.reduce.problem import Moments
 from intrafusion.surgery.norms import fold_norms
 from intrafusion.trace.decomposition import unfuse
@@ -103,24 +104,37 @@ class MomentTaker(contextlib.ExitStack):
             for port in find_readers(group, layers):
                 self.ports[port.layer.name].append((group.name, port))
         self.layers = {name: layers[name] for name in self.ports}
-        self.sides = {g.name: _Sides.of(g, layers) for g in groups if g.with_role(Role.MATCHES)}
+        self.sides = {g.name: _Sides.of(g, layers, graph.shapes) for g in groups if g.with_role(Role.MATCHES)}
         self.linear = {g.name for g in groups if g.linear}
         self.bare = _find_bare_reads(groups)
         self.found: dict[str, dict[str, _Sums]] = {g.name: {} for g in groups}  # by group, by weight
         self.watched: set[str] = set()  # layers that were seen to run as such
+        self.ran: set[str] = set()  # those of them that give either side of a product
+        self.givers = {m.tensor for side in self.sides.values() for m in side.members}
+        self.bare_givers = BareWatcher(model, graph, self.ran, called=self.given_bare) if self.givers else None
 
     def __enter__(self) -> MomentTaker:
         along = {weight: members[0][1].dim for weight, members in self.bare.items()}
         products = Products(named_tensors(self.model), Inputs(), self.multiplied, along)
-        called = lambda _, args, kwargs: products.note_inputs(Inputs(args, kwargs))  # noqa: E731
+        called = lambda _, args, kwargs: self.called(Inputs(args, kwargs), products)  # noqa: E731
         self.callback(self.model.register_forward_pre_hook(called, with_kwargs=True).remove)
         modules = {name: layer.module for name, layer in self.layers.items()}
         self.enter_context(watch_calls(modules, reached=self.reached))
-        sides = {port.layer.name: port.layer for side in self.sides.values() for port in side.ports}
-        self.enter_context(watch_calls({n: layer.module for n, layer in sides.items()}, self.given))
+        sides = {port.layer.name: port.layer for side in self.sides.values() for port in side.ports.values()}
+        ran = lambda name, _: self.ran.add(name)  # noqa: E731
+        self.enter_context(watch_calls({n: layer.module for n, layer in sides.items()}, self.given, reached=ran))
         self.enter_context(unfuse(self.model))
         self.enter_context(products)
+        if self.bare_givers is not None:
+            self.enter_context(self.bare_givers)
         return self
+
+    def called(self, inputs: Inputs, products: Products) -> None:
+        """A pass begins."""
+        products.note_inputs(inputs)
+        self.images = count_images(inputs)
+        if self.bare_givers is not None:
+            self.bare_givers.begin()
 
     def reached(self, name: str, x: Tensor) -> None:
         """A dense layer is about to read."""
@@ -137,6 +151,14 @@ class MomentTaker(contextlib.ExitStack):
         """A layer gave what is multiplied with what another gives."""
         for side in self.sides.values():
             side.add(name, output, self.weights)
+
+    def given_bare(self, layer: BareLayer, x: Tensor, output: Tensor) -> None:
+        """A function gave that with a parameter."""
+        if layer.tensor in self.givers:
+            rows = layer.arrange(output, self.images)
+            rows = rows if layer.spatial_dims or rows.dim() > 2 else rows[None]  # one sequence, as far as is seen
+            for side in self.sides.values():
+                side.add_bare(layer, rows, self.weights)
 
     def multiplied(self, product: Product) -> None:
         """Something was multiplied with a weight, perhaps by one of those layers."""
@@ -176,7 +198,7 @@ class MomentTaker(contextlib.ExitStack):
             columns = _find_places(positions, index.cpu())
             if columns is not None:
                 sums = self.found[group].setdefault(weight, _Sums(member.dim, positions, shifts=False))
-                sums.add(rows, columns, weights)
+                sums.add(rows.double() if group in self.linear else rows, columns, weights)
 
     def moments(self) -> dict[str, Moments]:
         """By group; norms are folded as they are now. What was seen is forgotten, group by group: it is as large."""
@@ -191,7 +213,14 @@ class MomentTaker(contextlib.ExitStack):
                 found[name] = _join_reads(seen, weights)
             if reads and name in rotated:
                 found[name] = replace(found[name], bare=_join_bare_reads(self.graph[name], reads, weights))
-        return found | {group: moments for group, side in self.sides.items() if (moments := side.moments()) is not None}
+        late = self.settle_bare() if self.sides else {}
+        sides = {group: side.moments(late) for group, side in self.sides.items()}
+        return found | {group: moments for group, moments in sides.items() if moments is not None}
+
+    def settle_bare(self) -> dict[str, Tensor]:
+        """What was added to products with parameters in a step of its own, by layer."""
+        layers = {layer.name: layer for side in self.sides.values() for layer in side.bare.values()}
+        return {} if self.bare_givers is None else self.bare_givers.settle(dict(layers))
 
 
 def _weigh(places: Tensor, each: float, counts: Tensor | None) -> Tensor | None:
@@ -209,45 +238,77 @@ class _Sides:
     softmax over them does not see.
 
     Attributes:
-        ports: where layers give either side.
-        whole: whether all that makes the channels, or matches them, is in `ports`.
-        squares: by port, the sum of squares (n, n) and of weights so far.
+        members: weights that give either side.
+        ports: of the members that are dense layers.
+        bare: what functions computed with those that did not run as layers, as they were last seen.
+        squares: by member, the sum of squares (n, n), of slots (n, slots), and of weights so far.
     """
 
-    ports: list[Port]
-    second: list[bool]
-    whole: bool
-    squares: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    members: list[Member]
+    ports: dict[int, Port]
+    bare: dict[int, BareLayer] = field(default_factory=dict)
+    squares: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, group: ChannelGroup, layers: Mapping[str, Layer]) -> _Sides:
-        members = [m for m in group.with_role(Role.PRODUCES, Role.MATCHES) if not m.tensor.endswith("bias")]
-        known = [m for m in members if m.module in layers and m.within is None and m.dim != layers[m.module].input_dim]
-        second = [Role.MATCHES in m.roles for m in known]
-        return cls([Port.of(layers[m.module], m) for m in known], second, len(known) == len(members))
+    def of(cls, group: ChannelGroup, layers: Mapping[str, Layer], shapes: Mapping[str, Sequence[int]]) -> _Sides:
+        members = [m for m in group.with_role(Role.PRODUCES, Role.MATCHES) if len(shapes[m.tensor]) > 1]  # no biases
+        is_known = lambda m: m.module in layers and m.within is None and m.dim != layers[m.module].input_dim  # noqa: E731
+        return cls(members, {i: Port.of(layers[m.module], m) for i, m in enumerate(members) if is_known(m)})
+
+    def is_second(self, index: int) -> bool:
+        return Role.MATCHES in self.members[index].roles
 
     def add(self, name: str, output: Tensor, weights: RowWeights | None = None) -> None:
-        for index, (port, second) in enumerate(zip(self.ports, self.second, strict=True)):
+        for index, port in self.ports.items():
             if port.layer.name == name:
-                x = port.take_channels(port.layer.apply_norm(output)).double()  # (images, n, places)
-                counts = port.weigh_channels(output, weights)  # (images, 1, places)
-                counts = torch.ones_like(x[:, :1]) if counts is None else counts[:, None]
-                x = torch.where(counts > 0, x, 0.0)  # padded places may hold NaN
-                mean = (counts * x).sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1e-300)
-                x = x - mean if second else x
-                square, count = torch.einsum("inp,imp->nm", counts * x, x), counts.sum()
-                before = self.squares.get(index)
-                self.squares[index] = (square, count) if before is None else (before[0] + square, before[1] + count)
+                self.note(index, port, port.layer.apply_norm(output), weights)
 
-    def moments(self) -> Moments | None:
-        sides = [
-            [square / count for index, (square, count) in self.squares.items() if self.second[index] == second]
-            for second in (False, True)
-        ]
-        if not all(sides) or not self.whole:
+    def add_bare(self, layer: BareLayer, output: Tensor, weights: RowWeights | None) -> None:
+        for index, member in enumerate(self.members):
+            if member.tensor == layer.tensor and member.dim == layer.dim and member.within is None:
+                positions = torch.as_tensor(member.positions, dtype=torch.long) - layer.start
+                if bool((positions >= 0).all()) and bool((positions < layer.outputs).all()):
+                    self.bare[index] = layer
+                    port = Port(layer, member.tensor, reads=False, positions=positions)
+                    self.note(index, port, layer.apply_norm(output), weights)
+
+    def note(self, index: int, port: Port, output: Tensor, weights: RowWeights | None) -> None:
+        x = port.take_channels(output).double()  # (images, n, places)
+        counts = port.weigh_channels(output, weights)  # (images, 1, places)
+        counts = torch.ones_like(x[:, :1]) if counts is None else counts[:, None]
+        x = torch.where(counts > 0, x, 0.0)  # padded places may hold NaN
+        mean = (counts * x).sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1e-300)
+        x = x - mean if self.is_second(index) else x
+        total = (counts * x).unflatten(2, (-1, port.positions.shape[1])).sum((0, 2))
+        square, count = torch.einsum("inp,imp->nm", counts * x, x), counts.sum()
+        before = self.squares.get(index)
+        sums = (square, total, count)
+        self.squares[index] = sums if before is None else tuple(a + b for a, b in zip(before, sums, strict=True))
+
+    def moments(self, late: Mapping[str, Tensor]) -> Moments | None:
+        """None unless all that gives either side was seen.
+
+        Args:
+            late: what was added to what functions gave, by layer.
+        """
+        if len(self.squares) < len(self.members):
+            return None
+        sides = [[self.square(i, late) for i in self.squares if self.is_second(i) == side] for side in (False, True)]
+        if not all(sides):
             return None
         first, second = (torch.stack(found).sum(0) for found in sides)
         return Moments(torch.zeros_like(first[:1]), first[None], second)
+
+    def square(self, index: int, late: Mapping[str, Tensor]) -> Tensor:
+        """The second moment of what one weight gives, with what was added to it; that has no part in the second."""
+        square, total, count = self.squares[index]
+        layer = self.bare.get(index)
+        if layer is not None and layer.name in late and not self.is_second(index):
+            positions = torch.as_tensor(self.members[index].positions, dtype=torch.long) - layer.start
+            bias = late[layer.name].to(square)[positions.to(square.device)]  # (n, slots)
+            cross = total @ bias.T
+            square = square + cross + cross.T + count / bias.shape[1] * bias @ bias.T
+        return square / count
 
 
 @dataclass(eq=False)

@@ -253,7 +253,7 @@ def _make_noise(
     if tokenizer is not None and name_inputs(inputs) == "sequences":
         sentences = make_sentences(tokenizer, _SENTENCES + _HELD_OUT, noise.seed)
         if sentences is not None:
-            longest = find_token_limits(model, inputs).longest
+            longest = find_token_limits(model, inputs).cut
             found = tokenize(sentences, tokenizer, longest)
             call = read_input_batches(as_calls([found], model, inputs) or ()).join()
             return (take_images(call, 0, _SENTENCES), take_images(call, _SENTENCES, len(sentences))), _WORDS

@@ -26,9 +26,9 @@ from intrafusion.network.layers import Layer, find_layers, is_solvable, unseen_b
 from intrafusion.network.outputs import read_iterators
 from intrafusion.network.state import evaluate_alone, remember_random_numbers
 from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.observe.bare import BareLayer, BareWatcher
 from intrafusion.progress import report
 from intrafusion.reduce.problem import ReductionMap, find_picks
-from intrafusion.restore.bare import BareLayer, BareWatcher
 from intrafusion.restore.live import LiveTensors, is_plain
 from intrafusion.restore.lockstep import Turn, run_in_lockstep
 from intrafusion.restore.norm_fits import NormFits, find_channel_norms
@@ -390,7 +390,12 @@ class _Solving:
             if merge is None:
                 self.targets.skipped[name] = "in the smaller network it gives what came from another product as well"
                 return False
-            self.layers[name] = layer.like(original, named_tensors(model))
+            sizes = {bias: shape[0] for bias, shape in self.graph.shapes.items() if len(shape) == 1}
+            found = layer.like(original, named_tensors(model), sizes)
+            if found is None:
+                self.targets.skipped[name] = "in the smaller network its bias is another part of what it is a part of"
+                return False
+            self.layers[name] = found
             self.merges[name], self.picks[name] = merge, None if merge is None else find_picks(merge)
         known = self.layers[name]
         return isinstance(known, BareLayer) and (known.start, known.outputs) == (layer.start, layer.outputs)
@@ -547,6 +552,7 @@ class _Pass:
         if any(isinstance(layer, BareLayer) for layer in self.solving.targets.layers.values()):
             ran = self.solving.targets.ran
             bare = BareWatcher(model, self.solving.graph, ran, reached=self.reached_bare, called=self.called_bare)
+            bare.begin()
         with live, fitting, watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
             call = prepare(next(self.solving.coming), model)
             given = call.copied()
@@ -604,7 +610,7 @@ class _Pass:
 
     def called(self, name: str, x: Tensor, output: Tensor) -> None:
         if name in self.waiting:
-            self.uses.watch(output, name)
+            self.uses.watch(output, name, moves=isinstance(self.layers[name], BareLayer))
 
     def entered(self, found: Unread, a: Tensor, b: Tensor) -> None:
         with unseen_by_modes():  # rows that are brought are no part of what the batch holds
@@ -612,10 +618,12 @@ class _Pass:
                 if name in self.waiting and not self.open:
                     layer, places = self.layers[name], self.store.places[name][self.batch]
                     x, arrange = self.waiting.pop(name)
-                    given = layer.take_outputs(arrange(a), places) + layer.take_outputs(arrange(b), places)
+                    one, other = (arrange(self.uses.take_back(output, t)) for t in (a, b))
+                    given = layer.take_outputs(one, places) + layer.take_outputs(other, places)
                     if self.wait(layer, layer.take_inputs(arrange(x), places), given):
                         with torch.inference_mode(output.is_inference()), torch.no_grad():
-                            output.copy_(layer.apply_norm(layer.module.forward(x)))
+                            new = layer.apply_norm(layer.module.forward(x))
+                            output.copy_(self.uses.take_along(output, new))
 
     def wait(self, layer: Layer, inputs: Tensor, given: Tensor) -> bool:
         """Until the layer is solved on all batches; whether it was written."""

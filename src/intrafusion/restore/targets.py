@@ -20,8 +20,8 @@ from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, has_own_forward, watch_calls
 from intrafusion.network.state import evaluate_alone, preserve_state
 from intrafusion.network.tensors import named_tensors
+from intrafusion.observe.bare import BareLayer, BareWatcher
 from intrafusion.restore.activation import Activation
-from intrafusion.restore.bare import BareLayer, BareWatcher
 from intrafusion.restore.live import LiveTensors
 from intrafusion.restore.norm_fits import NormFits
 from intrafusion.restore.row_store import RowStore
@@ -190,7 +190,7 @@ class _Recording:
             fitting = self.fits.recording(reference, batch, self.call, self.targets.order)
         modules = {name: layer.module for name, layer in self.layers.items() if not isinstance(layer, BareLayer)}
         bare = contextlib.nullcontext() if self.bare is None else self.bare
-        if self.bare is not None and batch > 0:
+        if self.bare is not None:
             self.bare.begin()
         with (
             fitting, self.live, watch_calls(modules, self.called, reached=self.reached), self.uses, bare,
@@ -226,7 +226,7 @@ class _Recording:
         if name not in self.targets.skipped:
             self.look_at(layer, key, arrange(x), arrange(output))
         if self.plain.get(key):
-            self.uses.watch(output, name)
+            self.uses.watch(output, name, moves=isinstance(layer, BareLayer))
 
     def count_call(self, name: str) -> str:
         """What the store calls this one."""
@@ -262,7 +262,8 @@ class _Recording:
         self.events[-1][_name_sum(name)] = name
         self.targets.summed |= set() if self.batch else {name}
         if name not in self.targets.skipped and len(self.calls[name]) == 1:
-            rows = self.arranged[name](total)
+            output = next(t for t, own in found if own == name)
+            rows = self.arranged[name](self.uses.take_back(output, total))
             rows = self.layers[name].take_outputs(rows, self.store.places[name][self.batch])
             self.put(name, name if self.batch else _name_sum(name), rows)
         return name

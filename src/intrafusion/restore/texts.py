@@ -193,7 +193,7 @@ def _stretch(sampler: Sampler, arguments: Mapping[str | int, object]) -> Sampler
     tensors = {name: t for name, t in arguments.items() if isinstance(t, Tensor)}
     if any(name != sampler.argument and name not in MASKS for name in tensors):
         return sampler
-    longest = find_token_limits(sampler.model, sampler.example).longest
+    longest = find_token_limits(sampler.model, sampler.example).cut
     length = max(sampler.length, _LENGTH)
     wanted = replace(sampler, length=length if longest is None else min(length, longest), grows=True)
     for tried in (wanted, replace(sampler, grows=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -25,6 +26,8 @@ class Singles:
         Args:
             notes: what was seen to happen to it, the most telling last.
         """
+        if channel in self._planes:
+            return f"{self._planes[channel]} gives it along two dimensions at once, as heads and dimensions of each"
         if channel in self._gates:
             return f"one value for several channels at once: {self._gates[channel]}"
         whole, where = self._fusions.get(channel, (False, ""))
@@ -38,6 +41,19 @@ class Singles:
         """Channels that several others meet, and where."""
         met = reversed(self.relations.gates)
         return {gate: m.where for m in met for gate in np.unique(self.relations.roots(m.gates)).tolist()}
+
+    @cached_property
+    def _planes(self) -> dict[int, str]:
+        """Channels that a tensor produces along two of its dimensions, and which."""
+        dims, found = defaultdict[tuple[str, int], set[int]](set), dict[int, str]()
+        for use in self.table.uses:
+            made = use.channels[(use.roles & ROLE_BITS[Role.PRODUCES]) > 0]
+            for channel in made.tolist():
+                dims[use.key[0], channel].add(use.key[1])
+        for (tensor, channel), own in dims.items():
+            if len(own) > 1:
+                found.setdefault(channel, tensor)
+        return found
 
     @cached_property
     def _fusions(self) -> dict[int, tuple[bool, str]]:

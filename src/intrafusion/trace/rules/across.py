@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from intrafusion.trace.call import Call
-from intrafusion.trace.info import Info, LabelledTensor, Outcome, Weight
-from intrafusion.trace.labels import compact, find_varying, narrow, widen
+from intrafusion.trace.info import Axis, Info, LabelledTensor, Outcome, Weight
+from intrafusion.trace.labels import compact, find_varying, lay_along, narrow, widen
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.relations import Cause
 from intrafusion.trace.rules.elementwise import combine, find_extent
-from intrafusion.trace.rules.reduction import fill_gaps, find_channel_dims, reduce_labels
+from intrafusion.trace.rules.reduction import fill_gaps, find_channel_dims, reduce_labels, summarise_weight
 from intrafusion.trace.rules.refusal import refuse
 
 WRITES = ("index_add", "index_copy", "index_fill", "index_reduce", "scatter", "scatter_add", "scatter_reduce")
@@ -100,8 +101,34 @@ def reduce_segments(ledger: Ledger, call: Call) -> Outcome:
 
 
 def transform(ledger: Ledger, call: Call) -> Outcome:
-    """Fourier transforms along space or time."""
-    return _pass_across(ledger, call, call["self"], set(call["dim"]), [])
+    """Fourier transforms along space or time; of a parameter too, as of the kernel of a long convolution."""
+    x = call["self"]
+    info, dims = ledger.look_up(x), {d % x.dim() for d in call["dim"]}
+    if not isinstance(info, Weight):
+        return _pass_across(ledger, call, x, dims, [])
+    filled = info.map(lambda c: _fill_padding(c, dims))
+    ledger.pin(filled, f"transformed along it: {call.where}", dims)
+    along = [axis for axis in filled.axes if axis.varies & dims]
+    if any(len(axis.varies) > 1 for axis in along):
+        return refuse(ledger, call, "transformed along channels")
+    passed = summarise_weight(filled, dims, call.where).map(lambda c: c.expand(call.out.shape))
+    spectra = [_lay_spectrum(ledger, axis, call.out.shape) for axis in along]
+    return Weight([*passed.axes, *spectra], nonlinear=call.where)
+
+
+def _lay_spectrum(ledger: Ledger, axis: Axis, shape: torch.Size) -> Axis:
+    """Every frequency depends on all entries, which are pinned; whatever lies along the frequencies is, with them."""
+    (dim,) = axis.varies
+    entries = np.arange(shape[dim]) % ledger.shapes[axis.tensor][axis.dim]
+    return Axis(axis.tensor, axis.dim, lay_along(entries, dim, shape))
+
+
+def _fill_padding(coordinates: Tensor, dims: set[int]) -> Tensor:
+    """Beside the entries of a parameter zeros are its own; as they were, where several entries lie along these."""
+    array = narrow(coordinates)
+    highest = array.max(axis=tuple(dims), keepdims=True)
+    alike = ((array == highest) | (array < 0)).all()
+    return widen(highest, coordinates.shape) if alike else coordinates
 
 
 def _pass_across(ledger: Ledger, call: Call, x: Tensor, dims: set[int], indices: list[Tensor]) -> Outcome:

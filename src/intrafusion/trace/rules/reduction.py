@@ -133,7 +133,7 @@ def summarise(ledger: Ledger, call: Call) -> Outcome:
         # a mean over tokens has the gain and the shift that each token has
         result = LabelledTensor(labels, tail=info.tail if call.name == "mean" and not over else None)
     else:
-        result = _summarise_weight(info, dims, call.where).map(squeeze)
+        result = summarise_weight(info, dims, call.where).map(squeeze)
     results = [result] * len(call.outputs)
     if isinstance(info, LabelledTensor) and call.name in _INDICES and dims & find_channel_dims(ledger, info):
         results[-1] = LabelledTensor(
@@ -159,7 +159,7 @@ def fill_gaps(ledger: Ledger, labels: Tensor, dims: set[int]) -> Tensor:
     return widen(highest, labels.shape) if alike else labels
 
 
-def _summarise_weight(weight: Weight, dims: set[int], where: str) -> Weight:
+def summarise_weight(weight: Weight, dims: set[int], where: str) -> Weight:
     """A weight summed, averaged or normed over some dimensions keeps its coordinates on the others."""
     first = lambda c: c[tuple(slice(0, 1) if d in dims else slice(None) for d in range(c.dim()))]  # noqa: E731
     axes = [Axis(axis.tensor, axis.dim, first(axis.coordinates)) for axis in weight.axes if not axis.varies & dims]

@@ -32,7 +32,8 @@ class BareLayer(Layer):
         dim: along which it has the outputs.
         start: of these, the first one that this function gives.
         all_outputs: how many these are.
-        bias: name of what is added, where that is a parameter too.
+        bias: name of what is added, where that is a parameter too, or a part of one.
+        bias_start: the first entry of that part.
         lead: dimensions of which the rows of a matrix product are made, where these were flattened before.
     """
 
@@ -41,6 +42,7 @@ class BareLayer(Layer):
     start: int = 0
     all_outputs: int = 0
     bias: str | None = None
+    bias_start: int = 0
     lead: tuple[int, ...] = ()
 
     @property
@@ -62,9 +64,9 @@ class BareLayer(Layer):
 
     def meets(self, other: BareLayer) -> bool:
         """Whether both have entries of a weight, or of a bias."""
-        apart = self.stop <= other.start or other.stop <= self.start
-        shared = self.tensor == other.tensor or (self.bias is not None and self.bias == other.bias)
-        return shared and not (apart and self.tensor == other.tensor)
+        overlap = lambda a, b: a < b + other.outputs and b < a + self.outputs  # noqa: E731
+        shared = self.bias is not None and self.bias == other.bias and overlap(self.bias_start, other.bias_start)
+        return shared or (self.tensor == other.tensor and overlap(self.start, other.start))
 
     def cut_merge(self, merge: Tensor | None, original: BareLayer) -> Tensor | None:
         """Of what became of all outputs of the parameter (m, n), the part that this function gives, (outputs, outputs).
@@ -76,9 +78,24 @@ class BareLayer(Layer):
         own = rows[:, original.start : original.stop]
         return own if bool(own.count_nonzero() == rows.count_nonzero()) else None
 
-    def like(self, original: BareLayer, tensors: Mapping[str, Tensor]) -> BareLayer:
-        """The same with a bias that the original turned out to have, added in a step of its own."""
-        return self if original.bias == self.bias else self.with_bias(str(original.bias), tensors[str(original.bias)])
+    def like(self, original: BareLayer, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> BareLayer | None:
+        """The same with a bias that the original turned out to have, added in a step of its own.
+
+        Of a bias that several products share, as many parts as there were; None where it has no such parts.
+
+        Args:
+            tensors: of this network; sizes: lengths of tensors of the original one.
+        """
+        if original.bias == self.bias:
+            return self
+        name = str(original.bias)
+        bias, whole = tensors[name], sizes[name]
+        part, rest = divmod(original.bias_start, original.outputs)
+        if whole == original.all_outputs and len(bias) == self.all_outputs:
+            return self.with_bias(name, bias, self.start)
+        if rest or whole % original.outputs or len(bias) * original.outputs != whole * self.outputs:
+            return None
+        return self.with_bias(name, bias, part * self.outputs)
 
     def arrange(self, rows: Tensor, images: int) -> Tensor:
         """What it reads or gives (k, c) as a view along whose first dimension the images run, where that is seen."""
@@ -86,11 +103,11 @@ class BareLayer(Layer):
             return rows
         return rows.unflatten(0, self.lead).movedim(self.lead.index(images), 0)
 
-    def with_bias(self, name: str, bias: Tensor) -> BareLayer:
-        """The same with a bias that is added later."""
+    def with_bias(self, name: str, bias: Tensor, start: int) -> BareLayer:
+        """The same with a bias that is added later, from its entry `start` on."""
         module = self.module
-        module.bias = nn.Parameter(bias.detach()[self.start : self.stop], requires_grad=False)
-        return replace(self, bias=name)
+        module.bias = nn.Parameter(bias.detach()[start : start + self.outputs], requires_grad=False)
+        return replace(self, bias=name, bias_start=start)
 
 
 class BareWatcher(TorchDispatchMode):
@@ -98,7 +115,7 @@ class BareWatcher(TorchDispatchMode):
 
     That is a convolution with all of it, or a matrix product with all of it or some of its rows, as F.linear(x, w), or
     columns, as x @ w. Such a layer is called as the parameter and, of the parts of it, in which turn it was met. It may
-    watch one pass after another, of each of which `begin` is to be told.
+    watch one pass after another; of each, `begin` is to be told.
 
     Args:
         ran: modules that were called, so that their own parameters are no concern of this.
@@ -128,12 +145,13 @@ class BareWatcher(TorchDispatchMode):
         self.biases: dict[str, tuple[str, Tensor]] = {}
         self.parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.added: list[set[str]] = []  # of each pass, the layers to which a bias was
-        self.begin()
-
-    def begin(self) -> None:
-        """Another pass."""
         self.given = WeakTensorKeyDictionary()
         self.leads = WeakTensorKeyDictionary()  # dimensions of which the first one of a matrix was made
+
+    def begin(self) -> None:
+        """A pass."""
+        self.given.clear()
+        self.leads.clear()
         self.added.append(set())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,10 +177,11 @@ class BareWatcher(TorchDispatchMode):
         found = {}
         for name, (added, bias) in self.biases.items():
             layer, always = layers.get(name), all(name in own for own in self.added)
+            start = self.find_start(added, bias)
             if not isinstance(layer, BareLayer) or not isinstance(layer.module, nn.Linear) or layer.bias is not None:
                 self.elsewhere.add(added)
-            elif always and _is_same(self.tensors[added][layer.start : layer.stop], bias):
-                layers[name], found[name] = layer.with_bias(added, self.tensors[added]), bias.detach()
+            elif always and start is not None and len(bias) == layer.outputs:
+                layers[name], found[name] = layer.with_bias(added, self.tensors[added], start), bias.detach()
             else:
                 self.elsewhere.add(added)
         return found
@@ -187,6 +206,13 @@ class BareWatcher(TorchDispatchMode):
             return None
         name = self.names.get(_memory_of(tensor))
         return None if name is None or name.rpartition(".")[0] in self.ran else name
+
+    def find_start(self, name: str, part: Tensor) -> int | None:
+        """Of entries of a parameter that lie one after another, the first; None where they are no such."""
+        whole = self.tensors[name]
+        start = int(part.storage_offset()) - int(whole.storage_offset())
+        own = whole[start : start + len(part)] if whole.dim() == 1 and start >= 0 else None
+        return start if own is not None and _is_same(own, part) else None
 
     def note(self, func: Any, args: Any, kwargs: Any, known: Any, found: Any, out: Any) -> None:
         """What else is done with parameters, and with what was given."""
@@ -237,11 +263,9 @@ class BareWatcher(TorchDispatchMode):
         layer = BareLayer("", _linear(matrix.mT), **own)
         if bias is None:
             return layer
-        added = self.name_of(bias)
-        if added is None or self.tensors[added].shape != (layer.all_outputs,):
-            return None
-        found = layer.with_bias(added, self.tensors[added])
-        return found if _is_same(self.tensors[added][found.start : found.stop], bias) else None
+        added = self.name_of(bias) if bias.shape == (layer.outputs,) else None
+        first = None if added is None else self.find_start(added, bias)
+        return None if added is None or first is None else layer.with_bias(added, self.tensors[added], first)
 
     def read_convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> BareLayer | None:
         name = self.name_of(weight)

@@ -1,0 +1,201 @@
+"""Claim: what can be exported and compiled before compression can be after it, in files that were read back.
+
+For every network of the zoo, and one of each family of the compatibility table (`families/`, small, random weights),
+before and after keep 0.5 without restoring: whether ONNX (in onnxruntime) and a program of torch.export give its
+outputs on inputs that they were not made from, the size of the files, and how often torch.compile breaks its graph.
+What the original fails at is told apart from what compression broke. `--latency` times networks of the zoo instead, in
+eager mode, compiled and in onnxruntime, one image and 32, original and smaller one in turn; on an idle machine.
+Each network has a process and a limit of processor time of its own. Records: benchmarks/records/export.jsonl; what is
+recorded is not measured again, unless `--again`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from compatibility import measure_apart
+from families import FAMILIES
+from families.family import Skipped, randomise_
+from torch import nn
+
+import intrafusion
+from intrafusion import ModelError
+from intrafusion.lab import zoo
+from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.sources import import_transformers
+
+RECORDS = Path(__file__).parent / "records" / "export.jsonl"
+KEEP, LIMIT_S = 0.5, 240
+ENDINGS = (".onnx", ".pt2")
+BATCHES, REPEATS = (1, 32), 20
+TIMED = ("cifar10_resnet20", "vgg11_bn", "cifar10_vit", "imagenet_mobilenetv1_025", "resnet50")
+SMOKE = ("zoo:digits_resnet", "by hand:U-Net")
+Subject = tuple[nn.Module, Inputs]
+
+
+def open_network(name: str) -> Subject:
+    kind, _, rest = name.partition(":")
+    if kind == "zoo":
+        return zoo.build(rest), Inputs.of(zoo.example_input(rest, batch=2))
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    try:
+        return randomise_(family.build().eval().float()), Inputs.of(family.inputs())
+    except Exception as error:
+        raise Skipped(f"cannot be built here: {error}") from error
+
+
+def reduce(model: nn.Module, inputs: Inputs) -> nn.Module | None:
+    """The network at half of its channels; None where nothing can be reduced."""
+    try:
+        return intrafusion.compress(model, inputs, keep=KEEP, restore=None, progress=False).model
+    except ModelError as error:
+        if "no channel group to reduce" not in str(error):
+            raise
+        return None
+
+
+def measure(name: str) -> dict[str, Any]:
+    model, inputs = open_network(name)
+    small = reduce(model, inputs)
+    found = {"before": measure_one(model, inputs)}
+    return found if small is None else {**found, "after": measure_one(small, inputs)}
+
+
+def measure_one(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    breaks = count_breaks(model, inputs)
+    found: dict[str, Any] = {"params": sum(p.numel() for p in model.parameters()), "breaks": breaks}
+    with tempfile.TemporaryDirectory() as place:
+        for ending in ENDINGS:
+            try:
+                told = intrafusion.export(model, inputs, Path(place) / f"net{ending}")
+            except ModelError as error:
+                found[ending] = {"failed": str(error)[:300]}
+            else:
+                size = told.path.stat().st_size
+                found[ending] = {"difference": told.difference, "any_batch": told.any_batch, "bytes": size}
+    return found
+
+
+def count_breaks(model: nn.Module, inputs: Inputs) -> int | str:
+    """How often torch.compile has to leave the graph, or why it does not start."""
+    torch._dynamo.reset()
+    given = inputs.copied()
+    try:
+        with torch.no_grad():
+            return torch._dynamo.explain(model)(*given.args, **(given.kwargs or {})).graph_break_count
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+
+
+# ---- latency ---------------------------------------------------------------------------------------------------------
+
+
+def measure_latency(name: str) -> dict[str, Any]:
+    """Median milliseconds of the original and the smaller network by mode and batch, and what is left of the MACs."""
+    name = name.partition(":")[2]
+    model = zoo.build(name)
+    example = zoo.example_input(name, batch=2)
+    small = intrafusion.compress(model, example, keep=KEEP, restore=None, progress=False)
+    found: dict[str, Any] = {"macs": small.after.macs / small.before.macs}
+    for mode, prepare in MODES.items():
+        runs = [prepare(network, example) for network in (model, small.model)]
+        for batch in BATCHES:
+            found[f"{mode}, {batch}"] = time_turns(runs, zoo.example_input(name, batch=batch))
+    return found
+
+
+def run_eager(model: nn.Module, _: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    return model
+
+
+def run_compiled(model: nn.Module, _: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    torch._dynamo.reset()
+    return torch.compile(model, dynamic=False)
+
+
+def run_onnx(model: nn.Module, example: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as place:
+        path = intrafusion.export(model, example, Path(place) / "net.onnx").path
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x.numpy()})
+
+
+MODES: Mapping[str, Callable[[nn.Module, torch.Tensor], Callable[[torch.Tensor], Any]]] = {
+    "eager": run_eager,
+    "compiled": run_compiled,
+    "onnxruntime": run_onnx,
+}
+
+
+@torch.inference_mode()
+def time_turns(runs: list[Callable[[torch.Tensor], Any]], inputs: torch.Tensor) -> list[float]:
+    taken: list[list[float]] = [[] for _ in runs]
+    for turn in range(REPEATS + 3):
+        for run, times in zip(runs, taken, strict=True):
+            start = time.perf_counter()
+            run(inputs)
+            if turn >= 3:
+                times.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(times) for times in taken]
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=["*"], help="names or patterns, all by default")
+    parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--again", action="store_true", help="measure what is recorded, too; the last record counts")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--smoke", action="store_true", help="two small networks, recorded nowhere")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    import_transformers()
+    known = [f"zoo:{n}" for n in (TIMED if options.latency else zoo.names())]
+    names = SMOKE if options.smoke else [*known, *([] if options.latency else FAMILIES)]
+    finished = set() if options.again or options.smoke else finished_keys(read_records(options.records))
+    broken = []
+    for name in names:
+        setting = {"network": name, "keep": KEEP}
+        experiment = "export latency" if options.latency else "export"
+        if Record(experiment, setting, {}).key in finished or not any(fnmatch(name, p) for p in options.networks):
+            continue
+        found = measure_apart(measure_latency if options.latency else measure, name, LIMIT_S)
+        print(name, found, flush=True)
+        broken += [name] if "before" in found and list_broken(found) else []
+        if not options.smoke:
+            append_record(options.records, Record(experiment, setting, found))
+    if options.smoke and broken:
+        sys.exit(f"broken by compression: {', '.join(broken)}")
+
+
+def list_broken(found: Mapping[str, Any]) -> list[str]:
+    """What the original can and the smaller network cannot."""
+    before, after = found["before"], found.get("after", found["before"])
+    lost = [e for e in ENDINGS if "failed" in after[e] and "failed" not in before[e]]
+    compiled = isinstance(before["breaks"], int) and (
+        not isinstance(after["breaks"], int) or after["breaks"] > before["breaks"]
+    )
+    return lost + ["torch.compile"] * compiled
+
+
+if __name__ == "__main__":
+    main()

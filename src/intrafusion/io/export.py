@@ -1,0 +1,212 @@
+"""A network as one file that other programs run: ONNX, or a program of `torch.export`."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from intrafusion.arguments import Count, checked
+from intrafusion.errors import ArgumentError, FolderError, IntrafusionError, ModelError
+from intrafusion.io.atomic import atomic_file
+from intrafusion.io.program import OtherOutputs, Written, brief_error, export_checked, write_program
+from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.outputs import pick_outputs
+from intrafusion.network.state import preserve_state
+
+_ONNX, _PROGRAM = ".onnx", ".pt2"
+FORMATS = (_ONNX, _PROGRAM)
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LEAST_OPSET, DEFAULT_OPSET = 18, 20
+"""Of ONNX's operators: the first that PyTorch writes, and the last that runtimes of two years ago read."""
+_LARGEST = 1_800_000_000  # bytes of weights in one file: protocol buffers end at 2 GiB
+_LACKING = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'|target=torch\.ops\.([\w.]+)\]")
+_CALL = re.compile(r'The following call raised this error:\n\s*File "([^"]+)", line (\d+)')
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how it was checked.
+
+    Attributes:
+        path: the file; weights of more than 1.8 GB stand beside it, in a file of that name and `.data`.
+        any_batch: whether it takes batches of every size; else that of the example only.
+        difference: largest difference of its outputs to those of the network, on inputs that it was not made from,
+            relative to each output's largest value.
+        opset: version of ONNX's operators; None for a program.
+    """
+
+    path: Path
+    any_batch: bool
+    difference: float
+    opset: int | None = None
+
+    def __str__(self) -> str:
+        kind = "a program of torch.export" if self.opset is None else f"ONNX, opset {self.opset}"
+        batch = "any batch size" if self.any_batch else "the batch size of the example only"
+        where = "PyTorch" if self.opset is None else "onnxruntime"
+        return f"{self.path}: {kind}, {batch}; in {where} its outputs are the network's up to {self.difference:.1g}"
+
+
+@checked
+def export(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    path: str | os.PathLike[str],
+    *,
+    opset: Count | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a network, in evaluation mode, as a file that runs without its class, and check what was written.
+
+    Args:
+        example_inputs: one call of the network. The file takes batches of any size where the network does.
+        path: ends in `.onnx`, for onnxruntime and other runtimes (needs `intrafusion[onnx]`), or in `.pt2`, for
+            `torch.export.load`.
+        opset: version of ONNX's operators, 20 if not said.
+        overwrite: whether a file of that name may be replaced.
+    Raises:
+        ArgumentError: another ending, or an opset for a program.
+        FolderError: the file exists, or cannot be written.
+        ModelError: a package is missing; the format has no such network; what was written gives other outputs. Nothing
+            is written then.
+    """
+    return export_inputs(model, Inputs.of(example_inputs), Path(path), opset=opset, overwrite=overwrite)
+
+
+def export_inputs(
+    model: nn.Module, inputs: Inputs, path: Path, *, opset: int | None = None, overwrite: bool = False
+) -> Exported:
+    """`export` with inputs that were read already; of several outputs those that they say matter."""
+    check_export(path, opset=opset, overwrite=overwrite)
+    with preserve_state(model):
+        inputs.call(model)  # refused in words if it does not run
+    core = model if inputs.outputs is None else _Picked(model, inputs.outputs)
+    whole = replace(inputs, outputs=None)
+    version = None if path.suffix == _PROGRAM else opset or DEFAULT_OPSET
+    with atomic_file(path) as file, _reporting(model), _quiet():
+        write = partial(_write_program, file) if version is None else partial(_write_onnx, file, version)
+        _, any_batch, difference = export_checked(core, whole, write)
+        weights = file.with_name(f"{file.name}.data")
+        if weights.exists():  # they take their name before the file that needs them does
+            with atomic_file(path.with_name(weights.name)) as place:
+                os.replace(weights, place)
+    return Exported(path, any_batch, difference, version)
+
+
+def _write_program(file: Path, program: ExportedProgram) -> Written[None]:
+    content, run = write_program(program)
+    file.write_bytes(content)
+    return None, run
+
+
+def _write_onnx(file: Path, opset: int, program: ExportedProgram) -> Written[None]:
+    """The file, its weights beside it where they are too many, and a run of it by onnxruntime."""
+    found = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    assert found is not None
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    found.save(file, external_data=size > _LARGEST)
+    session = importlib.import_module("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
+    return None, partial(_run_onnx, session)
+
+
+def _run_onnx(session: Any, inputs: Inputs) -> list[Tensor]:
+    taken = inputs.copied()
+    tensors = [t.numpy() for t in taken.tensors()]
+    found = session.run(None, dict(zip([i.name for i in session.get_inputs()], tensors, strict=True)))
+    return [torch.from_numpy(value) for value in found]
+
+
+def check_export(path: Path, *, opset: int | None = None, overwrite: bool = False) -> None:
+    """What can be known before the work.
+
+    Raises:
+        ArgumentError, FolderError, ModelError: as of `export`.
+    """
+    if path.suffix not in FORMATS:
+        raise ArgumentError(f"export: expected a file that ends in {' or '.join(FORMATS)}, got {str(path)!r}.")
+    if path.suffix == _PROGRAM and opset is not None:
+        raise ArgumentError("export: opset= is a version of ONNX's operators; leave it out for a program (.pt2).")
+    if opset is not None and opset < LEAST_OPSET:
+        raise ArgumentError(
+            f"export: opset: expected {LEAST_OPSET} or more, the first that the exporter writes, got {opset}."
+        )
+    if path.exists() and not overwrite:
+        raise FolderError(f"{path}: exists; choose another name, or say that it may be replaced (overwrite).")
+    missing = [name for name in _PACKAGES if path.suffix == _ONNX and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(f"export: {', '.join(missing)} not installed; run: pip install 'intrafusion[onnx]'")
+
+
+class _Picked(nn.Module):
+    """A network that returns the outputs that matter alone."""
+
+    def __init__(self, network: nn.Module, outputs: Any) -> None:
+        super().__init__()
+        self.network, self._outputs = network, outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return pick_outputs(self.network(*args, **kwargs), self._outputs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters log as they go; what fails is told in an error."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "torch._subclasses")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _reporting(model: nn.Module) -> Iterator[None]:
+    """
+    Raises:
+        ModelError: instead of what an exporter or a runtime raises.
+    """
+    name = type(model).__name__
+    try:
+        yield
+    except (IntrafusionError, OSError):
+        raise
+    except OtherOutputs as error:
+        raise ModelError(
+            f"export: the file of {name} {error}. The forward draws random numbers, keeps a state, or has an operation "
+            "that the format defines otherwise. Nothing was written."
+        ) from error
+    except Exception as error:  # whatever an exporter or a runtime raises
+        raise ModelError(
+            f"export: {_tell_failure(name, error)}. Where the original fails alike, that is none of the compression's "
+            "doing. Nothing was written."
+        ) from error
+
+
+def _tell_failure(name: str, error: Exception) -> str:
+    text = str(error)
+    lacking = _LACKING.search(text)
+    if lacking:
+        operation = next(filter(None, lacking.groups()))
+        return f"ONNX has no operation for {operation} of {name}; write it in other ones, or export a program (.pt2)"
+    if "data-dependent" in text:
+        line = _CALL.search(text)
+        where = f" ({line[1]}, line {line[2]})" if line else ""
+        return f"{name} goes by the values of its tensors{where}, and a file has one way; wrap a forward that does not"
+    if type(error).__module__.startswith("onnxruntime"):
+        return f"onnxruntime does not run the file of {name} ({brief_error(error)}); another opset= may help"
+    return f"the exporter does not take {name} ({brief_error(error)})"

@@ -1,0 +1,193 @@
+"""Networks as one file: what is written is run by other programs, and a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bare import compress
+from torch import Tensor, nn
+
+import intrafusion
+import intrafusion.io.export as export_module
+from intrafusion import export
+from intrafusion.errors import ArgumentError, FolderError, ModelError
+
+X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+FRESH = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """Two outputs and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.head, self.drop = nn.Linear(8, 2), nn.Dropout()
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        x = self.norm(self.stem(x)).relu().mean((2, 3))
+        return {"logits": self.head(self.drop(x)), "power": x.square().mean(1)}
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, scale: bool = False) -> Tensor:
+        x = self.embed(ids) if mask is None else self.embed(ids) * mask[..., None]
+        return self.head(x) * (2 if scale else 1)
+
+
+class Of(nn.Module):
+    """A linear layer and what a function does with its output."""
+
+    def __init__(self, then: Any) -> None:
+        super().__init__()
+        self.linear, self.then = nn.Linear(4, 4), then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self.linear(x))
+
+
+def seeded(make: Any, *args: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return make(*args).eval()
+
+
+def run_onnx(path: Path, *tensors: Tensor) -> list[Tensor]:
+    runtime = pytest.importorskip("onnxruntime", reason="needs intrafusion[onnx]")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    named = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
+    return [torch.from_numpy(found) for found in session.run(None, named)]
+
+
+@pytest.fixture
+def onnx() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs intrafusion[onnx]")
+
+
+def test_onnx_of_a_compressed_network_takes_batches_of_every_size(onnx: None, tmp_path: Path) -> None:
+    small = compress(seeded(Net).train(), X, 0.5)
+    found = small.export(tmp_path / "new" / "net.onnx")
+    small.model.eval()
+    for tensor, expected in zip(run_onnx(found.path, FRESH), small.model(FRESH).values(), strict=True):
+        torch.testing.assert_close(tensor, expected, check_dtype=True)
+    assert (found.any_batch, found.opset, found.path) == (True, 20, tmp_path / "new" / "net.onnx")
+    assert found.difference < 1e-5
+    assert str(found).startswith(f"{found.path}: ONNX, opset 20, any batch size; in onnxruntime its outputs are the ")
+    assert os.listdir(tmp_path / "new") == ["net.onnx"]
+
+
+def test_a_program_takes_batches_of_every_size(tmp_path: Path) -> None:
+    net = seeded(Net)
+    found = export(net, X, tmp_path / "net.pt2")
+    program = torch.export.load(found.path).module()
+    torch.testing.assert_close(program(FRESH), net(FRESH))
+    assert (found.any_batch, found.opset) == (True, None)
+    assert "a program of torch.export, any batch size; in PyTorch" in str(found)
+
+
+def test_the_outputs_that_matter_alone(onnx: None, tmp_path: Path) -> None:
+    net = seeded(Net)
+    small = intrafusion.compress(net, X, keep=0.5, restore=None, outputs=["power"], progress=False)
+    small.export(tmp_path / "net.onnx")
+    (power,) = run_onnx(tmp_path / "net.onnx", FRESH)
+    torch.testing.assert_close(power, small.model(FRESH)["power"])
+
+
+def test_named_inputs_flags_and_indices(onnx: None, tmp_path: Path) -> None:
+    net = seeded(Words)
+    ids, mask = torch.arange(10).view(2, 5), torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    found = export(net, {"ids": ids, "mask": mask, "scale": True}, tmp_path / "net.onnx")
+    fresh = torch.tensor([[3, 3, 1, 0, 9]])
+    (logits,) = run_onnx(found.path, fresh, torch.ones_like(fresh))
+    torch.testing.assert_close(logits, net(fresh, torch.ones_like(fresh), scale=True))
+
+
+def test_a_network_of_one_batch_size(onnx: None, tmp_path: Path) -> None:
+    net = seeded(Of, lambda x: x.reshape(2, 2, 2))
+    found = export(net, torch.randn(2, 4), tmp_path / "net.onnx")
+    assert not found.any_batch
+    assert "the batch size of the example only" in str(found)
+    fresh = torch.randn(2, 4)
+    torch.testing.assert_close(run_onnx(found.path, fresh)[0], net(fresh))
+
+
+def test_half_precision(onnx: None, tmp_path: Path) -> None:
+    net = seeded(Net).half()
+    found = export(net, X.half(), tmp_path / "net.onnx")
+    logits, _ = run_onnx(found.path, FRESH.half())
+    assert logits.dtype == torch.float16
+    torch.testing.assert_close(logits, net(FRESH.half())["logits"], atol=1e-2, rtol=1e-2)
+
+
+def test_many_weights_stand_beside_the_file(onnx: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "_LARGEST", 0)
+    net = seeded(lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 3)))
+    export(net, torch.randn(2, 64), tmp_path / "a" / "net.onnx")
+    assert sorted(os.listdir(tmp_path / "a")) == ["net.onnx", "net.onnx.data"]
+    (tmp_path / "a").rename(tmp_path / "b")
+    fresh = torch.randn(3, 64)
+    torch.testing.assert_close(run_onnx(tmp_path / "b" / "net.onnx", fresh)[0], net(fresh))
+
+
+def test_a_file_is_replaced_only_if_one_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt2"
+    path.write_text("precious")
+    with pytest.raises(FolderError, match=r"net\.pt2: exists; choose another name, or say that it may be replaced"):
+        export(seeded(Net), X, path)
+    assert path.read_text() == "precious"
+    export(seeded(Net), X, path, overwrite=True)
+    assert path.read_bytes()[:2] == b"PK"
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        (lambda x: torch.linalg.svdvals(x[:, :, None].expand(-1, 4, 4)), r"has no operation for aten\._linalg_svd of"),
+        (
+            torch.special.bessel_j0,
+            r"ONNX has no operation for prims\.bessel_j0 of Of; .* a program \(\.pt2\)\. Where the",
+        ),
+        (lambda x: x if x.mean() > 0 else -x, r"Of goes by the values of its tensors \(.*test_export\.py, line \d+\)"),
+        (lambda x: x + torch.randn(4), r"the file of Of gives other outputs \(they differ by .* draws random numbers"),
+    ],
+)
+def test_what_the_format_lacks(then: Any, message: str, onnx: None, tmp_path: Path, capfd: Any) -> None:
+    with pytest.raises(ModelError, match=message):
+        export(seeded(Of, then), torch.randn(3, 4), tmp_path / "net.onnx")
+    assert os.listdir(tmp_path) == []
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("net.tflite", {}, r"expected a file that ends in \.onnx or \.pt2, got '.*net\.tflite'"),
+        ("net.pt2", {"opset": 20}, r"opset= is a version of ONNX's operators; leave it out"),
+        ("net.onnx", {"opset": 11}, r"opset: expected 18 or more.*got 11"),
+    ],
+)
+def test_what_means_nothing(name: str, options: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        export(seeded(Net), X, tmp_path / name, **options)
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else known(name, *a))
+    with pytest.raises(ModelError, match=r"onnxscript.* not installed; run: pip install 'intrafusion\[onnx\]'"):
+        export(seeded(Net), X, tmp_path / "net.onnx")
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "net.pt2").mkdir()
+    with pytest.raises(FolderError, match="this is a folder"):
+        export(seeded(Net), X, tmp_path / "net.pt2", overwrite=True)
