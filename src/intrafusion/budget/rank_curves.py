@@ -51,8 +51,8 @@ def choose_layers(
 
     All are tried at once: channels and ranks are cut where that adds the least error for what it saves. Then layers
     become one again whose error is more than what they save is worth, at the price that the last of the budget has, and
-    the rest is shared out anew, until there are none but those without which the limits cannot be met. Everything is
-    predicted here; what is chosen is to be tried.
+    the rest is shared out anew, until there are none but those without which the limits cannot be met, or more would be
+    lost. Everything is predicted here; what is chosen is to be tried.
 
     Args:
         groups: of channels that may shrink.
@@ -62,11 +62,12 @@ def choose_layers(
     curves = draw_rank_curves([layer.name for layer in layers], sensitivity)
     curves |= sensitivity.list_curves(groups)[0] if groups else {}
     left, needed = [layer.name for layer in layers if name_rank_group(layer.name) in curves], set[str]()
+    predict = lambda split: budget.predict(split, groups, curves, min_channels)  # noqa: E731
     meets = lambda split: budget.meets(split, groups, curves, min_channels)  # noqa: E731
     while losing := [n for n in budget.list_losing(left, groups, curves, min_channels) if n not in needed]:
         for name in losing[: -(-len(losing) // _AT_ONCE)]:
             others = [n for n in left if n != name]
-            if meets(others) or not meets(left):
+            if (meets(others) or not meets(left)) and predict(others) <= predict(left):
                 left = others
             else:
                 needed.add(name)
@@ -137,6 +138,14 @@ class _Budget:
         units, costs = [*groups, *(self.between[n] for n in split)], [price.of(split) for price in self.prices]
         sizes = allocate(units, curves, costs, [0.0] * len(costs), weights=[1.0] * len(costs), min_channels=least)
         return max(add_up(costs, sizes)) <= 1
+
+    def predict(
+        self, split: Sequence[str], groups: Sequence[ChannelGroup], curves: Mapping[str, Tensor], least: int
+    ) -> float:
+        """The error of the network in which these layers are two, cut to the limits."""
+        units, costs = [*groups, *(self.between[n] for n in split)], [price.of(split) for price in self.prices]
+        sizes = allocate(units, curves, costs, [1.0] * len(costs), weights=[1.0] * len(costs), min_channels=least)
+        return sum(float(curves[g.name][sizes[g.name]]) for g in units)
 
     def list_losing(
         self, split: Sequence[str], groups: Sequence[ChannelGroup], curves: Mapping[str, Tensor], least: int
