@@ -142,6 +142,23 @@ def imagenet(records: list[Record]) -> str:
     return markdown(["cut", "method", "MACs", "parameters", "accuracy, %", "held-out error", "processor, s"], rows)
 
 
+def ranks(records: list[Record]) -> str:
+    """A row per network and share of the MACs: accuracy and held-out error of each way, and layers that became two."""
+    found = {(r.setting["network"], r.setting["macs"], r.setting["way"]): r.result for r in latest(records)}
+    rows = []
+    cuts = dict.fromkeys((network, macs) for network, macs, way in found if way != "original")
+    names = list(dict.fromkeys(network for network, _ in cuts))
+    for network, macs in sorted(cuts, key=lambda cut: (names.index(cut[0]), -cut[1])):
+        own = {way: found.get((network, macs, way), {}) for way in ("widths", "ranks", "both")}
+        errors = [f"{r['held_out_error']:.4f}" if r else "" for r in own.values()]
+        original = percent(found.get((network, 1.0, "original"), {}).get("accuracy"))
+        split = str(len(own["both"]["ranks"])) if own["both"] else ""
+        shown = [percent(result.get("accuracy")) for result in own.values()]
+        rows.append([network, f"{macs:g}", original, *shown, split, *errors])
+    ways = ("widths", "ranks", "both")
+    return markdown(["network", "MACs", "original, %", *ways, "layers as two", *(f"error, {w}" for w in ways)], rows)
+
+
 def fit_growth(values: Mapping[int, float]) -> str:
     """The power of n that values by size n grow with, fitted."""
     logs = [(math.log(n), math.log(value)) for n, value in values.items()]
@@ -320,6 +337,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "rivals": lambda: rivals(read_records(RECORDS / "rivals.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "imagenet": lambda: imagenet(read_records(RECORDS / "imagenet.jsonl")),
+        "ranks": lambda: ranks(read_records(RECORDS / "ranks.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
         "memory": lambda: memory(read_records(RECORDS / "memory.jsonl")),
         "wide": lambda: wide(read_records(RECORDS / "wide.jsonl")),

@@ -140,7 +140,7 @@ def test_what_is_no_plan(text: str) -> None:
 
 def test_a_plan_of_a_later_version() -> None:
     data = json.loads(plan_of(network()).to_json()) | {"format": 99}
-    with pytest.raises(PlanError, match="the plan has format 99, this version reads up to 1; upgrade intrafusion"):
+    with pytest.raises(PlanError, match="the plan has format 99, this version reads up to 2; upgrade intrafusion"):
         Plan.from_json(json.dumps(data))
 
 

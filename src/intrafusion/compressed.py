@@ -25,7 +25,7 @@ from intrafusion.network.identity import Identity
 from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.wrappers import unwrap
-from intrafusion.plan import Plan, is_miss, tabulate_plan
+from intrafusion.plan import Plan, is_miss, name_rank_group, tabulate_plan
 from intrafusion.surgery.write import Repair
 from intrafusion.table import TextTable, find_width, lay_out_figures, show_lines, wrap_text
 
@@ -140,7 +140,11 @@ class Compressed:
 
     def _headline(self) -> str:
         """What was done, in half a sentence."""
-        return f"{len(self.plan.sizes)} of {len(self.plan.decisions)} channel groups are smaller"
+        between = {name_rank_group(name) for name in self.plan.split}
+        groups = [d for d in self.plan.decisions if d.group not in between]
+        fewer = f"{sum(d.reduced for d in groups)} of {len(groups)} channel groups are smaller"
+        layers = f"{len(between)} layer{'s are two' if len(between) > 1 else ' is two'} of lower rank"
+        return f"{fewer}, {layers}" if between else fewer
 
     def _tables(self) -> tuple[TextTable, ...]:
         """What was done to each part; without the warnings, which stand above."""

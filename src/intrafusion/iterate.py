@@ -91,6 +91,8 @@ def compress_in_steps(
         raise BudgetError("target: steps are planned from the sizes in `keep`; give keep, or compress at once.")
     recipe = Recipe.of(keep=keep, **options)
     recipe.refuse_foreign()
+    if recipe.ranks is not False:
+        raise RecipeError("ranks: layers become two in one step; leave ranks out, or compress at once.")
     whole, example = make_workable(model), recipe.call_of(example_inputs)
     core = prepare_model(whole, recipe, example)
     calls = as_calls(make_reusable(choose_inputs(inputs, images)), core, example, tokenizer)

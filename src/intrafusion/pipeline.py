@@ -13,6 +13,8 @@ from torch import nn
 
 from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
+from intrafusion.budget.rank_curves import list_unsaving
+from intrafusion.budget.sensitivity import judge_network
 from intrafusion.choice import decide_best
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError, RecipeError
@@ -41,10 +43,10 @@ from intrafusion.network.wrappers import (
     unwrap,
     wrap_like,
 )
-from intrafusion.plan import Plan
-from intrafusion.planning import list_sizes
+from intrafusion.plan import Plan, is_miss
+from intrafusion.planning import choose_split, list_sizes, make_plan, warn_of_misses
 from intrafusion.progress import ShowProgress, report, shows_progress
-from intrafusion.recipe import Keep, Recipe
+from intrafusion.recipe import Keep, Ranks, Recipe
 from intrafusion.reduce import Reducer
 from intrafusion.restore import Calibration, add_shifts_, calibrate
 from intrafusion.restore.steps import (
@@ -65,6 +67,7 @@ from intrafusion.surgery.configuration import (
     take_config_,
     tie_by_config,
 )
+from intrafusion.surgery.lowrank import ranks_of, split_exactly, split_provably
 from intrafusion.surgery.operate import Surgery, operate
 from intrafusion.surgery.optimizers import carry_state_
 from intrafusion.surgery.permute import add_reasons, verify_groups
@@ -108,6 +111,7 @@ def compress(
     outputs: Any = None,
     untie: bool = False,
     merge_heads: int | None = None,
+    ranks: Ranks = False,
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
     lower_is_better: bool = False,
@@ -161,6 +165,10 @@ def compress(
             so that the stream between can be rotated; that adds parameters, and the result says how many.
         merge_heads: instead of `keep`, for grouped-query attention: as many key/value heads are left, each made of
             several, and nothing else is cut; see `intrafusion.merge.merge_heads`.
+        ranks: whether layers may become two thinner ones each (factorised). True: `target` chooses between fewer
+            channels and lower ranks, layer by layer, and takes the result only where it beats fewer channels alone on
+            unseen inputs; "only": lower ranks alone; 0.5: each layer keeps half of its weights, and `keep` is 1 unless
+            it is given.
         evaluate: with `max_drop`: a number for a network, such as its accuracy; it is given a copy in evaluation mode.
         max_drop: instead of `keep`, how much of that number may be lost, such as 0.01: the smallest size that does is
             looked for, in five or six tries, and all of them are told.
@@ -198,6 +206,8 @@ def compress(
         raise RecipeError("untie: expected a copy to be made, got inplace=True too; leave one of them out.")
     if merge_heads is not None and inplace:
         raise RecipeError("merge_heads: expected a copy to be made, got inplace=True too; leave one of them out.")
+    if recipe.ranks is not False and inplace:
+        raise RecipeError("ranks: expected a copy to be made, got inplace=True too; leave one of them out.")
     search = None if wanted is None else wanted.start(model)
     recipe = recipe if wanted is None else wanted.ask(recipe)
     core = make_workable(model, inplace=inplace)
@@ -366,6 +376,8 @@ def explain_unsaid(recipe: Recipe, model: nn.Module, graph: ChannelGraph) -> str
     model = unwrap(model)
     if recipe.uniform or recipe.merge_heads is not None or not is_configured(model):
         return None
+    if recipe.ranks is not False:
+        return "no configuration says that a layer is two"
     if recipe.target is not None:
         return "a target chooses the size of every group by itself"
     sizes = list_sizes(model, graph, recipe)
@@ -386,9 +398,13 @@ def reduce_and_restore(
     """The same with images that were split before, and no comparison of the two networks."""
     graph = tie_by_config(graph, model) if recipe.uniform else graph
     calibration = calibration or calibrate_for(model, graph, inputs, recipe, images.seen, tokenizer, memory)
+    yardstick = find_yardstick(images, model)
+    if recipe.ranks is not False:
+        done = _carry_out_best(recipe, model, graph, inputs, images, calibration)
+        small = run_restorers(*done, images.seen, yardstick=yardstick)
+        return replace(small, before=size_of(model, inputs), original=identify(model))
     plan = decide_best(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
     small = apply(model, plan, inputs, graph=graph)
-    yardstick = find_yardstick(images, model)
     return run_restorers(small, model, graph, calibration, images.seen, yardstick=yardstick)
 
 
@@ -409,6 +425,98 @@ def merge_and_restore(
         model, inputs, level, images.seen, seed=recipe.seed, tokenizer=tokenizer, memory=memory
     )
     return merge_inspected(recipe, model, graph, inputs, calibration, find_yardstick(images, model))
+
+
+_Candidate = tuple[Compressed, nn.Module, ChannelGraph, Calibration | None]
+"""A network before its layers are solved, and what it was made of, which may have layers as two of full rank."""
+
+
+def _carry_out_best(
+    recipe: Recipe,
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Inputs,
+    images: Split,
+    calibration: Calibration | None,
+) -> _Candidate:
+    """Layers become two, in one budget with the channels; or, where a target may choose, fewer channels alone.
+
+    Both are tried on inputs that nothing was measured on, the layers solved, and the better one is taken.
+    """
+    plain = None
+    if recipe.ranks is True:
+        plan = make_plan(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
+        plain = apply(model, plan, inputs, graph=graph), model, graph, calibration
+    split = _factorise(recipe, model, graph, inputs, images, calibration)
+    best, note = _choose_candidate(plain, split, solves=bool(recipe.levels))
+    warn_of_misses(best[0].plan)
+    return replace(best[0], notes=(*best[0].notes, note)) if note else best[0], *best[1:]
+
+
+def _factorise(
+    recipe: Recipe,
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Inputs,
+    images: Split,
+    calibration: Calibration | None,
+) -> _Candidate | None:
+    """With those layers as two for which that is worth it; None if there are none.
+
+    Those whose rank turns out to save no weights, or cannot become lower, are left as they are.
+    """
+    names = choose_split(model, graph, recipe, inputs, calibration, images.seen)
+    while names:
+        core, proved = split_provably(model, names, inputs, graph)
+        if not proved:
+            return None
+        own, known = inspect(core, inputs), None if calibration is None else calibration.seen_by(core)
+        split = {name: rank for name, rank in ranks_of(core).items() if name in proved}
+        plan = make_plan(core, own, recipe, inputs, calibration=known, images=images.seen, split=split, original=model)
+        small = apply(core, plan, inputs, graph=own)
+        idle = list_unsaving(small.model, split)
+        if not idle:
+            return small, core, own, known
+        names = [name for name in proved if name not in idle]
+    return None
+
+
+def _choose_candidate(
+    plain: _Candidate | None, split: _Candidate | None, *, solves: bool
+) -> tuple[_Candidate, str | None]:
+    """The better one of one or two, and what is to be said of it.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if split is None and plain is None:
+        raise ModelError("ranks: no layer saves anything as two, or nothing has to be saved; give less, or use keep=.")
+    if split is None or plain is None:
+        found = plain or split
+        assert found is not None
+        return found, "ranks: no layer is worth two, so only channels are fewer." if split is None else None
+    missed = [any(map(is_miss, one[0].plan.warnings)) for one in (plain, split)]
+    if missed[0] != missed[1]:
+        return (split, _LOWERED) if missed[0] else (plain, _NARROWED)
+    errors = [_judge_candidate(one, solves=solves) for one in (plain, split)]
+    if errors[1] < _WORTH * errors[0]:
+        return split, f"ranks: layers become two, as that changes the output less ({_compare(*errors)})."
+    return plain, f"ranks: no layer becomes two, as that gains too little: the output changes {_compare(*errors)}."
+
+
+_WORTH = 0.95  # of the error of fewer channels alone: two layers are slower than one of as many MACs, and images few
+_LOWERED = "ranks: layers become two, as fewer channels alone miss the target."
+_NARROWED = "ranks: no layer becomes two, as only fewer channels meet the target."
+
+
+def _judge_candidate(one: _Candidate, *, solves: bool) -> float:
+    small, model, graph, calibration = one
+    trial = replace(small, model=copy_model(small.model))
+    return judge_network(trial, model, graph, calibration, solves=solves)
+
+
+def _compare(error: float, other: float) -> str:
+    return f"by {other:.2g} of its variance instead of {error:.2g}"
 
 
 def _move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Compressed:
@@ -481,13 +589,16 @@ def _tell_of_numbers(numbers: Sequence[Repair]) -> tuple[str, ...]:
     )
 
 
-def _tell_of_config(why: str, *, uniform: bool) -> str:
-    advice = (
-        "the sizes are such as it says, but its code derives something from them: exclude= what has to stay, most "
-        "often the stream (the layers that embed)"
-        if uniform
-        else "uniform=True makes sizes that a configuration says"
-    )
+def _tell_of_config(why: str, recipe: Recipe) -> str:
+    if recipe.ranks is not False:
+        advice = "no configuration says that a layer is two; leave ranks out for one that does"
+    elif recipe.uniform:
+        advice = (
+            "the sizes are such as it says, but its code derives something from them: exclude= what has to stay, most "
+            "often the stream (the layers that embed)"
+        )
+    else:
+        advice = "uniform=True makes sizes that a configuration says"
     return f"intrafusion.load is needed, not from_pretrained: {why}; {advice}"
 
 
@@ -592,7 +703,9 @@ def apply(
     whole, inputs = make_workable(model, inplace=inplace), plan.recipe.call_of(example_inputs)
     if plan.recipe.untie and inplace:
         raise RecipeError("untie: expected a copy to be made, got inplace=True too; leave it out.")
-    core = prepare_model(whole, plan.recipe, inputs)
+    if plan.split and inplace:
+        raise RecipeError("ranks: expected a copy to be made, got inplace=True too; leave it out.")
+    core = split_exactly(prepare_model(whole, plan.recipe, inputs), plan.split)
     if graph is None:
         plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(core).items() if t.is_floating_point()})
         graph = inspect(core, inputs)
@@ -609,9 +722,11 @@ def apply(
         notes=(
             *_tell_of_numbers(surgery.numbers),
             *_tell_of_outputs(plan.recipe),
-            *([_tell_of_config(unsaid, uniform=plan.recipe.uniform)] if unsaid else []),
+            *([_tell_of_config(unsaid, plan.recipe)] if unsaid else []),
         ),
     )
+    if plan.split:
+        small = replace(small, before=size_of(whole, inputs), original=identify(whole))
     small = small if core is whole else count_ties(small, whole, core)
     report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)

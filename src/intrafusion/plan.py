@@ -21,9 +21,12 @@ from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap
 from intrafusion.table import GroupLine, TextTable, tabulate_groups
 
-_FORMAT = 1
+_FORMAT = 2
+_PLAIN = 1  # the format of plans that split no layer, which older versions read too
 MISSED = "target missed: "
 """How a warning begins that sizes are not what was asked for."""
+FACTORISED = "factorised"
+"""How the channels between the two halves of a layer that is split become fewer."""
 _HEADER = ("group", "channels", "how", "other layers, or reason")
 T = TypeVar("T")
 
@@ -73,6 +76,8 @@ class Plan:
         maps: ReductionMap by group name.
         warnings: what the tracer could not see.
         fixed: what is in no group, in words.
+        split: layers that become two, by name, and their full rank: `shapes`, and the groups, are of the network in
+            which they are two of that rank, which give the same.
     """
 
     recipe: Recipe
@@ -81,19 +86,14 @@ class Plan:
     maps: Mapping[str, ReductionMap] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
+    split: Mapping[str, int] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        same = (self.recipe.to_yaml(), self.decisions, dict(self.shapes), self.warnings, self.fixed) == (
-            other.recipe.to_yaml(),
-            other.decisions,
-            dict(other.shapes),
-            other.warnings,
-            other.fixed,
-        )
+        told = lambda p: (p.recipe.to_yaml(), p.decisions, dict(p.shapes), p.warnings, p.fixed, dict(p.split))  # noqa: E731
         return (
-            same
+            told(self) == told(other)
             and self.maps.keys() == other.maps.keys()
             and all(_is_same_map(self.maps[k], other.maps[k]) for k in self.maps)
         )
@@ -103,6 +103,11 @@ class Plan:
     @property
     def sizes(self) -> dict[str, int]:
         return {d.group: d.m for d in self.decisions if d.reduced}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of every layer that becomes two."""
+        return {name: self.sizes.get(name_rank_group(name), full) for name, full in self.split.items()}
 
     @checked
     def rolled_back(self, reasons: Mapping[str, str]) -> Plan:
@@ -155,12 +160,13 @@ class Plan:
     def to_json(self) -> str:
         """All but the maps."""
         data = {
-            "format": _FORMAT,
+            "format": _FORMAT if self.split else _PLAIN,
             "recipe": self.recipe.to_yaml(),
             "decisions": [asdict(d) for d in self.decisions],
             "shapes": {k: list(v) for k, v in self.shapes.items()},
             "warnings": list(self.warnings),
             "fixed": list(self.fixed),
+            **({"split": dict(self.split)} if self.split else {}),
         }
         return json.dumps(data, indent=1)
 
@@ -180,7 +186,8 @@ class Plan:
             recipe = Recipe.from_yaml(_as(str, data["recipe"]))
             warnings = tuple(_as(str, warning) for warning in data["warnings"])
             fixed = tuple(_as(str, line) for line in data.get("fixed", ()))  # older plans do not say
-            return cls(recipe, decisions, shapes, dict(maps or {}), warnings, fixed)
+            split = {_as(str, name): _count(rank) for name, rank in data.get("split", {}).items()}
+            return cls(recipe, decisions, shapes, dict(maps or {}), warnings, fixed, split)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"this is not a plan of intrafusion ({type(error).__name__}: {error}).") from error
 
@@ -201,7 +208,8 @@ def tabulate_plan(
     )
     notes = (f"{'warning' if is_miss(w) else 'note'}: {w}" for w in (*plan.warnings, *_list_proofs(plan)))
     fixed = (f"in no group, {line}" for line in plan.fixed)
-    return tabulate_groups(_HEADER, map(_describe_decision, plan.decisions), (*sizes, *fixed, *notes, *below))
+    lines = [_name_layers(_describe_decision(decision), plan.split) for decision in plan.decisions]
+    return tabulate_groups(_HEADER, lines, (*sizes, *fixed, *notes, *below))
 
 
 def is_miss(warning: str) -> bool:
@@ -217,8 +225,22 @@ def _describe_decision(decision: Decision) -> GroupLine:
     if not decision.reduced:
         return GroupLine(decision.group, str(decision.n), "kept", why=decision.reason or "all kept")
     how, _, why = decision.mixing.partition(": ")
-    size = f"{decision.n} -> {decision.m}" + ("" if decision.kind == "channel" else " blocks")
+    arrow = " -> rank " if how == FACTORISED else " -> "
+    size = f"{decision.n}{arrow}{decision.m}" + ("" if decision.kind == "channel" else " blocks")
     return GroupLine(decision.group, size, how, list_layers(decision), f"not mixed: {why}" if why else "")
+
+
+def _name_layers(line: GroupLine, split: Mapping[str, int]) -> GroupLine:
+    """With the layers that become two called as the one that each pair was."""
+    halves = {f"{name}.{half}": name for name in split for half in ("reduce", "expand")}
+    layers = dict.fromkeys(halves.get(name, name) for name in line.layers)
+    name, mark, number = line.name.partition("#")
+    return replace(line, name=f"{halves.get(name, name)}{mark}{number}", layers=tuple(layers))
+
+
+def name_rank_group(layer: str) -> str:
+    """The group of the channels between the two halves of a layer."""
+    return f"{layer}.reduce"
 
 
 def list_layers(decision: Decision) -> tuple[str, ...]:

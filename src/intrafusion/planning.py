@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intrafusion.arguments import checked
+from intrafusion.brief import show_briefly
 from intrafusion.budget import uniform_sizes
 from intrafusion.budget.idle import explain_idle_sizes
+from intrafusion.budget.rank_curves import choose_layers, share_ranks
 from intrafusion.budget.sensitivity import Sensitivity, choose_teller
-from intrafusion.budget.target import require_inputs, sizes_for_target
-from intrafusion.budget.uniform import find_pattern
+from intrafusion.budget.target import build_with_sizes, read_limits, require_inputs, sizes_for_target
+from intrafusion.budget.uniform import find_pattern, fit_patterns
 from intrafusion.errors import ModelError, RecipeError, show
 from intrafusion.graph import BLOCKS, ChannelGraph, ChannelGroup, describe_fixed, families_of
 from intrafusion.importance.features import channel_biases, describing_rows
@@ -26,14 +29,16 @@ from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.observe.observe import observe_for
 from intrafusion.observe.whole_blocks import flatten_blocks
-from intrafusion.plan import Decision, Plan, describe_members, is_miss
+from intrafusion.plan import FACTORISED, Decision, Plan, describe_members, is_miss, name_rank_group
 from intrafusion.progress import ShowProgress, report, shows_progress
-from intrafusion.recipe import Recipe
+from intrafusion.recipe import ONLY, Recipe
 from intrafusion.reduce import Auto, Moments, ReducerTraits, ReductionMap, ReductionProblem, selecting_form
 from intrafusion.reduce.eliminate import unit_map
+from intrafusion.reduce.principal import principal_map
 from intrafusion.restore import Calibration
-from intrafusion.selectors import NOT_INCLUDED, explain_idle_selectors, find_left_alone
+from intrafusion.selectors import NOT_INCLUDED, explain_idle_selectors, find_left_alone, find_meant
 from intrafusion.surgery.configuration import round_sizes, tie_by_config
+from intrafusion.surgery.lowrank import explain_unsplit
 from intrafusion.surgery.maps import hollow_
 from intrafusion.surgery.norms import fold_norms
 from intrafusion.surgery.spare import find_classes, find_dead, reduce_distinct
@@ -74,67 +79,201 @@ def decide(
     Raises:
         ModelError: no group can be reduced; gives the most frequent reasons.
         BudgetError: sizes that are no sizes.
-        RecipeError: heads are to be merged, which `compress` does by itself.
+        RecipeError: heads are to be merged, or layers factorised, which `compress` does by itself.
     """
-    model, given = borrow(unwrap(model)), choose_inputs(inputs, images)
     if recipe.merge_heads is not None:
         raise RecipeError("merge_heads: no plan merges heads; compress(..., merge_heads=...) does, at one size.")
-    check_graph(graph, model)
-    graph = tie_by_config(graph, model) if recipe.uniform else graph
-    unwanted = _find_unwanted(graph, model, recipe)
-    units = [g for g in graph.groups if g.is_channel or is_asked_for(g, recipe) or is_offered(g, recipe)]
-    groups = [g for g in units if g.reducible and g.name not in unwanted]
-    if not groups:
-        raise ModelError(_nothing_to_reduce(units, unwanted))
-    looks = calibration is not None and recipe.needs_moments
-    check_room({g.name: g.size for g in groups if g.is_channel}, 2 if looks else 0, _find_device(model))
-    moments = calibration.moments_of(graph) if calibration is not None and looks else {}
-    if moments and calibration is not None and (blocks := [g for g in groups if not g.is_channel]):
-        moments = {**moments, **calibration.moments_of(flatten_blocks(graph, blocks))}
-    weights = fold_weights(model, graph, groups)
-    seen = observe_for(recipe.importance, model, graph, groups, given, seed=recipe.seed)
-    raw = _copy_raw(model, groups) if recipe.order == "backward" else None  # seen as the groups before left it
-    seen = {name: o if raw is None or o.tensors is None else replace(o, tensors=raw) for name, o in seen.items()}
-    scores = lambda g, w: _check_scores(recipe.importance(g, w, seen.get(g.name)), g)  # noqa: E731
-    if recipe.target is None:
-        wanted = uniform_sizes(groups, recipe.keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
-        missed = ()
-    else:
+    if recipe.ranks is not False:
+        raise RecipeError("ranks: which layers become two is chosen by compress(..., ranks=...); call that.")
+    given = choose_inputs(inputs, images)
+    plan = make_plan(unwrap(model), graph, recipe, example_inputs, calibration=calibration, images=given)
+    warn_of_misses(plan)
+    return plan
+
+
+def warn_of_misses(plan: Plan) -> None:
+    for note in filter(is_miss, plan.warnings):
+        warn_caller(note)
+
+
+def make_plan(
+    model: nn.Module,
+    graph: ChannelGraph,
+    recipe: Recipe,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    calibration: Calibration | None = None,
+    images: ImagesLike | None = None,
+    split: Mapping[str, int] | None = None,
+    original: nn.Module | None = None,
+) -> Plan:
+    """As `decide`, without warning of a target that is missed.
+
+    Args:
+        split: layers that the network has as two of full rank, and that rank: what lies between becomes less, too.
+        original: the network before that, of which limits are fractions.
+    """
+    model, split = borrow(model), split or {}
+    view = _View.of(model, graph, recipe, calibration, images, split)
+    graph, groups, unwanted, moments = view.graph, view.groups, view.unwanted, view.moments
+    between = {name_rank_group(name) for name in split}
+    widths = [g for g in groups if g.name not in between]
+    weights, missed = view.weights, ()
+    if recipe.target is not None:
         example = require_inputs(example_inputs, recipe)
-        own = {g.name: scores(g, weights) for g in groups}
-        teller = choose_teller(recipe.reducer)
-        solves, blocks = bool(recipe.levels), [g for g in groups if not g.is_channel]
-        known = Sensitivity(
-            *(model, graph, own, moments, calibration, example), blocks=blocks, teller=teller, solves=solves
+        wanted, missed = sizes_for_target(
+            model, graph, groups, view.judge(calibration, example), recipe, example, original
         )
-        wanted, missed = sizes_for_target(model, graph, groups, known, recipe, example)
-        for note in filter(is_miss, missed):
-            warn_caller(note)
+    else:
+        keep = fit_patterns(recipe.keep, graph, split)
+        wanted = uniform_sizes(widths, keep, graph, round_to=recipe.round_to, min_channels=recipe.min_channels)
+        wanted |= _share_ranks(model, graph, wanted, split, unwanted, recipe)
     wanted, rounded = round_sizes(wanted, graph, recipe.round_to) if recipe.uniform else (wanted, ())
-    smaller = [g for g in groups if wanted.get(g.name, g.size) < g.size]
+    smaller = [g for g in widths if wanted.get(g.name, g.size) < g.size]
     dead = find_dead(model, graph, smaller, weights, None if example_inputs is None else Inputs.of(example_inputs))
-    described = (raw or named_tensors(model)) if ReducerTraits.of(recipe.reducer).raw else weights
-    maps = _solve_all(smaller, wanted, weights, described, scores, dead, recipe, moments, raw)
-    told = [g for g in units if g.is_channel or recipe.target is None or g in smaller]
+    lower = [g for g in groups if g.name in between and wanted.get(g.name, g.size) < g.size]
+    ranks = {g.name: _lower_rank(g, wanted[g.name], weights, moments.get(g.name)) for g in lower}
+    described = (view.raw or named_tensors(model)) if ReducerTraits.of(recipe.reducer).raw else weights
+    maps = _solve_all(smaller, wanted, weights, described, view.score, dead, recipe, moments, view.raw) | ranks
+    smaller = [*smaller, *lower]
+    told = [g for g in view.units if g.is_channel or recipe.target is None or g in smaller]
     decisions = tuple(
-        decision(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name), read=g.name in moments) for g in told
+        decision(
+            *(g, wanted.get(g.name, g.size), recipe, unwanted.get(g.name)),
+            read=g.name in moments,
+            between=g.name in between,
+        )
+        for g in told
     )
-    idle = missed or explain_idle_sizes(groups, wanted, graph, recipe)
+    idle = missed or (() if lower and recipe.target is None else explain_idle_sizes(groups, wanted, graph, recipe))
     unused = explain_idle_selectors(graph, model, recipe.include, recipe.exclude)
     traits = ReducerTraits.of(recipe.reducer)
     blind = [_BLIND] if calibration is None and traits.mixes and traits.needs_moments and smaller else []
     uncompared = [_UNCOMPARED] if isinstance(recipe.reducer, Auto) else []
     notes = *graph.warnings, *idle, *unused, *blind, *rounded, *uncompared
-    return Plan(recipe, decisions, graph.shapes, maps, notes, describe_fixed(graph))
+    return Plan(recipe, decisions, graph.shapes, maps, notes, describe_fixed(graph), split)
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A network as sizes of its groups are chosen.
+
+    Attributes:
+        units: groups that may be told of; groups: those that may shrink; unwanted: why others may not.
+        moments: what is read of channels, by group.
+        weights: in float64, batch norms folded.
+        seen: what criteria that need data observed, by group.
+        raw: the weights as they are, which each group changes for those after it; None where none does.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    recipe: Recipe
+    units: Sequence[ChannelGroup]
+    groups: Sequence[ChannelGroup]
+    unwanted: Mapping[str, str]
+    moments: Mapping[str, Moments]
+    weights: dict[str, Tensor]
+    seen: Mapping[str, Any]
+    raw: dict[str, Tensor] | None = None
+
+    __repr__ = show_briefly
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        graph: ChannelGraph,
+        recipe: Recipe,
+        calibration: Calibration | None,
+        images: ImagesLike | None,
+        split: Iterable[str] = (),
+        *,
+        may_stay: bool = False,
+    ) -> _View:
+        """
+        Args:
+            may_stay: whether there may be no group that can shrink.
+        Raises:
+            ModelError: there is none.
+        """
+        check_graph(graph, model)
+        graph = tie_by_config(graph, model) if recipe.uniform else graph
+        unwanted = _find_unwanted(graph, model, recipe, {name_rank_group(name) for name in split})
+        units = [g for g in graph.groups if g.is_channel or is_asked_for(g, recipe) or is_offered(g, recipe)]
+        groups = [g for g in units if g.reducible and g.name not in unwanted]
+        if not groups and not may_stay:
+            raise ModelError(_nothing_to_reduce(units, unwanted))
+        looks = calibration is not None and recipe.needs_moments
+        check_room({g.name: g.size for g in groups if g.is_channel}, 2 if looks else 0, _find_device(model))
+        moments = calibration.moments_of(graph) if calibration is not None and looks else {}
+        if moments and calibration is not None and (blocks := [g for g in groups if not g.is_channel]):
+            moments = {**moments, **calibration.moments_of(flatten_blocks(graph, blocks))}
+        seen = observe_for(recipe.importance, model, graph, groups, images, seed=recipe.seed)
+        raw = _copy_raw(model, groups) if recipe.order == "backward" else None  # seen as the groups before left it
+        seen = {name: o if raw is None or o.tensors is None else replace(o, tensors=raw) for name, o in seen.items()}
+        weights = fold_weights(model, graph, groups)
+        return cls(model, graph, recipe, units, groups, unwanted, moments, weights, seen, raw)
+
+    def score(self, group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
+        return _check_scores(self.recipe.importance(group, weights, self.seen.get(group.name)), group)
+
+    def judge(self, calibration: Calibration | None, example: Inputs) -> Sensitivity:
+        own = {g.name: self.score(g, self.weights) for g in self.groups}
+        return Sensitivity(
+            *(self.model, self.graph, own, self.moments, calibration, example),
+            blocks=[g for g in self.groups if not g.is_channel],
+            teller=choose_teller(self.recipe.reducer),
+            solves=bool(self.recipe.levels),
+        )
+
+
+def choose_split(
+    model: nn.Module,
+    graph: ChannelGraph,
+    recipe: Recipe,
+    inputs: Inputs,
+    calibration: Calibration | None,
+    images: ImagesLike | None,
+) -> list[str]:
+    """The layers that may become two: with a target, those whose rank is worth lowering; else all that can.
+
+    Raises:
+        ModelError: there are none at all; gives the reasons.
+    """
+    reasons = explain_unsplit(model)
+    meant = find_meant(model, recipe.include, recipe.exclude)
+    names = [name for name, why in reasons.items() if why is None and name in meant]
+    if not names:
+        told = [f"{name!r}: {why or 'not included'}" for name, why in reasons.items()]
+        raise ModelError(f"ranks: no layer of this network can become two. {'; '.join(told[:5]) or 'It has none'}.")
+    if recipe.target is None:
+        return names
+    wider = replace(recipe, ranks=True)  # of what becomes narrower beside, if anything does
+    view = _View.of(model, graph, wider, calibration, images, may_stay=True)
+    widths = [] if recipe.ranks == ONLY else view.groups
+    limits = [limit for limit in read_limits(recipe, model, inputs) if limit.goal < limit.whole]
+    if not limits:
+        return []
+    known = view.judge(calibration, inputs)
+    return choose_layers(model, view.graph, widths, names, known, limits, inputs, recipe.min_channels)
 
 
 def _find_device(model: nn.Module) -> torch.device:
     return next(iter(named_tensors(model).values())).device
 
 
-def _find_unwanted(graph: ChannelGraph, model: nn.Module, recipe: Recipe) -> dict[str, str]:
-    """Groups to be left alone, and why; where sizes must be uniform, their twins too."""
+def _find_unwanted(
+    graph: ChannelGraph, model: nn.Module, recipe: Recipe, between: Collection[str] = ()
+) -> dict[str, str]:
+    """Groups to be left alone, and why; where sizes must be uniform, their twins too.
+
+    Args:
+        between: groups of channels between the two halves of layers.
+    """
     found = find_left_alone(graph, model, recipe.include, recipe.exclude)
+    if recipe.ranks == ONLY:
+        found |= {g.name: "only ranks become lower" for g in graph.groups if g.name not in between}
     for family in families_of(g for g in graph.reducible if g.is_channel) if recipe.uniform else ():
         first = next((g for g in family if g.name in found), None)
         if first is not None:
@@ -252,6 +391,33 @@ def _solve(
     return _check_map(reduce_distinct(reducer, group, weights, problem, classes, rows), group)
 
 
+def _share_ranks(
+    model: nn.Module,
+    graph: ChannelGraph,
+    widths: Mapping[str, int],
+    split: Mapping[str, int],
+    unwanted: Container[str],
+    recipe: Recipe,
+) -> dict[str, int]:
+    """The rank of each layer that is two, by the group between, where all keep the same share of their weights."""
+    if recipe.rank_share is None:
+        return {}
+    chosen = {name: full for name, full in split.items() if name_rank_group(name) not in unwanted}
+    found = share_ranks(build_with_sizes(model, graph, widths), chosen, recipe.rank_share)
+    return {name_rank_group(name): rank for name, rank in found.items()}
+
+
+def _lower_rank(group: ChannelGroup, m: int, weights: Mapping[str, Tensor], moments: Moments | None) -> ReductionMap:
+    """The best map of rank m between the two halves of a layer, whatever reduces other groups.
+
+    Of what was seen of the inputs; where nothing was, as if all were alike and independent (Eckart and Young 1936).
+    """
+    if moments is None:
+        first, last = (weights[f"{half}.weight"].flatten(1) for half in (group.producers[0], group.consumers[0]))
+        moments = Moments(first.new_zeros(1, group.size), (first @ first.T)[None], last.T @ last)
+    return _check_map(principal_map(moments, m), group)
+
+
 def _rotates(group: ChannelGroup, recipe: Recipe, moments: Mapping[str, Moments]) -> bool:
     """Whether a group is rotated where it shrinks."""
     seen = moments.get(group.name)
@@ -277,15 +443,20 @@ def _check_scores(scores: object, group: ChannelGroup) -> Tensor:
     return scores.detach().double()
 
 
-def decision(group: ChannelGroup, m: int, recipe: Recipe, unwanted: str | None, *, read: bool) -> Decision:
+def decision(
+    group: ChannelGroup, m: int, recipe: Recipe, unwanted: str | None, *, read: bool, between: bool = False
+) -> Decision:
     """What is decided of one group.
 
     Args:
         read: whether it is known what is read of these channels.
+        between: whether they lie between the two halves of a layer.
     """
     traits = ReducerTraits.of(recipe.reducer)
     mixing = "mixed" if traits.mixes else "selected"
-    if group.rotation is not None and traits.rotates and read:
+    if between:
+        mixing = FACTORISED
+    elif group.rotation is not None and traits.rotates and read:
         mixing = "rotated"
     elif traits.mixes and group.unmixable:
         mixing = f"selected: {group.unmixable}"

@@ -23,6 +23,9 @@ from intrafusion.registry import Foreign, Registry, registry_of
 from intrafusion.selectors import Selector, as_selectors
 
 Keep = float | Mapping[str, float]
+Ranks = bool | float | str
+ONLY = "only"
+"""Of ranks: no group of channels becomes smaller."""
 ORDERS = ("joint", "backward")
 
 
@@ -33,7 +36,7 @@ class _Unshared(yaml.SafeDumper):
         return True
 
 
-@partial(checked, leaving=("keep", "target", "round_to", "min_channels", "order", "merge_heads"))
+@partial(checked, leaving=("keep", "target", "round_to", "min_channels", "order", "merge_heads", "ranks"))
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the result, apart from the network and its example input.
@@ -58,6 +61,8 @@ class Recipe:
         outputs: names or indices of those outputs of the network that matter; None: all.
         untie: give heads that share the weight of an embedding one of their own first.
         merge_heads: key/value heads that are left where several query heads share one; then nothing else is cut.
+        ranks: whether layers may become two thinner ones: True, a target chooses between fewer channels and lower
+            ranks; "only", it lowers ranks alone; or the fraction of its weights that each layer keeps, beside `keep`.
     """
 
     keep: Keep = 0.7
@@ -75,6 +80,7 @@ class Recipe:
     outputs: tuple[str | int, ...] | None = None
     untie: bool = False
     merge_heads: int | None = None
+    ranks: Ranks = False
 
     __repr__ = show_briefly
 
@@ -88,6 +94,7 @@ class Recipe:
         _check_levels(self.levels)
         if self.merge_heads is not None:
             _check_alone(self)
+        _check_ranks(self)
         if not isinstance(self.order, str) or self.order not in ORDERS:
             raise RecipeError(unknown_name("order", self.order, ORDERS))
 
@@ -99,7 +106,12 @@ class Recipe:
     @property
     def needs_moments(self) -> bool:
         """Whether sizes or channels are chosen by what is read of the channels."""
-        return self.target is not None or ReducerTraits.of(self.reducer).needs_moments
+        return self.target is not None or self.ranks is not False or ReducerTraits.of(self.reducer).needs_moments
+
+    @property
+    def rank_share(self) -> float | None:
+        """The fraction of its weights that every layer keeps by its rank; None where a target chooses, or nothing."""
+        return None if isinstance(self.ranks, (bool, str)) else float(self.ranks)
 
     def call_of(self, example_inputs: ExampleInputs) -> Inputs:
         """The example inputs as a call, of which the outputs that matter are looked at."""
@@ -134,6 +146,8 @@ class Recipe:
             sizes = [name for name in ("keep", "target") if options.get(name) is not None]
             if sizes:
                 raise RecipeError(f"merge_heads: goes without {sizes[0]}; merge first, and compress what comes out.")
+            options["keep"] = 1.0
+        if options.get("keep") is None and not isinstance(options.get("ranks", False), (bool, str)):
             options["keep"] = 1.0
         return cls(**{name: _read(name, value) for name, value in options.items() if _is_said(name, value)})
 
@@ -179,6 +193,27 @@ def _check_alone(recipe: Recipe) -> None:
     beside = [n for n in Recipe.options() if n not in taken and getattr(recipe, n) != getattr(plain_recipe, n)]
     if beside:
         raise RecipeError(f"merge_heads: goes without {', '.join(beside)}; merge first, and compress what comes out.")
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    """
+    Raises:
+        RecipeError: no word and no fraction, without a target where that is needed, or beside what does not go with it.
+    """
+    ranks, aimed = recipe.ranks, recipe.target is not None
+    chosen = ranks is True or (isinstance(ranks, str) and ranks == ONLY)
+    share = type(ranks) is float and 0 < ranks < 1
+    if ranks is not False and not chosen and not share:
+        raise RecipeError(
+            f"ranks: expected True or {ONLY!r} beside a target, or a fraction in (0, 1), got {show(ranks)}; 0.5 leaves "
+            "each layer half of its weights."
+        )
+    if chosen and not aimed:
+        raise RecipeError(f"ranks: {show(ranks)} lets a target choose; give target=, or a fraction, such as ranks=0.5.")
+    if share and aimed:
+        raise RecipeError(f"ranks: a target chooses ranks itself, got {show(ranks)} beside it; give ranks=True.")
+    if ranks is not False and recipe.uniform:
+        raise RecipeError("ranks: goes without uniform: no configuration says that a layer is two; leave one out.")
 
 
 # ---- what a caller says -> what a recipe holds -> what YAML holds ----------------------------------------------------

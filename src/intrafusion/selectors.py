@@ -129,7 +129,7 @@ def _as_selector(item: Any) -> Selector:
 def _is_meant(group: ChannelGroup, selector: Selector, layers: set[str]) -> bool:
     """Whether a group is produced (or read) by one of these layers, or by a layer inside one of them."""
     own = group.producers if selector.side == "outputs" else group.consumers
-    return any(layer in layers or any(layer.startswith(f"{parent}.") for parent in layers if parent) for layer in own)
+    return any(_is_inside(layer, layers) for layer in own)
 
 
 def find_left_alone(
@@ -146,6 +146,19 @@ def find_left_alone(
             if _is_meant(group, selector, layers):
                 reasons[group.name] = f"excluded ({selector.describe()})"
     return reasons
+
+
+def find_meant(model: nn.Module, include: Iterable[Selector] | None, exclude: Iterable[Selector]) -> set[str]:
+    """Names of all modules that are included and not excluded, by themselves or inside of another one."""
+    names = [name for name, _ in model.named_modules() if name]
+    left = set[str]().union(*(s.layers(model, "exclude") for s in exclude))
+    chosen = None if include is None else set[str]().union(*(s.layers(model, "include") for s in include))
+    return {name for name in names if (chosen is None or _is_inside(name, chosen)) and not _is_inside(name, left)}
+
+
+def _is_inside(name: str, layers: set[str]) -> bool:
+    """Whether a layer is one of these, or inside one of them."""
+    return name in layers or any(name.startswith(f"{parent}.") for parent in layers if parent)
 
 
 def explain_idle_selectors(

@@ -152,6 +152,7 @@ MEANINGS = {
     "mixed": "new channels may combine old ones",
     "selected": "each new channel is an old one",
     "rotated": "the best directions are kept instead of channels",
+    "factorised": "the layer becomes two thinner ones, of that rank together",
     "kept": "the group is left alone",
 }
 """What the words in the third column of a table of groups mean."""

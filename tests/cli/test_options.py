@@ -79,6 +79,7 @@ def test_an_option_that_there_is_not_is_answered_with_the_nearest(program: Progr
 
 WITHOUT = {
     *(
+        "--ranks",
         "--memory",
         "--merge-heads",
         "--evaluate",

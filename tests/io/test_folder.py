@@ -220,7 +220,7 @@ def cut(path: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda f: change_plan(f, weights=None), "names no weight file; this is a plan alone"),
         (lambda f: change_plan(f, decisions=None), "this is not a plan of intrafusion"),
-        (lambda f: change_plan(f, format=2), "has format 2, this version reads up to 1"),
+        (lambda f: change_plan(f, format=3), "has format 3, this version reads up to 2"),
     ],
 )
 def test_damaged_folders(saved: Path, damage: Callable[[Path], None], message: str) -> None:

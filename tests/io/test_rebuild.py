@@ -252,8 +252,8 @@ def test_folders_of_before_load_and_later_ones_are_refused(tmp_path: Path, mlp: 
     assert torch.equal(load(old, zoo.build("digits_resnet"))(x), load(mlp)(x))
     with pytest.raises(ModelError, match=r"Give the class of its original: intrafusion.load\('.*', MyNet\)"):
         load(old)
-    with pytest.raises(IntrafusionError, match="has format 2, this version reads up to 1; upgrade intrafusion"):
-        load(rewrite(mlp, tmp_path / "new", format=2))
+    with pytest.raises(IntrafusionError, match="has format 3, this version reads up to 2; upgrade intrafusion"):
+        load(rewrite(mlp, tmp_path / "new", format=3))
 
 
 def test_steps_and_low_rank_layers_keep_the_source(tmp_path: Path) -> None:

@@ -36,19 +36,27 @@ class Cost:
     @classmethod
     def of(cls, graph: ChannelGraph, total: float, tensors: Mapping[str, tuple[tuple[int, ...], float]]) -> Cost:
         """Args: total cost of the original; for each tensor that contributes, its shape and its share of the total."""
+        parts = tuple(part for cost in cls.of_each(graph, tensors).values() for part in cost.parts)
+        own = sum(weight * math.prod(shape) for weight, shape, _ in parts)
+        return cls({g.name: g.size for g in graph.groups}, parts, total - own)
+
+    @classmethod
+    def of_each(cls, graph: ChannelGraph, tensors: Mapping[str, tuple[tuple[int, ...], float]]) -> dict[str, Cost]:
+        """The cost of each of these tensors, given its shape and what it costs in the original, by its name."""
         along: dict[str, dict[int, dict[object, _Holders]]] = defaultdict(lambda: defaultdict(dict))
         for group in graph.groups:
             for member in group.members:
                 holders = along[member.tensor][member.dim].setdefault(member.within, defaultdict(list))
                 for index in member.positions.reshape(-1).tolist():
                     holders[index].append(group.name)
-        parts = []
+        sizes, found = {g.name: g.size for g in graph.groups}, dict[str, Cost]()
         for name, (shape, share) in tensors.items():
             dims = tuple(_one_slice(along[name][d]) if d in along[name] else () for d in range(len(shape)))
             if share and math.prod(shape) and any(dims):
-                parts.append((share / math.prod(shape), shape, dims))
-        own = sum(weight * math.prod(shape) for weight, shape, _ in parts)
-        return cls({g.name: g.size for g in graph.groups}, tuple(parts), total - own)
+                found[name] = cls(sizes, ((share / math.prod(shape), shape, dims),))
+            else:
+                found[name] = cls(sizes, (), share)
+        return found
 
     @classmethod
     def of_products(
@@ -103,6 +111,13 @@ class Cost:
         """Whether a part depends on any of these groups."""
         _, _, dims = self.parts[index]
         return any(g in groups for along in dims for names, _ in along for g in names)
+
+
+def join_costs(costs: Iterable[Cost]) -> Cost:
+    """The sum of several costs of one network."""
+    costs = list(costs)
+    sizes = {name: n for cost in costs for name, n in cost.sizes.items()}
+    return Cost(sizes, tuple(part for cost in costs for part in cost.parts), sum(cost.constant for cost in costs))
 
 
 def find_distinct(costs: Iterable[Cost]) -> dict[int, tuple[Cost, int]]:

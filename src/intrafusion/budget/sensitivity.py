@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -29,6 +29,7 @@ from intrafusion.reduce.pivot import Pivot
 from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
 from intrafusion.reduce.telling import Telling
 from intrafusion.restore.calibration import Calibration
+from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.shifts import add_shifts_
 from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced
@@ -90,7 +91,7 @@ class Sensitivity:
         for sizes in (halve(twins), _cut_little(twins)):
             m = sizes[twins[0].name] // twins[0].multiple
             if not _is_told(shapes[twins[0].name][:: twins[0].multiple], m, heights):
-                heights[m] = self._find_height(twins, sizes) ** self._trust / len(twins)
+                heights[m] = self._find_height(twins, sizes) ** self.trust / len(twins)
         fit = lambda sizes: {  # noqa: E731
             g.name: fit_curve(shapes[g.name], {m * g.multiple: heights[m] for m in sizes}) for g in twins
         }
@@ -106,15 +107,19 @@ class Sensitivity:
 
     def _find_height(self, twins: Sequence[ChannelGroup], sizes: Mapping[str, int]) -> float:
         """The error with these groups cut; measured once for all targets on one calibration."""
-        known = self._known.heights
         scores = tuple(self.scores[g.name].cpu().numpy().tobytes() for g in twins)
         key = self.graph, self.teller, tuple(sizes.items()), scores, self.literals is not None
+        return self.measure_once(key, lambda: self.error(sizes))
+
+    def measure_once(self, key: Hashable, measure: Callable[[], float]) -> float:
+        """What was measured of this on the calibration, or is now."""
+        known = self._known.heights
         if key not in known:
-            known[key] = self.error(sizes)
+            known[key] = measure()
         return known[key]
 
     @property
-    def _trust(self) -> float:
+    def trust(self) -> float:
         """Exponent of the heights: noise with the norms' statistics exaggerates how unlike groups are."""
         is_noise = self.calibration is not None and self.calibration.is_standardised
         return _TRUST_IN_NOISE if is_noise else 1.0
@@ -126,6 +131,11 @@ class Sensitivity:
     def error(self, sizes: Mapping[str, int]) -> float:
         """Mean squared difference of the outputs, as a fraction of their variance, when groups have these sizes."""
         return self._measure(sizes, self._probe.heights)
+
+    @property
+    def change(self) -> float:
+        """The same of the original, such as it is now: something may be done to what its layers give."""
+        return _measure_error(self.reference, self._probe.heights)
 
     def compare(self, *candidates: Mapping[str, int]) -> list[float]:
         """The same of several choices of sizes, on images that no height was measured on, where there are any.
@@ -153,7 +163,7 @@ class Sensitivity:
 
     def _measure(self, sizes: Mapping[str, int], seen: _Seen) -> float:
         """1 where such a network does not run."""
-        small = self._cut(self._reference, self._find_maps(sizes))
+        small = self._cut(self.reference, self._find_maps(sizes))
         try:
             return _measure_error(small, seen)
         except ModelError:
@@ -174,7 +184,13 @@ class Sensitivity:
         return self.teller(_pose(group, self.scores[group.name], m, moments))
 
     @property
-    def _reference(self) -> nn.Module:
+    def learnt_on(self) -> Inputs | Batches:
+        """What may be looked at beside what errors are measured on."""
+        return self.example_inputs if self._probe.solved_on is None else self._probe.solved_on
+
+    @property
+    def reference(self) -> nn.Module:
+        """The network as it is seen."""
         return self.model if self.calibration is None else self.calibration.reference
 
     @property
@@ -189,20 +205,18 @@ class Sensitivity:
         if self.calibration is None:
             seen = self._run_example()
             return _Probe(self.moments, seen, seen, None)
-        apart, moments, rest = self.calibration.held_out, self.moments, self.calibration.images
-        if apart is None:
-            apart, rest = _part_images(self.calibration.images)
-            if moments and rest is not apart:
-                others = replace(self.calibration, images=rest, _moments={})
-                moments = {
-                    **others.moments_of(self.graph),
-                    **others.moments_of(flatten_blocks(self.graph, self.blocks)),
-                }
+        moments, (apart, rest) = self.moments, _find_apart(self.calibration)
+        if self.calibration.held_out is None and moments and rest is not apart:
+            others = replace(self.calibration, images=rest, _moments={})
+            moments = {
+                **others.moments_of(self.graph),
+                **others.moments_of(flatten_blocks(self.graph, self.blocks)),
+            }
         first, second = (self._run(half) for half in _halve_images(apart))
         return _Probe(moments, first, second, rest)
 
     def _run(self, images: Batches) -> _Seen:
-        return [(call, _run_floats(self._reference, call)) for call in images]
+        return [(call, _run_floats(self.reference, call)) for call in images]
 
     def _run_example(self) -> _Seen:
         varied = self.example_inputs.varied()
@@ -210,6 +224,34 @@ class Sensitivity:
             return [(varied, _run_floats(self.model, varied))]
         except ModelError:  # it takes these values only
             return [(self.example_inputs, _run_floats(self.model, self.example_inputs))]
+
+
+def judge_network(
+    small: Reduced, model: nn.Module, graph: ChannelGraph, calibration: Calibration | None, *, solves: bool
+) -> float:
+    """How far the outputs of a smaller network are off, on all images that its layers are not solved on for that.
+
+    Args:
+        small: its weights may be written.
+        model: the network that it was made of, with its graph and a calibration of it; without one, the example inputs
+            are what is measured on.
+        solves: whether its layers will be solved.
+    """
+    if calibration is None:
+        return _measure_error(small.model, [(small.inputs, _run_floats(model, small.inputs))])
+    apart, rest = _find_apart(calibration)
+    seen = [(call, _run_floats(calibration.reference, call)) for call in apart]
+    measure = lambda net: _measure_error(net, seen)  # noqa: E731
+    try:
+        if solves:
+            return min(calibration.solve(small, graph, rest, measure))
+    except ModelError:  # what layers read cannot be solved on these
+        pass
+    if not calibration.is_standardised:
+        return measure(small.model)
+    net = copy_reduced(calibration.reference, graph, small.plan.maps)  # with the statistics that the reference has
+    add_shifts_(net, calibration.reference, graph, small.plan.maps)
+    return measure(net)
 
 
 def halve(groups: Iterable[ChannelGroup]) -> dict[str, int]:
@@ -309,6 +351,13 @@ class _Known:
 
 
 _KNOWN: WeakKeyDictionary[Calibration, _Known] = WeakKeyDictionary()
+
+
+def _find_apart(calibration: Calibration) -> tuple[Batches, Batches]:
+    """Images to measure on, and the others."""
+    if calibration.held_out is None:
+        return _part_images(calibration.images)
+    return calibration.held_out, calibration.images
 
 
 def _part_images(images: Batches) -> tuple[Batches, Batches]:

@@ -58,12 +58,15 @@ def sizes_for_target(
     sensitivity: Sensitivity,
     recipe: Recipe,
     example_inputs: ExampleInputs | None,
+    original: nn.Module | None = None,
 ) -> tuple[Sizes, tuple[str, ...]]:
     """Sizes with the least predicted error that meet the target of a recipe, or come as close as they can.
 
     Where the same share of every group, at the same cost, is measured to change the output less, that is taken. A
     latency is met by the largest network that was measured to meet it. Of several limits all are met.
 
+    Args:
+        original: what limits are fractions of, where that is not the network: it may have layers as two of full rank.
     Returns:
         sizes, and notes: where they miss a limit by more than 2 %, where a cost could not be predicted, where the
         same share of every group was better, where sizes were rounded.
@@ -72,8 +75,8 @@ def sizes_for_target(
         BudgetError: no limit, an unknown one, one that is no positive number, a count meant to be a share, or a
             `round_to` that is none.
     """
-    inputs = require_inputs(example_inputs, recipe)
-    asked = [_read_limit(kind, wanted, model, inputs) for kind, wanted in check_target(recipe.target).items()]
+    inputs, original = require_inputs(example_inputs, recipe), original or model
+    asked = read_limits(recipe, original, inputs)
     limits = [limit for limit in asked if limit.goal < limit.whole]
     kept = tuple(
         f"target: up to {describe_amount(limit.kind, limit.goal)} were asked for; the network has "
@@ -91,6 +94,7 @@ def sizes_for_target(
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS + any(not g.is_channel for g in groups)):
         search = _Search.of(model, graph, groups, opinions[0], recipe, inputs, limits, literals)
+        search = replace(search, original=original)
         sizes, notes = search.find(sensitivity, opinions)
         refused = _try_sizes(reference, sizes).rolled_back
         if not refused:
@@ -99,6 +103,15 @@ def sizes_for_target(
         groups = [g for g in groups if g.name not in (around or refused)]
     stuck = f"{MISSED}groups do not shrink to the sizes that it takes: {', '.join(refused)}."
     return sizes, (*kept, *notes, stuck)
+
+
+def read_limits(recipe: Recipe, model: nn.Module, inputs: Inputs) -> list[Limit]:
+    """What a recipe asks of a network, without the costs of sizes.
+
+    Raises:
+        BudgetError: no limits, or the network has nothing of that kind.
+    """
+    return [_read_limit(kind, wanted, model, inputs) for kind, wanted in check_target(recipe.target).items()]
 
 
 def _read_limit(kind: str, wanted: float, model: nn.Module, inputs: Inputs) -> Limit:
@@ -129,6 +142,7 @@ class _Search:
     Attributes:
         limits: with their costs as functions of sizes.
         steps: the multiples that sizes are of, by group.
+        original: what a latency is a part of, where that is not the network.
     """
 
     model: nn.Module
@@ -140,6 +154,7 @@ class _Search:
     limits: Sequence[Limit]
     steps: Mapping[str, int]
     literals: Literals | None = None
+    original: nn.Module | None = None
 
     @classmethod
     def of(
@@ -363,7 +378,8 @@ class _Search:
         They and the original take turns, so a busy machine counts less.
         """
         assert self.clock is not None
-        own, *found = latencies_ms([self.model, *map(self.build, candidates)], self.inputs, repeats=repeats)
+        models = self.original or self.model, *map(self.build, candidates)
+        own, *found = latencies_ms(models, self.inputs, repeats=repeats)
         return [ms / own * self.clock.whole / self.clock.goal for ms in found]
 
     def largest_that_meets(self) -> tuple[float, Sizes]:

@@ -72,6 +72,25 @@ def _check_patterns(patterns: Mapping[str, float], graph: ChannelGraph) -> None:
             raise BudgetError(f"keep: {unknown_name('group', pattern, names)}{meant}")
 
 
+def fit_patterns(
+    keep: float | Mapping[str, float], graph: ChannelGraph, split: Iterable[str]
+) -> float | Mapping[str, float]:
+    """The same fractions by name for a network in which these layers are two, of which the second gives the channels.
+
+    Args:
+        graph: of that network.
+    """
+    if not isinstance(keep, Mapping):
+        return keep
+    names, found = {name for g in graph.groups for name in _list_names(g)}, dict[str, float]()
+    for pattern, fraction in keep.items():
+        halves = [f"{name}.expand" for name in split if fnmatchcase(name, pattern)]
+        own = [pattern] if not halves or any(fnmatchcase(name, pattern) for name in names) else []
+        for one in (*halves, *own):
+            found.setdefault(one, fraction)
+    return found
+
+
 def _list_names(group: ChannelGroup) -> tuple[str, ...]:
     """What a group may be called by."""
     return (group.name, *group.producers) if group.is_channel else (group.name, group.name.partition("#")[0])

@@ -45,6 +45,7 @@ from intrafusion.cli.options import (
     OptionalOutput,
     OptionalSeed,
     Order,
+    RankWord,
     RecipeFile,
     ReducerName,
     RoundTo,
@@ -64,7 +65,7 @@ from intrafusion.errors import ModelError, RecipeError
 from intrafusion.io.atomic import read_text
 from intrafusion.large import CompressedFolder, compress_folder
 from intrafusion.network.texts import Tokenizer
-from intrafusion.recipe import Keep, Recipe
+from intrafusion.recipe import ONLY, Keep, Ranks, Recipe
 from intrafusion.reduce import IntraFusion, Reducer
 from intrafusion.reduce.fuse import NORMALIZATIONS
 from intrafusion.restore import Distill, save_images
@@ -148,6 +149,7 @@ def compress_command(
         int | None,
         count_option("Instead of --keep: so many key/value heads are left, each made of several; nothing else is cut."),
     ] = None,
+    ranks: RankWord = None,
     evaluate: EvaluateFunction = None,
     max_drop: Annotated[
         float | None,
@@ -347,6 +349,8 @@ def read_recipe(file: Path | None, options: dict[str, Any], normalization: str |
         stated["keep"] = None  # the sizes come from the target, or the heads, unless a keep is given now
     elif "keep" in chosen:
         stated["target"] = stated["merge_heads"] = None
+    if not isinstance(chosen.get("ranks", False), (bool, str)) and "keep" not in chosen and not file:
+        stated["keep"] = None
     recipe = Recipe.of(**stated | chosen)
     recipe = replace(recipe, reducer=_with_normalization(recipe.reducer, normalization)) if normalization else recipe
     recipe.refuse_foreign()
@@ -395,6 +399,22 @@ def read_fraction(text: str, option: str = "--keep") -> float:
         raise RecipeError(f"{option} {text}: expected a fraction alone here, such as 0.7.") from error
 
 
+def read_ranks(text: str) -> Ranks:
+    """
+    >>> read_ranks("both"), read_ranks("only"), read_ranks("0.5")
+    (True, 'only', 0.5)
+
+    Raises:
+        RecipeError: neither a word nor a number.
+    """
+    if text in ("both", ONLY):
+        return text == "both" or text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise RecipeError(f"--ranks {text}: expected both, only, or a fraction such as 0.5.") from error
+
+
 def _read_target(texts: Iterable[str]) -> dict[str, float]:
     """
     >>> _read_target(["macs=0.5", "params=0.6"])
@@ -419,7 +439,7 @@ def _same(said: Any) -> Any:
     return said
 
 
-_READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": _read_target}
+_READERS: dict[str, Callable[[Any], Any]] = {"keep": read_keep, "target": _read_target, "ranks": read_ranks}
 """Options that are written in another way than in a recipe."""
 
 

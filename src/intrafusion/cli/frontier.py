@@ -11,7 +11,7 @@ import torch
 import typer
 
 from intrafusion.cli import hugging_face
-from intrafusion.cli.compress import check_given, read_fraction, read_given, read_recipe
+from intrafusion.cli.compress import check_given, read_fraction, read_given, read_ranks, read_recipe
 from intrafusion.cli.console import Kept, progress_bar, working
 from intrafusion.cli.defaults import tells_defaults
 from intrafusion.cli.models import read_function
@@ -31,6 +31,7 @@ from intrafusion.cli.options import (
     Of,
     OptionalOutput,
     OptionalSeed,
+    RankWord,
     RecipeFile,
     ReducerName,
     RoundTo,
@@ -80,6 +81,7 @@ def frontier_command(
     texts: TextFile = None,
     seed: OptionalSeed = None,
     uniform: Uniform = None,
+    ranks: RankWord = None,
     memory: Memory = None,
     evaluate: EvaluateFunction = None,
     recipe: RecipeFile = None,
@@ -114,6 +116,7 @@ def frontier_command(
             check_place(output, network)
         dtypes = lift_precision_(network)
         options = {name: getattr(wanted, name) for name in Recipe.options() if name not in ("keep", "target")}
+        options |= {"ranks": read_ranks(ranks)} if ranks else {}
         with progress_bar("frontier") as progress:
             found = frontier(
                 *(network.model, network.inputs, given, sizes, judge),

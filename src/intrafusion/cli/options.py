@@ -236,6 +236,15 @@ Uniform = Annotated[
         "opens the folder.",
     ),
 ]
+RankWord = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks",
+        metavar="both|only|FRACTION",
+        help="Layers may become two thinner ones each. With a target, both: fewer channels or lower ranks, layer by "
+        "layer; only: lower ranks. FRACTION: each layer keeps that part of its weights.",
+    ),
+]
 RecipeFile = Annotated[
     Path | None,
     typer.Option("--recipe", metavar="FILE", help="recipe.yaml of an earlier run; options beside it count more."),

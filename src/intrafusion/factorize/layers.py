@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from intrafusion.arguments import check_argument, checked
 from intrafusion.brief import show_briefly
@@ -23,8 +22,8 @@ from intrafusion.network.wrappers import outside_inference, unwrap
 from intrafusion.pipeline import apply, check_weights
 from intrafusion.plan import Plan
 from intrafusion.recipe import Recipe
-from intrafusion.selectors import as_selectors
-from intrafusion.surgery.lowrank import is_splittable, replace_module_
+from intrafusion.selectors import as_selectors, find_meant
+from intrafusion.surgery.lowrank import explain_unreadable, replace_module_
 from intrafusion.table import TextTable
 from intrafusion.trace import trace
 
@@ -113,30 +112,17 @@ def spectra(model: nn.Module, include: Any = None, exclude: Any = None) -> list[
     Raises:
         ModelError: there is none.
     """
-    wanted, unwanted = as_selectors(include), as_selectors(exclude) or ()
-    chosen = None if wanted is None else set().union(*(s.layers(model, "include") for s in wanted))
-    left = set().union(*(s.layers(model, "exclude") for s in unwanted))
+    meant = find_meant(model, as_selectors(include), as_selectors(exclude) or ())
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found = []
     for name, module in model.named_modules():
-        inside = lambda names, own=name: any(own == n or own.startswith(f"{n}.") for n in names)  # noqa: E731
-        asked = bool(name) and (chosen is None or inside(chosen)) and not inside(left)
-        plain = is_splittable(module) and not parametrize.is_parametrized(module)
-        if asked and plain and not _is_weight_read_outside(model, name):
-            assert isinstance(module.weight, nn.Parameter)
-            if owners[id(module.weight)] == 1:
-                found.append(spectrum(name, module))
+        if name in meant and explain_unreadable(model, name, module, owners) is None:
+            found.append(spectrum(name, module))
     if not found:
         raise ModelError(
             "factorize: there is no convolution or linear layer with a weight of its own to split; look at include=."
         )
     return found
-
-
-def _is_weight_read_outside(model: nn.Module, name: str) -> bool:
-    """Whether the module around a layer reads its weight itself."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
 def _check_layer_names(wanted: Mapping[str, int], layers: list[Spectrum]) -> None:

@@ -315,8 +315,9 @@ def _prepare_(
     """
     if plan.recipe.untie:
         undo_ties_(network)
-    _split_(network, _read_splits(data, "split_before"))
+    _split_(network, {n: rank for n, rank in _read_splits(data, "split_before").items() if n not in plan.split})
     warning = find_other_layers(folder, data, network)
+    _split_(network, dict(plan.split))
     tensors = named_tensors(network)
     before = {n: tuple(t.shape) for n, t in tensors.items()}
     plan.check_fits({n: before[n] for n, t in tensors.items() if t.is_floating_point()})

@@ -27,6 +27,7 @@ from intrafusion.network.sources import SourceKind, find_timm, import_torchvisio
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.plan import Plan
+from intrafusion.surgery.lowrank import shapes_when_split
 
 _FREE = 10**8  # entries that an original may have however small the saved network is: 400 MB
 _MOST_TIMES = 50
@@ -51,7 +52,7 @@ def rebuild(source: Source, plan: Plan, saved: int) -> nn.Module:
         )
     with _bounded(plan, saved):
         network = source.build()
-    plan.check_fits(_float_shapes(network))
+    plan.check_fits(_float_shapes(network, plan))
     return network
 
 
@@ -59,7 +60,7 @@ def _build_shapes(source: Source, plan: Plan, saved: int) -> None:
     """Raises PlanError unless the source gives the tensors of the plan; some networks need values to be built."""
     try:
         with _bounded(plan, saved), torch.device("meta"):
-            found = _float_shapes(source.build())
+            found = _float_shapes(source.build(), plan)
     except ModelError:
         if source.kind is SourceKind.HF:  # its sizes are free, those of the others are bounded by name
             raise
@@ -67,8 +68,10 @@ def _build_shapes(source: Source, plan: Plan, saved: int) -> None:
     plan.check_fits(found)
 
 
-def _float_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {n: tuple(t.shape) for n, t in named_tensors(network).items() if t.is_floating_point()}
+def _float_shapes(network: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Of its tensors once it has the layers as two that the plan has so."""
+    shapes = {n: tuple(t.shape) for n, t in named_tensors(network).items() if t.is_floating_point()}
+    return shapes_when_split(shapes, plan.split)
 
 
 def _entries(plan: Plan) -> int:

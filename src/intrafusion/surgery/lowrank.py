@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from intrafusion.errors import PlanError
+from intrafusion.errors import ModelError, PlanError
+from intrafusion.graph import ChannelGraph
+from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
+from intrafusion.network.inputs import Inputs
+from intrafusion.network.tensors import copy_model
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -81,8 +87,7 @@ def split_layers_(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
-        if name not in modules or not name or not is_splittable(modules[name]):
-            raise PlanError(f"the network has no convolution or linear layer {name!r} to split.")
+        _check_splittable(modules, name)
         if type(rank) is not int or rank < 1:
             raise PlanError(f"{name}: expected a rank of at least 1, got {rank!r}.")
     for name, rank in ranks.items():
@@ -103,3 +108,160 @@ def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:
 def ranks_of(model: nn.Module) -> dict[str, int]:
     """Rank of every `LowRank` of a network, by name."""
     return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRank)}
+
+
+# ---- which layers ---------------------------------------------------------------------------------------------------
+
+
+def explain_unsplit(model: nn.Module) -> dict[str, str | None]:
+    """Why layers cannot become two thinner ones that save weights, by name; None for those that can.
+
+    Told of every module with a weight that maps channels to others: convolutions, linear layers, embeddings, attention.
+    """
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    pairs = ranks_of(model)
+    return {
+        name: _explain_unsplit(model, name, module, owners, pairs)
+        for name, module in model.named_modules()
+        if any(t.dim() > 1 for t in module.parameters(recurse=False))
+    }
+
+
+def _explain_unsplit(
+    model: nn.Module, name: str, layer: nn.Module, owners: Mapping[int, int], pairs: Mapping[str, int]
+) -> str | None:
+    if why := explain_unreadable(model, name, layer, owners):
+        return why
+    if name.rpartition(".")[0] in pairs:
+        return "it is one of the two that a layer was split into already"
+    if getattr(layer, "groups", 1) > 1:
+        return "its groups read few channels each, so that two layers save little"
+    if not find_largest_rank(*count_sides(layer)):
+        return "even rank 1 saves no weights"
+    return None
+
+
+def explain_unreadable(model: nn.Module, name: str, layer: nn.Module, owners: Mapping[int, int]) -> str | None:
+    """Why a layer's weight is not its own to be replaced; None where it is.
+
+    Args:
+        owners: how many modules hold a parameter, by its id.
+    """
+    weight = layer._parameters.get("weight")
+    if parametrize.is_parametrized(layer) or (weight is None and is_splittable(layer)):
+        return "its weight is computed from others (weight or spectral norm)"
+    if not name or not is_splittable(layer) or weight is None:
+        return f"a {type(layer).__name__} is no plain convolution or linear layer"
+    if owners[id(weight)] > 1:
+        return "another layer shares its weight"
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return "the module around it reads its weight itself"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "hooks hang on it"
+    return None
+
+
+def count_sides(layer: nn.Module) -> tuple[int, int]:
+    """Outputs c and inputs d of one output: the shape of the matrix that a layer without groups multiplies by."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return len(weight), weight[:1].numel()
+
+
+def find_largest_rank(outputs: int, inputs: int) -> int:
+    """The largest rank that saves weights, r (c + d) < c d; 0 if none does.
+
+    >>> find_largest_rank(64, 576), find_largest_rank(10, 10), find_largest_rank(1, 100)
+    (57, 4, 0)
+    """
+    return min(outputs, inputs, (outputs * inputs - 1) // (outputs + inputs))
+
+
+# ---- two layers that give the same ----------------------------------------------------------------------------------
+
+
+def split_exactly(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A copy with two layers of full rank, which give the same together, in the place of each of these.
+
+    One of the two is the identity, so nothing is rounded. All other tensors are those of the network, not copies.
+    Layers that are split already stay.
+
+    Raises:
+        PlanError: no layer of that name that can be split.
+    """
+    new = copy_model(model, share=True)
+    modules = dict(new.named_modules())
+    for name in names:
+        if not isinstance(modules.get(name), LowRank):
+            _check_splittable(modules, name)
+            replace_module_(new, name, _make_exact(modules[name]))
+    return new
+
+
+def _check_splittable(modules: Mapping[str, nn.Module], name: str) -> None:
+    if not name or name not in modules or not is_splittable(modules[name]):
+        raise PlanError(f"the network has no convolution or linear layer {name!r} to split.")
+
+
+@torch.no_grad()
+def _make_exact(layer: nn.Module) -> LowRank:
+    """The layer and an identity behind it, or before it where it has fewer inputs than outputs."""
+    outputs, inputs = count_sides(layer)
+    split = make_low_rank(layer, min(outputs, inputs))
+    dense, first, last = (m.weight for m in (layer, split.reduce, split.expand))
+    assert isinstance(dense, Tensor)
+    assert isinstance(first, Tensor)
+    assert isinstance(last, Tensor)
+    unit = torch.eye(min(outputs, inputs)).to(dense)
+    first.copy_((unit if outputs > inputs else dense).reshape(first.shape))
+    last.copy_((dense if outputs > inputs else unit).reshape(last.shape))
+    bias, own = layer.bias, split.expand.bias
+    if isinstance(bias, Tensor) and isinstance(own, Tensor):
+        own.copy_(bias)
+    return split
+
+
+def split_provably(
+    model: nn.Module, names: Iterable[str], inputs: Inputs, graph: ChannelGraph
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """`split_exactly`, of those layers for which the network then gives the same in float64, all ways through it.
+
+    Args:
+        graph: of the network.
+    Returns:
+        the network, and the layers that are split in it.
+    """
+    run = lambda m: run_in_double(copy_as_double(m), inputs, graph.calls, ways=graph.ways)  # noqa: E731
+    names, expected = tuple(names), run(model)
+
+    def holds(some: tuple[str, ...]) -> bool:
+        try:
+            found = run(split_exactly(model, some))
+        except ModelError:  # code around the layer reads what it is
+            return False
+        return len(found) == len(expected) and output_difference(found, expected) <= TOLERANCE
+
+    if not holds(names):
+        names = tuple(name for name in names if holds((name,)))
+        names = names if holds(names) else ()
+    return (split_exactly(model, names) if names else model), names
+
+
+def shapes_when_split(shapes: Mapping[str, tuple[int, ...]], split: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's tensors once these layers are split at these ranks.
+
+    >>> shapes_when_split({"a.weight": (6, 4, 3, 3), "a.bias": (6,)}, {"a": 6})
+    {'a.reduce.weight': (6, 4, 3, 3), 'a.expand.weight': (6, 6, 1, 1), 'a.expand.bias': (6,)}
+    """
+    return {new: there for name, shape in shapes.items() for new, there in _list_shapes(name, shape, split)}
+
+
+def _list_shapes(name: str, shape: tuple[int, ...], split: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    layer, _, part = name.rpartition(".")
+    if layer not in split:
+        yield name, shape
+    elif part == "bias":
+        yield f"{layer}.expand.bias", shape
+    else:
+        yield f"{layer}.reduce.weight", (split[layer], *shape[1:])
+        yield f"{layer}.expand.weight", (shape[0], split[layer], *(1 for _ in shape[2:]))
