@@ -159,7 +159,8 @@ def test_levels_of_restoring(place: Place, restore: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RESTORERS if name not in LEVELS])
 def test_restorers(place: Place, name: str) -> None:
-    plan, restored = intrafusion.decide(network(), graph(), Recipe.of(keep=0.5, reducer="intrafusion")), []
+    reducer = "select" if name == "lbyl" else "intrafusion"  # it makes up for channels that are gone
+    plan, restored = intrafusion.decide(network(), graph(), Recipe.of(keep=0.5, reducer=reducer)), []
     for model, device in ((network(), torch.device("cpu")), (place.network(), place.device)):
         restored.append(intrafusion.apply(model, plan, X.to(device), graph=graph()))
         restorer = Distill(steps=8) if name == "distill" else RESTORERS[name]()

@@ -88,7 +88,7 @@ def test_where_ranks_gain_too_little_widths_alone_are_what_comes_out(monkeypatch
 def test_the_table_says_which_layer_has_which_rank(both: Compressed) -> None:
     shown, rank = str(both), both.plan.ranks["first"]
     assert f"24 -> rank {rank}" in shown
-    assert "factorised: the layer becomes two thinner ones" in shown
+    assert "factorised: the layer becomes two thinner ones" in " ".join(shown.split())
     assert " of lower rank" in shown
     assert ".reduce" not in shown.split("\n\n")[1]
 

@@ -705,7 +705,8 @@ def apply(
         raise RecipeError("untie: expected a copy to be made, got inplace=True too; leave it out.")
     if plan.split and inplace:
         raise RecipeError("ranks: expected a copy to be made, got inplace=True too; leave it out.")
-    core = split_exactly(prepare_model(whole, plan.recipe, inputs), plan.split)
+    untied = prepare_model(whole, plan.recipe, inputs)
+    core = split_exactly(untied, plan.split) if plan.split else untied
     if graph is None:
         plan.check_fits({n: tuple(t.shape) for n, t in named_tensors(core).items() if t.is_floating_point()})
         graph = inspect(core, inputs)
@@ -727,6 +728,6 @@ def apply(
     )
     if plan.split:
         small = replace(small, before=size_of(whole, inputs), original=identify(whole))
-    small = small if core is whole else count_ties(small, whole, core)
+    small = small if untied is whole else count_ties(small, whole, untied)
     report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)

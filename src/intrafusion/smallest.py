@@ -109,6 +109,8 @@ def read_wanted(
         BudgetError: a drop or an error that means nothing.
         ArgumentError: something else than a function.
     """
+    if of is not None and (not isinstance(of, str) or of not in FRACTIONS):
+        raise BudgetError(f"of: {unknown_name('measure', of, FRACTIONS)}")
     if max_drop is None and max_error is None:
         _refuse_alone(evaluate=evaluate, lower_is_better=lower_is_better or None, of=of)
         return None
@@ -118,8 +120,6 @@ def read_wanted(
     beside = [n for n, v in (("keep", keep), ("target", target), ("merge_heads", merge_heads)) if v is not None]
     if beside:
         raise RecipeError(f"{asked}: goes without {' and '.join(beside)}, as it finds the size itself; {_ALLOWED}.")
-    if of is not None and (not isinstance(of, str) or of not in FRACTIONS):
-        raise BudgetError(f"of: {unknown_name('measure', of, FRACTIONS)}")
     if max_error is not None:
         _refuse_beside_error(evaluate=evaluate, lower_is_better=lower_is_better or None)
         return Wanted(_read_error(max_error), of=of or "macs")

@@ -30,6 +30,7 @@ BASES = {
     "inspect": NET,
     "compress": [*NET, "--restore", "none"],
     "frontier": [*NET, "--restore", "none", "--size", "0.5"],
+    "export": [*NET, "-o", "net.pt2"],
     "fuse": [*NET, "--weights", "w.safetensors", "--weights", "w.safetensors"],
     "split-train": ["zoo:digits_resnet", "--train-images", "40", "--schedule", "whole"],
     "experiment": ["whole-model", "--model", *NET, "--data", "d.safetensors", "--keep", "0.5", "--method", "select"],

@@ -231,7 +231,7 @@ def compress_command(
 _WHOLE = (
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
     *("as_json", "strict", "memory", "merge_heads"),
-    *("evaluate", "max_drop", "max_error", "lower_is_better", "of", "distill_seconds", "checkpoints"),
+    *("evaluate", "max_drop", "max_error", "lower_is_better", "of", "distill_seconds", "checkpoints", "ranks"),
 )
 """Options that a network block by block does not take."""
 _FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.layers import Layer, Norm, unseen_by_modes
 from intrafusion.network.tensors import named_tensors
@@ -44,6 +45,8 @@ class BareLayer(Layer):
     bias: str | None = None
     bias_start: int = 0
     lead: tuple[int, ...] = ()
+
+    __repr__ = show_briefly
 
     @property
     def weight_name(self) -> str:

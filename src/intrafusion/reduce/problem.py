@@ -175,3 +175,5 @@ class ReducerTraits(Traits):
     random: bool = False
     raw: bool = False
     balanced: bool = False
+
+    __repr__ = show_briefly

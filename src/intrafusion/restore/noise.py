@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafusion.arguments import Seed, checked
+from intrafusion.brief import show_briefly
 from intrafusion.errors import NoInputsError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.apart import borrow
@@ -81,6 +82,8 @@ class Noise:
     likeness: float = 0.8
 
     needs_data = False  # of the class, not a hyper-parameter
+
+    __repr__ = show_briefly
 
     def __post_init__(self) -> None:
         self.solver  # noqa: B018  # refuses hyper-parameters that mean nothing
