@@ -40,9 +40,11 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 
 # Random networks, kills and damaged folders, N times as many as in the tests, with counts; published networks whole.
 N ?= 20
-FUZZERS := $(wildcard tests/test_fuzz.py tests/test_kills.py tests/io/test_mutations.py tests/io/test_pretrained.py) tests/trace/test_large.py
+FUZZERS := $(wildcard tests/test_fuzz.py tests/test_kills.py tests/io/test_mutations.py tests/io/test_pretrained.py)
 fuzz: setup
 	INTRAFUSION_FUZZ=$(N) $(BIN)/python -m pytest -n 0 -s -m "" $(FUZZERS) $(ARGS)
+	INTRAFUSION_FUZZ=$(N) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m exhaustive tests
+	INTRAFUSION_FUZZ=$(N) $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/test_wrong_arguments.py
 
 lint: setup
 	$(BIN)/ruff check .

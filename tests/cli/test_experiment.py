@@ -178,6 +178,7 @@ def test_the_whole_command_killed_in_the_middle_goes_on_where_it_was(user_folder
     assert finished <= set(keys)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_on_ray_a_network_out_of_a_file_gives_the_same_records(program: Program, images, user_folder: Path) -> None:
     pytest.importorskip("ray", reason="needs ray: pip install 'intrafusion[ray]'")

@@ -249,7 +249,10 @@ WRONG_ONCE += [20072, 20221, 20229, 20789, 20800, 21219, 21348, 23027, 31363, 31
 WRONG_ONCE += [6577, 50041, 50317, 50823, 100408, 201145, 201638, 305152]
 
 
-@pytest.mark.parametrize("seed", [*range(60), *WRONG_ONCE])
+breadth = [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(k, marks=breadth) for k in range(20, 60)), *WRONG_ONCE])
 def test_random_wirings(seed: int) -> None:
     model, x, _ = random_network(seed)
     graph = trace(oracle.randomise_(model), x)

@@ -42,13 +42,14 @@ TIMM = [
     pytest.param("nf_resnet50", 64, {}, 37, 11456, marks=published),
     ("convnext_atto", 64, {}, 4 + 12, 7960),
     ("mobilenetv3_small_050", 64, {}, 7 + 10 + 9, 3072),
-    ("efficientnet_b0", 64, {}, 9 + 15 + 16, 11404),
-    ("ghostnet_050", 64, {}, 31, 4064),  # not counted by hand
+    pytest.param("efficientnet_b0", 64, {}, 9 + 15 + 16, 11404, marks=published),
+    pytest.param("ghostnet_050", 64, {}, 31, 4064, marks=published),  # not counted by hand
     ("densenet121", 64, {"block_config": (2, 2, 2, 2)}, 1 + 2 * 8 + 3, 64 + 160 * 8 + 192),
     pytest.param("densenet121", 64, {}, 1 + 2 * 58 + 3, 64 + 160 * 58 + 896, marks=published),
-    pytest.param("inception_v3", 96, {}, 94, 17216, marks=pytest.mark.slow),  # every convolution alone
+    pytest.param("inception_v3", 96, {}, 94, 17216, marks=published),  # every convolution alone
     ("vit_tiny_patch16_224", 64, {"img_size": 64, "depth": 4}, 1 + 4 + 2 * 12, 192 + 4 * 768 + 2 * 12 * 64),
-    ("mixer_s32_224", 224, {}, 2 * 8, 8 * (256 + 2048)),  # all but the stream, which the token layers tie together
+    # all but the stream, which the token layers tie together
+    pytest.param("mixer_s32_224", 224, {}, 2 * 8, 8 * (256 + 2048), marks=published),
     (
         "swin_tiny_patch4_window7_224",
         112,

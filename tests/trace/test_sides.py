@@ -108,7 +108,12 @@ def test_values_that_are_bent_are_mixed_but_not_as_one_likes() -> None:
     assert [(g.linear, g.unmixable) for g in bent] == [(False, None)] * 2
 
 
-@pytest.mark.parametrize("reducer", ["select", "pivot", "intrafusion", "fold"])
+breadth = [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize(
+    "reducer", ["select", "pivot", *(pytest.param(r, marks=breadth) for r in ("intrafusion", "fold"))]
+)
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"keys": 1}, {"bent": "k"}], ids=str)
 def test_what_is_redundant_goes_without_loss(options: dict[str, object], reducer: str) -> None:
     """Of every head, two of four directions of the keys are zero, and of the values: half of each head is enough."""

@@ -98,7 +98,16 @@ def all_branches() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-@pytest.mark.parametrize("first", [0, 3, 4], ids=["small", "below", "large"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(0, id="small"),
+        *(
+            pytest.param(k, id=i, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for k, i in ((3, "below"), (4, "large"))
+        ),
+    ],
+)
 def test_every_branch_is_cut_with_the_one_that_was_seen(wiring: Wiring, first: int) -> None:
     net = build(wiring)
     small = intrafusion.compress(net, all_branches()[first][:2], 0.5, restore=None)
