@@ -340,7 +340,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "FLAP": {"reducer": MeanShift(weighs=True), "restore": None},
     "Wanda": {"reducer": Wanda(), "restore": None},
     "GRAIL": {"reducer": Grail(), "restore": None},
-    "l2": {"reducer": "select", "importance": "l2", "restore": None},
+    "l2": {"reducer": "select", "importance": {"name": "l2", "folded": True}, "restore": None},
 }
 WHITENED = "low rank, whitened"
 

@@ -33,9 +33,10 @@ from intrafusion.train import Training, train_
 
 RECORDS = Path(__file__).parent / "records" / "recovery.jsonl"
 EXPERIMENT, NETWORK, KEEP = "recovery_cifar10", "cifar10_resnet20", 0.5
+L1_FOLDED = {"name": "l1", "folded": True}  # of Theus et al. 2024
 STARTS: dict[str, dict[str, Any]] = {
-    "pruned": {"reducer": "select", "restore": None},
-    "fused": {"reducer": "intrafusion", "restore": None},
+    "pruned": {"reducer": "select", "importance": L1_FOLDED, "restore": None},
+    "fused": {"reducer": "intrafusion", "importance": L1_FOLDED, "restore": None},
     "restored": {"reducer": "pivot", "restore": "images"},
 }
 KINDS = {"norms+biases": 1e-2, "norms+biases+head": 1e-2, "norms+biases+lora": 3e-3, "full": 3e-3}  # learning rates
