@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from compatibility import write_table
+from export import list_broken
 from restoration_cifar10 import REDUCERS, RESTORERS, RIVALS
 from rivals import METHODS
 
@@ -157,6 +158,37 @@ def ranks(records: list[Record]) -> str:
         rows.append([network, f"{macs:g}", original, *shown, split, *errors])
     ways = ("widths", "ranks", "both")
     return markdown(["network", "MACs", "original, %", *ways, "layers as two", *(f"error, {w}" for w in ways)], rows)
+
+
+def distillation(records: list[Record]) -> str:
+    """A row per inputs and number of steps, with what each took of the processor."""
+    rows = []
+    for r in sorted(latest(records), key=lambda r: (r.setting["inputs"], r.setting["distilled_steps"])):
+        steps = r.setting["distilled_steps"]
+        done = f"solved, then {steps} steps" if steps else "solved"
+        error = f"{r.result['held_out_error']:.3f}"
+        rows.append([r.setting["inputs"], done, percent(r.result["accuracy"]), error, f"{r.result['cpu_s']:.0f}"])
+    return markdown(["inputs", "done", "accuracy, %", "held-out error", "processor, s"], rows)
+
+
+def export(records: list[Record]) -> str:
+    """How many networks export and compile before and after; then each one of which that changed."""
+    found = {r.setting["network"]: r.result for r in latest(records) if r.experiment == "export"}
+    known = {name: result for name, result in found.items() if "before" in result}
+    both = {name: result for name, result in known.items() if "after" in result}
+    rows = []
+    for ending, words in ((".onnx", "ONNX, in onnxruntime"), (".pt2", "program of torch.export")):
+        counts = [sum("failed" not in r[side][ending] for r in both.values()) for side in ("before", "after")]
+        off = max((r["after"][ending].get("difference", 0.0) for r in both.values()), default=0.0)
+        free = sum(bool(r["after"][ending].get("any_batch")) for r in both.values())
+        rows.append([words, *map(str, counts), str(free), f"{off:.0e}"])
+    whole = [sum(r[side]["breaks"] == 0 for r in both.values()) for side in ("before", "after")]
+    rows.append(["torch.compile without a break", *map(str, whole), "", ""])
+    lost = [f"`{n}`: {', '.join(broken)}" for n, r in both.items() if (broken := list_broken(r))]
+    broken = "; ".join(lost) or "none"
+    head = f"{len(found)} networks, {len(both)} of which were made smaller. Broken by compression: {broken}."
+    table = markdown(["", "original", "smaller", "of these any batch size", "largest difference"], rows)
+    return f"{head}\n\n{table}"
 
 
 def fit_growth(values: Mapping[int, float]) -> str:
@@ -336,6 +368,8 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
         "rivals": lambda: rivals(read_records(RECORDS / "rivals.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
+        "distillation": lambda: distillation(read_records(RECORDS / "distillation.jsonl")),
+        "export": lambda: export(read_records(RECORDS / "export.jsonl")),
         "imagenet": lambda: imagenet(read_records(RECORDS / "imagenet.jsonl")),
         "ranks": lambda: ranks(read_records(RECORDS / "ranks.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
