@@ -152,8 +152,8 @@ def _check_ranks(ranks: Any, of: str | None) -> None:
         )
     if of != "channels" and type(ranks) is float:
         raise RecipeError(
-            f"ranks: a search for the smallest {of or 'macs'} chooses ranks itself, got {show(ranks)}; give ranks=True, "
-            "or of='channels'."
+            f"ranks: a search for the smallest {of or 'macs'} chooses ranks itself, got {show(ranks)}; give "
+            "ranks=True, or of='channels'."
         )
 
 
