@@ -66,6 +66,16 @@ def test_the_smallest_size_that_passes_is_found_and_is_what_compress_gives(of: s
     assert [t.passes for t in tried if t.asked == f"{of} {below:g}"] == [False]  # the next smaller one does not pass
 
 
+@pytest.mark.parametrize("ranks", [True, "only"])
+def test_ranks_are_chosen_at_the_sizes_that_are_tried(ranks: bool | str) -> None:
+    small = compress(max_error=0.3, ranks=ranks)
+    assert small.trials is not None
+    share = float(small.trials.found.asked.removeprefix("macs "))
+    same = named_tensors(compress(target={"macs": share}, ranks=ranks).model)
+    assert small.trials.found.macs == small.after.macs
+    assert all(torch.equal(tensor, same[name]) for name, tensor in named_tensors(small.model).items())
+
+
 def test_all_tries_are_reported(tmp_path: Path) -> None:
     small = compress(evaluate=distance, max_drop=0.1, lower_is_better=True, of="channels", restore=None)
     assert small.trials is not None
@@ -266,6 +276,22 @@ def test_options_that_mean_nothing_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         compress(**options)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "of", "message"),
+    [
+        (0.5, None, "a search for the smallest macs chooses ranks itself, got 0.5; give ranks=True, or of='channels'"),
+        (0.5, "params", "a search for the smallest params chooses ranks itself, got 0.5"),
+        (True, "channels", "got of='channels' beside True; leave of= out, or give a fraction, such as ranks=0.5"),
+        ("only", "channels", "got of='channels' beside 'only'"),
+    ],
+)
+def test_ranks_that_the_sizes_cannot_choose_are_refused_with_what_can_be_asked(
+    ranks: Any, of: str | None, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"^ranks: .*{message}"):
+        compress(max_error=0.3, ranks=ranks, of=of)
 
 
 def test_an_error_needs_something_to_be_measured_on() -> None:

@@ -198,9 +198,10 @@ def compress(
             depends on the machine.
     """
     said = locals()
-    recipe = Recipe.of(**{name: said[name] for name in Recipe.options()})
     sizes = {"keep": keep, "target": target, "merge_heads": merge_heads}
-    wanted = read_wanted(evaluate, max_drop, max_error, lower_is_better=lower_is_better, of=of, **sizes)
+    wanted = read_wanted(evaluate, max_drop, max_error, lower_is_better=lower_is_better, of=of, ranks=ranks, **sizes)
+    size = {} if wanted is None else wanted.size()
+    recipe = Recipe.of(**{name: said[name] for name in Recipe.options()} | size)
     given = choose_inputs(inputs, images)
     if untie and inplace:
         raise RecipeError("untie: expected a copy to be made, got inplace=True too; leave one of them out.")
@@ -209,7 +210,6 @@ def compress(
     if recipe.ranks is not False and inplace:
         raise RecipeError("ranks: expected a copy to be made, got inplace=True too; leave one of them out.")
     search = None if wanted is None else wanted.start(model)
-    recipe = recipe if wanted is None else wanted.ask(recipe)
     core = make_workable(model, inplace=inplace)
     example = recipe.call_of(example_inputs)
     graph = inspect(prepare_model(core, recipe, example), example)

@@ -20,7 +20,7 @@ from intrafusion.measure.evaluate import Evaluate, Judge
 from intrafusion.measure.trials import Trial, Trials, find_loss
 from intrafusion.network.wrappers import wrap_like
 from intrafusion.progress import prefix_stages
-from intrafusion.recipe import Keep, Recipe
+from intrafusion.recipe import ONLY, Keep, Recipe
 
 FRACTIONS = (*SHARES, "channels")
 """What a size may be a fraction of."""
@@ -49,11 +49,13 @@ class Wanted:
 
     __repr__ = show_briefly
 
+    def size(self, share: float = SEARCHED[0]) -> dict[str, Any]:
+        """A size, as options of a recipe."""
+        return {"keep": share, "target": None} if self.of == "channels" else {"target": {self.of: share}}
+
     def ask(self, recipe: Recipe, share: float = SEARCHED[0]) -> Recipe:
         """The recipe with a size."""
-        if self.of == "channels":
-            return replace(recipe, keep=share, target=None)
-        return replace(recipe, target={self.of: share})
+        return replace(recipe, **self.size(share))
 
     def start(self, model: nn.Module) -> Search:
         """With what is known of the original, before any work.
@@ -101,8 +103,12 @@ def read_wanted(
     keep: Keep | None = None,
     target: Any = None,
     merge_heads: Any = None,
+    ranks: Any = False,
 ) -> Wanted | None:
     """What is asked of the search; None where none is.
+
+    Args:
+        ranks: of the recipe; a word wants sizes that are targets, a fraction such as are not.
 
     Raises:
         RecipeError: options that do not go together.
@@ -120,6 +126,7 @@ def read_wanted(
     beside = [n for n, v in (("keep", keep), ("target", target), ("merge_heads", merge_heads)) if v is not None]
     if beside:
         raise RecipeError(f"{asked}: goes without {' and '.join(beside)}, as it finds the size itself; {_ALLOWED}.")
+    _check_ranks(ranks, of)
     if max_error is not None:
         _refuse_beside_error(evaluate=evaluate, lower_is_better=lower_is_better or None)
         return Wanted(_read_error(max_error), of=of or "macs")
@@ -135,6 +142,19 @@ def _refuse_alone(**options: Any) -> None:
     for name, value in options.items():
         if value is not None:
             raise RecipeError(f"{name}: goes with max_drop= (or max_error=), which finds the smallest size; add that.")
+
+
+def _check_ranks(ranks: Any, of: str | None) -> None:
+    if of == "channels" and (ranks is True or ranks == ONLY):
+        raise RecipeError(
+            f"ranks: expected sizes between which ranks can be chosen, got of='channels' beside {show(ranks)}; leave "
+            "of= out, or give a fraction, such as ranks=0.5."
+        )
+    if of != "channels" and type(ranks) is float:
+        raise RecipeError(
+            f"ranks: a search for the smallest {of or 'macs'} chooses ranks itself, got {show(ranks)}; give "
+            "ranks=True, or of='channels'."
+        )
 
 
 def _refuse_beside_error(**options: Any) -> None:

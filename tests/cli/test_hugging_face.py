@@ -305,6 +305,7 @@ def assert_refused(program: Program, options: str, message: str) -> None:
         ("zoo:mlp --blockwise -o small", "expected a local folder as hf:FOLDER, got zoo:mlp"),
         ("hf:bert --blockwise", "expected a folder to write to"),
         ("hf:bert --blockwise -o small --json --program", "does not go with --program, --json"),
+        ("hf:bert --blockwise -o small --ranks both", "--blockwise: does not go with --ranks"),
     ],
 )
 def test_blockwise_says_what_it_takes(program: Program, bert: Path, options: str, message: str) -> None:

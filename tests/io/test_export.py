@@ -191,3 +191,22 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "net.pt2").mkdir()
     with pytest.raises(FolderError, match="this is a folder"):
         export(seeded(Net), X, tmp_path / "net.pt2", overwrite=True)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"second": self.layer(x), "first": self.layer(x).relu()}
+
+
+def test_outputs_in_onnx_are_called_as_in_their_dict(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = Named().eval(), torch.randn(3, 4)
+    intrafusion.export(model, torch.randn(2, 4), tmp_path / "named.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "named.onnx"), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["second", "first"]
+    found = session.run(["first"], {"x": x.numpy()})[0]
+    assert torch.allclose(torch.from_numpy(found), model(x)["first"], atol=1e-5)

@@ -99,6 +99,26 @@ def test_weights_that_are_computed_from_others_load(tmp_path: Path) -> None:
     assert net[2].in_features == 3
 
 
+class TwoSides(nn.Module):
+    """Two groups of one width meet in a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.both = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(torch.cat([self.a(x).relu(), self.b(x).relu()], 1))
+
+
+def test_groups_of_one_width_that_meet_in_a_layer_may_be_cut_differently(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = compress(TwoSides().eval(), torch.randn(2, 3, 4, 4), keep={"a": 5 / 8, "b": 1 / 8})
+    assert small.model.get_parameter("both.weight").shape == (4, 6, 1, 1)  # loses 3 and 7
+    small.save(tmp_path / "small")
+    found = load(tmp_path / "small", TwoSides)
+    assert torch.equal(found.both.weight, small.model.get_parameter("both.weight"))
+
+
 def test_the_folder_holds_these_files_and_no_pickle(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == ["README.md", "model.safetensors", "plan.json", "recipe.yaml"]
     for path in saved.iterdir():

@@ -298,6 +298,21 @@ def test_of_few_inputs_some_are_kept_apart_too() -> None:
 # ---- budget ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_batch_of_more_than_there_are_is_a_batch_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[int]()
+    trained = distill_module.train_
+
+    def count_parts(model: nn.Module, data: Any, how: Any, **options: Any) -> Any:
+        seen.append(how.accumulate)
+        return trained(model, data, how, **options)
+
+    monkeypatch.setattr(distill_module, "train_", count_parts)
+    few = replace(FEW, steps=4, batch=48)  # one in five of 60 is kept apart
+    small = distilled(wide(), replace(few, batch=50_000))
+    assert set(seen) == {1}
+    assert is_same(small.model, distilled(wide(), few).model)
+
+
 def test_it_ends_when_the_time_is_over() -> None:
     note = distilled(wide(), Distill(steps=100_000, seconds=2.0, lr=1e-3, views=False, batch=4)).restored[-1].note
     steps = int(note.split()[0])

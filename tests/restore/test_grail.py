@@ -74,6 +74,16 @@ def test_nothing_lost_nothing_changed() -> None:
     assert tell_channels(gram + torch.eye(3), merge, 0.1) is not None
 
 
+@pytest.mark.parametrize(("reducer", "idle"), [("pivot", True), ("select", False)])
+def test_it_is_said_where_nothing_was_changed(reducer: str, *, idle: bool) -> None:
+    model, x = made()
+    small = intrafusion.compress(model, x[:1], keep=0.5, reducer=reducer, restore="grail", inputs=x)
+    bare = intrafusion.compress(model, x[:1], keep=0.5, reducer=reducer, restore=None, inputs=x)
+    same = [torch.equal(a, b) for a, b in zip(small.model.parameters(), bare.model.parameters(), strict=True)]
+    assert all(same) == idle
+    assert ("it changed nothing" in (small.restored[0].note or "")) == idle
+
+
 def test_errors() -> None:
     model, x = made()
     small = pruned(model, x)

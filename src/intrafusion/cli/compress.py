@@ -196,8 +196,9 @@ def compress_command(
         return
     kept = Kept()
     with working(kept):
-        wanted = read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization)
         loss = _read_loss(said)
+        sizes = None if loss is None else loss.size()
+        wanted = read_recipe(recipe, {name: said[name] for name in Recipe.options()}, normalization, sizes)
         wanted = set_distilling(wanted, distill_seconds, checkpoints)
         _check_outputs(output, keep_images)
         lines = check_given(images, texts, keep_images)
@@ -230,8 +231,8 @@ def compress_command(
 
 _WHOLE = (
     *("base", "weights", "arguments", "inputs", "target", "outputs", "program", "trust_program", "keep_images"),
-    *("as_json", "strict", "memory", "merge_heads"),
-    *("evaluate", "max_drop", "max_error", "lower_is_better", "of", "distill_seconds", "checkpoints", "ranks"),
+    *("as_json", "strict", "memory", "merge_heads", "ranks"),
+    *("evaluate", "max_drop", "max_error", "lower_is_better", "of", "distill_seconds", "checkpoints"),
 )
 """Options that a network block by block does not take."""
 _FLAGS = {"arguments": "arg", "inputs": "input", "as_json": "json"}  # options that are not called as their argument
@@ -259,6 +260,7 @@ def _read_loss(said: Mapping[str, Any]) -> Wanted | None:
     function = read_function(said["evaluate"], "--evaluate") if said["evaluate"] else None
     sizes = {name: said[name] or None for name in ("keep", "target", "merge_heads")}
     limits = said["max_drop"], said["max_error"]
+    sizes["ranks"] = read_ranks(said["ranks"]) if said["ranks"] else False
     return read_wanted(function, *limits, lower_is_better=said["lower_is_better"], of=said["of"], **sizes)
 
 
@@ -334,8 +336,13 @@ def read_given(
     return None, hugging_face.find_tokenizer(folder, network.model)
 
 
-def read_recipe(file: Path | None, options: dict[str, Any], normalization: str | None) -> Recipe:
+def read_recipe(
+    file: Path | None, options: dict[str, Any], normalization: str | None, sizes: Mapping[str, Any] | None = None
+) -> Recipe:
     """The recipe in a file, or the default one, changed by the options that are not None.
+
+    Args:
+        sizes: the first of those between which a search chooses, in place of what the file says.
 
     Raises:
         RecipeError: the file holds no recipe, an option means nothing, or the reducer has no normalization.
@@ -343,6 +350,7 @@ def read_recipe(file: Path | None, options: dict[str, Any], normalization: str |
     recipe = Recipe.from_yaml(read_text(file)) if file else Recipe()
     stated = {name: getattr(recipe, name) for name in Recipe.options()}
     chosen = {name: _READERS.get(name, _same)(said) for name, said in options.items() if said not in (None, [])}
+    chosen |= {name: size for name, size in (sizes or {}).items() if size is not None}
     if normalization and not file:
         chosen.setdefault("reducer", "intrafusion")
     if {"target", "merge_heads"} & chosen.keys() or ((recipe.target or recipe.merge_heads) and "keep" not in chosen):

@@ -113,12 +113,22 @@ def _write_program(file: Path, program: ExportedProgram) -> Written[None]:
 
 def _write_onnx(file: Path, opset: int, program: ExportedProgram) -> Written[None]:
     """The file, its weights beside it where they are too many, and a run of it by onnxruntime."""
-    found = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    names = _name_outputs(program)
+    found = torch.onnx.export(program, dynamo=True, opset_version=opset, output_names=names, verbose=False)
     assert found is not None
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     found.save(file, external_data=size > _LARGEST)
     session = importlib.import_module("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
     return None, partial(_run_onnx, session)
+
+
+def _name_outputs(program: ExportedProgram) -> list[str] | None:
+    """The keys of a dict of tensors; None for other outputs, and for keys that inputs are called."""
+    spec = program.call_spec.out_spec
+    if spec is None or spec.type is not dict or spec.num_leaves != len(spec.context):
+        return None
+    taken = set(program.graph_signature.user_inputs)
+    return None if any(not isinstance(key, str) or key in taken for key in spec.context) else list(spec.context)
 
 
 def _run_onnx(session: Any, inputs: Inputs) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +32,34 @@ def check_shapes(folder: Path, plan: Plan, before: Shapes, state: Mapping[str, T
     for name, old in before.items():
         new = tuple(state[name].shape)
         dims = enumerate(zip(old, new, strict=False))
-        if len(old) != len(new) or not all(_leads_to(n, m, shrinking.get((name, dim), {})) for dim, (n, m) in dims):
+        if len(old) != len(new) or not all(_leads_to(n, m, shrinking.get((name, dim), set())) for dim, (n, m) in dims):
             raise PlanError(
                 f"{folder}: {name!r} is saved as {list(new)}, which the plan does not make of {list(old)}; "
                 "its weights are for another network, or damaged: fetch or save the folder again."
             )
 
 
-def _find_shrinking(plan: Plan) -> dict[tuple[str, int], dict[int, int]]:
-    """n -> m of the reduced groups that run through each dimension of a tensor."""
-    found: dict[tuple[str, int], dict[int, int]] = {}
+def _find_shrinking(plan: Plan) -> dict[tuple[str, int], set[tuple[int, int]]]:
+    """n and m of the reduced groups that run through each dimension of a tensor; several may have the same n."""
+    found: dict[tuple[str, int], set[tuple[int, int]]] = {}
     for decision in plan.decisions:
         for match in (_MEMBER.match(member) for member in decision.members if decision.reduced):
             if match:
-                found.setdefault((match["tensor"], int(match["dim"])), {})[decision.n] = decision.m
+                found.setdefault((match["tensor"], int(match["dim"])), set()).add((decision.n, decision.m))
     return found
 
 
-def _leads_to(old: int, new: int, sizes: Mapping[int, int]) -> bool:
+def _leads_to(old: int, new: int, sizes: Collection[tuple[int, int]]) -> bool:
     """Whether these groups can make one size of the other: exactly theirs where one of them is all of it.
 
     Else each takes what it loses, at as many places as each of its channels has.
 
-    >>> _leads_to(16, 8, {8: 4}), _leads_to(16, 7, {8: 4})
-    (True, False)
+    >>> _leads_to(16, 8, {(8, 4)}), _leads_to(16, 7, {(8, 4)}), _leads_to(16, 6, {(8, 5), (8, 1)})
+    (True, False, True)
     """
-    if old in sizes:
-        return new == sizes[old]
-    lost = [n - m for n, m in sizes.items()]
+    if any(n == old for n, _ in sizes):
+        return (old, new) in sizes
+    lost = [n - m for n, m in sizes]
     return new == old or (bool(sizes) and 1 <= new < old and (old - new) % math.gcd(*lost) == 0)
 
 

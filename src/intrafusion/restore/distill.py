@@ -66,7 +66,7 @@ class Distill:
         steps: updates at most.
         seconds: budget of time, trials included; None for none. Where it ends before the steps do, the result depends
             on the machine.
-        batch: images of an update.
+        batch: images of an update; all, where there are fewer.
         lr: largest learning rate; None: chosen.
         blocks: weight of what layers read.
         views: whether images are mirrored, shifted and mixed; None: chosen. Other inputs never are.
@@ -238,10 +238,11 @@ class _Run:
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def plan(self, choice: _Choice, steps: int, seconds: float | None) -> Training:
+        batch = min(self.how.batch, self.seen.count)
         return Training(
             epochs=steps,
             steps=steps,
-            batch_size=self.how.batch,
+            batch_size=batch,
             optimizer="adam",
             lr=choice.lr,
             warmup=_RISE,
@@ -249,7 +250,7 @@ class _Run:
             seed=self.how.seed,
             evaluating=True,
             seconds=seconds,
-            accumulate=max(1, -(-self.how.batch // (self.seen.size or self.how.batch))),
+            accumulate=max(1, -(-batch // (self.seen.size or batch))),
         )
 
     def train(self, small: nn.Module, imitation: Imitation, choice: _Choice, folder: Path | None) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from intrafusion.compressed import Compressed, Restoration
@@ -220,11 +221,13 @@ def _run_restorer(
     yardstick: Yardstick | None,
     on: str | None,
 ) -> Restoration:
-    """One that was named: it is not undone."""
+    """One that was named: it is not undone, and where it had nothing to do, that is said."""
     start = time.perf_counter()
     before = yardstick.measure(small.model) if yardstick else None
+    tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(small.model).items()}
     restorer(small, model, graph, images)
-    done = Restoration(type(restorer).__name__, on, time.perf_counter() - start)
+    idle = all(torch.equal(tensors[name], tensor) for name, tensor in named_tensors(small.model).items())
+    done = Restoration(type(restorer).__name__, on, time.perf_counter() - start, note=_IDLE if idle else None)
     if yardstick is None or before is None:
         return done
     return add_figures(done, before, yardstick.measure(small.model), yardstick)
@@ -253,6 +256,8 @@ def _distil(
     done = Restoration(type(step).__name__, on, time.perf_counter() - start, note=found.note, undone=found.undone)
     return add_figures(done, found.before, found.after, found.yardstick)
 
+
+_IDLE = "it changed nothing: no layer here is one that it works on, or none lost anything that it sees"
 
 _NO_DISTILLING = (
     "not distilled: noise tells too little to train on; give inputs=, or restore=['synthetic', 'distill'], which makes "
