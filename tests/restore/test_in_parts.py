@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import intrafusion
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import RowWeights
-from intrafusion.network.tensors import copy_model, named_tensors
+from intrafusion.network.tensors import copy_model
 from intrafusion.restore import LeastSquares
 
 STRENGTH, SCARCITY = 0.05, 2.0
