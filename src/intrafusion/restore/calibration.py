@@ -127,7 +127,7 @@ class Calibration:
         takers: list[MomentTaker] = []
 
         def watch(copy: nn.Module) -> MomentTaker:
-            takers.append(MomentTaker(copy, graph, seed=self.seed))
+            takers.append(MomentTaker(copy, graph, seed=self.seed).look_at(self.images))
             return takers[0]
 
         reference = standardise(self.original, self.images, watch)
