@@ -82,7 +82,7 @@ class Translator(Encoder):
 
     def forward(
         self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None, **more: Any,
     ) -> Tensor:  # fmt: skip
         return super().forward(decoder_input_ids) + super().forward(input_ids).mean(1, keepdim=True)
 

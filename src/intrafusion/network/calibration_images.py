@@ -174,7 +174,7 @@ class Calls:
         )
         more = {_DECODER: self.shift(found["input_ids"])}
         mask = found.get("attention_mask")
-        if mask is not None and "decoder_attention_mask" in (self.forward or ()):
+        if mask is not None and "decoder_attention_mask" in {*(self.forward or ()), *self.names}:
             more["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
         return {**found, **more}
 
