@@ -412,6 +412,21 @@ def test_a_tokenizer_that_has_no_padding_pads_with_the_end_of_texts(bert: Path, 
     assert "restored: LeastSquares on 48 sequences" in result.stdout
 
 
+@pytest.mark.filterwarnings("default::intrafusion.IntrafusionWarning")
+def test_the_decoder_of_an_encoder_decoder_reads_the_texts_too(user_folder: Path, program: Program) -> None:
+    transformers = import_transformers()
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    transformers.T5ForConditionalGeneration(config).save_pretrained("t5")
+    save_tokenizer(user_folder / "t5")
+    Path("texts.txt").write_text("\n".join(LINES), encoding="utf-8")
+    result = program("compress hf:t5 --keep 0.5 --uniform --texts texts.txt")
+    assert result.exit_code == 0, result.stderr
+    assert "LeastSquares on 48 sequences" in result.stdout
+    assert "note: inputs: the decoder reads the texts too" in result.stdout
+    assert "could not be told" not in result.stdout
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
 def test_blockwise_reads_texts(bert: Path, program: Program) -> None:
     make_bert(num_hidden_layers=2).save_pretrained("bert")

@@ -71,6 +71,89 @@ def test_texts_are_inputs_where_there_is_a_tokenizer() -> None:
     assert all(torch.equal(a, b) for a, b in zip(batched.model.parameters(), same.model.parameters(), strict=True))
 
 
+class Translator(Encoder):
+    """An encoder-decoder; what its decoder begins with is said as those of transformers say it."""
+
+    def __init__(self, start: int | None = 12, shift: Any = None) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(decoder_start_token_id=start)
+        if shift is not None:
+            self.prepare_decoder_input_ids_from_labels = shift
+
+    def forward(
+        self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        return super().forward(decoder_input_ids) + super().forward(input_ids).mean(1, keepdim=True)
+
+
+BOTH = {**EXAMPLE, "decoder_input_ids": torch.ones(2, 4, dtype=torch.long)}
+
+
+def read_texts(model: nn.Module, example: dict[str, Tensor], tokenizer: Any = None) -> tuple[Inputs, Any]:
+    calls = as_calls(TEXTS[:3], model, Inputs.of(example), tokenizer or Tokenizer())
+    assert calls is not None
+    (call,) = calls
+    return call, calls
+
+
+def test_a_decoder_reads_the_texts_behind_its_start_and_that_is_said() -> None:
+    call, calls = read_texts(Translator(), BOTH)
+    given = call.kwargs or {}
+    assert given["input_ids"].tolist() == [[1, 2, 9, 0, 0, 0], [7, 4, 10, 1, 5, 6], [3, 8, 0, 0, 0, 0]]
+    assert given["decoder_input_ids"].tolist() == [
+        [12, 1, 2, 9, 0, 0, 0], [12, 7, 4, 10, 1, 5, 6], [12, 3, 8, 0, 0, 0, 0],
+    ]  # fmt: skip
+    assert given["decoder_attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0], [1] * 7, [1, 1, 1, 0, 0, 0, 0]]
+    assert call.weights is not None
+    assert len(call.weights.tables) == 2
+    assert "pass dicts with input_ids and decoder_input_ids in Python" in calls.notes["decoder"]
+    with pytest.warns(IntrafusionWarning, match="the decoder reads the texts too"):
+        small = intrafusion.compress(Translator().eval(), BOTH, {"first": 0.5}, inputs=TEXTS, tokenizer=Tokenizer())
+    assert any("the decoder reads the texts too" in note for note in small.notes)
+    made = intrafusion.compress(Translator().eval(), BOTH, {"first": 0.5}, tokenizer=Tokenizer())
+    assert "256 sentences of dictionary words" in " ".join(str(made).split())
+
+
+def test_a_network_that_shifts_labels_itself_does() -> None:
+    given = read_texts(Translator(None, lambda labels: labels.roll(1, 1) + 1), BOTH)[0].kwargs or {}
+    assert torch.equal(given["decoder_input_ids"][:, 1:], given["input_ids"] + 1)
+    assert given["decoder_input_ids"][:, 0].tolist() == [1, 1, 1]
+
+
+def test_texts_are_cut_so_that_the_decoder_has_a_place_for_its_start() -> None:
+    model = Translator()
+    model.places = nn.Embedding(6, 8)
+    for texts, longest in ((TEXTS[:3], 5), ([TEXTS[0]], 3)):
+        (call,) = as_calls(texts, model, Inputs.of(BOTH), Tokenizer()) or ()
+        given = call.kwargs or {}
+        assert (given["input_ids"].shape[1], given["decoder_input_ids"].shape[1]) == (longest, longest + 1)
+
+
+def test_where_the_start_of_a_decoder_is_not_known_that_is_said() -> None:
+    def fails(labels: Tensor) -> Tensor:
+        raise ValueError("pad_token_id has to be defined")
+
+    for model in (Translator(None), Translator(None, fails)):
+        with pytest.raises(ModelError, match=r"no decoder_start_token_id.*write it into config\.json"):
+            read_texts(model, BOTH)
+    assert "decoder_input_ids" in (read_texts(Translator(12, fails), BOTH)[0].kwargs or {})
+
+
+def test_what_a_decoder_reads_is_left_to_those_who_say_it() -> None:
+    """Where the example does not show it, or the tokenizer gives it."""
+    assert "decoder_input_ids" not in (read_texts(Translator(), EXAMPLE)[0].kwargs or {})
+
+    class Pairs(Tokenizer):
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            found = super().__call__(texts, **options)
+            return {**found, "decoder_input_ids": found["input_ids"] * 0 + 5}
+
+    call, calls = read_texts(Translator(), BOTH, Pairs())
+    assert (call.kwargs or {})["decoder_input_ids"].unique().tolist() == [5]
+    assert "decoder" not in calls.notes
+
+
 def test_without_data_and_with_a_tokenizer_sentences_are_made_of_its_words() -> None:
     small = intrafusion.compress(Encoder().eval(), EXAMPLE, {"first": 0.5}, tokenizer=Tokenizer())
     assert "256 sentences of dictionary words" in " ".join(str(small).split())

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from gallery.attention import attention_of_parameters_with_a_dimension_of_heads
 from torch import Tensor, nn
 
 import intrafusion
@@ -92,6 +93,19 @@ def test_keys_that_several_heads_of_queries_share() -> None:
     assert found["k.weight [0, 1, 2, 3]"] == "produces"
     assert found["q.weight [0, 4, 1, 5, 2, 6, 3, 7]"] == "matches"
     assert only.linear
+
+
+def test_values_that_one_weight_of_all_heads_is_multiplied_with_lie_on_one_side() -> None:
+    """The channels of queries that have heads and dimensions apart are one, and so is what softmax makes of them."""
+    model, example = attention_of_parameters_with_a_dimension_of_heads()
+    graph = intrafusion.inspect(model, example)
+    assert roles(graph["v"]) == {
+        "v.weight [0, 4, 1, 5, 2, 6, 3, 7]": "produces",
+        "v.bias [0, 4, 1, 5, 2, 6, 3, 7]": "shifts",
+        "o.weight [0, 4, 1, 5, 2, 6, 3, 7]": "consumes",
+    }
+    assert graph["v"].linear  # as a random matrix has proved
+    assert graph["v"].unmixable is None
 
 
 @pytest.mark.parametrize("bent", ["q", "k"])

@@ -28,7 +28,7 @@ from intrafusion.network.batches import (
 from intrafusion.network.images_first import put_images_first
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import find_unknown_masks, find_weights
-from intrafusion.network.texts import Tokenizer, is_text, list_texts, tokenize
+from intrafusion.network.texts import Shift, Tokenizer, find_shift, is_text, list_texts, tokenize
 from intrafusion.network.token_limits import TokenLimits, find_token_limits
 
 _FEW = 32  # images, below which a layer is solved for the images themselves rather than for what they stand for
@@ -36,6 +36,7 @@ _SAMPLE = 64  # images that are looked at
 _PICTURES, _COLOURS = 4, 4  # dimensions of a batch of pictures, and the most channels that pictures have
 
 
+_DECODER = "decoder_input_ids"
 _LABELS = ("labels", "label")  # of arguments
 
 
@@ -54,6 +55,7 @@ class Calls:
         sample: the first of the batches that were read, with a few dozen images.
         lost: where rows of padded tokens could not be told from others, once the calls were used.
         turned: arguments of which the images run along the second dimension; see `images_first`.
+        shift: what a decoder reads of texts.
     """
 
     given: ImagesLike
@@ -66,6 +68,7 @@ class Calls:
     sample: list[Inputs] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
     turned: tuple[int | str, ...] = ()
+    shift: Shift | None = None
     _warned: set[str] = field(default_factory=set)
 
     __repr__ = show_briefly
@@ -148,13 +151,32 @@ class Calls:
         self.given = make_reusable(self.given)
         if isinstance(self.given, (list, tuple)) and is_text(self.given):
             texts = list_texts(self.given)
-            return [self._named(tokenize(texts, self.tokenizer, self.limits.cut), "inputs")]
+            return [self._named(self._tokenize(texts), "inputs")]
         if isinstance(self.given, (Tensor, np.ndarray, Mapping, Inputs)) or self._is_one_call(self.given):
             return [self._call(self.given, "images")]
         self._tell_of_a_tuple(self.given)
         if hasattr(self.given, "images") or isinstance(self.given, (str, bytes)) or not hasattr(self.given, "__iter__"):
             return self.given
         return self._call_each(self.given)
+
+    def _tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """With the texts for the decoder too, where the example has tokens for it and the tokenizer gives none.
+
+        Those are one token longer, so that what is of which is told by its shape.
+        """
+        decodes, cut = _DECODER in self._shown and self.shift is not None, self.limits.cut
+        found = tokenize(texts, self.tokenizer, cut - 1 if cut and decodes else cut)
+        if not decodes or self.shift is None or _DECODER in found or "input_ids" not in found:
+            return found
+        self.notes["decoder"] = (
+            "inputs: the decoder reads the texts too, each behind the token that it starts with; for pairs of texts, "
+            "such as translations, pass dicts with input_ids and decoder_input_ids in Python"
+        )
+        more = {_DECODER: self.shift(found["input_ids"])}
+        mask = found.get("attention_mask")
+        if mask is not None and "decoder_attention_mask" in {*(self.forward or ()), *self.names}:
+            more["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+        return {**found, **more}
 
     def _call_each(self, given: Iterable[Any]) -> Iterator[Any]:
         with reading(given) as batches:
@@ -330,7 +352,16 @@ def as_calls(
         return images
     limits = find_token_limits(model, like)
     turned = put_images_first(like, model).turned
-    return Calls(images, like, _arguments(model), _list_positional(model), limits, tokenizer, turned=turned)
+    return Calls(
+        images,
+        like,
+        _arguments(model),
+        _list_positional(model),
+        limits,
+        tokenizer,
+        turned=turned,
+        shift=find_shift(model),
+    )
 
 
 def choose_inputs(inputs: ImagesLike | None, images: ImagesLike | None) -> ImagesLike | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from intrafusion.errors import ModelError, show
 
@@ -67,6 +69,38 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer | None, longest: int | N
     if not isinstance(found, Mapping) or not any(isinstance(t, Tensor) for t in found.values()):
         raise ModelError(f"inputs: expected a tokenizer that gives a dict of tensors, got {show(found)} from it.")
     return dict(found)
+
+
+Shift = Callable[[Tensor], Tensor]
+"""What a decoder reads, (n, 1 + length), of tokens (n, length): those behind the one that it starts with."""
+
+
+def find_shift(model: nn.Module) -> Shift:
+    """As the network itself does it for labels, or behind the `decoder_start_token_id` of its configuration.
+
+    It raises a ModelError for a network that says neither.
+    """
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    start, padding = (
+        getattr(getattr(model, "config", None), name, None) for name in ("decoder_start_token_id", "pad_token_id")
+    )
+
+    def shift(tokens: Tensor) -> Tensor:
+        if callable(own):
+            more = tokens.new_full((len(tokens), 1), padding if isinstance(padding, int) else 0)  # is shifted out
+            with contextlib.suppress(Exception):  # whatever it raises where the configuration is not complete
+                found = own(labels=torch.cat([tokens, more], 1))
+                if isinstance(found, Tensor) and found.shape == (len(tokens), 1 + tokens.shape[1]):
+                    return found
+        if not isinstance(start, int):
+            raise ModelError(
+                "inputs: texts for an encoder-decoder whose configuration has no decoder_start_token_id, so that it is "
+                "not known what its decoder begins with; write it into config.json, or pass dicts with "
+                "decoder_input_ids as inputs= in Python."
+            )
+        return torch.cat([tokens.new_full((len(tokens), 1), start), tokens], 1)
+
+    return shift
 
 
 def make_sentences(tokenizer: Tokenizer, count: int, seed: int) -> list[str] | None:

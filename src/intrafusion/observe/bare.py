@@ -36,6 +36,7 @@ class BareLayer(Layer):
         bias: name of what is added, where that is a parameter too, or a part of one.
         bias_start: the first entry of that part.
         lead: dimensions of which the rows of a matrix product are made, where these were flattened before.
+        along: which of these images run along, where that is known; see `find_image_dims`.
     """
 
     tensor: str = ""
@@ -45,6 +46,7 @@ class BareLayer(Layer):
     bias: str | None = None
     bias_start: int = 0
     lead: tuple[int, ...] = ()
+    along: int | None = None
 
     __repr__ = show_briefly
 
@@ -102,9 +104,20 @@ class BareLayer(Layer):
 
     def arrange(self, rows: Tensor, images: int) -> Tensor:
         """What it reads or gives (k, c) as a view along whose first dimension the images run, where that is seen."""
-        if images not in self.lead:
+        dim = self._find_dim(images)
+        if dim is None:
             return rows
-        return rows.unflatten(0, self.lead).movedim(self.lead.index(images), 0)
+        found = rows.unflatten(0, self.lead).movedim(dim, 0)
+        return found if len(found) == images else found.unflatten(0, (images, -1))  # several windows of each image
+
+    def hides_images(self, images: int) -> bool:
+        """Whether images may run along several dimensions, and it is not known along which."""
+        return self.lead.count(images) > 1 and self._find_dim(images) is None
+
+    def _find_dim(self, images: int) -> int | None:
+        if self.along is not None and self.along < len(self.lead) and self.lead[self.along] % images == 0:
+            return self.along
+        return self.lead.index(images) if self.lead.count(images) == 1 else None
 
     def with_bias(self, name: str, bias: Tensor, start: int) -> BareLayer:
         """The same with a bias that is added later, from its entry `start` on."""
@@ -122,6 +135,7 @@ class BareWatcher(TorchDispatchMode):
 
     Args:
         ran: modules that were called, so that their own parameters are no concern of this.
+        along: by layer, which dimension of `lead` images run along.
 
     Attributes:
         elsewhere: parameters that other operations read as well.
@@ -135,8 +149,10 @@ class BareWatcher(TorchDispatchMode):
         ran: Collection[str],
         reached: Callable[[BareLayer, Tensor], None] | None = None,
         called: Callable[[BareLayer, Tensor, Tensor], None] | None = None,
+        along: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        self.along = along or {}
         self.tensors, self.ran, self.reached, self.called = named_tensors(model), ran, reached, called
         self.norms = {norm.producer_weight: norm for norm in graph.norms}
         by_memory: dict[int, list[str]] = defaultdict(list)
@@ -251,7 +267,8 @@ class BareWatcher(TorchDispatchMode):
             return None
         part, parts = (layer.start, layer.outputs), self.parts[layer.tensor]
         parts += [] if part in parts else [part]
-        return replace(layer, name=f"{layer.tensor}[{parts.index(part)}]"), x
+        full = f"{layer.tensor}[{parts.index(part)}]"
+        return replace(layer, name=full, along=self.along.get(full)), x
 
     def read_matrix(self, matrix: Tensor, bias: Tensor | None) -> BareLayer | None:
         """Of a product with (d, c)."""

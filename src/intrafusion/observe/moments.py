@@ -21,6 +21,7 @@ from intrafusion.network.shares import ALL, ShareSampler
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.observe.bare import BareLayer, BareWatcher
+from intrafusion.observe.image_dims import find_image_dims
 from intrafusion.reduce.problem import Moments
 from intrafusion.surgery.norms import fold_norms
 from intrafusion.trace.decomposition import unfuse
@@ -67,8 +68,9 @@ def measure_moments(
     Raises:
         ModelError: no images, or images that the network does not run on.
     """
-    taker = MomentTaker(model, graph, rows, seed)
-    for batch, share in read_input_batches(images, model).shared():
+    batches = read_input_batches(images, model)
+    taker = MomentTaker(model, graph, rows, seed).look_at(batches)
+    for batch, share in batches.shared():
         call = double_first(batch)
         taker.share, taker.weights = share, call.weights
         with preserve_state(model), taker:
@@ -112,6 +114,12 @@ class MomentTaker(contextlib.ExitStack):
         self.ran: set[str] = set()  # those of them that give either side of a product
         self.givers = {m.tensor for side in self.sides.values() for m in side.members}
         self.bare_givers = BareWatcher(model, graph, self.ran, called=self.given_bare) if self.givers else None
+
+    def look_at(self, batches: Iterable[Inputs]) -> MomentTaker:
+        """Before anything runs: along which dimensions the images of such batches run."""
+        if self.bare_givers is not None:
+            self.bare_givers.along = find_image_dims(self.model, self.graph, next(iter(batches)))
+        return self
 
     def __enter__(self) -> MomentTaker:
         along = {weight: members[0][1].dim for weight, members in self.bare.items()}

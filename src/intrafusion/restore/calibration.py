@@ -31,8 +31,7 @@ from intrafusion.network.images_first import put_images_first
 from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.pass_memory import take_fitting
-from intrafusion.network.texts import Tokenizer, make_sentences, tokenize
-from intrafusion.network.token_limits import find_token_limits
+from intrafusion.network.texts import Tokenizer, make_sentences
 from intrafusion.network.wrappers import outside_inference
 from intrafusion.observe.moments import MomentTaker, measure_moments
 from intrafusion.progress import ShowProgress, shows_progress
@@ -127,7 +126,7 @@ class Calibration:
         takers: list[MomentTaker] = []
 
         def watch(copy: nn.Module) -> MomentTaker:
-            takers.append(MomentTaker(copy, graph, seed=self.seed))
+            takers.append(MomentTaker(copy, graph, seed=self.seed).look_at(self.images))
             return takers[0]
 
         reference = standardise(self.original, self.images, watch)
@@ -262,9 +261,7 @@ def _make_noise(
     if tokenizer is not None and name_inputs(inputs) == "sequences":
         sentences = make_sentences(tokenizer, _SENTENCES + _HELD_OUT, noise.seed)
         if sentences is not None:
-            longest = find_token_limits(model, inputs).cut
-            found = tokenize(sentences, tokenizer, longest)
-            call = read_input_batches(as_calls([found], model, inputs) or ()).join()
+            call = read_input_batches(as_calls(sentences, model, inputs, tokenizer) or ()).join()
             return (take_images(call, 0, _SENTENCES), take_images(call, _SENTENCES, len(sentences))), _WORDS
     few = replace(noise, images=min(noise.images, _HELD_OUT), seed=noise.seed + 1)
     return (noise.make(inputs, model), few.make(inputs, model)), None

@@ -574,8 +574,8 @@ class _Pass:
         fitting = self.solving.fits.fitting(model, self.batch, turn, self.live.note, lambda: self.open)
         bare = contextlib.nullcontext()
         if any(isinstance(layer, BareLayer) for layer in self.solving.targets.layers.values()):
-            ran = self.solving.targets.ran
-            bare = BareWatcher(model, self.solving.graph, ran, reached=self.reached_bare, called=self.called_bare)
+            ran, along = self.solving.targets.ran, self.solving.targets.along
+            bare = BareWatcher(model, self.solving.graph, ran, self.reached_bare, self.called_bare, along)
             bare.begin()
         with live, fitting, watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
             call = prepare(next(self.solving.coming), model)

@@ -21,6 +21,7 @@ from intrafusion.network.layers import Layer, has_own_forward, watch_calls
 from intrafusion.network.state import evaluate_alone, preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.observe.bare import BareLayer, BareWatcher
+from intrafusion.observe.image_dims import find_image_dims
 from intrafusion.restore.activation import Activation
 from intrafusion.restore.live import LiveTensors
 from intrafusion.restore.norm_fits import NormFits
@@ -65,6 +66,7 @@ class Targets:
         calls: of each of them, the names in the store of what it gave at its calls.
         ran: modules whose weights are theirs alone.
         lengths: how many rows a call read on a batch, by the call's name in the store and the batch.
+        along: of the rows of products with parameters, the dimension of images, see `find_image_dims`.
         decisions: of each batch what its forward decided by values, to be decided alike in the smaller network.
     """
 
@@ -80,6 +82,7 @@ class Targets:
     ran: set[str] = field(default_factory=set)
     calls: dict[str, list[str]] = field(default_factory=dict)
     lengths: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
+    along: dict[str, int] = field(default_factory=dict)
     decisions: list[Decisions] = field(default_factory=list)
 
     __repr__ = show_briefly
@@ -128,7 +131,7 @@ def record_targets(
     """
     recording = _Recording(layers, store, fits, drift, decides=decides)
     if graph is not None:
-        recording.watch_bare(reference, graph, left)
+        recording.watch_bare(reference, graph, left, batches)
     with preserve_state(reference) as put_back, unfuse_attention():
         for batch, call in enumerate(batches):
             with evaluate_alone(reference):
@@ -162,8 +165,13 @@ class _Recording:
         self.parted: dict[str, int] = {}  # the first batch that reaches a layer in another way
         self.events: list[dict[str, str]] = []  # of each batch: what happened to each layer
 
-    def watch_bare(self, reference: nn.Module, graph: ChannelGraph, left: Collection[str]) -> None:
-        self.bare, self.left = BareWatcher(reference, graph, self.targets.ran, called=self.called_bare), left
+    def watch_bare(
+        self, reference: nn.Module, graph: ChannelGraph, left: Collection[str], batches: Sequence[Inputs]
+    ) -> None:
+        owned = {layer.weight_name for layer in self.layers.values()}
+        along = self.targets.along = find_image_dims(reference, graph, batches[0], owned)
+        self.bare = BareWatcher(reference, graph, self.targets.ran, called=self.called_bare, along=along)
+        self.left = left
 
     def run_or_tell(self, reference: nn.Module, batch: int, call: Inputs) -> None:
         try:
@@ -215,6 +223,8 @@ class _Recording:
 
     def called_bare(self, layer: BareLayer, x: Tensor, output: Tensor) -> None:
         self.layers.setdefault(layer.name, layer)
+        if layer.hides_images(self.images):
+            self.skip(layer.name, f"which of its rows are of which of {self.images} images is not seen; give others")
         self.called(layer.name, x, output, lambda rows: layer.arrange(rows, self.images))
 
     def called(

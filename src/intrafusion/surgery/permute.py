@@ -236,7 +236,7 @@ def _prove_linear(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph
 def _keep_linear(graph: ChannelGraph, passed: Sequence[ChannelGroup]) -> ChannelGraph:
     names = {g.name for g in passed}
     graph = replace(graph, groups=tuple(replace(g, linear=g.name in names) for g in graph.groups))
-    return _forbid_mixing(graph, {g.name for g in graph.groups if g.with_role(Role.MATCHES)} - names, _NOT_LINEAR)
+    return _forbid_mixing(graph, {g.name for g in graph.reducible if g.with_role(Role.MATCHES)} - names, _NOT_LINEAR)
 
 
 def _prove_rotations(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph:

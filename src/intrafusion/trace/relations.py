@@ -84,6 +84,15 @@ class Plane(NamedTuple):
     labels: np.ndarray
 
 
+class Union(NamedTuple):
+    """Labels x[i] and y[i], of channels that became one, and where; `sides` for the two sides of a product."""
+
+    x: np.ndarray
+    y: np.ndarray
+    where: str
+    sides: bool
+
+
 class Relations:
     """Collects relations during the forward pass; `groups.build_graph` turns them into a ChannelGraph."""
 
@@ -100,7 +109,7 @@ class Relations:
         self.calls = 0  # operations so far
         self.where = ""  # the present operation, for messages
         self.tied: list[tuple[np.ndarray, str]] = []  # channels that met fixed data, and where
-        self.unions: list[tuple[np.ndarray, np.ndarray, str]] = []  # labels that became one, in order, and where
+        self.unions: list[Union] = []  # labels that became one, in order
         self.block_members: list[tuple[np.ndarray, int, int]] = []
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.meetings: list[tuple[np.ndarray, int, int]] = []
@@ -142,11 +151,14 @@ class Relations:
         """A number for what made each label: labels that were made at once have the same."""
         return np.searchsorted(self.births, self.roots(labels), side="right")
 
-    def unite(self, x: np.ndarray, y: np.ndarray) -> None:
+    def unite(self, x: np.ndarray, y: np.ndarray, *, one_side: bool = False) -> None:
         """Labels x[i] and y[i] move together.
 
         Two channels become one. A channel that meets a block stays apart from the block's channels, and so do those of
         two blocks that meet.
+
+        Args:
+            one_side: whether they are on one side of what is computed, also where that is a product of activations.
         """
         if x is y or len(x) == 0 or np.array_equal(x, y):
             return
@@ -163,13 +175,14 @@ class Relations:
         met = (x == FIXED) != (y == FIXED)
         if met.any():
             self.tied.append((np.maximum(x[met], y[met]), self.where))
-        self.join(x[~blocks], y[~blocks])
+        self.join(x[~blocks], y[~blocks], one_side=one_side)
 
-    def join(self, x: np.ndarray, y: np.ndarray) -> None:
+    def join(self, x: np.ndarray, y: np.ndarray, *, one_side: bool = False) -> None:
         """Labels of channels that are one from now on, and what made them so."""
-        self.unions.append((x, y, self.where))
+        union = Union(x, y, self.where, self.where in self.products and not one_side)
+        self.unions.append(union)
         self.sets.unite(x, y)
-        if self.where not in self.products:
+        if not union.sides:
             self.sides.unite(x, y)
 
     def copy(self, labels: np.ndarray, places: np.ndarray | int) -> np.ndarray:
@@ -190,13 +203,13 @@ class Relations:
         result[named] = fresh[which]
         return result
 
-    def merge(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def merge(self, x: np.ndarray, y: np.ndarray, *, one_side: bool = False) -> np.ndarray:
         """Unite element by element and return the label that each element keeps; arrays of one shape."""
         if np.array_equal(x, y):
             return x
         blocks = self.is_block[x] & self.is_block[y] & (x != y)
         both = (x > UNIFORM) & (y > UNIFORM) & ~blocks
-        self.unite(x[both], y[both])
+        self.unite(x[both], y[both], one_side=one_side)
         # What survives: a label over a constant, and a channel over a block that it meets.
         weaker = (x == UNIFORM) | (self.is_block[x] & (y > UNIFORM) & ~self.is_block[y])
         result = np.where(weaker, y, x)
@@ -226,7 +239,7 @@ class Relations:
         for gate, found in split_runs(*np.unique(pairs[:, pairs[0] > UNIFORM], axis=1)):
             # What one gate meets in several rows may meet another value of it in each: those rows move together.
             for row in found[1:]:
-                self.merge(rows[found[0]], rows[row])
+                self.merge(rows[found[0]], rows[row], one_side=True)
             met = np.unique(rows[found][rows[found] >= FIRST])
             self.gates.append(Gates(met, np.full(len(met), gate), self.calls, self.where))
 

@@ -28,11 +28,11 @@ def find_second_sides(relations: Relations) -> np.ndarray:
     sides, met = UnionFind(relations.count), []
     for copies, origins, _ in relations.copies:
         sides.unite(copies, origins)
-    for x, y, where in relations.unions:
-        if where in relations.products:
-            met.append(np.stack([x, y]))
+    for union in relations.unions:
+        if union.sides:
+            met.append(np.stack([union.x, union.y]))
         else:
-            sides.unite(x, y)
+            sides.unite(union.x, union.y)
     roots = sides.find(np.arange(relations.count))
     edges = np.concatenate([np.zeros((2, 0), np.int64), *met], axis=1)
     return np.isin(roots, _colour(np.unique(roots[edges[:, edges.min(0) >= FIRST]], axis=1)))

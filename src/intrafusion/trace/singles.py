@@ -81,7 +81,7 @@ def _find_fusers(relations: Relations, one: np.ndarray, other: np.ndarray) -> li
     for copies, origins, _ in relations.copies:
         sets.unite(copies, origins)
     left = np.arange(len(one))
-    for x, y, where in relations.unions:
+    for x, y, where, _ in relations.unions:
         if not len(left):
             break
         sets.unite(x, y)
