@@ -159,6 +159,7 @@ def test_bad_input_ends_with_2_and_no_records(program: Program, images, line: st
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_command_killed_in_the_middle_goes_on_where_it_was(user_folder: Path, images) -> None:
     keeps = " ".join(f"--keep 0.{k}" for k in range(30, 90, 12))
     line = f"-m intrafusion experiment whole-model {OWN} {keeps} -o r.jsonl"

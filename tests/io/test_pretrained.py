@@ -160,6 +160,8 @@ def test_what_from_pretrained_opens_otherwise_is_not_written(tmp_path: Path, mon
     assert sorted(os.listdir(tmp_path)) == ["old"]
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kills_leave_a_whole_folder_or_none(tmp_path: Path) -> None:
     model = write_sentence_folder(tmp_path / "old")
     pair, rng, seen = [compress(model, keep) for keep in (0.5, 0.25)], random.Random(0), []

@@ -151,6 +151,8 @@ def test_uniform_makes_one_size_of_what_one_number_sets() -> None:
     assert head.reason == "no number of the BertConfig sets these channels alone, as uniform asks for"
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_uniform_holds_for_a_target_in_steps_and_in_place(tmp_path: Path) -> None:
     model = make_bert()
     small = intrafusion.compress(model, TEXT, target={"params": 0.8}, restore=None, uniform=True)

@@ -226,6 +226,8 @@ def test_twins_have_one_size(case: Case) -> None:
     assert all(len(s) == 1 for s in sizes.values())
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @every_case
 def test_values_of_weights_do_not_matter(case: Case) -> None:
     """Freshly initialised (ones, zeros, equal entries) and randomised weights give the same graph."""
