@@ -44,6 +44,16 @@ class Words(nn.Module):
         return self.head(x) * (2 if scale else 1)
 
 
+class Spoken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(10, 4), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.up(self.embed(ids) * (1 if mask is None else mask[..., None])).relu()
+        return {"logits": self.head(x), "mean": x.mean((0, 1, 2))}
+
+
 class Of(nn.Module):
     """A linear layer and what a function does with its output."""
 
@@ -102,6 +112,18 @@ def test_the_outputs_that_matter_alone(onnx: None, tmp_path: Path) -> None:
     torch.testing.assert_close(power, small.model(FRESH)["power"])
 
 
+def test_the_outputs_that_matter_of_named_inputs_take_batches_of_every_size(onnx: None, tmp_path: Path) -> None:
+    net = seeded(Spoken)
+    ids, mask = torch.arange(10).view(2, 5), torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    call = {"ids": ids, "mask": mask}
+    small = intrafusion.compress(net, call, keep=0.5, restore=None, outputs=["logits"], progress=False)
+    found = small.export(tmp_path / "net.onnx")
+    assert found.any_batch
+    fresh = torch.tensor([[3, 3, 1, 0, 9]])
+    (logits,) = run_onnx(found.path, fresh, torch.ones_like(fresh))
+    torch.testing.assert_close(logits, small.model(fresh, torch.ones_like(fresh))["logits"])
+
+
 def test_named_inputs_flags_and_indices(onnx: None, tmp_path: Path) -> None:
     net = seeded(Words)
     ids, mask = torch.arange(10).view(2, 5), torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
@@ -133,6 +155,11 @@ def test_many_weights_stand_beside_the_file(onnx: None, tmp_path: Path, monkeypa
     net = seeded(lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 3)))
     export(net, torch.randn(2, 64), tmp_path / "a" / "net.onnx")
     assert sorted(os.listdir(tmp_path / "a")) == ["net.onnx", "net.onnx.data"]
+    with pytest.raises(FolderError, match=r"other\.onnx\.data: exists; choose another name"):
+        (tmp_path / "a" / "other.onnx.data").write_text("precious")
+        export(net, torch.randn(2, 64), tmp_path / "a" / "other.onnx")
+    assert (tmp_path / "a" / "other.onnx.data").read_text() == "precious"
+    assert not (tmp_path / "a" / "other.onnx").exists()
     (tmp_path / "a").rename(tmp_path / "b")
     fresh = torch.randn(3, 64)
     torch.testing.assert_close(run_onnx(tmp_path / "b" / "net.onnx", fresh)[0], net(fresh))
@@ -178,6 +205,13 @@ def test_what_the_format_lacks(then: Any, message: str, onnx: None, tmp_path: Pa
 def test_what_means_nothing(name: str, options: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=message):
         export(seeded(Net), X, tmp_path / name, **options)
+
+
+def test_a_version_of_operators_that_cannot_be_written(onnx: None, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"opset: the packages installed here write \d+, not 99; say another one"):
+        export(seeded(Net), X, tmp_path / "net.onnx", opset=99)
+    assert os.listdir(tmp_path) == []
+    assert export(seeded(Net), X, tmp_path / "net.onnx", opset=18).opset == 18
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

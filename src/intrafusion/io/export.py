@@ -24,6 +24,7 @@ from intrafusion.io.program import OtherOutputs, Written, brief_error, export_ch
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.outputs import pick_outputs
 from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import copy_model
 
 _ONNX, _PROGRAM = ".onnx", ".pt2"
 FORMATS = (_ONNX, _PROGRAM)
@@ -31,6 +32,7 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LEAST_OPSET, DEFAULT_OPSET = 18, 20
 """Of ONNX's operators: the first that PyTorch writes, and the last that runtimes of two years ago read."""
 _LARGEST = 1_800_000_000  # bytes of weights in one file: protocol buffers end at 2 GiB
+_NOISY = ("torch.onnx", "torch.fx", "torch.export", "torch._subclasses", "onnxscript")  # loggers
 _LACKING = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'|target=torch\.ops\.([\w.]+)\]")
 _CALL = re.compile(r'The following call raised this error:\n\s*File "([^"]+)", line (\d+)')
 
@@ -92,7 +94,7 @@ def export_inputs(
     check_export(path, opset=opset, overwrite=overwrite)
     with preserve_state(model):
         inputs.call(model)  # refused in words if it does not run
-    core = model if inputs.outputs is None else _Picked(model, inputs.outputs)
+    core = model if inputs.outputs is None else _pick(model, inputs.outputs)
     whole = replace(inputs, outputs=None)
     version = None if path.suffix == _PROGRAM else opset or DEFAULT_OPSET
     with atomic_file(path) as file, _reporting(model), _quiet():
@@ -100,6 +102,7 @@ def export_inputs(
         _, any_batch, difference = export_checked(core, whole, write)
         weights = file.with_name(f"{file.name}.data")
         if weights.exists():  # they take their name before the file that needs them does
+            _check_free(path.with_name(weights.name), overwrite=overwrite)
             with atomic_file(path.with_name(weights.name)) as place:
                 os.replace(weights, place)
     return Exported(path, any_batch, difference, version)
@@ -116,6 +119,9 @@ def _write_onnx(file: Path, opset: int, program: ExportedProgram) -> Written[Non
     names = _name_outputs(program)
     found = torch.onnx.export(program, dynamo=True, opset_version=opset, output_names=names, verbose=False)
     assert found is not None
+    written = found.model.opset_imports.get("")
+    if written != opset:  # what converts versions logs that it cannot, and passes on what it had
+        raise ModelError(f"export: opset: the packages installed here write {written}, not {opset}; say another one.")
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     found.save(file, external_data=size > _LARGEST)
     session = importlib.import_module("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -152,28 +158,32 @@ def check_export(path: Path, *, opset: int | None = None, overwrite: bool = Fals
         raise ArgumentError(
             f"export: opset: expected {LEAST_OPSET} or more, the first that the exporter writes, got {opset}."
         )
-    if path.exists() and not overwrite:
-        raise FolderError(f"{path}: exists; choose another name, or say that it may be replaced (overwrite).")
+    _check_free(path, overwrite=overwrite)
     missing = [name for name in _PACKAGES if path.suffix == _ONNX and importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(f"export: {', '.join(missing)} not installed; run: pip install 'intrafusion[onnx]'")
 
 
-class _Picked(nn.Module):
-    """A network that returns the outputs that matter alone."""
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise FolderError(f"{path}: exists; choose another name, or say that it may be replaced (overwrite).")
 
-    def __init__(self, network: nn.Module, outputs: Any) -> None:
-        super().__init__()
-        self.network, self._outputs = network, outputs
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return pick_outputs(self.network(*args, **kwargs), self._outputs)
+def _pick(model: nn.Module, outputs: Any) -> nn.Module:
+    """The network, returning the outputs that matter alone; arguments keep their names, by which shapes are freed."""
+    core = copy_model(model, share=True)
+    core.register_forward_hook(partial(_keep_outputs, outputs))
+    return core
+
+
+def _keep_outputs(outputs: Any, model: nn.Module, args: Any, output: Any) -> Any:
+    return pick_outputs(output, outputs)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what exporters log as they go; what fails is told in an error."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "torch._subclasses")]
+    loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
