@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from intrafusion.arguments import Count, NotNegative, Positive, Seed, checked
 from intrafusion.brief import show_briefly
@@ -33,6 +33,7 @@ from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.surgery.write import write_weights_
 from intrafusion.train import Training, train_
 from intrafusion.train.imitation import Imitation, Pool, find_read_merges
+from intrafusion.train.training import Unlabelled
 from intrafusion.train.views import find_plain_images
 
 RATES = (1e-3, 3e-3, 3e-4)
@@ -144,17 +145,6 @@ class Distilled:
 class _Choice:
     lr: float
     views: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """The numbers of the inputs, as images of a training."""
-
-    images: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.zeros(len(self.images), dtype=torch.long)
 
 
 @dataclass(eq=False)
@@ -276,7 +266,7 @@ class _Run:
         validation = self.score if how.patience is not None else None
         with torch.enable_grad():
             history = train_(
-                *(model, _Places(places), how),
+                *(model, Unlabelled(places), how),
                 objective=objective,
                 validation=validation,
                 folder=folder,
