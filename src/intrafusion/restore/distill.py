@@ -210,7 +210,7 @@ class _Run:
     def try_out(self, choice: _Choice, imitation: Imitation, trial: nn.Module) -> float:
         steps = max(1, round(self.how.steps * _TRIAL))
         try:
-            self.run(trial, imitation, choice, self.plan(choice, steps, self.share_of(_TRIAL)))
+            self.run(trial, imitation, choice, self.plan(choice, imitation.pool, steps, self.share_of(_TRIAL)))
         except DivergenceError as error:
             self.failed.append(str(error))
             return -math.inf
@@ -227,8 +227,8 @@ class _Run:
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def plan(self, choice: _Choice, steps: int, seconds: float | None) -> Training:
-        batch = min(self.how.batch, self.seen.count)
+    def plan(self, choice: _Choice, pool: Pool, steps: int, seconds: float | None) -> Training:
+        batch = min(self.how.batch, pool.count) if pool.joined else 1
         return Training(
             epochs=steps,
             steps=steps,
@@ -245,7 +245,7 @@ class _Run:
 
     def train(self, small: nn.Module, imitation: Imitation, choice: _Choice, folder: Path | None) -> int:
         """In place; how many updates the weights have that it ends with."""
-        how = self.plan(choice, self.how.steps, self.share_of(1 - _TRIAL * self.trials))
+        how = self.plan(choice, imitation.pool, self.how.steps, self.share_of(1 - _TRIAL * self.trials))
         how = replace(how, patience=_PATIENCE)
         report("distilling", 0, how.steps or 1)
         try:
@@ -258,10 +258,8 @@ class _Run:
         self, model: nn.Module, imitation: Imitation, choice: _Choice, how: Training, folder: Path | None = None
     ) -> int:
         objective = replace(imitation, views=choice.views)
-        count, each = imitation.pool.count, how.batch_size if imitation.pool.joined else 1
-        how = replace(how, batch_size=each, accumulate=how.accumulate if imitation.pool.joined else 1)
         updates = min(_CHECK, max(1, (how.steps or 1) // _FEWEST_CHECKS))
-        places = torch.arange(updates * each) % count
+        places = torch.arange(updates * how.batch_size) % imitation.pool.count
         checked_steps = lambda index, epoch: report("distilling", (index + 1) * updates, how.steps or 1)  # noqa: E731
         validation = self.score if how.patience is not None else None
         with torch.enable_grad():
