@@ -259,14 +259,16 @@ class _Run:
     ) -> int:
         objective = replace(imitation, views=choice.views)
         updates = min(_CHECK, max(1, (how.steps or 1) // _FEWEST_CHECKS))
-        places = torch.arange(updates * how.batch_size) % imitation.pool.count
+        count, drawn = imitation.pool.count, updates * how.batch_size
+        redraw = lambda places, generator: torch.randint(count, places.shape, generator=generator)  # noqa: E731
         checked_steps = lambda index, epoch: report("distilling", (index + 1) * updates, how.steps or 1)  # noqa: E731
         validation = self.score if how.patience is not None else None
         with torch.enable_grad():
             history = train_(
-                *(model, Unlabelled(places), how),
+                *(model, Unlabelled(torch.arange(drawn) % count), how),
                 objective=objective,
                 validation=validation,
+                augment=redraw if count > drawn else None,  # else the others would never be seen
                 folder=folder,
                 on_epoch=checked_steps if how.patience is not None else None,
             )
