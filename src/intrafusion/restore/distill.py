@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from intrafusion.network.apart import borrow, forked_random_numbers
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.free_memory import choose_memory
 from intrafusion.network.held_out import held_out_places
+from intrafusion.network.identity import digest_tensors
 from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.pass_memory import count_bytes
 from intrafusion.network.tensors import check_graph, copy_model, named_tensors
@@ -399,13 +399,10 @@ def _checkpoints(how: Distill, small: nn.Module, pool: Pool) -> Iterator[Path | 
 
 def _name(how: Distill, small: nn.Module, pool: Pool) -> str:
     """Of what it depends on: options, weights, how many inputs and which."""
-    digest = hashlib.sha256(json.dumps({**asdict(how), "folder": None}, sort_keys=True).encode())
-    tensors = [*named_tensors(small).values(), *(t for call in pool.calls for t in call.tensors())]
-    for tensor in tensors:
-        data: Any = tensor.detach().cpu().contiguous().flatten()
-        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(data.view(torch.uint8).numpy() if data.numel() else b"")
-    return digest.hexdigest()[:12]
+    options = json.dumps({**asdict(how), "folder": None}, sort_keys=True)
+    inputs = {str(index): tensor for index, tensor in enumerate(t for call in pool.calls for t in call.tensors())}
+    told = (options, digest_tensors(named_tensors(small)), digest_tensors(inputs))
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()[:12]
 
 
 def _read_choice(folder: Path) -> _Choice | None:
