@@ -93,7 +93,7 @@ class Grail:
             weight = original[layer.weight_name]
             told = tell_channels(gram, merge.to(gram), self.strength)
             if told is not None:
-                others = {g: m for g, m in maps.items() if g not in read}
+                others = {name: maps[name] for name in _list_groups(layer, graph) & maps.keys() - read}
                 rest = reduce_weights(original, graph, others).get(layer.weight_name, weight)
                 new[layer.weight_name] = _read_by(rest.double(), told, layer.input_dim).to(weight)
         write_weights_(compressed.model, new)
@@ -127,6 +127,11 @@ def _find_readers(model: nn.Module, graph: ChannelGraph, maps: Maps) -> Iterator
                 compose_merges([(m, maps[g.name].merge) for g, m in read], inputs),
                 frozenset(g.name for g, _ in read),
             )
+
+
+def _list_groups(layer: Layer, graph: ChannelGraph) -> set[str]:
+    """Those that run through its weight."""
+    return {g.name for g in graph.groups if any(m.tensor == layer.weight_name for m in g.members)}
 
 
 def _reads(layer: Layer, member: Member) -> bool:
