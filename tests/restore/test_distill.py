@@ -313,6 +313,20 @@ def test_a_batch_of_more_than_there_are_is_a_batch_of_all(monkeypatch: pytest.Mo
     assert is_same(small.model, distilled(wide(), few).model)
 
 
+@pytest.mark.parametrize("batch", [3, 8])
+def test_all_inputs_are_drawn_from(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where those are more than the updates from one look at the error to the next take."""
+    seen, original = set[int](), Imitation.__call__
+
+    def look(self: Imitation, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        seen.update(images.tolist())
+        return original(self, model, images, labels)
+
+    monkeypatch.setattr(Imitation, "__call__", look)
+    distilled(wide(), Distill(steps=120, lr=1e-4, views=False, batch=batch))
+    assert seen == set(range(48))  # one in five of 60 is kept apart
+
+
 def test_it_ends_when_the_time_is_over() -> None:
     note = distilled(wide(), Distill(steps=100_000, seconds=2.0, lr=1e-3, views=False, batch=4)).restored[-1].note
     steps = int(note.split()[0])

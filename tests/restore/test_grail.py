@@ -67,6 +67,29 @@ def test_folded_channels_are_told_from_their_means() -> None:
     assert not torch.allclose(plain, small.model.c.weight)
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.a, self.b = nn.Embedding(9, 6), nn.Linear(6, 12), nn.Linear(12, 9)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.b(torch.tanh(3 * self.a(self.embed(input_ids))))
+
+
+@pytest.mark.parametrize("filler", [0, 8])
+def test_padded_tokens_do_not_count(filler: int) -> None:
+    torch.manual_seed(0)
+    model, ids = Tokens().eval(), torch.randint(0, 9, (60, 5))
+    mask = (torch.arange(5) < torch.randint(2, 6, (60, 1))).long()
+    texts = {"input_ids": ids.where(mask.bool(), filler), "attention_mask": mask}
+    example = {name: tensor[:2] for name, tensor in texts.items()}
+    small = intrafusion.compress(model, example, {"a": 0.5}, inputs=texts, reducer="select", restore="grail")
+    with torch.no_grad():
+        read = torch.tanh(3 * model.a(model.embed(ids)))[mask.bool()].double().numpy()
+    head = model.b.weight.detach().double().numpy() @ by_hand(read, small.plan.maps["a"].merge.numpy(), 1e-3)
+    np.testing.assert_allclose(small.model.b.weight.detach().numpy(), head, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_lost_nothing_changed() -> None:
     gram = torch.tensor([[2.0, 0.0, 2.0], [0.0, 3.0, 0.0], [2.0, 0.0, 2.0]]).double()
     merge = torch.eye(3).double()[:2]

@@ -115,11 +115,14 @@ class Calls:
         like, there = self.like, len(call.args)
         rest = () if call.kwargs or any(map(_holds_tensors, like.args[there:])) else like.args[there:]
         given = {*(call.kwargs or {}), *self.names[: there + len(rest)]}
-        shown = {**dict(zip(self.names, like.args, strict=False)), **(like.kwargs or {})}
-        switches = {k: v for k, v in shown.items() if k not in given and not _holds_tensors(v)}
+        switches = {k: v for k, v in self._by_name(like).items() if k not in given and not _holds_tensors(v)}
         if not rest and not switches:
             return call
         return replace(call, args=(*call.args, *rest), kwargs={**(call.kwargs or {}), **switches})
+
+    def _by_name(self, call: Inputs) -> dict[str, Any]:
+        """Its arguments, positional ones too."""
+        return {**dict(zip(self.names, call.args, strict=False)), **(call.kwargs or {})}
 
     def _turned(self, call: Inputs) -> Inputs:
         """With the images first; labels that are not one for each of them are left out."""
@@ -134,7 +137,7 @@ class Calls:
         self.limits.check(call)
         if long := self.limits.doubt(call):
             self.notes["long"] = long
-        named = {**dict(zip(self.names, call.args, strict=False)), **(call.kwargs or {})}
+        named = self._by_name(call)
         weights = find_weights(named, call.source)
         if unknown := find_unknown_masks(named, count_images(call)):
             self.notes["masks"] = (
@@ -164,15 +167,15 @@ class Calls:
 
         Those are one token longer, so that what is of which is told by its shape.
         """
-        decodes, cut = _DECODER in self._shown and self.shift is not None, self.limits.cut
-        found = tokenize(texts, self.tokenizer, cut - 1 if cut and decodes else cut)
-        if not decodes or self.shift is None or _DECODER in found or "input_ids" not in found:
+        shift, cut = self.shift if _DECODER in self._shown else None, self.limits.cut
+        found = tokenize(texts, self.tokenizer, cut - 1 if cut and shift else cut)
+        if shift is None or _DECODER in found or "input_ids" not in found:
             return found
         self.notes["decoder"] = (
             "inputs: the decoder reads the texts too, each behind the token that it starts with; for pairs of texts, "
             "such as translations, pass dicts with input_ids and decoder_input_ids in Python"
         )
-        more = {_DECODER: self.shift(found["input_ids"])}
+        more = {_DECODER: shift(found["input_ids"])}
         mask = found.get("attention_mask")
         if mask is not None and "decoder_attention_mask" in {*(self.forward or ()), *self.names}:
             more["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)

@@ -28,22 +28,11 @@ def divide(x: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def multiply_rows(x: Tensor, y: Tensor) -> Tensor:
-    """x^T y for rows of both, multiplied in their precision chunk by chunk, summed in float64."""
-    total = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
-    _add_products_(total, x, y)
-    return total
-
-
-def _add_products_(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add x^T y to a float64 matrix."""
-    size = max(1, CHUNK // max(1, min(x.shape[1], WIDE)))
-    for left, right in zip(x.split(size), y.split(size), strict=True):
-        total += left.T @ right
-
-
 def square_rows(x: Tensor) -> Tensor:
-    """x^T x likewise; of what is the same on both sides of the diagonal, half is multiplied once."""
+    """x^T x, multiplied in its precision chunk by chunk, summed in float64.
+
+    Of what is the same on both sides of the diagonal, half is multiplied once.
+    """
     total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     size = max(1, CHUNK // max(1, min(x.shape[1], WIDE)))
     for rows in x.split(size):

@@ -35,8 +35,8 @@ class Identity:
 
 
 def identify(model: nn.Module) -> Identity:
-    kind = type(model)
-    return Identity(f"{kind.__module__}.{kind.__qualname__}", describe_layers(model), _digest(named_tensors(model)))
+    kind, digest = type(model), digest_tensors(named_tensors(model))
+    return Identity(f"{kind.__module__}.{kind.__qualname__}", describe_layers(model), digest)
 
 
 def describe_layers(model: nn.Module) -> dict[str, str]:
@@ -52,7 +52,8 @@ def _describe(module: nn.Module) -> str:
     return f"{type(module).__name__}({told})"[:_LONGEST]
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, kinds, shapes and entries."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

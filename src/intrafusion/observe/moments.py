@@ -227,8 +227,8 @@ class MomentTaker(contextlib.ExitStack):
 
     def settle_bare(self) -> dict[str, Tensor]:
         """What was added to products with parameters in a step of its own, by layer."""
-        layers = {layer.name: layer for side in self.sides.values() for layer in side.bare.values()}
-        return {} if self.bare_givers is None else self.bare_givers.settle(dict(layers))
+        layers = {port.layer.name: port.layer for side in self.sides.values() for port in side.bare.values()}
+        return {} if self.bare_givers is None else self.bare_givers.settle(layers)
 
 
 def _weigh(places: Tensor, each: float, counts: Tensor | None) -> Tensor | None:
@@ -248,13 +248,13 @@ class _Sides:
     Attributes:
         members: weights that give either side.
         ports: of the members that are dense layers.
-        bare: what functions computed with those that did not run as layers, as they were last seen.
+        bare: where functions gave those that did not run as layers, as they were last seen.
         squares: by member, the sum of squares (n, n), of slots (n, slots), and of weights so far.
     """
 
     members: list[Member]
     ports: dict[int, Port]
-    bare: dict[int, BareLayer] = field(default_factory=dict)
+    bare: dict[int, Port] = field(default_factory=dict)
     squares: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -276,8 +276,7 @@ class _Sides:
             if member.tensor == layer.tensor and member.dim == layer.dim and member.within is None:
                 positions = torch.as_tensor(member.positions, dtype=torch.long) - layer.start
                 if bool((positions >= 0).all()) and bool((positions < layer.outputs).all()):
-                    self.bare[index] = layer
-                    port = Port(layer, member.tensor, reads=False, positions=positions)
+                    port = self.bare[index] = Port(layer, member.tensor, reads=False, positions=positions)
                     self.note(index, port, layer.apply_norm(output), weights)
 
     def note(self, index: int, port: Port, output: Tensor, weights: RowWeights | None) -> None:
@@ -310,10 +309,9 @@ class _Sides:
     def square(self, index: int, late: Mapping[str, Tensor]) -> Tensor:
         """The second moment of what one weight gives, with what was added to it; that has no part in the second."""
         square, total, count = self.squares[index]
-        layer = self.bare.get(index)
-        if layer is not None and layer.name in late and not self.is_second(index):
-            positions = torch.as_tensor(self.members[index].positions, dtype=torch.long) - layer.start
-            bias = late[layer.name].to(square)[positions.to(square.device)]  # (n, slots)
+        port = self.bare.get(index)
+        if port is not None and port.layer.name in late and not self.is_second(index):
+            bias = late[port.layer.name].to(square)[port.positions.to(square.device)]  # (n, slots)
             cross = total @ bias.T
             square = square + cross + cross.T + count / bias.shape[1] * bias @ bias.T
         return square / count

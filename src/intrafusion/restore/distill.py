@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from intrafusion.arguments import Count, NotNegative, Positive, Seed, checked
 from intrafusion.brief import show_briefly
@@ -25,6 +24,7 @@ from intrafusion.network.apart import borrow, forked_random_numbers
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.free_memory import choose_memory
 from intrafusion.network.held_out import held_out_places
+from intrafusion.network.identity import digest_tensors
 from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.pass_memory import count_bytes
 from intrafusion.network.tensors import check_graph, copy_model, named_tensors
@@ -33,6 +33,7 @@ from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.surgery.write import write_weights_
 from intrafusion.train import Training, train_
 from intrafusion.train.imitation import Imitation, Pool, find_read_merges
+from intrafusion.train.training import Unlabelled
 from intrafusion.train.views import find_plain_images
 
 RATES = (1e-3, 3e-3, 3e-4)
@@ -146,17 +147,6 @@ class _Choice:
     views: bool
 
 
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """The numbers of the inputs, as images of a training."""
-
-    images: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.zeros(len(self.images), dtype=torch.long)
-
-
 @dataclass(eq=False)
 class _Run:
     """One distillation."""
@@ -220,7 +210,7 @@ class _Run:
     def try_out(self, choice: _Choice, imitation: Imitation, trial: nn.Module) -> float:
         steps = max(1, round(self.how.steps * _TRIAL))
         try:
-            self.run(trial, imitation, choice, self.plan(choice, steps, self.share_of(_TRIAL)))
+            self.run(trial, imitation, choice, self.plan(choice, imitation.pool, steps, self.share_of(_TRIAL)))
         except DivergenceError as error:
             self.failed.append(str(error))
             return -math.inf
@@ -237,8 +227,8 @@ class _Run:
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def plan(self, choice: _Choice, steps: int, seconds: float | None) -> Training:
-        batch = min(self.how.batch, self.seen.count)
+    def plan(self, choice: _Choice, pool: Pool, steps: int, seconds: float | None) -> Training:
+        batch = min(self.how.batch, pool.count) if pool.joined else 1
         return Training(
             epochs=steps,
             steps=steps,
@@ -255,7 +245,7 @@ class _Run:
 
     def train(self, small: nn.Module, imitation: Imitation, choice: _Choice, folder: Path | None) -> int:
         """In place; how many updates the weights have that it ends with."""
-        how = self.plan(choice, self.how.steps, self.share_of(1 - _TRIAL * self.trials))
+        how = self.plan(choice, imitation.pool, self.how.steps, self.share_of(1 - _TRIAL * self.trials))
         how = replace(how, patience=_PATIENCE)
         report("distilling", 0, how.steps or 1)
         try:
@@ -268,17 +258,17 @@ class _Run:
         self, model: nn.Module, imitation: Imitation, choice: _Choice, how: Training, folder: Path | None = None
     ) -> int:
         objective = replace(imitation, views=choice.views)
-        count, each = imitation.pool.count, how.batch_size if imitation.pool.joined else 1
-        how = replace(how, batch_size=each, accumulate=how.accumulate if imitation.pool.joined else 1)
         updates = min(_CHECK, max(1, (how.steps or 1) // _FEWEST_CHECKS))
-        places = torch.arange(updates * each) % count
+        count, drawn = imitation.pool.count, updates * how.batch_size
+        redraw = lambda places, generator: torch.randint(count, places.shape, generator=generator)  # noqa: E731
         checked_steps = lambda index, epoch: report("distilling", (index + 1) * updates, how.steps or 1)  # noqa: E731
         validation = self.score if how.patience is not None else None
         with torch.enable_grad():
             history = train_(
-                *(model, _Places(places), how),
+                *(model, Unlabelled(torch.arange(drawn) % count), how),
                 objective=objective,
                 validation=validation,
+                augment=redraw if count > drawn else None,  # else the others would never be seen
                 folder=folder,
                 on_epoch=checked_steps if how.patience is not None else None,
             )
@@ -409,13 +399,10 @@ def _checkpoints(how: Distill, small: nn.Module, pool: Pool) -> Iterator[Path | 
 
 def _name(how: Distill, small: nn.Module, pool: Pool) -> str:
     """Of what it depends on: options, weights, how many inputs and which."""
-    digest = hashlib.sha256(json.dumps({**asdict(how), "folder": None}, sort_keys=True).encode())
-    tensors = [*named_tensors(small).values(), *(t for call in pool.calls for t in call.tensors())]
-    for tensor in tensors:
-        data: Any = tensor.detach().cpu().contiguous().flatten()
-        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(data.view(torch.uint8).numpy() if data.numel() else b"")
-    return digest.hexdigest()[:12]
+    options = json.dumps({**asdict(how), "folder": None}, sort_keys=True)
+    inputs = {str(index): tensor for index, tensor in enumerate(t for call in pool.calls for t in call.tensors())}
+    told = (options, digest_tensors(named_tensors(small)), digest_tensors(inputs))
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()[:12]
 
 
 def _read_choice(folder: Path) -> _Choice | None:

@@ -14,6 +14,7 @@ from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike, cast_like, check_batch, double_first, rebatch
 from intrafusion.network.layers import Layer, find_layers, watch_calls
+from intrafusion.network.row_weights import RowWeights
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.reduce.problem import ReductionMap
@@ -31,7 +32,8 @@ Maps = Mapping[str, ReductionMap]
 class Grail:
     r"""Give every reader the weight that reads the old channels off the new ones, a ridge regression of its own.
 
-    With G = E x x^T, not centred, of what a layer reads of the original network, and M what became of it,
+    With G = E x x^T, not centred, of what a layer reads of the original network where it is not padding, and M what
+    became of it,
 
         W <- W B,    B = G M^T (M G M^T + lam I)^-1,    lam = strength * mean diag(M G M^T).
 
@@ -70,15 +72,18 @@ class Grail:
         readers = {layer.name: (layer, merge, read) for layer, merge, read in _find_readers(reference, graph, maps)}
         chunks = rebatch(require_images(images, self), self.batch)
         grams: dict[str, Tensor] = {}
+        weights: RowWeights | None = None
 
         def reached(name: str, x: Tensor) -> None:
-            rows = _list_inputs(readers[name][0], x)
+            rows = _list_inputs(readers[name][0], x, weights)
             grams[name] = grams.get(name, 0) + rows.T @ rows
 
         modules = {name: layer.module for name, (layer, _, _) in readers.items()}
         with preserve_state(reference), watch_calls(modules, reached=reached):
             for chunk in chunks:
-                cast_like(double_first(chunk), reference).call(reference)
+                call = double_first(chunk)
+                weights = call.weights
+                cast_like(call, reference).call(reference)
         original = {name: tensor.detach() for name, tensor in named_tensors(reference).items()}
         new: dict[str, Tensor] = {}
         for name, gram in grams.items():
@@ -88,7 +93,7 @@ class Grail:
             weight = original[layer.weight_name]
             told = tell_channels(gram, merge.to(gram), self.strength)
             if told is not None:
-                others = {g: m for g, m in maps.items() if g not in read}
+                others = {name: maps[name] for name in _list_groups(layer, graph) & maps.keys() - read}
                 rest = reduce_weights(original, graph, others).get(layer.weight_name, weight)
                 new[layer.weight_name] = _read_by(rest.double(), told, layer.input_dim).to(weight)
         write_weights_(compressed.model, new)
@@ -124,6 +129,11 @@ def _find_readers(model: nn.Module, graph: ChannelGraph, maps: Maps) -> Iterator
             )
 
 
+def _list_groups(layer: Layer, graph: ChannelGraph) -> set[str]:
+    """Those that run through its weight."""
+    return {g.name for g in graph.groups if any(m.tensor == layer.weight_name for m in g.members)}
+
+
 def _reads(layer: Layer, member: Member) -> bool:
     along = member.tensor == layer.weight_name and member.dim == layer.input_dim
     return along and Role.CONSUMES in member.roles and member.within is None
@@ -135,10 +145,12 @@ def _is_plain(group: ChannelGroup, reduction: ReductionMap, layer: Layer) -> boo
     return not gives and reduction.shift is None and reduction.scale is None and not is_turned(group, reduction)
 
 
-def _list_inputs(layer: Layer, x: Tensor) -> Tensor:
-    """What a layer reads at every place, (rows, inputs) float64."""
-    convolution = isinstance(layer.module, nn.modules.conv._ConvNd)
-    return (x.movedim(1, -1) if convolution else x).flatten(0, -2).double()
+def _list_inputs(layer: Layer, x: Tensor, weights: RowWeights | None) -> Tensor:
+    """What a layer reads at every place that counts, times the root of how much it does, (rows, inputs) float64."""
+    rows, counts = x.movedim(layer.channel_dim, -1).double(), layer.weigh_rows(x, weights)
+    if counts is None:
+        return rows.reshape(-1, rows.shape[-1])
+    return rows[counts > 0] * counts[counts > 0].sqrt()[:, None]  # padded places may hold NaN
 
 
 def _read_by(weight: Tensor, told: Tensor, dim: int) -> Tensor:

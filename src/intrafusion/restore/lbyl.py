@@ -61,8 +61,7 @@ class LeaveBeforeYouLeave:
         check_graph(graph, reference)
         maps = compressed.plan.maps
         original = {name: tensor.detach() for name, tensor in named_tensors(reference).items()}
-        floating = {name: tensor for name, tensor in original.items() if tensor.is_floating_point()}
-        folded = fold_norms(floating, graph.norms)
+        folded = fold_norms(original, graph.norms)
         pruned = [g for g in graph.groups if g.name in maps and _is_pruned(g, maps[g.name])]
         left = {g.name: self._leave(g, maps[g.name], folded) for g in pruned}
         new = reduce_weights(original, graph, {**maps, **left})

@@ -29,6 +29,7 @@ from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.observe.bare import BareLayer, BareWatcher
 from intrafusion.progress import report
 from intrafusion.reduce.problem import ReductionMap, find_picks
+from intrafusion.restore.activation import Activation
 from intrafusion.restore.live import LiveTensors, is_plain
 from intrafusion.restore.lockstep import Turn, run_in_lockstep
 from intrafusion.restore.norm_fits import NormFits, find_channel_norms
@@ -377,12 +378,15 @@ class _Solving:
 
     def aim(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What a layer should give, and its activation function behind it, (k, c), by what it gave (k, n)."""
-        activation = self.targets.activations.get(name) if self.solver.steps else None
-        parts = rows.split(ROWS)
+        activation, parts = self.find_activation(name), rows.split(ROWS)
         target = join_rows((self.merge(name, part) for part in parts), len(rows))
         if activation is None:
             return target, target
         return target, join_rows((self.merge(name, activation(part)) for part in parts), len(rows))
+
+    def find_activation(self, name: str) -> Activation | None:
+        """What alone reads a layer's output, where there are steps towards what it gives."""
+        return self.targets.activations.get(name) if self.solver.steps else None
 
     def part(self, key: tuple[str, str]) -> None:
         """Some batches stand at a layer, others at another one or at the end."""
@@ -437,7 +441,7 @@ class _Solving:
         report("restoring layers", len(self.settled), len(self.layers))
         if _is_right(rows.given, rows.target):
             return False
-        activation = None if rows.wanted is rows.target else self.targets.activations[layer.name]
+        activation = self.find_activation(layer.name)
         change = self.find_change(Task(layer, rows.given, rows.target, activation, rows.wanted, rows.weights), rows)
         if change is None:
             return False

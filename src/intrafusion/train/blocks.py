@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from intrafusion.arguments import Batch, checked
@@ -13,18 +11,7 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.plan import Plan
 from intrafusion.train.loop import train_
 from intrafusion.train.objectives import Block
-from intrafusion.train.training import History, Training
-
-
-@dataclass(frozen=True, eq=False)
-class _Unlabelled:
-    """Images with labels that nothing reads."""
-
-    images: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.zeros(len(self.images), dtype=torch.long)
+from intrafusion.train.training import History, Training, Unlabelled
 
 
 @checked
@@ -49,7 +36,7 @@ def reconstruct_(
     """
     merges = merges or {}
     return {
-        name: train_(model, _Unlabelled(images), how, objective=Block(reference, name, merges.get(name)), within=name)
+        name: train_(model, Unlabelled(images), how, objective=Block(reference, name, merges.get(name)), within=name)
         for name in blocks
     }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from intrafusion.network.inputs import Inputs, output_tensors
 from intrafusion.network.layers import Layer, find_layers, watch_calls
 from intrafusion.network.row_weights import RowWeights, select_counted
 from intrafusion.network.state import preserve_state
-from intrafusion.reduce.problem import ReductionMap
+from intrafusion.reduce.problem import ReductionMap, find_picks
 from intrafusion.surgery.maps import compose_merges
 from intrafusion.surgery.streams import is_turned
 from intrafusion.train.views import draw_view, find_plain_images
@@ -63,10 +63,10 @@ class Pool:
         """The images, or the one call, at these places."""
         return pick_images(self.calls[0], places) if self.joined else self.calls[int(places[0])]
 
-    def first(self) -> Iterator[Inputs]:
+    def list_first(self) -> Sequence[Inputs]:
         """A few of them, to look at."""
         parts = cut_call(self.calls[0], max(1, -(-self.count // _LOOKED_AT))) if self.joined else self.calls
-        yield from parts[:_LOOKED_AT]
+        return parts[:_LOOKED_AT]
 
 
 @dataclass(eq=False)
@@ -101,6 +101,7 @@ class Imitation:
     def __post_init__(self) -> None:
         layers = find_layers(self.teacher, self.graph)
         self.watched = {name: layers[name] for name in self.merges}
+        self.picks = {name: find_picks(merge) for name, merge in self.merges.items()}
 
     def look(self, model: nn.Module) -> None:
         """Find out how much outputs and reads vary, and which reads the smaller network is near to.
@@ -109,8 +110,8 @@ class Imitation:
             ModelError: one of the networks does not run on these inputs.
         """
         lost, spreads, outputs = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor](), dict[int, Tensor]()
-        for call in self.pool.first():
-            call = double_first(call)
+        calls = self.pool.list_first()
+        for call in map(double_first, calls):
             expected, wanted = self.run_teacher(call)
             with preserve_state(model):
                 _, found = self.run(model, call)
@@ -120,9 +121,8 @@ class Imitation:
                 if key in found and found[key].shape == x.shape:
                     lost[key] = lost.get(key, 0.0) + _take_square(found[key] - x, x)
                     spreads[key] = spreads.get(key, 0.0) + _find_variance(x)
-        looked = min(_LOOKED_AT, len(list(self.pool.first())))
-        self.scales = {index: total / looked for index, total in outputs.items()}
-        self.known = {key: s / looked for key, s in spreads.items() if bool(lost[key] < _KNOWN * s)}
+        self.scales = {index: total / len(calls) for index, total in outputs.items()}
+        self.known = {key: s / len(calls) for key, s in spreads.items() if bool(lost[key] < _KNOWN * s)}
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         call = self.view(double_first(self.pool.pick(images.cpu())))
@@ -146,23 +146,28 @@ class Imitation:
 
     def run_teacher(self, call: Inputs) -> tuple[list[Tensor], Reads]:
         with preserve_state(self.teacher):
-            return self.run(self.teacher, call, self.merges)
+            return self.run(self.teacher, call, self.merge)
+
+    def merge(self, name: str, rows: Tensor) -> Tensor:
+        """M x for each row; where it picks, by picking."""
+        if (picks := self.picks[name]) is not None:
+            return rows.index_select(-1, picks.to(rows.device))
+        return rows @ self.merges[name].T.to(rows)
 
     def run(
-        self, model: nn.Module, call: Inputs, merges: Mapping[str, Tensor] | None = None
+        self, model: nn.Module, call: Inputs, merge: Callable[[str, Tensor], Tensor] | None = None
     ) -> tuple[list[Tensor], Reads]:
         """What counts of the outputs, and what the layers read, merged."""
         found: Reads = {}
-        modules = dict(model.named_modules())
+        modules = {name: model.get_submodule(name) for name in self.watched}
         counts = dict.fromkeys(self.watched, 0)
 
         def reached(name: str, x: Tensor) -> None:
             rows = _take_rows(self.watched[name], x, call.weights)
-            merge = None if merges is None else merges[name]
-            found[name, counts[name]] = rows if merge is None else _merge_rows(rows, merge)
+            found[name, counts[name]] = rows if merge is None else merge(name, rows)
             counts[name] += 1
 
-        with watch_calls({name: modules[name] for name in self.watched}, reached=reached, history=True):
+        with watch_calls(modules, reached=reached, history=True):
             tensors = call.turn_outputs(output_tensors(cast_like(call, model).run(model)))
         floating = [t for t in tensors if t.is_floating_point() or t.is_complex()]
         real = [torch.view_as_real(t) if t.is_complex() else t for t in floating]
@@ -188,7 +193,7 @@ def find_read_merges(model: nn.Module, graph: ChannelGraph, maps: Mapping[str, R
         ]  # fmt: skip
         if not reading or any(g in turned or m.within is not None for m, g in reading):
             continue
-        touching = [(replace(m, roles=frozenset([Role.PRODUCES])), maps[g].merge) for m, g in reading]
+        touching = [(member, maps[group].merge) for member, group in reading]
         found[name] = compose_merges(touching, layer.module.weight.shape[layer.input_dim])
     return found
 
@@ -198,14 +203,6 @@ def _take_rows(layer: Layer, x: Tensor, weights: RowWeights | None) -> Tensor:
     rows = x if x.dim() < 2 else x.movedim(layer.channel_dim, -1)
     counts = layer.weigh_rows(x, weights)
     return rows if counts is None else rows[counts > 0]
-
-
-def _merge_rows(rows: Tensor, merge: Tensor) -> Tensor:
-    """M x for each row; where it picks, by picking."""
-    picks = bool(((merge != 0).sum(1) == 1).all() & (merge.sum(1) == 1).all())
-    if picks:
-        return rows.index_select(-1, merge.argmax(1).to(rows.device))
-    return rows @ merge.T.to(rows)
 
 
 def _take_square(difference: Tensor, expected: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -37,6 +38,19 @@ class Labelled(Protocol):
     def images(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Unlabelled:
+    """Images, or their numbers, with labels that nothing reads; `Labelled`."""
+
+    images: Tensor
+
+    __repr__ = show_briefly
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.zeros(len(self.images), dtype=torch.long)
 
 
 @checked
