@@ -243,7 +243,7 @@ class Frontier(Sequence[Point]):
             passes: such as `lambda point: point.error < 0.1`.
         """
         ordered = self._order()
-        passed = bisect(len(ordered), lambda index: bool(passes(ordered[index])))
+        passed = bisect(len(ordered), lambda index: passes(ordered[index]))
         return ordered[passed - 1] if passed else None
 
     def _order(self) -> list[Point]:
