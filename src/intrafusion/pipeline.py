@@ -713,21 +713,20 @@ def apply(
     plan.check_fits(graph.shapes, graph)
     graph = tie_by_config(graph, core) if plan.recipe.uniform else graph
     report("checking the smaller network", 0)
-    before = size_of(core, inputs)
+    first = whole if plan.split else core
+    before = size_of(first, inputs)
     surgery, plan, unsaid = _carry_out_said(plan, core, graph, Reference(core, graph, inputs))
     after = size_of(surgery.model, inputs)
     small = Compressed(
         *(surgery.model, plan, before, after, inputs, surgery.repairs),
         rolled_back=surgery.rolled_back,
-        original=identify(core),
+        original=identify(first),
         notes=(
             *_tell_of_numbers(surgery.numbers),
             *_tell_of_outputs(plan.recipe),
             *([_tell_of_config(unsaid, plan.recipe)] if unsaid else []),
         ),
     )
-    if plan.split:
-        small = replace(small, before=size_of(whole, inputs), original=identify(whole))
     small = small if untied is whole else count_ties(small, whole, untied)
     report("checking the smaller network", 1)
     return _move_into(model, small, graph) if inplace else wrap_result(model, small)
