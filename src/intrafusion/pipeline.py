@@ -339,15 +339,27 @@ class Prepared:
 
     def make(self, recipe: Recipe) -> Compressed:
         """Decide, apply, restore; or merge heads."""
-        carry = reduce_and_restore if recipe.merge_heads is None else merge_and_restore
-        small = carry(
+        small = self._reduce(recipe) if recipe.merge_heads is None else self._merge(recipe)
+        small = replace(small, notes=(*small.notes, *(self.calls.warn() if self.calls is not None else ())))
+        return count_ties(small, self.whole, self.model)
+
+    def _reduce(self, recipe: Recipe) -> Compressed:
+        return reduce_and_restore(
             *(recipe, self.model, self.graph, self.inputs, self.split),
             calibration=self.calibration,
             tokenizer=self.tokenizer,
             memory=self.memory,
         )
-        small = replace(small, notes=(*small.notes, *(self.calls.warn() if self.calls is not None else ())))
-        return count_ties(small, self.whole, self.model)
+
+    def _merge(self, recipe: Recipe) -> Compressed:
+        """Heads; that needs something to look at in any case."""
+        seen, level = self.split.seen, "auto" if self.split.seen is None else "images"
+        known = self.calibration or calibrate(
+            *(self.model, self.inputs, level, seen), seed=recipe.seed, tokenizer=self.tokenizer, memory=self.memory
+        )
+        return merge_inspected(
+            recipe, self.model, self.graph, self.inputs, known, find_yardstick(self.split, self.model)
+        )
 
     def compare(self, small: Compressed) -> Compressed:
         """With what both networks take, and how close their outputs are."""
@@ -406,25 +418,6 @@ def reduce_and_restore(
     plan = decide_best(model, graph, recipe, inputs, calibration=calibration, images=images.seen)
     small = apply(model, plan, inputs, graph=graph)
     return run_restorers(small, model, graph, calibration, images.seen, yardstick=yardstick)
-
-
-def merge_and_restore(
-    recipe: Recipe,
-    model: nn.Module,
-    graph: ChannelGraph,
-    inputs: Inputs,
-    images: Split,
-    *,
-    calibration: Calibration | None = None,
-    tokenizer: Tokenizer | None = None,
-    memory: MemoryLike = None,
-) -> Compressed:
-    """The same where the recipe merges heads, which needs something to look at in any case."""
-    level = "auto" if images.seen is None else "images"
-    calibration = calibration or calibrate(
-        model, inputs, level, images.seen, seed=recipe.seed, tokenizer=tokenizer, memory=memory
-    )
-    return merge_inspected(recipe, model, graph, inputs, calibration, find_yardstick(images, model))
 
 
 _Candidate = tuple[Compressed, nn.Module, ChannelGraph, Calibration | None]
