@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from intrafusion import inspect
+from intrafusion.application import apply
 from intrafusion.fusion import Alignment, fuse
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
 from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
-from intrafusion.pipeline import apply
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.restore import LeastSquares

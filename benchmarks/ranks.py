@@ -24,11 +24,12 @@ import torch
 from rich.progress import track
 
 from intrafusion import Recipe
+from intrafusion.inspection import inspect
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
 from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
-from intrafusion.pipeline import Prepared, inspect
+from intrafusion.pipeline import Prepared
 
 RECORDS = Path(__file__).parent / "records" / "ranks.jsonl"
 EXPERIMENT = "ranks"

@@ -34,13 +34,14 @@ from torch import Tensor, nn
 from intrafusion import ChannelGraph, Recipe
 from intrafusion.budget.target import cost_of
 from intrafusion.importance import Magnitude
+from intrafusion.inspection import inspect
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
 from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.network.held_out import Split
 from intrafusion.network.inputs import Inputs
-from intrafusion.pipeline import inspect, reduce_and_restore
+from intrafusion.pipeline import reduce_and_restore
 from intrafusion.planning import fold_weights
 from intrafusion.restore import Calibration, Synthesis, calibrate, load_images, save_images
 from intrafusion.train import Training, train_

@@ -28,13 +28,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafusion import Compressed, IntraFusion, Recipe
+from intrafusion.inspection import inspect
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
 from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.network.held_out import Split
 from intrafusion.network.inputs import Inputs
-from intrafusion.pipeline import inspect, reduce_and_restore
+from intrafusion.pipeline import reduce_and_restore
 from intrafusion.restore import Calibration, calibrate, get_restorer
 
 RECORDS = Path(__file__).parent / "records" / "rivals.jsonl"

@@ -192,6 +192,11 @@ def test_a_plan_alone_says_that_nothing_was_compared() -> None:
     assert plan.sizes == intrafusion.decide(model, graph, Recipe.of(keep=0.5), X).sizes
 
 
+def test_beside_ranks_it_says_that_nothing_is_compared() -> None:
+    note = told(compress(reducer="auto", ranks=0.5))
+    assert note == "reducer auto: pivot, as candidates are not compared beside ranks; leave one of them out."
+
+
 def test_candidates_are_read_back() -> None:
     recipe = Recipe.of(reducer=auto("fold", "pivot"))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe

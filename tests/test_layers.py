@@ -29,8 +29,8 @@ LAYERS = (
     {"compressed", "train"},
     {"restore"},
     {"budget"},
-    {"planning", "smallest"},
-    {"choice", "heads"},
+    {"planning", "smallest", "inspection", "application"},
+    {"choice", "heads", "ranks"},
     {"pipeline"},
     {"checks", "frontiers", "fusion", "factorize", "iterate", "large", "merge"},
     {"", "lab"},  # "" is the package itself: its public names

@@ -22,7 +22,7 @@ from intrafusion import (
     PlanError,
     Recipe,
     RecipeError,
-    pipeline,
+    ranks,
 )
 from intrafusion import plan as plans
 from intrafusion.cli.main import app
@@ -75,7 +75,7 @@ def test_layers_of_low_rank_become_two_and_the_target_is_met(both: Compressed) -
 
 
 def test_where_ranks_gain_too_little_widths_alone_are_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_WORTH", 0.0)
+    monkeypatch.setattr(ranks, "_WORTH", 0.0)
     model = Net(rank=None)
     found, alone = (intrafusion.compress(model, X, target={"macs": 0.6}, ranks=r, inputs=IMAGES) for r in (True, False))
     assert found.plan.split == {}

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from intrafusion import trace
+from intrafusion.application import apply
 from intrafusion.compressed import Compressed
 from intrafusion.errors import (
     ArgumentError,
@@ -21,11 +22,12 @@ from intrafusion.errors import (
 from intrafusion.frontiers import Frontier, Point, frontier
 from intrafusion.fusion import Alignment, Fused, fuse
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
+from intrafusion.inspection import inspect
 from intrafusion.io.export import Exported, export
 from intrafusion.io.folder import load
 from intrafusion.iterate import compress_in_steps
 from intrafusion.large.folder import compress_folder
-from intrafusion.pipeline import apply, compress, inspect
+from intrafusion.pipeline import compress
 from intrafusion.plan import Decision, Plan
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe

@@ -25,6 +25,7 @@ from intrafusion.progress import prefix_stages
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import Auto, get_reducer
 from intrafusion.restore.calibration import Calibration
+from intrafusion.restore.restorer import ReducedNetwork
 from intrafusion.restore.shifts import add_shifts_
 from intrafusion.surgery.operate import operate
 from intrafusion.surgery.proof import FunctionCheck, Reference
@@ -99,17 +100,6 @@ def _describe(names: Sequence[str], errors: Sequence[float], best: int, contest:
 
 
 @dataclass(frozen=True, eq=False)
-class _Made:
-    """A smaller network as restorers take it."""
-
-    model: nn.Module
-    plan: Plan
-    inputs: Inputs
-
-    __repr__ = show_briefly
-
-
-@dataclass(frozen=True, eq=False)
 class _Contest:
     """What candidates are compared by.
 
@@ -149,14 +139,14 @@ class _Contest:
         reference = self.reference
         model, graph, inputs = reference.model, reference.graph, reference.inputs
         surgery = operate(model, graph, dict(plan.maps), inputs, FunctionCheck(reference))
-        made = _Made(surgery.model, plan.rolled_back(surgery.rolled_back), inputs)
+        made = ReducedNetwork(surgery.model, plan.rolled_back(surgery.rolled_back), inputs)
         add_shifts_(made.model, model, graph, made.plan.maps)
         try:
             return min(closeness.error for closeness in self._restore(made))
         except ModelError:
             return math.inf
 
-    def _restore(self, made: _Made) -> Sequence[Closeness]:
+    def _restore(self, made: ReducedNetwork) -> Sequence[Closeness]:
         measure: Callable[[nn.Module], Closeness] = self.yardstick.measure
         if self.solved_on is None:
             return [measure(made.model)]

@@ -11,11 +11,13 @@ from typing import Any, overload
 
 from torch import nn
 
+from intrafusion.application import wrap_result
 from intrafusion.arguments import checked
 from intrafusion.asked import check_keep, check_target
 from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ArgumentError, BudgetError, RecipeError, show, unknown_name
+from intrafusion.inspection import inspect, make_workable, prepare_model
 from intrafusion.io.atomic import atomic_file
 from intrafusion.measure.closeness import say_where
 from intrafusion.measure.comparison import percent
@@ -27,7 +29,7 @@ from intrafusion.network.free_memory import MemoryLike
 from intrafusion.network.inputs import ExampleInputs
 from intrafusion.network.texts import Tokenizer
 from intrafusion.network.wrappers import outside_inference
-from intrafusion.pipeline import Prepared, inspect, make_workable, prepare_model, wrap_result
+from intrafusion.pipeline import Prepared
 from intrafusion.progress import ShowProgress, prefix_stages, report, show_progress, shows_progress
 from intrafusion.recipe import Recipe
 from intrafusion.smallest import FRACTIONS, bisect
@@ -243,7 +245,7 @@ class Frontier(Sequence[Point]):
             passes: such as `lambda point: point.error < 0.1`.
         """
         ordered = self._order()
-        passed = bisect(len(ordered), lambda index: bool(passes(ordered[index])))
+        passed = bisect(len(ordered), lambda index: passes(ordered[index]))
         return ordered[passed - 1] if passed else None
 
     def _order(self) -> list[Point]:

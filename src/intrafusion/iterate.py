@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafusion.application import count_ties, wrap_result
 from intrafusion.arguments import checked
 from intrafusion.compressed import Compressed
 from intrafusion.errors import BudgetError, RecipeError, show, unknown_name
 from intrafusion.graph import ChannelGraph
+from intrafusion.inspection import inspect, make_workable, prepare_model
 from intrafusion.network.batches import ImagesLike, make_reusable
 from intrafusion.network.calibration_images import as_calls, choose_inputs
 from intrafusion.network.free_memory import MemoryLike
@@ -23,7 +25,7 @@ from intrafusion.network.inputs import ExampleInputs
 from intrafusion.network.tensors import named_tensors
 from intrafusion.network.texts import Tokenizer
 from intrafusion.network.wrappers import outside_inference
-from intrafusion.pipeline import count_ties, inspect, make_workable, prepare_model, reduce_and_restore, wrap_result
+from intrafusion.pipeline import reduce_and_restore
 from intrafusion.plan import Decision, Plan
 from intrafusion.planning import list_sizes
 from intrafusion.progress import ShowProgress, prefix_stages, shows_progress

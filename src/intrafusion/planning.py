@@ -53,6 +53,7 @@ _BLIND = (
 )
 
 _UNCOMPARED = "reducer auto: pivot, as candidates were not compared; compress() does."
+_UNCOMPARED_BESIDE_RANKS = "reducer auto: pivot, as candidates are not compared beside ranks; leave one of them out."
 
 
 @checked
@@ -149,7 +150,8 @@ def make_plan(
     unused = explain_idle_selectors(graph, model, recipe.include, recipe.exclude)
     traits = ReducerTraits.of(recipe.reducer)
     blind = [_BLIND] if calibration is None and traits.mixes and traits.needs_moments and smaller else []
-    uncompared = [_UNCOMPARED] if isinstance(recipe.reducer, Auto) else []
+    auto = _UNCOMPARED if recipe.ranks is False else _UNCOMPARED_BESIDE_RANKS
+    uncompared = [auto] if isinstance(recipe.reducer, Auto) else []
     notes = *graph.warnings, *idle, *unused, *blind, *rounded, *uncompared
     return Plan(recipe, decisions, graph.shapes, maps, notes, describe_fixed(graph), split)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -273,11 +274,7 @@ def bisect(count: int, passes: Callable[[int], bool]) -> int:
     >>> bisect(100, lambda index: index < 42)
     42
     """
-    low, high = 0, count  # [:low] pass, [high:] do not
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if passes(middle) else (low, middle)
-    return low
+    return bisect_left(range(count), True, key=lambda index: not passes(index))
 
 
 def count_tries(count: int) -> int:

@@ -303,14 +303,14 @@ def iterate_uninterrupted() -> Iterator[int]:
 def test_a_network_is_written_in_place_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net()
     wanted = weights_of(compress(net, X[:4], 0.5, restore=None).model)
-    written = intrafusion.pipeline.write_weights_
+    written = intrafusion.application.write_weights_
 
     def interrupted(model: nn.Module, weights: dict[str, Tensor]) -> Any:
         if model is net:
             signal.raise_signal(signal.SIGINT)
         return written(model, weights)
 
-    monkeypatch.setattr(intrafusion.pipeline, "write_weights_", interrupted)
+    monkeypatch.setattr(intrafusion.application, "write_weights_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(net, X[:4], 0.5, restore=None, inplace=True)
     assert_same(weights_of(net), wanted)

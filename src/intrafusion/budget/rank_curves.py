@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -62,16 +63,16 @@ def choose_layers(
     curves = draw_rank_curves([layer.name for layer in layers], sensitivity)
     curves |= sensitivity.list_curves(groups)[0] if groups else {}
     left, needed = [layer.name for layer in layers if name_rank_group(layer.name) in curves], set[str]()
-    predict = lambda split: budget.predict(split, groups, curves, min_channels)  # noqa: E731
-    meets = lambda split: budget.meets(split, groups, curves, min_channels)  # noqa: E731
-    while losing := [n for n in budget.list_losing(left, groups, curves, min_channels) if n not in needed]:
+    factorise = lambda split: _Factorised(budget, split, groups, curves, min_channels)  # noqa: E731
+    now = factorise(left)
+    while losing := [name for name in now.list_losing() if name not in needed]:
         for name in losing[: -(-len(losing) // _AT_ONCE)]:
-            others = [n for n in left if n != name]
-            if (meets(others) or not meets(left)) and predict(others) <= predict(left):
-                left = others
+            without = factorise([n for n in now.split if n != name])
+            if (without.can_meet or not now.can_meet) and without.error <= now.error:
+                now = without
             else:
                 needed.add(name)
-    return left
+    return now.split
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,42 +132,69 @@ class _Budget:
             prices.append(_set_price(split, priced, layers, total * unit))
         return cls(between, prices)
 
-    def meets(
-        self, split: Sequence[str], groups: Sequence[ChannelGroup], curves: Mapping[str, Tensor], least: int
-    ) -> bool:
-        """Whether the smallest network in which these layers are two meets the limits."""
-        units, costs = [*groups, *(self.between[n] for n in split)], [price.of(split) for price in self.prices]
-        sizes = allocate(units, curves, costs, [0.0] * len(costs), weights=[1.0] * len(costs), min_channels=least)
-        return max(add_up(costs, sizes)) <= 1
 
-    def predict(
-        self, split: Sequence[str], groups: Sequence[ChannelGroup], curves: Mapping[str, Tensor], least: int
-    ) -> float:
-        """The error of the network in which these layers are two, cut to the limits."""
-        units, costs = [*groups, *(self.between[n] for n in split)], [price.of(split) for price in self.prices]
-        sizes = allocate(units, curves, costs, [1.0] * len(costs), weights=[1.0] * len(costs), min_channels=least)
-        return sum(float(curves[g.name][sizes[g.name]]) for g in units)
+@dataclass(frozen=True, eq=False)
+class _Factorised:
+    """A network in which some layers are two, cut to the limits as far as predictions go.
 
-    def list_losing(
-        self, split: Sequence[str], groups: Sequence[ChannelGroup], curves: Mapping[str, Tensor], least: int
-    ) -> list[str]:
+    Attributes:
+        split: those layers.
+        groups: of channels that may shrink beside the ranks.
+        curves: predicted errors of both.
+        least: no group becomes smaller than this.
+    """
+
+    budget: _Budget
+    split: list[str]
+    groups: Sequence[ChannelGroup]
+    curves: Mapping[str, Tensor]
+    least: int
+
+    __repr__ = show_briefly
+
+    @cached_property
+    def units(self) -> list[ChannelGroup]:
+        """All that is cut."""
+        return [*self.groups, *(self.budget.between[name] for name in self.split)]
+
+    @cached_property
+    def costs(self) -> list[Cost]:
+        return [price.of(self.split) for price in self.budget.prices]
+
+    def cut(self, most: float) -> Sizes:
+        """Sizes that cost at most this share of each limit, or the smallest."""
+        limits, even = [most] * len(self.costs), [1.0] * len(self.costs)
+        return allocate(self.units, self.curves, self.costs, limits, weights=even, min_channels=self.least)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return self.cut(1.0)
+
+    @cached_property
+    def can_meet(self) -> bool:
+        """Whether the smallest sizes meet the limits."""
+        return max(add_up(self.costs, self.cut(0.0))) <= 1
+
+    @cached_property
+    def error(self) -> float:
+        return self._add_errors(self.sizes)
+
+    def _add_errors(self, sizes: Sizes) -> float:
+        return sum(float(self.curves[g.name][sizes[g.name]]) for g in self.units)
+
+    def list_losing(self) -> list[str]:
         """Those of the layers that are two which had better be one, by how much, the worst first."""
-        units, costs = [*groups, *(self.between[n] for n in split)], [price.of(split) for price in self.prices]
-        sizes, fewer = (
-            allocate(units, curves, costs, [most] * len(costs), weights=[1.0] * len(costs), min_channels=least)
-            for most in (1.0, _LESS)
-        )
-        error = lambda found: sum(float(curves[g.name][found[g.name]]) for g in units)  # noqa: E731
-        saved = sum(add_up(costs, sizes)) - sum(add_up(costs, fewer))
-        worth = (error(fewer) - error(sizes)) / saved if saved > _LEAST else float("inf")
-        gains = {n: self._find_gain(n, sizes, curves, worth) for n in split}
-        return sorted((n for n in split if gains[n] < 0), key=lambda n: gains[n])
+        fewer = self.cut(_LESS)
+        saved = sum(add_up(self.costs, self.sizes)) - sum(add_up(self.costs, fewer))
+        worth = (self._add_errors(fewer) - self.error) / saved if saved > _LEAST else float("inf")
+        gains = {name: self._find_gain(name, worth) for name in self.split}
+        return sorted((name for name in self.split if gains[name] < 0), key=lambda name: gains[name])
 
-    def _find_gain(self, name: str, sizes: Sizes, curves: Mapping[str, Tensor], worth: float) -> float:
+    def _find_gain(self, name: str, worth: float) -> float:
         """What a layer saves as two, at what a share of the limits is worth, without the error of its rank."""
-        saved = sum(price.saved(name, sizes) for price in self.prices)
-        group = self.between[name]
-        return worth * saved - float(curves[group.name][sizes[group.name]]) if saved > _LEAST else -float("inf")
+        saved = sum(price.saved(name, self.sizes) for price in self.budget.prices)
+        between = self.budget.between[name].name
+        return worth * saved - float(self.curves[between][self.sizes[between]]) if saved > _LEAST else -float("inf")
 
 
 def _set_price(

@@ -29,7 +29,7 @@ from intrafusion.reduce.pivot import Pivot
 from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
 from intrafusion.reduce.telling import Telling
 from intrafusion.restore.calibration import Calibration
-from intrafusion.restore.restorer import Reduced
+from intrafusion.restore.restorer import Reduced, ReducedNetwork
 from intrafusion.restore.shifts import add_shifts_
 from intrafusion.surgery.literals import Literals
 from intrafusion.surgery.operate import copy_reduced
@@ -154,7 +154,7 @@ class Sensitivity:
             return self._measure_cut(sizes)
         maps, seen = self._find_maps(sizes), self._probe.others
         small = self._cut(self.model, maps)
-        cut = _Cut(small, Plan(Recipe(), (), self.graph.shapes, maps), self.example_inputs)
+        cut = ReducedNetwork(small, Plan(Recipe(), (), self.graph.shapes, maps), self.example_inputs)
         measure = lambda model: _measure_error(model, seen)  # noqa: E731
         try:
             return min(self.calibration.solve(cut, self.graph, self._probe.solved_on, measure))
@@ -304,17 +304,6 @@ def fit_curve(shape: Tensor, heights: Mapping[int, float]) -> Tensor:
 
 _Seen = Sequence[tuple[Inputs, list[Tensor]]]
 """Images in batches, and what the network as it is to be seen gives on them."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Cut:
-    """A smaller network as restorers take it."""
-
-    model: nn.Module
-    plan: Plan
-    inputs: Inputs
-
-    __repr__ = show_briefly
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,7 +75,7 @@ def sizes_for_target(
         BudgetError: no limit, an unknown one, one that is no positive number, a count meant to be a share, or a
             `round_to` that is none.
     """
-    inputs, original = require_inputs(example_inputs, recipe), original or model
+    inputs, original = require_inputs(example_inputs, recipe), model if original is None else original
     asked = read_limits(recipe, original, inputs)
     limits = [limit for limit in asked if limit.goal < limit.whole]
     kept = tuple(
@@ -93,8 +93,7 @@ def sizes_for_target(
     opinions = sensitivity.list_curves(groups)
     sizes, notes, refused = Sizes(), (), {}
     for _ in range(_ROUNDS + any(not g.is_channel for g in groups)):
-        search = _Search.of(model, graph, groups, opinions[0], recipe, inputs, limits, literals)
-        search = replace(search, original=original)
+        search = _Search.of(model, graph, groups, opinions[0], recipe, inputs, limits, literals, original)
         sizes, notes = search.find(sensitivity, opinions)
         refused = _try_sizes(reference, sizes).rolled_back
         if not refused:
@@ -142,7 +141,7 @@ class _Search:
     Attributes:
         limits: with their costs as functions of sizes.
         steps: the multiples that sizes are of, by group.
-        original: what a latency is a part of, where that is not the network.
+        original: what a latency is a part of.
     """
 
     model: nn.Module
@@ -153,8 +152,8 @@ class _Search:
     inputs: Inputs
     limits: Sequence[Limit]
     steps: Mapping[str, int]
-    literals: Literals | None = None
-    original: nn.Module | None = None
+    literals: Literals | None
+    original: nn.Module
 
     @classmethod
     def of(
@@ -167,10 +166,12 @@ class _Search:
         inputs: Inputs,
         limits: Sequence[Limit],
         literals: Literals | None,
+        original: nn.Module,
     ) -> _Search:
         """With the costs of the limits."""
         priced = [_price_limit(limit, model, graph, groups, inputs, literals) for limit in limits]
-        return cls(model, graph, groups, curves, recipe, inputs, priced, list_steps(groups, recipe.round_to), literals)
+        steps = list_steps(groups, recipe.round_to)
+        return cls(model, graph, groups, curves, recipe, inputs, priced, steps, literals, original)
 
     def find(self, sensitivity: Sensitivity, opinions: Sequence[Mapping[str, Tensor]]) -> tuple[Sizes, tuple[str, ...]]:
         """Sizes, and what is to be said of them; not rounded by default where rounded ones miss the limits."""
@@ -378,7 +379,7 @@ class _Search:
         They and the original take turns, so a busy machine counts less.
         """
         assert self.clock is not None
-        models = self.original or self.model, *map(self.build, candidates)
+        models = self.original, *map(self.build, candidates)
         own, *found = latencies_ms(models, self.inputs, repeats=repeats)
         return [ms / own * self.clock.whole / self.clock.goal for ms in found]
 

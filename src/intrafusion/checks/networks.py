@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ArgumentError, ModelError
 from intrafusion.graph import READS, ChannelGraph, ChannelGroup
+from intrafusion.inspection import inspect
 from intrafusion.network.batches import read_batches
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
-from intrafusion.pipeline import inspect
 from intrafusion.surgery.maps import narrow_to
 
 

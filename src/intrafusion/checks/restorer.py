@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafusion.application import apply
 from intrafusion.arguments import Seed, checked
 from intrafusion.checks.laws import ROUNDING, Checking, adopt
 from intrafusion.checks.networks import Case, example_cases, odd_modes_, user_case
@@ -19,7 +20,6 @@ from intrafusion.network.batches import ImagesLike
 from intrafusion.network.double import output_difference, run_in_double
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.pipeline import apply
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap

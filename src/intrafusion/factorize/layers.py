@@ -9,17 +9,18 @@ from typing import Any
 
 from torch import nn
 
+from intrafusion.application import apply
 from intrafusion.arguments import check_argument, checked
 from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ModelError
 from intrafusion.factorize.ranks import RankRule, get_rule
 from intrafusion.factorize.svd import Spectrum, factorize_layer, spectrum
+from intrafusion.inspection import check_weights
 from intrafusion.measure.size import size_of
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model
 from intrafusion.network.wrappers import outside_inference, unwrap
-from intrafusion.pipeline import apply, check_weights
 from intrafusion.plan import Plan
 from intrafusion.recipe import Recipe
 from intrafusion.selectors import as_selectors, find_meant

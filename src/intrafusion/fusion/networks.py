@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion import restore as restorers
+from intrafusion.application import apply
 from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
@@ -21,6 +22,7 @@ from intrafusion.fusion.match import GroupPair, match_groups
 from intrafusion.fusion.outputs import record_outputs
 from intrafusion.fusion.variance import find_lengths, strengthen
 from intrafusion.graph import ChannelGraph, Role
+from intrafusion.inspection import inspect
 from intrafusion.measure.size import size_of
 from intrafusion.network.apart import borrow
 from intrafusion.network.batches import ImagesLike, join_batches, read_batches
@@ -28,7 +30,6 @@ from intrafusion.network.calibration_images import choose_inputs
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
-from intrafusion.pipeline import apply, inspect
 from intrafusion.plan import Decision, list_layers
 from intrafusion.planning import decide
 from intrafusion.progress import ShowProgress, prefix_stages, report, shows_progress

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from intrafusion.application import apply
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, ChannelGroup
@@ -18,7 +19,6 @@ from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.row_weights import select_counted
 from intrafusion.network.tensors import copy_model, named_tensors
-from intrafusion.pipeline import apply
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.reduce import ReductionMap

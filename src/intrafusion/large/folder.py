@@ -20,6 +20,7 @@ from intrafusion.brief import show_briefly
 from intrafusion.errors import FolderError, IntrafusionError, ModelError, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.importance.observation import needs_of
+from intrafusion.inspection import inspect
 from intrafusion.io.atomic import atomic_folder
 from intrafusion.io.pretrained import check_apart, copy_beside, copy_modules, find_network_part
 from intrafusion.io.shards import FLOATS, Shards, ShardWriter, Stored
@@ -47,7 +48,6 @@ from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.sources import find_transformers, import_transformers, needing
 from intrafusion.network.texts import Tokenizer
 from intrafusion.network.wrappers import outside_inference
-from intrafusion.pipeline import inspect
 from intrafusion.planning import list_sizes
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Keep, Recipe

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import ImagesLike
@@ -25,6 +26,17 @@ class Reduced(Protocol):
     def plan(self) -> Plan: ...
     @property
     def inputs(self) -> Inputs: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ReducedNetwork:
+    """These three and nothing else, of a network that is made to be judged."""
+
+    model: nn.Module
+    plan: Plan
+    inputs: Inputs
+
+    __repr__ = show_briefly
 
 
 @runtime_checkable

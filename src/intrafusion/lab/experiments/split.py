@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.application import apply
 from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ArgumentError, IntrafusionError, unknown_name
 from intrafusion.fusion import fuse
+from intrafusion.inspection import inspect
 from intrafusion.lab.bench.cluster import Cluster
 from intrafusion.lab.zoo import Images
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.network.inputs import ExampleInputs
-from intrafusion.pipeline import apply, inspect
 from intrafusion.planning import decide
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Recipe

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.application import apply
 from intrafusion.arguments import checked
 from intrafusion.brief import show_briefly
 from intrafusion.compressed import Compressed
 from intrafusion.errors import ArgumentError, unknown_name
 from intrafusion.graph import ChannelGraph, ChannelGroup
 from intrafusion.importance.observation import needs_of
+from intrafusion.inspection import inspect
 from intrafusion.lab.bench.records import INNER, WHOLE
 from intrafusion.lab.zoo import Images as LabelledImages
 from intrafusion.measure.accuracy import accuracy
@@ -24,7 +26,6 @@ from intrafusion.measure.size import Size, size_of
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.tensors import named_tensors
-from intrafusion.pipeline import apply, inspect
 from intrafusion.planning import decide
 from intrafusion.recipe import Recipe
 from intrafusion.restore import Calibration
