@@ -13,13 +13,13 @@ Records: benchmarks/records/distillation.jsonl.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from _data import has_data
 from rich.progress import track
 
 import intrafusion
@@ -82,8 +82,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="two steps on 256 images, recorded nowhere")
     options = parser.parse_args()
-    if not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz and models/.")
+    if not has_data():
         return
     torch.set_num_threads(options.threads)
     if options.smoke:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _data import has_data
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -177,9 +177,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.smoke:
         smoke()
-    elif not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with imagenet_validation.npz.")
-    else:
+    elif has_data("imagenet_validation.npz"):
         wanted = [s for s in settings(GIVEN, MEASURED) if options.only is None or name_of(s) in options.only]
         run(Case(load_network(), load_images(0, GIVEN).images, load_images(GIVEN, MEASURED)), options.records, wanted)
 
