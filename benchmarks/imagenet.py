@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from _data import has_data
+from _reestimate import reestimate_
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -116,7 +117,7 @@ class Case:
             left = self.count(self.prune_evenly(middle))[kind]
             low, high = (middle, high) if left > fraction else (low, middle)
         model = self.prune_evenly(high)
-        reestimate_(model, self.images)
+        reestimate_(model, self.images, 64)
         return model
 
     def prune_evenly(self, ratio: float) -> nn.Module:
@@ -132,19 +133,6 @@ class Case:
         """What is left of the parameters and the MACs."""
         before, after = (size_of(m, self.example) for m in (self.model, model))
         return {"params": after.params / before.params, "macs": after.macs / before.macs}
-
-
-def reestimate_(model: nn.Module, images: Tensor) -> None:
-    """Mean and variance of every batch norm on these images: plain averages over batches of 64."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in images.split(64):
-            model(batch)
-    model.eval()
 
 
 def settings(given: int, measured: int) -> Iterator[dict[str, Any]]:
