@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _data import has_data
 from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -419,9 +420,9 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="with --one: on other inputs, recorded nowhere")
     parser.add_argument("--smoke", action="store_true", help="two measurements on few inputs, recorded nowhere")
     options = parser.parse_args()
-    if not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz, models/ and stsb/.")
-    elif options.smoke:
+    if not has_data("cifar10.npz, models/ and stsb/"):
+        return
+    if options.smoke:
         setting = {"network": "cifar10_vit", "cut": "MLPs", "keep": 0.5, "level": DATA}
         for method in ("solved", "FLAP"):
             print(method, measure({**setting, "method": method}, few=True))

@@ -9,12 +9,12 @@ is not measured again. Records: benchmarks/records/datafree_cifar10.jsonl; table
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _data import has_data
 from rich.progress import track
 
 from intrafusion import ChannelGraph, IntraFusion, ModelError, Recipe, Select, apply, decide, inspect
@@ -112,8 +112,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--smoke", action="store_true", help="two compressions on 100 images, recorded nowhere")
     options = parser.parse_args()
-    if not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz and models/.")
+    if not has_data():
         return
     if options.smoke:
         smoke()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _data import has_data
+from _reestimate import reestimate_
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -116,7 +117,7 @@ class Case:
             left = self.count(self.prune_evenly(middle))[kind]
             low, high = (middle, high) if left > fraction else (low, middle)
         model = self.prune_evenly(high)
-        reestimate_(model, self.images)
+        reestimate_(model, self.images, 64)
         return model
 
     def prune_evenly(self, ratio: float) -> nn.Module:
@@ -132,19 +133,6 @@ class Case:
         """What is left of the parameters and the MACs."""
         before, after = (size_of(m, self.example) for m in (self.model, model))
         return {"params": after.params / before.params, "macs": after.macs / before.macs}
-
-
-def reestimate_(model: nn.Module, images: Tensor) -> None:
-    """Mean and variance of every batch norm on these images: plain averages over batches of 64."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in images.split(64):
-            model(batch)
-    model.eval()
 
 
 def settings(given: int, measured: int) -> Iterator[dict[str, Any]]:
@@ -177,9 +165,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.smoke:
         smoke()
-    elif not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with imagenet_validation.npz.")
-    else:
+    elif has_data("imagenet_validation.npz"):
         wanted = [s for s in settings(GIVEN, MEASURED) if options.only is None or name_of(s) in options.only]
         run(Case(load_network(), load_images(0, GIVEN).images, load_images(GIVEN, MEASURED)), options.records, wanted)
 

@@ -1,4 +1,4 @@
-"""Claim: what `compress` takes of memory does not grow with the images that it is given.
+"""Claim: what `compress` takes of memory grows far less than the images that it is given.
 
 `intrafusion.compress` at keep .9 with everything that it does (trace, proof, choice on the images, surgery, solving
 layers, errors on held-out images), on noise images that a loader makes as they are read: the largest resident set

@@ -11,7 +11,6 @@ Records: benchmarks/records/paper_cifar.jsonl; `intrafusion report` shows them.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _data import has_data
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from intrafusion.errors import IntrafusionError
@@ -96,8 +96,7 @@ def main() -> None:
     parser.add_argument("--ray", metavar="ADDRESS", help='run on Ray: "local", or the address of a cluster')
     parser.add_argument("--smoke", action="store_true", help="six measurements on 50 images, recorded nowhere")
     options = parser.parse_args()
-    if not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz and models/.")
+    if not has_data():
         return
     torch.set_num_threads(options.threads)
     if options.smoke:

@@ -12,7 +12,6 @@ Records: benchmarks/records/ranks.jsonl.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _data import has_data
 from rich.progress import track
 
 from intrafusion import Recipe
@@ -119,8 +119,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="one size of one network on 50 images, recorded nowhere")
     options = parser.parse_args()
-    if not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz and models/.")
+    if not has_data():
         return
     torch.set_num_threads(options.threads)
     if options.smoke:

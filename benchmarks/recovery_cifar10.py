@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _data import has_data
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -148,8 +148,7 @@ def main() -> None:
     if options.table:
         print(table(options.records))
         return
-    if not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz and models/.")
+    if not has_data():
         return
     torch.set_num_threads(1)
     if options.smoke:

@@ -18,7 +18,6 @@ Records: benchmarks/records/restoration.jsonl.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _data import has_data
 from recovery_cifar10 import flipped_and_shifted
 from rich.progress import track
 from torch import Tensor, nn
@@ -221,8 +221,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="two measurements on 100 images, recorded nowhere")
     options = parser.parse_args()
-    if not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz and models/.")
+    if not has_data():
         return
     torch.set_num_threads(options.threads)
     if options.smoke:

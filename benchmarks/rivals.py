@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _data import has_data
+from _reestimate import reestimate_
 from rich.progress import track
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafusion import Compressed, IntraFusion, Recipe
 from intrafusion.inspection import inspect
@@ -102,7 +102,7 @@ class Case:
     def reduce(self, method: Method, keep: float, *, by_them: bool) -> nn.Module:
         if by_them:
             small = prune_by_them(self.model, self.example, self.fractions(keep))
-            return reestimate_(small, self.images) if method.steps else small
+            return reestimate_(small, self.images, 128) if method.steps else small
         small = self.compress(method, keep)
         for step in method.steps:
             get_restorer(step)(small, self.model, self.graph, self.images)
@@ -110,8 +110,9 @@ class Case:
 
     def compress(self, method: Method, keep: float) -> Compressed:
         """By our engine, before the restorers."""
-        sizes = {g.name: self.sizes(keep)[g.name] / g.size for g in self.graph.reducible if g.is_channel}
-        recipe = Recipe.of(**{"keep": sizes, "restore": None, **method.options})
+        sizes = self.sizes(keep)
+        shares = {g.name: sizes[g.name] / g.size for g in self.graph.reducible if g.name in sizes}
+        recipe = Recipe.of(**{"keep": shares, "restore": None, **method.options})
         seen = self.calibration(method) if recipe.needs_moments else None
         images = Split(None if seen is None else seen.images)
         return reduce_and_restore(recipe, self.model, self.graph, self.example, images, calibration=seen)
@@ -147,19 +148,6 @@ def prune_by_them(model: nn.Module, example: Inputs, fractions: Mapping[str, flo
     return small.eval()
 
 
-def reestimate_(model: nn.Module, images: torch.Tensor) -> nn.Module:
-    """The statistics of every batch norm on these images, as `Reestimate` takes them (in place)."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for part in images.split(128):
-            model(part)
-    return model.eval()
-
-
 def settings(network: str, images: int, keeps: Sequence[float]) -> Iterator[dict[str, Any]]:
     base = {"network": network, "test_images": images}
     yield {**base, "keep": 1.0, "method": "original"}
@@ -188,8 +176,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--smoke", action="store_true", help="every method once on 50 images, recorded nowhere")
     options = parser.parse_args()
-    if not os.environ.get("INTRAFUSION_DATA"):
-        print("skipped: INTRAFUSION_DATA is not set; it names the folder with cifar10.npz and models/.")
+    if not has_data():
         return
     torch.set_num_threads(1)
     if not options.smoke:

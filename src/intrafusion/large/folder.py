@@ -353,7 +353,7 @@ def _make_calls(
         return []
     inputs = make_reusable(inputs)
     if example is None and "input_ids" not in network.takes:
-        example = _read_first(inputs, network.skeleton)
+        example = _read_first(inputs, network.takes)
     like = _find_example(network, example)
     calls = as_calls(inputs, network.skeleton, like, tokenizer)
     call = _without_cache(join_batches(list(calls or ())), network.takes)
@@ -365,12 +365,11 @@ def _make_calls(
     return [double_first(pick_images(call, part.nonzero()[:, 0])) for part in (~apart, apart)]
 
 
-def _read_first(inputs: ImagesLike, model: nn.Module) -> Inputs:
+def _read_first(inputs: ImagesLike, takes: set[str]) -> Inputs:
     """The first batch of inputs, as a call by which all are read; without entries that forward does not take."""
     with reading(read_labelled(inputs)) as batches:
         first, _ = next(batches)
-    taken = signature(model.forward).parameters
-    return replace(first, kwargs={name: value for name, value in (first.kwargs or {}).items() if name in taken})
+    return replace(first, kwargs={name: value for name, value in (first.kwargs or {}).items() if name in takes})
 
 
 def _without_cache(call: Inputs, takes: set[str]) -> Inputs:
