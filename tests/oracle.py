@@ -38,7 +38,17 @@ class AllDouble(TorchDispatchMode):
 
 
 def lengthened(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.dtype in LOW else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.double() if value.dtype in LOW else value.to(torch.complex128) if value.is_complex() else value
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """`double` leaves complex parameters as they are."""
+    model = copy.deepcopy(model).double()
+    for parameter in model.parameters():
+        parameter.data = lengthened(parameter.data)
+    return model
 
 
 def double(inputs: Any) -> Any:

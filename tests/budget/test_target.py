@@ -178,6 +178,55 @@ def test_the_same_share_of_every_group_is_taken_where_it_changes_the_output_less
     assert not any("same share" in note for note in notes)
 
 
+class Pairs(nn.Module):
+    """What `first` and `second` give is stacked, and so equally wide, which nothing in their channels says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.one, self.two = nn.Linear(16, 3), nn.Linear(16, 3)
+        nn.init.normal_(self.second.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = torch.stack([self.first(x), self.second(x)]).relu()
+        return self.one(pair[0]) + self.two(pair[1])
+
+
+def test_a_network_that_does_not_run_in_the_sizes_of_least_error_gets_the_same_share() -> None:
+    """It was left whole: what does not run costs infinitely much, and the same share might cost as much."""
+    torch.manual_seed(0)
+    model, inputs = Pairs(), torch.randn(64, 6)
+    small = intrafusion.compress(model, inputs[:2], target={"macs": 0.5}, inputs=inputs, restore=None)
+    assert {d.group: d.m for d in small.plan.decisions} == {"first": 8, "second": 8, "one": 3}
+    assert small.after.macs * 2 == small.before.macs
+    assert not any(is_miss(note) for note in small.warnings)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_of_one_module_are_cut_alike_for_a_target(kind: Callable[..., nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model = three_recurrent(kind)
+    x = torch.randn(64, 5, 6)
+    small = intrafusion.compress(model, x[:2], target={"macs": 0.5}, inputs=x, restore=None)
+    sizes = [d.m for d in small.plan.decisions if d.group.startswith("rnn")]
+    assert len(sizes) == 3
+    assert len(set(sizes)) == 1
+    assert sizes[0] < 24
+    assert abs(small.after.macs / small.before.macs - 0.5) < 0.05
+
+
+def three_recurrent(kind: Callable[..., nn.RNNBase]) -> nn.Module:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = kind(6, 24, 3, batch_first=True), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0])
+
+    return Net()
+
+
 def test_the_same_share_comes_as_close_as_single_steps_take_it() -> None:
     """A share for all goes in steps of six hundredths of the MACs here; it was left there, as nothing came closer."""
     model = three(padded, 16, 16, 32)

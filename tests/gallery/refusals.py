@@ -272,6 +272,18 @@ def fourier_layer() -> Built:
     return Wired(wiring, lift=nn.Conv2d(3, 6, 1), weight=weight, head=nn.Conv2d(5, 2, 1)), image(size=8)
 
 
+@case(blocked={"lift": "a complex matrix", "head": "output"})
+def complex_parameter() -> Built:
+    """Between two Fourier transforms over time; a complex parameter is no constant, but not followed."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(net.lift(x), dim=1) @ net.weight
+        return net.head(torch.fft.irfft(spectrum, n=x.shape[1], dim=1))
+
+    weight = nn.Parameter(torch.randn(6, 5, dtype=torch.cfloat))
+    return Wired(wiring, lift=nn.Linear(3, 6), weight=weight, head=nn.Linear(5, 2)), torch.randn(2, 8, 3)
+
+
 @case(blocked={"offset": "", "head": "output"})
 def deformable_sampling() -> Built:
     """Where to look is computed by a layer: its two outputs are coordinates."""

@@ -224,3 +224,33 @@ def linear_in_autocast() -> Built:
             return net.head(F.relu(net.a(x)))
 
     return Wired(wiring, a=nn.Linear(3, 6), head=nn.Linear(6, 2)), torch.randn(4, 3)
+
+
+@case({"a": 6, "b splines": 5}, blocked={"head": "output"})
+def splines_of_each_channel() -> Built:
+    """A Kolmogorov-Arnold layer: four functions of each channel, read by a weight (outputs, channels, functions)."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        bumps = torch.exp(-((a[..., None] - net.grid) ** 2))
+        y = net.b(F.silu(a)) + torch.einsum("bik,oik->bo", bumps, net.splines.weight)
+        return net.head(y.tanh())
+
+    splines = nn.Module()
+    splines.weight = parameter(5, 6, 4)
+    parts = {"a": nn.Linear(3, 6), "b": nn.Linear(6, 5), "splines": splines, "head": nn.Linear(5, 2)}
+    return Wired(wiring, grid=torch.linspace(-2, 2, 4), **parts), torch.randn(3, 3)
+
+
+@case({"a": 6, "b": 5}, blocked={"head": "output"})
+def splines_of_which_a_linear_layer_reads_the_weight() -> Built:
+    """The same with the weight flattened, as in F.linear(functions.flatten(1), weight.flatten(1))."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        bumps = torch.exp(-((a[..., None] - net.grid) ** 2))
+        return net.head(F.linear(bumps.flatten(1), net.b.weight.flatten(1)).tanh())
+
+    b = nn.Module()
+    b.weight = parameter(5, 6, 4)
+    return Wired(wiring, grid=parameter(6, 4), a=nn.Linear(3, 6), b=b, head=nn.Linear(5, 2)), torch.randn(3, 3)

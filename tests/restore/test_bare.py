@@ -336,3 +336,29 @@ class Turned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x) if self.batch_first else self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Spectral(nn.Module):
+    """Complex weights, of a product and of a layer, between a Fourier transform and the other way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 5, dtype=torch.cfloat))
+        self.layer = nn.Linear(5, 5, dtype=torch.cfloat)
+        self.lift, self.a, self.head = nn.Linear(3, 6), nn.Linear(5, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = self.layer(torch.fft.rfft(self.lift(x), dim=1) @ self.weight)
+        return self.head(self.a(torch.fft.irfft(spectrum, n=x.shape[1], dim=1)).relu())
+
+
+@pytest.mark.filterwarnings("error:Casting complex")
+def test_complex_weights_are_left_alone() -> None:
+    """Half of what they give was cast away before they were compared."""
+    torch.manual_seed(0)
+    model, x = Spectral(), torch.randn(64, 8, 3)
+    small = intrafusion.compress(model, x[:2], keep=0.5, inputs=x)
+    assert small.restored is not None
+    assert {d.group: d.m for d in small.plan.decisions}["a"] == 8
+    for name in ("weight", "layer.weight", "layer.bias"):
+        assert torch.equal(small.model.get_parameter(name), model.get_parameter(name))

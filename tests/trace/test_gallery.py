@@ -51,7 +51,7 @@ def traced(case: Case) -> Traced:
     model, inputs = case.build()
     graph = trace(oracle.randomise_(model), inputs)
     probes = [inputs] if case.probe is None else [inputs, case.probe()]
-    return Traced(case, graph, copy.deepcopy(model).double(), [oracle.double(p) for p in probes])
+    return Traced(case, graph, oracle.double_copy(model), [oracle.double(p) for p in probes])
 
 
 @functools.cache

@@ -180,9 +180,10 @@ class _Search:
         reached, sizes = found[0]
         if self.is_off_by_rounding(reached):
             return rounded.find(sensitivity, opinions)
-        same = self.same_share(reached, sizes)
+        same = self.same_share(reached if math.isfinite(reached) else 1.0, sizes)
         if same is not None:
             found.append((reached if self.clock else self.measure(same), same))
+        found = [one for one in found if math.isfinite(one[0])] or found
         (reached, sizes), said = self.choose(found, sensitivity, same)
         if self.is_off_by_rounding(reached):
             return rounded.find(sensitivity, opinions)

@@ -80,7 +80,7 @@ def _is_dense(module: nn.Module) -> TypeGuard[LinearMap]:
 def find_layers(
     model: nn.Module, graph: ChannelGraph, suits: Callable[[nn.Module], TypeGuard[LinearMap]] = _is_dense
 ) -> dict[str, Layer]:
-    """Layers with a weight of their own and the norms behind them, by name.
+    """Layers with a weight of their own, of real numbers, and the norms behind them, by name.
 
     Args:
         suits: which modules to take; by default those in which every output reads every input channel.
@@ -92,7 +92,7 @@ def find_layers(
     found = {}
     for name, module in model.named_modules():
         weight = f"{name}.weight" if name else "weight"
-        if suits(module) and weight in tensors and owners[id(tensors[weight])] == 1:
+        if suits(module) and weight in tensors and owners[id(own := tensors[weight])] == 1 and not own.is_complex():
             norm = norms.get(weight)
             found[name] = Layer(name, module, None if norm is None else Norm.of(norm, tensors), scales.get(weight))
     return found

@@ -220,8 +220,8 @@ class BareWatcher(TorchDispatchMode):
         return bool(self.elsewhere & {layer.tensor, layer.bias}) or any(map(layer.meets, others))
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """The parameter that a tensor is a view of, unless a layer that runs as such owns it."""
-        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        """The parameter of real numbers that a tensor is a view of, unless a layer that runs as such owns it."""
+        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_complex():
             return None
         name = self.names.get(_memory_of(tensor))
         return None if name is None or name.rpartition(".")[0] in self.ran else name

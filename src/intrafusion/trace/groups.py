@@ -6,7 +6,7 @@ Channels with equal fingerprints, colours, blocks and reasons form a group; noth
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,15 +33,26 @@ _COUNTS_CHANNELS = {Cause.SOFTMAX, Cause.STATISTICS, Cause.REDUCTION, Cause.PROD
 
 
 def build_graph(
-    relations: Relations, shapes: dict[str, tuple[int, ...]], origins: list[Origin], warnings: tuple[str, ...]
+    relations: Relations,
+    shapes: dict[str, tuple[int, ...]],
+    origins: list[Origin],
+    warnings: tuple[str, ...],
+    as_wide: Iterable[Collection[str]] = (),
 ) -> ChannelGraph:
-    """Every group of interchangeable channels, in execution order."""
+    """Every group of interchangeable channels, in execution order.
+
+    Args:
+        as_wide: weights that one module needs to have equally many columns: what runs along these are twins.
+    """
     settle_units(relations)  # first: these unite channels, and everything below goes by representatives
     entries = settle_shared(relations)
     settle_units(relations)
     table = describe_channels(relations)
     blocks = Blocks(relations, table)
-    found = _hold_uneven_slices(_find_channel_groups(blocks))
+    found = _find_channel_groups(blocks)
+    for weights in as_wide:
+        found = _make_twins(found, weights)
+    found = _hold_uneven_slices(found)
     first = max((group.family for group in found), default=-1) + 1
     found += [replace(group, family=first + group.family) for group in find_block_groups(blocks, entries)]
     groups = _name([*found, *find_rows_left_over(relations, shapes, found)])
@@ -54,6 +65,15 @@ def build_graph(
         dict(relations.reparametrised),
         tuple(relations.factors),
     )
+
+
+def _make_twins(groups: list[ChannelGroup], weights: Collection[str]) -> list[ChannelGroup]:
+    """The same, but groups along the columns of these weights are of one family, where each weight has one group."""
+    along = [[g for g in groups if any(m.tensor == name and m.dim == 1 for m in g.members)] for name in weights]
+    families = {g.family for each in along for g in each}
+    if len(families) < 2 or any(len(each) != 1 for each in along) or len({each[0].size for each in along}) > 1:
+        return groups
+    return _share_reasons([replace(g, family=min(families)) if g.family in families else g for g in groups])
 
 
 def _hold_uneven_slices(groups: list[ChannelGroup]) -> list[ChannelGroup]:

@@ -99,8 +99,17 @@ def _follow_ways(model: nn.Module, run: _Run, found: Ways) -> ChannelGraph:
 
 def _build(model: nn.Module, run: _Run, ways: tuple[Way, ...], places: Sequence[str] = ()) -> ChannelGraph:
     notes = (_warn_of_unreached(model, run.ledger), _warn_of_unopened(run), _warn_of_draws(run), _tell_of(ways, places))
-    graph = build_graph(run.ledger.relations, run.ledger.shapes, run.ledger.origins, tuple(chain(*notes)))
+    found = (run.ledger.relations, run.ledger.shapes, run.ledger.origins, tuple(chain(*notes)))
+    graph = build_graph(*found, _list_weights_as_wide(model))
     return replace(graph, calls=run.calls, fixed=find_fixed_sides(run.ledger, graph), ways=ways)
+
+
+def _list_weights_as_wide(model: nn.Module) -> Iterator[list[str]]:
+    """Of every recurrent module the weights of all layers and directions that read its one `hidden_size`."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            names = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+            yield from ([name for name in names if f"weight_{kind}_" in name] for kind in ("hh", "hr"))
 
 
 @contextlib.contextmanager

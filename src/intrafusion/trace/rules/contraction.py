@@ -161,13 +161,34 @@ def _map_linearly(
     in_axes = [axis for axis in b.axes if 1 in axis.varies and 2 not in axis.varies]
     out_axes = [axis for axis in b.axes if 2 in axis.varies and 1 not in axis.varies]
     if inner is not None:
+        unseen = _find_unseen(ledger, in_axes, inner)
         for axis in in_axes:
+            if axis in unseen:
+                ledger.relations.pin(axis.tensor, axis.dim, f"meets what has no channels along it: {call.where}")
+                continue
             ledger.record(b, axis, Role.CONSUMES, inner)
             if isinstance(a, LabelledTensor):
                 ledger.relations.tails[axis.tensor, axis.dim].add(a.tail)
         if not in_axes and 1 in find_varying(inner):
             ledger.relations.forbid(narrow(inner).ravel(), f"multiplied by a constant matrix: {call.where}")
     return LabelledTensor(_make_outputs(ledger, b, out_axes, shape))
+
+
+def _find_unseen(ledger: Ledger, axes: list[Axis], inner: Tensor) -> list[Axis]:
+    """Axes of what a weight reads along which there are no channels: the other axes tell each label.
+
+    As where several functions of each channel are read, flattened, by a weight (outputs, channels, functions).
+    """
+    if len(axes) < 2:
+        return []
+    arrays = [narrow(t) for t in (ledger.settle(inner), *(axis.coordinates[..., :1] for axis in axes))]
+    labels, *rows = (a.ravel() for a in np.broadcast_arrays(*arrays))
+    count = lambda *columns: np.unique(np.stack(columns), axis=1).shape[1]  # noqa: E731
+    rests = [[row for row in rows if row is not own] for own in rows]
+    unseen = [
+        axis for axis, rest in zip(axes, rests, strict=True) if count(labels, *rest) == count(*rest) < len(labels)
+    ]
+    return unseen if len(unseen) < len(axes) else []
 
 
 def _runs_across(ledger: Ledger, a: LabelledTensor, b: Weight) -> bool:
@@ -268,5 +289,8 @@ def _multiply_constant(
         labels = colour_by_value(ledger, labels[..., None].expand(whole), matrix[:, None], call.where)[..., 0]
         labels = unite_over(ledger, labels, {2})
     elif 2 in dims:
-        ledger.relations.forbid(narrow(labels).ravel(), f"multiplied by a constant matrix: {call.where}")
+        kind, hint = "constant", ""
+        if matrix.is_complex():  # a complex parameter may be meant, of which nothing is known
+            kind, hint = "complex", "; a parameter is followed where view_as_complex makes it from real ones"
+        ledger.relations.forbid(narrow(labels).ravel(), f"multiplied by a {kind} matrix: {call.where}{hint}")
     return LabelledTensor(reduce_labels(ledger, labels, {2}, Cause.REDUCTION, call.where).expand(shape))
