@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import has_data
+from _data import has_data, load_apart
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from intrafusion.errors import IntrafusionError
@@ -38,18 +38,17 @@ SCOPES = {WHOLE: (0.9, 0.8, 0.7), INNER: (0.7, 0.5)}
 NORMALIZATIONS = ("source", "target", "function")
 ALONE = ("select", *(f"intrafusion:normalization={name}" for name in NORMALIZATIONS), "fold:raw=false")
 REPAIRS = ("", "+closed_form", "+reestimate", "+repair")
-CALIBRATION_SPLIT = {"cifar10": "train", "cifar100": "calibration"}
 SEEN = 512  # training images to load; the first 256 are looked at
 
 
 def subject(network: str, images: int | None) -> Subject:
-    data = CALIBRATION_SPLIT[zoo.entry(network).data]
+    test, seen = load_apart(network, images, SEEN)
     return Subject(
         network,
         zoo.build(network, pretrained=True),
         Inputs.of(zoo.example_input(network)),
-        channels_last(zoo.load_data(network, "test", limit=images)),
-        channels_last(zoo.load_data(network, data, limit=SEEN)),
+        channels_last(test),
+        channels_last(seen),
     )
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import has_data
+from _data import has_data, load_apart
 from recovery_cifar10 import flipped_and_shifted
 from rich.progress import track
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ RESTORERS = ("none", "noise", "synthetic 128", "real 64", "real 256")
 MADE = ("none", "noise", "synthetic 128", "real 256")
 RIVALS = {"256 labels, trained": 16, "256 labels, trained x10": 160}  # steps
 SIZES = ("uniform", "global l1", "target")
-SPLITS = {"imagenet_mobilenetv1_025": "sample"}  # 1,000 images, no others
+MOST_IMAGES = {"imagenet_mobilenetv1_025": 744}  # 256 of 1,000 are looked at
 THRESHOLDS = torch.linspace(0, 3, 1001).tolist()
 SYNTHESIS = Synthesis()
 
@@ -99,20 +99,12 @@ class Case:
         self.model: nn.Module = zoo.build(self.network, pretrained=True)
         self.example = zoo.example_input(self.network)
         self.graph: ChannelGraph = inspect(self.model, self.example)
-        self.test = zoo.load_data(self.network, SPLITS.get(self.network, "test"), limit=self.images)
+        self.test, self.labelled = load_apart(self.network, self.images)
         self.calibrations: dict[str, Calibration] = {}
-
-    @cached_property
-    def labelled(self) -> zoo.Images:
-        """256 images that are not measured on."""
-        if self.network in SPLITS:  # of one split, the images behind those that are measured on
-            return zoo.load_data(self.network, SPLITS[self.network], start=self.images, limit=256)
-        data = "calibration" if self.network.startswith("cifar100") else "train"
-        return zoo.load_data(self.network, data, limit=256)
 
     @property
     def real(self) -> Tensor:
-        """The same without their labels."""
+        """256 images that are not tested on, without their labels."""
         return self.labelled.images
 
     @cached_property
@@ -204,7 +196,7 @@ def result_of(case: Case, setting: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(images: int, records: Path, cases: Mapping[tuple[str, str], Plan] = CASES, only: int | None = None) -> None:
     for (network, scope), plan in cases.items():
-        finished, limit = finished_keys(read_records(records)), min(images, 744) if network in SPLITS else images
+        finished, limit = finished_keys(read_records(records)), min(images, MOST_IMAGES.get(network, images))
         todo = [s for s in settings(network, scope, limit, plan) if key_of(EXPERIMENT, s) not in finished][:only]
         if not todo:
             continue

@@ -6,8 +6,9 @@ default MagnitudeImportance, the same sizes); Intra-Fusion in the setting of the
 left out, groups one after another from the output); folding as released (k-means of weights as they are, gamma and beta
 beside them), alone, with Fold-AR and with statistics measured anew; GRAIL and LBYL on the channels that l2 keeps;
 variance-based pruning; FLAP's score and bias. Then the default of `compress` without data, in seconds (noise), and on
-the images. "256 images" are the first training images, without labels, the same for all. LBYL's ridge (.01, .1, 1
-or 10) was chosen on unseen training images, no other choice was made.
+the images, 64 or 256. "256 images" are training images (of ImageNet: validation images) that are not tested on, the
+same for all, without labels. LBYL's ridge (.01, .1, 1 or 10) was chosen on unseen training images, nothing else was.
+Transformers are measured in attention.py, larger networks in imagenet.py.
 Resumable: what is in the records is not measured again. Records: benchmarks/records/rivals.jsonl.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import has_data
+from _data import has_data, load_apart
 from _reestimate import reestimate_
 from rich.progress import track
 from torch import nn
@@ -40,10 +41,18 @@ from intrafusion.restore import Calibration, calibrate, get_restorer
 
 RECORDS = Path(__file__).parent / "records" / "rivals.jsonl"
 EXPERIMENT = "rivals"
-NETWORKS = ("cifar10_resnet20", "cifar10_resnet32", "cifar10_vgg11_bn")
+NETWORKS = (
+    "cifar10_resnet20",
+    "cifar10_resnet32",
+    "cifar100_resnet20",
+    "cifar10_vgg11_bn",
+    "cifar10_densenet100",
+    "imagenet_mobilenetv1_025",
+)
+MOST_IMAGES = {"imagenet_mobilenetv1_025": 744}  # 256 of 1,000 are looked at
 KEEPS = (0.9, 0.8, 0.7, 0.5)
 THEIRS = "Torch-Pruning"
-IMAGES = "256 images"
+IMAGES, FEW = "256 images", "64 images"
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ METHODS: Mapping[str, Method] = {
     "variance-based": Method({"reducer": "variance"}, (), IMAGES),
     "variance-based, re-estimated": Method({"reducer": "variance"}, _AGAIN, IMAGES),
     "FLAP, re-estimated": Method({"reducer": "flap"}, _AGAIN, IMAGES),
+    "ours, on 64 images": Method({"restore": "images"}, (), FEW),
     "ours, on images": Method({"restore": "images"}, (), IMAGES),
 }
 
@@ -83,12 +93,12 @@ METHODS: Mapping[str, Method] = {
 class Case:
     """One network with everything that is computed once for it."""
 
-    def __init__(self, network: str, test: zoo.Images) -> None:
+    def __init__(self, network: str, tested: int) -> None:
         self.model: nn.Module = zoo.build(network, pretrained=True)
         self.example = Inputs.of(zoo.example_input(network))
         self.graph = inspect(self.model, self.example)
-        self.images = zoo.load_data(network, "train", limit=256).images
-        self.test = test
+        self.test, seen = load_apart(network, tested)
+        self.images = seen.images
         self.known: dict[str, Calibration] = {}
 
     def sizes(self, keep: float) -> dict[str, int]:
@@ -118,11 +128,11 @@ class Case:
         return reduce_and_restore(recipe, self.model, self.graph, self.example, images, calibration=seen)
 
     def calibration(self, method: Method) -> Calibration:
-        level = "images" if method.sees == IMAGES else "noise"
-        if level not in self.known:
-            images = self.images if level == "images" else None
-            self.known[level] = calibrate(self.model, self.example, level, images)
-        return self.known[level]
+        if method.sees not in self.known:
+            images = {IMAGES: self.images, FEW: self.images[:64]}.get(method.sees)
+            level = "noise" if images is None else "images"
+            self.known[method.sees] = calibrate(self.model, self.example, level, images)
+        return self.known[method.sees]
 
     def fractions(self, keep: float) -> dict[str, float]:
         """The share that goes, by the name of each layer that gives channels; a little less, as they round down."""
@@ -158,11 +168,11 @@ def settings(network: str, images: int, keeps: Sequence[float]) -> Iterator[dict
 
 def run(networks: Sequence[str], images: int, keeps: Sequence[float], records: Path, only: int | None = None) -> None:
     for network in networks:
-        finished = finished_keys(read_records(records))
-        todo = [s for s in settings(network, images, keeps) if key_of(EXPERIMENT, s) not in finished][:only]
+        finished, tested = finished_keys(read_records(records)), min(images, MOST_IMAGES.get(network, images))
+        todo = [s for s in settings(network, tested, keeps) if key_of(EXPERIMENT, s) not in finished][:only]
         if not todo:
             continue
-        case = Case(network, zoo.load_data(network, "test", limit=images))
+        case = Case(network, tested)
         for setting in track(todo, network):
             result = case.measure(setting["method"], setting["keep"])
             append_record(records, Record(EXPERIMENT, setting, result))
