@@ -85,7 +85,8 @@ class Calls:
                 yield self._weighed(call)
         if total < _FEW:
             self.notes["few"] = (
-                f"images: {total} are few for solving layers on them; give a few hundred, or restore='synthetic'"
+                f"images: {total} are few for solving layers on them; give a few hundred, or restore='noise' or "
+                "'synthetic', which need none"
             )
 
     @property
