@@ -33,7 +33,10 @@ def list_losses() -> str:
 
 
 def group_rivals() -> Iterator[tuple[str, str, float, float, float, str]]:
-    """Network, what is seen, keep, our accuracy, the best other one and whose; of what sees as much, or nothing."""
+    """Network, what is seen, keep, our accuracy, the best other one and whose; of what sees as much, or nothing.
+
+    What only we were measured on, as on fewer images, is no comparison.
+    """
     found: dict[tuple[str, float], dict[str, float]] = {}
     for r in read_latest("rivals"):
         found.setdefault((r.setting["network"], r.setting["keep"]), {})[r.setting["method"]] = r.result["accuracy"]
@@ -45,7 +48,7 @@ def group_rivals() -> Iterator[tuple[str, str, float, float, float, str]]:
                 for name, a in own.items()
                 if name in METHODS and not name.startswith("ours") and METHODS[name].sees in ("no data", sees)
             }
-            if ours and others:
+            if ours and any(METHODS[name].sees == sees for name in others):
                 best = max(others, key=lambda name, others=others: others[name])
                 yield network, sees, keep, max(ours), others[best], best
 
