@@ -4,7 +4,8 @@ For every network of the zoo, and one of each family of the compatibility table 
 before and after keep 0.5 without restoring: whether ONNX (in onnxruntime) and a program of torch.export give its
 outputs on inputs that they were not made from, the size of the files, and how often torch.compile breaks its graph.
 What the original fails at is told apart from what compression broke. `--latency` times networks of the zoo instead, in
-eager mode, compiled and in onnxruntime, one image and 32, original and smaller one in turn; on an idle machine.
+eager mode, compiled and in onnxruntime, one image and 8: processor time of one thread, which waiting for other programs
+does not enter, medians of original and smaller one in turn. `--mode` picks some of the modes.
 Each network has a process and a limit of processor time of its own. Records: benchmarks/records/export.jsonl; what is
 recorded is not measured again, unless `--again`.
 """
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ from intrafusion.network.sources import import_transformers
 RECORDS = Path(__file__).parent / "records" / "export.jsonl"
 KEEP, LIMIT_S = 0.5, 240
 ENDINGS = (".onnx", ".pt2")
-BATCHES, REPEATS = (1, 32), 20
-TIMED = ("cifar10_resnet20", "vgg11_bn", "cifar10_vit", "imagenet_mobilenetv1_025", "resnet50")
+BATCHES = (1, 8)
+TURNS, WARM, LONGEST_S = 40, 3, 12.0  # of both networks; no more of them than this long, but eight
+TIMED = ("cifar10_resnet20", "cifar10_vgg11_bn", "cifar10_vit", "imagenet_mobilenetv1_025", "resnet50")
 SMOKE = ("zoo:digits_resnet", "by hand:U-Net")
 Subject = tuple[nn.Module, Inputs]
 
@@ -102,17 +104,19 @@ def count_breaks(model: nn.Module, inputs: Inputs) -> int | str:
 # ---- latency ---------------------------------------------------------------------------------------------------------
 
 
-def measure_latency(name: str) -> dict[str, Any]:
-    """Median milliseconds of the original and the smaller network by mode and batch, and what is left of the MACs."""
-    name = name.partition(":")[2]
+def measure_latency(subject: tuple[str, str]) -> dict[str, Any]:
+    """Median milliseconds of the original and the smaller network by batch, in one mode, and the share of the MACs.
+
+    Of processor time, of the one thread that computes.
+    """
+    name, mode = subject[0].partition(":")[2], subject[1]
     model = zoo.build(name)
     example = zoo.example_input(name, batch=2)
     small = intrafusion.compress(model, example, keep=KEEP, restore=None, progress=False)
-    found: dict[str, Any] = {"macs": small.after.macs / small.before.macs}
-    for mode, prepare in MODES.items():
-        runs = [prepare(network, example) for network in (model, small.model)]
-        for batch in BATCHES:
-            found[f"{mode}, {batch}"] = time_turns(runs, zoo.example_input(name, batch=batch))
+    found: dict[str, Any] = {"macs": small.after.macs / small.before.macs, "macs_before": small.before.macs / 2}
+    for batch in BATCHES:
+        inputs = zoo.example_input(name, batch=batch)
+        found[str(batch)] = time_turns([MODES[mode](network, inputs) for network in (model, small.model)], inputs)
     return found
 
 
@@ -131,7 +135,7 @@ def run_onnx(model: nn.Module, example: torch.Tensor) -> Callable[[torch.Tensor]
     with tempfile.TemporaryDirectory() as place:
         path = intrafusion.export(model, example, Path(place) / "net.onnx").path
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = 1  # so that it computes in the thread that calls
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x.numpy()})
@@ -147,12 +151,15 @@ MODES: Mapping[str, Callable[[nn.Module, torch.Tensor], Callable[[torch.Tensor],
 @torch.inference_mode()
 def time_turns(runs: list[Callable[[torch.Tensor], Any]], inputs: torch.Tensor) -> list[float]:
     taken: list[list[float]] = [[] for _ in runs]
-    for turn in range(REPEATS + 3):
+    begun = time.thread_time()
+    for turn in range(TURNS + WARM):
         for run, times in zip(runs, taken, strict=True):
-            start = time.perf_counter()
+            start = time.thread_time()
             run(inputs)
-            if turn >= 3:
-                times.append(1e3 * (time.perf_counter() - start))
+            if turn >= WARM:
+                times.append(1e3 * (time.thread_time() - start))
+        if turn >= WARM + 8 and time.thread_time() - begun > LONGEST_S:
+            break
     return [statistics.median(times) for times in taken]
 
 
@@ -163,28 +170,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=["*"], help="names or patterns, all by default")
     parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--mode", choices=list(MODES), action="append", help="of the latency; all by default")
     parser.add_argument("--again", action="store_true", help="measure what is recorded, too; the last record counts")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--smoke", action="store_true", help="two small networks, recorded nowhere")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     import_transformers()
-    known = [f"zoo:{n}" for n in (TIMED if options.latency else zoo.names())]
-    names = SMOKE if options.smoke else [*known, *([] if options.latency else FAMILIES)]
     finished = set() if options.again or options.smoke else finished_keys(read_records(options.records))
     broken = []
-    for name in names:
-        setting = {"network": name, "keep": KEEP}
-        experiment = "export latency" if options.latency else "export"
-        if Record(experiment, setting, {}).key in finished or not any(fnmatch(name, p) for p in options.networks):
+    for record, measuring, subject in list_work(options):
+        name = record.setting["network"]
+        if record.key in finished or not any(fnmatch(name, p) for p in options.networks):
             continue
-        found = measure_apart(measure_latency if options.latency else measure, name, LIMIT_S)
-        print(name, found, flush=True)
+        found = measure_apart(measuring, subject, LIMIT_S)
+        print(subject, found, flush=True)
         broken += [name] if "before" in found and list_broken(found) else []
         if not options.smoke:
-            append_record(options.records, Record(experiment, setting, found))
+            append_record(options.records, Record(record.experiment, record.setting, found))
     if options.smoke and broken:
         sys.exit(f"broken by compression: {', '.join(broken)}")
+
+
+def list_work(options: argparse.Namespace) -> Iterator[tuple[Record, Callable[[Any], dict[str, Any]], Any]]:
+    """Records without a result, with what measures each and what that is given."""
+    if options.latency:
+        for name in TIMED:
+            for mode in options.mode or MODES:
+                setting = {"network": f"zoo:{name}", "keep": KEEP, "mode": mode}
+                yield Record("export latency", setting, {}), measure_latency, (f"zoo:{name}", mode)
+        return
+    for name in SMOKE if options.smoke else (*(f"zoo:{n}" for n in zoo.names()), *FAMILIES):
+        yield Record("export", {"network": name, "keep": KEEP}, {}), measure, name
 
 
 def list_broken(found: Mapping[str, Any]) -> list[str]:

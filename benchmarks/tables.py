@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from _losses import CLOSE, group_rivals, latest, list_latencies, list_losses, read_latest
 from compatibility import write_table
 from export import list_broken
 from restoration_cifar10 import REDUCERS, RESTORERS, RIVALS
@@ -32,11 +33,6 @@ def percent(value: float | None) -> str:
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def latest(records: Iterable[Record]) -> list[Record]:
-    """The last record of every setting, in the order in which the settings first appeared."""
-    return list({record.key: record for record in records}.values())
 
 
 def by_network(records: list[Record], table: Callable[[list[Record]], str]) -> str:
@@ -230,9 +226,30 @@ def rivals(records: list[Record]) -> str:
             for name, method in METHODS.items()
             if any((name, keep) in value for keep in keeps)
         ]
+        left = find_left(place[0], own)
+        rows = [[f"{kind} left, %", "", *(percent(left.get((kind, keep))) for keep in keeps)] for kind in KINDS] + rows
         head = f"`{place[0]}`, {place[1]:,} test images, original {value['original', 1.0]} %"
         parts.append(f"{head}\n\n{markdown(['method', 'sees', *(f'keep {k:g}' for k in keeps)], rows)}")
     return "\n\n".join(parts)
+
+
+KINDS = ("parameters", "MACs")
+
+
+def find_left(network: str, records: Iterable[Record]) -> dict[tuple[str, float], float]:
+    """Shares of the parameters and the multiply-accumulates that are left of a whole network at each keep.
+
+    The latter are those that restoration_cifar10.py counted, of the same sizes.
+    """
+    whole = next((r.result["params"] for r in records if r.setting["method"] == "original"), None)
+    params = {("parameters", r.setting["keep"]): r.result["params"] / whole for r in records if whole}
+    counted = [r for r in read_latest("restoration") if where(r)[:2] == (network, "whole network")]
+    macs = {
+        ("MACs", r.setting["keep"]): r.result["macs"] / r.result["macs_before"]
+        for r in counted
+        if "keep" in r.setting and "macs" in r.result
+    }
+    return {**params, **macs}
 
 
 def restored_table(records: list[Record]) -> str:
@@ -356,8 +373,90 @@ CUTS = ("nothing", "everything", "MLPs", "every layer", "stream")
 HEADLINE = ("cifar10_resnet20", "whole network", 10_000)
 
 
-def headline(records: list[Record]) -> str:
-    return restoration([r for r in records if where(r) == HEADLINE and "macs" not in r.setting])
+SHOWN = (("no data", 0.9), ("no data", 0.7), ("256 images", 0.9), ("256 images", 0.7), ("256 images", 0.5))
+
+
+def headline() -> str:
+    """A row per network: our accuracy, and that of the best rival that sees as much, the better one bold."""
+    found = {(network, sees, keep): (ours, other) for network, sees, keep, ours, other, _ in group_rivals()}
+    original = {
+        r.setting["network"]: r.result["accuracy"] for r in read_latest("rivals") if r.setting["method"] == "original"
+    }
+    rows = [
+        [f"`{network}`", percent(original[network]), *(versus(found.get((network, *cell))) for cell in SHOWN)]
+        for network in dict.fromkeys(network for network, *_ in found)
+    ]
+    return markdown(["network", "original", *(f"{sees}, keep {keep:g}" for sees, keep in SHOWN)], rows)
+
+
+def versus(cell: tuple[float, float] | None) -> str:
+    if cell is None:
+        return ""
+    ours, other = map(percent, cell)
+    return f"**{ours}** / {other}" if cell[0] >= cell[1] else f"{ours} / **{other}**"
+
+
+def example() -> str:
+    """What the README's example printed."""
+    return "\n".join(["```", *read_latest("example")[-1].result["printed"], "```"])
+
+
+def latency() -> str:
+    """A row per network and mode: milliseconds before, and the share of them that is left, by batch."""
+    found = {(network, mode, batch): rest for network, mode, batch, *rest in list_latencies()}
+    batches = sorted({batch for *_, batch in found}, key=int)
+    rows = []
+    names = list(dict.fromkeys(network for network, *_ in found))
+    for network, mode in sorted(dict.fromkeys(key[:2] for key in found), key=lambda pair: names.index(pair[0])):
+        own = {batch: found[network, mode, batch] for batch in batches if (network, mode, batch) in found}
+        (_, _, macs), *_ = own.values()
+        before = [f"{own[b][0]:.3g}" if b in own else "" for b in batches]
+        shares = [share_of_time(own[b][1], macs) if b in own else "" for b in batches]
+        rows.append([f"`{network}`", mode, *before, f"{macs:.2f}", *shares])
+    names = [f"{what}, batch {b}" for what in ("before, ms", "time") for b in batches]
+    half = len(batches)
+    return markdown(["network", "mode", *names[:half], "MACs", *names[half:]], rows)
+
+
+def share_of_time(time: float, macs: float) -> str:
+    return f"{time:.2f}" if time <= macs + CLOSE else f"**{time:.2f}**"
+
+
+def robustness(records: list[Record]) -> str:
+    """A row per thing that was tried, of the last run; of random networks one for each way of trying them."""
+    last = records[-1]
+    rows = []
+    for what, counts in last.result.items():
+        by_way: dict[str, list[str]] = {}
+        for name, count in counts.items():
+            way, _, verdict = name.rpartition(": ")
+            by_way.setdefault(way, []).append(f"{count:,} {verdict}")
+        for way, words in by_way.items():
+            own = [word for word in words if way or what == "random networks" or not word.endswith(" tried")]
+            head = f"{what}, {way}" if way else what
+            tried = (
+                f"{counts['tried']:,}" if "tried" in counts else f"{sum(int(w.split()[0]) for w in own):,}" * bool(way)
+            )
+            rows.append([TRIED.get(head, head), tried, ", ".join(own)])
+    when, versions = last.environment["time"][:10], last.environment["versions"]
+    times = f"N = {last.setting['times']} (`make fuzz` has N = 20)"
+    head = f"{when}, PyTorch {versions['torch']}, {times}. Wrong or crashed: none."
+    return f"{head}\n\n{markdown(['what', 'tried', 'found'], rows)}"
+
+
+TRIED = {
+    "random networks": "random networks: groups, those of them that cannot matter, exact copies",
+    "random networks, dead": "random networks, channels that cannot matter are cut",
+    "random networks, zeroed": "random networks, cut beside the original with zeros",
+    "random networks, copies": "random networks, exact copies of channels merged",
+    "random networks, round trip": "random networks compressed, saved and loaded",
+    "networks": "saved folders, damaged, loaded onto their class",
+    "networks that name themselves": "saved folders, damaged, loaded alone",
+    "plans": "saved plans, damaged",
+    "save": "processes killed while they save",
+    "sweeps": "processes killed while they share a sweep",
+    "training": "processes killed while they train",
+}
 
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
@@ -370,6 +469,9 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "distillation": lambda: distillation(read_records(RECORDS / "distillation.jsonl")),
         "export": lambda: export(read_records(RECORDS / "export.jsonl")),
+        "latency": latency,
+        "losses": list_losses,
+        "robustness": lambda: robustness(read_records(RECORDS / "robustness.jsonl")),
         "imagenet": lambda: imagenet(read_records(RECORDS / "imagenet.jsonl")),
         "ranks": lambda: ranks(read_records(RECORDS / "ranks.jsonl")),
         "speed": lambda: speed(read_records(RECORDS / "speed.jsonl")),
@@ -383,7 +485,8 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     HERE.parent / "docs" / "compatibility.md": {
         "compatibility": lambda: write_table(latest(read_records(RECORDS / "compatibility.jsonl"))),
     },
-    HERE.parent / "README.md": {"headline": lambda: headline(read_records(RECORDS / "restoration.jsonl"))},
+    HERE.parent / "docs" / "limits.md": {"losses": list_losses},
+    HERE.parent / "README.md": {"example": example, "headline": headline},
 }
 
 

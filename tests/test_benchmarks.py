@@ -32,6 +32,60 @@ def test_growth_is_the_exponent_of_the_size(monkeypatch: pytest.MonkeyPatch) -> 
     assert tables.fit_growth({10: 1.0}) == ""
 
 
+def test_counts_of_random_tests_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import robustness
+
+    printed = (
+        "networks 0 of 4: {'right': 2}\n.\nnetworks 1 of 4: {'right': 1, 'refused': 3}\n\nsweeps: 3 kills\n2 passed"
+    )
+    assert robustness.read_counts(printed) == {"random networks": {"right": 3, "refused": 3}, "sweeps": {"kills": 3}}
+    assert robustness.read_counts("networks: {'tried': 2}") == {"networks": {"tried": 2}}
+
+
+def test_the_example_of_the_readme_is_shown_without_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import example
+
+    printed = "a net\nlatency 1 ms;\n  medians\nrestored: on 9 images, 1.7 s, error\nwarning: no\n  faster\n\ngroup"
+    assert example.show_summary(printed) == ["a net", "restored: on 9 images, error"]
+
+
+def test_what_is_lost_is_found_in_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rival that is ahead, a network that is slower than its share, a family that is wrong: each has its line."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _losses
+    from families import FAMILIES
+
+    from intrafusion.lab.bench import Record
+
+    def measured(network: str, method: str, accuracy: float) -> Record:
+        setting = {"network": network, "test_images": 9, "keep": 0.9, "method": method}
+        return Record("rivals", setting, {"accuracy": accuracy, "params": 1})
+
+    family = next(iter(FAMILIES))
+    told = {
+        "rivals": [measured("net", "ours", 0.5), measured("net", "LBYL", 0.7), measured("net", "GRAIL", 0.9)],
+        "export": [
+            Record("export latency", {"network": "net", "mode": mode}, {"macs": 0.25, "1": [8.0, after]})
+            for mode, after in (("eager", 6.0), ("onnxruntime", 2.0))
+        ],
+        "compatibility": [Record("c", {"family": family, "side": "ours"}, {"verdict": "wrong"})],
+        "restoration": [
+            Record("r", {**place, "reducer": reducer}, {"accuracy": accuracy})
+            for place in ({"network": "net", "group": "all", "test_images": 9, "keep": 0.9, "restorer": "noise"},)
+            for reducer, accuracy in (("pivot", 0.5), ("fold, folded", 0.6))
+        ],
+    }
+    monkeypatch.setattr(_losses, "read_latest", lambda name: told.get(name, []))
+    lines = _losses.list_losses().splitlines()
+    assert "ahead in 1 of 1 comparisons" in lines[0]
+    assert "`net`, no data, keep 0.9: LBYL 70.0, ours 50.0 %" in lines[0]  # GRAIL sees images, ours here does not
+    assert "in 1 of 1 comparisons, 1 of them at keep 0.8 and more; by 10.0 points" in lines[1]
+    assert any("1 of 2 times are more than 15 points" in line and "eager, batch 1 (1)" in line for line in lines)
+    assert f"*Families of networks*: 1 of 1 are not exact: {family} (wrong)." in lines[-1]
+
+
 @pytest.fixture
 def families(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

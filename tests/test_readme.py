@@ -1,4 +1,4 @@
-"""What the README says to type does what it says."""
+"""What the README, and the table of wishes in docs/choose.md, say to type does what it says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from intrafusion.cli.main import app
 from intrafusion.measure.closeness import OUTPUT_ERROR
 from intrafusion.table import MEANINGS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+WISHES = (ROOT / "docs" / "choose.md").read_text().partition("## Every wish")[2].strip()
 NET = """
 from torch import nn
 class MyNet(nn.Sequential):
@@ -48,9 +50,7 @@ def on_small_images(code: str) -> str:
 
 def rows() -> dict[str, list[str]]:
     """Snippets of the table of wishes, by wish."""
-    found = re.findall(
-        r"^\| ([^|`]+?) \| (.*) \|$", README.partition("| you want |")[2].partition("\n\n")[0], re.MULTILINE
-    )
+    found = re.findall(r"^\| ([^|`]+?) \| (.*) \|$", WISHES.partition("\n")[2], re.MULTILINE)
     return {wish: re.findall(r"`([^`]+)`", say) for wish, say in found}
 
 
@@ -84,11 +84,9 @@ def test_the_shell_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_words_mean_what_the_tables_say_that_they_mean() -> None:
-    pages = {name: (Path(__file__).parents[1] / name).read_text() for name in ("README.md", "docs/looking.md")}
-    for name, page in pages.items():
-        plain = " ".join(page.replace("*", "").split()).lower()
-        for word, meaning in MEANINGS.items():
-            assert f"{word}: {meaning}" in plain, (name, word)
+    plain = " ".join((ROOT / "docs" / "looking.md").read_text().replace("*", "").split()).lower()
+    for word, meaning in MEANINGS.items():
+        assert f"{word}: {meaning}" in plain, word
     assert f"output error is {OUTPUT_ERROR}" in " ".join(README.replace("*", "").split())
 
 
@@ -103,7 +101,7 @@ def test_options_in_the_table_mean_something(wish: str, snippet: str) -> None:
 
 
 def test_every_row_of_the_table_was_read() -> None:
-    assert len(rows()) == README.partition("| you want |")[2].partition("\n\n")[0].count("\n|") - 1
+    assert len(rows()) == WISHES.count("\n|") - 1
     assert len(OPTIONS) >= 10
 
 
@@ -141,3 +139,10 @@ def test_looking_before_leaping_mixes() -> None:
     blind = intrafusion.decide(given["model"], given["graph"], Recipe.of(keep=0.5), given["example"])
     assert any("decide() does with calibration=intrafusion.restore.calibrate(" in w for w in blind.warnings)
     assert blind.decisions[0].mixing.startswith("selected")
+
+
+def test_it_fits_two_screens_with_one_table_and_two_pictures() -> None:
+    shown = [re.sub(r"\]\([^)]*\)|<!--.*-->", "", line) for line in README.splitlines()]  # no addresses, no comments
+    assert sum(1 + max(len(line) - 1, 0) // 110 for line in shown) <= 105
+    assert len(re.findall(r"^\|---", README, re.MULTILINE)) == 1
+    assert README.count("![") == 2

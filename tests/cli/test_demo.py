@@ -6,6 +6,7 @@ import copy
 import csv
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,21 +44,24 @@ def test_the_rows_are_what_the_library_gives(network: nn.Module, made: tuple[lis
         ("original", 1.0),
         ("pruned", 0.9),
         ("fused", 0.9),
-        ("restored", 0.9),
+        ("on noise", 0.9),
+        ("on images", 0.9),
         ("pruned", 0.5),
         ("fused", 0.5),
-        ("restored", 0.5),
+        ("on noise", 0.5),
+        ("on images", 0.5),
     ]
     assert rows[0].params == sum(p.numel() for p in network.parameters())
     assert rows[0].accuracy == accuracy(network, test.images, test.labels) > 0.95
-    methods = (("select", None), ("intrafusion", None), ("pivot", "noise"))
-    for row, (reducer, restore) in zip(rows[1:], methods * 2, strict=True):
+    images = zoo.load_data("digits_resnet", "train", limit=256).images
+    methods = (("select", None, None), ("intrafusion", None, None), ("pivot", "noise", None), ("pivot", "auto", images))
+    for row, (reducer, restore, given) in zip(rows[1:], methods * 2, strict=True):
         example = zoo.example_input("digits_resnet")
-        small = intrafusion.compress(network, example, row.keep, reducer=reducer, restore=restore)
+        small = intrafusion.compress(network, example, row.keep, reducer=reducer, restore=restore, inputs=given)
         assert row.accuracy == accuracy(small.model, test.images, test.labels)
         assert (row.params, row.macs) == (small.after.params, small.after.macs)
     assert rows[2].accuracy > rows[1].accuracy + 0.1  # fused against pruned at keep 0.9
-    assert rows[6].accuracy > rows[5].accuracy + 0.2  # restored against fused at keep 0.5
+    assert rows[7].accuracy > rows[6].accuracy + 0.2  # on noise against fused at keep 0.5
 
 
 def test_table_plot_and_network_are_written(made: tuple[list[demo.Row], Path]) -> None:
@@ -70,8 +74,9 @@ def test_table_plot_and_network_are_written(made: tuple[list[demo.Row], Path]) -
     assert read == rows
     loaded = intrafusion.load(folder / "restored-50", zoo.build("digits_resnet"))
     test = zoo.load_data("digits_resnet", "test")
-    assert accuracy(loaded, test.images, test.labels) == rows[6].accuracy
-    assert sorted(p.name for p in folder.iterdir()) == ["accuracy.csv", "accuracy.png", "restored-50"]
+    assert accuracy(loaded, test.images, test.labels) == rows[8].accuracy
+    assert sorted(p.name for p in folder.iterdir()) == ["accuracy.csv", "accuracy.png", "report.html", "restored-50"]
+    assert "layer1.0.conv1" in (folder / "report.html").read_text()
 
 
 def test_running_again_replaces_its_own_files_only(network: nn.Module, tmp_path: Path) -> None:
@@ -98,12 +103,12 @@ def test_the_command(
     assert [line.split()[0] for line in lines[4:6]] == ["90%", "50%"]
     with Path("out/accuracy.csv").open(newline="") as file:
         found = {(r["method"], r["keep"]): r for r in csv.DictReader(file)}
-    row = [found[method, "0.9"] for method in ("pruned", "fused", "restored")]
+    row = [found[method, "0.9"] for method in ("pruned", "fused", "on noise", "on images")]
     assert lines[4].split() == ["90%", f"{int(row[0]['params']):,}", *(f"{float(r['accuracy']):.1%}" for r in row)]
     scope: dict[str, Any] = {}
     exec(lines[-1], scope)
     test = zoo.load_data("digits_resnet", "test")
-    assert accuracy(scope["model"], test.images, test.labels) == float(found["restored", "0.5"]["accuracy"])
+    assert accuracy(scope["model"], test.images, test.labels) == float(found["on images", "0.5"]["accuracy"])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,22 @@ def test_the_plot_draws_percent(tmp_path: Path) -> None:
     accuracy_plot(tmp_path / "plot.svg", {"fused": [(0.9, 0.8), (0.5, 0.4)]}, original=0.987, title="t")
     text = (tmp_path / "plot.svg").read_text()
     for label in ("original 98.7%", "channels kept (%)", "test accuracy (%)", "fused"):
-        assert f"<!-- {label} -->" in text
+        assert f">{label}</text>" in text
+
+
+def test_a_drawing_has_the_colours_of_light_and_of_dark_pages(tmp_path: Path) -> None:
+    for name in ("plot.svg", "again.svg"):
+        accuracy_plot(tmp_path / name, {"fused": [(0.9, 0.8), (0.5, 0.4)]}, original=0.9)
+    text = (tmp_path / "plot.svg").read_text()
+    assert text == (tmp_path / "again.svg").read_text()
+    light, dark = re.findall(r":root\{(.*?)\}", text)
+    used = set(re.findall(r"var\((--\w+)\)", text))
+    assert "--cc2571a" in used
+    for name in used:
+        found = [re.search(f"{name}:(#\\w+);", colours) for colours in (light, dark)]
+        assert found[0]
+        assert found[1]
+        assert found[0][1] == f"#{name[3:]}" != found[1][1]
 
 
 def test_torch_runs_on_one_thread_in_the_demo(

@@ -54,24 +54,28 @@ def report(
 def _page_of(sources: list[Path], sheet: str | None) -> html.Page:
     """Raises FolderError for what holds no records and is no saved folder."""
     if len(sources) == 1 and sources[0].is_dir():
-        folder = sources[0]
-        if not is_ours(folder):
-            raise FolderError(f"{folder}: this folder was not saved by intrafusion; expected one, or files of records.")
-        plan, before, after = read_saved(folder)
-        data = read_document(folder)
-        restored, comparison = read_done(data)
-        return html.plan_page(
-            *(plan, before, after),
-            folder=str(folder),
-            sheet=sheet,
-            version=intrafusion.__version__,
-            restored=restored,
-            comparison=comparison,
-            loads_alone=bool(data.get("source")),
-        )
+        return page_of_folder(sources[0], sheet)
     records = [record for source in sources for record in _read_record_file(source)]
     names = [source.name for source in sources]
     return html.records_page(records, sources=names, sheet=sheet, version=intrafusion.__version__)
+
+
+def page_of_folder(folder: Path, sheet: str | None = None) -> html.Page:
+    """What was done to a saved network. Raises FolderError for what is no saved folder."""
+    if not is_ours(folder):
+        raise FolderError(f"{folder}: this folder was not saved by intrafusion; expected one, or files of records.")
+    plan, before, after = read_saved(folder)
+    data = read_document(folder)
+    restored, comparison = read_done(data)
+    return html.plan_page(
+        *(plan, before, after),
+        folder=str(folder),
+        sheet=sheet,
+        version=intrafusion.__version__,
+        restored=restored,
+        comparison=comparison,
+        loads_alone=bool(data.get("source")),
+    )
 
 
 def _read_record_file(path: Path) -> list[Record]:
