@@ -137,9 +137,10 @@ def test_a_target_is_hit_within_two_percent(kind: str, wanted: float) -> None:
 
 
 def test_a_latency_target_makes_it_faster() -> None:
+    """So much faster that it is, also where a busy machine took long to measure `before`."""
     model, x = chain(3, 48, 48), torch.randn(2, 3, 32, 32)
     before = latency_ms(model, x)
-    small = intrafusion.compress(model, x, target={"latency_ms": before / 3}, restore=None)
+    small = intrafusion.compress(model, x, target={"latency_ms": before / 12}, restore=None)
     assert small.after.macs < 0.7 * small.before.macs
 
 

@@ -285,6 +285,15 @@ def test_hooks_on_all_modules_are_for_one_thread() -> None:
 # ---- interrupts -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _interrupts() -> Iterator[None]:
+    """Behind `nohup`, or in the background of a script, Python is started with them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts")
 def test_an_interrupt_waits_for_what_must_be_done_whole() -> None:
     done = list[str]()
     with pytest.raises(KeyboardInterrupt), uninterrupted():
@@ -300,6 +309,7 @@ def iterate_uninterrupted() -> Iterator[int]:
         yield 1
 
 
+@pytest.mark.usefixtures("_interrupts")
 def test_a_network_is_written_in_place_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net()
     wanted = weights_of(compress(net, X[:4], 0.5, restore=None).model)
