@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.brief import show_briefly
 from intrafusion.graph import Way
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.modes import Mode
 
 _WITHIN = " within"
 _OFTEN = 64  # times that a place gets the same answer at most, as a loop may wait for another
@@ -173,7 +173,7 @@ class Decisions:
         self.made.setdefault(place, []).append(answer)
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(Mode):
     """Answers operations."""
 
     def __init__(self, decisions: Decisions) -> None:

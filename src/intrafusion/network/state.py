@@ -25,15 +25,18 @@ PutBack = Callable[[], object]
 
 
 @contextlib.contextmanager
-def preserve_state(model: nn.Module) -> Iterator[Memory]:
+def preserve_state(model: nn.Module, memory: Memory | None = None) -> Iterator[Memory]:
     """Evaluation mode inside; everything that a forward may change is put back afterwards, also on errors.
 
     That is training flags, parameters, buffers, whatever modules keep in attributes (a hidden state, a queue, a cache,
     a counter, at any depth of lists, dicts and plain objects), and the random state of PyTorch, NumPy and Python.
     Random numbers inside do not depend on the state outside. Other threads wait until this one is out again.
+
+    Args:
+        memory: of the network as it is now, where one is at hand, as between several passes through the same.
     """
     with one_at_a_time():
-        put_back = Memory(model)
+        put_back = Memory(model) if memory is None else memory
         with evaluate_alone(model):
             try:
                 yield put_back
@@ -55,7 +58,7 @@ class Memory:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
-        self.attributes = [(m, {k: v for k, v in vars(m).items() if k != "training"}) for m in self.modules]
+        self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of modules, and as they were
         self.steps: list[PutBack] = []
         self.changed: list[Callable[[], bool]] = []  # of lists, dicts and plain objects that modules hold
         self.seen: set[int] = {id(m) for m in self.modules}
@@ -77,17 +80,11 @@ class Memory:
         return (
             any(map(len, self.empty))
             or any(changed() for changed in self.changed)
-            or any(
-                not _same_items({k: v for k, v in vars(m).items() if k != "training"}, own)
-                for m, own in self.attributes
-            )
+            or any(not _same_items(_without_mode(now), _without_mode(then)) for now, then in self.attributes)
         )
 
     def _remember(self, value: Any) -> None:
-        kind = type(value)
-        if kind in _ATOMS or id(value) in self.seen:
-            return
-        if kind in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None):
+        if type(value) in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None):
             self.empty.append(value)
             return
         self.seen.add(id(value))
@@ -109,7 +106,8 @@ class Memory:
 
     def _each(self, values: Any) -> None:
         for value in values:
-            self._remember(value)
+            if type(value) not in _ATOMS and id(value) not in self.seen:
+                self._remember(value)
 
     def _remember_tensor(self, tensor: Tensor) -> None:
         if type(tensor) is nn.UninitializedParameter or type(tensor) is nn.UninitializedBuffer or tensor.is_meta:
@@ -130,7 +128,9 @@ class Memory:
     def _remember_dict(self, found: dict[str, Any], *, of_module: bool = False) -> None:
         """Of a module or a plain object: attributes, by reference and by what lies in them."""
         before = dict(found)
-        if not of_module:
+        if of_module:
+            self.attributes.append((found, before))
+        else:
             self.changed.append(lambda: not _same_items(found, before))
 
         def put_back() -> None:
@@ -207,6 +207,10 @@ class Memory:
             self._remember_dict(value.__dict__)
 
 
+def _without_mode(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name != "training"}
+
+
 def _empty_(mapping: MutableMapping[Any, Any]) -> None:
     if mapping:
         mapping.clear()
@@ -271,7 +275,7 @@ def _put_back_(tensor: Tensor, value: Tensor) -> None:
     if tensor.shape == value.shape and tensor.dtype == value.dtype:
         tensor.data.copy_(value)
     else:
-        tensor.data = value
+        tensor.data = value.clone()  # what is remembered may be put back again
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

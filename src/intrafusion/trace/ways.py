@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -26,6 +25,7 @@ from intrafusion.graph import ChannelGraph, ChannelGroup, Way
 from intrafusion.network.batches import cast_like, count_images, take_images
 from intrafusion.network.decisions import Decisions, find_place, is_within, name_line, take_way
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.modes import Mode
 from intrafusion.network.state import preserve_state
 from intrafusion.trace.call import name_operation
 from intrafusion.trace.decomposition import decompose
@@ -58,7 +58,7 @@ class Ways:
     __repr__ = show_briefly
 
 
-class _Steps(TorchDispatchMode):
+class _Steps(Mode):
     """The steps of a forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
