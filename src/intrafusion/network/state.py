@@ -49,7 +49,8 @@ def evaluate_alone(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and random numbers of its own inside; for a copy to throw away: what is changed stays."""
     with one_at_a_time(), _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
         for module in model.modules():
-            module.training = False
+            if module.training:
+                module.training = False
         yield
 
 
@@ -72,7 +73,8 @@ class Memory:
             for step in self.steps:
                 step()
             for mapping in self.empty:
-                _empty_(mapping)
+                if mapping or _has_attributes(mapping):
+                    _empty_(mapping)
 
     @property
     def rebound(self) -> bool:
@@ -84,9 +86,6 @@ class Memory:
         )
 
     def _remember(self, value: Any) -> None:
-        if type(value) in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None):
-            self.empty.append(value)
-            return
         self.seen.add(id(value))
         self.kept.append(value)
         if isinstance(value, Tensor):
@@ -106,7 +105,10 @@ class Memory:
 
     def _each(self, values: Any) -> None:
         for value in values:
-            if type(value) not in _ATOMS and id(value) not in self.seen:
+            kind = type(value)
+            if kind in _DICTS and not value and not _has_attributes(value):
+                self.empty.append(value)
+            elif kind not in _ATOMS and id(value) not in self.seen:
                 self._remember(value)
 
     def _remember_tensor(self, tensor: Tensor) -> None:
@@ -203,22 +205,26 @@ class Memory:
             self.steps.append(functools.partial(setattr, value.bit_generator, "state", drawn))
         elif isinstance(value, random.Random):
             self.steps.append(functools.partial(value.setstate, value.getstate()))
-        elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, _WITHOUT_STATE):
-            self._remember_dict(value.__dict__)
+        elif type(own := getattr(value, "__dict__", None)) is dict and not isinstance(value, _WITHOUT_STATE):
+            self._remember_dict(own)
 
 
 def _without_mode(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if name != "training"}
 
 
+def _has_attributes(mapping: MutableMapping[Any, Any]) -> bool:
+    return type(mapping) is not dict and bool(vars(mapping))
+
+
 def _empty_(mapping: MutableMapping[Any, Any]) -> None:
-    if mapping:
-        mapping.clear()
-    if getattr(mapping, "__dict__", None):
+    mapping.clear()
+    if _has_attributes(mapping):
         vars(mapping).clear()
 
 
 _ATOMS = frozenset([int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device])
+_DICTS = frozenset([dict, OrderedDict])
 _WITHOUT_STATE = (
     *(type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType),
     *(torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader),  # large, and no forward's own
@@ -260,6 +266,8 @@ def remember_random_numbers(model: nn.Module) -> PutBack:
 
 
 def _list_devices(model: nn.Module) -> list[int]:
+    if not torch.cuda.is_initialized():
+        return []
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 

@@ -276,6 +276,7 @@ class _Search:
     stuck: set[tuple[tuple[int, int], ...]] = field(default_factory=set)  # places that nothing led past
 
     def __post_init__(self) -> None:
+        self.modules = dict(self.small.named_modules())
         now = _find_all_numbers(self.small)  # what surgery itself repaired differs
         self.numbers = {
             name: {place: n for place, n in own.items() if now.get(name, {}).get(place) == n}
@@ -350,14 +351,14 @@ class _Search:
 
     @contextlib.contextmanager
     def _written(self, numbers: Numbers) -> Iterator[tuple[Repair, ...]]:
-        modules, repairs = dict(self.small.named_modules()), self.known.repairs(numbers)
+        repairs = self.known.repairs(numbers)
         for repair in repairs:
-            write_number_(modules[repair.module], repair.attribute, repair.new)
+            write_number_(self.modules[repair.module], repair.attribute, repair.new)
         try:
             yield repairs
         finally:
             for repair in repairs:
-                write_number_(modules[repair.module], repair.attribute, repair.old)
+                write_number_(self.modules[repair.module], repair.attribute, repair.old)
 
     def _descend(self, numbers: Numbers, failure: Breakdown) -> Numbers | None:
         if self.known.in_vain[failure.place] >= _IN_VAIN:

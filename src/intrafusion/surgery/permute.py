@@ -280,6 +280,8 @@ def _leave_unrotated(group: ChannelGroup, errors: Mapping[str, float]) -> Channe
 
 
 def add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
+    if not reasons:
+        return graph
     groups = tuple(replace(g, reason=reasons.get(g.name, g.reason)) for g in graph.groups)
     return replace(graph, groups=groups)
 
