@@ -85,11 +85,11 @@ def _guard(function: Any, annotated: Any, where: str, leaving: Collection[str]) 
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given, known = dict(zip(names, args, strict=False)) | kwargs, hints()
         if len(given) == len(args) + len(kwargs) and needed <= given.keys() <= plain_names:
-            pairs = [(name, value, hints()[name]) for name, value in given.items() if name in hints()]
+            pairs = [(name, value, known[name]) for name, value in given.items() if name in known]
         else:
-            pairs = _pair_with_hints(_bind(signature, args, kwargs), hints())
+            pairs = _pair_with_hints(_bind(signature, args, kwargs), known)
         for name, value, hint in pairs:
             if name not in leaving:
                 check_argument(value, hint, f"{where}: {name}", annotated)
@@ -124,7 +124,7 @@ def _pair_with_hints(bound: inspect.BoundArguments | None, hints: Any) -> Iterat
 
 def check_argument(value: Any, hint: Any, where: str, door: Any = None) -> None:
     """Raise unless a value is what an annotation says; see `checked`."""
-    if value is None and type(None) in _alternatives(hint):
+    if type(value) in _PLAIN and type(value) in _alternatives(hint):
         return
     own = _OWN.get(_key_of(hint))
     if own is not None:
@@ -133,6 +133,10 @@ def check_argument(value: Any, hint: Any, where: str, door: Any = None) -> None:
         error = ModelError if "torch.nn.Module" in fault.expected else ArgumentError
         advice = _advise(fault) or f"see help({door.__module__}.{door.__qualname__})"
         raise error(f"{where}{fault.path}: expected {fault.expected}, got {show(fault.value)}; {advice}.")
+
+
+_PLAIN = frozenset([str, bool, type(None)])
+"""Classes of which every value is what their name, alone or among others, asks for."""
 
 
 def check_module(model: Any, where: str = "model") -> None:
@@ -187,7 +191,7 @@ def find_fault(value: Any, hint: Any) -> Fault | None:
 
 def _is_plainly(value: Any) -> bool:
     """Whether a value of the very class that is named is what that means, which most values are, seen at once."""
-    return type(value) in (str, bool) or (type(value) is int and abs(value) < 2**63)
+    return type(value) in _PLAIN or (type(value) is int and abs(value) < 2**63)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.network.apart import one_at_a_time
+from intrafusion.network.tensors import has_content
 
 _SEED = 0
 """Random numbers inside start here, so that two networks that draw them alike can be compared."""
@@ -64,7 +65,7 @@ class Memory:
         self.changed: list[Callable[[], bool]] = []  # of lists, dicts and plain objects that modules hold
         self.seen: set[int] = {id(m) for m in self.modules}
         self.kept: list[Any] = []  # alive, so that no id is given twice
-        self.empty: list[MutableMapping[Any, Any]] = []  # most of what modules hold: a dozen each, for hooks
+        self.empty: list[dict[Any, Any]] = []  # most of what modules hold: a dozen each, for hooks
         for module in self.modules:
             self._remember_dict(module.__dict__, of_module=True)
 
@@ -73,7 +74,7 @@ class Memory:
             for step in self.steps:
                 step()
             for mapping in self.empty:
-                if mapping or _has_attributes(mapping):
+                if has_content(mapping):
                     _empty_(mapping)
 
     @property
@@ -106,7 +107,7 @@ class Memory:
     def _each(self, values: Any) -> None:
         for value in values:
             kind = type(value)
-            if kind in _DICTS and not value and not _has_attributes(value):
+            if kind in _DICTS and not has_content(value):
                 self.empty.append(value)
             elif kind not in _ATOMS and id(value) not in self.seen:
                 self._remember(value)
@@ -213,13 +214,9 @@ def _without_mode(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if name != "training"}
 
 
-def _has_attributes(mapping: MutableMapping[Any, Any]) -> bool:
-    return type(mapping) is not dict and bool(vars(mapping))
-
-
-def _empty_(mapping: MutableMapping[Any, Any]) -> None:
+def _empty_(mapping: dict[Any, Any]) -> None:
     mapping.clear()
-    if _has_attributes(mapping):
+    if type(mapping) is not dict:
         vars(mapping).clear()
 
 

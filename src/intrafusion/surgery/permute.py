@@ -238,7 +238,8 @@ def _prove_linear(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph
 
 def _keep_linear(graph: ChannelGraph, passed: Sequence[ChannelGroup]) -> ChannelGraph:
     names = {g.name for g in passed}
-    graph = replace(graph, groups=tuple(replace(g, linear=g.name in names) for g in graph.groups))
+    kept = (g if g.linear == (g.name in names) else replace(g, linear=g.name in names) for g in graph.groups)
+    graph = replace(graph, groups=tuple(kept))
     return _forbid_mixing(graph, {g.name for g in graph.reducible if g.with_role(Role.MATCHES)} - names, _NOT_LINEAR)
 
 
@@ -261,10 +262,12 @@ def _prove_rotations(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGr
 
 def _keep_rotations(graph: ChannelGraph, passed: Sequence[ChannelGroup], errors: Mapping[str, float]) -> ChannelGraph:
     found = {g.name: g.rotation for g in passed}
-    groups = (
-        replace(g, rotation=found[g.name]) if g.name in found else _leave_unrotated(g, errors) for g in graph.groups
-    )
-    return replace(graph, groups=tuple(groups))
+    turned = {g.name: g for g in graph.groups if g.rotation is not None}
+    kept = {
+        name: replace(g, rotation=found[name]) if name in found else _leave_unrotated(g, errors)
+        for name, g in turned.items()
+    }
+    return replace(graph, groups=tuple(kept.get(g.name, g) for g in graph.groups)) if kept else graph
 
 
 def _centre(group: ChannelGroup, centred: bool) -> ChannelGroup:
@@ -273,7 +276,7 @@ def _centre(group: ChannelGroup, centred: bool) -> ChannelGroup:
 
 
 def _leave_unrotated(group: ChannelGroup, errors: Mapping[str, float]) -> ChannelGroup:
-    if group.rotation is None or group.name not in errors:
+    if group.name not in errors:
         return replace(group, rotation=None)
     why = f"not rotated: that changes the output by {errors[group.name]:.1e} (relative)"
     return replace(group, rotation=None, unmixable=f"{group.unmixable}; {why}")
@@ -294,5 +297,7 @@ def _find_drawn(check: _PermutationCheck, groups: list[ChannelGroup]) -> set[str
 
 
 def _forbid_mixing(graph: ChannelGraph, names: set[str], why: str) -> ChannelGraph:
+    if not names:
+        return graph
     groups = (replace(g, unmixable=g.unmixable or why) if g.name in names else g for g in graph.groups)
     return replace(graph, groups=tuple(groups))

@@ -219,11 +219,7 @@ def _find_bent(relations: Relations) -> np.ndarray:
 def _share_reasons(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     """Twins that cannot all be reduced are not reduced."""
     blocked = {g.family: g.reason for g in groups if g.reason}
-    result = []
-    for group in groups:
-        reason = group.reason or blocked.get(group.family)
-        result.append(replace(group, reason=reason))
-    return result
+    return [replace(g, reason=blocked[g.family]) if g.family in blocked and not g.reason else g for g in groups]
 
 
 # ---- names and depths -----------------------------------------------------------------------------------------------
