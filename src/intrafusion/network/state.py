@@ -59,18 +59,30 @@ class Memory:
     """What a network holds; calling it puts everything back in its place."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
-        self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of modules, and as they were
-        self.steps: list[PutBack] = []
-        self.changed: list[Callable[[], bool]] = []  # of lists, dicts and plain objects that modules hold
-        self.seen: set[int] = {id(m) for m in self.modules}
-        self.kept: list[Any] = []  # alive, so that no id is given twice
+        # Pairs of what is held and what it held: a function for each would keep the garbage collector busy.
+        self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of modules
+        self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # of others, and what lies in attributes
         self.empty: list[dict[Any, Any]] = []  # most of what modules hold: a dozen each, for hooks
-        for module in self.modules:
-            self._remember_dict(module.__dict__, of_module=True)
+        self.mappings: list[tuple[MutableMapping[Any, Any], dict[Any, Any]]] = []
+        self.tensors: list[tuple[Tensor, Tensor, Tensor | None, bool]] = []  # values, gradient, whether it has any
+        self.steps: list[PutBack] = []
+        self.changed: list[Callable[[], bool]] = []  # of lists
+        self.kept: list[Any] = []  # alive, so that no id is given twice
+        modules = list(model.modules())
+        self.seen: set[int] = {id(m) for m in modules}
+        for module in modules:
+            self._remember_dict(module.__dict__, self.attributes)
 
     def __call__(self) -> None:
         with torch.inference_mode(False):
+            for found, before in (*self.attributes, *self.dicts):
+                if not _same_items(found, before):
+                    found.clear()
+                    found.update(before)
+            for tensor in self.tensors:
+                _put_tensor_back_(*tensor)
+            for mapping, before in self.mappings:
+                _put_mapping_back_(mapping, before)
             for step in self.steps:
                 step()
             for mapping in self.empty:
@@ -83,13 +95,17 @@ class Memory:
         return (
             any(map(len, self.empty))
             or any(changed() for changed in self.changed)
+            or any(not _same_items(now, then) for now, then in self.dicts)
+            or any(not _same_items(dict(now.items()), then) for now, then in self.mappings)
             or any(not _same_items(_without_mode(now), _without_mode(then)) for now, then in self.attributes)
         )
 
     def _remember(self, value: Any) -> None:
         self.seen.add(id(value))
         self.kept.append(value)
-        if isinstance(value, Tensor):
+        if type(value) is dict:
+            self._remember_dict(value, self.dicts)
+        elif isinstance(value, Tensor):
             self._remember_tensor(value)
         elif isinstance(value, MutableMapping):
             self._remember_mapping(value)
@@ -115,52 +131,23 @@ class Memory:
     def _remember_tensor(self, tensor: Tensor) -> None:
         if type(tensor) is nn.UninitializedParameter or type(tensor) is nn.UninitializedBuffer or tensor.is_meta:
             return
-        value, grad = tensor.detach().clone(), tensor.grad if tensor.is_leaf else None
-        flag = tensor.requires_grad
+        grad = tensor.grad if tensor.is_leaf else None
+        self.tensors.append((tensor, tensor.detach().clone(), grad, tensor.requires_grad))
 
-        def put_back() -> None:
-            if not _same_bits(tensor, value):
-                _put_back_(tensor, value)
-            if tensor.is_leaf and tensor.requires_grad != flag:
-                tensor.requires_grad_(flag)
-            if tensor.is_leaf and tensor.grad is not grad:
-                tensor.grad = grad
-
-        self.steps.append(put_back)
-
-    def _remember_dict(self, found: dict[str, Any], *, of_module: bool = False) -> None:
-        """Of a module or a plain object: attributes, by reference and by what lies in them."""
+    def _remember_dict(self, found: dict[Any, Any], kind: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
+        """A dict, or the attributes of a module or a plain object, by reference and by what lies in them."""
         before = dict(found)
-        if of_module:
-            self.attributes.append((found, before))
-        else:
-            self.changed.append(lambda: not _same_items(found, before))
-
-        def put_back() -> None:
-            if not _same_items(found, before):
-                found.clear()
-                found.update(before)
-
-        self.steps.append(put_back)
+        kind.append((found, before))
         self.seen.add(id(found))
         self._each(before.values())
 
     def _remember_mapping(self, found: MutableMapping[Any, Any]) -> None:
         try:
-            before = list(found.items())
+            before = dict(found.items())
         except Exception:  # a mapping that computes its items
             return
-
-        self.changed.append(lambda: not _same_items(dict(found.items()), dict(before)))
-
-        def put_back() -> None:
-            if not _same_items(dict(found.items()), dict(before)):
-                found.clear()
-                for key, value in before:
-                    found[key] = value
-
-        self.steps.append(put_back)
-        self._each(value for _, value in before)
+        self.mappings.append((found, before))
+        self._each(before.values())
         self._remember_object(found)
 
     def _remember_sequence(self, found: Any) -> None:
@@ -207,11 +194,27 @@ class Memory:
         elif isinstance(value, random.Random):
             self.steps.append(functools.partial(value.setstate, value.getstate()))
         elif type(own := getattr(value, "__dict__", None)) is dict and not isinstance(value, _WITHOUT_STATE):
-            self._remember_dict(own)
+            self._remember_dict(own, self.dicts)
 
 
 def _without_mode(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if name != "training"}
+
+
+def _put_tensor_back_(tensor: Tensor, value: Tensor, grad: Tensor | None, flag: bool) -> None:
+    if not _same_bits(tensor, value):
+        _put_back_(tensor, value)
+    if tensor.is_leaf and tensor.requires_grad != flag:
+        tensor.requires_grad_(flag)
+    if tensor.is_leaf and tensor.grad is not grad:
+        tensor.grad = grad
+
+
+def _put_mapping_back_(found: MutableMapping[Any, Any], before: dict[Any, Any]) -> None:
+    if not _same_items(dict(found.items()), before):
+        found.clear()
+        for key, value in before.items():
+            found[key] = value
 
 
 def _empty_(mapping: dict[Any, Any]) -> None:

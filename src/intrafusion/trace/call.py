@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 
 class Call:
-    """One dispatched operation with its arguments by name.
-
-    Attributes:
-        tensors: every tensor among the arguments, lists of tensors included.
-    """
+    """One dispatched operation with its arguments by name."""
 
     __slots__ = ("args", "func", "kwargs", "module", "name", "out", "tensors")
 
     def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, module: str) -> None:
         self.func, self.args, self.kwargs, self.out, self.module = func, args, kwargs, out, module
         self.name = name_operation(func)
-        self.tensors = list(_find_tensors((*args, *kwargs.values())))
+        self.tensors = find_tensors((*args, *kwargs.values()))
 
     def __getitem__(self, name: str) -> Any:
         names, defaults = _list_arguments(self.func)
@@ -44,12 +40,15 @@ class Call:
         return f"{self.name} in {self.module or 'the network'}"
 
 
-def _find_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def find_tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Every tensor among the arguments, or the results, of an operation, lists of tensors included."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if isinstance(item, Tensor))
+            found.extend(item for item in value if isinstance(item, Tensor))
+    return found
 
 
 @functools.cache

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.brief import show_briefly
@@ -27,7 +26,7 @@ from intrafusion.network.decisions import Decisions, find_place, is_within, name
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.modes import Mode
 from intrafusion.network.state import preserve_state
-from intrafusion.trace.call import name_operation
+from intrafusion.trace.call import find_tensors, name_operation
 from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.random import Draws
 
@@ -70,15 +69,14 @@ class _Steps(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = find_tensors((*args, *kwargs.values()))
         sources = [self.names.get(id(t)) or self.made.get(t, "") for t in given]
         out = func(*args, **kwargs)
         own = name_operation(func), find_place(), *(s for s in sources if isinstance(s, str)), _is_empty(given)
         self.steps.update((index, source, own) for index, source in enumerate(sources))
         self.reached.update(self.names[id(t)] for t in given if id(t) in self.names)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.made[tensor] = own
+        for tensor in find_tensors((out,)):
+            self.made[tensor] = own
         return out
 
 
