@@ -26,7 +26,7 @@ def compact(t: Tensor) -> Tensor:
     if not dims:
         return t
     array = narrow(t)
-    if len(dims) == 1 and array.flat[0] != array.flat[-1]:  # as along most layers
+    if len(dims) == 1 and array.size and array.flat[0] != array.flat[-1]:  # as along most layers
         return t
     constant = [d for d in dims if (array == array.take([0], d)).all()]
     if not constant:
