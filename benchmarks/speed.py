@@ -1,9 +1,11 @@
 """Claim: tracing costs about what Torch-Pruning's dependency graph costs; what a whole compression costs beside it.
 
 Ratios of medians, both sides measured in turn in the same run on the same network and input:
-  inspect   intrafusion.inspect (the trace and the proof of every group, in float64, on two inputs) against the same.
   trace     intrafusion.trace (labels, groups, the forward pass included) against DependencyGraph.build_dependency plus
-            get_all_groups (its forward pass included), at 224 pixels.
+            get_all_groups (its forward pass included).
+  inspect   intrafusion.inspect (the trace and the proof of every group, in float64, on two inputs) against the same,
+            and the median of this ratio over all networks in families/ of which the peer gives a graph in time.
+These two in processor time with one thread; the others in time that passes.
   compress  intrafusion.compress (trace, proof by permutation, transport, surgery, second trace) and its share without
             transport, against Torch-Pruning's MagnitudePruner at the same ratio, on ResNet-18 at full width.
   choose    the maps of the reducer `pivot` without data (noise, its forward pass, all groups) against those of
@@ -17,14 +19,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import signal
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from families import FAMILIES
+from families.family import Family
 from torch import Tensor, nn
 
 import intrafusion
@@ -38,30 +43,40 @@ from intrafusion.restore.steps import calibrate_for
 from intrafusion.trace import trace
 
 RECORDS = Path(__file__).parent / "records" / "speed.jsonl"
-TRACED = ("timm:resnet50", "timm:densenet121", "timm:vit_tiny_patch16_224")
+TRACED = {
+    "zoo:cifar10_resnet20": 32, "timm:resnet50": 224, "timm:tf_efficientnet_lite0": 224, "timm:densenet121": 224,
+    "timm:vit_tiny_patch16_224": 224,
+}  # fmt: skip
 CHOSEN = {"zoo:resnet18": 32, "timm:resnet50": 224}  # and pixels
-SMOKE, SMOKE_CHOSEN = ("timm:resnet18",), {"zoo:resnet18": 32}
+SMOKE = {"zoo:resnet18": 32}
+SMOKE_FAMILIES = ("torchvision:vit", "by hand:U-Net")
+LIMIT_S = 5  # of processor time, for the peer's graph of one network
 
 
-def seconds(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def seconds(action: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     action()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def compare(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> dict[str, Any]:
+def compare(
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Medians of both, in turn, after one warm-up of each."""
     ours()
     theirs()
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
+    pairs = [(seconds(ours, clock), seconds(theirs, clock)) for _ in range(repeats)]
     a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
     return {"ours_s": round(a, 4), "theirs_s": round(b, 4), "ratio": round(a / b, 2), "repeats": repeats}
 
 
-def their_graph(model: nn.Module, x: Tensor) -> list[Any]:
+def their_graph(model: nn.Module, x: Any, transform: Callable[[Any], Any] = lambda out: out) -> list[Any]:
     import torch_pruning as tp
 
-    return list(tp.DependencyGraph().build_dependency(model, x).get_all_groups())
+    return list(tp.DependencyGraph().build_dependency(model, x, output_transform=transform).get_all_groups())
 
 
 def their_pruner(model: nn.Module, x: Tensor, keep: float) -> None:
@@ -73,18 +88,63 @@ def their_pruner(model: nn.Module, x: Tensor, keep: float) -> None:
     tp.pruner.MagnitudePruner(model, x, importance=importance, pruning_ratio=1 - keep, ignored_layers=heads).step()
 
 
-def trace_records(names: tuple[str, ...], repeats: int) -> list[Record]:
-    records = []
-    for name in names:
-        model, x = resolve(name).build().eval(), torch.randn(1, 3, 224, 224)
+def build(name: str) -> nn.Module:
+    kind, _, short = name.partition(":")
+    return (zoo.build(short) if kind == "zoo" else resolve(name).build()).eval()
+
+
+def trace_records(networks: Mapping[str, int], repeats: int) -> list[Record]:
+    records, clock = [], time.process_time
+    for name, pixels in networks.items():
+        model, x = build(name), torch.randn(1, 3, pixels, pixels)
         with torch.no_grad():
             model(x)
-            forward = min(seconds(lambda m=model, v=x: m(v)) for _ in range(3))
+            forward = min(seconds(lambda m=model, v=x: m(v), clock) for _ in range(3))
         for what, ours in (("trace", trace), ("inspect", intrafusion.inspect)):
-            found = compare(lambda m=model, v=x, f=ours: f(m, v), lambda m=model, v=x: their_graph(m, v), repeats)
-            setting = {"what": what, "network": name, "pixels": 224}
+            found = compare(
+                lambda m=model, v=x, f=ours: f(m, v), lambda m=model, v=x: their_graph(m, v), repeats, clock
+            )
+            setting = {"what": what, "network": name, "pixels": pixels}
             records.append(Record("speed", setting, {**found, "forward_s": round(forward, 4)}))
     return records
+
+
+def family_records(names: Iterable[str], repeats: int) -> list[Record]:
+    """One row: the median of all."""
+    found = [one for name in names if (one := compare_family(FAMILIES[name], repeats)) is not None]
+    middle = {key: round(statistics.median(one[key] for one in found), 4) for key in ("ours_s", "theirs_s", "ratio")}
+    ratios = [one["ratio"] for one in found]
+    setting = {"what": "inspect", "network": "families, median", "pixels": ""}
+    spread = {"families": len(found), "lowest": min(ratios), "highest": max(ratios)}
+    return [Record("speed", setting, {**middle, **spread, "repeats": repeats})]
+
+
+class _TooSlow(BaseException):  # nothing inside is to catch it
+    pass
+
+
+def _stop(*_: Any) -> None:
+    raise _TooSlow
+
+
+def compare_family(family: Family, repeats: int) -> dict[str, Any] | None:
+    """None where it cannot be built here, or the peer has no graph of it, or none in time."""
+    torch.manual_seed(0)
+    signal.signal(signal.SIGPROF, _stop)
+    add_up = lambda out: sum(t.sum() for t in family.wanted(out) if t.is_floating_point())  # noqa: E731
+    try:
+        model, x = family.build().eval(), family.inputs()
+        signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
+        their_graph(model, x, add_up)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        return compare(
+            lambda: intrafusion.inspect(model, x), lambda: their_graph(model, x, add_up), repeats, time.process_time
+        )
+    except (Exception, _TooSlow) as error:
+        print(f"{family.name}: left out: {type(error).__name__}: {str(error)[:80]}")
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def compress_records(repeats: int, keep: float = 0.5) -> list[Record]:
@@ -111,9 +171,7 @@ def choice_records(networks: Mapping[str, int], repeats: int, keep: float = 0.5)
     """What the data-free choice of channels with its unmerge costs beside the transport that it stands for."""
     records = []
     for name, pixels in networks.items():
-        kind, _, short = name.partition(":")
-        model = (zoo.build(short) if kind == "zoo" else resolve(name).build()).eval()
-        x = Inputs.of(torch.randn(1, 3, pixels, pixels))
+        model, x = build(name), Inputs.of(torch.randn(1, 3, pixels, pixels))
         graph = intrafusion.inspect(model, x)
 
         def choose(reducer: str, model: nn.Module = model, graph: Any = graph, x: Inputs = x) -> None:
@@ -155,10 +213,20 @@ def restore_records(repeats: int, count: int = 256) -> list[Record]:
     return records
 
 
+def on_one_thread(run: Callable[[], list[Record]]) -> list[Record]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--only", choices=("trace", "families", "compress", "choose", "restore"))
     parser.add_argument("--smoke", action="store_true", help="one small network, one repeat, recorded nowhere")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")  # the peer warns about parameters that it cannot place
@@ -167,10 +235,15 @@ def main() -> None:
     except ImportError:
         print("skipped: torch-pruning is not installed; pip install intrafusion[benchmarks,timm].")
         return
-    records = trace_records(SMOKE if options.smoke else TRACED, 1 if options.smoke else options.repeats)
-    records += compress_records(1) if options.smoke else compress_records(options.repeats)
-    records += choice_records(SMOKE_CHOSEN, 1) if options.smoke else choice_records(CHOSEN, options.repeats)
-    records += restore_records(1, 8) if options.smoke else restore_records(options.repeats)
+    smoke, repeats = options.smoke, 1 if options.smoke else options.repeats
+    parts: dict[str, Callable[[], list[Record]]] = {
+        "trace": lambda: on_one_thread(lambda: trace_records(SMOKE if smoke else TRACED, repeats)),
+        "families": lambda: on_one_thread(lambda: family_records(SMOKE_FAMILIES if smoke else FAMILIES, repeats)),
+        "compress": lambda: compress_records(repeats),
+        "choose": lambda: choice_records(SMOKE if smoke else CHOSEN, repeats),
+        "restore": lambda: restore_records(repeats, 8 if smoke else 256),
+    }
+    records = [record for name, run in parts.items() if options.only in (None, name) for record in run()]
     for record in records:
         print(record.setting, record.result)
         if not options.smoke:

@@ -85,11 +85,11 @@ def _guard(function: Any, annotated: Any, where: str, leaving: Collection[str]) 
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given, known = dict(zip(names, args, strict=False)) | kwargs, hints()
         if len(given) == len(args) + len(kwargs) and needed <= given.keys() <= plain_names:
-            pairs = [(name, value, hints()[name]) for name, value in given.items() if name in hints()]
+            pairs = [(name, value, known[name]) for name, value in given.items() if name in known]
         else:
-            pairs = _pair_with_hints(_bind(signature, args, kwargs), hints())
+            pairs = _pair_with_hints(_bind(signature, args, kwargs), known)
         for name, value, hint in pairs:
             if name not in leaving:
                 check_argument(value, hint, f"{where}: {name}", annotated)
@@ -124,7 +124,7 @@ def _pair_with_hints(bound: inspect.BoundArguments | None, hints: Any) -> Iterat
 
 def check_argument(value: Any, hint: Any, where: str, door: Any = None) -> None:
     """Raise unless a value is what an annotation says; see `checked`."""
-    if value is None and type(None) in _alternatives(hint):
+    if type(value) in _PLAIN and type(value) in _alternatives(hint):
         return
     own = _OWN.get(_key_of(hint))
     if own is not None:
@@ -133,6 +133,10 @@ def check_argument(value: Any, hint: Any, where: str, door: Any = None) -> None:
         error = ModelError if "torch.nn.Module" in fault.expected else ArgumentError
         advice = _advise(fault) or f"see help({door.__module__}.{door.__qualname__})"
         raise error(f"{where}{fault.path}: expected {fault.expected}, got {show(fault.value)}; {advice}.")
+
+
+_PLAIN = frozenset([str, bool, type(None)])
+"""Classes of which every value is what their name, alone or among others, asks for."""
 
 
 def check_module(model: Any, where: str = "model") -> None:
@@ -163,7 +167,7 @@ def _key_of(hint: Any) -> frozenset[Any]:
 
 def find_fault(value: Any, hint: Any) -> Fault | None:
     """What of a value is not as an annotation says; None if all is."""
-    if type(value) is hint and hint not in _KINDS:
+    if type(value) is hint and (hint not in _KINDS or _is_plainly(value)):
         return None
     origin = get_origin(hint)
     if hint is Any or hint is object or isinstance(hint, TypeVar):
@@ -185,6 +189,11 @@ def find_fault(value: Any, hint: Any) -> Fault | None:
     return _find_inside(value, kind, get_args(hint))
 
 
+def _is_plainly(value: Any) -> bool:
+    """Whether a value of the very class that is named is what that means, which most values are, seen at once."""
+    return type(value) in _PLAIN or (type(value) is int and abs(value) < 2**63)
+
+
 @functools.cache
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -192,10 +201,12 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 def _find_in_union(value: Any, hint: Any) -> Fault | None:
     """The fault inside the value where an alternative fits it from outside, else that none does."""
-    faults = [find_fault(value, alternative) for alternative in _alternatives(hint)]
-    if None in faults:
-        return None
-    return next((f for f in faults if f is not None and f.path), Fault("", describe_hint(hint), value))
+    faults = list[Fault]()
+    for alternative in _alternatives(hint):
+        if (fault := find_fault(value, alternative)) is None:
+            return None
+        faults.append(fault)
+    return next((f for f in faults if f.path), Fault("", describe_hint(hint), value))
 
 
 _WHOLE = (str, bytes, type, Tensor, np.ndarray)
@@ -259,22 +270,31 @@ def _find_inside(value: Any, kind: Any, inner: tuple[Any, ...]) -> Fault | None:
     if not inner or kind in (Callable, type, os.PathLike):
         return None
     if isinstance(value, Mapping):
-        pairs: Iterable[tuple[str, Any, Any]] = itertools.chain(
-            ((" key", key, inner[0]) for key in value),
-            ((f"[{show(key)}]", item, inner[-1]) for key, item in value.items()),
-        )
-    elif kind is tuple and inner[-1] is not Ellipsis:
+        return _find_in_mapping(value, inner[0], inner[-1])
+    if kind is tuple and inner[-1] is not Ellipsis:
         if len(value) != len(inner):
             return Fault("", f"a tuple of {len(inner)}", value)
-        pairs = [(f"[{i}]", item, hint) for i, (item, hint) in enumerate(zip(value, inner, strict=True))]
-    elif isinstance(value, (Sequence, set, frozenset)):
-        one = inner[0]
-        pairs = ((f"[{i}]", item, one) for i, item in enumerate(value) if type(item) is not one or one in _KINDS)
-    else:
-        return None
-    for path, item, hint in pairs:
+        return _find_among(zip(value, inner, strict=True))
+    if isinstance(value, (Sequence, set, frozenset)):
+        return _find_among(zip(value, itertools.repeat(inner[0])))
+    return None
+
+
+def _find_in_mapping(value: Mapping[Any, Any], key_hint: Any, hint: Any) -> Fault | None:
+    for key in value:
+        if (fault := find_fault(key, key_hint)) is not None:
+            return fault._replace(path=f" key{fault.path}")
+    for key, item in value.items():
         if (fault := find_fault(item, hint)) is not None:
-            return fault._replace(path=path + fault.path)
+            return fault._replace(path=f"[{show(key)}]{fault.path}")
+    return None
+
+
+def _find_among(items: Iterable[tuple[Any, Any]]) -> Fault | None:
+    """The first fault among entries, each with its annotation."""
+    for index, (item, hint) in enumerate(items):
+        if (fault := find_fault(item, hint)) is not None:
+            return fault._replace(path=f"[{index}]{fault.path}")
     return None
 
 

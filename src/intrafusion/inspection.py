@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from intrafusion.arguments import checked
 from intrafusion.errors import ModelError
@@ -62,16 +63,16 @@ def prepare_model(model: nn.Module, recipe: Recipe, example_inputs: ExampleInput
 def inspect(model: nn.Module, example_inputs: ExampleInputs, *, progress: ShowProgress = None) -> ChannelGraph:
     """Trace a network into channel groups and prove each of them by a permutation."""
     model, inputs = make_workable(model), Inputs.of(example_inputs)
-    check_weights(model)
+    masks = check_weights(model)
     report("tracing the network", 0)
     graph = trace(model, inputs)
     report("tracing the network", 1)
-    return _prove(model, graph, inputs)
+    return _prove(model, graph, inputs, masks)
 
 
-def _prove(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> ChannelGraph:
+def _prove(model: nn.Module, graph: ChannelGraph, inputs: Inputs, masks: Collection[str]) -> ChannelGraph:
     report("proving channel groups", 0)
-    graph = tie_widths(_leave_masks_alone(model, verify_groups(model, graph, inputs)), model, inputs)
+    graph = tie_widths(_leave_masks_alone(verify_groups(model, graph, inputs), masks), model, inputs)
     report("proving channel groups", 1)
     return graph
 
@@ -84,29 +85,46 @@ def follow_given(
         return graph
     parts = [part for part in (split.seen, split.measured) if isinstance(part, Batches)]
     found = trace_more(model, inputs, graph, chain(islice(calls, _LOOKED_AT), *parts))
-    return graph if found is None else _prove(model, found, inputs)
+    return graph if found is None else _prove(model, found, inputs, _find_broken(model))
 
 
-def check_weights(model: nn.Module) -> None:
-    masks = set() if any(t.is_meta for t in model.parameters()) else _find_masks(model)
+def check_weights(model: nn.Module) -> list[str]:
+    """Names of the tensors that hold infinities or NaN on purpose.
+
+    Raises:
+        ModelError: others do, or they are on a device that is of no use here.
+    """
     for name, tensor in named_tensors(model).items():
         if tensor.device.type in _UNFIT:
             raise ModelError(
                 f"{name}: expected weights on the CPU or a GPU, got {tensor.device}: {_UNFIT[tensor.device.type]}."
             )
-        if name not in masks and not bool(torch.isfinite(tensor).all()):
+    broken = _find_broken(model)
+    masks = _find_masks(model) if broken else broken
+    for name in broken:
+        if name not in masks:
             raise ModelError(
                 f"{name}: expected finite weights, got NaN or infinity; the network was saved broken, load another."
             )
+    return broken
 
 
-def _leave_masks_alone(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
+def _find_broken(model: nn.Module) -> list[str]:
+    """Names of the tensors with infinite or NaN entries."""
+    return [name for name, tensor in named_tensors(model).items() if not tensor.is_meta and not _is_finite(tensor)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum that is finite, which is quickly seen, shows that all is; one that is not may have overflowed."""
+    quick = tensor.dtype in (torch.float32, torch.float64) and bool(tensor.detach().sum().isfinite())
+    return quick or bool(torch.isfinite(tensor).all())
+
+
+def _leave_masks_alone(graph: ChannelGraph, masks: Collection[str]) -> ChannelGraph:
     """The graph without groups along which a mask has infinite or NaN entries: such cannot be mixed."""
-    tensors = named_tensors(model)
-    broken = {n for n, t in tensors.items() if not t.is_meta and not bool(torch.isfinite(t).all())}
     reasons = {
         group.name: f"{member.tensor} has infinite or NaN entries along these channels"
-        for group in graph.reducible for member in group.members if member.tensor in broken
+        for group in graph.reducible for member in group.members if member.tensor in masks
     }  # fmt: skip
     return add_reasons(graph, reasons)
 

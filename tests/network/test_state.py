@@ -23,7 +23,7 @@ from intrafusion.errors import ModelError
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.measure.drift import output_rows
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.state import preserve_state
+from intrafusion.network.state import Memory, preserve_state
 from intrafusion.trace import trace
 
 
@@ -422,6 +422,20 @@ def test_dicts_that_were_empty_are_empty_again() -> None:
         assert memory.rebound
     assert (net.cache, found, vars(found), dict(net._forward_hooks)) == ({}, OrderedDict(), {}, {})
     assert net.found is found
+
+
+def test_a_memory_puts_back_as_often_as_it_is_asked_to() -> None:
+    net: Any = nn.Linear(2, 2)
+    net.cache, net.words = {"x": 1}, OrderedDict(y=2)
+    memory, weight = Memory(net), net.weight.detach().clone()
+    for narrow in (True, False, False):
+        with preserve_state(net, memory):
+            net.cache.clear()
+            net.words["z"] = 3
+            net.weight.data = net.weight.data[:1] if narrow else net.weight.data
+            net.weight.data.mul_(2)
+        assert torch.equal(net.weight, weight)
+        assert (net.cache, net.words) == ({"x": 1}, OrderedDict(y=2))
 
 
 def test_random_numbers_inside_do_not_depend_on_those_outside() -> None:

@@ -99,11 +99,13 @@ def test_nothing_reduced_gives_the_original_back_bit_by_bit(norm):
 
 
 @pytest.mark.parametrize("norm", KINDS.values(), ids=KINDS)
-def test_a_selection_gives_the_selected_entries_of_the_original(norm):
+@pytest.mark.parametrize("as_matrix", [True, False])
+def test_a_selection_gives_the_selected_entries_of_the_original(norm, as_matrix):
     weights = random_weights(norm)
     kept = [0, 3, 4]
+    merge = torch.eye(N)[kept] if as_matrix else torch.tensor(kept)
     final = unfold_norms(
-        merged(fold_norms(weights, [norm]), torch.eye(N).double()[kept]), weights, [norm], {"mu": torch.eye(N)[kept]}
+        merged(fold_norms(weights, [norm]), torch.eye(N).double()[kept]), weights, [norm], {"mu": merge}
     )
     for name in ("w", "b", "g", "beta", "mu", "v"):
         if name in weights:

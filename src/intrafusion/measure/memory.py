@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from intrafusion.arguments import checked
 from intrafusion.brief import show_briefly
 from intrafusion.network.inputs import ExampleInputs, Inputs
+from intrafusion.network.modes import Mode
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.trace.dispatch import is_composite
@@ -90,7 +90,7 @@ def _find_largest(moments: Sequence[frozenset[int]]) -> tuple[frozenset[int], ..
     return tuple(a for a, b in zip(moments, (*moments[1:], frozenset()), strict=True) if not a <= b)
 
 
-class _LiveResults(TorchDispatchMode):
+class _LiveResults(Mode):
     """Follows every storage that is made inside, from the operation that makes it until it is freed."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:

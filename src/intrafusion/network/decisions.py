@@ -6,6 +6,7 @@ rows go on (`nonzero`, masks as indices). A trace sees one way through it; the o
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.brief import show_briefly
 from intrafusion.graph import Way
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.modes import Mode
 
 _WITHIN = " within"
 _OFTEN = 64  # times that a place gets the same answer at most, as a loop may wait for another
@@ -43,8 +44,17 @@ def decides(func: Any, args: Sequence[Any]) -> bool:
     >>> decides(_aten.index.Tensor, (torch.zeros(2), [mask])), decides(_aten.add.Tensor, (mask, mask))
     (True, False)
     """
+    packet = _find_packet(func)
+    return packet is not None and (
+        packet in _READS or packet in _SELECTS or (packet in _INDICES and any(map(_is_mask, args[1])))
+    )
+
+
+@functools.cache
+def _find_packet(func: Any) -> Any:
+    """Which of the operations that may decide one is; None for all others, which most are."""
     packet = func.overloadpacket if isinstance(func, torch._ops.OpOverload) else None
-    return packet in _READS or packet in _SELECTS or (packet in _INDICES and any(map(_is_mask, args[1])))
+    return packet if packet in _READS | _SELECTS | _INDICES | _ORDERS else None
 
 
 def _is_mask(index: Any) -> bool:
@@ -173,7 +183,7 @@ class Decisions:
         self.made.setdefault(place, []).append(answer)
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(Mode):
     """Answers operations."""
 
     def __init__(self, decisions: Decisions) -> None:
@@ -181,9 +191,10 @@ class _Operations(TorchDispatchMode):
         self.decisions = decisions
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, made = kwargs or {}, self.decisions
+        kwargs, made, packet = kwargs or {}, self.decisions, _find_packet(func)
+        if packet is None:
+            return func(*args, **kwargs)
         real = lambda: func(*args, **kwargs)  # noqa: E731
-        packet = func.overloadpacket if isinstance(func, torch._ops.OpOverload) else None
         if packet in _READS:
             return made.read(f"{packet} {find_place()}", real)
         if packet is _aten.nonzero:

@@ -9,28 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from intrafusion.graph import Way
 from intrafusion.network.decisions import call_ways
 from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.state import preserve_state
+from intrafusion.network.modes import Mode
+from intrafusion.network.state import Memory, preserve_state
 from intrafusion.network.tensors import copy_model, named_tensors
 
 TOLERANCE = 1e-8
 
 
-class DoublePrecision(TorchDispatchMode):
+class DoublePrecision(Mode):
     """Everything in float64, also where a network casts to less or makes constants in less."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if isinstance(kwargs.get("dtype"), torch.dtype):
-            kwargs["dtype"] = _double_of(kwargs["dtype"])
+            kwargs = {**kwargs, "dtype": _double_of(kwargs["dtype"])}
         if not func._schema.is_mutable:
-            args, kwargs = tree_map(_as_double, args), tree_map(_as_double, kwargs)
+            args, kwargs = tuple(map(_as_double, args)), {name: _as_double(x) for name, x in kwargs.items()}
         if is_grouped_product(func):  # it has no float64
             return multiply_groups(*args, **kwargs)
         if func.namespace == "quantized":  # nor have these
@@ -39,7 +39,11 @@ class DoublePrecision(TorchDispatchMode):
 
 
 def _as_double(x: Any) -> Any:
-    return x.to(_double_of(x.dtype)) if isinstance(x, Tensor) else x
+    """An argument of an operation: a tensor, tensors in a list, or none."""
+    if isinstance(x, Tensor):
+        dtype = _double_of(x.dtype)
+        return x if dtype is x.dtype else x.to(dtype)
+    return type(x)(map(_as_double, x)) if type(x) in (list, tuple) else x
 
 
 def _as_single(x: Any) -> Any:
@@ -65,6 +69,7 @@ def run_in_double(
     calls: int = 1,
     draws: contextlib.AbstractContextManager[object] | None = None,
     ways: Sequence[Way] = (),
+    memory: Memory | None = None,
 ) -> list[Tensor]:
     """Every tensor that one call, or several in a row, give in float64; random numbers start from one seed.
 
@@ -72,9 +77,10 @@ def run_in_double(
         calls: as many as the network was traced over, `ChannelGraph.calls`.
         ways: `ChannelGraph.ways`, which are followed too, each in a call of its own.
         draws: a mode that notes or replaces what the forward draws, see `trace.random`.
+        memory: see `preserve_state`.
     """
     drawing = draws or contextlib.nullcontext()
-    with preserve_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), DoublePrecision(), drawing:
+    with preserve_state(model, memory), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), DoublePrecision(), drawing:
         return call_ways(lambda given: given.double().call(model), inputs, calls, ways)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from intrafusion.errors import RecipeError
 from intrafusion.network.batches import cast_like, count_images, name_inputs, take_images
 from intrafusion.network.free_memory import describe_bytes
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.modes import Mode
 from intrafusion.network.state import preserve_state
 
 PASS = 2**28
@@ -97,7 +97,7 @@ def _round_up(count: int) -> int:
     return -(-count // step) * step
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(Mode):
     """Counts the bytes of what tensors lie in that are made inside and alive.
 
     Args:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.network.apart import one_at_a_time
+from intrafusion.network.tensors import has_content
 
 _SEED = 0
 """Random numbers inside start here, so that two networks that draw them alike can be compared."""
@@ -25,15 +26,18 @@ PutBack = Callable[[], object]
 
 
 @contextlib.contextmanager
-def preserve_state(model: nn.Module) -> Iterator[Memory]:
+def preserve_state(model: nn.Module, memory: Memory | None = None) -> Iterator[Memory]:
     """Evaluation mode inside; everything that a forward may change is put back afterwards, also on errors.
 
     That is training flags, parameters, buffers, whatever modules keep in attributes (a hidden state, a queue, a cache,
     a counter, at any depth of lists, dicts and plain objects), and the random state of PyTorch, NumPy and Python.
     Random numbers inside do not depend on the state outside. Other threads wait until this one is out again.
+
+    Args:
+        memory: of the network as it is now, where one is at hand, as between several passes through the same.
     """
     with one_at_a_time():
-        put_back = Memory(model)
+        put_back = Memory(model) if memory is None else memory
         with evaluate_alone(model):
             try:
                 yield put_back
@@ -46,7 +50,8 @@ def evaluate_alone(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and random numbers of its own inside; for a copy to throw away: what is changed stays."""
     with one_at_a_time(), _own_random_numbers(model), torch.no_grad(), _nothing_compiled():
         for module in model.modules():
-            module.training = False
+            if module.training:
+                module.training = False
         yield
 
 
@@ -54,22 +59,35 @@ class Memory:
     """What a network holds; calling it puts everything back in its place."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
-        self.attributes = [(m, {k: v for k, v in vars(m).items() if k != "training"}) for m in self.modules]
+        # Pairs of what is held and what it held: a function for each would keep the garbage collector busy.
+        self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of modules
+        self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # of others, and what lies in attributes
+        self.empty: list[dict[Any, Any]] = []  # most of what modules hold: a dozen each, for hooks
+        self.mappings: list[tuple[MutableMapping[Any, Any], dict[Any, Any]]] = []
+        self.tensors: list[tuple[Tensor, Tensor, Tensor | None, bool]] = []  # values, gradient, whether it has any
         self.steps: list[PutBack] = []
-        self.changed: list[Callable[[], bool]] = []  # of lists, dicts and plain objects that modules hold
-        self.seen: set[int] = {id(m) for m in self.modules}
+        self.changed: list[Callable[[], bool]] = []  # of lists
         self.kept: list[Any] = []  # alive, so that no id is given twice
-        self.empty: list[MutableMapping[Any, Any]] = []  # most of what modules hold: a dozen each, for hooks
-        for module in self.modules:
-            self._remember_dict(module.__dict__, of_module=True)
+        modules = list(model.modules())
+        self.seen: set[int] = {id(m) for m in modules}
+        for module in modules:
+            self._remember_dict(module.__dict__, self.attributes)
 
     def __call__(self) -> None:
         with torch.inference_mode(False):
+            for found, before in (*self.attributes, *self.dicts):
+                if not _same_items(found, before):
+                    found.clear()
+                    found.update(before)
+            for tensor in self.tensors:
+                _put_tensor_back_(*tensor)
+            for mapping, before in self.mappings:
+                _put_mapping_back_(mapping, before)
             for step in self.steps:
                 step()
             for mapping in self.empty:
-                _empty_(mapping)
+                if has_content(mapping):
+                    _empty_(mapping)
 
     @property
     def rebound(self) -> bool:
@@ -77,22 +95,17 @@ class Memory:
         return (
             any(map(len, self.empty))
             or any(changed() for changed in self.changed)
-            or any(
-                not _same_items({k: v for k, v in vars(m).items() if k != "training"}, own)
-                for m, own in self.attributes
-            )
+            or any(not _same_items(now, then) for now, then in self.dicts)
+            or any(not _same_items(dict(now.items()), then) for now, then in self.mappings)
+            or any(not _same_items(_without_mode(now), _without_mode(then)) for now, then in self.attributes)
         )
 
     def _remember(self, value: Any) -> None:
-        kind = type(value)
-        if kind in _ATOMS or id(value) in self.seen:
-            return
-        if kind in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None):
-            self.empty.append(value)
-            return
         self.seen.add(id(value))
         self.kept.append(value)
-        if isinstance(value, Tensor):
+        if type(value) is dict:
+            self._remember_dict(value, self.dicts)
+        elif isinstance(value, Tensor):
             self._remember_tensor(value)
         elif isinstance(value, MutableMapping):
             self._remember_mapping(value)
@@ -109,55 +122,32 @@ class Memory:
 
     def _each(self, values: Any) -> None:
         for value in values:
-            self._remember(value)
+            kind = type(value)
+            if kind in _DICTS and not has_content(value):
+                self.empty.append(value)
+            elif kind not in _ATOMS and id(value) not in self.seen:
+                self._remember(value)
 
     def _remember_tensor(self, tensor: Tensor) -> None:
         if type(tensor) is nn.UninitializedParameter or type(tensor) is nn.UninitializedBuffer or tensor.is_meta:
             return
-        value, grad = tensor.detach().clone(), tensor.grad if tensor.is_leaf else None
-        flag = tensor.requires_grad
+        grad = tensor.grad if tensor.is_leaf else None
+        self.tensors.append((tensor, tensor.detach().clone(), grad, tensor.requires_grad))
 
-        def put_back() -> None:
-            if not _same_bits(tensor, value):
-                _put_back_(tensor, value)
-            if tensor.is_leaf and tensor.requires_grad != flag:
-                tensor.requires_grad_(flag)
-            if tensor.is_leaf and tensor.grad is not grad:
-                tensor.grad = grad
-
-        self.steps.append(put_back)
-
-    def _remember_dict(self, found: dict[str, Any], *, of_module: bool = False) -> None:
-        """Of a module or a plain object: attributes, by reference and by what lies in them."""
+    def _remember_dict(self, found: dict[Any, Any], kind: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
+        """A dict, or the attributes of a module or a plain object, by reference and by what lies in them."""
         before = dict(found)
-        if not of_module:
-            self.changed.append(lambda: not _same_items(found, before))
-
-        def put_back() -> None:
-            if not _same_items(found, before):
-                found.clear()
-                found.update(before)
-
-        self.steps.append(put_back)
+        kind.append((found, before))
         self.seen.add(id(found))
         self._each(before.values())
 
     def _remember_mapping(self, found: MutableMapping[Any, Any]) -> None:
         try:
-            before = list(found.items())
+            before = dict(found.items())
         except Exception:  # a mapping that computes its items
             return
-
-        self.changed.append(lambda: not _same_items(dict(found.items()), dict(before)))
-
-        def put_back() -> None:
-            if not _same_items(dict(found.items()), dict(before)):
-                found.clear()
-                for key, value in before:
-                    found[key] = value
-
-        self.steps.append(put_back)
-        self._each(value for _, value in before)
+        self.mappings.append((found, before))
+        self._each(before.values())
         self._remember_object(found)
 
     def _remember_sequence(self, found: Any) -> None:
@@ -203,18 +193,38 @@ class Memory:
             self.steps.append(functools.partial(setattr, value.bit_generator, "state", drawn))
         elif isinstance(value, random.Random):
             self.steps.append(functools.partial(value.setstate, value.getstate()))
-        elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, _WITHOUT_STATE):
-            self._remember_dict(value.__dict__)
+        elif type(own := getattr(value, "__dict__", None)) is dict and not isinstance(value, _WITHOUT_STATE):
+            self._remember_dict(own, self.dicts)
 
 
-def _empty_(mapping: MutableMapping[Any, Any]) -> None:
-    if mapping:
-        mapping.clear()
-    if getattr(mapping, "__dict__", None):
+def _without_mode(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name != "training"}
+
+
+def _put_tensor_back_(tensor: Tensor, value: Tensor, grad: Tensor | None, flag: bool) -> None:
+    if not _same_bits(tensor, value):
+        _put_back_(tensor, value)
+    if tensor.is_leaf and tensor.requires_grad != flag:
+        tensor.requires_grad_(flag)
+    if tensor.is_leaf and tensor.grad is not grad:
+        tensor.grad = grad
+
+
+def _put_mapping_back_(found: MutableMapping[Any, Any], before: dict[Any, Any]) -> None:
+    if not _same_items(dict(found.items()), before):
+        found.clear()
+        for key, value in before.items():
+            found[key] = value
+
+
+def _empty_(mapping: dict[Any, Any]) -> None:
+    mapping.clear()
+    if type(mapping) is not dict:
         vars(mapping).clear()
 
 
 _ATOMS = frozenset([int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device])
+_DICTS = frozenset([dict, OrderedDict])
 _WITHOUT_STATE = (
     *(type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType),
     *(torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader),  # large, and no forward's own
@@ -256,6 +266,8 @@ def remember_random_numbers(model: nn.Module) -> PutBack:
 
 
 def _list_devices(model: nn.Module) -> list[int]:
+    if not torch.cuda.is_initialized():
+        return []
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
@@ -271,7 +283,7 @@ def _put_back_(tensor: Tensor, value: Tensor) -> None:
     if tensor.shape == value.shape and tensor.dtype == value.dtype:
         tensor.data.copy_(value)
     else:
-        tensor.data = value
+        tensor.data = value.clone()  # what is remembered may be put back again
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

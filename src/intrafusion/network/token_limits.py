@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.modes import Mode
 from intrafusion.network.state import preserve_state
 
 
@@ -113,7 +113,7 @@ def find_token_limits(model: nn.Module, example: Inputs) -> TokenLimits:
     return TokenLimits(found, tuple(positions), known)
 
 
-class _Picks(TorchDispatchMode):
+class _Picks(Mode):
     """Tells of every pick of rows: a module for positions may be called on tokens, of which it takes the number."""
 
     def __init__(self, reached: Callable[[Tensor, Tensor], None]) -> None:

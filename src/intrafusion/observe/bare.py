@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.layers import Layer, Norm, unseen_by_modes
+from intrafusion.network.modes import Mode
 from intrafusion.network.tensors import named_tensors
 from intrafusion.trace.dispatch import is_composite
 
@@ -126,7 +126,7 @@ class BareLayer(Layer):
         return replace(self, bias=name, bias_start=start)
 
 
-class BareWatcher(TorchDispatchMode):
+class BareWatcher(Mode):
     """Calls `reached(layer, x)` before, and `called(layer, x, output)` after each product with a parameter.
 
     That is a convolution with all of it, or a matrix product with all of it or some of its rows, as F.linear(x, w), or

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
+
+from intrafusion.network.modes import Mode
 
 _SMALL = 2**14  # bytes: smaller ones are neither counted nor put away
 
 
-class LiveTensors(TorchDispatchMode):
+class LiveTensors(Mode):
     """Sees the tensors that operations inside make: those with memory of their own, not views of what was there.
 
     Args:

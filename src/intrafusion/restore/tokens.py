@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.modes import Mode
 from intrafusion.network.state import preserve_state
 from intrafusion.trace.dispatch import is_composite
 
@@ -59,7 +59,7 @@ def draw_tokens(inputs: Inputs, ranges: Mapping[int, int], most: int, seed: int)
     return inputs.map(lambda _: next(found))
 
 
-class _Picking(TorchDispatchMode):
+class _Picking(Mode):
     """Follows whole numbers through operations that only move them to the embeddings whose rows they pick."""
 
     def __init__(self, tokens: Mapping[int, Tensor]) -> None:

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from intrafusion.network.layers import Layer, unseen_by_modes
+from intrafusion.network.modes import Mode
 from intrafusion.restore.activation import Activation
 
 Unread = Sequence[tuple[Tensor, str]]
 """Tensors that nothing has read yet, and the layers that computed them."""
 
 
-class UseWatcher(TorchDispatchMode):
+class UseWatcher(Mode):
     """Watches outputs of layers, through their norm, to the first operation that reads them.
 
     `before_sum(found, a, b)` is called before, `after_sum(found, total)` after each sum a + b of two tensors of equal

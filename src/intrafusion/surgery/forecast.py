@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
@@ -24,6 +23,7 @@ from intrafusion.graph import ChannelGraph, Member
 from intrafusion.network.decisions import call_ways
 from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.modes import Mode
 from intrafusion.network.state import evaluate_alone
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.surgery.maps import shorten
@@ -89,7 +89,7 @@ class _Recorder(Tracer):
         return narrow(info.labels) if isinstance(info, LabelledTensor) else None
 
 
-class _Follower(TorchDispatchMode):
+class _Follower(Mode):
     """Notes the same operations of another network, and the shapes that they give."""
 
     def __init__(self) -> None:

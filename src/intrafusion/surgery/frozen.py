@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.errors import ModelError
+from intrafusion.network.modes import Mode
 from intrafusion.trace.decomposition import unfuse
 
 Statistics = list[tuple[Tensor, Tensor]]
 """Mean and reciprocal deviation of each layer norm that ran."""
 
 
-class _Noting(TorchDispatchMode):
+class _Noting(Mode):
     """Notes the statistics of every layer norm."""
 
     def __init__(self, noted: Statistics) -> None:
@@ -35,7 +35,7 @@ class _Noting(TorchDispatchMode):
         return found
 
 
-class _Using(TorchDispatchMode):
+class _Using(Mode):
     """Has every layer norm use the statistics that were noted, in the same order."""
 
     def __init__(self, noted: Statistics) -> None:

@@ -14,8 +14,8 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import TracebackType
+from functools import cached_property, lru_cache
+from types import CodeType, TracebackType
 from typing import NamedTuple
 
 from torch import nn
@@ -118,11 +118,14 @@ def _find_names_near(step: TracebackType) -> set[str]:
     """Attributes that are read on the lines of the expression that failed."""
     first, last = find_lines(step)
     code = step.tb_frame.f_code
-    return {
-        str(i.argval)
-        for i in dis.get_instructions(code)
-        if i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.positions and first <= (i.positions.lineno or 0) <= last
-    }
+    return {name for name, line in _list_attributes_read(code, code.co_linetable) if first <= line <= last}
+
+
+@lru_cache(maxsize=512)
+def _list_attributes_read(code: CodeType, _: bytes) -> list[tuple[str, int]]:
+    """Attributes that a function reads, each with its line; the same code may stand on other lines elsewhere."""
+    reads = (i for i in dis.get_instructions(code) if i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.positions)
+    return [(str(i.argval), i.positions.lineno or 0) for i in reads if i.positions]
 
 
 Check = Callable[[nn.Module, tuple[Repair, ...]], Breakdown | None]
@@ -273,6 +276,7 @@ class _Search:
     stuck: set[tuple[tuple[int, int], ...]] = field(default_factory=set)  # places that nothing led past
 
     def __post_init__(self) -> None:
+        self.modules = dict(self.small.named_modules())
         now = _find_all_numbers(self.small)  # what surgery itself repaired differs
         self.numbers = {
             name: {place: n for place, n in own.items() if now.get(name, {}).get(place) == n}
@@ -347,14 +351,14 @@ class _Search:
 
     @contextlib.contextmanager
     def _written(self, numbers: Numbers) -> Iterator[tuple[Repair, ...]]:
-        modules, repairs = dict(self.small.named_modules()), self.known.repairs(numbers)
+        repairs = self.known.repairs(numbers)
         for repair in repairs:
-            write_number_(modules[repair.module], repair.attribute, repair.new)
+            write_number_(self.modules[repair.module], repair.attribute, repair.new)
         try:
             yield repairs
         finally:
             for repair in repairs:
-                write_number_(modules[repair.module], repair.attribute, repair.old)
+                write_number_(self.modules[repair.module], repair.attribute, repair.old)
 
     def _descend(self, numbers: Numbers, failure: Breakdown) -> Numbers | None:
         if self.known.in_vain[failure.place] >= _IN_VAIN:

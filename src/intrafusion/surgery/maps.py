@@ -6,6 +6,7 @@ the other places are deleted, so whatever order the network's views and slices r
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -51,9 +52,8 @@ def reduce_weights(
     reduced = {name: _remap(name, folded[name], groups, maps, centred) for name in names}
     for pair in lengths:
         reduced |= _set_length(pair, folded, reduced, groups, maps)
-    averages = {
-        n.mean: _averaging_matrix(n.mean, len(folded[n.mean]), groups, maps, folded[n.mean].device) for n in norms
-    }
+    means = functools.cache(lambda name: mean_weights(maps[name].merge))
+    averages = {n.mean: _find_averages(folded[n.mean], n.mean, groups, maps, means) for n in norms}
     final = unfold_norms(reduced, original, norms, averages, folded)
     return {name: tensor.to(original[name].dtype) for name, tensor in final.items()}
 
@@ -212,12 +212,19 @@ def _drop_places(tensor: Tensor, dim: int, dropped: Sequence[np.ndarray]) -> Ten
     return tensor if keep.all() else tensor.index_select(dim, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device))
 
 
-def _averaging_matrix(
-    mean: str, size: int, groups: list[ChannelGroup], maps: Mapping[str, ReductionMap], device: torch.device
+def _find_averages(
+    vector: Tensor,
+    name: str,
+    groups: list[ChannelGroup],
+    maps: Mapping[str, ReductionMap],
+    means: Callable[[str], Tensor],
 ) -> Tensor | None:
-    """What the maps do to a norm's vectors, as one (m, n) matrix of weighted means."""
-    touching = [(m, mean_weights(maps[g.name].merge)) for g in groups for m in g.members if m.tensor == mean]
-    return compose_merges(touching, size, device) if touching else None
+    """What the maps do to a norm's vectors: one (m, n) matrix of weighted means, or what they pick (m,)."""
+    touching = [(m, g.name) for g in groups for m in g.members if m.tensor == name]
+    picks = [(m, chosen.cpu().numpy()) for m, g in touching if (chosen := maps[g].picked) is not None]
+    if len(picks) == len(touching):
+        return _pick(torch.arange(len(vector), device=vector.device), picks) if touching else None
+    return compose_merges([(m, means(g)) for m, g in touching], len(vector), vector.device)
 
 
 def map_rows(matrix: Tensor, rows: Tensor, member: Member) -> Tensor:

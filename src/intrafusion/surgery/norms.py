@@ -10,7 +10,7 @@ that the network really computes with:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,8 +69,8 @@ def unfold_norms(
             bias or the norm's mean counts. Entries of the norm's weight and variance are not read.
         original: the tensors before folding.
         norms: the same norms as were folded.
-        merges: merge (m, n) over all indices of the norm's vectors, by the name of its mean; None or absent where its
-            channels did not change.
+        merges: merge (m, n) over all indices of the norm's vectors, by the name of its mean, or which of these it picks
+            (m,); None or absent where its channels did not change.
         folded: what `fold(original, norms)` gave, where it is at hand.
     Returns:
         A copy of `reduced`, float64, with the tensors of all norms and their producers rewritten. A norm whose producer
@@ -93,8 +93,8 @@ def _unfold_one(
     old = {name: _copy(original[name]) for name in _names(norm) if name != norm.producer_weight}
     gamma, beta, _, sigma = statistics_of(old, norm)
     average = _averaging(merge, sigma)
-    gamma, beta, sigma = _never_zero(average @ gamma, average @ gamma.abs()), average @ beta, average @ sigma
-    bias = average @ _producer_bias(old, norm)
+    gamma, beta, sigma = _never_zero(average(gamma), average(gamma.abs())), average(beta), average(sigma)
+    bias = average(_producer_bias(old, norm))
 
     _, norm_bias, norm_mean, _ = statistics_of(final, norm)
     shift = _producer_bias(final, norm) + norm_bias - norm_mean
@@ -105,12 +105,14 @@ def _unfold_one(
         final[norm.producer_bias] = bias
 
 
-def _averaging(merge: Tensor | None, like: Tensor) -> Tensor:
-    if merge is None:
-        return torch.eye(len(like), dtype=torch.float64, device=like.device)
+def _averaging(merge: Tensor | None, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """What becomes of a vector (n,) of a norm; see `unfold_norms`."""
+    if merge is None or merge.dim() == 1:
+        return lambda vector: vector if merge is None else vector[merge]
     size = merge.to(like).abs()
     total = size.sum(dim=1, keepdim=True)
-    return torch.where(total > 0, size / torch.where(total > 0, total, 1.0), 1.0 / size.shape[1])
+    weights = torch.where(total > 0, size / torch.where(total > 0, total, 1.0), 1.0 / size.shape[1])
+    return lambda vector: weights @ vector
 
 
 def _never_zero(gamma: Tensor, magnitude: Tensor) -> Tensor:

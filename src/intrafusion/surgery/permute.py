@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from intrafusion.network.batches import count_images
 from intrafusion.network.double import TOLERANCE, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.room import find_too_wide
+from intrafusion.network.state import Memory
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce.problem import ReductionMap
 from intrafusion.reduce.select import pick_rows
@@ -61,23 +62,25 @@ class _PermutationCheck:
         self.double = copy_as_double(self.model)
         self.weights = {n: t.detach() for n, t in named_tensors(self.double).items()}
         draws = Draws()
-        self.expected = [run_in_double(self.double, i, self.graph.calls, draws, self.graph.ways) for i in self.inputs]
+        self.expected = list(self._outputs(draws))
         self.draws = tuple(draws.names)  # operations that draw random numbers
-        self.means = self._outputs(mean=True) if self.draws else []
+        self.means = list(self._outputs(Draws(mean=True))) if self.draws else []
         _check_outputs(self.expected, self.inputs)
 
-    def _outputs(self, *, mean: bool) -> list[list[Tensor]]:
-        return [self._run(self.double, i, mean=mean) for i in self.inputs]
+    def _outputs(self, draws: Draws) -> Iterator[list[Tensor]]:
+        """What the network, as it is now, gives on each input."""
+        memory = Memory(self.double)
+        return (self._run(given, draws, memory) for given in self.inputs)
 
-    def _run(self, model: nn.Module, inputs: Inputs, *, mean: bool) -> list[Tensor]:
-        return run_in_double(model, inputs, self.graph.calls, Draws(mean=mean), self.graph.ways)
+    def _run(self, inputs: Inputs, draws: Draws, memory: Memory | None = None) -> list[Tensor]:
+        return run_in_double(self.double, inputs, self.graph.calls, draws, self.graph.ways, memory)
 
     @cached_property
     def tolerance(self) -> float:
         """What rounding may do to the output of this network."""
         means = self.means or self.expected
         return max(
-            tolerance_of(self.double, lambda model, i=i: self._run(model, i, mean=bool(self.draws)), e)
+            tolerance_of(self.double, lambda _, i=i: self._run(i, Draws(mean=bool(self.draws))), e)
             for i, e in zip(self.inputs, means, strict=True)
         )
 
@@ -100,9 +103,9 @@ class _PermutationCheck:
             return self._measure(random=random)
 
     def _measure(self, *, random: bool = False) -> float:
-        worst = _find_worst(self._outputs(mean=False), self.expected)
+        worst = _find_worst(self._outputs(Draws()), self.expected)
         if self.draws and worst > TOLERANCE and not random:
-            worst = min(worst, _find_worst(self._outputs(mean=True), self.means))
+            worst = min(worst, _find_worst(self._outputs(Draws(mean=True)), self.means))
         return worst
 
     def holds(self, transformed: Sequence[tuple[ChannelGroup, Transform]]) -> bool:
@@ -111,8 +114,8 @@ class _PermutationCheck:
         with self._transformed(transformed):
             if self.draws:
                 worst = self._measure()
-            for given, expected in () if self.draws else zip(self.inputs, self.expected, strict=True):
-                worst = max(worst, output_difference(self._run(self.double, given, mean=False), expected))
+            for found, expected in () if self.draws else zip(self._outputs(Draws()), self.expected, strict=True):
+                worst = max(worst, output_difference(found, expected))
                 if worst > CEILING:
                     break
         return self.passes(worst)
@@ -131,7 +134,7 @@ class _PermutationCheck:
             write_weights_(self.double, {name: self.weights[name] for name in changed})
 
 
-def _find_worst(found: Sequence[list[Tensor]], expected: Sequence[list[Tensor]]) -> float:
+def _find_worst(found: Iterable[list[Tensor]], expected: Sequence[list[Tensor]]) -> float:
     return max(output_difference(f, e) for f, e in zip(found, expected, strict=True))
 
 
@@ -235,7 +238,8 @@ def _prove_linear(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGraph
 
 def _keep_linear(graph: ChannelGraph, passed: Sequence[ChannelGroup]) -> ChannelGraph:
     names = {g.name for g in passed}
-    graph = replace(graph, groups=tuple(replace(g, linear=g.name in names) for g in graph.groups))
+    kept = (g if g.linear == (g.name in names) else replace(g, linear=g.name in names) for g in graph.groups)
+    graph = replace(graph, groups=tuple(kept))
     return _forbid_mixing(graph, {g.name for g in graph.reducible if g.with_role(Role.MATCHES)} - names, _NOT_LINEAR)
 
 
@@ -258,10 +262,12 @@ def _prove_rotations(graph: ChannelGraph, check: _PermutationCheck) -> ChannelGr
 
 def _keep_rotations(graph: ChannelGraph, passed: Sequence[ChannelGroup], errors: Mapping[str, float]) -> ChannelGraph:
     found = {g.name: g.rotation for g in passed}
-    groups = (
-        replace(g, rotation=found[g.name]) if g.name in found else _leave_unrotated(g, errors) for g in graph.groups
-    )
-    return replace(graph, groups=tuple(groups))
+    turned = {g.name: g for g in graph.groups if g.rotation is not None}
+    kept = {
+        name: replace(g, rotation=found[name]) if name in found else _leave_unrotated(g, errors)
+        for name, g in turned.items()
+    }
+    return replace(graph, groups=tuple(kept.get(g.name, g) for g in graph.groups)) if kept else graph
 
 
 def _centre(group: ChannelGroup, centred: bool) -> ChannelGroup:
@@ -270,13 +276,15 @@ def _centre(group: ChannelGroup, centred: bool) -> ChannelGroup:
 
 
 def _leave_unrotated(group: ChannelGroup, errors: Mapping[str, float]) -> ChannelGroup:
-    if group.rotation is None or group.name not in errors:
+    if group.name not in errors:
         return replace(group, rotation=None)
     why = f"not rotated: that changes the output by {errors[group.name]:.1e} (relative)"
     return replace(group, rotation=None, unmixable=f"{group.unmixable}; {why}")
 
 
 def add_reasons(graph: ChannelGraph, reasons: dict[str, str]) -> ChannelGraph:
+    if not reasons:
+        return graph
     groups = tuple(replace(g, reason=reasons.get(g.name, g.reason)) for g in graph.groups)
     return replace(graph, groups=groups)
 
@@ -289,5 +297,7 @@ def _find_drawn(check: _PermutationCheck, groups: list[ChannelGroup]) -> set[str
 
 
 def _forbid_mixing(graph: ChannelGraph, names: set[str], why: str) -> ChannelGraph:
+    if not names:
+        return graph
     groups = (replace(g, unmixable=g.unmixable or why) if g.name in names else g for g in graph.groups)
     return replace(graph, groups=tuple(groups))

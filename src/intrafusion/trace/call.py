@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -11,11 +12,12 @@ from torch import Tensor
 class Call:
     """One dispatched operation with its arguments by name."""
 
-    __slots__ = ("args", "func", "kwargs", "module", "name", "out")
+    __slots__ = ("args", "func", "kwargs", "module", "name", "out", "tensors")
 
     def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, module: str) -> None:
         self.func, self.args, self.kwargs, self.out, self.module = func, args, kwargs, out, module
         self.name = name_operation(func)
+        self.tensors = find_tensors((*args, *kwargs.values()))
 
     def __getitem__(self, name: str) -> Any:
         names, defaults = _list_arguments(self.func)
@@ -23,17 +25,6 @@ class Call:
             return self.kwargs[name]
         index = names.index(name) if name in names else len(self.args)
         return self.args[index] if index < len(self.args) else defaults.get(name)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every tensor among the arguments, lists of tensors included."""
-        found: list[Tensor] = []
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, Tensor):
-                found.append(value)
-            elif isinstance(value, (list, tuple)):
-                found.extend(item for item in value if isinstance(item, Tensor))
-        return found
 
     @property
     def outputs(self) -> list[Any]:
@@ -47,6 +38,17 @@ class Call:
     def where(self) -> str:
         """For messages: the operation and the module that was running."""
         return f"{self.name} in {self.module or 'the network'}"
+
+
+def find_tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Every tensor among the arguments, or the results, of an operation, lists of tensors included."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(item for item in value if isinstance(item, Tensor))
+    return found
 
 
 @functools.cache

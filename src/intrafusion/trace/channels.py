@@ -7,6 +7,7 @@ that channels are compared by the thousand and never in pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,27 +43,52 @@ class ChannelTable:
 def describe_channels(relations: Relations) -> ChannelTable:
     """Fingerprints of everything that happened to each channel."""
     uses = list_uses(relations)
-    slot = _name_slots(relations, uses)
-    pattern, family, arranged = (start_sums(relations.count) for _ in range(3))
-    used = np.zeros(relations.count, bool)
-    for use in uses:
-        _add_use(pattern, use, use.key, _arrangement(use, slot))
-        # Twins, such as the groups of one grouped convolution, have their own slices and their slots in other places.
-        _add_use(family, use, (*use.key[:2], use.key[2] is not None), use.slots.astype(np.uint64))
-        _add_use(arranged, use, use.key[:2], _sequence(use, slot) if use.key[2] is None else _placement(use))
-        used[use.channels] = True
-    colour, first, reasons = _sum_colours(relations, slot), _find_first(relations, uses), Reasons(relations, uses)
-    return ChannelTable(uses, slot, pattern, family, colour, arranged, reasons, first, used)
+    slot, found = _name_slots(relations, uses), _Together(uses)
+    keys = [use.key for use in uses]
+    pattern = found.sum_up(relations.count, keys, _arrange(found, slot))
+    # Twins, such as the groups of one grouped convolution, have their own slices and their slots in other places.
+    twins = [(*key[:2], key[2] is not None) for key in keys]
+    family = found.sum_up(relations.count, twins, found.slots.astype(np.uint64))
+    arranged = found.sum_up(relations.count, [key[:2] for key in keys], _place(found, slot))
+    used, first = np.zeros(relations.count, bool), np.full(relations.count, _NEVER)
+    used[found.channels] = True
+    np.minimum.at(first, found.channels[found.which], found.use[found.which] << 32 | found.positions)
+    return ChannelTable(
+        uses, slot, pattern, family, _sum_colours(relations, slot), arranged, Reasons(relations, uses), first, used
+    )
 
 
-def _find_first(relations: Relations, uses: list[Use]) -> np.ndarray:
-    """Where each channel is used first, as one number that sorts by use and then by position."""
-    first = np.full(relations.count, _NEVER)
-    for index, use in enumerate(uses):
-        lowest = np.full(relations.count, _NEVER)
-        np.minimum.at(lowest, use.labels, index << 32 | use.positions)
-        np.minimum(first, lowest, out=first)
-    return first
+class _Together:
+    """All uses at once: one channel of one use is one entry of `channels`, and each position says which it is of."""
+
+    def __init__(self, uses: list[Use]) -> None:
+        join = lambda arrays: np.concatenate([np.zeros(0, np.int64), *arrays])  # noqa: E731
+        self.channels, self.slots, self.roles = (
+            join(use.channels for use in uses), join(use.slots for use in uses), join(use.roles for use in uses)
+        )  # fmt: skip
+        self.positions, self.found = join(use.positions for use in uses), join(use.found for use in uses)
+        sizes = [len(use.channels) for use in uses]
+        self.use = np.repeat(np.arange(len(uses)), sizes)
+        self.which = join(use.which + start for use, start in zip(uses, np.cumsum([0, *sizes]), strict=False))
+        self.is_whole = np.array([use.key[2] is None for use in uses], bool)[self.use]
+
+    def sum_positions(self, values: np.ndarray) -> np.ndarray:
+        """The sum over the positions of each entry of well-mixed values."""
+        total = np.zeros(len(self.channels), np.uint64)
+        np.add.at(total, self.which, mix(values, 0))
+        return total
+
+    def sum_up(self, count: int, keys: Sequence[object], slots: np.ndarray) -> np.ndarray:
+        """One fact for each entry: the key of its use, what its slots are, and its roles (seven bits; 256 hold them).
+
+        Returns:
+            (count, 2), by channel.
+        """
+        total, code = start_sums(count), slots * np.uint64(256) + self.roles.astype(np.uint64)
+        for salt in (0, 1):
+            hashes = np.array([hash_words(key, salt) for key in keys], np.uint64)
+            np.add.at(total[:, salt], self.channels, mix(code ^ hashes[self.use], salt))
+        return total
 
 
 def _sum_colours(relations: Relations, slot: np.ndarray) -> np.ndarray:
@@ -74,9 +100,11 @@ def _sum_colours(relations: Relations, slot: np.ndarray) -> np.ndarray:
         nth = rank_within(np.unique(roots, return_inverse=True)[1]).astype(np.uint64)
         for salt in (0, 1):
             np.add.at(colour[:, salt], roots, mix((mix(values, 0) + nth) ^ slot[labels], salt))
-    for labels, place in relations.passes:
-        for salt in (0, 1):
-            np.add.at(colour[:, salt], relations.roots(labels), mix(slot[labels] ^ hash_words(place, salt), salt))
+    labels = np.concatenate([np.zeros(0, np.int64), *(labels for labels, _ in relations.passes)])
+    roots, sizes = relations.roots(labels), [len(labels) for labels, _ in relations.passes]
+    for salt in (0, 1):
+        places = np.array([hash_words(place, salt) for _, place in relations.passes], np.uint64)
+        np.add.at(colour[:, salt], roots, mix(slot[labels] ^ np.repeat(places, sizes), salt))
     return colour
 
 
@@ -102,32 +130,14 @@ def _name_slots(relations: Relations, uses: list[Use]) -> np.ndarray:
     return names
 
 
-def _arrangement(use: Use, slot: np.ndarray) -> np.ndarray:
-    """How the positions of each channel lie relative to its first, and what lies there."""
-    first = np.full(len(use.channels), _NEVER)
-    np.minimum.at(first, use.which, use.positions)
-    return _sum_positions(use, mix(use.positions - first[use.which], 0) ^ slot[use.found])
+def _arrange(found: _Together, slot: np.ndarray) -> np.ndarray:
+    """How the positions of each entry lie relative to its first, and what lies there."""
+    first = np.full(len(found.channels), _NEVER)
+    np.minimum.at(first, found.which, found.positions)
+    return found.sum_positions(mix(found.positions - first[found.which], 0) ^ slot[found.found])
 
 
-def _sequence(use: Use, slot: np.ndarray) -> np.ndarray:
-    """What lies at the positions of each channel, in order."""
-    return _sum_positions(use, mix(rank_within(use.which), 0) + slot[use.found])
-
-
-def _placement(use: Use) -> np.ndarray:
-    """Where the positions of each channel lie."""
-    return _sum_positions(use, use.positions)
-
-
-def _sum_positions(use: Use, values: np.ndarray) -> np.ndarray:
-    """The sum over the positions of each channel of well-mixed values."""
-    total = np.zeros(len(use.channels), np.uint64)
-    np.add.at(total, use.which, mix(values, 0))
-    return total
-
-
-def _add_use(target: np.ndarray, use: Use, key: object, slots: np.ndarray) -> None:
-    """One fact for each channel of a use: the key, what its slots are, and its roles (seven bits, so 256 hold them)."""
-    for salt in (0, 1):
-        code = slots * np.uint64(256) + use.roles.astype(np.uint64)
-        target[use.channels, salt] += mix(code ^ hash_words(key, salt), salt)
+def _place(found: _Together, slot: np.ndarray) -> np.ndarray:
+    """What lies at the positions of each entry, in order; of slices, where they lie."""
+    sequence = mix(rank_within(found.which), 0) + slot[found.found]
+    return found.sum_positions(np.where(found.is_whole[found.which], sequence, found.positions.astype(np.uint64)))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn.modules import module as module_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrafusion.graph import Factor
 from intrafusion.network.apart import only_here
 from intrafusion.network.decisions import decides
 from intrafusion.network.grouped import is_grouped_product, multiply_groups
+from intrafusion.network.modes import Mode
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor, Outcome
 from intrafusion.trace.labels import FIRST, narrow
@@ -27,7 +27,7 @@ _FILLS = tuple(form.format(what) for what in ("zeros", "ones", "full") for form 
 _ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow", "addmm", "baddbmm", "addcmul", "addcdiv")
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(Mode):
     """Runs operations as they are, and has the rule of each say in the ledger what it did to the channels."""
 
     def __init__(self, ledger: Ledger) -> None:

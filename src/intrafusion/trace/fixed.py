@@ -15,6 +15,7 @@ _INPUT = "read from the input of the network, or from fixed data"
 _ONE = "one channel only"
 _TOGETHER = "reads what several channels make together"
 _NONE = "no channels run along it"
+_NOWHERE = np.zeros(0, np.int64)
 
 
 def find_fixed_sides(ledger: Ledger, graph: ChannelGraph) -> tuple[FixedSide, ...]:
@@ -25,7 +26,7 @@ def find_fixed_sides(ledger: Ledger, graph: ChannelGraph) -> tuple[FixedSide, ..
         for tensor, shape in graph.shapes.items()
         for dim, size in enumerate(shape[:2])
         if not (dim == size == 1 and _is_depthwise(ledger, tensor))
-        if (left := size - len(places[tensor, dim])) > 0
+        if (left := size - len(np.unique(np.concatenate([_NOWHERE, *places[tensor, dim]])))) > 0
     )
 
 
@@ -34,12 +35,12 @@ def _is_depthwise(ledger: Ledger, tensor: str) -> bool:
     return any(role is Role.SCALES for role, *_ in ledger.relations.shared.get((tensor, 0), ()))
 
 
-def _list_places(graph: ChannelGraph) -> dict[tuple[str, int], set[int]]:
-    """The indices along each dimension that are in a group."""
-    places: dict[tuple[str, int], set[int]] = defaultdict(set)
+def _list_places(graph: ChannelGraph) -> dict[tuple[str, int], list[np.ndarray]]:
+    """The indices along each dimension that are in a group, member by member."""
+    places: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
     for group in graph.groups:
         for member in group.members:
-            places[member.tensor, member.dim] |= set(np.unique(member.positions).tolist())
+            places[member.tensor, member.dim].append(member.positions.ravel())
     return places
 
 
@@ -53,7 +54,7 @@ def _explain(ledger: Ledger, tensor: str, dim: int, size: int) -> str:
         return _ONE
     records = [*relations.shared.get((tensor, dim), ())]
     records += [record for key in relations.uses if key[:2] == (tensor, dim) for record in relations.uses[key]]
-    labels = np.concatenate([np.zeros(0, np.int64), *(labels for *_, labels in records)])
+    labels = np.concatenate([_NOWHERE, *(labels for *_, labels in records)])
     if relations.is_block[labels].any():
         return _TOGETHER
     return _INPUT if (relations.roots(labels) == FIXED).any() else _NONE

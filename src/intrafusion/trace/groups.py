@@ -157,16 +157,19 @@ def _collect_members(uses: list[Use], buckets: _Buckets, second: np.ndarray) -> 
 
 def _split_use(use: Use, buckets: _Buckets, second: np.ndarray) -> Iterator[tuple[int, Member]]:
     """One tensor dimension, as a member of each bucket that it holds channels of, and of each side of a product."""
-    role_of = dict(zip(use.channels.tolist(), use.roles.tolist(), strict=True))
+    placed = buckets.home[use.labels] >= 0
     for side in (False, True):
-        keep = (buckets.home[use.labels] >= 0) & (second[use.found] == side)
-        labels, positions = use.labels[keep], use.positions[keep]
+        keep = placed & (second[use.found] == side)
+        if not keep.any():
+            continue
+        which, positions = use.which[keep], use.positions[keep]
+        labels = use.channels[which]
         home = buckets.home[labels]
         order = np.lexsort((positions, buckets.rank[labels], home))
-        pairs = np.stack([positions[order], labels[order]], axis=1)
+        pairs = np.stack([positions[order], which[order]], axis=1)
         for index, rows in split_runs(home[order], pairs):
-            count = len(np.unique(rows[:, 1]))
-            roles = decode_roles(role_of[int(rows[0, 1])])  # equal patterns: what the first does, all do
+            count = 1 + np.count_nonzero(np.diff(rows[:, 1]))  # the positions of a channel lie next to each other
+            roles = decode_roles(int(use.roles[rows[0, 1]]))  # equal patterns: what the first does, all do
             places = rows[:, 0].reshape(count, -1)
             yield index, Member(*use.key[:2], places, turn_roles(roles, side), use.key[2])
 
@@ -216,11 +219,7 @@ def _find_bent(relations: Relations) -> np.ndarray:
 def _share_reasons(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     """Twins that cannot all be reduced are not reduced."""
     blocked = {g.family: g.reason for g in groups if g.reason}
-    result = []
-    for group in groups:
-        reason = group.reason or blocked.get(group.family)
-        result.append(replace(group, reason=reason))
-    return result
+    return [replace(g, reason=blocked[g.family]) if g.family in blocked and not g.reason else g for g in groups]
 
 
 # ---- names and depths -----------------------------------------------------------------------------------------------

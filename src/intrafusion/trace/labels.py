@@ -26,6 +26,8 @@ def compact(t: Tensor) -> Tensor:
     if not dims:
         return t
     array = narrow(t)
+    if len(dims) == 1 and array.size and array.flat[0] != array.flat[-1]:  # as along most layers
+        return t
     constant = [d for d in dims if (array == array.take([0], d)).all()]
     if not constant:
         return t
@@ -59,6 +61,8 @@ def count_earlier(array: np.ndarray, dim: int) -> np.ndarray:
     """How many equal elements precede each element along a dimension."""
     moved = np.moveaxis(array, dim, -1)
     rows = moved.reshape(-1, array.shape[dim])
+    if (rows[:, 1:] > rows[:, :-1]).all():  # no two are equal, as most often
+        return np.zeros(array.shape, np.int64)
     flat = (np.arange(len(rows))[:, None] << 32 | rows).ravel()
     order = np.argsort(flat, kind="stable")
     starts = np.flatnonzero(np.diff(flat[order], prepend=-1))

@@ -60,7 +60,7 @@ class Ledger:
         """What is known of a tensor; parameters and buffers get their coordinates when they are first read."""
         if tensor is None:
             return None
-        base = tensor._base
+        base = tensor._base if len(self._written) else None
         if base is not None and base in self._written:  # views that were made before the write see it too
             return LabelledTensor(_view_labels(self._written[base], base, tensor).clone())
         known = self._known.get(tensor)
@@ -74,7 +74,7 @@ class Ledger:
 
     def learn(self, tensor: Tensor, info: Info | None) -> None:
         """From now on this is what is known of a tensor; None: it is a constant."""
-        if tensor in self._written:
+        if len(self._written) and tensor in self._written:
             self._written[tensor].copy_(info.labels if isinstance(info, LabelledTensor) else torch.tensor(UNIFORM))
         if info is not None:
             self._known[tensor] = info

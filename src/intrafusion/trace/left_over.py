@@ -36,9 +36,9 @@ def _find_tied_rows(relations: Relations) -> list[_Row]:
     labels_of: dict[bytes, np.ndarray] = {}
     for key in relations.uses:
         positions, labels, roles = _list_tied(relations, key)
-        distinct, counts = np.unique(labels, return_counts=True)
-        if not len(distinct):
+        if not len(labels):
             continue
+        distinct, counts = np.unique(labels, return_counts=True)
         even = bool((counts == counts[0]).all())
         order = np.lexsort((positions, labels)) if even else np.arange(len(positions))
         laid = positions[order].reshape(len(distinct) if even else -1, counts[0] if even else 1)
@@ -54,6 +54,8 @@ def _list_tied(relations: Relations, key: Key) -> tuple[np.ndarray, np.ndarray, 
     positions = np.concatenate([p for _, p, _ in records])
     labels = np.concatenate([c for _, _, c in records])
     keep = (labels >= FIRST) & (relations.roots(labels) == FIXED)
+    if not keep.any():
+        return positions[keep], labels[keep], frozenset()
     positions, index = np.unique(positions[keep], return_index=True)
     return positions, labels[keep][index], frozenset(role for role, *_ in records)
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.brief import show_briefly
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.modes import Mode
 from intrafusion.trace.dispatch import is_composite
 
 Factors = tuple[int, ...]
@@ -71,7 +71,7 @@ class Product:
         return frozenset().union(*(origins.names for _, origins in self.sides if origins is not None))
 
 
-class Products(TorchDispatchMode):
+class Products(Mode):
     """Calls `seen(product)` for every convolution and matrix product of a forward pass that runs inside.
 
     Whole operations that are made of others (a linear layer in inference mode, an einsum) are taken apart. Enter it

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from intrafusion.network.modes import Mode
 
 
-class Draws(TorchDispatchMode):
+class Draws(Mode):
     """Notes which operations draw random numbers; with `mean`, those in the shape of a tensor give their mean instead.
 
     Each element is drawn by itself, so that channels which change places get numbers of the same distribution, but not
@@ -23,7 +25,7 @@ class Draws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _draws(func):
             name = func._schema.name.partition("::")[2].rstrip("_")
             drawn = _mean_of(func, name, args, kwargs) if self.mean else None
             if name not in self.names:
@@ -31,6 +33,12 @@ class Draws(TorchDispatchMode):
             if drawn is not None:
                 return drawn
         return func(*args, **kwargs)
+
+
+@functools.cache
+def _draws(func: Any) -> bool:
+    """Whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _mean_of(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

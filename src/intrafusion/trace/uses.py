@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,7 @@ def list_uses(relations: Relations) -> list[Use]:
     return [use for use in uses if len(use.channels)]
 
 
+@functools.cache
 def decode_roles(bits: int) -> frozenset[Role]:
     return frozenset(role for role, bit in ROLE_BITS.items() if bits & bit)
 

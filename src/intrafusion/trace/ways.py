@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.brief import show_briefly
@@ -26,8 +24,9 @@ from intrafusion.graph import ChannelGraph, ChannelGroup, Way
 from intrafusion.network.batches import cast_like, count_images, take_images
 from intrafusion.network.decisions import Decisions, find_place, is_within, name_line, take_way
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.modes import Mode
 from intrafusion.network.state import preserve_state
-from intrafusion.trace.call import name_operation
+from intrafusion.trace.call import find_tensors, name_operation
 from intrafusion.trace.decomposition import decompose
 from intrafusion.trace.random import Draws
 
@@ -58,7 +57,7 @@ class Ways:
     __repr__ = show_briefly
 
 
-class _Steps(TorchDispatchMode):
+class _Steps(Mode):
     """The steps of a forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,15 +69,14 @@ class _Steps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = find_tensors((*args, *kwargs.values()))
         sources = [self.names.get(id(t)) or self.made.get(t, "") for t in given]
         out = func(*args, **kwargs)
         own = name_operation(func), find_place(), *(s for s in sources if isinstance(s, str)), _is_empty(given)
         self.steps.update((index, source, own) for index, source in enumerate(sources))
         self.reached.update(self.names[id(t)] for t in given if id(t) in self.names)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.made[tensor] = own
+        for tensor in find_tensors((out,)):
+            self.made[tensor] = own
         return out
 
 
