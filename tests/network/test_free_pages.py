@@ -10,21 +10,18 @@ import torch
 
 from intrafusion.network.free_pages import returning_large_pages
 
-_SIZE, _PIECES = 24 * 2**20, 4  # less each than what always gets memory of its own; more than there is free in one piece
+_SIZE, _PIECES = 24 * 2**20, 4  # each less than what always gets memory of its own; more than a thread has free
 
 
 class _Told(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _fields_ = [("counts", ctypes.c_size_t * 10)]
 
 
 def _count_own() -> int:
-    """Bytes of what has memory of its own."""
+    """Bytes of what has memory of its own: hblkhd of mallinfo2."""
     ask = ctypes.CDLL(None).mallinfo2
     ask.restype = _Told
-    return ask().hblkhd
+    return ask().counts[4]
 
 
 def _find_rise() -> tuple[int, int]:

@@ -52,8 +52,8 @@ class Task:
     def take(self, rows: Tensor) -> Task:
         """Some of the rows, (k,) of True and False."""
         weights = None if self.weights is None else weigh_evenly(self.weights[rows][:, 0])
-        wanted = None if self.wanted is None else self.wanted[rows]
-        return replace(self, given=self.given[rows], target=self.target[rows], wanted=wanted, weights=weights)
+        given, target = self.given[rows], self.target[rows]
+        return replace(self, given=given, target=target, wanted=self.want(rows), weights=weights)
 
     def ridge(self, inputs: Tensor, strength: float, scarcity: float) -> Ridge:
         """Of these rows of what the layer reads (k, d), or (g, k, d) with groups, columns as in `Layer.matrix`."""
