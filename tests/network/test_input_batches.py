@@ -111,6 +111,12 @@ def test_a_loader_that_is_too_large_is_read_anew_and_gives_the_same() -> None:
     assert len(reads) == before
 
 
+def test_it_is_known_what_is_kept_that_nobody_else_holds() -> None:
+    assert read_input_batches(loader(), MODEL).part(torch.arange(40)).kept_bytes == X.nbytes
+    assert read_input_batches(X, MODEL).kept_bytes == read_input_batches(list(X.split(30))).kept_bytes == 0
+    assert read_input_batches(loader(), memory=LITTLE).kept_bytes == 0  # read anew
+
+
 def test_a_generator_is_kept_as_it_can_be_read_once() -> None:
     found = read_input_batches((part for part in X.split(7)), MODEL, MEMORY)
     assert found.is_kept

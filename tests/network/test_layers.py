@@ -36,6 +36,14 @@ def test_patches_times_the_weight_are_the_outputs(layer: nn.Conv2d) -> None:
     assert len(places.unique(dim=0)) == 17
 
 
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_rows_are_the_same_however_images_lie_in_memory(form: torch.memory_format) -> None:
+    x = torch.randn(5, 3, 4, 6).contiguous(memory_format=form)
+    places = torch.tensor([[0, 0, 0], [1, 3, 5], [4, 2, 1]])
+    expected = torch.stack([x[0, :, 0, 0], x[1, :, 3, 5], x[4, :, 2, 1]])
+    assert torch.equal(Layer("layer", nn.Conv2d(3, 4, 1)).take_rows(x, places), expected)
+
+
 class Several(nn.Module):
     """A dense layer with its norm, a grouped, a transposed, two tied and a parametrised one."""
 

@@ -124,5 +124,6 @@ def test_a_bound_by_default_is_less_on_a_small_machine(monkeypatch: pytest.Monke
     values = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", values.__getitem__)
     assert find_bound() == 512_000
+    assert (find_bound(12_000), find_bound(10**9)) == (500_000, 64_000)  # what the images take is a part of it
     values["SC_PHYS_PAGES"] = 10**9
     assert find_bound() == 2**27

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from oracle import randomise_
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import intrafusion
 import intrafusion.restore.solver as solver_file
@@ -20,10 +21,14 @@ from intrafusion import IntrafusionWarning, ModelError, Recipe, RecipeError
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.batches import as_call, cut_call
 from intrafusion.network.inputs import Inputs
+from intrafusion.network.layers import Layer
 from intrafusion.network.tensors import copy_model, named_tensors
 from intrafusion.restore import LeastSquares
+from intrafusion.restore.places import PlaceSampler
 from intrafusion.restore.ridge import Ridge
-from intrafusion.restore.shelf import Shelf
+from intrafusion.restore.row_store import RowStore
+from intrafusion.restore.shelf import Shelf, find_bound
+from intrafusion.restore.targets import record_targets
 
 WIDTH = 12
 
@@ -331,6 +336,29 @@ def test_a_batch_that_gives_nan_is_named(spoilt: int) -> None:
     where = {0: r"batch 0 \(images 0 to 9\)", 27: r"batch 2 \(images 20 to 29\)"}[spoilt]
     with pytest.raises(ModelError, match=f"stem.0: the original network gives NaN or infinity on {where}; check"):
         solve(made, cut_call(call(x), 10))
+
+
+def test_rows_whose_sum_overflows_are_no_infinity() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    model[0].weight.data = torch.eye(2) * 3e37
+    batches = [Inputs.of(torch.ones(20, 2))]
+    store = RowStore(PlaceSampler(batches, 100, 0), Shelf(2**20))
+    record_targets(model, {"0": Layer("0", model[0])}, batches, store)
+    assert float(store.take("0").sum()) == float("inf")
+    batches[0].args[0][7, 1] = float("inf")
+    store = RowStore(PlaceSampler(batches, 100, 0), Shelf(2**20))
+    with pytest.raises(ModelError, match="0: the original network gives NaN or infinity"):
+        record_targets(model, {"0": Layer("0", model[0])}, batches, store)
+
+
+def test_what_is_kept_of_a_loader_leaves_less_for_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = list[int]()
+    monkeypatch.setattr(solver_file, "Shelf", lambda bound: bounds.append(bound) or Shelf(bound))
+    made, x = reduce(Convolutions(), images(1)), images()
+    for given in (x, DataLoader(TensorDataset(x), batch_size=10)):
+        LeastSquares()(copy.deepcopy(made[2]), made[0], made[1], given)
+    assert bounds == [find_bound(), find_bound(x.nbytes)]
+    assert bounds[0] - bounds[1] == x.nbytes
 
 
 def test_a_batch_on_which_the_smaller_network_overflows_is_named() -> None:

@@ -183,6 +183,19 @@ def test_what_comes_out_of_the_activation_function_counts() -> None:
     layer = Layer("layer", nn.Linear(40, 3), norm)
     assert choose(Task(layer, given, target, None, target, None), x) is not None
     assert choose(Task(layer, given, target, relu, relu(target), None), x) is None
+    assert choose(Task(layer, given, target, relu, None, None), x) is None  # what it makes of the target
+
+
+def test_without_more_said_what_the_function_makes_of_the_target_is_wanted() -> None:
+    x, lacking = sample(0.3, -0.2)
+    relu = Activation(torch.relu)
+    said = replace(task_of(lacking, x), given=torch.ones_like(lacking), activation=relu, wanted=relu(lacking))
+    some, rows = torch.tensor([1, 7, 20]), slice(3, 9)
+    for one, other in ((said, replace(said, wanted=None)), (said.take(APART), replace(said, wanted=None).take(APART))):
+        assert torch.equal(one.lacking(x[some, :3], some), other.lacking(x[some, :3], some))
+        assert torch.equal(one.find_error(rows, None), other.find_error(rows, None))
+    plain = replace(task_of(lacking, x), wanted=None)
+    assert torch.equal(plain.find_error(rows, None), lacking[rows])
 
 
 def test_behind_a_function_rows_left_out_have_no_part_in_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,7 @@ class Batches(Sequence[Inputs]):
             by itself.
         memory: bytes that what goes over all of them may take; None: half of what is free.
         changes: what is done to each batch, in order.
+        kept_bytes: that the calls take in memory, where whoever gave them does not hold them.
     """
 
     came: Sequence[Inputs] | _Anew
@@ -107,6 +108,7 @@ class Batches(Sequence[Inputs]):
     size: int | None = None
     memory: int | None = None
     changes: tuple[Callable[[Inputs], Inputs], ...] = ()
+    kept_bytes: int = 0
 
     __repr__ = show_briefly
 
@@ -283,7 +285,8 @@ def read_input_batches(images: ImagesLike, model: nn.Module | None = None, memor
         return images if memory is None else replace(images, memory=memory)
     came, forms = _read(images, choose_memory(memory) // _KEPT)
     everything = tuple((_Cut(i, torch.arange(form.count)),) for i, form in enumerate(forms))
-    found = Batches(came, forms, everything, memory=memory)
+    kept = 0 if isinstance(came, _Anew) or is_held(images) else sum(map(count_bytes, came))
+    found = Batches(came, forms, everything, memory=memory, kept_bytes=kept)
     return found if model is None else _cut_for(found, model)
 
 

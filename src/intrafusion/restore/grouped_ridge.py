@@ -18,7 +18,7 @@ class GroupedRidge(Ridge):
         x: inputs (g, k, d); the rest is as there. The systems have d x d entries, whatever the rows.
     """
 
-    fewest = 256
+    fewest = 64
 
     def make_zeros(self) -> Tensor:
         groups, _, size = self.x.shape

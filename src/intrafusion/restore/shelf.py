@@ -18,14 +18,20 @@ from intrafusion.errors import ModelError
 
 _MOST = 2**27  # bytes: a bound by default, so that what is taken does not grow with the images
 _SHARE = 8  # of what the machine has, an eighth at most
+_LEAST = 8  # of the bound, an eighth at least, whatever the images take of it
 
 
-def find_bound() -> int:
-    """Bytes that the shelf may hold where nobody says how many: 128 MiB, or less on a small machine."""
+def find_bound(kept: int = 0) -> int:
+    """Bytes that the shelf may hold where nobody says how many: 128 MiB, or less on a small machine.
+
+    Args:
+        kept: bytes of that, which the images themselves take.
+    """
     try:
-        return min(_MOST, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _SHARE)
+        bound = min(_MOST, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _SHARE)
     except (AttributeError, ValueError, OSError):  # not known here
-        return _MOST
+        bound = _MOST
+    return max(bound - kept, bound // _LEAST)
 
 
 @dataclass(eq=False)

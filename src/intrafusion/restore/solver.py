@@ -20,7 +20,8 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.names import name_some
 from intrafusion.network.batches import count_images
 from intrafusion.network.calibration_images import warn_caller
-from intrafusion.network.free_pages import return_free_pages
+from intrafusion.network.free_pages import return_free_pages, returning_large_pages
+from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs, told_of
 from intrafusion.network.layers import Layer, find_layers, is_solvable, unseen_by_modes, watch_calls
 from intrafusion.network.outputs import read_iterators
@@ -122,15 +123,16 @@ class LayerSolver:
             reached: the same calls of the smaller network, where that is part of one whose earlier parts are smaller
                 already and it reads something else.
             memory: bytes of activations that are held at most besides those of the batch that runs; where one batch
-                needs more, all are cut. None: 128 MiB, see `find_bound`, and batches stay as they are.
+                needs more, all are cut. None: 128 MiB, with what is kept of a loader, and batches stay as they are.
             bare: whether weights that functions multiply with are solved too, see `BareLayer`.
         Raises:
             ModelError: one of the networks gives NaN on the images; the disk is full.
             RecipeError: one image needs more than `memory`.
         """
         reached = inputs if reached is None else reached
+        bound = find_bound(inputs.kept_bytes if isinstance(inputs, Batches) else 0) if memory is None else memory
         while True:
-            with contextlib.closing(Shelf(find_bound() if memory is None else memory)) as shelf:
+            with contextlib.closing(Shelf(bound)) as shelf:
                 try:
                     return self._solve_(small, maps, reference, graph, inputs, reached, left, shelf, memory, bare)
                 except TooLarge as found:
@@ -189,7 +191,7 @@ class LayerRows:
         inputs: what it reads (k, d), or (g, k, d) with groups; columns as in `Layer.matrix`.
         given: what its norm, or the sum that it enters, is before it is solved (k, c).
         target: what that should be (k, c).
-        wanted: what its activation function should give (k, c); without one, the target.
+        wanted: what its activation function should give (k, c), where that is not what it makes of the target.
         weights: how much each row counts, (k, 1) of mean 1; None for all alike.
         images: which of all images each row comes from, (k,) int64 below `RowStore.count`.
     """
@@ -197,7 +199,7 @@ class LayerRows:
     inputs: Tensor
     given: Tensor
     target: Tensor
-    wanted: Tensor
+    wanted: Tensor | None
     weights: Tensor | None
     images: Tensor
 
@@ -376,12 +378,14 @@ class _Solving:
         self.settled.add(name)
         return [is_written] * len(brought)
 
-    def aim(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer should give, and its activation function behind it, (k, c), by what it gave (k, n)."""
+    def aim(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a layer should give and, where that is something else than its activation function makes of it, what
+        that should give behind it, (k, c), by what it gave (k, n).
+        """
         activation, parts = self.find_activation(name), rows.split(ROWS)
         target = join_rows((self.merge(name, part) for part in parts), len(rows))
-        if activation is None:
-            return target, target
+        if activation is None or self.merges[name] is None or self.picks[name] is not None:
+            return target, None
         return target, join_rows((self.merge(name, activation(part)) for part in parts), len(rows))
 
     def find_activation(self, name: str) -> Activation | None:
@@ -553,11 +557,12 @@ class _Pass:
     @contextlib.contextmanager
     def going(self) -> Iterator[None]:
         """Around each stretch to the next layer: what the batch holds is there, and its random numbers go on."""
-        self.shelf.take(self)
-        self.random()
-        yield
-        self.random = remember_random_numbers(self.small)
-        self.leave()
+        with returning_large_pages():
+            self.shelf.take(self)
+            self.random()
+            yield
+            self.random = remember_random_numbers(self.small)
+            self.leave()
         return_free_pages()
 
     def leave(self) -> None:
@@ -582,9 +587,8 @@ class _Pass:
             bare = BareWatcher(model, self.solving.graph, ran, self.reached_bare, self.called_bare, along)
             bare.begin()
         with live, fitting, watch_calls(modules, self.called, reached=self.reached), self.uses, bare:
-            call = prepare(next(self.solving.coming), model)
-            given = call.copied()
-            self.model, self.images = model, count_images(call)
+            given = prepare(next(self.solving.coming), model).copied()
+            self.model, self.images = model, count_images(given)
             self.given = frozenset(t.untyped_storage()._cdata for t in given.tensors() if is_plain(t))
             with told_of(model, given), self.solving.targets.decide(self.batch):
                 read_iterators(model(*given.args, **(given.kwargs or {})))

@@ -21,7 +21,7 @@ from intrafusion.restore.row_ridge import set_up_ridge
 STRENGTHS = (1e-3, 3e-2, 1.0, math.inf)
 """Of the ridges that are tried, from one that only conditions to one that leaves nothing but a constant."""
 
-ROWS = 4096
+ROWS = 1024
 """That are worked on at a time, so that nothing else as large as all of them is made."""
 
 _SHARE, _FEWEST = 5, 5  # one image in five is left out; none where that is less than five
@@ -36,7 +36,7 @@ class Task:
         given: what its norm, or the sum that it enters, is as the layer is (k, c).
         target: what that should be (k, c).
         activation: the function that alone reads that; None where something else does.
-        wanted: what that function should give (k, c); without one, the target.
+        wanted: what that function should give (k, c); None: what it makes of the target or, without one, the target.
         weights: how much each row counts, (k, 1) of mean 1; None for all alike.
     """
 
@@ -44,7 +44,7 @@ class Task:
     given: Tensor
     target: Tensor
     activation: Activation | None
-    wanted: Tensor
+    wanted: Tensor | None
     weights: Tensor | None
 
     __repr__ = show_briefly
@@ -52,9 +52,8 @@ class Task:
     def take(self, rows: Tensor) -> Task:
         """Some of the rows, (k,) of True and False."""
         weights = None if self.weights is None else weigh_evenly(self.weights[rows][:, 0])
-        return replace(
-            self, given=self.given[rows], target=self.target[rows], wanted=self.wanted[rows], weights=weights
-        )
+        given, target = self.given[rows], self.target[rows]
+        return replace(self, given=given, target=target, wanted=self.want(rows), weights=weights)
 
     def ridge(self, inputs: Tensor, strength: float, scarcity: float) -> Ridge:
         """Of these rows of what the layer reads (k, d), or (g, k, d) with groups, columns as in `Layer.matrix`."""
@@ -70,12 +69,18 @@ class Task:
         if change is None or self.activation is None:
             return (self.target[rows] - self.given[rows]).mul_(inverse)
         given = self.activation(torch.addcmul(self.given[rows], change, gain))
-        return (self.wanted[rows] - given).mul_(inverse / self.activation.slope)
+        return (self.want(rows) - given).mul_(inverse / self.activation.slope)
 
     def find_error(self, rows: slice, change: Tensor | None) -> Tensor:
         """What is wanted of what comes out at some rows (r, c), with or without such a change before the norm."""
         given = self.given[rows] if change is None else torch.addcmul(self.given[rows], change, self.gains[0])
-        return self.wanted[rows] - (given if self.activation is None else self.activation(given))
+        return self.want(rows) - (given if self.activation is None else self.activation(given))
+
+    def want(self, rows: Rows) -> Tensor:
+        """What should come out at some rows, (r, c)."""
+        if self.wanted is not None:
+            return self.wanted[rows]
+        return self.target[rows] if self.activation is None else self.activation(self.target[rows])
 
     @cached_property
     def gains(self) -> tuple[Tensor, Tensor]:
