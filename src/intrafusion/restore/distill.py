@@ -83,7 +83,7 @@ class Distill:
     seconds: Positive | None = 300.0
     batch: Count = 64
     lr: Positive | None = None
-    blocks: NotNegative = 3.0
+    blocks: NotNegative = 10.0
     views: bool = True
     folder: str | None = None
     seed: Seed = 0
