@@ -139,12 +139,8 @@ def test_the_rate_is_lowered_as_long_as_the_held_out_error_falls(
         seen.append(rate)
         return scores[len(seen) - 1]
 
-    plans: list[Any] = []
-    trained = distill_module.train_
     monkeypatch.setattr(distill_module._Run, "try_out", try_out)
-    monkeypatch.setattr(
-        distill_module, "train_", lambda m, d, how, **o: (plans.append(how), trained(m, d, how, **o))[1]
-    )
+    plans = watch_plans(monkeypatch)
     last = distilled(wide(), Distill(steps=4, seconds=100)).restored[-1]
     assert tuple(seen) == tried
     assert f"at a rate of {taken} for" in last.note
@@ -166,15 +162,11 @@ def test_norms_follow_what_large_batches_show(
     batch: int, memory: int | None, moving: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In parts of so many images where memory is short."""
-    plans: list[Any] = []
-    trained = distill_module.train_
-    monkeypatch.setattr(
-        distill_module, "train_", lambda m, d, how, **o: (plans.append(how), trained(m, d, how, **o))[1]
-    )
+    plans = watch_plans(monkeypatch)
     limit = distill_module._limit
     monkeypatch.setattr(distill_module, "_limit", lambda seen: replace(limit(seen), size=memory or limit(seen).size))
     model = wide()
-    solved, small = distilled(model, "auto"), distilled(model, replace(FEW, batch=batch, steps=20))
+    solved, small = distilled(model, "auto"), distilled(model, replace(FEW, batch=batch))
     assert not small.restored[-1].undone
     assert [how.norms for how in plans] == [moving]
     own, others = small.model.norm, solved.model.norm
