@@ -269,8 +269,9 @@ def test_several_outputs_by_name() -> None:
     assert sum(last.outputs_after.values()) < sum(last.outputs_before.values())
 
 
-def test_padded_tokens_do_not_count() -> None:
+def test_padded_tokens_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    plans = watch_plans(monkeypatch)
     model = Tokens().eval()
     ids = torch.randint(0, 9, (60, 5))
     mask = (torch.arange(5) < torch.randint(2, 6, (60, 1))).long()
@@ -282,6 +283,7 @@ def test_padded_tokens_do_not_count() -> None:
         found.append(small)
     assert found[0].restored[-1].error_after < found[0].restored[-1].error_before
     assert found[0].restored[-1].error_after == pytest.approx(found[1].restored[-1].error_after, rel=1e-4)
+    assert [how.norms for how in plans] == [False, False]  # the statistics of a batch would be of these too
 
 
 def test_half_precision_frozen_parameters_and_dropout_stay_what_they_were() -> None:
