@@ -47,7 +47,7 @@ def measure(setting: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     given = zoo.load_data(NETWORK, "train", limit=256).images if setting["inputs"] != "none" else None
     steps: list[Any] = [INPUTS[setting["inputs"]]]
     if setting["distilled_steps"]:
-        chosen = {} if setting["rate"] == "chosen" else {"lr": setting["rate"], "views": True}
+        chosen = {} if setting["rate"] == "chosen" else {"lr": setting["rate"]}
         steps.append(Distill(steps=setting["distilled_steps"], seconds=None, folder=str(folder), **chosen))
     start, work = time.perf_counter(), time.process_time()
     small = intrafusion.compress(model, example, KEEP, restore=steps, inputs=given)
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=Distill().steps)
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--rate", type=float, default=None, help="nothing is tried: this learning rate, other views")
+    parser.add_argument("--rate", type=float, default=None, help="this learning rate: none are tried")
     parser.add_argument("--inputs", choices=INPUTS, nargs="+", default=[*INPUTS], help="only these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="two steps on 256 images, recorded nowhere")

@@ -141,6 +141,17 @@ def test_in_evaluation_mode_nothing_is_dropped_and_norms_keep_their_statistics()
     assert model.training
 
 
+def test_in_evaluation_mode_norms_may_follow_the_batches() -> None:
+    """Dropout does not."""
+    model, modes = points(), list[tuple[bool, ...]]()
+    model.register_forward_hook(lambda module, args, output: modes.append(tuple(m.training for m in module)))
+    before = state(model)
+    train_(model, blobs(), Training(epochs=1, batch_size=20, evaluating=True, norms=True))
+    assert modes == [tuple(isinstance(m, nn.BatchNorm1d) for m in model)] * 2
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert model.training
+
+
 def test_the_rate_falls_with_the_time_where_that_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("intrafusion.train.loop.time.perf_counter", lambda: clock[0])

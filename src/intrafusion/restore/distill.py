@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from intrafusion.arguments import Count, NotNegative, Positive, Seed, checked
 from intrafusion.brief import show_briefly
@@ -29,21 +29,23 @@ from intrafusion.network.input_batches import Batches, read_input_batches
 from intrafusion.network.pass_memory import count_bytes
 from intrafusion.network.tensors import check_graph, copy_model, named_tensors
 from intrafusion.progress import report
+from intrafusion.restore.noise import batch_norms
 from intrafusion.restore.restorer import Reduced, require_images
 from intrafusion.surgery.write import write_weights_
 from intrafusion.train import Training, train_
 from intrafusion.train.imitation import Imitation, Pool, find_read_merges
 from intrafusion.train.training import Unlabelled
-from intrafusion.train.views import find_plain_images
 
-RATES = (1e-3, 3e-3, 3e-4)
-"""Learning rates that are tried."""
+RATES = (3e-3, 1e-3, 3e-4)
+"""Learning rates that are tried, one after the other until one is no better than the one before."""
 
-_TRIAL = 0.05  # of the updates and of the time, for each thing that is tried
+_TRIAL = 0.05  # of the updates and of the time, for each rate that is tried
 _RISE = 0.1  # of the updates, over which the rate rises
 _CHECK = 50  # updates from one look at the held-out error to the next
 _FEWEST_CHECKS = 8  # of few updates
-_PATIENCE = 8  # such looks without a better error, after which it ends
+_PATIENCE = 16  # such looks without a better error, after which it ends; most is gained when the rate falls, late
+_MOMENTUM = 0.1  # by which norms remember; what a network was trained with may be too slow for some hundred updates
+_TELLING = 16  # images of a batch at least, for its statistics to mean something
 _MOST = 4096  # images that are drawn from
 _ROOM = 8  # of the memory for them, one part in so many
 _APART = 5  # one in so many is kept to look at, where none are
@@ -54,12 +56,13 @@ _APART = 5  # one in so many is kept to look at, where none are
 class Distill:
     r"""Train all weights of the smaller network for the original's outputs and what its layers read; no labels.
 
-    Each update is one of Adam on a batch of the inputs, see `Imitation`: in evaluation mode, so that norms keep their
-    statistics and the network that is trained is the one that is used. The rate rises over the first tenth and falls to
-    0 as half a cosine. Images are mirrored, shifted and mixed with each other. Which rate, and whether other views of
-    the images help, is tried on a twentieth of the updates each and judged by the output error on inputs that are kept
-    apart; so is the course, every 50 updates: the network ends with the weights of the least error there, and with
-    those from before if that is not less than theirs. OURS; for parts see `Imitation`.
+    Each update is one of Adam on a batch of the inputs, see `Imitation`: in evaluation mode, but that batch norms take
+    the statistics of the batch and remember what they average to, unless a batch goes through in parts of under 16
+    images, or has padded rows. The rate rises over the first tenth and falls to 0 as half a cosine. Images are
+    mirrored, shifted, cut into and mixed with each other. Which rate is tried, each on a twentieth of the updates, and
+    judged by the output error on inputs that are kept apart; so is the course, every 50 updates: the network ends with
+    the weights of the least error there, and with those from before if that is not less than theirs. OURS; for parts
+    see `Imitation`.
 
     As the first step of a recipe, the layers are solved before ("auto").
 
@@ -70,7 +73,7 @@ class Distill:
         batch: images of an update; all, where there are fewer.
         lr: largest learning rate; None: chosen.
         blocks: weight of what layers read.
-        views: whether images are mirrored, shifted and mixed; None: chosen. Other inputs never are.
+        views: whether images are mirrored, shifted, cut into and mixed. Other inputs never are.
         folder: where checkpoints are kept, so that a run that was interrupted goes on when it is started again; they
             are removed at the end. None: nowhere.
         seed: of the order of the inputs, and of the views.
@@ -80,8 +83,8 @@ class Distill:
     seconds: Positive | None = 300.0
     batch: Count = 64
     lr: Positive | None = None
-    blocks: NotNegative = 3.0
-    views: bool | None = None
+    blocks: NotNegative = 10.0
+    views: bool = True
     folder: str | None = None
     seed: Seed = 0
 
@@ -141,12 +144,6 @@ class Distilled:
     __repr__ = show_briefly
 
 
-@dataclass(frozen=True)
-class _Choice:
-    lr: float
-    views: bool
-
-
 @dataclass(eq=False)
 class _Run:
     """One distillation."""
@@ -157,7 +154,6 @@ class _Run:
     graph: ChannelGraph
     seen: Batches
     yardstick: Yardstick
-    scores: dict[_Choice, float] = field(default_factory=dict)  # of what was tried
     failed: list[str] = field(default_factory=list)
 
     def go(self) -> Distilled:
@@ -166,98 +162,92 @@ class _Run:
         _check_floating(small)
         pool = Pool.of(self.seen, self.how.batch)
         merges = find_read_merges(self.reference, self.graph, self.compressed.plan.maps) if self.how.blocks else {}
-        imitation = Imitation(_lift(self.reference), self.graph, merges, pool, self.how.blocks)
+        imitation = Imitation(_lift(self.reference), self.graph, merges, pool, self.how.blocks, self.how.views)
         imitation.look(small)
         _check_gradients(imitation, small)
+        for norm in batch_norms(small):
+            norm.momentum = _MOMENTUM
         with _checkpoints(self.how, small, pool) as folder:
-            choice = self.choose(imitation, small, folder)
-            steps = self.train(small, imitation, choice, folder) if choice is not None else 0
-        note = self.tell(choice, steps, bool(imitation.known))
-        if choice is None or not steps:
+            rate = self.choose(imitation, small, folder)
+            steps = self.train(small, imitation, rate, folder) if rate is not None else 0
+        note = self.tell(rate, steps, imitation)
+        if not steps:
             return Distilled(before, before, self.yardstick, True, note)
         return self.write(small, before, note)
 
     # ---- what is chosen ---------------------------------------------------------------------------------------------
 
-    def choose(self, imitation: Imitation, small: nn.Module, folder: Path | None) -> _Choice | None:
-        """The rate, then the views; None where every rate makes the loss infinite."""
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return RATES if self.how.lr is None else (self.how.lr,)
+
+    def choose(self, imitation: Imitation, small: nn.Module, folder: Path | None) -> float | None:
+        """The rate, by the held-out error after a short training; None where every one makes the loss infinite."""
+        if len(self.rates) == 1:
+            return self.rates[0]
         known = None if folder is None else _read_choice(folder)
         if known is not None:
             return known
-        can_view = find_plain_images(imitation.pool.pick(torch.arange(1))) is not None
-        viewed = can_view and self.how.views is not False
-        rates = RATES if self.how.lr is None else (self.how.lr,)
-        found = [_Choice(rate, viewed) for rate in rates]
-        if len(found) > 1:
-            found = self.rank(found, imitation, small, "rates")
-        if found and viewed and self.how.views is None:
-            found = self.rank([found[0], replace(found[0], views=False)], imitation, small, "views")
-        if not found:
-            return None
-        if folder is not None:
-            _write_choice(folder, found[0])
-        return found[0]
+        best, least = None, -math.inf
+        for index, rate in enumerate(self.rates):
+            report("trying rates", index, len(self.rates))
+            score = self.try_out(rate, imitation, copy_model(small))
+            if score <= least and best is not None:
+                break
+            best, least = (rate, score) if score > -math.inf else (None, score)
+        if folder is not None and best is not None:
+            _write_choice(folder, best)
+        return best
 
-    def rank(self, choices: list[_Choice], imitation: Imitation, small: nn.Module, what: str) -> list[_Choice]:
-        """The best first, by the held-out error after a short training; without those that diverge."""
-        for index, choice in enumerate(choices):
-            report(f"trying {what}", index, len(choices))
-            if choice not in self.scores:
-                self.scores[choice] = self.try_out(choice, imitation, copy_model(small))
-        finite = [choice for choice in choices if self.scores[choice] > -math.inf]
-        return sorted(finite, key=lambda choice: -self.scores[choice])
+    def count_trials(self, best: float) -> int:
+        """How many rates were tried until this one was chosen."""
+        return min(self.rates.index(best) + 2, len(self.rates)) if len(self.rates) > 1 else 0
 
-    def try_out(self, choice: _Choice, imitation: Imitation, trial: nn.Module) -> float:
+    def try_out(self, rate: float, imitation: Imitation, trial: nn.Module) -> float:
         steps = max(1, round(self.how.steps * _TRIAL))
         try:
-            self.run(trial, imitation, choice, self.plan(choice, imitation.pool, steps, self.share_of(_TRIAL)))
+            self.run(trial, imitation, self.plan(rate, imitation.pool, steps, self.share_of(_TRIAL)))
         except DivergenceError as error:
             self.failed.append(str(error))
             return -math.inf
         return self.score(trial)
-
-    @property
-    def trials(self) -> int:
-        """How many there are at most."""
-        rates = len(RATES) if self.how.lr is None else 1
-        return (rates if rates > 1 or self.how.views is None else 0) + (self.how.views is None)
 
     def share_of(self, share: float) -> float | None:
         return None if self.how.seconds is None else self.how.seconds * share
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def plan(self, choice: _Choice, pool: Pool, steps: int, seconds: float | None) -> Training:
+    def plan(self, rate: float, pool: Pool, steps: int, seconds: float | None) -> Training:
         batch = min(self.how.batch, pool.count) if pool.joined else 1
+        parts = max(1, -(-batch // (self.seen.size or batch)))
         return Training(
             epochs=steps,
             steps=steps,
             batch_size=batch,
             optimizer="adam",
-            lr=choice.lr,
+            lr=rate,
             warmup=_RISE,
             decay="cosine",
             seed=self.how.seed,
             evaluating=True,
+            norms=batch // parts >= _TELLING and pool.calls[0].weights is None,
             seconds=seconds,
-            accumulate=max(1, -(-batch // (self.seen.size or batch))),
+            accumulate=parts,
         )
 
-    def train(self, small: nn.Module, imitation: Imitation, choice: _Choice, folder: Path | None) -> int:
+    def train(self, small: nn.Module, imitation: Imitation, rate: float, folder: Path | None) -> int:
         """In place; how many updates the weights have that it ends with."""
-        how = self.plan(choice, imitation.pool, self.how.steps, self.share_of(1 - _TRIAL * self.trials))
+        left = 1 - _TRIAL * self.count_trials(rate)
+        how = self.plan(rate, imitation.pool, self.how.steps, self.share_of(left))
         how = replace(how, patience=_PATIENCE)
         report("distilling", 0, how.steps or 1)
         try:
-            return self.run(small, imitation, choice, how, folder)
+            return self.run(small, imitation, how, folder)
         except DivergenceError as error:
             self.failed.append(str(error))
             return 0
 
-    def run(
-        self, model: nn.Module, imitation: Imitation, choice: _Choice, how: Training, folder: Path | None = None
-    ) -> int:
-        objective = replace(imitation, views=choice.views)
+    def run(self, model: nn.Module, imitation: Imitation, how: Training, folder: Path | None = None) -> int:
         updates = min(_CHECK, max(1, (how.steps or 1) // _FEWEST_CHECKS))
         count, drawn = imitation.pool.count, updates * how.batch_size
         redraw = lambda places, generator: torch.randint(count, places.shape, generator=generator)  # noqa: E731
@@ -266,7 +256,7 @@ class _Run:
         with torch.enable_grad():
             history = train_(
                 *(model, Unlabelled(torch.arange(drawn) % count), how),
-                objective=objective,
+                objective=imitation,
                 validation=validation,
                 augment=redraw if count > drawn else None,  # else the others would never be seen
                 folder=folder,
@@ -285,7 +275,7 @@ class _Run:
     def write(self, small: nn.Module, before: Closeness, note: str) -> Distilled:
         """The new weights into the network that was given, unless it is worse with them."""
         own = named_tensors(self.compressed.model)
-        new = {name: p.detach() for name, p in small.named_parameters() if p.is_floating_point()}
+        new = {name: p.detach() for name, p in small.named_parameters() if p.is_floating_point()} | _read_norms(small)
         weights = {name: own[name].detach().clone() for name in new}
         write_weights_(self.compressed.model, {name: t.to(own[name].dtype) for name, t in new.items()})
         after = self.yardstick.measure(self.compressed.model)
@@ -295,14 +285,14 @@ class _Run:
             note = f"{note}; undone, as the outputs were no better"
         return Distilled(before, after, self.yardstick, not better, note)
 
-    def tell(self, choice: _Choice | None, steps: int, reads: bool) -> str:
-        if choice is None or not steps:
+    def tell(self, rate: float | None, steps: int, imitation: Imitation) -> str:
+        if rate is None or not steps:
             return (
                 f"undone, as it diverged: {self.failed[-1] if self.failed else 'the outputs are no numbers any more'}"
             )
-        views = ", images mirrored, shifted and mixed" if choice.views else ""
-        aims = "outputs and what layers read" if reads else "outputs"
-        return f"{steps} steps at a rate of {choice.lr:g} for {aims}{views}"
+        views = ", images mirrored, shifted, cut and mixed" if imitation.has_views else ""
+        aims = "outputs and what layers read" if imitation.known else "outputs"
+        return f"{steps} steps at a rate of {rate:g} for {aims}{views}"
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -350,6 +340,12 @@ def _lift(model: nn.Module) -> nn.Module:
         if tensor.dtype in _HALF:
             tensor.data = tensor.data.float()
     return copy
+
+
+def _read_norms(model: nn.Module) -> dict[str, Tensor]:
+    """What batch norms remember, by name."""
+    norms = {id(t) for norm in batch_norms(model) for t in (norm.running_mean, norm.running_var)}
+    return {name: t.detach() for name, t in model.named_buffers() if id(t) in norms}
 
 
 def _check_floating(model: nn.Module) -> None:
@@ -405,17 +401,16 @@ def _name(how: Distill, small: nn.Module, pool: Pool) -> str:
     return hashlib.sha256(" ".join(told).encode()).hexdigest()[:12]
 
 
-def _read_choice(folder: Path) -> _Choice | None:
+def _read_choice(folder: Path) -> float | None:
     path = folder / "choice.json"
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
-        return _Choice(float(found["lr"]), bool(found["views"]))
+        return float(json.loads(path.read_text())["lr"])
     except (ValueError, KeyError, TypeError) as error:
         raise FolderError(f"{path}: damaged ({error}); remove it.") from error
 
 
-def _write_choice(folder: Path, choice: _Choice) -> None:
+def _write_choice(folder: Path, rate: float) -> None:
     with atomic_file(folder / "choice.json") as path:
-        path.write_text(json.dumps(asdict(choice)))
+        path.write_text(json.dumps({"lr": rate}))

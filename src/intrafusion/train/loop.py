@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from intrafusion.arguments import checked
@@ -176,7 +177,7 @@ class _Run:
     def pass_over_data(self) -> float:
         """Mean loss; everything random in a pass depends on the seed and the number of the epoch alone."""
         torch.manual_seed(_seed_of(self.how, len(self.course.epochs)))
-        _set_mode_(self.model, self.within, evaluating=self.how.evaluating)
+        _set_mode_(self.model, self.within, self.how)
         order, generator = _draw_order(self.how, len(self.course.epochs), len(self.data.images))
         chosen = _split_batches(order, self.how)[: self.total - self.course.steps]
         losses = list[float]()
@@ -309,11 +310,14 @@ def _cut(x: Tensor, count: int) -> Sequence[Tensor]:
 # ---- how the network is found and left ------------------------------------------------------------------------------
 
 
-def _set_mode_(model: nn.Module, within: str, *, evaluating: bool) -> None:
-    if evaluating or within:
+def _set_mode_(model: nn.Module, within: str, how: Training) -> None:
+    if how.evaluating or within:
         model.eval()
-    if not evaluating:
+    if not how.evaluating:
         model.get_submodule(within).train()
+    elif how.norms:
+        for module in model.get_submodule(within).modules():
+            module.training = isinstance(module, _BatchNorm)
 
 
 @contextmanager

@@ -81,6 +81,7 @@ class Training:
             a batch norm has nothing to learn.
         shuffle: "epoch" draws the order of each epoch from a seed of its own, "stream" all orders from one stream.
         evaluating: leave the network in evaluation mode: no dropout, and norms keep their statistics.
+        norms: all the same, batch norms take the statistics of each batch and remember what they average to.
         seconds: budget of time, None for none: where it would not do for all updates, the rate falls as it passes, and
             with it the training ends. Then the result depends on the machine.
     """
@@ -105,6 +106,7 @@ class Training:
     drop_last: bool = True
     shuffle: Literal["epoch", "stream"] = "epoch"
     evaluating: bool = False
+    norms: bool = False
     seconds: Positive | None = None
 
     __repr__ = show_briefly

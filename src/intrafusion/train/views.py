@@ -1,4 +1,4 @@
-"""Images in other views of themselves: mirrored, shifted, mixed with each other. What they show stays plausible."""
+"""Images in other views of themselves: mirrored, shifted, cut into and mixed with each other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from intrafusion.network.inputs import Inputs
 
 _SHIFT = 8  # by up to one pixel in so many
+_BOX = 0.8  # the largest side of a box, as a share of the image's
 
 
 def find_plain_images(call: Inputs) -> Tensor | None:
@@ -23,20 +24,46 @@ def find_plain_images(call: Inputs) -> Tensor | None:
 
 
 def draw_view(images: Tensor) -> Tensor:
-    """Each image mirrored or not, shifted, and mixed with another one, by PyTorch's random numbers.
+    """Each image mirrored or not and shifted; into every second a box of another is put; every second is then mixed.
+
+    By PyTorch's random numbers. What they show is the same for a network and one that learns from it, so it need not
+    look like anything: Beyer et al. 2022.
 
     Args:
         images: (n, c, h, w).
     """
-    mirrored = torch.where(_draw(len(images), images) < 0.5, images.flip(-1), images)
+    mirrored = torch.where(_draw(images) < 0.5, images.flip(-1), images)
     shifted = shift_images(mirrored)
-    share = _draw(len(images), images)
-    return share * shifted + (1 - share) * shifted[torch.randperm(len(images)).to(images.device)]
+    cut = torch.where(_draw(images) < 0.5, put_boxes(shifted), shifted)
+    return torch.where(_draw(images) < 0.5, mix_images(cut), cut)
 
 
-def _draw(count: int, like: Tensor) -> Tensor:
+def _draw(images: Tensor) -> Tensor:
     """A number in [0, 1) for each image."""
-    return torch.rand(count, 1, 1, 1).to(like)
+    return torch.rand(len(images), 1, 1, 1).to(images)
+
+
+def _shuffle(images: Tensor) -> Tensor:
+    return images[torch.randperm(len(images)).to(images.device)]
+
+
+def mix_images(images: Tensor) -> Tensor:
+    """Each with another one, in any shares. Reference: Zhang et al. 2018 (mixup)."""
+    share = _draw(images)
+    return share * images + (1 - share) * _shuffle(images)
+
+
+def put_boxes(images: Tensor) -> Tensor:
+    """Into each a box of another one, with sides up to four fifths of its own. Reference: Yun et al. 2019 (CutMix)."""
+    reach = _BOX / 2 * _draw(images).sqrt()
+    rows, columns = (_find_near(size, reach, images) for size in images.shape[-2:])
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], _shuffle(images), images)
+
+
+def _find_near(size: int, reach: Tensor, images: Tensor) -> Tensor:
+    """Which of the pixels of a side lie as near as that, as a share of it, to a place for each image, (n, size)."""
+    places = (torch.arange(size, device=images.device) + 0.5) / size
+    return (places - _draw(images)[:, :, 0, 0]).abs() < reach[:, :, 0, 0]
 
 
 def shift_images(images: Tensor) -> Tensor:
