@@ -625,10 +625,11 @@ class _Pass:
 
     def has_rows(self, name: str, key: str, x: Tensor) -> bool:
         """Whether as many rows are read as in the original network; the layer is left as it is otherwise."""
-        if self.layers[name].shape_places(x)[:1] == self.solving.targets.lengths.get((key, self.batch)):
+        if self.layers[name].shape_places(x) == self.solving.targets.lengths.get((key, self.batch)):
             return True
         self.solving.targets.skipped[name] = (
-            "other rows reach it in the smaller network, whose forward goes by values that are not answered alike"
+            "other rows reach it in the smaller network: channels that are fewer lie along them, or its forward goes "
+            "by values that are not answered alike"
         )
         self.solving.settled.add(name)
         return False

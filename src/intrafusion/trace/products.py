@@ -163,14 +163,16 @@ def _moved_coordinates(
 
 def _move(call: tuple[Any, Any, Any], tensor: Tensor, coordinates: Tensor) -> list[Tensor]:
     """The operation that moved a tensor, on its coordinates."""
-    func, args, kwargs = call
-    swapped = lambda by: tree_map(lambda x: by if x is tensor else x, (args, kwargs))  # noqa: E731
+    func, *given = call
+
+    def run(by: Tensor) -> Any:
+        args, kwargs = tree_map(lambda x: by if x is tensor else x, given)
+        return func(*args, **kwargs)
+
     try:
-        args, kwargs = swapped(coordinates)
-        out = func(*args, **kwargs)
+        out = run(coordinates)
     except RuntimeError:  # a view that takes the memory layout of the weight
-        args, kwargs = swapped(coordinates.contiguous())
-        out = func(*args, **kwargs)
+        out = run(coordinates.contiguous())
     return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 
