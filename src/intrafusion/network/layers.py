@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, FoldableNorm, Member
+from intrafusion.network.autocast import without_autocast
 from intrafusion.network.gram import multiply_by_group
 from intrafusion.network.row_weights import RowWeights
 from intrafusion.network.tensors import named_tensors
@@ -457,9 +458,10 @@ class Port:
 def unseen_by_modes() -> Iterator[None]:
     """Modes that watch a network do not see what is done inside, and what is made there can be written elsewhere.
 
-    A forward that runs in inference mode would make tensors there that nothing can be added to afterwards.
+    A forward that runs in inference mode would make tensors there that nothing can be added to afterwards, and one in
+    autocast products of half precision, of which nothing can be solved; see `autocast`.
     """
-    with _disable_current_modes():
+    with _disable_current_modes(), without_autocast():
         if not torch.is_inference_mode_enabled():
             yield
             return

@@ -650,7 +650,7 @@ class _Pass:
                     self.bring(layer, arrange(x), (one, other))
                     if self.wait(layer):
                         with torch.inference_mode(output.is_inference()), torch.no_grad():
-                            new = layer.apply_norm(layer.module.forward(x))
+                            new = layer.apply_norm(layer.module.forward(x.to(layer.module.weight.dtype)))  # autocast
                             output.copy_(self.uses.take_along(output, new))
 
     def bring(self, layer: Layer, x: Tensor, summands: Sequence[Tensor] = ()) -> None:
