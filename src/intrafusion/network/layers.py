@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.brief import show_briefly
@@ -479,7 +480,8 @@ def watch_calls(
 ) -> Iterator[None]:
     """Call `reached(key, input)` before and `called(key, input, output)` after each of these modules, inside.
 
-    Modes that watch the network do not see what these do. What `called` returns, if it does, replaces the output.
+    Modes that watch the network do not see what these do. What `called` returns, if it does, replaces the output. Calls
+    in a transform of `torch.func` are left out: one row stands for all there, and is another thing behind it.
 
     Args:
         history: whether they see tensors that can be differentiated, where the network is; else these are detached.
@@ -490,6 +492,8 @@ def watch_calls(
     def before(key: K) -> Callable[..., None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> None:
             assert reached is not None
+            if _is_in_transform():
+                return
             with unseen_by_modes(), observing():
                 reached(key, seen(_first(args, kwargs)))
 
@@ -498,6 +502,8 @@ def watch_calls(
     def after(key: K) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor], output: Any) -> Tensor | None:
             assert called is not None
+            if _is_in_transform():
+                return None
             with unseen_by_modes(), observing():
                 instead = called(key, seen(_first(args, kwargs)), seen(output))
             # a forward that differentiates itself (forces of an energy) needs the way back through the layer
@@ -512,6 +518,11 @@ def watch_calls(
             if called is not None:
                 stack.callback(module.register_forward_hook(after(key), with_kwargs=True).remove)
         yield
+
+
+def _is_in_transform() -> bool:
+    """Whether `torch.func.vmap`, `grad` or another of its transforms is at work."""
+    return peek_interpreter_stack() is not None
 
 
 def _without_history(x: Any) -> Any:
