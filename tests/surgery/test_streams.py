@@ -350,7 +350,7 @@ class Divided(nn.Module):
         super().__init__()
         self.how, self.scale = how, 4.0
         self.into, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
-        self.register_buffer("bank", torch.randn(5, 16))
+        self.bank = nn.Buffer(torch.randn(5, 16))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
