@@ -20,6 +20,7 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[report
 from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.brief import show_briefly
+from intrafusion.errors import watching
 from intrafusion.graph import ChannelGraph, FoldableNorm, Member
 from intrafusion.network.autocast import without_autocast
 from intrafusion.network.gram import multiply_by_group
@@ -462,7 +463,7 @@ def unseen_by_modes() -> Iterator[None]:
     A forward that runs in inference mode would make tensors there that nothing can be added to afterwards, and one in
     autocast products of half precision, of which nothing can be solved; see `autocast`.
     """
-    with _disable_current_modes(), without_autocast():
+    with _disable_current_modes(), without_autocast(), watching():
         if not torch.is_inference_mode_enabled():
             yield
             return

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.brief import show_briefly
+from intrafusion.errors import watching
 from intrafusion.network.inputs import Inputs
 from intrafusion.trace.dispatch import is_composite
 
@@ -112,9 +113,11 @@ class Products(TorchDispatchMode):
         factors = _factors_of(func, args, kwargs, out)
         if factors is not None:
             sides = tuple((t, origins.get(t)) for t in _sides_of(func, args))
-            self.seen(Product(func, args, _first_of(out), factors, sides))
+            with watching():
+                self.seen(Product(func, args, _first_of(out), factors, sides))
         made = {t: o for t, o in origins.items() if o is not None}
-        self._follow((func, args, kwargs), out, operands, made)
+        with watching():
+            self._follow((func, args, kwargs), out, operands, made)
         return out
 
     def _origins(self, tensor: Tensor) -> _Origins | None:
