@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _LONGEST_TEXT = 4000  # characters of a message
@@ -104,3 +105,23 @@ def show(value: Any) -> str:
     "'aaa...aaa'"
     """
     return _SHORT.repr(value)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """Around what looks at a network while it runs: what fails inside is no failure of the network."""
+    try:
+        yield
+    except IntrafusionError:
+        raise
+    except Exception as error:
+        error.add_note(_OWN)
+        raise
+
+
+def is_own_fault(error: Exception) -> bool:
+    """Whether it came out of `watching`."""
+    return _OWN in getattr(error, "__notes__", ())
+
+
+_OWN = "while intrafusion looked at the network"

@@ -425,9 +425,9 @@ def embedding_bag() -> Built:
     return Wired(wiring, emb=nn.EmbeddingBag(11, 6), head=nn.Linear(6, 2)), torch.randint(0, 11, (2, 5))
 
 
-@case({"channel1": 8}, partial=True, blocked={"head": "output"})
+@case({"stem channel2": 6, "channel1": 8}, blocked={"head": "output"}, unmixable=("stem channel2",))
 def mlp_mixer() -> Built:
-    """Linear layers over tokens and over channels in turn."""
+    """Linear layers over tokens and over channels in turn: what mixes tokens does so for each channel alike."""
 
     def wiring(net: Any, x: Tensor) -> Tensor:
         x = net.stem(x)
@@ -441,6 +441,69 @@ def mlp_mixer() -> Built:
     return Wired(wiring, stem=nn.Linear(3, 6), **tokens, **channels, **norms, head=nn.Linear(6, 2)), torch.randn(
         2, 5, 3
     )
+
+
+@case({"stem channel2": 6, "channel1": 8}, blocked={"head": "output"}, unmixable=("stem channel2",))
+def mixer_of_convolutions() -> Built:
+    """The same, its tokens mixed by convolutions of width one that slide over the channels."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        x = x + net.token2(F.gelu(net.token1(net.norm1(x))))
+        x = x + net.channel2(F.gelu(net.channel1(net.norm2(x))))
+        return net.head(F.gelu(x.mean(1)))
+
+    tokens = {"token1": nn.Conv1d(5, 7, 1), "token2": nn.Conv1d(7, 5, 1)}
+    channels = {"channel1": nn.Linear(6, 8), "channel2": nn.Linear(8, 6)}
+    norms = {"norm1": nn.LayerNorm(6), "norm2": nn.LayerNorm(6)}
+    parts = {"stem": nn.Linear(3, 6), **tokens, **channels, **norms, "head": nn.Linear(6, 2)}
+    return Wired(wiring, **parts), torch.randn(2, 5, 3)
+
+
+@case({"up": 8}, blocked={"down": "output"})
+def spatial_gating_unit() -> Built:
+    """gMLP: half of the channels, normalised and mixed along the tokens, gates the other half."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        u, v = F.gelu(net.up(x)).chunk(2, -1)
+        return net.down(u * net.spatial(net.norm(v)))
+
+    parts = {"up": nn.Linear(3, 16), "norm": nn.LayerNorm(8), "spatial": nn.Conv1d(5, 5, 1), "down": nn.Linear(8, 2)}
+    return Wired(wiring, **parts), torch.randn(2, 5, 3)
+
+
+@case({"up": 8}, blocked={"down": "output"})
+def convolved_along_time_beside_the_channels() -> Built:
+    """A convolution over (tokens, channels) as an image, of a kernel (3, 1): it slides along the tokens alone."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.down(F.relu(net.time(F.relu(net.up(x))[:, None])).flatten(1, 2))
+
+    parts = {"up": nn.Linear(3, 8), "time": nn.Conv2d(1, 2, (3, 1), padding=(1, 0)), "down": nn.Linear(8, 2)}
+    return Wired(wiring, **parts), torch.randn(2, 5, 3)
+
+
+@case(blocked={"up": "convolved along channels"})
+def convolved_at_every_second_channel() -> Built:
+    """A kernel of width one that steps over channels leaves some of them out."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.down(F.relu(net.tokens(F.relu(net.up(x)))))
+
+    parts = {"up": nn.Linear(3, 8), "tokens": nn.Conv1d(5, 5, 1, stride=2), "down": nn.Linear(4, 2)}
+    return Wired(wiring, **parts), torch.randn(2, 5, 3)
+
+
+@case({"q k": 4, "v": 6}, blocked={"head": "output"})
+def keys_of_fewer_tokens() -> Built:
+    """Linformer: keys and values of all tokens become those of a few, by a matrix over tokens."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        k, v = net.fewer(net.k(x).mT).mT, net.fewer(net.v(x).mT).mT
+        return net.head((net.q(x) @ k.mT).softmax(-1) @ v)
+
+    heads = {"q": nn.Linear(3, 4), "k": nn.Linear(3, 4), "v": nn.Linear(3, 6)}
+    return Wired(wiring, **heads, fewer=nn.Linear(5, 2, bias=False), head=nn.Linear(6, 2)), torch.randn(2, 5, 3)
 
 
 @case({"v": (4, 4), "stem o": 6}, partial=True, blocks={"q k v": 2}, blocked={"head": "output"})

@@ -343,11 +343,31 @@ def graph_attention() -> Built:
     return Wired(wiring, w=nn.Linear(3, 8), **ends, head=nn.Linear(8, 2)), torch.randn(2, 5, 3)
 
 
-@case(blocked={"a": "move together", "b": "move together", "head": "output"})
+@case({"b": 5}, blocked={"a": "one value for several channels", "head": "output"})
 def every_channel_times_every_channel() -> Built:
-    """Products of all pairs: the head has a column for each pair."""
+    """Products of all pairs, and a column of the head for each: those of which there are fewer are gates."""
 
     def wiring(net: Any, x: Tensor) -> Tensor:
         return net.head((net.a(x)[:, :, None] * net.b(x)[:, None]).flatten(1))
 
     return Wired(wiring, a=nn.Linear(4, 3), b=nn.Linear(4, 5), head=nn.Linear(15, 2)), torch.randn(3, 4)
+
+
+@case({"into step": 8}, partial=True, blocked={"states": "one value for several channels", "head": "output"})
+def selective_state_space() -> Built:
+    """Mamba: each channel has several states, which step sizes, one a channel, and inputs, one a state, drive."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        h = F.silu(net.into(x))
+        step = F.softplus(net.step(h))
+        driven, read = net.states(h).chunk(2, -1)
+        decay = torch.exp(-step[..., None] * net.rates.exp())
+        gain = step[..., None] * driven[:, :, None] * h[..., None]
+        state, outputs = torch.zeros(len(x), h.shape[-1], 3, dtype=x.dtype), []
+        for t in range(x.shape[1]):
+            state = decay[:, t] * state + gain[:, t]
+            outputs.append((state @ read[:, t, :, None])[..., 0])
+        return net.head(torch.stack(outputs, 1) + h * net.skip)
+
+    parts = {"into": nn.Linear(4, 8), "step": nn.Linear(8, 8), "states": nn.Linear(8, 6), "head": nn.Linear(8, 2)}
+    return Wired(wiring, **parts, rates=parameter(8, 3), skip=parameter(8)), torch.randn(2, 4, 4)

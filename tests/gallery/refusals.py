@@ -406,7 +406,7 @@ def index_of_the_largest() -> Built:
     return net, torch.randn(16, 4)
 
 
-@case(blocked={"a": "", "head": "output"})
+@case(blocked={"a": "output"})
 def view_without_permute() -> Built:
     """The classical mistake: (n, c, h, w).view(n, h * w, c) mixes channels and space."""
 

@@ -194,6 +194,13 @@ def test_what_the_format_lacks(then: Any, message: str, onnx: None, tmp_path: Pa
     assert capfd.readouterr().out == ""
 
 
+def test_a_program_that_is_refused_says_so_in_the_error_alone(tmp_path: Path, capfd: Any) -> None:
+    """PyTorch prints the graph of what it does not take, for each try once."""
+    with pytest.raises(ModelError, match=r"Of goes by the values of its tensors"):
+        export(seeded(Of, lambda x: x if x.mean() > 0 else -x), torch.randn(3, 4), tmp_path / "net.pt2")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

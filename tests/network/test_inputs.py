@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import ModelError
+from intrafusion.measure.size import size_of
 from intrafusion.network.inputs import Inputs
 
 SHUT = {"least": torch.finfo(torch.float32).min, "infinite": -torch.inf, "large": -1e4}
@@ -58,3 +59,18 @@ def test_keys_and_values_of_earlier_tokens_are_refused() -> None:
     for example in ({"x": x, "cache": Cache(5)}, (x, [Cache(5)])):
         with pytest.raises(ModelError, match="got a Cache of 5 of them, which fit this network alone; leave it out"):
             Inputs.of(example)
+
+
+def test_what_fails_in_the_library_is_not_told_as_wrong_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(60, 4)
+    monkeypatch.setattr("intrafusion.network.layers.zlib", None)  # which places of a layer are looked at needs it
+    with pytest.raises(ModelError, match=r"AttributeError.*fault in intrafusion \(network.layers.py, line \d+\)"):
+        intrafusion.compress(net, x, 0.5, inputs=x)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 4, 4, 4, 5)])
+def test_wrong_inputs_are_told_as_such_in_every_mode(shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    for run in (intrafusion.inspect, size_of):
+        with pytest.raises(ModelError, match="Pass inputs of the shape"):
+            run(net, torch.randn(shape))

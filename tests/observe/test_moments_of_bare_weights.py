@@ -100,3 +100,14 @@ def test_groups_of_which_nothing_was_seen_are_selected_and_the_table_says_so() -
     assert small.plan.sizes
     assert "what is read of these channels was not seen" in " ".join(str(small).split())
     torch.testing.assert_close(small.model(x), plain.model(x))
+
+
+@pytest.mark.parametrize("how", [lambda h, w: (h @ w)[:, None], lambda h, w: torch.stack([r @ w for r in h])[:, None]])
+def test_a_weight_of_one_dimension(how: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A matrix, or each of its rows, times a vector: as in the cross layers of DCN."""
+    net, x = Bare(how, 8).eval(), torch.randn(60, 5)
+    small = intrafusion.compress(net, x[:2], 0.5, inputs=x)
+    assert small.plan.sizes == {"first": 4}
+    with torch.no_grad():
+        error = (small.model(x) - net(x)).square().mean() / net(x).var()
+    assert error < 0.5

@@ -362,3 +362,26 @@ def test_complex_weights_are_left_alone() -> None:
     assert {d.group: d.m for d in small.plan.decisions}["a"] == 8
     for name in ("weight", "layer.weight", "layer.bias"):
         assert torch.equal(small.model.get_parameter(name), model.get_parameter(name))
+
+
+def test_weights_that_an_einsum_lays_out_anew() -> None:
+    """What tells where each number of a weight went lies in memory otherwise than the weight, which views may mind."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.stem = nn.Linear(6, 4), nn.Linear(6, 16)
+            self.into, self.back = nn.Parameter(torch.randn(4, 16, 10)), nn.Parameter(torch.randn(4, 10, 8))
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            shares, h = self.gate(x).softmax(-1), self.stem(x).tanh()
+            h = torch.einsum("nte,ntd,edh->neth", shares, h, self.into).relu()
+            return self.head(torch.einsum("neth,ehd->ntd", h, self.back).tanh())
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 5, 6)
+    (step,) = intrafusion.compress(Experts().eval(), x[:4], 0.5, inputs=x).restored
+    assert step.error_after is not None
+    assert step.error_before is not None
+    assert step.error_after < step.error_before

@@ -100,3 +100,22 @@ def test_rows_that_cannot_be_paired_leave_their_layer_as_it_is() -> None:
     solved = LeastSquares(strength=0.01).solver.solve_(small.model, small.plan.maps, net, graph, [Inputs.of(X)])
     assert "other rows reach it in the smaller network" in solved.skipped["e.0.2"]
     assert torch.equal(small.model.get_parameter("e.0.2.weight"), before)
+
+
+def test_layers_along_whose_rows_channels_lie_that_are_fewer() -> None:
+    """A layer over time, behind channels: its rows are channels, half of which are not in the smaller network."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.relu(net.time(F.relu(net.stem(x)))[..., 0]))
+
+    torch.manual_seed(0)
+    net = Wired(wiring, stem=nn.Conv1d(3, 12, 5, padding=2), time=nn.Linear(20, 1), head=nn.Linear(12, 4)).eval()
+    x = torch.randn(64, 3, 20)
+    small = intrafusion.compress(net, x[:4], 0.5, inputs=x)
+    assert small.plan.sizes == {"stem": 6}
+    assert torch.equal(small.model.get_parameter("time.weight"), net.get_parameter("time.weight"))
+    fresh = intrafusion.compress(net, x[:4], 0.5, reducer="select", restore=None)
+    graph = intrafusion.inspect(net, x[:4])
+    solved = LeastSquares(strength=0.01).solver.solve_(fresh.model, fresh.plan.maps, net, graph, [Inputs.of(x)])
+    assert "channels that are fewer lie along them" in solved.skipped["time"]
+    assert "head" not in solved.skipped

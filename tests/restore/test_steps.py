@@ -11,6 +11,7 @@ import pytest
 import torch
 from bare import compress
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
 
 import intrafusion
 import intrafusion.restore.calibration as calibration_module
@@ -235,3 +236,31 @@ def test_long_work_on_noise_is_announced(monkeypatch: pytest.MonkeyPatch) -> Non
         IntrafusionWarning, match="solving the layers on [0-9]+ noise images takes about [0-9]+ s here. Better: inputs="
     ):
         intrafusion.compress(network(norm=False), X, 0.5)
+
+
+class Members(nn.Module):
+    """Networks of one kind that run as one, and a layer behind them; all with `torch.func`."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)) for _ in range(2))
+        self.last = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 2)) if reads else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors, _ = stack_module_state(list(self.members))
+        found = torch.vmap(lambda own: functional_call(self.members[0], own, (x,)))(tensors)
+        return self.last(torch.cat(list(found), 1))
+
+
+def test_layers_in_a_transform_are_left_as_they_are_and_that_is_said() -> None:
+    """One row stands for all there, and the weights are copies."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    (idle,) = intrafusion.compress(Members(reads=False).eval(), x[:2], 0.5, inputs=x).restored
+    assert "it changed nothing" in (idle.note or "")
+    small = intrafusion.compress(Members(reads=True).eval(), x[:2], 0.5, reducer="select", inputs=x)
+    (solved,) = small.restored
+    assert "it changed nothing" not in (solved.note or "")
+    assert solved.error_after is not None
+    assert solved.error_before is not None
+    assert solved.error_after < solved.error_before

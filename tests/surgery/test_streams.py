@@ -341,3 +341,41 @@ def test_a_scale_of_what_is_read_elsewhere_too_is_not_taken_in() -> None:
     group = find_stream(model)
     assert group.rotation is None
     assert "not rotated: that changes the output" in str(group.unmixable)
+
+
+class Divided(nn.Module):
+    """Channels of rank 7 in 16, divided by their length or by their root mean square, which some write as a length."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.scale = how, 4.0
+        self.into, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.bank = nn.Buffer(torch.randn(5, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        if self.how == "root mean square":
+            return self.out(x * x.square().mean(-1, keepdim=True).rsqrt())
+        if self.how == "length times a power of the width":
+            return self.out(x / (x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5))
+        if self.how == "length times a number":
+            return self.out(F.normalize(x, dim=-1) * self.scale)
+        return F.normalize(x, dim=-1) @ self.bank.T if self.how == "cosine" else self.out(F.normalize(x, dim=-1))
+
+
+@pytest.mark.parametrize(
+    "how", ["root mean square", "length times a power of the width", "length times a number", "length", "cosine"]
+)
+def test_channels_that_are_divided_by_their_length_are_rotated(how: str) -> None:
+    """They hold 7 directions, so that 8 lose nothing."""
+    torch.manual_seed(0)
+    net, x = Divided(how).eval(), torch.randn(64, 6)
+    small = intrafusion.compress(net, x[:4], 0.5, inputs=x)
+    assert small.plan.sizes == {"into": 8}
+    assert [d.proof for d in small.plan.decisions if d.reduced] == ["function"]
+    assert not is_picking(small.plan.maps["into"].merge)
+    assert small.restored[0].error_before == pytest.approx(0.0, abs=1e-6)
+
+
+def is_picking(matrix: Tensor) -> bool:
+    return bool((matrix.count_nonzero(1) == 1).all())

@@ -129,7 +129,8 @@ def _export(
     shapes = lambda value: tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, value)  # noqa: E731
     args, kwargs = tuple(inputs.args), dict(inputs.kwargs or {})
     free_shapes = shapes(dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)) if free else None
-    program = torch.export.export(model, args, kwargs, dynamic_shapes=free_shapes, strict=False)
+    with contextlib.redirect_stderr(io.StringIO()):  # of what it does not take, PyTorch prints the whole graph
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=free_shapes, strict=False)
     written, run = write(program)
     return written, free, max(_compare(run, model, case) for case in cases)
 

@@ -28,14 +28,15 @@ def detach_dense(name: str, tensor: Tensor) -> Tensor:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """
+    """Each in memory of its own, laid out as that of the network that was saved, so that it computes the same bits.
+
     Raises:
         FolderError: there is no such file, or it is damaged.
     """
     if not path.is_file():
         raise FolderError(f"{path.parent}: has no {path.name}; it was not saved completely, or something was removed.")
     try:
-        return load_file(path)
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}  # else they lie in the mapped file
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise FolderError(
             f"{path}: not a safetensors file, or a damaged one ({error}); save or fetch it again."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from intrafusion.arguments import check_by, checked
 from intrafusion.brief import show_briefly
-from intrafusion.errors import IntrafusionError, ModelError, show
+from intrafusion.errors import IntrafusionError, ModelError, is_own_fault, show
 from intrafusion.network.outputs import Opened, name_entries, open_output, pick_outputs, read_iterators
 from intrafusion.network.row_weights import SHUT, RowWeights
 
@@ -188,7 +190,12 @@ def told_of(model: nn.Module, inputs: Inputs) -> Iterator[None]:
 
 
 def _advise_on(inputs: Inputs, error: Exception) -> str:
-    """What to pass in place of inputs that a network does not take."""
+    """What to pass in place of inputs that a network does not take; or that the network is not to blame."""
+    if (place := _find_own_fault(error)) is not None:
+        return (
+            f"That is a fault in intrafusion ({place}), not in the network or its inputs: please report it. Another "
+            "reducer, or restore=None, may do without."
+        )
     if "more than 1 value per channel" in str(error):
         return (
             "A norm takes its statistics from the batch, also in evaluation mode: pass two images or more in each call "
@@ -204,6 +211,15 @@ def _advise_on(inputs: Inputs, error: Exception) -> str:
     return "Pass inputs of the shape and type that `model(...)` takes."
 
 
+def _find_own_fault(error: Exception) -> str | None:
+    """File and line of this package, if what watches the network failed and not the network itself."""
+    if not is_own_fault(error) or isinstance(error, MemoryError) or "memory" in str(error):
+        return None
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(_PACKAGE)]
+    return f"{Path(frames[-1].filename).relative_to(_PACKAGE)}, line {frames[-1].lineno}" if frames else None
+
+
+_PACKAGE = str(Path(__file__).parents[1])
 _TOKENIZED = "what tokenizer(texts, padding=True, return_tensors='pt') gives"
 
 

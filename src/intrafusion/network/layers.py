@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.utils._python_dispatch import _disable_current_modes
 
 from intrafusion.brief import show_briefly
+from intrafusion.errors import watching
 from intrafusion.graph import ChannelGraph, FoldableNorm, Member
+from intrafusion.network.autocast import without_autocast
 from intrafusion.network.gram import multiply_by_group
 from intrafusion.network.row_weights import RowWeights
 from intrafusion.network.tensors import named_tensors
@@ -474,9 +477,10 @@ class Port:
 def unseen_by_modes() -> Iterator[None]:
     """Modes that watch a network do not see what is done inside, and what is made there can be written elsewhere.
 
-    A forward that runs in inference mode would make tensors there that nothing can be added to afterwards.
+    A forward that runs in inference mode would make tensors there that nothing can be added to afterwards, and one in
+    autocast products of half precision, of which nothing can be solved; see `autocast`.
     """
-    with _disable_current_modes():
+    with _disable_current_modes(), without_autocast(), watching():
         if not torch.is_inference_mode_enabled():
             yield
             return
@@ -494,7 +498,8 @@ def watch_calls(
 ) -> Iterator[None]:
     """Call `reached(key, input)` before and `called(key, input, output)` after each of these modules, inside.
 
-    Modes that watch the network do not see what these do. What `called` returns, if it does, replaces the output.
+    Modes that watch the network do not see what these do. What `called` returns, if it does, replaces the output. Calls
+    in a transform of `torch.func` are left out: one row stands for all there, and is another thing behind it.
 
     Args:
         history: whether they see tensors that can be differentiated, where the network is; else these are detached.
@@ -505,6 +510,8 @@ def watch_calls(
     def before(key: K) -> Callable[..., None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> None:
             assert reached is not None
+            if _is_in_transform():
+                return
             with unseen_by_modes(), observing():
                 reached(key, seen(_first(args, kwargs)))
 
@@ -513,6 +520,8 @@ def watch_calls(
     def after(key: K) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor], output: Any) -> Tensor | None:
             assert called is not None
+            if _is_in_transform():
+                return None
             with unseen_by_modes(), observing():
                 instead = called(key, seen(_first(args, kwargs)), seen(output))
             # a forward that differentiates itself (forces of an energy) needs the way back through the layer
@@ -527,6 +536,11 @@ def watch_calls(
             if called is not None:
                 stack.callback(module.register_forward_hook(after(key), with_kwargs=True).remove)
         yield
+
+
+def _is_in_transform() -> bool:
+    """Whether `torch.func.vmap`, `grad` or another of its transforms is at work."""
+    return peek_interpreter_stack() is not None
 
 
 def _without_history(x: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from intrafusion.arguments import check_module
 from intrafusion.errors import ModelError
+from intrafusion.network.autocast import without_autocast
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -90,14 +91,18 @@ def check_inplace(wrapper: nn.Module) -> None:
 
 
 def outside_inference(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, which runs outside inference mode also where it is called inside: weights are written."""
+    """The function, which runs outside inference mode and autocast also where it is called inside.
+
+    Weights are written, and told from products that autocast would round.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False):
-            return function(*args, **kwargs)
+        with without_autocast():
+            if not torch.is_inference_mode_enabled():
+                return function(*args, **kwargs)
+            with torch.inference_mode(False):
+                return function(*args, **kwargs)
 
     return run
 

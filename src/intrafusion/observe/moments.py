@@ -186,7 +186,7 @@ class MomentTaker(contextlib.ExitStack):
             if index is not None:
                 with unseen_by_modes():
                     counts = None if self.weights is None else self.weights.of_rows(x, weight).flatten()
-                    self._note_read(weight, index, x.flatten(0, -2), counts)
+                    self._note_read(weight, index, x.reshape(-1, x.shape[-1]), counts)
 
     def _is_watched(self, weight: str) -> bool:
         """Whether the layer that owns a weight was seen to read with it."""
@@ -464,7 +464,7 @@ def _join_bare_reads(group: ChannelGroup, reads: Mapping[str, _Read], weights: M
 
 def _index_along(coordinates: Tensor, dim: int) -> Tensor | None:
     """The coordinates along one dimension, (k,), if they are the same all along the others."""
-    rows = coordinates.movedim(dim, -1).flatten(0, -2)
+    rows = coordinates.movedim(dim, -1).reshape(-1, coordinates.shape[dim])
     return rows[0] if len(rows) and bool((rows == rows[:1]).all()) else None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph, Role
+from intrafusion.network.autocast import as_in_forward
 from intrafusion.network.batches import count_images
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import watch_calls
@@ -49,6 +50,11 @@ class ChannelNorm:
     def take_rows(self, x: Tensor, places: Tensor) -> Tensor:
         """The channels (k, c) at these places, float64."""
         return x.movedim(self.dim, -1)[tuple(places.T)].double()
+
+    def run(self, x: Tensor) -> Tensor:
+        """What it gives, once more."""
+        with as_in_forward():
+            return self.module.forward(x)
 
     def put_(self, gain: Tensor, shift: Tensor | None) -> None:
         self.gain.data.copy_(gain)
@@ -183,7 +189,7 @@ class NormFits:
         if trial is None:
             return None
         errors = [trial.measure(batch, norm.take_rows(found, places)) for found in trial.list_outputs(norm, x)]
-        return norm.module.forward(x) if turn.wait(("tried norm", name), errors) else None
+        return norm.run(x) if turn.wait(("tried norm", name), errors) else None
 
     def meet(self, key: tuple[str, str], brought: Sequence[Any]) -> Sequence[Any]:
         """What all batches brought to a norm, answered."""
@@ -220,7 +226,7 @@ class NormFits:
     def _repeats(self, norm: ChannelNorm, x: Tensor, given: Tensor, places: Tensor) -> bool:
         """Whether its forward gives the same again, of what it reads alone."""
         try:
-            found = norm.take_rows(norm.module.forward(x), places)
+            found = norm.take_rows(norm.run(x), places)
         except Exception:  # it takes more than one argument, or gives something else
             return False
         return float((found - given).norm()) <= _ALIKE * float(given.norm())
@@ -248,7 +254,7 @@ class _Trial:
         before = norm.gain.detach().clone(), None if norm.shift is None else norm.shift.detach().clone()
         for choice in self.choices:
             norm.put_(*choice)
-            yield norm.module.forward(x)
+            yield norm.run(x)
         norm.put_(*before)
 
     def measure(self, batch: int, given: Tensor) -> float:

@@ -629,10 +629,11 @@ class _Pass:
 
     def has_rows(self, name: str, key: str, x: Tensor) -> bool:
         """Whether as many rows are read as in the original network; the layer is left as it is otherwise."""
-        if self.layers[name].shape_places(x)[:1] == self.solving.targets.lengths.get((key, self.batch)):
+        if self.layers[name].shape_places(x) == self.solving.targets.lengths.get((key, self.batch)):
             return True
         self.solving.targets.skipped[name] = (
-            "other rows reach it in the smaller network, whose forward goes by values that are not answered alike"
+            "other rows reach it in the smaller network: channels that are fewer lie along them, or its forward goes "
+            "by values that are not answered alike"
         )
         self.solving.settled.add(name)
         return False
@@ -653,7 +654,7 @@ class _Pass:
                     self.bring(layer, arrange(x), (one, other))
                     if self.wait(layer):
                         with torch.inference_mode(output.is_inference()), torch.no_grad():
-                            new = layer.apply_norm(layer.module.forward(x))
+                            new = layer.apply_norm(layer.module.forward(x.to(layer.module.weight.dtype)))  # autocast
                             output.copy_(self.uses.take_along(output, new))
 
     def bring(self, layer: Layer, x: Tensor, summands: Sequence[Tensor] = ()) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from intrafusion.compressed import Compressed, Restoration
 from intrafusion.errors import ModelError, NoInputsError
@@ -203,9 +203,10 @@ def _solve_or_undo(
         before = by.measure(small.model)
         calibration.restore(small, model, graph, lambda _: None)
         after = by.measure(small.model)
+    idle = _note_idle(small.model, weights)
     if undone := after.is_worse_than(before):
         write_weights_(small.model, weights)
-    said = why, calibration.explain_counts(), "undone, as the outputs were worse" if undone else None
+    said = why, calibration.explain_counts(), idle, "undone, as the outputs were worse" if undone else None
     note = "; ".join(filter(None, said)) or None
     seconds = calibration.seconds + time.perf_counter() - start
     done = Restoration(type(calibration.restorer).__name__, str(calibration), seconds, note=note, undone=undone)
@@ -226,8 +227,8 @@ def _run_restorer(
     before = yardstick.measure(small.model) if yardstick else None
     tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(small.model).items()}
     restorer(small, model, graph, images)
-    idle = all(torch.equal(tensors[name], tensor) for name, tensor in named_tensors(small.model).items())
-    done = Restoration(type(restorer).__name__, on, time.perf_counter() - start, note=_IDLE if idle else None)
+    note = _note_idle(small.model, tensors)
+    done = Restoration(type(restorer).__name__, on, time.perf_counter() - start, note=note)
     if yardstick is None or before is None:
         return done
     return add_figures(done, before, yardstick.measure(small.model), yardstick)
@@ -255,6 +256,12 @@ def _distil(
         return f"not distilled: {str(error).removeprefix('distill: ')}"
     done = Restoration(type(step).__name__, on, time.perf_counter() - start, note=found.note, undone=found.undone)
     return add_figures(done, found.before, found.after, found.yardstick)
+
+
+def _note_idle(model: nn.Module, before: Mapping[str, Tensor]) -> str | None:
+    """What is said where all tensors are as they were before a step."""
+    alike = all(torch.equal(before[name], tensor) for name, tensor in named_tensors(model).items())
+    return _IDLE if alike else None
 
 
 _IDLE = "it changed nothing: no layer here is one that it works on, or none lost anything that it sees"

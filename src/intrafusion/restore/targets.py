@@ -64,7 +64,7 @@ class Targets:
         layers: those of the original network that there are rows of.
         calls: of each of them, the names in the store of what it gave at its calls.
         ran: modules whose weights are theirs alone.
-        lengths: how many rows a call read on a batch, by the call's name in the store and the batch.
+        lengths: the shape of the rows that a call read on a batch, by the call's name in the store and the batch.
         along: of the rows of products with parameters, the dimension of images, see `find_image_dims`.
         decisions: of each batch what its forward decided by values, to be decided alike in the smaller network.
     """
@@ -253,7 +253,7 @@ class _Recording:
         name, counts = layer.name, layer.weigh_rows(output, self.call.weights)
         rows = output if output.dim() < 2 else output.movedim(layer.channel_dim, -1)
         limit = layer.limit_rows(self.store.sampler.limit)
-        self.targets.lengths[key, self.batch] = layer.shape_places(x)[:1]
+        self.targets.lengths[key, self.batch] = layer.shape_places(x)
         places = self.store.sample(key, self.batch, rows, counts, self.images, limit)
         if places is None:
             self.part(name, self.batch)

@@ -280,7 +280,8 @@ class FunctionCheck:
         """Find what the maps of what is new must be scaled by to undo these changes.
 
         First the root of the width that attention divides by, for all heads at once: they may only run with all that is
-        in them cut. Then, for one family, every number that may be it.
+        in them cut. Then what a rotation took for the mean of an RMS norm, where channels are divided by their length.
+        Then, for one family, every number that may be it.
         """
         names = [n for n in exact if n not in self.proved]
         if not names:
@@ -288,6 +289,9 @@ class FunctionCheck:
         matched = [n for n in names if self.groups[n].with_role(Role.MATCHES)]
         roots = {n: (1.0, math.sqrt(len(exact[n].merge) / self.groups[n].size)) for n in matched}
         if roots and self.is_undone_by(roots, exact, frozen=frozen):
+            return True
+        turned = {n: _find_lengthening(self.groups[n], exact[n]) for n in names if is_turned(self.groups[n], exact[n])}
+        if turned and self.is_undone_by(turned, exact, frozen=frozen):
             return True
         if matched or len({self.groups[n].family for n in names}) > 1:
             names = matched
@@ -304,6 +308,12 @@ class FunctionCheck:
         self.alike |= {self._kind(n, exact[n]): scale for n, scale in scales.items()}
         self.revision += 1
         return True
+
+
+def _find_lengthening(group: ChannelGroup, reduction: ReductionMap) -> _Scale:
+    """Of a rotation, see `rotation_map`, for norms that are no mean over the channels: a length, a cosine."""
+    root = math.sqrt(group.size / len(reduction.merge))
+    return root, 1 / root
 
 
 def _list_candidates(changed: _Changes) -> Iterator[_Scale]:

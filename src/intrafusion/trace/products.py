@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from intrafusion.brief import show_briefly
+from intrafusion.errors import watching
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.modes import Mode
 from intrafusion.trace.dispatch import is_composite
@@ -112,9 +113,11 @@ class Products(Mode):
         factors = _factors_of(func, args, kwargs, out)
         if factors is not None:
             sides = tuple((t, origins.get(t)) for t in _sides_of(func, args))
-            self.seen(Product(func, args, _first_of(out), factors, sides))
+            with watching():
+                self.seen(Product(func, args, _first_of(out), factors, sides))
         made = {t: o for t, o in origins.items() if o is not None}
-        self._follow((func, args, kwargs), out, operands, made)
+        with watching():
+            self._follow((func, args, kwargs), out, operands, made)
         return out
 
     def _origins(self, tensor: Tensor) -> _Origins | None:
@@ -163,14 +166,16 @@ def _moved_coordinates(
 
 def _move(call: tuple[Any, Any, Any], tensor: Tensor, coordinates: Tensor) -> list[Tensor]:
     """The operation that moved a tensor, on its coordinates."""
-    func, args, kwargs = call
-    swapped = lambda by: tree_map(lambda x: by if x is tensor else x, (args, kwargs))  # noqa: E731
+    func, *given = call
+
+    def run(by: Tensor) -> Any:
+        args, kwargs = tree_map(lambda x: by if x is tensor else x, given)
+        return func(*args, **kwargs)
+
     try:
-        args, kwargs = swapped(coordinates)
-        out = func(*args, **kwargs)
+        out = run(coordinates)
     except RuntimeError:  # a view that takes the memory layout of the weight
-        args, kwargs = swapped(coordinates.contiguous())
-        out = func(*args, **kwargs)
+        out = run(coordinates.contiguous())
     return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 

@@ -194,16 +194,16 @@ def _find_unseen(ledger: Ledger, axes: list[Axis], inner: Tensor) -> list[Axis]:
 def _runs_across(ledger: Ledger, a: LabelledTensor, b: Weight) -> bool:
     """Whether a matrix mixes rows, or branches, of an activation (batch, rows, inner) that has its channels elsewhere.
 
-    Buffers do where there are channels along the rows at all. A weight that training made has channels of its own,
-    unless what it mixes are branches of several layers, or it makes one sum of what are no channels.
+    Buffers do where there are channels along the rows at all. A weight that training made does over what are no
+    channels, such as the tokens of a mixer, and over the branches of several layers; else it has channels of its own.
     """
     dims = find_channel_dims(ledger, a)
     if 1 not in dims or ledger.is_of_buffers(b):
         return 1 in dims
-    if 2 not in dims and not any(2 in axis.varies for axis in b.axes):
+    if 2 not in dims:
         return True
     labels = narrow(ledger.settle(a.labels))
-    return 2 in dims and are_branches(ledger, np.unique(labels.reshape(-1, labels.shape[2]), axis=0))
+    return are_branches(ledger, np.unique(labels.reshape(-1, labels.shape[2]), axis=0))
 
 
 def _gather_inputs(ledger: Ledger, labels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from intrafusion.graph import Role, Slice
 from intrafusion.trace.call import Call
@@ -21,6 +22,8 @@ def convolve(ledger: Ledger, call: Call) -> Info:
     if isinstance(info, Weight):
         info = ledger.activate(info, {1})
     if info is not None and _slides_over_channels(ledger, info):
+        if not isinstance(weight, LabelledTensor) and _is_of_width_one(call, find_channel_dims(ledger, info) - {0}):
+            return _pass_across(ledger, call, info, weight)
         ledger.forbid(info, f"convolved along channels: {call.where}")
     inputs = unite_per_index(ledger, info.labels, 1) if info else np.zeros(x.shape[1], np.int64)
     depthwise = groups == x.shape[1] and groups > 1
@@ -29,12 +32,8 @@ def convolve(ledger: Ledger, call: Call) -> Info:
         return LabelledTensor(lay_along(outputs, 1, out.shape))
     across = _Sides(ledger, call, weight, inputs)
     outputs = across.depthwise() if depthwise else across.plain() if groups == 1 else across.grouped()
-    labels = lay_along(outputs, 1, out.shape)
-    bias = ledger.look_up(call["bias"])
-    if isinstance(bias, Weight):
-        shape = [1, -1] + [1] * (out.dim() - 2)
-        labels = ledger.lay(bias.map(lambda c: c.reshape(shape).broadcast_to(out.shape)), labels, Role.SHIFTS)
-    origin = _note_kernel_origin(ledger, call, weight, bias)
+    labels = _lay_bias(ledger, call, lay_along(outputs, 1, out.shape))
+    origin = _note_kernel_origin(ledger, call, weight, ledger.look_up(call["bias"]))
     writer = None if origin is None else Writer(origin.weight, origin.dim, origin.bias)
     return LabelledTensor(labels, origin, writer=writer)
 
@@ -43,6 +42,30 @@ def _slides_over_channels(ledger: Ledger, info: LabelledTensor) -> bool:
     """Whether the channels lie where a convolution has its space or time, and nowhere else."""
     dims = find_channel_dims(ledger, info)
     return 1 not in dims and bool(dims - {0})
+
+
+def _is_of_width_one(call: Call, dims: set[int]) -> bool:
+    """Whether a convolution does the same at each place along these dimensions, and to each for itself."""
+    wanted = {"stride": 1, "padding": 0, "output_padding": 0}
+    at = lambda values, d: values[d - 2] if len(values) > 1 else values[0]  # noqa: E731
+    alone = all(at(call[name], d) == value for name, value in wanted.items() for d in dims)
+    return alone and all(call["weight"].shape[d] == 1 for d in dims)
+
+
+def _pass_across(ledger: Ledger, call: Call, info: LabelledTensor, weight: Weight | None) -> LabelledTensor:
+    """A kernel over tokens, as in a mixer, where what it slides over at width one are the channels: they pass."""
+    ledger.pin(weight, f"runs along another axis than the channels': {call.where}")
+    dims, labels = find_channel_dims(ledger, info), ledger.settle(info.labels)
+    labels = labels[tuple(slice(None) if d in dims else slice(1) for d in range(labels.dim()))].expand(call.out.shape)
+    return LabelledTensor(_lay_bias(ledger, call, labels))
+
+
+def _lay_bias(ledger: Ledger, call: Call, labels: Tensor) -> Tensor:
+    bias = ledger.look_up(call["bias"])
+    if not isinstance(bias, Weight):
+        return labels
+    shape = [1, -1] + [1] * (call.out.dim() - 2)
+    return ledger.lay(bias.map(lambda c: c.reshape(shape).broadcast_to(call.out.shape)), labels, Role.SHIFTS)
 
 
 def _convolve_unknown(

@@ -74,7 +74,7 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
         return _combine_weights(ledger, call, weights, constants, shape)
     if call.name not in _LINEAR or (len(activations) > 1 and call.name in ("mul", "div")):
         ledger.relations.bent += [np.unique(narrow(labels)) for labels, _ in activations]
-    labels = widen(meet(ledger, keep_channels(ledger, activations, call.where)), shape)
+    labels = widen(meet(ledger, keep_channels(ledger, activations, call.where), outer=True), shape)
     for weight in weights:
         labels = ledger.lay(weight, labels, _OPERATION_ROLES.get(call.name, Role.FOLLOWS))
     for values in constants:
@@ -144,10 +144,14 @@ def keep_channels(
     return kept
 
 
-def meet(ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]]) -> np.ndarray:
+def meet(ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]], *, outer: bool = False) -> np.ndarray:
     """Labels of operands (as in `keep_channels`) put together element by element, not broadcast where none varies.
 
     Channels at the same position are one, but where one operand is a single value for several channels of the other.
+
+    Args:
+        outer: where each is that for the other, as the step sizes and the inputs of a state-space model: those of which
+            there are fewer are gates. Else all become one.
     """
     labels, extent = narrow(operands[0][0]), set(operands[0][1])
     for other, dims in operands[1:]:
@@ -157,6 +161,9 @@ def meet(ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]]) -> np.ndar
             labels = ledger.relations.gate(x, y, gated)
         elif gating and not gated:
             labels = ledger.relations.gate(y, x, gating)
+        elif gated and gating and outer:
+            few, many, along = (x, y, gated) if _count_channels(x) <= _count_channels(y) else (y, x, gating)
+            labels = ledger.relations.gate(few, many, along)
         else:
             labels = ledger.relations.merge(*np.broadcast_arrays(x, y))
         extent |= dims
@@ -168,6 +175,10 @@ def _find_gated(ledger: Ledger, labels: np.ndarray, extent: set[int]) -> list[in
     roots = ledger.relations.roots(labels)
     spread = (d for d, size in enumerate(labels.shape) if size > 1 and d not in extent)
     return [d for d in spread if (roots != roots.take([0], d)).any()]
+
+
+def _count_channels(labels: np.ndarray) -> int:
+    return len(np.unique(labels))
 
 
 def _needs_broadcast(weight: Weight, shape: torch.Size) -> bool:
