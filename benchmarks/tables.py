@@ -16,6 +16,7 @@ from pathlib import Path
 from _losses import CLOSE, group_rivals, latest, list_latencies, list_losses, read_latest
 from compatibility import write_table
 from export import list_broken
+from growth import METHODS as GROWING
 from restoration_cifar10 import REDUCERS, RESTORERS, RIVALS
 from rivals import METHODS
 
@@ -234,6 +235,19 @@ def rivals(records: list[Record]) -> str:
 
 
 KINDS = ("parameters", "MACs")
+
+
+def growth(records: list[Record]) -> str:
+    """A row per source and number of images, a column per method and keep: the mean over the seeds, and their range."""
+    found: dict[tuple[str, int], dict[tuple[str, float], list[float]]] = {}
+    for r in latest(records):
+        s = r.setting
+        row = found.setdefault((s["source"], s["inputs"]), {})
+        row.setdefault((s["method"], s["keep"]), []).append(100 * r.result["accuracy"])
+    columns = sorted({c for row in found.values() for c in row}, key=lambda c: (-c[1], list(GROWING).index(c[0])))
+    told = lambda a: f"{statistics.mean(a):.1f} ({min(a):.1f} to {max(a):.1f})" if a else ""  # noqa: E731
+    rows = [[source, f"{n:,}", *(told(row.get(c, [])) for c in columns)] for (source, n), row in found.items()]
+    return markdown(["images of", "number", *(f"{method}, keep {keep:g}" for method, keep in columns)], rows)
 
 
 def find_left(network: str, records: Iterable[Record]) -> dict[tuple[str, float], float]:
@@ -466,6 +480,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "paper_cifar": lambda: by_network(read_records(RECORDS / "paper_cifar.jsonl"), paper_table),
         "random_importance": lambda: drawn(read_records(RECORDS / "random_importance.jsonl")),
         "rivals": lambda: rivals(read_records(RECORDS / "rivals.jsonl")),
+        "growth": lambda: growth(read_records(RECORDS / "growth.jsonl")),
         "restoration": lambda: restoration(read_records(RECORDS / "restoration.jsonl")),
         "distillation": lambda: distillation(read_records(RECORDS / "distillation.jsonl")),
         "export": lambda: export(read_records(RECORDS / "export.jsonl")),

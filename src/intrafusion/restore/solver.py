@@ -608,9 +608,10 @@ class _Pass:
 
     def reached(self, name: str, x: Tensor, arrange: Arrange = lambda rows: rows) -> None:
         layer, calls = self.layers[name], self.solving.targets.calls[name]
-        self.note_read(layer, calls[self.turns[name] : self.turns[name] + 1], x)
+        own = calls[self.turns[name] : self.turns[name] + 1]
+        self.note_read(layer, own, x)
         self.turns[name] += 1
-        if name in self.solving.settled or not self.has_rows(name, name, arrange(x)):
+        if name in self.solving.settled or not self.has_rows(name, (own or [name])[0], arrange(x)):
             return
         self.open = self.open or len(calls) > 1
         if self.open:
