@@ -137,8 +137,9 @@ def test_recovery(small: dict[str, Any], tmp_path: Path) -> None:
     assert small["thin"].model is not small["small"].model
 
 
-def test_looking() -> None:
+def test_looking(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transcript: what is behind each prompt is what stands below it, with `...` for anything."""
+    monkeypatch.setenv("COLUMNS", "100")  # as the page is printed, whatever the runner of the tests says
     transcript, logs = blocks("looking.md")
     given = {"intrafusion": intrafusion, "model": zoo.build("cifar10_resnet20"), "example": torch.randn(1, 3, 32, 32)}
     for line, expected in re.findall(r"^>>> (.*)\n((?:(?!>>> ).*\n)*)", transcript, re.M):
