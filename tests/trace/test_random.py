@@ -97,6 +97,17 @@ def test_what_is_random_for_each_channel_is_not_rotated() -> None:
     assert (group.unmixable or "").endswith("not rotated: random numbers are drawn for each of its channels")
 
 
+@pytest.mark.parametrize("independent", [False, True])
+def test_checks_of_a_distribution_are_no_obstacle(independent: bool) -> None:
+    def draw(mean: Tensor, deviation: Tensor) -> Tensor:
+        found = torch.distributions.Normal(mean, deviation, validate_args=True)
+        return (torch.distributions.Independent(found, 1) if independent else found).rsample()
+
+    small = compress(Latent(draw), X, 0.5, restore=None)
+    assert small.rolled_back == {}
+    assert [small.model.mean.out_features, small.model.spread.out_features, small.model.out.in_features] == [3, 3, 3]
+
+
 def test_random_numbers_in_a_shape_of_their_own_are_named() -> None:
     graph = inspect(net(lambda x: x + torch.randn(4, 32)), X)
     assert graph["a"].reason is None
