@@ -7,7 +7,16 @@ import re
 
 import pytest
 
-from intrafusion.names import find_twins, hide_numbers, name_some, plain_name, plain_text, star_layer, star_numbers
+from intrafusion.names import (
+    advise_to_fold,
+    find_twins,
+    hide_numbers,
+    name_some,
+    plain_name,
+    plain_text,
+    star_layer,
+    star_numbers,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +41,23 @@ def test_parametrizations_are_left_out(name: str, plain: str) -> None:
 def test_names_in_sentences_are_plain() -> None:
     text = "a.parametrizations.weight.original1 goes through div in parametrizations.weight.0, and so on: b.conv."
     assert plain_text(text) == "a.weight goes through div in the network, and so on: b.conv."
+
+
+@pytest.mark.parametrize(
+    ("text", "modules"),
+    [
+        ("a.0.parametrizations.weight.original", "a.0"),
+        ("div in parametrizations.weight.0", "the network"),
+        ("b.parametrizations.weight.original and c.parametrizations.weight.0, b.parametrizations.weight.0", "b, c"),
+    ],
+)
+def test_advice_on_parametrizations_names_their_modules(text: str, modules: str) -> None:
+    call = "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+    assert advise_to_fold(text) == f"; after training, {call} folds that in (module: {modules})"
+
+
+def test_no_advice_without_a_parametrization() -> None:
+    assert advise_to_fold("my_parametrizations.weight and conv.weight") == ""
 
 
 def expand(name: str) -> set[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 _PARAMETRISED = re.compile(r"(?:^|(?<=\s)|\.)parametrizations\.(\w+)(?:(\.original\d*)|\.\d+)?(?!\w)")
+_COMPUTED = re.compile(r"(?:(\w+(?:\.\w+)*)\.)?(?<!\w)parametrizations\.(\w+)")
 _WITH_NUMBERS = re.compile(
     r"[A-Za-z_]\w*(?:\.\w+)*"  # layer1.0.conv1
     r"|\d+(?:\.\w+)*\.[A-Za-z_]\w*(?:\.\w+)*"  # 0.conv, but no number on its own, such as 0.5
@@ -27,6 +28,20 @@ def plain_name(name: str) -> str:
 def plain_text(text: str) -> str:
     """A sentence with such names."""
     return _PARAMETRISED.sub(_name_plainly, text)
+
+
+def advise_to_fold(text: str) -> str:
+    """What to do about the parametrizations, such as a spectral norm, that a text names; empty where there are none.
+
+    >>> advise_to_fold("div in fc.parametrizations.weight.0")
+    "; after training, torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') folds that in (module: fc)"
+    """
+    found = list(dict.fromkeys(_COMPUTED.findall(text)))
+    if not found:
+        return ""
+    modules = name_some([module or "the network" for module, _ in found])
+    call = f"torch.nn.utils.parametrize.remove_parametrizations(module, {found[0][1]!r})"
+    return f"; after training, {call} folds that in (module: {modules})"
 
 
 def _name_plainly(found: re.Match[str]) -> str:

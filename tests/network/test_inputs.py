@@ -61,6 +61,27 @@ def test_keys_and_values_of_earlier_tokens_are_refused() -> None:
             Inputs.of(example)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_tensors_are_named(layout: torch.layout) -> None:
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nested.to_padded_tensor(self.layer(nest([x[0, :3], x[1, :2]], layout=layout)), 0.0)
+
+    nest, x = torch.nested.as_nested_tensor, torch.randn(2, 3, 4)
+    with pytest.raises(ModelError, match="example_inputs: expected tensors of one shape, got a nested tensor"):
+        intrafusion.inspect(nn.Linear(4, 2), nest([x[0], x[1, :2]], layout=layout))
+    assert Ragged()(x).shape == (2, 3, 2)
+    with pytest.raises(
+        ModelError, match=r"^_nested_\w+ in the network gives a nested tensor.*padded sequences and a mask"
+    ):
+        intrafusion.inspect(Ragged(), x)
+
+
 def test_what_fails_in_the_library_is_not_told_as_wrong_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(60, 4)
     monkeypatch.setattr("intrafusion.network.layers.zlib", None)  # which places of a layer are looked at needs it

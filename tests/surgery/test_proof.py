@@ -387,6 +387,9 @@ def test_a_reader_with_spectral_norm_is_left_alone() -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), norm(nn.Linear(8, 3))).double().eval()
     small = halved(net, torch.randn(3, 6).double())
     assert small.rolled_back["0"].startswith("the smaller network is not the original without these channels")
+    assert small.rolled_back["0"].endswith(
+        "after training, torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') folds that in (module: 2)"
+    )
 
 
 @pytest.mark.parametrize("change", [F.softplus, torch.tanh, lambda w: w * (w.abs() > 0.1)])

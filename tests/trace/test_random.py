@@ -74,6 +74,40 @@ def test_channels_with_numbers_of_their_own_are_selected() -> None:
     assert (graph["a"].unmixable, graph["b"].unmixable) == (None, "random numbers are drawn for each of its channels")
 
 
+class Latent(nn.Module):
+    """The middle of a variational autoencoder."""
+
+    def __init__(self, draw: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw, self.mean, self.spread, self.out = draw, nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.draw(self.mean(x), self.spread(x).exp()))
+
+
+def draw_behind_a_norm(mean: Tensor, deviation: Tensor) -> Tensor:
+    drawn = mean + deviation * torch.randn_like(mean)
+    return drawn / drawn.norm(dim=-1, keepdim=True)
+
+
+def test_what_is_random_for_each_channel_is_not_rotated() -> None:
+    """At their mean the numbers hide what their size does to a rotation: the deviations are not linear."""
+    group = inspect(Latent(draw_behind_a_norm), X)["mean"]
+    assert (group.reason, group.rotation) == (None, None)
+    assert (group.unmixable or "").endswith("not rotated: random numbers are drawn for each of its channels")
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_checks_of_a_distribution_are_no_obstacle(independent: bool) -> None:
+    def draw(mean: Tensor, deviation: Tensor) -> Tensor:
+        found = torch.distributions.Normal(mean, deviation, validate_args=True)
+        return (torch.distributions.Independent(found, 1) if independent else found).rsample()
+
+    small = compress(Latent(draw), X, 0.5, restore=None)
+    assert small.rolled_back == {}
+    assert [small.model.mean.out_features, small.model.spread.out_features, small.model.out.in_features] == [3, 3, 3]
+
+
 def test_random_numbers_in_a_shape_of_their_own_are_named() -> None:
     graph = inspect(net(lambda x: x + torch.randn(4, 32)), X)
     assert graph["a"].reason is None

@@ -52,6 +52,7 @@ class Inputs:
             return example
         _check_depth(example)
         _check_caches(example)
+        _check_nested(example)
         if isinstance(example, Mapping):
             return cls((), _check_keywords(example))
         if isinstance(example, (tuple, list)):
@@ -245,6 +246,18 @@ def _check_caches(example: Any) -> None:
                 f"example_inputs: expected no keys and values of earlier tokens, got a {type(leaf).__name__} of "
                 f"{length()} of them, which fit this network alone; leave it out: a smaller network makes its own."
             )
+
+
+def _check_nested(example: Any) -> None:
+    """
+    Raises:
+        ModelError: sequences of several lengths in one tensor.
+    """
+    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in tree_leaves(example)):
+        raise ModelError(
+            "example_inputs: expected tensors of one shape, got a nested tensor, which cannot be followed; pass padded "
+            "sequences (torch.nested.to_padded_tensor), and a mask if the network takes one."
+        )
 
 
 def _check_keywords(example: Mapping[Any, Any]) -> dict[str, Any]:

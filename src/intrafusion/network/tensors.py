@@ -53,8 +53,9 @@ def copy_model(
     except Exception as error:
         raise ModelError(
             f"the network ({type(model).__name__}) cannot be copied: {type(error).__name__}: {error}. "
-            f"Remove what holds a computation graph or an open handle (old-style weight_norm: "
-            f"torch.nn.utils.remove_weight_norm), or pass inplace=True on a network of your own."
+            f"Remove what holds a computation graph or an open handle (old-style weight_norm and "
+            f"spectral_norm: torch.nn.utils.remove_weight_norm, remove_spectral_norm), or pass inplace=True on a "
+            f"network of your own."
         ) from error
 
 

@@ -299,5 +299,10 @@ def _find_drawn(check: _PermutationCheck, groups: list[ChannelGroup]) -> set[str
 def _forbid_mixing(graph: ChannelGraph, names: set[str], why: str) -> ChannelGraph:
     if not names:
         return graph
-    groups = (replace(g, unmixable=g.unmixable or why) if g.name in names else g for g in graph.groups)
-    return replace(graph, groups=tuple(groups))
+    return replace(graph, groups=tuple(_leave_unmixed(g, why) if g.name in names else g for g in graph.groups))
+
+
+def _leave_unmixed(group: ChannelGroup, why: str) -> ChannelGroup:
+    """The group, to be selected from: neither mixed nor rotated."""
+    told = f"{group.unmixable}; not rotated: {why}" if group.rotation is not None else group.unmixable or why
+    return replace(group, unmixable=told, rotation=None)

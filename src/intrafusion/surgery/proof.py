@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Factor, Member, Role, Slice
+from intrafusion.names import advise_to_fold
 from intrafusion.network.decisions import call_ways
 from intrafusion.network.double import DoublePrecision, copy_as_double, output_difference, run_in_double
 from intrafusion.network.inputs import Inputs
@@ -356,7 +357,7 @@ def _explain(error: float | None, changed: _Changes, derived: Sequence[str]) -> 
         words = dict.fromkeys(f"{a.value:.4g} in {a.where} becomes {b.value:.4g}" for a, b in changed.values())
         return f"the forward derives a factor from the width: {', '.join(itertools.islice(words, 3))}{off}"
     why = f": {derived[0]}" if derived else ""
-    return f"the smaller network is not the original without these channels{why}{off}"
+    return f"the smaller network is not the original without these channels{why}{off}{advise_to_fold(why)}"
 
 
 # ---- the original without the removed channels ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn.modules import module as module_hooks
 
+from intrafusion.errors import ModelError
 from intrafusion.graph import Factor
 from intrafusion.network.apart import only_here
 from intrafusion.network.decisions import decides
@@ -80,6 +81,7 @@ class Tracer(Mode):
 
     def follow(self, call: Call) -> None:
         """Apply the rule of an operation and keep what it says of the outputs."""
+        _check_rectangular(call)
         self.ledger.relations.where = call.where
         for tensor in call.tensors:
             self.ledger.note_read(self.ledger.look_up(tensor), call.where)
@@ -128,6 +130,18 @@ class Tracer(Mode):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _check_rectangular(call: Call) -> None:
+    """
+    Raises:
+        ModelError: it gives sequences of several lengths in one tensor, along which nothing can be followed.
+    """
+    if any(isinstance(output, Tensor) and output.is_nested for output in call.outputs):
+        raise ModelError(
+            f"{call.where} gives a nested tensor, which cannot be followed: expected tensors of one shape. Have the "
+            "forward take padded sequences and a mask, or packed ones (torch.nn.utils.rnn.pack_padded_sequence)."
+        )
 
 
 def _names_channels(info: Info | None) -> bool:

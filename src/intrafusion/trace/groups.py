@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role, Slice
+from intrafusion.names import advise_to_fold
 from intrafusion.trace.arrays import split_runs
 from intrafusion.trace.block_groups import find_block_groups
 from intrafusion.trace.blocks import Blocks
@@ -190,10 +191,27 @@ def _make_group(
     notes = list(dict.fromkeys([*blocks.list_notes(one), *notes]))
     reason = blocks.table.reasons.text_of(one)
     if reason is None and len(labels) == 1:
-        reason = singles.explain(one, notes)
+        reason = _explain_seen_whole(blocks.relations, members) or singles.explain(one, notes)
     unmixable = _explain_unmixable(blocks.relations, members, blocks.list_causes(one))
     seen = blocks.explain_together(one)
     return ChannelGroup("", len(labels), tuple(members), reason, tuple(notes), unmixable, family, together=seen)
+
+
+def _explain_seen_whole(relations: Relations, members: list[Member]) -> str:
+    """Which weight was taken as one matrix, by vectors beside it, as a spectral norm does; empty for none."""
+    beside = {_find_parametrised(m.tensor) for m in members if m.tensor not in relations.reparametrised} - {""}
+    read = [m.tensor for m in members if Role.CONSUMES in m.roles and len(m.positions) == 1 < m.positions.size]
+    for tensor in read:
+        through = relations.reparametrised.get(tensor)
+        if through is not None and _find_parametrised(tensor) in beside:
+            return f"{tensor} is seen as one matrix: {through}{advise_to_fold(tensor)}"
+    return ""
+
+
+def _find_parametrised(tensor: str) -> str:
+    """The module and name of what a parametrization computes from this tensor, or by it."""
+    module, found, rest = tensor.rpartition("parametrizations.")
+    return f"{module}{rest.partition('.')[0]}" if found else ""
 
 
 def _explain_unmixable(relations: Relations, members: list[Member], causes: list[tuple[Cause, str]]) -> str | None:
