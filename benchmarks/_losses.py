@@ -114,7 +114,7 @@ def _of_time() -> Iterator[str]:
     slow = [r for r in against if r.result["ratio"] > 1]
     told = "; ".join(
         f"{r.setting['what']}{' ' + r.setting['reducer'] if 'reducer' in r.setting else ''} on "
-        f"{r.setting['network'].partition(':')[2]} {r.result['ratio']:.1f}"
+        f"{r.setting['network'].rpartition(':')[2]} {r.result['ratio']:.1f}"
         for r in sorted(slow, key=lambda r: -r.result["ratio"])
     )
     yield f"*Time*: Torch-Pruning, which proves nothing, takes less. Ours over theirs: {told}."
