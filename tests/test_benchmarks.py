@@ -76,12 +76,17 @@ def test_what_is_lost_is_found_in_the_records(monkeypatch: pytest.MonkeyPatch) -
             for place in ({"network": "net", "group": "all", "test_images": 9, "keep": 0.9, "restorer": "noise"},)
             for reducer, accuracy in (("pivot", 0.5), ("fold, folded", 0.6))
         ],
+        "speed": [
+            Record("speed", {"what": "inspect", "network": network}, {"ratio": ratio})
+            for network, ratio in (("timm:net", 2.0), ("families, median", 3.0), ("zoo:net", 0.5))
+        ],
     }
     monkeypatch.setattr(_losses, "read_latest", lambda name: told.get(name, []))
     lines = _losses.list_losses().splitlines()
     assert "ahead in 1 of 1 comparisons" in lines[0]
     assert "`net`, no data, keep 0.9: LBYL 70.0, ours 50.0 %" in lines[0]  # GRAIL sees images, ours here does not
     assert "in 1 of 1 comparisons, 1 of them at keep 0.8 and more; by 10.0 points" in lines[1]
+    assert any("Ours over theirs: inspect on families, median 3.0; inspect on net 2.0." in line for line in lines)
     assert any("1 of 2 times are more than 15 points" in line and "eager, batch 1 (1)" in line for line in lines)
     assert f"*Families of networks*: 1 of 1 are not exact: {family} (wrong)." in lines[-1]
 

@@ -353,6 +353,18 @@ def every_channel_times_every_channel() -> Built:
     return Wired(wiring, a=nn.Linear(4, 3), b=nn.Linear(4, 5), head=nn.Linear(15, 2)), torch.randn(3, 4)
 
 
+@case({"b": 5}, blocked={"a": "one value for several channels", "head": "output"})
+def two_functions_of_a_channel_times_every_channel() -> Built:
+    """Six functions, but three channels: these are fewer."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        functions = torch.stack([a, a.sin()], -1).flatten(1)
+        return net.head((functions[:, :, None] * net.b(x)[:, None]).flatten(1))
+
+    return Wired(wiring, a=nn.Linear(4, 3), b=nn.Linear(4, 5), head=nn.Linear(30, 2)), torch.randn(3, 4)
+
+
 @case({"into step": 8}, partial=True, blocked={"states": "one value for several channels", "head": "output"})
 def selective_state_space() -> Built:
     """Mamba: each channel has several states, which step sizes, one a channel, and inputs, one a state, drive."""

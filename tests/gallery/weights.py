@@ -243,6 +243,19 @@ def splines_of_each_channel() -> Built:
 
 
 @case({"a": 6, "b": 5}, blocked={"head": "output"})
+def stacked_functions_of_each_channel() -> Built:
+    """Each function stacked behind the others, read by a weight (outputs, channels, functions)."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        return net.head(torch.einsum("bik,oik->bo", torch.stack([a, a.sin(), a.cos()], -1), net.b.weight).tanh())
+
+    b = nn.Module()
+    b.weight = parameter(5, 6, 3)
+    return Wired(wiring, a=nn.Linear(3, 6), b=b, head=nn.Linear(5, 2)), torch.randn(3, 3)
+
+
+@case({"a": 6, "b": 5}, blocked={"head": "output"})
 def splines_of_which_a_linear_layer_reads_the_weight() -> Built:
     """The same with the weight flattened, as in F.linear(functions.flatten(1), weight.flatten(1))."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,9 @@ from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import ModelError
+from intrafusion.errors import watching
 from intrafusion.measure.size import size_of
-from intrafusion.network.inputs import Inputs
+from intrafusion.network.inputs import Inputs, told_of
 
 SHUT = {"least": torch.finfo(torch.float32).min, "infinite": -torch.inf, "large": -1e4}
 
@@ -87,6 +90,13 @@ def test_what_fails_in_the_library_is_not_told_as_wrong_inputs(monkeypatch: pyte
     monkeypatch.setattr("intrafusion.network.layers.zlib", None)  # which places of a layer are looked at needs it
     with pytest.raises(ModelError, match=r"AttributeError.*fault in intrafusion \(network.layers.py, line \d+\)"):
         intrafusion.compress(net, x, 0.5, inputs=x)
+
+
+def test_packages_with_names_that_begin_alike_are_not_taken_for_the_library() -> None:
+    code = compile("1 / 0", f"{Path(intrafusion.__file__).parent}_hooks/own.py", "exec")
+    blamed = r"ZeroDivisionError.*fault in intrafusion \(network"
+    with pytest.raises(ModelError, match=blamed), told_of(nn.Identity(), Inputs.of(torch.ones(1))), watching():
+        exec(code)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 4, 4, 4, 5)])

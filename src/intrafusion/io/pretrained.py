@@ -27,7 +27,6 @@ _WEIGHTS = (
     *(".py", ".tflite", ".npz", ".arrow"),
 )
 """Ends of the names of what is not copied: weights, which would be the old ones, and code."""
-_WIDTHS = ("word_embedding_dimension", "in_features")
 _WHOLE = "1000000GB"  # one file, which `intrafusion.load` reads too
 
 

@@ -216,11 +216,12 @@ def _find_own_fault(error: Exception) -> str | None:
     """File and line of this package, if what watches the network failed and not the network itself."""
     if not is_own_fault(error) or isinstance(error, MemoryError) or "memory" in str(error):
         return None
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(_PACKAGE)]
-    return f"{Path(frames[-1].filename).relative_to(_PACKAGE)}, line {frames[-1].lineno}" if frames else None
+    places = [(Path(step.filename), step.lineno) for step in traceback.extract_tb(error.__traceback__)]
+    own = [f"{path.relative_to(_PACKAGE)}, line {line}" for path, line in places if path.is_relative_to(_PACKAGE)]
+    return own[-1] if own else None
 
 
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = Path(__file__).parents[1]
 _TOKENIZED = "what tokenizer(texts, padding=True, return_tensors='pt') gives"
 
 

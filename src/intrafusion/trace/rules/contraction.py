@@ -181,8 +181,10 @@ def _find_unseen(ledger: Ledger, axes: list[Axis], inner: Tensor) -> list[Axis]:
     """
     if len(axes) < 2:
         return []
-    arrays = [narrow(t) for t in (ledger.settle(inner), *(axis.coordinates[..., :1] for axis in axes))]
-    labels, *rows = (a.ravel() for a in np.broadcast_arrays(*arrays))
+    roots = ledger.relations.roots(narrow(inner))  # what was stacked has labels of its own at each place
+    labels, *rows = (
+        a.ravel() for a in np.broadcast_arrays(roots, *(narrow(axis.coordinates[..., :1]) for axis in axes))
+    )
     count = lambda *columns: np.unique(np.stack(columns), axis=1).shape[1]  # noqa: E731
     rests = [[row for row in rows if row is not own] for own in rows]
     unseen = [

@@ -162,7 +162,8 @@ def meet(ledger: Ledger, operands: Sequence[tuple[Tensor, set[int]]], *, outer: 
         elif gating and not gated:
             labels = ledger.relations.gate(y, x, gating)
         elif gated and gating and outer:
-            few, many, along = (x, y, gated) if _count_channels(x) <= _count_channels(y) else (y, x, gating)
+            fewer = _count_channels(ledger, x) <= _count_channels(ledger, y)
+            few, many, along = (x, y, gated) if fewer else (y, x, gating)
             labels = ledger.relations.gate(few, many, along)
         else:
             labels = ledger.relations.merge(*np.broadcast_arrays(x, y))
@@ -177,8 +178,9 @@ def _find_gated(ledger: Ledger, labels: np.ndarray, extent: set[int]) -> list[in
     return [d for d in spread if (roots != roots.take([0], d)).any()]
 
 
-def _count_channels(labels: np.ndarray) -> int:
-    return len(np.unique(labels))
+def _count_channels(ledger: Ledger, labels: np.ndarray) -> int:
+    """Different ones: of a stack each place has labels of its own, of the same channels."""
+    return len(np.unique(ledger.relations.roots(labels)))
 
 
 def _needs_broadcast(weight: Weight, shape: torch.Size) -> bool:
