@@ -351,6 +351,16 @@ def test_a_single_input_cannot_be_kept_apart() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::intrafusion.IntrafusionWarning")
+def test_one_batch_cannot_be_kept_apart_where_batches_are_needed_whole() -> None:
+    """A batch norm without statistics gives an image something else in another batch."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(60, 6)
+    small = intrafusion.compress(model, x[:2], 0.5, restore=None)
+    with pytest.raises(ModelError, match="expected several batches, which this network needs whole, .* got 60"):
+        FEW(small, model, intrafusion.inspect(model, x[:2]), x)
+
+
+@pytest.mark.filterwarnings("ignore::intrafusion.IntrafusionWarning")
 def test_of_few_inputs_some_are_kept_apart_too() -> None:
     small = distilled(wide(), replace(FEW, steps=5), IMAGES[:7])
     last = small.restored[-1]

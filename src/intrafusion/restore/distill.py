@@ -307,7 +307,8 @@ def _keep_apart(seen: Batches, reference: nn.Module) -> tuple[Batches, Yardstick
     whole = seen.size is None
     count = len(seen) if whole else seen.count
     if count < 2:
-        raise ModelError(f"distill: expected several inputs, to keep one apart to stop by, got {seen}; give more.")
+        what = "batches, which this network needs whole" if whole and seen.count > 1 else "inputs"
+        raise ModelError(f"distill: expected several {what}, to keep one apart to stop by, got {seen}; give more.")
     places = held_out_places(count)
     places = places if len(places) else torch.arange(min(_APART // 2, count - 1), count, _APART)
     rest = torch.ones(count, dtype=torch.bool)
