@@ -41,13 +41,15 @@ def draw_rivals(path: Path) -> None:
     columns = min(3, len(networks))
     rows = math.ceil(len(networks) / columns)
     with drawing(path, (4.1 * columns if columns > 1 else 6.4, 3.1 * rows + 0.5)) as figure:
-        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
         for axes, network in zip(panels, networks, strict=False):
             _draw_network(axes, [r for r in records if r.setting["network"] == network], network)
         for axes in panels[len(networks) :]:
             axes.set_axis_off()
         shown = {words: line for axes in panels for line, words in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, 2 * columns), fontsize=8)
+        figure.supylabel("accuracy (%)", fontsize=10)
+        place = {"loc": "outside lower center", "ncols": min(5, 2 * columns), "fontsize": 8}
+        figure.legend(shown.values(), shown.keys(), title="channels kept (%), nothing trained", **place)
 
 
 def _draw_network(axes, records: list[Record], network: str) -> None:
@@ -60,14 +62,13 @@ def _draw_network(axes, records: list[Record], network: str) -> None:
             continue
         blind, own = method.sees == "no data", name.startswith("ours")
         words = f"{'ours' if own else 'published methods'}, {method.sees}"
-        style = {"linewidth": 2.4, "marker": "o", "zorder": 3} if own else {"linewidth": 0.9, "linestyle": "--"}
+        style = {"linewidth": 2.4, "marker": "o", "zorder": 3} if own else {"linewidth": 0.8}
         colour = ORANGE if blind else GREEN if method.sees == "64 images" else BLUE
         x, y = zip(*((100 * keep, 100 * accuracy) for keep, accuracy in [*points, (1.0, original)]), strict=True)
-        axes.plot(x, y, color=colour, label=None if words in told else words, **style)
+        axes.plot(x, y, color=colour, label=None if words in told else words, clip_on=False, **style)
         told.add(words)
-    axes.invert_xaxis()
-    axes.set(xlabel="channels kept (%)", ylabel="accuracy (%)", ylim=(0, 104))
-    axes.set_title(f"{network}, nothing trained", loc="left", fontsize=10)
+    axes.set(xlim=(103, 47), ylim=(0, 104))
+    axes.set_title(network, loc="left", fontsize=10)
     axes.grid(axis="y", linewidth=0.6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,8 @@ def drawing(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
 
 
 def follow_reader(svg: str) -> str:
-    """The picture, with colours that are those of dark pages where the reader asked for such."""
+    """The picture, with colours that are those of dark pages where the reader asked for such; places to 0.1 points."""
+    svg = re.sub(r' (d|x|y)="[^"]*"', lambda place: re.sub(r"(\.\d)\d+", r"\1", place[0]), svg)
     light = "".join(f"--c{colour[1:]}:{colour};" for colour in _DARK)
     dark = "".join(f"--c{colour[1:]}:{other};" for colour, other in _DARK.items())
     for colour in _DARK:
