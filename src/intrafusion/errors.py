@@ -115,7 +115,8 @@ def watching() -> Iterator[None]:
     except IntrafusionError:
         raise
     except Exception as error:
-        error.add_note(_OWN)
+        if not is_own_fault(error):  # one may be inside of another
+            error.add_note(_OWN)
         raise
 
 
