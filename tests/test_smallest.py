@@ -234,8 +234,19 @@ def test_where_no_size_passes_the_least_harmful_is_named() -> None:
     expected = r"loses at most 0 of 1, got none of 6 tried; the least harmful, channels 0.9\d*, has 0.9\d*. Allow more"
     with pytest.raises(BudgetError, match=expected):
         compress(evaluate=closeness, max_drop=0, of="channels", restore=None)
-    with pytest.raises(BudgetError, match=r"at most less than 0.01 %, got none of 6 tried; the least.* is off by"):
+    with pytest.raises(BudgetError, match=r"at most 1e-07 %, got none of 6 tried; the least.* is off by"):
         compress(max_error=1e-9, of="channels")
+
+
+def test_a_size_at_which_nothing_is_smaller_is_none(recwarn: pytest.WarningsRecorder) -> None:
+    """Nor is anybody told that the targets that were tried on the way were missed."""
+    with pytest.raises(BudgetError, match=r"at most 1e-07 %, got none of 6 tried; the least.* macs 0.\d*, is off by"):
+        compress(max_error=1e-9)
+    small = compress(max_error=0.02)
+    assert small.after.macs < small.before.macs
+    assert not any("target missed" in text for text in (*map(str, recwarn), str(small), *small.plan.warnings))
+    with pytest.raises(BudgetError, match="max_error: expected a size at which the network is smaller, got none of"):
+        compress(max_error=0.1, min_channels=16)
 
 
 def test_more_than_there_is_to_lose_is_refused() -> None:
@@ -281,8 +292,8 @@ def test_options_that_mean_nothing_are_refused(
 @pytest.mark.parametrize(
     ("ranks", "of", "message"),
     [
-        (0.5, None, "a search for the smallest macs chooses ranks itself, got 0.5; give ranks=True, or of='channels'"),
-        (0.5, "params", "a search for the smallest params chooses ranks itself, got 0.5"),
+        (0.5, None, "sizes in macs choose ranks themselves, got 0.5; give ranks=True, or of='channels'"),
+        (0.5, "params", "sizes in params choose ranks themselves, got 0.5"),
         (True, "channels", "got of='channels' beside True; leave of= out, or give a fraction, such as ranks=0.5"),
         ("only", "channels", "got of='channels' beside 'only'"),
     ],

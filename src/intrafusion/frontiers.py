@@ -32,7 +32,7 @@ from intrafusion.network.wrappers import outside_inference
 from intrafusion.pipeline import Prepared
 from intrafusion.progress import ShowProgress, prefix_stages, report, show_progress, shows_progress
 from intrafusion.recipe import Recipe
-from intrafusion.smallest import FRACTIONS, bisect
+from intrafusion.smallest import FRACTIONS, bisect, check_ranks
 from intrafusion.table import TextTable
 
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -107,6 +107,8 @@ def _read_sizes(sizes: Any, of: Any, options: Mapping[str, Any]) -> list[Recipe]
             hint = " Sizes are said in sizes=." if name in ("keep", "target") else ""
             raise RecipeError(f"frontier: {unknown_name('option', name, valid)}{hint}")
     said = [_read_size(size, of) for size in sizes]
+    if not all(isinstance(size, Mapping) for size in sizes):
+        check_ranks(options.get("ranks", False), of)
     for index, one in enumerate(said):
         if one in said[:index]:
             raise BudgetError(f"sizes: expected each size once, got {show(sizes[index])} twice; leave one out.")

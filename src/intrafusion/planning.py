@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,8 +95,21 @@ def decide(
 
 
 def warn_of_misses(plan: Plan) -> None:
-    for note in filter(is_miss, plan.warnings):
+    for note in filter(is_miss, () if _SEARCHED.get() else plan.warnings):
         warn_caller(note)
+
+
+@contextmanager
+def sizes_are_searched() -> Iterator[None]:
+    """Inside, nobody asked for the sizes that targets name, so missing one is nothing to warn of."""
+    token = _SEARCHED.set(True)
+    try:
+        yield
+    finally:
+        _SEARCHED.reset(token)
+
+
+_SEARCHED: ContextVar[bool] = ContextVar("sizes are searched", default=False)
 
 
 def make_plan(

@@ -20,6 +20,8 @@ from intrafusion.measure.comparison import HeldOut, percent
 from intrafusion.measure.evaluate import Evaluate, Judge
 from intrafusion.measure.trials import Trial, Trials, find_loss
 from intrafusion.network.wrappers import wrap_like
+from intrafusion.plan import is_miss
+from intrafusion.planning import sizes_are_searched
 from intrafusion.progress import prefix_stages
 from intrafusion.recipe import ONLY, Keep, Recipe
 
@@ -127,7 +129,7 @@ def read_wanted(
     beside = [n for n, v in (("keep", keep), ("target", target), ("merge_heads", merge_heads)) if v is not None]
     if beside:
         raise RecipeError(f"{asked}: goes without {' and '.join(beside)}, as it finds the size itself; {_ALLOWED}.")
-    _check_ranks(ranks, of)
+    check_ranks(ranks, of)
     if max_error is not None:
         _refuse_beside_error(evaluate=evaluate, lower_is_better=lower_is_better or None)
         return Wanted(_read_error(max_error), of=of or "macs")
@@ -145,7 +147,11 @@ def _refuse_alone(**options: Any) -> None:
             raise RecipeError(f"{name}: goes with max_drop= (or max_error=), which finds the smallest size; add that.")
 
 
-def _check_ranks(ranks: Any, of: str | None) -> None:
+def check_ranks(ranks: Any, of: str | None) -> None:
+    """
+    Raises:
+        RecipeError: ranks that sizes which are fractions of this cannot choose, or choose themselves.
+    """
     if of == "channels" and (ranks is True or ranks == ONLY):
         raise RecipeError(
             f"ranks: expected sizes between which ranks can be chosen, got of='channels' beside {show(ranks)}; leave "
@@ -153,7 +159,7 @@ def _check_ranks(ranks: Any, of: str | None) -> None:
         )
     if of != "channels" and type(ranks) is float:
         raise RecipeError(
-            f"ranks: a search for the smallest {of or 'macs'} chooses ranks itself, got {show(ranks)}; give "
+            f"ranks: sizes in {of or 'macs'} choose ranks themselves, got {show(ranks)}; give "
             "ranks=True, or of='channels'."
         )
 
@@ -217,16 +223,17 @@ class Search:
 
         def passes(index: int) -> bool:
             sized = self.wanted.ask(recipe, SEARCHED[index])
-            with prefix_stages(f"try {len(tried) + 1} of up to {count_tries(len(SEARCHED))}"):
+            with prefix_stages(f"try {len(tried) + 1} of up to {count_tries(len(SEARCHED))}"), sizes_are_searched():
                 small = make(sized)
             asked = f"{self.wanted.of} {SEARCHED[index]:g}"
             value = self._score(asked, small) if self.wanted.judge is not None else self._see(measure(small), on)
             tried.append(Trial(asked, small.after.params, small.after.macs, value, self._is_enough(value)))
-            if tried[-1].passes:
+            if tried[-1].passes and _is_smaller(small):
                 passing[:] = [small]
             return tried[-1].passes
 
-        if not bisect(len(SEARCHED), passes):
+        bisect(len(SEARCHED), passes)
+        if not passing:
             raise BudgetError(self._explain_failure(tried))
         where = say_where(on[0].on, on[0].unseen) if on else None
         scores = self.original, self.nothing, self.wanted.lower_is_better
@@ -235,7 +242,7 @@ class Search:
 
     def tell(self, small: Compressed, trials: Trials) -> Compressed:
         """With all that were tried, also in the plan, and what was noticed meanwhile."""
-        plan = replace(small.plan, warnings=(*small.plan.warnings, str(trials)))
+        plan = replace(small.plan, warnings=(*(w for w in small.plan.warnings if not is_miss(w)), str(trials)))
         noticed = self.wanted.judge.notes if self.wanted.judge is not None else ()
         return replace(small, plan=plan, trials=trials, notes=(*small.notes, *noticed))
 
@@ -255,10 +262,16 @@ class Search:
         return lost <= self.wanted.most + _ROUNDING * abs(self.original or 0.0)
 
     def _explain_failure(self, tried: list[Trial]) -> str:
+        harmful = [trial for trial in tried if not trial.passes]
+        if not harmful:
+            return (
+                f"{'max_error' if self.original is None else 'max_drop'}: expected a size at which the network is "
+                f"smaller, got none of {len(tried)} tried, as no group shrinks; {_ALLOWED}."
+            )
         worse = lambda t: -t.value if self.original is not None and not self.wanted.lower_is_better else t.value  # noqa: E731
-        best = min(tried, key=lambda t: (math.isnan(t.value), worse(t)))
+        best = min(harmful, key=lambda t: (math.isnan(t.value), worse(t)))
         if self.original is None:
-            expected = f"max_error: expected a size whose output error is at most {percent(self.wanted.most)}"
+            expected = f"max_error: expected a size whose output error is at most {100 * self.wanted.most:.4g} %"
             least = f"{best.asked}, is off by {percent(best.value)}"
         else:
             expected = f"max_drop: expected a size that loses at most {self.wanted.most:g} of {self.original:.4g}"
@@ -266,6 +279,11 @@ class Search:
         return (
             f"{expected}, got none of {len(tried)} tried; the least harmful, {least}. Allow more, or give more inputs."
         )
+
+
+def _is_smaller(small: Compressed) -> bool:
+    """Whether anything is gone; sizes next to the whole may be none that groups can have."""
+    return small.after.params < small.before.params or small.after.macs < small.before.macs
 
 
 def bisect(count: int, passes: Callable[[int], bool]) -> int:

@@ -103,7 +103,7 @@ def _read_number(found: Any, called: str) -> float:
         raise ArgumentError(
             f"evaluate: expected it to return a finite number, got {show(found)}; check what it does with {called}."
         )
-    return number
+    return number + 0.0  # no -0
 
 
 def _has_changed(copy: nn.Module, like: nn.Module) -> bool:
