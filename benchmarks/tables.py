@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from _losses import CLOSE, group_rivals, latest, list_latencies, list_losses, read_latest
 from compatibility import write_table
@@ -185,7 +187,27 @@ def export(records: list[Record]) -> str:
     broken = "; ".join(lost) or "none"
     head = f"{len(found)} networks, {len(both)} of which were made smaller. Broken by compression: {broken}."
     table = markdown(["", "original", "smaller", "of these any batch size", "largest difference"], rows)
-    return f"{head}\n\n{table}"
+    unmeasured = [f"- `{name}`: {r['verdict']}, {r['why']}" for name, r in found.items() if name not in known]
+    return "\n\n".join([head, table, "\n".join(["The originals' own failures:", "", *list_own(known), *unmeasured])])
+
+
+def list_own(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each reason why originals do not export or compile whole, with those that do not."""
+    names: dict[str, list[str]] = {}
+    for name, result in known.items():
+        before = result["before"]
+        for ending in (".onnx", ".pt2"):
+            failed = before[ending].get("failed", "").removeprefix("export: ").partition(";")[0]
+            failed = re.sub(r" \(.*?\)", "", failed).replace(name.rpartition(":")[2].partition(" ")[0], "it")
+            if failed:
+                names.setdefault(f"{ending}: {failed}", []).append(f"`{name}`")
+        if before["breaks"] != 0:
+            names.setdefault(f"torch.compile: {show_breaks(before['breaks'])}", []).append(f"`{name}`")
+    return [f"- {reason}: {', '.join(those)}" for reason, those in names.items()] or ["- none"]
+
+
+def show_breaks(breaks: int | str) -> str:
+    return breaks if isinstance(breaks, str) else "no graph" if breaks < 0 else f"{breaks} breaks"
 
 
 def fit_growth(values: Mapping[int, float]) -> str:

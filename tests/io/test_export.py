@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -251,3 +252,66 @@ def test_outputs_in_onnx_are_called_as_in_their_dict(tmp_path: Path) -> None:
     assert [output.name for output in session.get_outputs()] == ["second", "first"]
     found = session.run(["first"], {"x": x.numpy()})[0]
     assert torch.allclose(torch.from_numpy(found), model(x)["first"], atol=1e-5)
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    sizes: list[Any]
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    sizes: list[Any]
+
+
+@pytest.mark.parametrize("kind", [Pair, Answer])
+def test_a_file_needs_no_class_of_the_output(kind: Any, tmp_path: Path) -> None:
+    net = seeded(Of, lambda x: kind(x, [x.mean(1), 3]))
+    found = export(net, torch.randn(2, 4), tmp_path / "net.pt2")
+    fresh = torch.randn(5, 4)
+    read = torch.export.load(found.path).module()(fresh)
+    assert type(read) is dict
+    assert read["sizes"][1] == 3
+    torch.testing.assert_close(read["logits"], net(fresh).logits)
+
+
+def test_onnx_has_the_tensors_of_an_output_alone(onnx: None, tmp_path: Path) -> None:
+    net = seeded(Of, lambda x: {"logits": x, "scale": 3, "none": None})
+    export(net, torch.randn(2, 4), tmp_path / "net.onnx")
+    fresh = torch.randn(5, 4)
+    (logits,) = run_onnx(tmp_path / "net.onnx", fresh)
+    torch.testing.assert_close(logits, net(fresh)["logits"])
+
+
+def test_a_length_in_the_code_is_no_batch_size(tmp_path: Path) -> None:
+    net = seeded(Of, lambda x: x.view(len(x), 2, 2))
+    found = export(net, torch.randn(2, 4), tmp_path / "net.pt2")
+    assert found.any_batch
+    fresh = torch.randn(5, 4)
+    torch.testing.assert_close(torch.export.load(found.path).module()(fresh), net(fresh))
+
+
+def test_whole_numbers_that_differ_are_noticed(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"gives other outputs"):
+        export(seeded(Of, lambda x: torch.randint(0, 1000, (9,))), torch.randn(2, 4), tmp_path / "net.pt2")
+
+
+def test_a_precision_that_the_runtime_lacks_is_refused_with_a_way_out(onnx: None, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"NOT_IMPLEMENTED.*; export model\.float\(\), or a program"):
+        export(seeded(Of, torch.relu).bfloat16(), torch.randn(1, 4).bfloat16(), tmp_path / "net.onnx")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_name_that_is_too_long_and_a_scripted_network(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="choose a shorter name"):
+        export(seeded(Net), X, tmp_path / f"{'a' * 300}.pt2")
+    with pytest.raises(ModelError, match=r"is scripted .*; give the original"):
+        export(torch.jit.script(nn.Linear(4, 3)), torch.randn(2, 4), tmp_path / "net.pt2")
+
+
+def test_complex_outputs_are_refused_with_a_way_out(onnx: None, tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"gives float32\[1, 4, 2\], expected complex64\[1, 4\] \(return torch\.view_as_"
+    ):
+        export(seeded(Of, torch.fft.fft), torch.randn(1, 4), tmp_path / "net.onnx")

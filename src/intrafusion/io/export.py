@@ -19,12 +19,11 @@ from torch.export import ExportedProgram
 
 from intrafusion.arguments import Count, checked
 from intrafusion.errors import ArgumentError, FolderError, IntrafusionError, ModelError
-from intrafusion.io.atomic import atomic_file
+from intrafusion.io.atomic import atomic_file, report_unwritable
 from intrafusion.io.program import OtherOutputs, Written, brief_error, export_checked, write_program
 from intrafusion.network.inputs import ExampleInputs, Inputs
-from intrafusion.network.outputs import pick_outputs
+from intrafusion.network.outputs import keep_tensors, pick_outputs, plain_output
 from intrafusion.network.state import preserve_state
-from intrafusion.network.tensors import copy_model
 
 _ONNX, _PROGRAM = ".onnx", ".pt2"
 FORMATS = (_ONNX, _PROGRAM)
@@ -32,7 +31,7 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LEAST_OPSET, DEFAULT_OPSET = 18, 20
 """Of ONNX's operators: the first that PyTorch writes, and the last that runtimes of two years ago read."""
 _LARGEST = 1_800_000_000  # bytes of weights in one file: protocol buffers end at 2 GiB
-_NOISY = ("torch.onnx", "torch.fx", "torch.export", "torch._subclasses", "onnxscript")  # loggers
+_NOISY = ("torch.onnx", "torch.fx", "torch.export", "torch._subclasses", "onnxscript", "onnx_ir")  # loggers
 _LACKING = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'|target=torch\.ops\.([\w.]+)\]")
 _CALL = re.compile(r'The following call raised this error:\n\s*File "([^"]+)", line (\d+)')
 
@@ -92,14 +91,16 @@ def export_inputs(
 ) -> Exported:
     """`export` with inputs that were read already; of several outputs those that they say matter."""
     check_export(path, opset=opset, overwrite=overwrite)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("export: the network is scripted (torch.jit), which exporters do not read; give the original.")
     with preserve_state(model):
         inputs.call(model)  # refused in words if it does not run
-    core = model if inputs.outputs is None else _pick(model, inputs.outputs)
     whole = replace(inputs, outputs=None)
     version = None if path.suffix == _PROGRAM else opset or DEFAULT_OPSET
     with atomic_file(path) as file, _reporting(model), _quiet():
         write = partial(_write_program, file) if version is None else partial(_write_onnx, file, version)
-        _, any_batch, difference = export_checked(core, whole, write)
+        read = partial(_read_output, inputs.outputs, path.suffix)
+        _, any_batch, difference = export_checked(model, whole, write, read)
         weights = file.with_name(f"{file.name}.data")
         if weights.exists():  # they take their name before the file that needs them does
             _check_free(path.with_name(weights.name), overwrite=overwrite)
@@ -165,19 +166,16 @@ def check_export(path: Path, *, opset: int | None = None, overwrite: bool = Fals
 
 
 def _check_free(path: Path, *, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
+    with report_unwritable(path):
+        taken = path.exists()
+    if taken and not overwrite:
         raise FolderError(f"{path}: exists; choose another name, or say that it may be replaced (overwrite).")
 
 
-def _pick(model: nn.Module, outputs: Any) -> nn.Module:
-    """The network, returning the outputs that matter alone; arguments keep their names, by which shapes are freed."""
-    core = copy_model(model, share=True)
-    core.register_forward_hook(partial(_keep_outputs, outputs))
-    return core
-
-
-def _keep_outputs(outputs: Any, model: nn.Module, args: Any, output: Any) -> Any:
-    return pick_outputs(output, outputs)
+def _read_output(wanted: tuple[str | int, ...] | None, suffix: str, output: Any) -> Any:
+    """The outputs that matter, in containers that every reader has; ONNX has tensors alone."""
+    plain = plain_output(output if wanted is None else pick_outputs(output, wanted))
+    return keep_tensors(plain) if suffix == _ONNX else plain
 
 
 @contextmanager
@@ -228,5 +226,10 @@ def _tell_failure(name: str, error: Exception) -> str:
         where = f" ({line[1]}, line {line[2]})" if line else ""
         return f"{name} goes by the values of its tensors{where}, and a file has one way; wrap a forward that does not"
     if type(error).__module__.startswith("onnxruntime"):
-        return f"onnxruntime does not run the file of {name} ({brief_error(error)}); another opset= may help"
-    return f"the exporter does not take {name} ({brief_error(error)})"
+        lacks = "export model.float(), or a program (.pt2)" if "NOT_IMPLEMENTED" in text else "another opset= may help"
+        return f"onnxruntime does not run the file of {name} ({brief_error(error)}); {lacks}"
+    while error.__cause__ is not None and isinstance(
+        error.__cause__, Exception
+    ):  # what ONNX's says first are the steps
+        error = error.__cause__
+    return f"the exporter does not take {name} ({brief_error(error)}); wrap a forward that does without"

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from intrafusion.errors import FolderError, IntrafusionError, ModelError
 from intrafusion.network.double import output_difference
-from intrafusion.network.inputs import Inputs
+from intrafusion.network.inputs import Inputs, describe
+from intrafusion.network.outputs import plain_output
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model
 
@@ -93,7 +95,10 @@ class OtherOutputs(Exception):
 
 
 def export_checked(
-    model: nn.Module, inputs: Inputs, write: Callable[[torch.export.ExportedProgram], Written[T]]
+    model: nn.Module,
+    inputs: Inputs,
+    write: Callable[[ExportedProgram], Written[T]],
+    read: Callable[[Any], Any] = plain_output,
 ) -> tuple[T, bool, float]:
     """What `write` makes of the network's program, whether it takes batches of every size, and how far it is off.
 
@@ -102,40 +107,46 @@ def export_checked(
 
     Args:
         write: what is wanted, and a function that runs it.
+        read: what of an output is the program's. Classes must not be left: they are not there when it is loaded.
     Returns:
         What was wanted; whether batches are free; the largest difference of the outputs, relative to their largest.
     Raises:
         OtherOutputs: it gives other outputs than the network.
     """
     core = copy_model(model).cpu()
+    core.register_forward_hook(lambda _, args, output: read(output))
     given = inputs.copied().map(lambda t: t.cpu())
-    with preserve_state(core), warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"):
         if _has_batch(given):
-            with contextlib.suppress(Exception):  # a network of one batch size
-                cases = [_with_batch(_vary(given), size) for size in _BATCHES]
-                return _export(core, _with_batch(given, _TRACED), cases, write, free=True)
-        return _export(core, given, [given, _vary(given)], write, free=False)
+            with preserve_state(core), contextlib.suppress(Exception):  # a network of one batch size
+                written, run = write(_trace_free(core, _with_batch(given, _TRACED)))
+                return written, True, max(_compare(run, core, _with_batch(_vary(given), size)) for size in _BATCHES)
+        with preserve_state(core):
+            written, run = write(_trace(core, given))
+            return written, False, max(_compare(run, core, case) for case in (given, _vary(given)))
 
 
-def _export(
-    model: nn.Module,
-    inputs: Inputs,
-    cases: list[Inputs],
-    write: Callable[[torch.export.ExportedProgram], Written[T]],
-    *,
-    free: bool,
-) -> tuple[T, bool, float]:
+def _trace_free(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """The program for batches of every size.
+
+    A forward that is run as it is has one number for `len(x)`; one whose code is read, which fewer allow, has not.
+    """
     batch = torch.export.Dim("batch", min=1)
-    shapes = lambda value: tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, value)  # noqa: E731
+    named = inspect.signature(model.forward).bind(*inputs.args, **(inputs.kwargs or {})).arguments
+    shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, dict(named))
+    try:
+        return _trace(model, inputs, shapes)
+    except Exception:  # whatever tracing makes a forward raise
+        return _trace(model, inputs, shapes, strict=True)
+
+
+def _trace(model: nn.Module, inputs: Inputs, shapes: Any = None, *, strict: bool = False) -> ExportedProgram:
     args, kwargs = tuple(inputs.args), dict(inputs.kwargs or {})
-    free_shapes = shapes(dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)) if free else None
     with contextlib.redirect_stderr(io.StringIO()):  # of what it does not take, PyTorch prints the whole graph
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=free_shapes, strict=False)
-    written, run = write(program)
-    return written, free, max(_compare(run, model, case) for case in cases)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
 
 
-def write_program(program: torch.export.ExportedProgram) -> Written[bytes]:
+def write_program(program: ExportedProgram) -> Written[bytes]:
     """The content of a .pt2 file."""
     program._example_inputs = None  # they may be somebody's data
     file = io.BytesIO()
@@ -149,11 +160,22 @@ def _compare(run: Callable[[Inputs], list[Tensor]], model: nn.Module, inputs: In
     found, expected = run(inputs), inputs.call(model)
     if len(found) != len(expected):
         raise OtherOutputs(f"gives {len(found)} outputs, expected {len(expected)}")
-    off = output_difference(found, expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            more = " (return torch.view_as_real of it: ONNX has no complex numbers)" if theirs.is_complex() else ""
+            raise OtherOutputs(f"gives {describe(ours)}, expected {describe(theirs)}{more}")
+    off = max(output_difference(found, expected), *(map(_share_of_others, found, expected)))
     allowed = max((_TOLERANCES.get(t.dtype, _TOLERANCE) for t in expected), default=_TOLERANCE)
     if not off <= allowed:
         raise OtherOutputs(f"gives other outputs (they differ by {off:.2g} of the largest value)")
     return off
+
+
+def _share_of_others(found: Tensor, expected: Tensor) -> float:
+    """Of whole numbers and truth values, which have no distance, the share that differs."""
+    if not found.numel() or found.is_floating_point() or found.is_complex():
+        return 0.0
+    return float((found != expected).double().mean())
 
 
 def _vary(inputs: Inputs) -> Inputs:
@@ -178,7 +200,7 @@ def _with_batch(inputs: Inputs, size: int) -> Inputs:
     return inputs.map(lambda t: t[torch.arange(size) % len(t)])
 
 
-def _read(content: bytes) -> torch.export.ExportedProgram:
+def _read(content: bytes) -> ExportedProgram:
     return torch.export.load(io.BytesIO(content))
 
 

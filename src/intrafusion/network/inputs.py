@@ -168,8 +168,12 @@ class Inputs:
         return [f"{name}{','.join(map(str, t.shape))}:{str(t.dtype).removeprefix('torch.')}" for name, t in named]
 
     def __str__(self) -> str:
-        describe = lambda t: f"{str(t.dtype)[6:]}{list(t.shape)}"  # noqa: E731
         return f"({', '.join(map(describe, self.as_taken().tensors()))})"
+
+
+def describe(t: Tensor) -> str:
+    """As messages name a tensor, such as float32[2, 4]."""
+    return f"{str(t.dtype)[6:]}{list(t.shape)}"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numbers
 import pathlib
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -181,6 +181,40 @@ def read_iterators(output: Any) -> Any:
     return {k: read_iterators(v) for k, v in output.items()} if type(output) is dict else output
 
 
+def plain_output(output: Any) -> Any:
+    """The same in dicts, lists and tuples alone, which whoever reads a file of the network has, and the class not.
+
+    A named tuple, a dataclass and any other mapping is a dict; of another object there is the list of its tensors.
+
+    >>> plain_output(types.MappingProxyType({"logits": (1, range(2))}))
+    {'logits': (1, range(0, 2))}
+    """
+    if isinstance(output, (Tensor, *_PLAIN)):
+        return output
+    if isinstance(output, Mapping):
+        return {key: plain_output(item) for key, item in output.items()}
+    if isinstance(output, tuple) and (names := getattr(output, "_fields", ())):
+        return {name: plain_output(item) for name, item in zip(names, output, strict=True)}
+    if isinstance(output, (list, tuple)):
+        return (list if isinstance(output, list) else tuple)(plain_output(item) for item in output)
+    if is_dataclass(output):
+        return {each.name: plain_output(getattr(output, each.name)) for each in fields(output)}
+    return open_output(output).tensors
+
+
+def keep_tensors(output: Any) -> Any:
+    """A plain output without what is no tensor in it, such as a number or a name.
+
+    >>> keep_tensors({"sizes": [torch.ones(1), 3], "scale": 2.0, "none": None})
+    {'sizes': [tensor([1.])]}
+    """
+    if isinstance(output, dict):
+        return {key: kept for key, item in output.items() if (kept := keep_tensors(item)) is not None}
+    if isinstance(output, (list, tuple)):
+        return type(output)(kept for item in output if (kept := keep_tensors(item)) is not None)
+    return output if isinstance(output, Tensor) else None
+
+
 # ---- which outputs matter -------------------------------------------------------------------------------------------
 
 
@@ -218,8 +252,8 @@ def _list_names(output: Any) -> dict[str, Any]:
     """Outputs by name, those that are None left out."""
     if isinstance(output, Tensor):
         return {}
-    fields = getattr(output, "_asdict", None)  # of a named tuple
-    found: Any = output if isinstance(output, Mapping) else fields() if callable(fields) else _attributes_of(output)
+    as_dict = getattr(output, "_asdict", None)  # of a named tuple
+    found: Any = output if isinstance(output, Mapping) else as_dict() if callable(as_dict) else _attributes_of(output)
     return {str(key): value for key, value in found.items() if value is not None}
 
 
