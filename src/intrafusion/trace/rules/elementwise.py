@@ -29,7 +29,9 @@ UNTAGGED = (
     "polar",
     "complex",
 )
+DISTANCES = ("_cdist_forward", "_euclidean_dist")  # of which each is made of differences
 _OPERATION_ROLES = {"add": Role.SHIFTS, "sub": Role.SHIFTS, "mul": Role.SCALES, "div": Role.SCALES}
+_OPERATION_ROLES |= dict.fromkeys(DISTANCES, Role.SHIFTS)
 
 _LINEAR = ("add", "sub", "rsub", "mul", "div", "neg", "clone", "copy", "_to_copy", "alias", "detach", "lift_fresh")
 
