@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from bare import compress
 from gallery import CASES
 from gallery.core import Wired, conv_bn
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import intrafusion
 from intrafusion import BudgetError, IntraFusion, ModelError, Select
@@ -418,6 +420,18 @@ def test_integer_and_differentiable_scores_are_scores() -> None:
 
 def test_a_network_that_cannot_be_copied() -> None:
     model = nn.Sequential(OrderedDict(a=nn.Linear(3, 4), b=nn.Linear(4, 2)))
-    model.cache = model(torch.randn(1, 3)) * 2  # type: ignore[assignment]
-    with pytest.raises(ModelError, match="cannot be copied: .*Remove what holds a computation graph"):
+    model.held = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="cannot be copied: .*Remove what holds an open handle"):
         compress(model, torch.randn(1, 3), 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.parametrize("norm", [prune.identity, nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_what_a_forward_with_gradients_left_behind_does_no_harm(norm: Callable[[nn.Module, str], Any]) -> None:
+    """Old-style norms and pruning keep the weight that they computed, with its history; caches do, too."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OrderedDict(a=nn.Linear(3, 4), b=nn.Linear(4, 6), c=nn.Linear(6, 2))), torch.randn(9, 3)
+    norm(model.get_submodule("b"), "weight")
+    fresh = compress(model.eval(), x, {"a": 0.5}, restore=None).model(x)
+    model.cache = [model(x) * 2]  # type: ignore[assignment]
+    assert torch.equal(compress(model, x, {"a": 0.5}, restore=None).model(x), fresh)

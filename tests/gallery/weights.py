@@ -80,6 +80,19 @@ def weight_times_a_constant() -> Built:
     return Wired(wiring, a=nn.Conv2d(3, 6, 3), b=nn.Conv2d(6, 2, 3)), image()
 
 
+@case({"a": 6, "": 5}, blocked={"head": "output"})
+def numbers_spread_by_vectors() -> Built:
+    """Each number of a table times a vector of its own, as in FT-Transformer; its bias and a class token follow."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        tokens = x.unsqueeze(-1) * net.scales + net.shifts
+        tokens = torch.cat([net.token.expand(len(x), 1, 5), tokens], 1)
+        return net.head(net.a(tokens).relu().mean(1))
+
+    parts = {"scales": parameter(4, 5), "shifts": parameter(4, 5), "token": parameter(1, 1, 5)}
+    return Wired(wiring, a=nn.Linear(5, 6), head=nn.Linear(6, 2), **parts), torch.randn(3, 4)
+
+
 @case({"a": 7}, blocked={"b": "output"}, unmixable=("a",))
 def positive_weights() -> Built:
     """softplus(weight): the sum of two columns is not the column of the sum."""

@@ -61,6 +61,17 @@ def test_a_wrapped_network_comes_back_wrapped_with_plain_names(wrapper: str, tmp
     assert torch.equal(model(X), plain.model(X))
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_module_in_a_wrapper_stays_in_its_mode(wrapper: str) -> None:
+    """A fresh wrapper trains, whatever is in it; a frozen norm in a network that trains does not."""
+    net = Net().eval()
+    model = WRAPPERS[wrapper](net)
+    net.b.train()
+    small = compress(model, X, 0.5, restore=None).model
+    assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
+    assert not unwrap(small).a.training
+
+
 def test_other_functions_unwrap_too() -> None:
     model = nn.DataParallel(Net().eval())
     graph = inspect(model, X)

@@ -48,6 +48,15 @@ def test_two_layers_of_full_rank_are_the_same_function(layer: nn.Module, shape: 
     assert isinstance(split_exactly(split, ["0"]).get_submodule("0.reduce"), type(layer))  # stays as it is
 
 
+def test_making_two_layers_draws_no_random_numbers() -> None:
+    """What the user draws next is what would have come without."""
+    layer = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+    state = torch.get_rng_state()
+    pair = make_low_rank(layer, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.dtype == torch.float64 and not p.any() for p in pair.parameters())
+
+
 def test_a_name_that_is_no_layer_is_refused() -> None:
     with pytest.raises(PlanError, match="no convolution or linear layer '1'"):
         split_exactly(nn.Sequential(nn.Linear(3, 3)), ["1"])

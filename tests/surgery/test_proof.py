@@ -213,6 +213,7 @@ def between(operation: Callable[[Tensor], Tensor], read: int = 16) -> nn.Module:
         lambda a: (a.relu() / a.shape[1]).tanh(),
         lambda a: (a * a.shape[-1] ** 0.5).sigmoid() - 0.5,
         lambda a: torch.cat([a, a], 1) / a.shape[1],
+        lambda a: a.relu() / torch.tensor(a.shape[1]).float().sqrt(),  # rounded to single precision
     ],
 )
 def test_a_factor_between_two_layers_is_undone(operation: Callable[[Tensor], Tensor]) -> None:
@@ -254,6 +255,21 @@ def test_a_sum_over_channels_is_reduced_as_it_is() -> None:
     net, x = between(lambda a: torch.cat([a.sin(), a.sum(1, keepdim=True)], 1), 17), torch.randn(6, 8).double()
     small = halved(net, x)
     assert small.plan.sizes == {"a": 8}
+    assert off(small, net, x) <= EXACT
+
+
+def test_distances_to_learned_centres_lose_the_terms_of_removed_channels() -> None:
+    torch.manual_seed(0)
+    wiring = lambda n, x: n.o(torch.cdist(n.a(x), n.centres))  # noqa: E731
+    net = Wired(wiring, a=nn.Linear(8, 16), centres=nn.Parameter(torch.randn(5, 16)), o=nn.Linear(5, 3)).double()
+    net.a.weight.data[8:] /= 100
+    net.centres.data[:, 8:] /= 100
+    x = torch.randn(6, 8).double()
+    small = halved(net, x)
+    assert small.plan.sizes == {"a": 8}
+    assert small.plan.decisions[0].proof == "function"
+    dead_(net.a, 8)
+    net.centres.data[:, 8:] = 0
     assert off(small, net, x) <= EXACT
 
 

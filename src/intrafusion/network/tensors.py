@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
@@ -39,7 +40,7 @@ def check_graph(graph: ChannelGraph, model: nn.Module, *, smaller: bool = False)
 def copy_model(
     model: nn.Module, *, share: bool | Collection[str] = False, standing_in: Mapping[int, Tensor] | None = None
 ) -> nn.Module:
-    """A deep copy, also of networks that hold tensors with a history.
+    """A deep copy, also of networks that hold tensors with a history, which the copies are without.
 
     Args:
         share: whether parameters and buffers are to be the same ones, not copies; or the names of those that are.
@@ -49,13 +50,11 @@ def copy_model(
         tensors = named_tensors(model)
         shared = tensors if share is True else share or ()
         own = {id(tensors[name]): tensors[name] for name in shared}
-        return copy.deepcopy(model, {**_copy_empty(model), **own, **(standing_in or {})})
+        return copy.deepcopy(model, {**_copy_empty(model), **_copy_computed(model), **own, **(standing_in or {})})
     except Exception as error:
         raise ModelError(
             f"the network ({type(model).__name__}) cannot be copied: {type(error).__name__}: {error}. "
-            f"Remove what holds a computation graph or an open handle (old-style weight_norm and "
-            f"spectral_norm: torch.nn.utils.remove_weight_norm, remove_spectral_norm), or pass inplace=True on a "
-            f"network of your own."
+            "Remove what holds an open handle, such as a file or a lock, or pass inplace=True on a network of your own."
         ) from error
 
 
@@ -66,6 +65,13 @@ def _copy_empty(model: nn.Module) -> dict[int, object]:
     """
     held = (value for module in model.modules() for value in vars(module).values())
     return {id(value): type(value)() for value in held if type(value) in (dict, OrderedDict) and not has_content(value)}
+
+
+def _copy_computed(model: nn.Module) -> dict[int, object]:
+    """Copies of tensors with a history, by their id: old-style norms, pruning and caches leave them in modules."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    found = (x for value in held if isinstance(value, (Tensor, list, tuple, dict)) for x in tree_leaves(value))
+    return {id(x): x.detach().clone() for x in found if isinstance(x, Tensor) and not x.is_leaf}
 
 
 def has_content(mapping: dict[Any, Any]) -> bool:

@@ -65,10 +65,16 @@ def wrap_like(wrapper: nn.Module, core: nn.Module) -> nn.Module:
     core = wrap_like(inner, core)
     if isinstance(wrapper, nn.DataParallel):
         devices = {k: v for k in ("device_ids", "output_device", "dim") if (v := vars(wrapper).get(k))}  # CPU: none
-        return nn.DataParallel(core, **devices).train(wrapper.training)
+        return _take_mode(nn.DataParallel(core, **devices), wrapper)
     if isinstance(wrapper, nn.parallel.DistributedDataParallel):
         return core
-    return type(wrapper)(core, wrapper.dynamo_ctx).train(wrapper.training)
+    return _take_mode(type(wrapper)(core, wrapper.dynamo_ctx), wrapper)
+
+
+def _take_mode(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Whether it trains, of the wrapper alone: modules inside may each be in another mode."""
+    new.training = old.training
+    return new
 
 
 def note_unwrapped(wrapper: nn.Module) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def make_low_rank(layer: nn.Module, rank: int) -> LowRank:
         raise PlanError(f"a {type(layer).__name__} cannot be split into two layers of lower rank.")
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    place: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}  # where nothing is drawn to begin with
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
         pair = nn.Linear(layer.in_features, rank, False, **place), nn.Linear(rank, layer.out_features, bias, **place)
@@ -71,7 +71,7 @@ def make_low_rank(layer: nn.Module, rank: int) -> LowRank:
             kind(layer.in_channels, between, bias=False, **options, **place),
             kind(between, layer.out_channels, 1, groups=layer.groups, bias=bias, **place),
         )
-    split = LowRank(*pair).train(layer.training)
+    split = LowRank(*pair).train(layer.training).to_empty(device=weight.device)
     with torch.no_grad():
         for parameter in split.parameters():
             parameter.zero_()

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -297,7 +297,8 @@ class FunctionCheck:
         if matched or len({self.groups[n].family for n in names}) > 1:
             names = matched
         plain = all(maps[n].scale is None for n in names)  # and was tried already
-        scales = itertools.islice(_list_candidates(changed), int(plain), None)
+        shares = {len(exact[n].merge) / self.groups[n].size for n in names}
+        scales = itertools.islice(_list_candidates(changed, shares), int(plain), None)
         return any(self.is_undone_by(dict.fromkeys(names, scale), exact, frozen=frozen) for scale in scales)
 
     def is_undone_by(self, scales: Mapping[str, _Scale], exact: Maps, *, frozen: bool = False) -> bool:
@@ -317,13 +318,17 @@ def _find_lengthening(group: ChannelGroup, reduction: ReductionMap) -> _Scale:
     return root, 1 / root
 
 
-def _list_candidates(changed: _Changes) -> Iterator[_Scale]:
+def _list_candidates(changed: _Changes, shares: Iterable[float]) -> Iterator[_Scale]:
     """Scales of (merge, unmerge) that may undo changed factors.
 
     Behind a product of the channels with each other or before a reader, or at a producer, which readers before the
     factor make up for.
+
+    Args:
+        shares: of their channels that groups keep, of which factors are powers; a forward may have rounded these.
     """
-    ratios = [_find_ratio(*pair) for pair in changed.values()]
+    powers = [share**power for share in shares for power in (0.5, -0.5, 1.0, -1.0)]
+    ratios = [_round_to(_find_ratio(*pair), powers) for pair in changed.values()]
     known = [r for r in ratios if r is not None and math.isfinite(r) and r > 0]
     yield (1.0, 1.0)
     for total in dict.fromkeys([math.prod(known), *known] if known else []):
@@ -338,6 +343,11 @@ def _find_ratio(old: Factor, new: Factor) -> float | None:
     if old.operation in _MULTIPLIES:
         return old.value / new.value
     return new.value / old.value if old.operation == "div" else None
+
+
+def _round_to(ratio: float | None, exact: Sequence[float]) -> float | None:
+    """One of these numbers that a ratio of numbers in single precision may be, else the ratio."""
+    return ratio and next((e for e in exact if math.isclose(ratio, e, rel_tol=1e-6)), ratio)
 
 
 def _find_changed_factors(old: Sequence[Factor], new: Sequence[Factor]) -> _Changes:

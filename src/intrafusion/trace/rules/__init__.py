@@ -62,7 +62,7 @@ _BY_OPERATION: dict[str, Rule] = {
     **dict.fromkeys(quantisation.OBSERVED, quantisation.round_observed),
     "aminmax": quantisation.observe,
     **dict.fromkeys(across.BAGS, across.embed_bags),
-    **dict.fromkeys(across.DISTANCES, across.compare_rows),
+    **dict.fromkeys(elementwise.DISTANCES, across.compare_rows),
     "glu": elementwise.gate,
     **dict.fromkeys(("tril", "triu"), elementwise.mask_triangle),
     "rrelu_with_noise": elementwise.keep_first,

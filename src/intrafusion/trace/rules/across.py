@@ -21,7 +21,6 @@ WRITES = ("index_add", "index_copy", "index_fill", "index_reduce", "scatter", "s
 TRANSFORMS = ("_fft_r2c", "_fft_c2r", "_fft_c2c")
 SAMPLERS = ("grid_sampler_2d", "grid_sampler_3d")
 BAGS = ("_embedding_bag", "_embedding_bag_forward_only")
-DISTANCES = ("_cdist_forward", "_euclidean_dist")
 
 
 def write_rows(ledger: Ledger, call: Call) -> Outcome:

@@ -29,7 +29,9 @@ UNTAGGED = (
     "polar",
     "complex",
 )
+DISTANCES = ("_cdist_forward", "_euclidean_dist")  # of which each is made of differences
 _OPERATION_ROLES = {"add": Role.SHIFTS, "sub": Role.SHIFTS, "mul": Role.SCALES, "div": Role.SCALES}
+_OPERATION_ROLES |= dict.fromkeys(DISTANCES, Role.SHIFTS)
 
 _LINEAR = ("add", "sub", "rsub", "mul", "div", "neg", "clone", "copy", "_to_copy", "alias", "detach", "lift_fresh")
 
@@ -72,6 +74,10 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
             constants += [values.real, values.imag] if values.is_complex() else [values]
     if not activations:
         return _combine_weights(ledger, call, weights, constants, shape)
+    if call.name == "mul" and len(activations) == len(weights) == 1 and not constants:
+        made = _spread_fixed(ledger, weights[0], *activations[0])
+        if made is not None:
+            return made
     if call.name not in _LINEAR or (len(activations) > 1 and call.name in ("mul", "div")):
         ledger.relations.bent += [np.unique(narrow(labels)) for labels, _ in activations]
     labels = widen(meet(ledger, keep_channels(ledger, activations, call.where), outer=True), shape)
@@ -81,6 +87,21 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
         labels = colour_by_value(ledger, labels, values, call.where)
     tail, writer = _extend_tail(ledger, call, found, weights, constants)
     return LabelledTensor(compact(labels) if weights else labels, tail=tail, writer=writer)
+
+
+def _spread_fixed(ledger: Ledger, weight: Weight, labels: Tensor, extent: set[int]) -> LabelledTensor | None:
+    """A number of the input times a vector, which makes channels of it as a linear layer with one input does.
+
+    None where the input varies along all that the parameter varies along. Buffers, as frequencies of a rotary
+    embedding, are fixed data: other code may make them anew from the width that it was told.
+    """
+    spread = set(range(labels.dim())) - extent
+    if weight.nonlinear or ledger.is_of_buffers(weight) or (narrow(labels) != FIXED).any():
+        return None
+    if not any(axis.varies and axis.varies <= spread for axis in weight.axes):
+        return None
+    ledger.pin(weight, f"its rows are those of the input: {ledger.relations.where}", extent)
+    return ledger.activate(weight, spread)
 
 
 def _extend_tail(
