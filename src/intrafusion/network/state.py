@@ -9,7 +9,7 @@ import random
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -85,9 +85,18 @@ class Memory:
                 _put_mapping_back_(mapping, before)
             for step in self.steps:
                 step()
-            for mapping in self.empty:
-                if has_content(mapping):
-                    _empty_(mapping)
+            for mapping in filter(has_content, self.empty):
+                _empty_(mapping)
+
+    @contextlib.contextmanager
+    def holding(self, tensors: Collection[Tensor]) -> Iterator[None]:
+        """Inside, these hold what they were given since; all else is as it was."""
+        before, given = self.tensors, {id(tensor) for tensor in tensors}
+        self.tensors = [(t, t.detach().clone() if id(t) in given else v, g, flag) for t, v, g, flag in before]
+        try:
+            yield
+        finally:
+            self.tensors = before
 
     @property
     def rebound(self) -> bool:

@@ -76,4 +76,4 @@ def _copy_computed(model: nn.Module) -> dict[int, object]:
 
 def has_content(mapping: dict[Any, Any]) -> bool:
     """Whether a dict, or one that is ordered, holds anything; the latter may have attributes, too."""
-    return bool(mapping) or (type(mapping) is not dict and bool(vars(mapping)))
+    return bool(mapping) or (type(mapping) is not dict and bool(mapping.__dict__))

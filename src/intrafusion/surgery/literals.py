@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from torch import nn
 from intrafusion.brief import show_briefly
 from intrafusion.graph import ChannelGraph
 from intrafusion.network.inputs import Inputs
-from intrafusion.network.state import preserve_state
+from intrafusion.network.state import Memory, preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.surgery.blame import counted_calls, find_lines, list_steps
 from intrafusion.surgery.numbers import find_numbers, write_number_
@@ -165,9 +166,11 @@ class Literals:
         old = {g.size for g in self.graph.groups if sizes.get(g.name, g.size) < g.size}
         return self.left > 0 and any(n in old for own in self.numbers.values() for n in own.values())
 
-    def exist(self, small: nn.Module, sizes: Mapping[str, int], failure: Breakdown) -> bool:
-        """Whether there are numbers with which a smaller network runs; which modules need them is not looked at."""
-        return self.search(small, sizes, failure, self.run, each=False) is not None
+    def exist(self, small: nn.Module, sizes: Mapping[str, int]) -> bool:
+        """Whether a smaller network runs, or would with other numbers; which modules need them is not looked at."""
+        run = functools.partial(self.run, memory=Memory(small))  # one for all tries: they differ in numbers alone
+        failure = run(small, ())
+        return failure is None or self.search(small, sizes, failure, run, each=False) is not None
 
     def search(
         self, small: nn.Module, sizes: Mapping[str, int], failure: Breakdown, check: Check, *, each: bool = True
@@ -214,11 +217,15 @@ class Literals:
             found = search.run_from(search.recall())
             make_repairs_(small, self.repairs((search.run_from({}) if found is None else found) or {}))
 
-    def run(self, small: nn.Module, _: tuple[Repair, ...]) -> Breakdown | None:
-        """What goes wrong where a network is simply called: it fails, or gives outputs of other shapes."""
+    def run(self, small: nn.Module, _: tuple[Repair, ...], memory: Memory | None = None) -> Breakdown | None:
+        """What goes wrong where a network is simply called: it fails, or gives outputs of other shapes.
+
+        Args:
+            memory: of the network, see `preserve_state`; then numbers are put back, too.
+        """
         with counted_calls() as called:
             try:
-                with preserve_state(small):
+                with preserve_state(small, memory):
                     found = [tuple(t.shape) for t in self.inputs.call(small)]
             except Exception as error:  # anything that a forward may raise
                 return Breakdown.of("does not run", error, small, len(called))
