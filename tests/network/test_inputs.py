@@ -105,3 +105,13 @@ def test_wrong_inputs_are_told_as_such_in_every_mode(shape: tuple[int, ...]) -> 
     for run in (intrafusion.inspect, size_of):
         with pytest.raises(ModelError, match="Pass inputs of the shape"):
             run(net, torch.randn(shape))
+
+
+class _Image(torch.Tensor):
+    """A class of its own that operations keep, as of libraries of images."""
+
+
+def test_images_of_a_class_of_their_own_are_followed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    image = torch.randn(1, 3, 8, 8).as_subclass(_Image)
+    assert [g.size for g in intrafusion.inspect(model, image).reducible] == [8]

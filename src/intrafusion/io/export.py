@@ -228,8 +228,6 @@ def _tell_failure(name: str, error: Exception) -> str:
     if type(error).__module__.startswith("onnxruntime"):
         lacks = "export model.float(), or a program (.pt2)" if "NOT_IMPLEMENTED" in text else "another opset= may help"
         return f"onnxruntime does not run the file of {name} ({brief_error(error)}); {lacks}"
-    while error.__cause__ is not None and isinstance(
-        error.__cause__, Exception
-    ):  # what ONNX's says first are the steps
+    while isinstance(error.__cause__, Exception):  # what ONNX's says first are the steps
         error = error.__cause__
     return f"the exporter does not take {name} ({brief_error(error)}); wrap a forward that does without"

@@ -280,8 +280,14 @@ def _swap(value: Any) -> Any:
 
 
 def _own_copy(leaf: Any) -> Any:
+    """A plain tensor of one that is a class of its own, such as an image: what is made of it would be wrapped anew.
+
+    A class that stands for another tensor, with a `__torch_dispatch__`, stays what it is.
+    """
     if isinstance(leaf, Tensor):
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        is_plain = type(leaf).__torch_dispatch__ is Tensor.__torch_dispatch__
+        own = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        return own.as_subclass(Tensor) if is_plain else own
     try:
         return copy.deepcopy(leaf)
     except Exception:  # an open file, a handle: nothing that a forward could be kept from changing
