@@ -285,9 +285,9 @@ def _own_copy(leaf: Any) -> Any:
     A class that stands for another tensor, with a `__torch_dispatch__`, stays what it is.
     """
     if isinstance(leaf, Tensor):
-        is_plain = type(leaf).__torch_dispatch__ is Tensor.__torch_dispatch__
         own = leaf.detach().clone().requires_grad_(leaf.requires_grad)
-        return own.as_subclass(Tensor) if is_plain else own
+        stands = any("__torch_dispatch__" in kind.__dict__ for kind in type(leaf).__mro__[: -len(Tensor.__mro__)])
+        return own if stands or type(leaf) is Tensor else own.as_subclass(Tensor)
     try:
         return copy.deepcopy(leaf)
     except Exception:  # an open file, a handle: nothing that a forward could be kept from changing
