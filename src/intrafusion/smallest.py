@@ -18,7 +18,7 @@ from intrafusion.errors import ArgumentError, BudgetError, RecipeError, show, un
 from intrafusion.measure.closeness import say_where
 from intrafusion.measure.comparison import HeldOut, percent
 from intrafusion.measure.evaluate import Evaluate, Judge
-from intrafusion.measure.trials import Trial, Trials, find_loss
+from intrafusion.measure.trials import Trial, Trials, find_loss, show_limit
 from intrafusion.network.wrappers import wrap_like
 from intrafusion.plan import is_miss
 from intrafusion.planning import sizes_are_searched
@@ -271,7 +271,7 @@ class Search:
         worse = lambda t: -t.value if self.original is not None and not self.wanted.lower_is_better else t.value  # noqa: E731
         best = min(harmful, key=lambda t: (math.isnan(t.value), worse(t)))
         if self.original is None:
-            expected = f"max_error: expected a size whose output error is at most {100 * self.wanted.most:.4g} %"
+            expected = f"max_error: expected a size whose output error is at most {show_limit(self.wanted.most)}"
             least = f"{best.asked}, is off by {percent(best.value)}"
         else:
             expected = f"max_drop: expected a size that loses at most {self.wanted.most:g} of {self.original:.4g}"

@@ -71,7 +71,7 @@ class Trials:
     def row(self) -> tuple[str, str]:
         """A name, and what came of it."""
         if self.original is None:
-            return self.measure, f"{self._show(self.found.value)} (at most {100 * self.most:.4g} % was allowed)"
+            return self.measure, f"{self._show(self.found.value)} (at most {show_limit(self.most)} was allowed)"
         lost = find_loss(self.original, self.found.value, self.lower_is_better)
         said = f"{lost:.2g} lost" if lost > 0 else "nothing lost"
         return (
@@ -81,7 +81,7 @@ class Trials:
 
     def __str__(self) -> str:
         """All of it in a sentence."""
-        allowed = f"with {self.measure} at most {100 * self.most:.4g} %" if self.original is None else self._allowed()
+        allowed = f"with {self.measure} at most {show_limit(self.most)}" if self.original is None else self._allowed()
         tried = ", ".join(f"{t.asked}: {self._show(t.value)}{'' if t.passes else ' (no)'}" for t in self.tried)
         where = f", {self.on}" if self.on else ""
         return f"{self.found.asked} is the smallest of {self.count} sizes {allowed}{where}; tried: {tried}"
@@ -97,6 +97,15 @@ class Trials:
     def to_data(self) -> dict[str, Any]:
         """As JSON holds it."""
         return asdict(self)
+
+
+def show_limit(error: float) -> str:
+    """An output error that is allowed, as it was asked for: what is measured is rounded, this is not.
+
+    >>> show_limit(0.15), show_limit(1e-9)
+    ('15 %', '1e-07 %')
+    """
+    return f"{100 * error:.4g} %"
 
 
 def find_loss(original: float, value: float, lower_is_better: bool) -> float:

@@ -170,8 +170,8 @@ def verify_groups(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> Chan
     if not groups:
         return graph
     small = find_smaller(model, graph, inputs)
-    for given in () if small is None else (small,):
-        proved = _prove_on(model, graph, groups, given)
+    if small is not None:
+        proved = _prove_on(model, graph, groups, small)
         if all(a is b for a, b in zip(proved.groups, graph.groups, strict=True)):
             return proved
     return _prove_on(model, graph, groups, inputs)
