@@ -5,7 +5,7 @@ Ratios of medians, both sides measured in turn in the same run on the same netwo
             get_all_groups (its forward pass included).
   inspect   intrafusion.inspect (the trace and the proof of every group, in float64, on two inputs) against the same,
             and the median of this ratio over all networks in families/ of which the peer gives a graph in time.
-These two in processor time with one thread; the others in time that passes.
+These two, and `restore`, in processor time with one thread; the others in time that passes.
   compress  intrafusion.compress (trace, proof by permutation, transport, surgery, second trace) and its share without
             transport, against Torch-Pruning's MagnitudePruner at the same ratio, on ResNet-18 at full width.
   choose    the maps of the reducer `pivot` without data (noise, its forward pass, all groups) against those of
@@ -38,7 +38,7 @@ from intrafusion.cli.models import resolve
 from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record
 from intrafusion.network.inputs import Inputs
-from intrafusion.restore import ClosedForm, LeastSquares, Noise
+from intrafusion.restore import ClosedForm, LeastSquares, Noise, Restorer
 from intrafusion.restore.steps import calibrate_for
 from intrafusion.trace import trace
 
@@ -48,6 +48,8 @@ TRACED = {
     "timm:vit_tiny_patch16_224": 224,
 }  # fmt: skip
 CHOSEN = {"zoo:resnet18": 32, "timm:resnet50": 224}  # and pixels
+RESTORED = {"zoo:cifar10_resnet20": 32, "timm:resnet50": 224, "timm:tf_efficientnet_lite0": 224}
+LARGE, BATCH = 224, 32  # pixels from which a restoration is timed once, without warming up; images of a forward pass
 SMOKE = {"zoo:resnet18": 32}
 SMOKE_FAMILIES = ("torchvision:vit", "by hand:U-Net")
 LIMIT_S = 5  # of processor time, for the peer's graph of one network
@@ -64,10 +66,12 @@ def compare(
     theirs: Callable[[], Any],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
+    warm: bool = True,
 ) -> dict[str, Any]:
     """Medians of both, in turn, after one warm-up of each."""
-    ours()
-    theirs()
+    if warm:
+        ours()
+        theirs()
     pairs = [(seconds(ours, clock), seconds(theirs, clock)) for _ in range(repeats)]
     a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
     return {"ours_s": round(a, 4), "theirs_s": round(b, 4), "ratio": round(a / b, 2), "repeats": repeats}
@@ -193,23 +197,29 @@ def choice_records(networks: Mapping[str, int], repeats: int, keep: float = 0.5)
     return records
 
 
-def restore_records(repeats: int, count: int = 256) -> list[Record]:
-    """The widths of CIFAR ResNet-20; what the weights are does not change the time."""
-    model, x = zoo.build("cifar10_resnet20").eval(), zoo.example_input("cifar10_resnet20")
-    images = torch.randn(count, *x.shape[1:])
-    graph = intrafusion.inspect(model, x)
-    plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5, reducer="select"))
+def restore_records(networks: Mapping[str, int], repeats: int, count: int = 256) -> list[Record]:
+    """Random weights, halved: what the weights are does not change the time."""
     records = []
-    for name, restorer in (("least_squares", LeastSquares()), ("noise", Noise(images=count))):
-        small = intrafusion.apply(model, plan, x, graph=graph)
-        with torch.no_grad():
-            found = compare(
-                lambda r=restorer, s=small: r(s, model, graph, images if r.needs_data else None),
-                lambda: model(images),
-                repeats,
-            )
-        setting = {"what": f"restore: {name}", "network": "zoo:cifar10_resnet20", "images": count, "pixels": 32}
-        records.append(Record("speed", setting, found))
+    for name, pixels in networks.items():
+        model, x = build(name), torch.randn(1, 3, pixels, pixels)
+        images = torch.randn(count, *x.shape[1:])
+        graph = intrafusion.inspect(model, x)
+        plan = intrafusion.decide(model, graph, Recipe.of(keep=0.5, reducer="select"))
+        restorers: dict[str, Restorer] = {"least_squares": LeastSquares(), "noise": Noise(images=count)}
+        for restorer in restorers if pixels < LARGE else ("least_squares",):
+            small = intrafusion.apply(model, plan, x, graph=graph)
+            with torch.no_grad():
+                found = compare(
+                    lambda r=restorers[restorer], s=small, m=model, g=graph, i=images: r(
+                        s, m, g, i if r.needs_data else None
+                    ),
+                    lambda m=model, i=images: [m(batch) for batch in i.split(BATCH)],
+                    repeats if pixels < LARGE else 1,
+                    time.process_time,
+                    warm=pixels < LARGE,
+                )
+            setting = {"what": f"restore: {restorer}", "network": name, "images": count, "pixels": pixels}
+            records.append(Record("speed", setting, found))
     return records
 
 
@@ -241,7 +251,9 @@ def main() -> None:
         "families": lambda: on_one_thread(lambda: family_records(SMOKE_FAMILIES if smoke else FAMILIES, repeats)),
         "compress": lambda: compress_records(repeats),
         "choose": lambda: choice_records(SMOKE if smoke else CHOSEN, repeats),
-        "restore": lambda: restore_records(repeats, 8 if smoke else 256),
+        "restore": lambda: on_one_thread(
+            lambda: restore_records(SMOKE, 1, 8) if smoke else restore_records(RESTORED, repeats)
+        ),
     }
     records = [record for name, run in parts.items() if options.only in (None, name) for record in run()]
     for record in records:

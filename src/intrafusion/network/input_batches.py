@@ -33,7 +33,7 @@ from intrafusion.network.rows_apart import is_row_by_row
 from intrafusion.network.shares import Share
 
 _KEPT = 2  # of the memory for what a loader gives, one part in so many
-_FEW = 16  # images on which it is looked whether rows are answered one by one
+_FEW = 4  # images on which it is looked whether rows are answered one by one
 
 
 @dataclass(frozen=True, eq=False)
