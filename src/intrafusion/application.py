@@ -32,6 +32,7 @@ from intrafusion.plan import Plan
 from intrafusion.progress import ShowProgress, report, shows_progress
 from intrafusion.recipe import Recipe
 from intrafusion.restore import add_shifts_
+from intrafusion.restore.restorer import ReducedNetwork
 from intrafusion.surgery.configuration import fit_config_, take_config_, tie_by_config
 from intrafusion.surgery.lowrank import split_exactly
 from intrafusion.surgery.operate import Surgery, operate
@@ -122,6 +123,14 @@ def move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Compr
         keep_config_(core, core)
         take_config_(core, small.model)
     return replace(small, model=model, notes=(*small.notes, *notes))
+
+
+def make_reduced(plan: Plan, reference: Reference) -> ReducedNetwork:
+    """What a plan makes, to be judged or chosen on: with no size, note or configuration."""
+    surgery = operate(reference.model, reference.graph, dict(plan.maps), reference.inputs, FunctionCheck(reference))
+    made = ReducedNetwork(surgery.model, plan.rolled_back(surgery.rolled_back), reference.inputs)
+    add_shifts_(made.model, reference.model, reference.graph, made.plan.maps)
+    return made
 
 
 def _carry_out_said(

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from intrafusion.application import make_reduced
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph
 from intrafusion.importance import get_importance
+from intrafusion.in_turn import choose_in_turn
 from intrafusion.measure.closeness import Closeness, Yardstick
 from intrafusion.measure.comparison import percent
 from intrafusion.names import name_some
@@ -26,9 +28,7 @@ from intrafusion.recipe import Recipe
 from intrafusion.reduce import Auto, get_reducer
 from intrafusion.restore.calibration import Calibration
 from intrafusion.restore.restorer import ReducedNetwork
-from intrafusion.restore.shifts import add_shifts_
-from intrafusion.surgery.operate import operate
-from intrafusion.surgery.proof import FunctionCheck, Reference
+from intrafusion.surgery.proof import Reference
 
 _SOLVED_ON, _MEASURED_ON = 64, 128  # images, at most; a third of them and the others
 _FEWEST = 16  # images of each kind
@@ -48,17 +48,35 @@ def decide_best(
 
     Sizes are chosen once. Each candidate is carried out at these, its layers are solved on a third of the images, at
     most 64, and its outputs compared on others, at most 128: those that were held out of made images, else the rest.
-    What is printed names the winner and what the others were off by.
+    What is printed names the winner and what the others were off by. In the order "forward" the winner's channels are
+    chosen in turn then, see `choose_in_turn`.
     """
-    if not isinstance(recipe.reducer, Auto):
-        return decide(model, graph, recipe, inputs, calibration=calibration, images=images)
-    names = recipe.reducer.candidates
+    joint = replace(recipe, order="joint") if recipe.order == "forward" else recipe
+    if isinstance(recipe.reducer, Auto):
+        plan, said = _decide_by_contest(recipe.reducer.candidates, model, graph, joint, inputs, calibration, images)
+    else:
+        plan, said = decide(model, graph, joint, inputs, calibration=calibration, images=images), ()
+    if recipe.order == "forward":
+        plan = choose_in_turn(plan, model, graph, inputs, calibration=calibration, images=images)
+    return replace(plan, recipe=recipe, warnings=(*plan.warnings, *said))
+
+
+def _decide_by_contest(
+    names: Sequence[str],
+    model: nn.Module,
+    graph: ChannelGraph,
+    recipe: Recipe,
+    inputs: Inputs,
+    calibration: Calibration | None,
+    images: ImagesLike | None,
+) -> tuple[Plan, tuple[str]]:
+    """The plan of the winner, and what is said of that."""
     plan_of = lambda asked: decide(model, graph, asked, inputs, calibration=calibration, images=images)  # noqa: E731
     first = plan_of(_recipe_for(names[0], recipe))
     contest = _Contest.of(model, graph, inputs, recipe, calibration)
     if isinstance(contest, str) or len(names) == 1 or not first.sizes:
         why = contest if isinstance(contest, str) else "there is nothing to choose"
-        return _tell(first, recipe, f"reducer auto: {names[0]}, as {why}.")
+        return first, (f"reducer auto: {names[0]}, as {why}.",)
     plans = [first, *(plan_of(_at_sizes(first, _recipe_for(name, recipe))) for name in names[1:])]
     errors = list[float]()
     for index, plan in enumerate(plans):
@@ -66,7 +84,7 @@ def decide_best(
             errors.append(contest.measure(plan))
     best = min(range(len(names)), key=lambda k: (math.isnan(errors[k]), errors[k]))
     said = _describe(names, errors, best, contest, plans[best])
-    return _tell(replace(plans[best], warnings=first.warnings), recipe, said)
+    return replace(plans[best], warnings=first.warnings), (said,)
 
 
 def _recipe_for(name: str, recipe: Recipe) -> Recipe:
@@ -81,10 +99,6 @@ def _at_sizes(plan: Plan, recipe: Recipe) -> Recipe:
     """The recipe with the sizes of a plan."""
     keep = {d.group: d.m / d.n for d in plan.decisions if d.reason is None}
     return replace(recipe, keep=keep, target=None, round_to=None, min_channels=1)
-
-
-def _tell(plan: Plan, recipe: Recipe, note: str) -> Plan:
-    return replace(plan, recipe=recipe, warnings=(*plan.warnings, note))
 
 
 def _describe(names: Sequence[str], errors: Sequence[float], best: int, contest: _Contest, plan: Plan) -> str:
@@ -136,11 +150,7 @@ class _Contest:
 
     def measure(self, plan: Plan) -> float:
         """The output error of a candidate; infinite for one that does not run."""
-        reference = self.reference
-        model, graph, inputs = reference.model, reference.graph, reference.inputs
-        surgery = operate(model, graph, dict(plan.maps), inputs, FunctionCheck(reference))
-        made = ReducedNetwork(surgery.model, plan.rolled_back(surgery.rolled_back), inputs)
-        add_shifts_(made.model, model, graph, made.plan.maps)
+        made = make_reduced(plan, self.reference)
         try:
             return min(closeness.error for closeness in self._restore(made))
         except ModelError:

@@ -99,7 +99,8 @@ def compress(
         importance: "l2" (Torch-Pruning's magnitude), "l1", "linf", "random", ..., a name with hyper-parameters, or
             any callable (group, weights, observations) -> (n,) scores; not used by "pivot".
         restore: what is done against the loss: "auto" (on the images given; else on what about 20 seconds allow, by a
-            timed step), "images" (least squares on those given), "synthetic" (on images made from the network,
+            timed step), "images" (least squares on those given), "mirrored" (on their mirror images too, where images
+            that were held out say that it helps, three times as long), "synthetic" (on images made from the network,
             minutes), "noise" (without data, in seconds), None, a restorer or its name, or several in order; see
             `intrafusion.restore`.
         inputs: a few hundred unlabelled images, or a hundred texts, as the network takes them: a tensor or array, or
@@ -115,8 +116,10 @@ def compress(
         include: reduce only the channels of these layers: names, patterns, types, functions (name, module) -> bool,
             or a list of such; "name:inputs" or `inputs_of(...)` means what the layers read, else what they produce.
         exclude: leave the channels of these layers alone; as `include`.
-        order: "joint" (every group is described by the original weights) or "backward" (one after another from the
-            output, each described by what the ones before left; the authors' released code).
+        order: "joint" (every group is described by the original network), "forward" (in six turns from the input, each
+            as it is read where the ones before are fewer and solved: often closer, four times as long), or
+            "backward" (one after another from the output, each described by what the ones before left; the authors'
+            released code).
         seed: for whatever draws random numbers.
         uniform: of a network of transformers, only sizes that its configuration can say, so that `from_pretrained`
             opens what `save_pretrained` writes: groups that one number there sets become one size, and groups that none

@@ -82,12 +82,17 @@ def decide(
     Raises:
         ModelError: no group can be reduced; gives the most frequent reasons.
         BudgetError: sizes that are no sizes.
-        RecipeError: heads are to be merged, or layers factorised, which `compress` does by itself.
+        RecipeError: heads are to be merged, layers factorised, or channels chosen in the order "forward", which
+            `compress` does by itself.
     """
     if recipe.merge_heads is not None:
         raise RecipeError("merge_heads: no plan merges heads; compress(..., merge_heads=...) does, at one size.")
     if recipe.ranks is not False:
         raise RecipeError("ranks: which layers become two is chosen by compress(..., ranks=...); call that.")
+    if recipe.order == "forward":
+        raise RecipeError(
+            "order: 'forward' solves layers between its choices; compress(..., order='forward') does that."
+        )
     given = choose_inputs(inputs, images)
     plan = make_plan(unwrap(model), graph, recipe, example_inputs, calibration=calibration, images=given)
     warn_of_misses(plan)

@@ -26,7 +26,7 @@ Keep = float | Mapping[str, float]
 Ranks = bool | float | str
 ONLY = "only"
 """Of ranks: no group of channels becomes smaller."""
-ORDERS = ("joint", "backward")
+ORDERS = ("joint", "backward", "forward")
 
 
 class _Unshared(yaml.SafeDumper):
@@ -51,10 +51,11 @@ class Recipe:
         target: limits such as {"params": 0.5, "macs": 0.5} (fractions of the original's), {"latency_ms": 3.0} or
             {"memory_mb": 20}: sizes are chosen for them, and `keep` is not used.
         min_channels: no group becomes smaller than this.
-        restore: what is done against the loss, in order: "auto", "noise", "synthetic", "images", names of restorers, or
-            restorers; see `intrafusion.restore`. Empty: nothing.
+        restore: what is done against the loss, in order: "auto", "noise", "synthetic", "images", "mirrored",
+            names of restorers, or restorers; see `intrafusion.restore`. Empty: nothing.
         order: "joint": every group is described by the original weights; "backward": one after another from the
-            output, each described by what the ones before it left, as the released code of Theus et al. does.
+            output, each described by what the ones before it left, as the released code of Theus et al. does;
+            "forward": in turns from the input, each as it is read where the ones before are fewer and solved.
         seed: for whatever draws random numbers.
         uniform: only sizes that the configuration of a network of transformers can say, so that `from_pretrained`
             opens what `save_pretrained` writes: what one number there sets becomes one size.
@@ -212,6 +213,8 @@ def _check_ranks(recipe: Recipe) -> None:
         raise RecipeError(f"ranks: {show(ranks)} lets a target choose; give target=, or a fraction, such as ranks=0.5.")
     if share and aimed:
         raise RecipeError(f"ranks: a target chooses ranks itself, got {show(ranks)} beside it; give ranks=True.")
+    if ranks is not False and recipe.order == "forward":
+        raise RecipeError("ranks: goes without order='forward', which chooses channels only; leave one out.")
     if ranks is not False and recipe.uniform:
         raise RecipeError("ranks: goes without uniform: no configuration says that a layer is two; leave one out.")
 

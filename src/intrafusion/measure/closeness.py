@@ -111,8 +111,13 @@ class Yardstick:
             self._kept[index] = found
         return found
 
+    @property
+    def count(self) -> int:
+        """Images in all of them."""
+        return self._batches.count
+
     def __str__(self) -> str:
-        return f"{self._batches.count} {self.kind}"
+        return f"{self.count} {self.kind}"
 
 
 def _answer(model: nn.Module, inputs: Inputs) -> _Answer:

@@ -38,12 +38,13 @@ from intrafusion.progress import ShowProgress, shows_progress
 from intrafusion.reduce.problem import Moments
 from intrafusion.restore.affordable import find_affordable
 from intrafusion.restore.least_squares import LeastSquares
+from intrafusion.restore.mirrored import check_mirrors
 from intrafusion.restore.noise import Noise, batch_norms, image_like, standardise
 from intrafusion.restore.restorer import Reduced
 from intrafusion.restore.synthesize import Synthesis, find_mismatch
 from intrafusion.restore.texts import SAMPLED, find_sampler, sample_texts
 
-LEVELS = ("noise", "synthetic", "images")
+LEVELS = ("noise", "synthetic", "images", "mirrored")
 AFFORDABLE = 20.0  # seconds that "auto" spends on making images
 
 _HELD_OUT = 64  # images of noise
@@ -66,7 +67,7 @@ class Calibration:
     """Images, and what is to be known of the original network on them, found when it is first asked for.
 
     Attributes:
-        level: "noise", "synthetic" or "images".
+        level: "noise", "synthetic", "images" or "mirrored", which are the same here.
         images: all of them, in batches.
         original: the original network.
         restorer: the one that goes with the level.
@@ -209,8 +210,8 @@ def calibrate(
             None: half of what is free.
         affordable: seconds that "auto" spends on making images; None: 20.
     Raises:
-        ModelError: level "images" without images; a network that no image can be made for, or that is no causal
-            language model where it reads tokens.
+        ModelError: level "images" or "mirrored" without images, or what has no mirror image; a network that no image
+            can be made for, or that is no causal language model where it reads tokens.
         RecipeError: unknown level, or less memory than one image takes.
     Warns:
         IntrafusionWarning: "auto" cannot afford the images that it would make.
@@ -223,9 +224,9 @@ def calibrate(
     made, why, what, most = None, None, None, read_memory(memory)
     if level == "auto":
         level, made, why = _choose_level(model, inputs, images, synthesis, affordable or AFFORDABLE, most, noise)
-    if level == "images":
+    if level in ("images", "mirrored"):
         if images is None:
-            raise ModelError('restore="images": expected images=, got none; give a few hundred unlabelled ones.')
+            raise ModelError(f'restore="{level}": expected images=, got none; give a few hundred unlabelled ones.')
         made = images if isinstance(images, Batches) else as_calls(images, model, inputs, tokenizer), None
     elif level == "noise":
         made, what = _make_noise(model, inputs, noise, tokenizer)
@@ -240,6 +241,8 @@ def calibrate(
         for given in made
     )
     assert seen is not None
+    if level == "mirrored":
+        check_mirrors(seen.first)
     restorer = noise if level == "noise" else LeastSquares(seed=seed)
     count = _count_made(synthesis, seen, apart) if level == "synthetic" else None
     return Calibration(level, seen, model, restorer, time.perf_counter() - start, why, seed, apart, count, what)

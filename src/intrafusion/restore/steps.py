@@ -14,7 +14,7 @@ from intrafusion.errors import ModelError, NoInputsError
 from intrafusion.graph import ChannelGraph
 from intrafusion.importance.observation import needs_of
 from intrafusion.measure.closeness import Closeness, Yardstick
-from intrafusion.measure.comparison import HeldOut, compare_networks
+from intrafusion.measure.comparison import HeldOut, compare_networks, percent
 from intrafusion.network.batches import ImagesLike, cast_like
 from intrafusion.network.calibration_images import Calls, warn_caller
 from intrafusion.network.free_memory import MemoryLike, read_memory
@@ -30,6 +30,7 @@ from intrafusion.restore import Calibration, Noise, Restorer, calibrate
 from intrafusion.restore.calibration import AFFORDABLE
 from intrafusion.restore.distill import Distill
 from intrafusion.restore.implausible import find_implausible
+from intrafusion.restore.mirrored import ENOUGH, add_mirrored
 from intrafusion.surgery.write import write_weights_
 
 _SOLVING = 5  # times the pass in which it is found out what is read of channels; 3 to 6 of a perceptron, ViT, ResNet-50
@@ -175,7 +176,10 @@ def _solve_on_level(
     yardstick: Yardstick | None,
 ) -> list[Restoration]:
     """The layers solved on a level; where "auto" made images and they do harm, then on noise."""
+    reduced = {name: tensor.detach().clone() for name, tensor in named_tensors(small.model).items()}
     done = [_solve_or_undo(small, model, graph, calibration, yardstick, calibration.why if step == "auto" else None)]
+    if step == "mirrored":
+        done = [_try_mirrored(done[0], small, model, graph, calibration, yardstick or calibration.yardstick, reduced)]
     if step == "auto" and calibration.level == "synthetic" and done[0].undone:
         noise = calibrate(model, small.inputs, "noise", seed=calibration.seed)
         by = yardstick or calibration.yardstick
@@ -211,6 +215,44 @@ def _solve_or_undo(
     seconds = calibration.seconds + time.perf_counter() - start
     done = Restoration(type(calibration.restorer).__name__, str(calibration), seconds, note=note, undone=undone)
     return add_figures(done, before, after, by)
+
+
+def _try_mirrored(
+    done: Restoration,
+    small: Compressed,
+    model: nn.Module,
+    graph: ChannelGraph,
+    calibration: Calibration,
+    by: Yardstick,
+    reduced: Mapping[str, Tensor],
+) -> Restoration:
+    """The layers solved once more, with mirror images beside the images, if that is better on those held out.
+
+    Args:
+        done: what was done on the images alone.
+        reduced: the weights before that.
+    """
+    held_out = by.count if by.unseen else 0
+    if held_out < ENOUGH or done.result is None:
+        why = f"{held_out} images held out are too few to tell whether they help; {ENOUGH} are enough"
+        return _noting(done, f"without mirror images: {why}")
+    start, (before, alone) = time.perf_counter(), done.result
+    weights = {name: tensor.detach().clone() for name, tensor in named_tensors(small.model).items()}
+    write_weights_(small.model, dict(reduced))
+    images = add_mirrored(calibration.images, calibration.original)
+    replace(calibration, images=images).restore(small, model, graph, lambda _: None)
+    both = by.measure(small.model)
+    done = replace(done, seconds=done.seconds + time.perf_counter() - start)
+    errors = f"outputs are off by {percent(both.error)} of their variance, without by {percent(alone.error)}"
+    if not alone.is_worse_than(both):
+        write_weights_(small.model, weights)
+        return _noting(done, f"mirror images left out: with them {errors}")
+    done = _noting(replace(done, undone=False), f"mirror images too: with them {errors}")
+    return add_figures(done, before, both, by)
+
+
+def _noting(done: Restoration, note: str) -> Restoration:
+    return replace(done, note="; ".join(filter(None, (done.note, note))))
 
 
 def _run_restorer(
