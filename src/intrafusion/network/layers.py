@@ -408,7 +408,8 @@ def unravel(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     >>> unravel(torch.tensor([0, 5]), (2, 3)).tolist(), unravel(torch.tensor([0]), ()).shape
     ([[0, 0], [1, 2]], torch.Size([1, 0]))
     """
-    return torch.stack(torch.unravel_index(flat, shape), dim=1) if shape else flat.new_zeros(len(flat), 0)
+    strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]  # torch.unravel_index imports sympy for itself
+    return flat[:, None] // flat.new_tensor(strides) % flat.new_tensor(shape)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from intrafusion.network.layers import sample_places
+from intrafusion.network.layers import sample_places, unravel
 
 
 @dataclass(frozen=True)
@@ -78,4 +78,4 @@ class ShareSampler:
             self._drawn[name, whole] = sample_places(name, (whole,), self.rows, self.seed)[:, 0]
         drawn = self._drawn[name, whole]
         first, last = torch.searchsorted(drawn, torch.tensor([share.start, share.start + share.count]) * each).tolist()
-        return torch.stack(torch.unravel_index(drawn[first:last] - share.start * each, shape), dim=1)
+        return unravel(drawn[first:last] - share.start * each, shape)
