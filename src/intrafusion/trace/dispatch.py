@@ -23,6 +23,7 @@ from intrafusion.trace.info import Info, LabelledTensor, Outcome
 from intrafusion.trace.labels import FIRST, narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.rules import find_rule, refuse
+from intrafusion.trace.rules.movement import write_part
 
 _FILLS = tuple(form.format(what) for what in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like"))
 _ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow", "addmm", "baddbmm", "addcmul", "addcdiv")
@@ -62,9 +63,11 @@ class Tracer(Mode):
 
         A sum that begins as zeros, `total += branch(x)`, is such; what it holds behind that varies with the channels.
         """
-        if not func._schema.is_mutable or not args or not isinstance(args[0], Tensor) or args[0]._is_view():
+        if not func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
             return args
-        if self.ledger.knows(args[0]) or not any(isinstance(x, Tensor) and self.ledger.knows(x) for x in args[1:]):
+        info = self.ledger.look_up(args[0])
+        constant = info is None or (isinstance(info, LabelledTensor) and info.is_uniform)
+        if not constant or not any(isinstance(x, Tensor) and self.ledger.knows(x) for x in args[1:]):
             return args
         return args[0].detach().clone(), *args[1:]
 
@@ -92,7 +95,8 @@ class Tracer(Mode):
         self.ledger.note_passage(operands, results if len(results) > 1 else [])
         for output, info in zip(call.outputs, results, strict=len(results) > 1):
             if isinstance(output, Tensor):
-                self.ledger.learn(output, info)
+                wrote = call.in_place and output._is_view()
+                self.ledger.learn(output, write_part(self.ledger, call, output, info) if wrote else info)
 
     def _apply_rule(self, call: Call) -> Outcome:
         try:
