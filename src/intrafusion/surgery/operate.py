@@ -91,6 +91,7 @@ class Surgery:
     maps: as they were carried out, for every group that is reduced.
     literals: which numbers in attributes had to follow, for the next network.
     numbers: those of the repairs that are such numbers.
+    unproved: which of the groups that were rolled back made a network that runs, and is wrong.
     """
 
     model: nn.Module
@@ -99,6 +100,7 @@ class Surgery:
     maps: Maps
     literals: Literals
     numbers: tuple[Repair, ...] = ()
+    unproved: frozenset[str] = frozenset()
 
     __repr__ = show_briefly
 
@@ -148,7 +150,9 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
         g.name: shared.get(g.name, "") + why[g.name] + offers.get(g.name, "") for g in groups if g.name in why
     }
     numbers = attempts.numbers.get(_names_of(passed), ())
-    return Surgery(small, repairs, rolled_back, attempts.settle(passed), attempts.literals, numbers)
+    return Surgery(
+        *(small, repairs, rolled_back, attempts.settle(passed), attempts.literals, numbers), frozenset(unproved)
+    )
 
 
 def _search(

@@ -267,8 +267,7 @@ def write_part(ledger: Ledger, call: Call, view: Tensor, info: Info | None) -> I
     if whole is None and info is None:
         return None
     written = _label_written(ledger, view, before, info)
-    known = isinstance(whole, LabelledTensor) and isinstance(before, LabelledTensor)
-    if known and _are_same_channels(ledger, before.labels, written):
+    if isinstance(whole, LabelledTensor) and _are_same_channels(ledger, before, written):
         ledger.learn(base, LabelledTensor(whole.labels))  # without what it was computed by
     else:
         ledger.write_part(view, written)
@@ -291,9 +290,11 @@ def _label_written(ledger: Ledger, view: Tensor, before: Info | None, info: Info
     return ledger.activate(info, channels or set().union(*(axis.varies for axis in info.axes))).labels
 
 
-def _are_same_channels(ledger: Ledger, before: Tensor, after: Tensor) -> bool:
-    found = (ledger.relations.roots(x) for x in np.broadcast_arrays(narrow(before), narrow(after)))
-    return np.array_equal(*found)
+def _are_same_channels(ledger: Ledger, before: Info | None, after: Tensor) -> bool:
+    if not isinstance(before, LabelledTensor):
+        return False
+    old, new = np.broadcast_arrays(narrow(before.labels), narrow(after))
+    return np.array_equal(ledger.relations.roots(old), ledger.relations.roots(new))
 
 
 def concatenate(ledger: Ledger, call: Call) -> Info:
