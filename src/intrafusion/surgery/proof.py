@@ -385,10 +385,25 @@ def _round_to(ratio: float | None, exact: Sequence[float]) -> float | None:
 
 def _find_changed_factors(old: Sequence[Factor], new: Sequence[Factor]) -> _Changes:
     """Numbers that differ between two traces of one forward, by their place; none where the traces are not alike."""
+    new = _fill_in_means(old, new)
     if [(f.operation, f.where) for f in old] != [(f.operation, f.where) for f in new]:
         return {}
     pairs = zip(old, new, strict=True)
     return {i: (a, b) for i, (a, b) in enumerate(pairs) if not math.isclose(a.value, b.value, rel_tol=1e-6)}
+
+
+def _fill_in_means(old: Sequence[Factor], new: Sequence[Factor]) -> Sequence[Factor]:
+    """With the means over channels of which one is left, which is no mean any more."""
+    filled, rest = list[Factor](), list(new)
+    for factor in old:
+        there = bool(rest) and (factor.operation, factor.where) == (rest[0].operation, rest[0].where)
+        if there:
+            filled.append(rest.pop(0))
+        elif factor.operation == "mean":
+            filled.append(replace(factor, value=1.0))
+        else:
+            break
+    return [*filled, *rest]
 
 
 def _leave_out_means(changed: _Changes) -> _Changes:

@@ -20,7 +20,7 @@ from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.network.modes import Mode
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor, Outcome
-from intrafusion.trace.labels import FIRST, narrow
+from intrafusion.trace.labels import FIXED, narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.rules import find_rule, refuse
 from intrafusion.trace.rules.movement import write_part
@@ -106,7 +106,7 @@ class Tracer(Mode):
 
     def _note_factors(self, call: Call) -> None:
         """Remember the numbers that channels meet: the forward may derive them from how many channels there are."""
-        if call.name not in _ARITHMETIC or not any(_names_channels(self.ledger.look_up(x)) for x in call.tensors):
+        if call.name not in _ARITHMETIC or not any(_holds_channels(self.ledger.look_up(x)) for x in call.tensors):
             return
         for value in (*call.args, *call.kwargs.values()):
             if isinstance(value, Tensor) and value.numel() == 1 and self.ledger.look_up(value) is None:
@@ -148,8 +148,9 @@ def _check_rectangular(call: Call) -> None:
         )
 
 
-def _names_channels(info: Info | None) -> bool:
-    return isinstance(info, LabelledTensor) and bool((narrow(info.labels) >= FIRST).any())
+def _holds_channels(info: Info | None) -> bool:
+    """Whether a tensor holds anything beside fixed data; one channel alone has no name."""
+    return isinstance(info, LabelledTensor) and bool((narrow(info.labels) != FIXED).any())
 
 
 @functools.cache
