@@ -34,6 +34,7 @@ from intrafusion.recipe import Recipe
 from intrafusion.restore import add_shifts_
 from intrafusion.restore.restorer import ReducedNetwork
 from intrafusion.surgery.configuration import fit_config_, take_config_, tie_by_config
+from intrafusion.surgery.idle_sizes import fit_idle_sizes_
 from intrafusion.surgery.lowrank import split_exactly
 from intrafusion.surgery.operate import Surgery
 from intrafusion.surgery.optimizers import carry_state_
@@ -163,6 +164,8 @@ def _carry_out(
 ) -> tuple[Surgery, Plan, str | None]:
     """And why no configuration says the sizes of the smaller network."""
     surgery, plan = _carry_out_proved(plan, reference)
+    idle = fit_idle_sizes_(model, surgery.model, reference.inputs)
+    surgery = replace(surgery, repairs=(*surgery.repairs, *idle))
     add_shifts_(surgery.model, model, graph, plan.maps)
     _check_written(surgery.model, model)
     keep_config_(surgery.model, model)
