@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from intrafusion import ArgumentError, IntrafusionError, ModelError, compress
-from intrafusion.arguments import Count, Fraction, Indices, Matrix, Seed, checked
+from intrafusion import ArgumentError, IntrafusionError, ModelError, compress, load
+from intrafusion.arguments import Count, Fraction, Indices, Matrix, Seed, checked, expand_home
 from intrafusion.errors import show, unknown_name
+from intrafusion.io.folder import load_plan, save_plan
 from intrafusion.measure.accuracy import accuracy
 from intrafusion.reduce import Fold
 
@@ -154,3 +155,21 @@ def test_what_a_message_shows_is_short_whatever_it_is() -> None:
     assert all(len(text) < 150 for text in shown)
     assert shown[-1] == "None"
     assert unknown_name("thing", ["x"], ["b", "a"]) == "unknown thing ['x']. Valid: a, b."
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_may_begin_at_the_home_of_the_user(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is checked takes it so; names and texts that are no paths stay."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    small = compress(model, torch.randn(2, 4), 0.5, restore=None)
+    small.save(kind("~/small"))
+    save_plan(small.plan, folder=kind("~/again"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "small"]
+    again = load(kind("~/small"), lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+    assert again[0].out_features == 4
+    assert load_plan(kind("~/again")) == small.plan
+    assert small.export(kind("~/net.pt2")).path == tmp_path / "net.pt2"
+    assert expand_home(kind("a~/~")) == kind("a~/~")
+    assert expand_home(None) is None

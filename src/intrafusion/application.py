@@ -34,10 +34,11 @@ from intrafusion.recipe import Recipe
 from intrafusion.restore import add_shifts_
 from intrafusion.restore.restorer import ReducedNetwork
 from intrafusion.surgery.configuration import fit_config_, take_config_, tie_by_config
+from intrafusion.surgery.idle_sizes import fit_idle_sizes_
 from intrafusion.surgery.lowrank import split_exactly
-from intrafusion.surgery.operate import Surgery, operate
+from intrafusion.surgery.operate import Surgery
 from intrafusion.surgery.optimizers import carry_state_
-from intrafusion.surgery.proof import FunctionCheck, Reference
+from intrafusion.surgery.proof import Reference, carry_out
 from intrafusion.surgery.untie import tell_of_untying
 from intrafusion.surgery.write import Repair, make_repairs_, write_weights_
 
@@ -127,10 +128,16 @@ def move_into(model: nn.Module, small: Compressed, graph: ChannelGraph) -> Compr
 
 def make_reduced(plan: Plan, reference: Reference) -> ReducedNetwork:
     """What a plan makes, to be judged or chosen on: with no size, note or configuration."""
-    surgery = operate(reference.model, reference.graph, dict(plan.maps), reference.inputs, FunctionCheck(reference))
-    made = ReducedNetwork(surgery.model, plan.rolled_back(surgery.rolled_back), reference.inputs)
-    add_shifts_(made.model, reference.model, reference.graph, made.plan.maps)
-    return made
+    surgery, plan = _carry_out_proved(plan, reference)
+    add_shifts_(surgery.model, reference.model, reference.graph, plan.maps)
+    return ReducedNetwork(surgery.model, plan, reference.inputs)
+
+
+def _carry_out_proved(plan: Plan, reference: Reference) -> tuple[Surgery, Plan]:
+    """And the plan as it was carried out."""
+    done = carry_out(reference, dict(plan.maps))
+    told = plan.rolled_back(done.surgery.rolled_back)
+    return done.surgery, told.proved(done.surgery.maps, done.check.proved, done.unturned)
 
 
 def _carry_out_said(
@@ -156,13 +163,13 @@ def _carry_out(
     plan: Plan, model: nn.Module, graph: ChannelGraph, reference: Reference
 ) -> tuple[Surgery, Plan, str | None]:
     """And why no configuration says the sizes of the smaller network."""
-    check, inputs = FunctionCheck(reference), reference.inputs
-    surgery = operate(model, graph, dict(plan.maps), inputs, check)
-    plan = plan.rolled_back(surgery.rolled_back).proved(surgery.maps, check.proved)
+    surgery, plan = _carry_out_proved(plan, reference)
+    idle = fit_idle_sizes_(model, surgery.model, reference.inputs)
+    surgery = replace(surgery, repairs=(*surgery.repairs, *idle))
     add_shifts_(surgery.model, model, graph, plan.maps)
     _check_written(surgery.model, model)
     keep_config_(surgery.model, model)
-    return surgery, plan, fit_config_(surgery.model, inputs) if plan.sizes else None
+    return surgery, plan, fit_config_(surgery.model, reference.inputs) if plan.sizes else None
 
 
 def _check_written(small: nn.Module, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import os
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -60,7 +61,7 @@ class Fault(NamedTuple):
 def checked(door: F, *, leaving: Collection[str] = ()) -> F:
     """The function, or the class, that refuses arguments which are not what its annotations say.
 
-    Arguments that are missing or unknown stay Python's own TypeError.
+    Of paths, ~ is the home of the user. Arguments that are missing or unknown stay Python's own TypeError.
 
     Args:
         leaving: names of arguments that it checks itself.
@@ -82,6 +83,7 @@ def _guard(function: Any, annotated: Any, where: str, leaving: Collection[str]) 
     names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     needed = {p.name for p in signature.parameters.values() if p.default is p.empty}
     plain_names = frozenset(names) if len(names) == len(signature.parameters) else frozenset()
+    paths = functools.cache(lambda: frozenset(name for name, hint in hints().items() if _names_path(hint)))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -93,9 +95,25 @@ def _guard(function: Any, annotated: Any, where: str, leaving: Collection[str]) 
         for name, value, hint in pairs:
             if name not in leaving:
                 check_argument(value, hint, f"{where}: {name}", annotated)
+        if paths():
+            args = tuple(expand_home(x) if k < len(names) and names[k] in paths() else x for k, x in enumerate(args))
+            kwargs = {name: expand_home(x) if name in paths() else x for name, x in kwargs.items()}
         return function(*args, **kwargs)
 
     return call
+
+
+def expand_home(path: Any) -> Any:
+    """The same path, with the home of the user, or of the one that it names, for ~ in front; anything else as it is."""
+    if isinstance(path, str):
+        return os.path.expanduser(path)
+    if isinstance(path, os.PathLike) and isinstance(text := os.fspath(path), str) and text.startswith("~"):
+        return Path(os.path.expanduser(text))
+    return path
+
+
+def _names_path(hint: Any) -> bool:
+    return any((get_origin(alternative) or alternative) in (os.PathLike, Path) for alternative in _alternatives(hint))
 
 
 def _bind(signature: inspect.Signature, args: Any, kwargs: Any) -> inspect.BoundArguments | None:

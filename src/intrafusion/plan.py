@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -118,10 +119,20 @@ class Plan:
         return replace(self, decisions=decisions, maps={k: v for k, v in self.maps.items() if k not in reasons})
 
     @checked
-    def proved(self, maps: Mapping[str, ReductionMap], proofs: Mapping[str, str]) -> Plan:
-        """The same plan with the maps as they were carried out, and how each group was proved."""
-        decisions = tuple(replace(d, proof=proofs.get(d.group)) for d in self.decisions)
-        return replace(self, decisions=decisions, maps=dict(maps))
+    def proved(
+        self,
+        maps: Mapping[str, ReductionMap],
+        proofs: Mapping[str, str],
+        unmixed: Mapping[str, str] = MappingProxyType({}),
+    ) -> Plan:
+        """The same plan with the maps as they were carried out, and how each group was proved.
+
+        Args:
+            unmixed: why groups were selected in the end.
+        """
+        how = {name: f"selected: {why}" for name, why in unmixed.items()}
+        told = (replace(d, proof=proofs.get(d.group), mixing=how.get(d.group, d.mixing)) for d in self.decisions)
+        return replace(self, decisions=tuple(told), maps=dict(maps))
 
     @checked
     def check_fits(self, shapes: Mapping[str, tuple[int, ...]], graph: ChannelGraph | None = None) -> None:

@@ -12,7 +12,7 @@ from click.testing import Result
 from intrafusion.cli.compress import compress_command
 from intrafusion.cli.defaults import join_defaults, told_defaults
 from intrafusion.cli.main import COMMANDS
-from intrafusion.cli.program import OLD_OPTIONS
+from intrafusion.cli.program import OLD_OPTIONS, expand_word
 from intrafusion.lab.experiments import EXPERIMENTS
 
 Program = Callable[[str], Result]
@@ -137,3 +137,11 @@ def test_defaults_that_differ_by_case_are_all_told() -> None:
     told = told_defaults(COMMANDS["experiment"])["keep"]
     assert told.startswith("0.7; ")
     assert all(f"{n}: {', '.join(map(str, k))}" in told for n, k in keep.items() if k != (0.7,))
+
+
+def test_words_may_begin_at_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind an option and the kind of a network, where no shell says so; patterns are no paths."""
+    monkeypatch.setenv("HOME", "/home/me")
+    asked = ["~/net.py:Net", "hf:~/folder", "--output=~/small", "-o", "~", "~x", "a~/b", "--include=~fc"]
+    meant = ["/home/me/net.py:Net", "hf:/home/me/folder", "--output=/home/me/small", "-o", "/home/me", *asked[5:]]
+    assert [expand_word(word) for word in asked] == meant

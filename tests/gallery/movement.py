@@ -605,6 +605,97 @@ def written_in_halves() -> Built:
     return Wired(wiring, **layers), torch.randn(2, 5)
 
 
+@case({"a": 4, "b": 4}, blocked={"c": "output"})
+def written_in_parts_and_changed_there() -> Built:
+    """What was written in parts is added to, multiplied and clamped in place, part by part."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a, b = net.a(x), net.b(x)
+        y = torch.zeros(len(x), 8)
+        y[:, :4], y[:, 4:] = a, 0.5
+        y[:, :4].mul_(2)
+        y[:, 4:] += b
+        y.view(len(x), 2, 4)[:, 1].clamp_(min=0)
+        return net.c(y)
+
+    return Wired(wiring, a=nn.Linear(5, 4), b=nn.Linear(5, 4), c=nn.Linear(8, 3)), torch.randn(2, 5)
+
+
+@case({"a b": 2, "a": (2, 2)}, blocked={"c": "output"})
+def added_to_part_of_another() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        a[:, :4] += net.b(x)
+        a[:, 1:][:, ::2].neg_()
+        return net.c(a.relu())
+
+    return Wired(wiring, a=nn.Conv1d(3, 8, 1), b=nn.Conv1d(3, 4, 1), c=nn.Conv1d(8, 3, 1)), torch.randn(2, 3, 5)
+
+
+@case({"a": 4, "b": 4}, blocked={"c": "output"})
+def added_to_padding() -> Built:
+    """Padding is the same for all channels, whatever lies beside it."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        y = F.pad(net.a(x), (0, 4))
+        return net.c(torch.cat([y[:, :4], (y[:, 4:] + net.b(x)).relu()], 1))
+
+    return Wired(wiring, a=nn.Linear(5, 4), b=nn.Linear(5, 4), c=nn.Linear(8, 3)), torch.randn(2, 5)
+
+
+@case({"a": 8}, blocked={"c": "output"})
+def tokens_written_beside_parameters() -> Built:
+    """A class token is written in front of the others, and positions begin as a parameter that tokens are added to."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        tokens = torch.zeros(len(x), 7, 8)
+        tokens[:, :1] = net.token
+        tokens[:, 1:] = net.a(x)
+        placed = net.places.repeat(len(x), 1, 1)
+        placed[:, 1:] += tokens[:, 1:]
+        return net.c((tokens * placed).relu())
+
+    places = {"token": parameter(1, 1, 8), "places": parameter(1, 7, 8)}
+    return Wired(wiring, a=nn.Linear(5, 8), c=nn.Linear(8, 3), **places), torch.randn(2, 6, 5)
+
+
+@case({"a": 8}, blocked={"c": "output"})
+def rows_added_to_part_by_index() -> Built:
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        late = a[:, 1:]
+        late[:, torch.tensor([0, 2])] += 1.0
+        late.index_add_(1, torch.tensor([1, 3]), a[:, :2].clone())
+        return net.c(a.relu())
+
+    return Wired(wiring, a=nn.Linear(5, 8), c=nn.Linear(8, 3)), torch.randn(2, 6, 5)
+
+
+@case({}, blocked={"a": "write into part of a parameter or buffer"})
+def written_into_part_of_a_buffer() -> Built:
+    """A cache stays as long as it is, call after call."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        net.cache[:, :6] = net.a(x)
+        return net.c(net.cache)
+
+    return Wired(wiring, a=nn.Linear(5, 8), c=nn.Linear(8, 3), cache=nn.Buffer(torch.zeros(2, 9, 8))), torch.randn(
+        2, 6, 5
+    )
+
+
+@case({}, blocked={"a": "seen as another kind"})
+def written_through_another_kind() -> Built:
+    """Pairs of numbers are written through a view of complex ones."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        y = torch.zeros(len(x), 4, dtype=torch.complex128)
+        torch.view_as_real(y)[...] += net.a(x).view(len(x), 4, 2)
+        return net.c(torch.view_as_real(y * 2).flatten(1))
+
+    return Wired(wiring, a=nn.Linear(5, 8), c=nn.Linear(8, 3).double()), torch.randn(2, 5)
+
+
 @case({"a": 6}, blocked={"c": "output"})
 def linear_map_resampled() -> Built:
     """A linear layer computes maps of 4 by 4, which are pooled and enlarged: a map is one channel in 16 slots."""

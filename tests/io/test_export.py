@@ -17,6 +17,8 @@ import intrafusion
 import intrafusion.io.export as export_module
 from intrafusion import export
 from intrafusion.errors import ArgumentError, FolderError, ModelError
+from intrafusion.io.export import export_inputs
+from intrafusion.network.inputs import Inputs
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 FRESH = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -290,6 +292,31 @@ def test_a_length_in_the_code_is_no_batch_size(tmp_path: Path) -> None:
     assert found.any_batch
     fresh = torch.randn(5, 4)
     torch.testing.assert_close(torch.export.load(found.path).module()(fresh), net(fresh))
+
+
+class Keywords(nn.Module):
+    """Takes what it needs from whatever it is given, as forwards that pass their arguments on do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, first: Tensor, *others: Tensor, **named: Tensor) -> Tensor:
+        return self.first(first) + self.second(named["second"]) * named["scale"] + sum(others)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_keywords_without_a_name_in_the_forward_take_batches_of_every_size(others: int, tmp_path: Path) -> None:
+    net = seeded(Keywords)
+    make = lambda size: (  # noqa: E731
+        *(torch.randn(size, 4), *(torch.randn(size, 3) for _ in range(others))),
+        {"scale": torch.rand(size, 1), "second": torch.randn(size, 4)},
+    )
+    *args, named = make(2)
+    found = export_inputs(net, Inputs(tuple(args), named), tmp_path / "net.pt2")
+    assert found.any_batch
+    *args, named = make(5)
+    torch.testing.assert_close(torch.export.load(found.path).module()(*args, **named), net(*args, **named))
 
 
 def test_whole_numbers_that_differ_are_noticed(tmp_path: Path) -> None:

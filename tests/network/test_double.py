@@ -7,10 +7,12 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
 
 import intrafusion
+from intrafusion.network.double import copy_as_double, run_in_double
+from intrafusion.network.inputs import Inputs
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -30,3 +32,25 @@ def test_a_layer_that_torch_quantised_is_left_alone_and_the_others_are_not() -> 
     reference = copy.deepcopy(model)
     reference[5].weight.data[:, [i for i in range(9) if i not in kept]] = 0
     torch.testing.assert_close(small.model(x), reference(x))
+
+
+class Written(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros(len(x), 8)  # of no type: float32, whatever x is
+        y[:, ::2] = self.enter(x)
+        y[:, 1::2] += y[:, ::2]
+        return self.leave(y)
+
+
+def test_what_is_written_into_part_of_a_shorter_tensor_is_not_lost() -> None:
+    """Its double must not be a copy, or any two networks that write so would seem to be alike."""
+    torch.manual_seed(0)
+    model, x = Written(), torch.randn(2, 5, dtype=torch.float64)
+    double = copy_as_double(model)
+    h = double.enter(x)
+    expected = double.leave(torch.stack([h, h], -1).flatten(1))
+    torch.testing.assert_close(run_in_double(double, Inputs.of(x)), [expected.detach()], rtol=1e-14, atol=1e-14)

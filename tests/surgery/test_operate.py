@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -474,3 +475,26 @@ def test_a_mask_along_the_channels_themselves_is_left_alone() -> None:
     net.cap[3] = INF
     with pytest.raises(ModelError, match="cap has infinite or NaN entries along these channels"):
         intrafusion.compress(net, torch.randn(4, 3))
+
+
+class Bare(nn.Module):
+    """Norms without parameters and statistics, which no tensor tells how many channels they see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3)
+        self.instance, self.batch = nn.InstanceNorm2d(8), nn.BatchNorm2d(8, affine=False, track_running_stats=False)
+        self.other = nn.InstanceNorm2d(99)  # wrong before, and PyTorch's own warning
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.other(self.batch(self.instance(self.enter(x)))).relu())
+
+
+@pytest.mark.filterwarnings("ignore:input's size at dim=1 does not match num_features:UserWarning")
+def test_norms_without_parameters_state_what_they_see(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = intrafusion.compress(Bare(), torch.randn(2, 3, 8, 8), 0.5, restore=None)
+    small.save(tmp_path / "small")
+    for model in (small.model, intrafusion.load(tmp_path / "small", Bare)):
+        norms = [model.get_submodule(name).num_features for name in ("instance", "batch", "other")]
+        assert norms == [4, 4, 99]

@@ -258,6 +258,31 @@ def test_a_sum_over_channels_is_reduced_as_it_is() -> None:
     assert off(small, net, x) <= EXACT
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda a, b: b * a.mean(1, keepdim=True),
+        lambda a, b: b * a.sum(1, keepdim=True) / a.shape[1],
+        lambda a, b: F.pad(a.relu(), (0, b.shape[1] - a.shape[1])) + b,
+    ],
+)
+def test_a_group_of_which_one_channel_is_left_is_compared_like_others(
+    operation: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """One channel has no name in a trace; the reason was that another group is no longer seen, or a factor unknown."""
+    torch.manual_seed(0)
+    net = Wired(
+        lambda n, x: n.head(operation(n.a(x), n.b(x))), a=nn.Linear(8, 3), b=nn.Linear(8, 8), head=nn.Linear(8, 3)
+    )
+    dead_(net.a, 1)
+    dead_(net.b, 1)
+    net, x = net.double().eval(), torch.randn(6, 8).double()
+    small = compress(net, x, 0.34, reducer="select", restore=None)
+    assert not small.rolled_back
+    assert 1 in small.plan.sizes.values()
+    assert off(small, net, x) <= EXACT
+
+
 def test_distances_to_learned_centres_lose_the_terms_of_removed_channels() -> None:
     torch.manual_seed(0)
     wiring = lambda n, x: n.o(torch.cdist(n.a(x), n.centres))  # noqa: E731

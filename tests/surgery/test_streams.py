@@ -379,3 +379,31 @@ def test_channels_that_are_divided_by_their_length_are_rotated(how: str) -> None
 
 def is_picking(matrix: Tensor) -> bool:
     return bool((matrix.count_nonzero(1) == 1).all())
+
+
+class Deviating(nn.Module):
+    """A norm as it is often written out: by a deviation, which has n - 1 in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.gain, self.out = nn.Linear(6, 16), nn.Parameter(torch.rand(16) + 0.5), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        return self.out((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-3) * self.gain)
+
+
+def test_a_rotation_that_depends_on_the_width_becomes_a_selection() -> None:
+    torch.manual_seed(0)
+    net, x = Deviating().eval(), torch.randn(64, 6)
+    small = intrafusion.compress(net, x[:4], 0.5, inputs=x, restore=None)
+    row = small.plan.decisions[0]
+    assert (row.m, row.proof, row.mixing.partition(":")[0]) == (8, "symmetry", "selected")
+    assert "not rotated: the smaller network is not the original without these channels; the output" in row.mixing
+    kept = small.plan.maps["into"].merge.argmax(1)
+    expected = Deviating()
+    expected.into.weight.data, expected.into.bias.data = net.into.weight[kept].data, net.into.bias[kept].data
+    expected.gain.data = net.gain[kept].data
+    expected.out.weight.data, expected.out.bias.data = net.out.weight[:, kept].data, net.out.bias.data
+    torch.testing.assert_close(small.model(x), expected(x))
+    assert intrafusion.apply(net, small.plan, x[:4]).plan == small.plan

@@ -87,7 +87,7 @@ def build(wiring: Wiring, count: int = 3) -> nn.Module:
     experts = nn.ModuleList([nn.Linear(12, 8) for _ in range(count)])
     parts = {"stem": nn.Linear(5, 12), "e": experts, "loop": nn.Linear(12, 12)}
     net: Any = Wired(wiring, **parts, gate=nn.Linear(5, 3), head=nn.Linear(8, 4)).eval()
-    for layer in (net.stem, net.loop, *experts):
+    for layer in (net.stem, net.loop, net.gate, *experts):
         layer.weight.data[::2], layer.bias.data[::2] = 0, 0
     return net
 

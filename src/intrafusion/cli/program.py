@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
+from intrafusion.arguments import expand_home
 from intrafusion.cli.completion import join_words_at_colons
 from intrafusion.cli.console import messages
 from intrafusion.cli.defaults import told_defaults
@@ -21,6 +23,9 @@ OLD_OPTIONS = {
     "split-train": {"--limit": "--train-images"},
 }
 """Options of version 0.1 by command, and what they are called now."""
+
+
+_IN_HOME = re.compile(r"((?:--[\w-]+=)?(?:\w+:)?)(~(?:/.*)?)", re.DOTALL)  # what is in front of ~, and the path
 
 
 class Program(typer.Typer):
@@ -43,7 +48,13 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         known = OLD_OPTIONS.get(self.name or "", {})
-        return super().parse_args(ctx, [_rename(word, known) for word in args])
+        return super().parse_args(ctx, [expand_word(_rename(word, known)) for word in args])
+
+
+def expand_word(word: str) -> str:
+    """With the home of the user for ~, where no shell did that: behind --option= and hf:, or in quotes."""
+    found = _IN_HOME.fullmatch(word)
+    return word if found is None else f"{found[1]}{expand_home(found[2])}"
 
 
 def _rename(word: str, known: dict[str, str]) -> str:

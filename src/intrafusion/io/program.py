@@ -132,12 +132,29 @@ def _trace_free(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     A forward that is run as it is has one number for `len(x)`; one whose code is read, which fewer allow, has not.
     """
     batch = torch.export.Dim("batch", min=1)
+    _name_keywords_(model, inputs)
     named = inspect.signature(model.forward).bind(*inputs.args, **(inputs.kwargs or {})).arguments
     shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, dict(named))
     try:
         return _trace(model, inputs, shapes)
     except Exception:  # whatever tracing makes a forward raise
         return _trace(model, inputs, shapes, strict=True)
+
+
+def _name_keywords_(model: nn.Module, inputs: Inputs) -> None:
+    """Have a forward that takes **keywords name those that it is given, as PyTorch frees no dimension of others."""
+    forward, signature = model.forward, inspect.signature(model.forward)
+    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    given = [name for name in inputs.kwargs or {} if name not in signature.parameters]
+    if len(kept) == len(signature.parameters) or not given:
+        return
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in given]
+    named.__signature__ = signature.replace(parameters=[*kept, *more])  # pyright: ignore[reportFunctionMemberAccess]
+    model.forward = named
 
 
 def _trace(model: nn.Module, inputs: Inputs, shapes: Any = None, *, strict: bool = False) -> ExportedProgram:

@@ -23,23 +23,27 @@ TOLERANCE = 1e-8
 
 
 class DoublePrecision(Mode):
-    """Everything in float64, also where a network casts to less or makes constants in less."""
+    """Everything in float64, also where a network casts to less or makes constants in less.
+
+    What is made is lengthened, not what is viewed: what is written into a part must not go into part of a copy.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(kwargs.get("dtype"), torch.dtype):
             kwargs = {**kwargs, "dtype": _double_of(kwargs["dtype"])}
-        if not func._schema.is_mutable:
-            args, kwargs = tuple(map(_as_double, args)), {name: _as_double(x) for name, x in kwargs.items()}
+        if func._schema.is_mutable or (func.is_view and func is not torch.ops.aten.lift_fresh.default):
+            return func(*args, **kwargs)
+        args, kwargs = tuple(map(_as_double, args)), {name: _as_double(x) for name, x in kwargs.items()}
         if is_grouped_product(func):  # it has no float64
             return multiply_groups(*args, **kwargs)
         if func.namespace == "quantized":  # nor have these
             return tree_map(_as_double, func(*tree_map(_as_single, args), **tree_map(_as_single, kwargs)))
-        return func(*args, **kwargs)
+        return _as_double(func(*args, **kwargs))
 
 
 def _as_double(x: Any) -> Any:
-    """An argument of an operation: a tensor, tensors in a list, or none."""
+    """An argument of an operation, or what it gives: a tensor, tensors in a list, or none."""
     if isinstance(x, Tensor):
         dtype = _double_of(x.dtype)
         return x if dtype is x.dtype else x.to(dtype)

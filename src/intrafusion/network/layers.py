@@ -205,13 +205,18 @@ class Layer:
         return min(rows, max(_FEWEST_ROWS, _ENTRIES // (self.groups * self.fan_in)))
 
     @property
+    def own_bias(self) -> Tensor | None:
+        """Its bias, unless that is computed anew in each call, as one that `torch.nn.utils.prune` masks."""
+        return self.module._parameters.get("bias")
+
+    @property
     def takes_constant(self) -> bool:
-        return self.module.bias is not None or self.norm is not None
+        return self.own_bias is not None or self.norm is not None
 
     @property
     def writable(self) -> list[Tensor]:
         """What `add_` may write."""
-        own = (self.module.weight, self.module.bias, None if self.norm is None else self.norm.mean)
+        own = (self.module.weight, self.own_bias, None if self.norm is None else self.norm.mean)
         return [t for t in own if t is not None]
 
     def apply_norm(self, output: Tensor) -> Tensor:
@@ -369,11 +374,14 @@ class Layer:
         return torch.where(there[..., None], rows, 0.0)
 
     def add_(self, change: Tensor, constant: Tensor) -> None:
-        """Add in place: to the weight, in the form of `matrix`; a constant to the bias or, without one, to the norm."""
+        """Add in place: to the weight, in the form of `matrix`; a constant to the bias or, without one, to the norm.
+
+        Nowhere, where it takes none.
+        """
         weight = self.module.weight
         weight.data.copy_(weight.double() + self.as_weight(change))
-        if self.module.bias is not None:
-            self.module.bias.data.copy_(self.module.bias.double() + constant)
+        if self.own_bias is not None:
+            self.own_bias.data.copy_(self.own_bias.double() + constant)
         elif self.norm is not None:
             self.norm.mean.data.copy_(self.norm.mean.double() - constant)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from intrafusion.arguments import Count, NotNegative, Positive, Seed, checked
+from intrafusion.arguments import Count, NotNegative, Positive, Seed, checked, expand_home
 from intrafusion.brief import show_briefly
 from intrafusion.errors import DivergenceError, FolderError, ModelError
 from intrafusion.graph import ChannelGraph
@@ -385,7 +385,7 @@ def _checkpoints(how: Distill, small: nn.Module, pool: Pool) -> Iterator[Path | 
     if how.folder is None:
         yield None
         return
-    place = Path(how.folder) / f"distill-{_name(how, small, pool)}"
+    place = Path(expand_home(how.folder)) / f"distill-{_name(how, small, pool)}"
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:

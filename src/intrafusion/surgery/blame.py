@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Container, Iterator
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, TracebackType
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -23,15 +23,30 @@ def explain_crash(error: Exception, sizes: Container[int]) -> str:
     """An error in words: what, in which line, and whether a number in the code there is one of these old sizes."""
     cause = error.__cause__
     text = " ".join((f"{type(cause).__name__}: {cause}" if cause else str(error)).split())[:200]
-    step = next((s for s in list_steps(error) if not s.tb_frame.f_code.co_filename.startswith(_NOT_THE_USERS)), None)
+    step = next((s for s in list_steps(error) if is_of_user(s.tb_frame.f_code)), None)
     if step is None:
         return text
-    place = f"{Path(step.tb_frame.f_code.co_filename).name}:{find_lines(step)[0]}"
-    written = [str(n) for n in _find_literals(step) if n in sizes]
+    code, at = step.tb_frame.f_code, step.tb_lasti
+    place = name_place(code, at, step.tb_lineno)
+    written = [str(n) for n in find_literals(code, at) if n in sizes]
     if not written:
         return f"{text}; at {place}"
     numbers = f"{', '.join(written)} {'is' if len(written) == 1 else 'are'} written"
     return f"{text}; at {place}, where {numbers} in the code: take it from a shape, or from an attribute of the module"
+
+
+def is_of_user(code: CodeType) -> bool:
+    """Whether code is neither PyTorch's nor ours."""
+    return not code.co_filename.startswith(_NOT_THE_USERS)
+
+
+def name_place(code: CodeType, at: int, line: int = 0) -> str:
+    """File and line of an instruction.
+
+    Args:
+        line: where the code does not say.
+    """
+    return f"{Path(code.co_filename).name}:{_find_span(code, at)[0] or line}"
 
 
 def list_steps(error: BaseException) -> list[TracebackType]:
@@ -58,27 +73,31 @@ def counted_calls() -> Iterator[list[str]]:
 
 def find_lines(step: TracebackType) -> tuple[int, int]:
     """First and last line of the expression that failed."""
-    first, last, _, _ = _find_span(step)
+    first, last, _, _ = _find_span(step.tb_frame.f_code, step.tb_lasti)
     return first or step.tb_lineno, last or first or step.tb_lineno
 
 
-def _find_span(step: TracebackType) -> tuple[int | None, int | None, int | None, int | None]:
+def _find_span(code: CodeType, at: int) -> tuple[int | None, int | None, int | None, int | None]:
     """First and last line, and first and last column."""
-    spans = step.tb_frame.f_code.co_positions()
-    return next(islice(spans, step.tb_lasti // 2, None), (None, None, None, None))
+    return next(islice(code.co_positions(), at // 2, None), (None, None, None, None))
 
 
-def _find_literals(step: TracebackType) -> list[int]:
-    """Whole numbers in the source of the expression that failed; none where there is no source."""
-    first, last, start, end = _find_span(step)
+def find_literals(code: CodeType, at: int, *, given: bool = False) -> list[int]:
+    """Whole numbers in the source of the expression that an instruction is of; none where there is no source.
+
+    Args:
+        given: only those in the arguments of a call, not in what it is called on.
+    """
+    first, last, start, end = _find_span(code, at)
     if first is None or last is None or start is None or end is None:
         return []
-    lines = [linecache.getline(step.tb_frame.f_code.co_filename, n).encode() for n in range(first, last + 1)]
+    lines = [linecache.getline(code.co_filename, n).encode() for n in range(first, last + 1)]
     lines[-1] = lines[-1][:end]
     lines[0] = lines[0][start:]
     try:
         tree = ast.parse(textwrap.dedent(b"\n".join(lines).decode()), mode="eval")
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return []
-    found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    roots = [*tree.body.args, *tree.body.keywords] if given and isinstance(tree.body, ast.Call) else [tree]
+    found = [node.value for root in roots for node in ast.walk(root) if isinstance(node, ast.Constant)]
     return list(dict.fromkeys(n for n in found if type(n) is int))

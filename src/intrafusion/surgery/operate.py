@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -23,6 +26,7 @@ from intrafusion.surgery.literals import Breakdown, Literals
 from intrafusion.surgery.maps import reduce_weights
 from intrafusion.surgery.memory import recall
 from intrafusion.surgery.numbers import explain_state
+from intrafusion.surgery.regrouping import Regrouping, View, list_views
 from intrafusion.surgery.scopes import find_scope
 from intrafusion.surgery.search import Failure, find_largest_passing, leave_out_suspects, take_back, take_back_by_kind
 from intrafusion.surgery.ties import explain_shared_width, offer_blocks
@@ -39,6 +43,7 @@ CEILING = 1e-3  # a larger difference is none of rounding
 
 
 _END = 1 << 40  # more than any network has operations
+_REGROUPED = 4  # reasons to which a number in the code is looked for that may be behind them
 _RUNS, _DIFFERS, _UNPROVED = ((k * _END, k * _END) for k in (1, 2, 3))  # how far an attempt came that failed
 
 
@@ -91,6 +96,7 @@ class Surgery:
     maps: as they were carried out, for every group that is reduced.
     literals: which numbers in attributes had to follow, for the next network.
     numbers: those of the repairs that are such numbers.
+    unproved: which of the groups that were rolled back made a network that runs, and is wrong.
     """
 
     model: nn.Module
@@ -99,6 +105,7 @@ class Surgery:
     maps: Maps
     literals: Literals
     numbers: tuple[Repair, ...] = ()
+    unproved: frozenset[str] = frozenset()
 
     __repr__ = show_briefly
 
@@ -140,15 +147,32 @@ def operate(model: nn.Module, graph: ChannelGraph, maps: Maps, inputs: Inputs, p
     passed, stopped, unproved = _search(attempts, [g for g in groups if g.name not in known])
     findings.guilty |= stopped.keys() | unproved.keys()
     known = findings.keep(sizes, inputs, {**known, **stopped})
-    small, repairs = attempts.find_made(passed)
     why = {**known, **unproved}
+    regrouped = _find_regrouping(attempts, passed, why)
+    small, repairs = attempts.find_made(passed)
     shared = {n: explain_shared_width(graph[n], graph, model) for n in known}
     offers = {} if any(not g.is_channel for g in groups) else {n: offer_blocks(graph[n], graph) for n in why}
     rolled_back = {
-        g.name: shared.get(g.name, "") + why[g.name] + offers.get(g.name, "") for g in groups if g.name in why
+        g.name: shared.get(g.name, "") + why[g.name] + regrouped.get(g.name, "") + offers.get(g.name, "")
+        for g in groups
+        if g.name in why
     }
     numbers = attempts.numbers.get(_names_of(passed), ())
-    return Surgery(small, repairs, rolled_back, attempts.settle(passed), attempts.literals, numbers)
+    return Surgery(
+        *(small, repairs, rolled_back, attempts.settle(passed), attempts.literals, numbers), frozenset(unproved)
+    )
+
+
+def _find_regrouping(attempts: _Attempts, passed: Sequence[ChannelGroup], why: Mapping[str, str]) -> dict[str, str]:
+    """What is to be added to the reasons of groups that went wrong as a number in the code regroups their channels."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name, reason in why.items():
+        alike[re.sub(r"^like \S+: ", "", reason)].append(name)
+    found = dict[str, str]()
+    for names in islice(alike.values(), _REGROUPED):
+        told = attempts.explain_regrouping([*passed, *(attempts.graph[name] for name in names)])
+        found |= dict.fromkeys(names, f"; {told}" if told else "")
+    return found
 
 
 def _search(
@@ -226,6 +250,10 @@ class _Attempts:
         except Exception:  # it only saves time
             return None
 
+    @cached_property
+    def views(self) -> Sequence[View]:
+        return list_views(self.model, self.inputs)
+
     def sizes_of(self, groups: Sequence[ChannelGroup]) -> dict[str, int]:
         return {g.name: len(self.maps[g.name].merge) for g in groups}
 
@@ -260,6 +288,17 @@ class _Attempts:
         if trial is not None and trial.error is not None:
             return Failure(found.why, trial.place, suspects)
         return Failure(found.why, _place_of(found), suspects)
+
+    def explain_regrouping(self, groups: Sequence[ChannelGroup]) -> str:
+        """Which number in the code keeps the network of these groups from showing them, in words; "" if none does."""
+        if not self.views:
+            return ""
+        small = self.find_made(groups)[0]
+        for mode, told in Regrouping(self.views, list_views(small, self.inputs)).ways_to_mend():
+            with mode:
+                if not isinstance(self._look(groups, small), Breakdown):
+                    return told
+        return ""
 
     def check(self, groups: Sequence[ChannelGroup]) -> Failure | None:
         """How a network fails to run, to show its groups, or to be right, when these are reduced."""

@@ -40,10 +40,10 @@ from intrafusion.surgery.maps import (
     reduce_weights,
 )
 from intrafusion.surgery.norms import fold_norms
-from intrafusion.surgery.operate import Maps, RepairsOf, tolerance_of
+from intrafusion.surgery.operate import Maps, RepairsOf, Surgery, operate, tolerance_of
 from intrafusion.surgery.scopes import is_inside
 from intrafusion.surgery.search import FamilyKind, family_kind
-from intrafusion.surgery.streams import find_turned, fold_streams_, is_turned, widen_turn
+from intrafusion.surgery.streams import find_turned, fold_streams_, is_turned, select_instead, widen_turn
 from intrafusion.surgery.write import weights_written
 from intrafusion.trace.call import name_operation
 from intrafusion.trace.dispatch import Tracer
@@ -104,6 +104,38 @@ class Reference:
         return run_in_double(self.double, self.probe, self.graph.calls, Draws(mean=True), self.graph.ways)
 
 
+@dataclass(frozen=True, eq=False)
+class Proved:
+    """What a plan makes of a network, and how it was proved.
+
+    Attributes:
+        check: that the surgery passed.
+        unturned: why groups were selected that were to be rotated, by name.
+    """
+
+    surgery: Surgery
+    check: FunctionCheck
+    unturned: Mapping[str, str] = field(default_factory=dict)
+
+    __repr__ = show_briefly
+
+
+def carry_out(reference: Reference, maps: Maps) -> Proved:
+    """The smaller network of these maps, proved; rotations that the proof does not bear out become selections.
+
+    What a random rotation of all channels leaves as it is may still depend on how many there are, as a deviation with
+    n - 1 in it does. A selection of these has no original to be compared with, and no proof but by symmetry.
+    """
+    check = FunctionCheck(reference)
+    surgery = operate(reference.model, reference.graph, maps, reference.inputs, check)
+    turned = find_turned(reference.graph.groups, {n: maps[n] for n in surgery.unproved})
+    if not turned:
+        return Proved(surgery, check)
+    why = {g.name: f"{g.unmixable}; not rotated: {surgery.rolled_back[g.name]}" for g in turned}
+    found = carry_out(reference, {**maps, **{name: select_instead(maps[name]) for name in why}})
+    return replace(found, unturned={**found.unturned, **why})
+
+
 @dataclass(eq=False)
 class FunctionCheck:
     """Compares smaller networks with the original one without the channels that they lack.
@@ -154,7 +186,7 @@ class FunctionCheck:
         why = self._disprove(maps, exact, fresh)
         if why and (exact.keys() == maps.keys() or not self._holds_frozen(maps, fresh)):
             return why
-        odd = {i: pair for i, pair in fresh.items() if pair[0].operation != "mean"}  # a norm's own mean may change
+        odd = _leave_out_means(fresh)
         looked_at = maps.keys() - exact.keys() - self.proved.keys()
         if odd and looked_at and not why and (left := self._find_other(odd, exact)):
             return _explain(None, left, [])
@@ -172,7 +204,8 @@ class FunctionCheck:
         error = self.error(exact)
         if self.passes(error) or self.compensate(maps, exact, changed):
             return None
-        return _explain(error, changed, self._derived(maps))
+        told = _leave_out_means(changed) if find_turned(self.graph.groups, exact) else changed
+        return _explain(error, told, self._derived(maps))
 
     def _holds_frozen(self, maps: Maps, changed: _Changes) -> bool:
         """Whether the network is right where its layer norms have the statistics of the original without the channels.
@@ -352,10 +385,30 @@ def _round_to(ratio: float | None, exact: Sequence[float]) -> float | None:
 
 def _find_changed_factors(old: Sequence[Factor], new: Sequence[Factor]) -> _Changes:
     """Numbers that differ between two traces of one forward, by their place; none where the traces are not alike."""
+    new = _fill_in_means(old, new)
     if [(f.operation, f.where) for f in old] != [(f.operation, f.where) for f in new]:
         return {}
     pairs = zip(old, new, strict=True)
     return {i: (a, b) for i, (a, b) in enumerate(pairs) if not math.isclose(a.value, b.value, rel_tol=1e-6)}
+
+
+def _fill_in_means(old: Sequence[Factor], new: Sequence[Factor]) -> Sequence[Factor]:
+    """With the means over channels of which one is left, which is no mean any more."""
+    filled, rest = list[Factor](), list(new)
+    for factor in old:
+        there = bool(rest) and (factor.operation, factor.where) == (rest[0].operation, rest[0].where)
+        if there:
+            filled.append(rest.pop(0))
+        elif factor.operation == "mean":
+            filled.append(replace(factor, value=1.0))
+        else:
+            break
+    return [*filled, *rest]
+
+
+def _leave_out_means(changed: _Changes) -> _Changes:
+    """Without the means over channels: that of a norm changes with the width, and does no harm."""
+    return {i: pair for i, pair in changed.items() if pair[0].operation != "mean"}
 
 
 def _explain(error: float | None, changed: _Changes, derived: Sequence[str]) -> str:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from intrafusion.graph import ChannelGroup, Member, StreamNorm, StreamScale
-from intrafusion.reduce.problem import ReductionMap
+from intrafusion.reduce.pivot import Pivot
+from intrafusion.reduce.problem import Moments, ReductionMap
+from intrafusion.reduce.select import selection_map
 
 
 def fold_streams_(weights: dict[str, Tensor], groups: Iterable[ChannelGroup]) -> None:
@@ -94,6 +96,14 @@ def random_turn(group: ChannelGroup, generator: np.random.Generator) -> Reductio
         turn = basis.T @ turn @ basis + 1 / n
     matrix = torch.from_numpy(turn)
     return ReductionMap(matrix, matrix.T.contiguous())
+
+
+def select_instead(reduction: ReductionMap) -> ReductionMap:
+    """As many channels as a rotation keeps directions: those of which most lies in these directions."""
+    merge = reduction.merge
+    m, n = merge.shape
+    inside = Moments(merge.new_zeros(1, n), (merge.T @ merge)[None], torch.eye(n).to(merge))
+    return selection_map(Pivot().choose(inside, m), n)
 
 
 def widen_turn(reduction: ReductionMap) -> ReductionMap:

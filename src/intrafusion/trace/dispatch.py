@@ -20,9 +20,10 @@ from intrafusion.network.grouped import is_grouped_product, multiply_groups
 from intrafusion.network.modes import Mode
 from intrafusion.trace.call import Call
 from intrafusion.trace.info import Info, LabelledTensor, Outcome
-from intrafusion.trace.labels import FIRST, narrow
+from intrafusion.trace.labels import FIXED, narrow
 from intrafusion.trace.ledger import Ledger
 from intrafusion.trace.rules import find_rule, refuse
+from intrafusion.trace.rules.movement import write_part
 
 _FILLS = tuple(form.format(what) for what in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like"))
 _ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow", "addmm", "baddbmm", "addcmul", "addcdiv")
@@ -62,9 +63,11 @@ class Tracer(Mode):
 
         A sum that begins as zeros, `total += branch(x)`, is such; what it holds behind that varies with the channels.
         """
-        if not func._schema.is_mutable or not args or not isinstance(args[0], Tensor) or args[0]._is_view():
+        if not func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
             return args
-        if self.ledger.knows(args[0]) or not any(isinstance(x, Tensor) and self.ledger.knows(x) for x in args[1:]):
+        info = self.ledger.look_up(args[0])
+        constant = info is None or (isinstance(info, LabelledTensor) and info.is_uniform)
+        if not constant or not any(isinstance(x, Tensor) and self.ledger.knows(x) for x in args[1:]):
             return args
         return args[0].detach().clone(), *args[1:]
 
@@ -92,7 +95,8 @@ class Tracer(Mode):
         self.ledger.note_passage(operands, results if len(results) > 1 else [])
         for output, info in zip(call.outputs, results, strict=len(results) > 1):
             if isinstance(output, Tensor):
-                self.ledger.learn(output, info)
+                wrote = call.in_place and output._is_view()
+                self.ledger.learn(output, write_part(self.ledger, call, output, info) if wrote else info)
 
     def _apply_rule(self, call: Call) -> Outcome:
         try:
@@ -102,7 +106,7 @@ class Tracer(Mode):
 
     def _note_factors(self, call: Call) -> None:
         """Remember the numbers that channels meet: the forward may derive them from how many channels there are."""
-        if call.name not in _ARITHMETIC or not any(_names_channels(self.ledger.look_up(x)) for x in call.tensors):
+        if call.name not in _ARITHMETIC or not any(_holds_channels(self.ledger.look_up(x)) for x in call.tensors):
             return
         for value in (*call.args, *call.kwargs.values()):
             if isinstance(value, Tensor) and value.numel() == 1 and self.ledger.look_up(value) is None:
@@ -144,8 +148,9 @@ def _check_rectangular(call: Call) -> None:
         )
 
 
-def _names_channels(info: Info | None) -> bool:
-    return isinstance(info, LabelledTensor) and bool((narrow(info.labels) >= FIRST).any())
+def _holds_channels(info: Info | None) -> bool:
+    """Whether a tensor holds anything beside fixed data; one channel alone has no name."""
+    return isinstance(info, LabelledTensor) and bool((narrow(info.labels) != FIXED).any())
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from intrafusion.brief import show_briefly
-from intrafusion.trace.labels import FIXED, compact, fill, find_varying
+from intrafusion.trace.labels import FIXED, compact, fill, find_varying, narrow
 
 
 @dataclass(eq=False)
@@ -86,6 +86,11 @@ class LabelledTensor:
     def fixed(cls, shape: tuple[int, ...]) -> LabelledTensor:
         """An input, or anything else whose channels must stay as they are."""
         return cls(fill(FIXED, shape))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is a constant, or the same for all channels, everywhere: padding."""
+        return not narrow(self.labels).any()
 
     def map(self, move: Callable[[Tensor], Tensor]) -> LabelledTensor:
         return LabelledTensor(compact(move(self.labels)), tail=self.tail, writer=self.writer)

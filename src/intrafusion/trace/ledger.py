@@ -54,15 +54,16 @@ class Ledger:
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor carries channels or comes from parameters."""
-        return tensor in self._known or id(tensor) in self._parameters
+        return tensor in self._known or id(tensor) in self._parameters or self._is_part_of_written(tensor)
 
     def look_up(self, tensor: Tensor | None) -> Info | None:
         """What is known of a tensor; parameters and buffers get their coordinates when they are first read."""
         if tensor is None:
             return None
-        base = tensor._base if len(self._written) else None
-        if base is not None and base in self._written:  # views that were made before the write see it too
-            return LabelledTensor(_view_labels(self._written[base], base, tensor).clone())
+        if self._is_part_of_written(tensor):  # views that were made before the write see it too
+            base = tensor._base
+            assert base is not None
+            return LabelledTensor(compact(_view_labels(self._written[base], base, tensor).clone()))
         known = self._known.get(tensor)
         if known is None and id(tensor) in self._parameters:
             known = self._known[tensor] = self._start_coordinates(self._parameters[id(tensor)])
@@ -89,7 +90,7 @@ class Ledger:
         elif base in self._alike:
             del self._alike[base]
 
-    def write_part(self, view: Tensor, labels: Tensor) -> LabelledTensor:
+    def write_part(self, view: Tensor, labels: Tensor) -> None:
         """Labels written into part of a tensor, of which every view then knows.
 
         The rest of an unknown one is fixed, unless it was filled with one number.
@@ -103,11 +104,14 @@ class Ledger:
             self._written[base] = torch.empty_strided(base.shape, base.stride(), dtype=torch.long).copy_(start)
         _view_labels(self._written[base], base, view).copy_(labels)
         self._known[base] = LabelledTensor(compact(self._written[base].clone()))
-        return LabelledTensor(compact(labels))
 
-    def is_written(self, tensor: Tensor) -> bool:
-        """Whether parts were written into the tensor, or the one that it is a view of."""
-        return (tensor if tensor._base is None else tensor._base) in self._written
+    def _is_part_of_written(self, tensor: Tensor) -> bool:
+        base = tensor._base if len(self._written) else None
+        return base is not None and base in self._written
+
+    def is_of_network(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or a buffer itself, not one that was computed."""
+        return id(tensor) in self._parameters
 
     def _start_coordinates(self, name: str) -> Weight:
         self.reached.add(name)

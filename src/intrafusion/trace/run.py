@@ -16,6 +16,7 @@ from intrafusion.errors import ModelError
 from intrafusion.graph import ChannelGraph, Way
 from intrafusion.names import name_some
 from intrafusion.network.apart import borrow
+from intrafusion.network.computed import tell_of_computed
 from intrafusion.network.decisions import Decisions, ListsRead, call_ways
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.layers import unseen_by_modes
@@ -98,7 +99,8 @@ def _follow_ways(model: nn.Module, run: _Run, found: Ways) -> ChannelGraph:
 
 
 def _build(model: nn.Module, run: _Run, ways: tuple[Way, ...], places: Sequence[str] = ()) -> ChannelGraph:
-    notes = (_warn_of_unreached(model, run.ledger), _warn_of_unopened(run), _warn_of_draws(run), _tell_of(ways, places))
+    seen = (_warn_of_unreached(model, run.ledger), _warn_of_unopened(run), _warn_of_draws(run))
+    notes = (*seen, tell_of_computed(model), _tell_of(ways, places))
     found = (run.ledger.relations, run.ledger.shapes, run.ledger.origins, tuple(chain(*notes)))
     graph = build_graph(*found, _list_weights_as_wide(model))
     return replace(graph, calls=run.calls, fixed=find_fixed_sides(run.ledger, graph), ways=ways)

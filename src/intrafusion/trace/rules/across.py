@@ -65,8 +65,8 @@ def _write(ledger: Ledger, call: Call, parts: list[_Part], indices: list[Tensor]
     """The channels of what is written and of what it is written into meet; along the rows there must be none."""
     infos = [ledger.look_up(part) for part, *_ in parts]
     known = [(i, *part) for i, part in zip(infos, parts, strict=True) if isinstance(i, LabelledTensor)]
-    if not known or any(isinstance(info, Weight) for info in infos) or (call.in_place and call.args[0]._is_view()):
-        return refuse(ledger, call, "rows of a parameter, or of part of a tensor, are written")
+    if not known or any(isinstance(info, Weight) for info in infos):
+        return refuse(ledger, call, "rows of a parameter are written")
     if any(find_channel_dims(ledger, info) & rows for info, _, rows, _ in known):
         return refuse(ledger, call, "written by index along channels")
     laid = [(LabelledTensor(compact(row(ledger.settle(info.labels)))), row(part)) for info, part, _, row in known]

@@ -40,7 +40,6 @@ _Operand = Tensor | Info | tuple[Info | None, Tensor] | None  # a pair: what is 
 
 def combine_elementwise(ledger: Ledger, call: Call) -> Outcome:
     out = call.outputs[0]
-    _check_hidden_write(ledger, call)
     info = combine(ledger, call, call.tensors, out.shape)
     return [info] * len(call.outputs) if len(call.outputs) > 1 else info
 
@@ -63,7 +62,7 @@ def combine(ledger: Ledger, call: Call, operands: Sequence[_Operand], shape: tor
     weights: list[Weight] = []
     constants: list[Tensor] = []
     found: list[LabelledTensor] = []
-    for info, values in (_look_up(ledger, operand) for operand in operands):
+    for info, values in _list_operands(ledger, operands):
         if isinstance(info, LabelledTensor):
             found.append(info)
             labels = info.labels.broadcast_to(shape)
@@ -127,6 +126,15 @@ def _extend_tail(
 
 def _is_vector(shape: tuple[int, ...]) -> bool:
     return sum(size > 1 for size in shape) == 1
+
+
+def _list_operands(ledger: Ledger, operands: Sequence[_Operand]) -> list[tuple[Info | None, Tensor | None]]:
+    """What is known of each, and its values; padding, which names no channel, is a constant beside what does."""
+    found = [_look_up(ledger, operand) for operand in operands]
+    if not any(isinstance(info, LabelledTensor) and not info.is_uniform for info, _ in found):
+        return found
+    is_constant = lambda info, values: isinstance(info, LabelledTensor) and info.is_uniform and values is not None  # noqa: E731
+    return [(None if is_constant(info, values) else info, values) for info, values in found]
 
 
 def _look_up(ledger: Ledger, operand: _Operand) -> tuple[Info | None, Tensor | None]:
@@ -269,16 +277,3 @@ def colour_by_value(ledger: Ledger, labels: Tensor, values: Tensor, where: str) 
     ledger.relations.colour(channels[known], value.reshape(-1)[known])
     ledger.relations.note(channels[known], f"sees a constant that varies along channels: {where}")
     return labels
-
-
-def _check_hidden_write(ledger: Ledger, call: Call) -> None:
-    """An in-place operation on a view changes its base, which must be a tracked activation."""
-    if not call.in_place or not isinstance(call.args[0], Tensor) or not call.args[0]._is_view():
-        return
-    view, base = call.args[0], call.args[0]._base
-    known, whole = ledger.look_up(view), ledger.look_up(base)
-    if whole is None or ledger.is_written(view):
-        for tensor in call.tensors:
-            ledger.forbid(ledger.look_up(tensor), f"in-place write into part of an untracked tensor: {call.where}")
-    elif isinstance(known, Weight):
-        ledger.pin(known, f"in-place write: {call.where}")

@@ -246,15 +246,55 @@ def view_as_complex(ledger: Ledger, call: Call) -> Info | None:
 
 
 def overwrite(ledger: Ledger, call: Call) -> Outcome:
-    """x.copy_(y): what y is; a write into part of an activation or of a new tensor changes the whole."""
-    target, source = call.args[0], call.args[1]
-    if target._is_view():
-        info = ledger.look_up(source)
-        if isinstance(info, LabelledTensor) and not isinstance(ledger.look_up(target._base), Weight):
-            return ledger.write_part(target, info.labels.broadcast_to(target.shape))
-        refuse(ledger, call, "in-place write into part of a tensor")
-        return ledger.look_up(target)
-    return combine(ledger, call, [source], target.shape)
+    """x.copy_(y): what y is."""
+    info = ledger.look_up(call.args[1])
+    return None if info is None else info.map(lambda c: c.broadcast_to(call.out.shape))
+
+
+def write_part(ledger: Ledger, call: Call, view: Tensor, info: Info | None) -> Info | None:
+    """What an operation in place left in part of a tensor is in the whole too, and in every other view of it."""
+    base, before = view._base, ledger.look_up(view)
+    assert base is not None
+    whole = ledger.look_up(base)
+    if isinstance(whole, Weight) and isinstance(info, LabelledTensor) and not ledger.is_of_network(base):
+        whole = ledger.activate(whole, find_varying(info.labels) if base.dim() == view.dim() else set())
+        ledger.learn(base, whole)
+    if isinstance(whole, Weight) or _counts_otherwise(view, base):
+        what = "a parameter or buffer" if isinstance(whole, Weight) else "numbers that are seen as another kind"
+        for part in (whole, info):
+            ledger.forbid(part, f"in-place write into part of {what}: {call.where}")
+        return info
+    if whole is None and info is None:
+        return None
+    written = _label_written(ledger, view, before, info)
+    if isinstance(whole, LabelledTensor) and _are_same_channels(ledger, before, written):
+        ledger.learn(base, LabelledTensor(whole.labels))  # without what it was computed by
+    else:
+        ledger.write_part(view, written)
+    return LabelledTensor(written)
+
+
+def _counts_otherwise(view: Tensor, base: Tensor) -> bool:
+    """Whether the elements of a view are not those of its base, as where complex numbers are viewed as pairs."""
+    return (view.itemsize, view.is_complex()) != (base.itemsize, base.is_complex())
+
+
+def _label_written(ledger: Ledger, view: Tensor, before: Info | None, info: Info | None) -> Tensor:
+    """The labels of what was written: of channels, of a parameter along them, or of a constant."""
+    if isinstance(info, LabelledTensor):
+        return info.labels
+    channels = find_channel_dims(ledger, before) if isinstance(before, LabelledTensor) else set()
+    if info is None:
+        varies = find_varying(compact(view.detach().cpu().double().nan_to_num())) & channels
+        return fill(FIXED if varies else UNIFORM, view.shape)
+    return ledger.activate(info, channels or set().union(*(axis.varies for axis in info.axes))).labels
+
+
+def _are_same_channels(ledger: Ledger, before: Info | None, after: Tensor) -> bool:
+    if not isinstance(before, LabelledTensor):
+        return False
+    old, new = np.broadcast_arrays(narrow(before.labels), narrow(after))
+    return np.array_equal(ledger.relations.roots(old), ledger.relations.roots(new))
 
 
 def concatenate(ledger: Ledger, call: Call) -> Info:
