@@ -171,7 +171,7 @@ def test_many_weights_stand_beside_the_file(onnx: None, tmp_path: Path, monkeypa
 def test_a_file_is_replaced_only_if_one_says_so(tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     path.write_text("precious")
-    with pytest.raises(FolderError, match=r"net\.pt2: exists; choose another name, or say that it may be replaced"):
+    with pytest.raises(FolderError, match=r"net\.pt2: exists; choose another name, or replace it"):
         export(seeded(Net), X, path)
     assert path.read_text() == "precious"
     export(seeded(Net), X, path, overwrite=True)

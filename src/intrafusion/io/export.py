@@ -169,7 +169,7 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
     with report_unwritable(path):
         taken = path.exists()
     if taken and not overwrite:
-        raise FolderError(f"{path}: exists; choose another name, or say that it may be replaced (overwrite).")
+        raise FolderError(f"{path}: exists; choose another name, or replace it (overwrite=True, --overwrite).")
 
 
 def _read_output(wanted: tuple[str | int, ...] | None, suffix: str, output: Any) -> Any:
