@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import intrafusion
+from intrafusion.cli.main import app
 from intrafusion.lab import zoo
 from intrafusion.lab.report.plot import COLOURS
 from intrafusion.lab.zoo import Images
@@ -26,9 +28,9 @@ DOCS = ROOT / "docs"
 PICTURES = sorted((DOCS / "pictures").glob("*.svg"))
 
 
-def blocks(page: str) -> list[str]:
+def blocks(page: str, language: str = "python") -> list[str]:
     text = (DOCS / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    return [code for kind, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S) if kind == language]
 
 
 class Net(nn.Module):
@@ -175,6 +177,13 @@ def test_folders_of_transformers(names: dict[str, Any], tmp_path: Path) -> None:
     names |= {"model": model, "example": {"input_ids": torch.arange(10)[None], "use_cache": False}}
     exec(blocks("saving.md")[1], names)
     assert (tmp_path / "small" / "tokenizer.json").exists()
+    for page in ("large.md", "saving.md"):
+        (line,) = (code for code in blocks(page, "") if code.startswith("intrafusion compress"))
+        done = CliRunner().invoke(
+            app, line.replace("FOLDER", "llama").replace("llama-small", f"{page}-small").split()[1:]
+        )
+        assert done.exit_code == 0, done.output
+        assert transformers.AutoModelForCausalLM.from_pretrained(f"{page}-small").config.intermediate_size < 24
 
 
 def test_every_extra_is_documented() -> None:

@@ -88,6 +88,12 @@ def test_json_is_one_document_that_loads_the_network_back(program: Program, monk
     assert torch.equal(outputs_of(data["load"]), expected.model(X))
 
 
+def test_what_is_loaded_computes_as_it_was_measured(program: Program) -> None:
+    """A class makes networks in training mode, a command none: its batch norms would else take the user's batch."""
+    assert program("compress nets.py:Net --input 2,4 --restore none -o small").exit_code == 0
+    assert not intrafusion.load("small", lambda: original().train()).training
+
+
 def test_without_a_folder_nothing_is_written(program: Program, user_folder: Path) -> None:
     before = sorted(user_folder.rglob("*"))
     result = program("compress nets.py:Net --input 2,4")

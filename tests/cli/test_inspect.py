@@ -107,7 +107,10 @@ def test_a_saved_folder_with_its_original_shows_the_smaller_network(program: Pro
         ("inspect zoo:resnet81", "unknown zoo model 'resnet81'. Did you mean 'resnet18'?"),
         ("inspect nets.py:Net", "no example input is known for it; give its shape, such as --input 1,3,224,224"),
         ("inspect nets.py:Net --input 2,5", "does not run on the example inputs (float32[2, 5])"),
-        ("inspect nowhere", "cannot tell which network 'nowhere' is; expected module:factory"),
+        (
+            "inspect nowhere",
+            "cannot tell which network 'nowhere' is, and there is no such folder; expected module:factory",
+        ),
         ("inspect .", "this folder was not saved by intrafusion"),
         ("inspect nets.py:Net --input 2,4 --base zoo:resnet18", "--base zoo:resnet18 goes with a saved folder"),
     ],

@@ -126,8 +126,12 @@ def test_an_instance_is_copied_at_each_build(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("resnet18", [], "cannot tell which network 'resnet18' is; expected module:factory, path.py:factory, zoo:NAME"),
-        ("digits_resnet", [], "cannot tell which network 'digits_resnet' is; .* Did you mean 'zoo:digits_resnet'"),
+        (
+            "resnet18",
+            [],
+            "cannot tell which network 'resnet18' is, and there is no such folder; expected module:factory",
+        ),
+        ("digits_resnet", [], "cannot tell which network 'digits_resnet' is, .*; .* Did you mean 'zoo:digits_resnet'"),
         ("zo:resnet18", [], "there is no module 'zo'. Did you mean 'zoo:resnet18'"),
         ("net.py:make", [], r"there is no file /.*/net\.py; did you mean 'nets\.py'"),
         ("nest:make", [], r"there is no module 'nest'; install it.* Did you mean 'nets'"),

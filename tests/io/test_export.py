@@ -136,6 +136,30 @@ def test_named_inputs_flags_and_indices(onnx: None, tmp_path: Path) -> None:
     torch.testing.assert_close(logits, net(fresh, torch.ones_like(fresh), scale=True))
 
 
+def test_texts_of_every_length(onnx: None, tmp_path: Path) -> None:
+    net = seeded(Spoken)
+    mask = torch.ones(2, 5, dtype=torch.long)
+    for name, length in (("net.onnx", 5), ("net.pt2", 5), ("short.pt2", 2)):
+        found = export(
+            net, {"ids": torch.arange(2 * length).view(2, length), "mask": mask[:, :length]}, tmp_path / name
+        )
+        assert (found.any_batch, found.any_length) == (True, length > 2)
+        assert ("any batch size and length of text" in str(found)) == found.any_length
+    for ids in (torch.tensor([[3]]), torch.tensor([[3, 3, 1, 0, 9, 4, 4, 5]])):
+        expected = net(ids, torch.ones_like(ids))["logits"]
+        torch.testing.assert_close(run_onnx(tmp_path / "net.onnx", ids, torch.ones_like(ids))[0], expected)
+        program = torch.export.load(tmp_path / "net.pt2").module()
+        torch.testing.assert_close(program(ids=ids, mask=torch.ones_like(ids))["logits"], expected)
+
+
+def test_a_network_of_one_length(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 2))
+    found = export(net, torch.arange(6).view(2, 3), tmp_path / "net.pt2")
+    assert (found.any_batch, found.any_length) == (True, False)
+    fresh = torch.tensor([[3, 3, 1]])
+    torch.testing.assert_close(torch.export.load(found.path).module()(fresh), net(fresh))
+
+
 def test_a_network_of_one_batch_size(onnx: None, tmp_path: Path) -> None:
     net = seeded(Of, lambda x: x.reshape(2, 2, 2))
     found = export(net, torch.randn(2, 4), tmp_path / "net.onnx")
@@ -171,7 +195,7 @@ def test_many_weights_stand_beside_the_file(onnx: None, tmp_path: Path, monkeypa
 def test_a_file_is_replaced_only_if_one_says_so(tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     path.write_text("precious")
-    with pytest.raises(FolderError, match=r"net\.pt2: exists; choose another name, or say that it may be replaced"):
+    with pytest.raises(FolderError, match=r"net\.pt2: exists; choose another name, or replace it"):
         export(seeded(Net), X, path)
     assert path.read_text() == "precious"
     export(seeded(Net), X, path, overwrite=True)

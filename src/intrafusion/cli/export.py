@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -59,4 +60,4 @@ def export_command(
 
 def _name(model: str) -> str:
     """Of a folder its name, of another network what stands last in it."""
-    return Path(model).resolve().name if Path(model).is_dir() else model.rpartition(":")[2].rpartition("/")[2]
+    return Path(os.path.abspath(model if Path(model).is_dir() else model.rpartition(":")[2])).name

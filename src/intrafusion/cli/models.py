@@ -186,7 +186,8 @@ def resolve(name: str, arguments: Iterable[str] = (), *, trained: bool = True) -
     place, _, factory = name.rpartition(":")
     if not (place and factory) or not (place.endswith(".py") or _is_module_name(place)):
         hint = _suggest(name) or _suggest_inside(Path(name))
-        raise ModelError(f"cannot tell which network {name!r} is; expected {FORMS}.{hint}")
+        missing = "" if ":" in name or Path(name).exists() else ", and there is no such folder"
+        raise ModelError(f"cannot tell which network {name!r} is{missing}; expected {FORMS}.{hint}")
     if kind == place and (hint := _suggest(name)) and not _is_found(place):
         raise ModelError(f"there is no module {place!r}.{hint} Expected {FORMS}.")
     return ModelSpec(NetworkKind.FILE if place.endswith(".py") else NetworkKind.MODULE, name, args)

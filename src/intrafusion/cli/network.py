@@ -202,7 +202,9 @@ def read_network(
     spec.check()
     example = _find_example(name, inputs, spec, Path(name) if saved else None)
     states = [read_state(file) for file in weights]
-    model = spec.build()
+    model = (
+        spec.build().eval()
+    )  # no command trains what it is given, and what is saved is loaded in the mode that it had
     for state in states:
         load_into(model, state)
     imports, original = spec.python()

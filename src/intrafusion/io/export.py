@@ -43,6 +43,8 @@ class Exported:
     Attributes:
         path: the file; weights of more than 1.8 GB stand beside it, in a file of that name and `.data`.
         any_batch: whether it takes batches of every size; else that of the example only.
+        any_length: whether it takes texts of every length that the network takes; else, and where inputs are no texts
+            (indices and masks of one shape), only inputs as large as in the example.
         difference: largest difference of its outputs to those of the network, on inputs that it was not made from,
             relative to each output's largest value.
         opset: version of ONNX's operators; None for a program.
@@ -52,10 +54,12 @@ class Exported:
     any_batch: bool
     difference: float
     opset: int | None = None
+    any_length: bool = False
 
     def __str__(self) -> str:
         kind = "a program of torch.export" if self.opset is None else f"ONNX, opset {self.opset}"
         batch = "any batch size" if self.any_batch else "the batch size of the example only"
+        batch += " and length of text" if self.any_length else ""
         where = "PyTorch" if self.opset is None else "onnxruntime"
         return f"{self.path}: {kind}, {batch}; in {where} its outputs are the network's up to {self.difference:.1g}"
 
@@ -72,7 +76,8 @@ def export(
     """Write a network, in evaluation mode, as a file that runs without its class, and check what was written.
 
     Args:
-        example_inputs: one call of the network. The file takes batches of any size where the network does.
+        example_inputs: one call of the network. The file takes batches of any size where the network does, and texts
+            of any length.
         path: ends in `.onnx`, for onnxruntime and other runtimes (needs `intrafusion[onnx]`), or in `.pt2`, for
             `torch.export.load`.
         opset: version of ONNX's operators, 20 if not said.
@@ -100,13 +105,13 @@ def export_inputs(
     with atomic_file(path) as file, _reporting(model), _quiet():
         write = partial(_write_program, file) if version is None else partial(_write_onnx, file, version)
         read = partial(_read_output, inputs.outputs, path.suffix)
-        _, any_batch, difference = export_checked(model, whole, write, read)
+        _, free, difference = export_checked(model, whole, write, read)
         weights = file.with_name(f"{file.name}.data")
         if weights.exists():  # they take their name before the file that needs them does
             _check_free(path.with_name(weights.name), overwrite=overwrite)
             with atomic_file(path.with_name(weights.name)) as place:
                 os.replace(weights, place)
-    return Exported(path, any_batch, difference, version)
+    return Exported(path, free > 0, difference, version, any_length=free > 1)
 
 
 def _write_program(file: Path, program: ExportedProgram) -> Written[None]:
@@ -169,7 +174,7 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
     with report_unwritable(path):
         taken = path.exists()
     if taken and not overwrite:
-        raise FolderError(f"{path}: exists; choose another name, or say that it may be replaced (overwrite).")
+        raise FolderError(f"{path}: exists; choose another name, or replace it (overwrite=True, --overwrite).")
 
 
 def _read_output(wanted: tuple[str | int, ...] | None, suffix: str, output: Any) -> Any:

@@ -27,6 +27,7 @@ PROGRAM = "program.pt2"
 _BATCHES = (1, 7)
 """Sizes that a program must run on where it takes any."""
 _TRACED = 3
+_SHORTEST = 2  # a length of one is a way of its own
 _TOLERANCE = 1e-4
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 T = TypeVar("T")
@@ -69,7 +70,7 @@ def export_network(model: nn.Module, inputs: Inputs) -> tuple[bytes, bool]:
     """
     try:
         content, free, _ = export_checked(model, inputs, write_program)
-        return content, free
+        return content, free > 0
     except IntrafusionError:
         raise
     except OtherOutputs as error:
@@ -99,17 +100,19 @@ def export_checked(
     inputs: Inputs,
     write: Callable[[ExportedProgram], Written[T]],
     read: Callable[[Any], Any] = plain_output,
-) -> tuple[T, bool, float]:
-    """What `write` makes of the network's program, whether it takes batches of every size, and how far it is off.
+) -> tuple[T, int, float]:
+    """What `write` makes of the network's program, how many dimensions of its inputs are free, and how far it is off.
 
     The program is in evaluation mode and on the CPU. The first dimension of every input is free where the network has
-    none that depends on it. What was written is run and compared with the network, on inputs that it was not made from.
+    none that depends on it, and so is the second where all inputs are texts. What was written is run and compared with
+    the network, on inputs that it was not made from.
 
     Args:
         write: what is wanted, and a function that runs it.
         read: what of an output is the program's. Classes must not be left: they are not there when it is loaded.
     Returns:
-        What was wanted; whether batches are free; the largest difference of the outputs, relative to their largest.
+        What was wanted; 2 if batches and lengths are free, 1 if batches are, or 0; the largest difference of the
+        outputs, relative to their largest.
     Raises:
         OtherOutputs: it gives other outputs than the network.
     """
@@ -117,24 +120,26 @@ def export_checked(
     core.register_forward_hook(lambda _, args, output: read(output))
     given = inputs.copied().map(lambda t: t.cpu())
     with warnings.catch_warnings(action="ignore"):
-        if _has_batch(given):
-            with preserve_state(core), contextlib.suppress(Exception):  # a network of one batch size
-                written, run = write(_trace_free(core, _with_batch(given, _TRACED)))
-                return written, True, max(_compare(run, core, _with_batch(_vary(given), size)) for size in _BATCHES)
+        for free in range(_count_free(given), 0, -1):
+            with preserve_state(core), contextlib.suppress(Exception):  # a network of one length, or one batch size
+                written, run = write(_trace_free(core, _with_batch(given, _TRACED), free))
+                cases = [_with_batch(_vary(given), size) for size in _BATCHES]
+                cases += [case.map(lambda t: t[:, : (t.shape[1] + 1) // 2]) for case in cases if free > 1]
+                return written, free, max(_compare(run, core, case) for case in cases)
         with preserve_state(core):
             written, run = write(_trace(core, given))
-            return written, False, max(_compare(run, core, case) for case in (given, _vary(given)))
+            return written, 0, max(_compare(run, core, case) for case in (given, _vary(given)))
 
 
-def _trace_free(model: nn.Module, inputs: Inputs) -> ExportedProgram:
-    """The program for batches of every size.
+def _trace_free(model: nn.Module, inputs: Inputs, free: int) -> ExportedProgram:
+    """The program for batches of every size, and for texts of every length that the network takes.
 
     A forward that is run as it is has one number for `len(x)`; one whose code is read, which fewer allow, has not.
     """
-    batch = torch.export.Dim("batch", min=1)
     _name_keywords_(model, inputs)
+    sizes = dict(enumerate((torch.export.Dim("batch", min=1), torch.export.Dim.AUTO)[:free]))
     named = inspect.signature(model.forward).bind(*inputs.args, **(inputs.kwargs or {})).arguments
-    shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, dict(named))
+    shapes = tree_map(lambda x: sizes if isinstance(x, Tensor) else None, dict(named))
     try:
         return _trace(model, inputs, shapes)
     except Exception:  # whatever tracing makes a forward raise
@@ -207,10 +212,14 @@ def _vary(inputs: Inputs) -> Inputs:
     return inputs.varied(1).map(shuffle)
 
 
-def _has_batch(inputs: Inputs) -> bool:
-    """Whether all inputs are tensors of one first dimension."""
-    sizes = {t.shape[0] if t.dim() else None for t in inputs.tensors()}
-    return len(sizes) == 1 and None not in sizes and 0 not in sizes
+def _count_free(inputs: Inputs) -> int:
+    """2 of texts, which are indices and masks of one shape; 1 where all inputs have one first dimension; else 0."""
+    tensors = inputs.tensors()
+    sizes = {t.shape[0] if t.dim() else 0 for t in tensors}
+    if len(sizes) != 1 or 0 in sizes:
+        return 0
+    texts = {t.shape if t.dim() == 2 and not (t.is_floating_point() or t.is_complex()) else None for t in tensors}
+    return 2 if len(texts) == 1 and all(shape and shape[1] > _SHORTEST for shape in texts) else 1
 
 
 def _with_batch(inputs: Inputs, size: int) -> Inputs:
