@@ -13,6 +13,9 @@ ifneq ($(DATA),)
 export INTRAFUSION_DATA ?= $(DATA)
 endif
 
+# Tests and benchmarks start many processes; each would compile the whole package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-lowest fuzz lint types bench-smoke site
 
 setup: $(STAMP)

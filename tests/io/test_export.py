@@ -280,6 +280,23 @@ def test_outputs_in_onnx_are_called_as_in_their_dict(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(found), model(x)["first"], atol=1e-5)
 
 
+def test_names_in_onnx_are_those_a_program_would_look_for(onnx: None, tmp_path: Path) -> None:
+    texts = {"ids": torch.arange(10).view(2, 5), "mask": torch.ones(2, 5, dtype=torch.long)}
+    assert axes_of(export(seeded(Spoken), texts, tmp_path / "texts.onnx").path) == {
+        "ids": ["batch", "length"], "mask": ["batch", "length"],
+        "logits": ["batch", "length", 3], "mean": [],
+    }  # fmt: skip
+    plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    assert axes_of(export(plain, torch.randn(2, 4), tmp_path / "plain.onnx").path) == {
+        "input": ["batch", 4], "output": ["batch", 2],
+    }  # fmt: skip
+
+
+def axes_of(path: Path) -> dict[str, list[Any]]:
+    session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return {port.name: port.shape for port in (*session.get_inputs(), *session.get_outputs())}
+
+
 class Pair(NamedTuple):
     logits: Tensor
     sizes: list[Any]

@@ -125,6 +125,7 @@ def _write_onnx(file: Path, opset: int, program: ExportedProgram) -> Written[Non
     names = _name_outputs(program)
     found = torch.onnx.export(program, dynamo=True, opset_version=opset, output_names=names, verbose=False)
     assert found is not None
+    _name_axes_(found)
     written = found.model.opset_imports.get("")
     if written != opset:  # what converts versions logs that it cannot, and passes on what it had
         raise ModelError(f"export: opset: the packages installed here write {written}, not {opset}; say another one.")
@@ -135,12 +136,23 @@ def _write_onnx(file: Path, opset: int, program: ExportedProgram) -> Written[Non
 
 
 def _name_outputs(program: ExportedProgram) -> list[str] | None:
-    """The keys of a dict of tensors; None for other outputs, and for keys that inputs are called."""
+    """ "output" for a lone tensor, the keys of a dict of tensors; None for others, and for what inputs are called."""
     spec = program.call_spec.out_spec
-    if spec is None or spec.type is not dict or spec.num_leaves != len(spec.context):
+    if spec is None:
         return None
+    names = ["output"] if spec.is_leaf() else list(spec.context) if spec.type is dict else []
     taken = set(program.graph_signature.user_inputs)
-    return None if any(not isinstance(key, str) or key in taken for key in spec.context) else list(spec.context)
+    fit = len(names) == spec.num_leaves and all(isinstance(name, str) and name not in taken for name in names)
+    return names if fit else None
+
+
+def _name_axes_(found: Any) -> None:
+    """Call what is free of the inputs "batch" and "length", rather than as tracing numbers it."""
+    shapes = [[size if isinstance(size, int) else str(size) for size in i.shape] for i in found.model.graph.inputs]
+    for axis, name in enumerate(("batch", "length")):
+        free = {shape[axis] for shape in shapes if len(shape) > axis and isinstance(shape[axis], str)}
+        if len(free) == 1:
+            found.rename_axes({free.pop(): name})
 
 
 def _run_onnx(session: Any, inputs: Inputs) -> list[Tensor]:
