@@ -153,7 +153,8 @@ def test_reducers(place: Place, reducer: str) -> None:
 
 @pytest.mark.parametrize("restore", LEVELS)
 def test_levels_of_restoring(place: Place, restore: str) -> None:
-    small = check_compressed(place, keep=0.5, restore=restore, **({"images": IMAGES} if restore == "images" else {}))
+    given = {"images": IMAGES} if restore in ("images", "mirrored") else {}
+    small = check_compressed(place, keep=0.5, restore=restore, **given)
     assert small.restored
 
 

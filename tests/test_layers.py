@@ -30,7 +30,7 @@ LAYERS = (
     {"restore"},
     {"budget"},
     {"planning", "smallest", "inspection", "application"},
-    {"choice", "heads", "ranks"},
+    {"choice", "heads", "in_turn", "ranks"},
     {"pipeline"},
     {"checks", "frontiers", "fusion", "factorize", "iterate", "large", "merge"},
     {"", "lab"},  # "" is the package itself: its public names
