@@ -21,7 +21,7 @@ from intrafusion.names import name_some
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.input_batches import Batches
 from intrafusion.network.inputs import Inputs
-from intrafusion.plan import Plan
+from intrafusion.plan import Plan, at_sizes
 from intrafusion.planning import decide
 from intrafusion.progress import prefix_stages
 from intrafusion.recipe import Recipe
@@ -77,7 +77,8 @@ def _decide_by_contest(
     if isinstance(contest, str) or len(names) == 1 or not first.sizes:
         why = contest if isinstance(contest, str) else "there is nothing to choose"
         return first, (f"reducer auto: {names[0]}, as {why}.",)
-    plans = [first, *(plan_of(_at_sizes(first, _recipe_for(name, recipe))) for name in names[1:])]
+    sized = [d for d in first.decisions if d.reason is None]
+    plans = [first, *(plan_of(at_sizes(_recipe_for(name, recipe), sized)) for name in names[1:])]
     errors = list[float]()
     for index, plan in enumerate(plans):
         with prefix_stages(f"candidate {index + 1} of {len(plans)}"):
@@ -93,12 +94,6 @@ def _recipe_for(name: str, recipe: Recipe) -> Recipe:
         return replace(recipe, reducer=get_reducer(name))
     alike = get_importance({"name": "l2", "member_normalizer": "mean", "folded": True})
     return replace(recipe, reducer=get_reducer("select"), importance=alike)
-
-
-def _at_sizes(plan: Plan, recipe: Recipe) -> Recipe:
-    """The recipe with the sizes of a plan."""
-    keep = {d.group: d.m / d.n for d in plan.decisions if d.reason is None}
-    return replace(recipe, keep=keep, target=None, round_to=None, min_channels=1)
 
 
 def _describe(names: Sequence[str], errors: Sequence[float], best: int, contest: _Contest, plan: Plan) -> str:

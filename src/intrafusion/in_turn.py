@@ -13,10 +13,9 @@ from intrafusion.graph import ChannelGraph
 from intrafusion.inspection import inspect
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import Inputs
-from intrafusion.plan import Plan
+from intrafusion.plan import Plan, at_sizes
 from intrafusion.planning import decide
 from intrafusion.progress import prefix_stages
-from intrafusion.recipe import Recipe
 from intrafusion.restore.calibration import Calibration
 from intrafusion.surgery.proof import Reference
 
@@ -56,7 +55,8 @@ def choose_in_turn(
             with prefix_stages(f"turn {index + 1} of {len(turns)}"):
                 small = make_reduced(_only(plan, done), reference)
                 calibration.restore(small, model, graph, lambda _: None)
-                asked = _at_sizes_of(plan, names, recipe)
+                sized = at_sizes(recipe, [d for d in plan.decisions if d.group in names])
+                asked = replace(sized, uniform=False, include=None, exclude=())  # sizes, and what shrinks, are settled
                 seen = calibration.seen_by(small.model)
                 found = decide(
                     small.model, inspect(small.model, inputs), asked, inputs, calibration=seen, images=images
@@ -75,14 +75,6 @@ def _part(names: Sequence[str]) -> list[Sequence[str]]:
 def _only(plan: Plan, names: Sequence[str]) -> Plan:
     """Where only these become fewer."""
     return plan.rolled_back({name: "not chosen yet" for name in plan.maps if name not in names})
-
-
-def _at_sizes_of(plan: Plan, names: Sequence[str], recipe: Recipe) -> Recipe:
-    keep = {d.group: d.m / d.n for d in plan.decisions if d.group in names}
-    return replace(
-        recipe, keep=keep, target=None, round_to=None, min_channels=1, uniform=False, order="joint",
-        include=None, exclude=(),
-    )  # fmt: skip
 
 
 def _taking(plan: Plan, found: Plan, names: Sequence[str]) -> Plan:

@@ -65,6 +65,12 @@ class Decision:
         return self.reason is None and self.m < self.n
 
 
+def at_sizes(recipe: Recipe, decisions: Iterable[Decision]) -> Recipe:
+    """The recipe with the sizes that were decided, in place of what chose them."""
+    keep = {d.group: d.m / d.n for d in decisions}
+    return replace(recipe, keep=keep, target=None, round_to=None, min_channels=1)
+
+
 @checked
 @dataclass(frozen=True, eq=False)
 class Plan:

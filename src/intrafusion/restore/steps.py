@@ -176,9 +176,10 @@ def _solve_on_level(
     yardstick: Yardstick | None,
 ) -> list[Restoration]:
     """The layers solved on a level; where "auto" made images and they do harm, then on noise."""
-    reduced = {name: tensor.detach().clone() for name, tensor in named_tensors(small.model).items()}
+    mirrored = step == "mirrored"
+    reduced = {name: t.detach().clone() for name, t in named_tensors(small.model).items()} if mirrored else {}
     done = [_solve_or_undo(small, model, graph, calibration, yardstick, calibration.why if step == "auto" else None)]
-    if step == "mirrored":
+    if mirrored:
         done = [_try_mirrored(done[0], small, model, graph, calibration, yardstick or calibration.yardstick, reduced)]
     if step == "auto" and calibration.level == "synthetic" and done[0].undone:
         noise = calibrate(model, small.inputs, "noise", seed=calibration.seed)
