@@ -40,7 +40,7 @@ def test_any_network_and_a_program(program: Program) -> None:
         ("export nets.py:Net --input 2,4 -o net.pt2 --opset 20", "opset= is a version of ONNX's operators"),
         ("export nets.py:Net --input 2,5 -o net.pt2", "float32[2, 5]"),
         ("export nothing.py:Net --input 2,5 -o net.pt2", "nothing.py"),
-        ("export ./nothing/", "cannot tell which network './nothing/' is, and there is no such folder"),
+        ("export ./nothing/ -o nothing.pt2", "cannot tell which network './nothing/' is, and there is no such folder"),
     ],
 )
 def test_what_is_refused_writes_nothing(line: str, message: str, program: Program) -> None:
