@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import intrafusion
 from intrafusion.errors import BudgetError
+from intrafusion.observe.moments import measure_moments
 from intrafusion.reduce import Moments, Pivot, ReductionProblem, Select
 from intrafusion.reduce.pivot import pick_channels, pivot_order
 
@@ -25,10 +29,12 @@ def missing(covariance: Tensor, reader: Tensor, kept: list[int]) -> float:
 
 
 @pytest.mark.parametrize("points", [1, 3])
+@pytest.mark.parametrize("wide", [2, 3, 1024])
 @pytest.mark.parametrize(("block", "span"), [(1, 32), (2, 32), (32, 32), (1, 2), (2, 2), (2, 4), (1, 1)])
 def test_every_pick_is_the_best_next_one_and_its_error_is_right(
-    block: int, span: int, points: int, monkeypatch: pytest.MonkeyPatch
+    block: int, span: int, wide: int, points: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("intrafusion.reduce.sweep.WIDE", wide)
     monkeypatch.setattr("intrafusion.reduce.sweep.BLOCK", block)
     monkeypatch.setattr("intrafusion.reduce.sweep._SPAN", span)
     reader = spd(6)
@@ -104,3 +110,17 @@ def test_without_moments_it_selects() -> None:
 def test_a_strength_below_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="strength: expected a number >= 0, got -1"):
         Pivot(strength=-1)
+
+
+def test_few_columns_are_multiplied_in_place_of_their_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many channels that few read: the picks, and what is missing after each, are those of the squares."""
+    monkeypatch.setattr("intrafusion.observe.moments.WIDE", 8)
+    first, second = torch.nn.Linear(5, 40), torch.nn.Linear(40, 3)
+    model = torch.nn.Sequential(first, torch.nn.Tanh(), second).eval()
+    inputs = torch.randn(200, 5)
+    (few,) = measure_moments(model, intrafusion.inspect(model, inputs[:2]), inputs).values()
+    assert few.columns is not None
+    torch.testing.assert_close(few.columns.T @ few.columns, few.reader.float())
+    one, other = pick_channels(few), pick_channels(replace(few, columns=None))
+    assert one.order[:10].tolist() == other.order[:10].tolist()
+    torch.testing.assert_close(one.missing, other.missing, rtol=1e-4, atol=1e-5)

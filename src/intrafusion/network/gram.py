@@ -64,6 +64,12 @@ def multiply_between(c: Tensor, q: Tensor) -> Tensor:
     return c @ q @ c if len(q) <= WIDE else _multiply_symmetric(c @ q, c)
 
 
+def square_between(c: Tensor, columns: Tensor) -> Tensor:
+    """The same with q = columns^T columns, for columns (k, n): fewer products where k < n / 2."""
+    told = columns @ c
+    return _multiply_symmetric(told.mT, told)
+
+
 def _multiply_symmetric(x: Tensor, y: Tensor) -> Tensor:
     """x (p, n, k) @ y (p, k, n), known to be symmetric."""
     found = x.new_empty(len(x), x.shape[1], y.shape[2])

@@ -413,9 +413,13 @@ class _Read:
         alive = alive @ alive.T
         return replace(self, covariance=alive @ self.covariance @ alive)
 
+    def take_columns(self, weight: Tensor) -> Tensor:
+        """W_c of each channel over outputs, kernel positions and slots, (n, k)."""
+        return weight.movedim(self.dim, 0)[self.positions.to(weight.device)].flatten(1)
+
     def square_columns(self, weight: Tensor) -> Tensor:
         """Sum of W_c W_c^T over outputs, kernel positions and slots, (n, n)."""
-        columns = weight.movedim(self.dim, 0)[self.positions.to(weight.device)].flatten(1)
+        columns = self.take_columns(weight)
         scale = find_scale(columns)
         columns = (columns / scale).float()
         return square_transposed(columns).double().mul_(scale**2)
@@ -427,7 +431,19 @@ def _join_reads(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Mo
     pairs = [(read.mean, read.covariance) if shifts else read.uncentred for read in reads.values()]
     means, covariances = (_stack(parts) for parts in zip(*pairs, strict=True))
     squares = [read.square_columns(weights[name]) for name, read in reads.items()]
-    return Moments(means, covariances, squares[0] if len(squares) == 1 else torch.stack(squares).sum(0))
+    reader = squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
+    return Moments(means, covariances, reader, columns=_find_few_columns(reads, weights))
+
+
+def _find_few_columns(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Tensor | None:
+    """All columns of what reads many channels (k, n), where products with them are fewer than with their squares."""
+    n = len(next(iter(reads.values())).mean)
+    k = sum(
+        weights[name].numel() // weights[name].shape[read.dim] * read.positions.shape[1] for name, read in reads.items()
+    )
+    if n <= WIDE or 2 * k >= n:
+        return None
+    return torch.cat([read.take_columns(weights[name]).float() for name, read in reads.items()], 1).T
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:
@@ -459,7 +475,7 @@ def _join_bare_reads(group: ChannelGroup, reads: Mapping[str, _Read], weights: M
         return _join_reads(plain, weights)
     readers += [read.square_columns(weights[name]).to(read.mean) for name, read in plain.items()]
     joined = _join_reads(bare | plain, weights)
-    return replace(joined, reader=torch.stack(readers).sum(0), plain=len(plain))
+    return replace(joined, reader=torch.stack(readers).sum(0), plain=len(plain), columns=None)
 
 
 def _index_along(coordinates: Tensor, dim: int) -> Tensor | None:

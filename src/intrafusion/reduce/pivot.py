@@ -53,7 +53,7 @@ def pick_channels(moments: Moments, m: int | None = None) -> Pivots:
     m = len(moments.reader) if m is None else m
     if moments not in _PICKED or len(_PICKED[moments].order) < m:
         covariances, reader, shares = moments.take_scaled(torch.float32)
-        _PICKED[moments] = _pick_(covariances, reader, shares, m)
+        _PICKED[moments] = _pick_(covariances, moments.take_readings(covariances, reader), shares, m)
     return _PICKED[moments]
 
 
@@ -78,14 +78,14 @@ def pivot_order(covariances: Tensor, reader: Tensor, shares: Tensor, m: int) -> 
     n = len(reader)
     if not 1 <= m <= n:
         raise BudgetError(f"cannot keep {m} of {n} channels; expected 1 <= m <= {n}.")
-    return _pick_(covariances.clone(), reader, shares, m)
+    return _pick_(covariances.clone(), multiply_between(covariances, reader), shares, m)
 
 
-def _pick_(c: Tensor, reader: Tensor, shares: Tensor, m: int) -> Pivots:
-    """The same, in place."""
+def _pick_(c: Tensor, readings: Tensor, shares: Tensor, m: int) -> Pivots:
+    """The same with C Q C, in place."""
     # What a pick explains it takes out of C, as Gram and Schmidt do: C is then the covariance of what is left of every
     # channel once the picked ones are known. Q weighs a channel by how strongly the consumers read it.
-    order, gains = sweep(c, multiply_between(c, reader), shares, m, floor=_KNOWN)
+    order, gains = sweep(c, readings, shares, m, floor=_KNOWN)
     missing = [1.0]
     for gain in gains.tolist():  # tr(Q C) falls by R_jj / C_jj when j is known
         missing.append(max(0.0, missing[-1] - gain))

@@ -12,7 +12,7 @@ from torch import Tensor
 from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
 from intrafusion.graph import Rotation
-from intrafusion.network.gram import WIDE, divide, find_scale
+from intrafusion.network.gram import WIDE, divide, find_scale, multiply_between, square_between
 from intrafusion.registry import Traits
 
 
@@ -30,6 +30,7 @@ class Moments:
         bare: the same of what norms over the channels give before their gain, for groups that may be rotated, and
             behind it of what others read.
         plain: how many of the points, the last ones, are read by others than norms.
+        columns: (k, n) of which the reader is columns^T columns, float32; where there are many channels and k is small.
     """
 
     means: Tensor
@@ -37,6 +38,7 @@ class Moments:
     reader: Tensor
     bare: Moments | None = None
     plain: int = 0
+    columns: Tensor | None = None
 
     __repr__ = show_briefly
 
@@ -45,6 +47,13 @@ class Moments:
         units = find_scale(self.covariances), find_scale(self.reader)
         scaled = divide(self.covariances, units[0], dtype), divide(self.reader, units[1], dtype)
         return *scaled, self._find_shares(*units).to(dtype)
+
+    def take_readings(self, covariances: Tensor, reader: Tensor) -> Tensor:
+        """C Q C (p, n, n) of what `take_scaled` gives, in its precision."""
+        if self.columns is None:
+            return multiply_between(covariances, reader)
+        unit = find_scale(self.reader) ** 0.5
+        return square_between(covariances, (self.columns / unit).to(covariances))
 
     @property
     def shares(self) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from intrafusion.network.gram import WIDE
+
 BLOCK = 32  # picks after which the matrices are brought up to date; twice as many where they are wide
-_WIDE = 1024  # channels
 _SPAN = 1024  # picks after which those that were picked are dropped from the matrices
 
 
@@ -18,8 +19,9 @@ def sweep(c: Tensor, r: Tensor, shares: Tensor, m: int, *, floor: float, least: 
         C  into  C - u u^T    and    R  into  R - u v^T - v u^T.
 
     Their diagonals follow every pick; the matrices follow `BLOCK` picks at once, and a column needed in between is made
-    up for those of its block. Every `_SPAN` picks the matrices move together over what was picked. O(p n^2 m), in the
-    precision of what is given. In place.
+    up for those of its block. Of wide matrices, which are symmetric, the part below the blocks on the diagonal is left
+    behind. Every `_SPAN` picks the matrices move together over what was picked. O(p n^2 m), in the precision of what is
+    given. In place.
 
     Args:
         c: (p, n, n), one for each point, positive semi-definite.
@@ -50,7 +52,7 @@ def _sweep_some(
     c: Tensor, r: Tensor, diagonals: tuple[Tensor, Tensor, Tensor], shares: Tensor, m: int, *, least: bool
 ) -> tuple[list[int], list[float]]:
     """Some picks, and their sums; all that is given is as if they had been taken out, if m is `_SPAN`."""
-    (values, gains, known), block = diagonals, BLOCK if c.shape[1] <= _WIDE else 2 * BLOCK
+    (values, gains, known), block = diagonals, min(BLOCK if c.shape[1] <= WIDE else 2 * BLOCK, _SPAN)
     order, found, taken = list[int](), list[float](), torch.zeros_like(values[0], dtype=torch.bool)
     us, vs = c.new_zeros(2, len(c), block, c.shape[1])
     for index in range(m):
@@ -66,25 +68,52 @@ def _sweep_some(
         u, v, value, floored = us[:, :at], vs[:, :at], values[:, best, None], known[:, best, None]
         scale = torch.where(value > floored, torch.maximum(value, floored).rsqrt(), 0.0)  # 0: nothing is learnt
         u_best, v_best = u[:, None, :, best], v[:, None, :, best]
-        column = scale * (c[:, best] - (u_best @ u)[:, 0])
-        half = scale * (r[:, best] - (v_best @ u + u_best @ v)[:, 0]) - gains[:, best, None] / 2 * scale**2 * column
+        column = scale * (_take_column(c, best) - (u_best @ u)[:, 0])
+        half = (
+            scale * (_take_column(r, best) - (v_best @ u + u_best @ v)[:, 0])
+            - gains[:, best, None] / 2 * scale**2 * column
+        )
         us[:, at], vs[:, at] = column, half
         # The rank-one terms of the docstring, on the diagonal: (u u^T)_ii = u_i^2, (u v^T + v u^T)_ii = 2 u_i v_i.
         values -= column.square()
         gains -= 2 * column * half
         if at + 1 == block:  # many rank-one updates as one matrix product: memory is passed over once instead
-            c.baddbmm_(us.mT, us, alpha=-1)
-            r.baddbmm_(torch.cat([us, vs], dim=1).mT, torch.cat([vs, us], dim=1), alpha=-1)
+            _subtract_(c, us, us)
+            _subtract_(r, torch.cat([us, vs], dim=1), torch.cat([vs, us], dim=1))
     return order, found
 
 
+def _subtract_(matrices: Tensor, x: Tensor, y: Tensor) -> None:
+    """Take x^T y, which is symmetric, from matrices (p, n, n); of wide ones only from the diagonal blocks on.
+
+    Args:
+        x, y: (p, k, n).
+    """
+    for start in range(0, matrices.shape[1], WIDE):
+        rows = slice(start, start + WIDE)
+        matrices[:, rows, start:].baddbmm_(x[:, :, rows].mT, y[:, :, start:], alpha=-1)
+
+
+def _take_column(matrices: Tensor, index: int) -> Tensor:
+    """One column (p, n) of such matrices, by what is up to date of it."""
+    start = index // WIDE * WIDE
+    return torch.cat([matrices[:, :start, index], matrices[:, index, start:]], 1) if start else matrices[:, index]
+
+
 def _move_together(matrices: Tensor, kept: Tensor) -> Tensor:
-    """Rows and columns of matrices (p, n, n) that are kept (k,), ascending, as (p, k, k) in the same memory."""
-    flat, end = matrices.contiguous().view(-1), 0
-    matrices = flat.view(matrices.shape)
-    for matrix in matrices:
-        for rows in kept.split(_SPAN):  # a row never lands behind where it was, so none is written over that is needed
-            block = matrix[rows][:, kept].flatten()
-            flat[end : end + len(block)] = block
-            end += len(block)
-    return flat[:end].view(len(matrices), len(kept), len(kept))
+    """Rows and columns of such matrices that are kept (k,), ascending, as (p, k, k) in the same memory."""
+    size = len(kept)
+    flat = matrices.contiguous().view(-1)
+    matrices, moved = flat.view(matrices.shape), flat[: len(matrices) * size**2].view(len(matrices), size, size)
+    for index, matrix in enumerate(matrices):
+        for start in range(
+            0, size, WIDE
+        ):  # a row never lands behind where it was, so none is written over that is needed
+            rows = slice(start, start + WIDE)
+            block = matrix[kept[rows]][:, kept[start:]]
+            own = block[
+                :, : len(block)
+            ]  # rows of two blocks may meet in it, and what is above its diagonal is up to date
+            own.copy_(own.triu() + own.triu(1).mT)
+            moved[index, rows, start:] = block
+    return moved
