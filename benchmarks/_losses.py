@@ -39,7 +39,8 @@ def group_rivals() -> Iterator[tuple[str, str, float, float, float, str]]:
     """
     found: dict[tuple[str, float], dict[str, float]] = {}
     for r in read_latest("rivals"):
-        found.setdefault((r.setting["network"], r.setting["keep"]), {})[r.setting["method"]] = r.result["accuracy"]
+        if "accuracy" in r.result:
+            found.setdefault((r.setting["network"], r.setting["keep"]), {})[r.setting["method"]] = r.result["accuracy"]
     for (network, keep), own in found.items():
         for sees in dict.fromkeys(m.sees for m in METHODS.values()):
             ours = [a for name, a in own.items() if name.startswith("ours") and METHODS[name].sees == sees]

@@ -34,6 +34,7 @@ from intrafusion.lab import zoo
 from intrafusion.lab.bench import Record, append_record, finished_keys, read_records
 from intrafusion.lab.bench.records import key_of
 from intrafusion.measure.accuracy import accuracy
+from intrafusion.measure.size import size_of
 from intrafusion.network.held_out import Split
 from intrafusion.network.inputs import Inputs
 from intrafusion.pipeline import reduce_and_restore
@@ -53,6 +54,7 @@ MOST_IMAGES = {"imagenet_mobilenetv1_025": 744}  # 256 of 1,000 are looked at
 KEEPS = (0.9, 0.8, 0.7, 0.5)
 THEIRS = "Torch-Pruning"
 IMAGES, FEW = "256 images", "64 images"
+LEFT = "what is left"  # no method: the shares of parameters and multiply-accumulates that all of them leave
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ _L2 = {"reducer": "select", "importance": "l2"}
 _INTRAFUSION = {
     "reducer": IntraFusion(bias=False), "importance": {"name": "l1", "folded": True}, "order": "backward"
 }  # fmt: skip
+_SELECTED = Method({"reducer": "select"})
 _AGAIN = ("reestimate",)
 METHODS: Mapping[str, Method] = {
     THEIRS: Method({}),
@@ -105,6 +108,9 @@ class Case:
         return {g.name: max(1, round(g.size * keep)) for g in self.graph.reducible if g.is_channel}
 
     def measure(self, name: str, keep: float) -> dict[str, Any]:
+        if name == LEFT:
+            before, after = (size_of(m, self.example) for m in (self.model, self.compress(_SELECTED, keep).model))
+            return {"parameters": after.params / before.params, "MACs": after.macs / before.macs}
         model = self.model if name == "original" else self.reduce(METHODS[name], keep, by_them=name.startswith(THEIRS))
         params = sum(p.numel() for p in model.parameters())
         return {"accuracy": accuracy(model, self.test.images, self.test.labels), "params": params}
@@ -162,7 +168,7 @@ def settings(network: str, images: int, keeps: Sequence[float]) -> Iterator[dict
     base = {"network": network, "test_images": images}
     yield {**base, "keep": 1.0, "method": "original"}
     for keep in keeps:
-        for method in METHODS:
+        for method in (LEFT, *METHODS):
             yield {**base, "keep": keep, "method": method}
 
 

@@ -20,7 +20,7 @@ from compatibility import write_table
 from export import list_broken
 from growth import METHODS as GROWING
 from restoration_cifar10 import REDUCERS, RESTORERS, RIVALS
-from rivals import METHODS
+from rivals import LEFT, METHODS
 
 from intrafusion.io.atomic import atomic_file
 from intrafusion.lab.bench import Record, read_records
@@ -242,15 +242,16 @@ def rivals(records: list[Record]) -> str:
     parts = []
     for place in dict.fromkeys((r.setting["network"], r.setting["test_images"]) for r in records):
         own = [r for r in latest(records) if (r.setting["network"], r.setting["test_images"]) == place]
-        value = {(r.setting["method"], r.setting["keep"]): percent(r.result["accuracy"]) for r in own}
-        keeps = sorted({keep for method, keep in value if method != "original"}, reverse=True)
+        value = {(r.setting["method"], r.setting["keep"]): percent(r.result.get("accuracy")) for r in own}
+        keeps = sorted({keep for method, keep in value if method not in ("original", LEFT)}, reverse=True)
         rows = [
             [name, method.sees, *(value.get((name, keep), "") for keep in keeps)]
             for name, method in METHODS.items()
             if any((name, keep) in value for keep in keeps)
         ]
-        left = find_left(place[0], own)
-        rows = [[f"{kind} left, %", "", *(percent(left.get((kind, keep))) for keep in keeps)] for kind in KINDS] + rows
+        left = {r.setting["keep"]: r.result for r in own if r.setting["method"] == LEFT}
+        shares = {kind: [percent(left.get(keep, {}).get(kind)) for keep in keeps] for kind in KINDS}
+        rows = [*([f"{kind} left, %", "", *own_shares] for kind, own_shares in shares.items()), *rows]
         head = f"`{place[0]}`, {place[1]:,} test images, original {value['original', 1.0]} %"
         parts.append(f"{head}\n\n{markdown(['method', 'sees', *(f'keep {k:g}' for k in keeps)], rows)}")
     return "\n\n".join(parts)
@@ -270,22 +271,6 @@ def growth(records: list[Record]) -> str:
     told = lambda a: f"{statistics.mean(a):.1f} ({min(a):.1f} to {max(a):.1f})" if a else ""  # noqa: E731
     rows = [[source, f"{n:,}", *(told(row.get(c, [])) for c in columns)] for (source, n), row in found.items()]
     return markdown(["images of", "number", *(f"{method}, keep {keep:g}" for method, keep in columns)], rows)
-
-
-def find_left(network: str, records: Iterable[Record]) -> dict[tuple[str, float], float]:
-    """Shares of the parameters and the multiply-accumulates that are left of a whole network at each keep.
-
-    The latter are those that restoration_cifar10.py counted, of the same sizes.
-    """
-    whole = next((r.result["params"] for r in records if r.setting["method"] == "original"), None)
-    params = {("parameters", r.setting["keep"]): r.result["params"] / whole for r in records if whole}
-    counted = [r for r in read_latest("restoration") if where(r)[:2] == (network, "whole network")]
-    macs = {
-        ("MACs", r.setting["keep"]): r.result["macs"] / r.result["macs_before"]
-        for r in counted
-        if "keep" in r.setting and "macs" in r.result
-    }
-    return {**params, **macs}
 
 
 def restored_table(records: list[Record]) -> str:
