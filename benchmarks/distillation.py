@@ -1,20 +1,22 @@
 """Claim: a last step without labels, trained for what the original gives and what its layers read, keeps more than
 solving the layers alone, in minutes.
 
-Measures, on the first --images test images (standard error about 1 point for 2,000), all channels of
-cifar10_resnet20 at keep 0.5, pivoted: solved and then distilled, on 256 unlabelled training images or on 128 images
-made from the network and their mirror images (no data). Steps are fixed, so that the numbers do not depend on the
-machine; what they took is recorded, in seconds of the clock and of the processor. Everything was chosen on held-out
-training images. Resumable: what is in the records is not measured again, and a distillation that was stopped goes on
-from its last 50 steps.
+Measures, on the first --images test images (standard error about 1 point for 2,000), all channels of the networks
+at --keeps, pivoted: solved and then distilled, on 256 unlabelled training images or on 128 images made from the
+network and their mirror images (no data). Steps are fixed, so that the numbers do not depend on the machine; what they
+took is recorded, in seconds of the clock and of the processor. Everything was chosen on held-out training images.
+Resumable: what is in the records is not measured again, and a distillation that was stopped goes on from its last 50
+steps.
 Records: benchmarks/records/distillation.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +33,41 @@ from intrafusion.restore import Distill
 
 RECORDS = Path(__file__).parent / "records" / "distillation.jsonl"
 EXPERIMENT = "distillation"
-NETWORK, KEEP = "cifar10_resnet20", 0.5
+NETWORKS = ("cifar10_resnet20", "cifar10_resnet32", "cifar100_resnet20", "cifar10_vgg11_bn")
+KEEPS = (0.7, 0.5)
 INPUTS = {"256 images": "images", "none": "synthetic"}
 
 
-def settings(images: int, steps: int, rate: float | None, wanted: Collection[str]) -> Iterator[dict[str, Any]]:
-    base = {"network": NETWORK, "keep": KEEP, "test_images": images}
-    for inputs in wanted:
-        yield {**base, "inputs": inputs, "distilled_steps": steps, "rate": rate or "chosen"}
-        yield {**base, "inputs": inputs, "distilled_steps": 0}
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured."""
+
+    networks: Sequence[str]
+    keeps: Sequence[float]
+    inputs: Collection[str]
+    images: int
+    steps: int
+    rate: float | None
+
+    def list_settings(self) -> Iterator[dict[str, Any]]:
+        for network, keep, inputs in itertools.product(self.networks, self.keeps, self.inputs):
+            setting = {"network": network, "keep": keep, "test_images": self.images, "inputs": inputs}
+            yield {**setting, "distilled_steps": self.steps, "rate": self.rate or "chosen"}
+            yield {**setting, "distilled_steps": 0}
 
 
 def measure(setting: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    model, example = zoo.build(NETWORK, pretrained=True), zoo.example_input(NETWORK)
-    given = zoo.load_data(NETWORK, "train", limit=256).images if setting["inputs"] != "none" else None
+    network = setting["network"]
+    model, example = zoo.build(network, pretrained=True), zoo.example_input(network)
+    given = zoo.load_data(network, "train", limit=256).images if setting["inputs"] != "none" else None
     steps: list[Any] = [INPUTS[setting["inputs"]]]
     if setting["distilled_steps"]:
         chosen = {} if setting["rate"] == "chosen" else {"lr": setting["rate"]}
         steps.append(Distill(steps=setting["distilled_steps"], seconds=None, folder=str(folder), **chosen))
     start, work = time.perf_counter(), time.process_time()
-    small = intrafusion.compress(model, example, KEEP, restore=steps, inputs=given)
+    small = intrafusion.compress(model, example, setting["keep"], restore=steps, inputs=given)
     taken = time.perf_counter() - start, time.process_time() - work
-    last, test = small.restored[-1], zoo.load_data(NETWORK, "test", limit=setting["test_images"])
+    last, test = small.restored[-1], zoo.load_data(network, "test", limit=setting["test_images"])
     return {
         "accuracy": accuracy(small.model, test.images, test.labels),
         "held_out_error": last.error_after,
@@ -65,15 +80,17 @@ def measure(setting: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def run(images: int, steps: int, rate: float | None, wanted: Collection[str], records: Path) -> None:
+def run(asked: Asked, records: Path) -> None:
     finished = finished_keys(read_records(records))
-    todo = [s for s in settings(images, steps, rate, wanted) if key_of(EXPERIMENT, s) not in finished]
-    for setting in track(todo, NETWORK):
+    todo = [s for s in asked.list_settings() if key_of(EXPERIMENT, s) not in finished]
+    for setting in track(todo, EXPERIMENT):
         append_record(records, Record(EXPERIMENT, setting, measure(setting, records.parent / "build")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=NETWORKS)
+    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=Distill().steps)
     parser.add_argument("--records", type=Path, default=RECORDS)
@@ -88,7 +105,8 @@ def main() -> None:
     if options.smoke:
         smoke()
     else:
-        run(options.images, options.steps, options.rate, options.inputs, options.records)
+        what = options.networks, options.keeps, options.inputs, options.images, options.steps, options.rate
+        run(Asked(*what), options.records)
 
 
 def smoke() -> None:
@@ -96,7 +114,7 @@ def smoke() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "smoke.jsonl"
-        run(100, 2, None, ["256 images"], records)
+        run(Asked(NETWORKS[:1], KEEPS[-1:], ["256 images"], 100, 2, None), records)
         for record in read_records(records):
             print(record.setting["inputs"], record.setting["distilled_steps"], f"{record.result['accuracy']:.3f}")
 

@@ -160,14 +160,15 @@ def ranks(records: list[Record]) -> str:
 
 
 def distillation(records: list[Record]) -> str:
-    """A row per inputs and number of steps, with what each took of the processor."""
+    """A row per network, keep, inputs and number of steps, with what each took of the processor."""
     rows = []
-    for r in sorted(latest(records), key=lambda r: (r.setting["inputs"], r.setting["distilled_steps"])):
-        steps = r.setting["distilled_steps"]
+    where = lambda s: (s["network"], -s["keep"], s["inputs"])  # noqa: E731
+    for r in sorted(latest(records), key=lambda r: (*where(r.setting), r.setting["distilled_steps"])):
+        setting, result, steps = r.setting, r.result, r.setting["distilled_steps"]
         done = f"solved, then {steps} steps" if steps else "solved"
-        error = f"{r.result['held_out_error']:.3f}"
-        rows.append([r.setting["inputs"], done, percent(r.result["accuracy"]), error, f"{r.result['cpu_s']:.0f}"])
-    return markdown(["inputs", "done", "accuracy, %", "held-out error", "processor, s"], rows)
+        named = [f"`{setting['network']}`", f"{setting['keep']:g}", setting["inputs"], done]
+        rows.append([*named, percent(result["accuracy"]), f"{result['held_out_error']:.3f}", f"{result['cpu_s']:.0f}"])
+    return markdown(["network", "keep", "inputs", "done", "accuracy, %", "held-out error", "processor, s"], rows)
 
 
 def export(records: list[Record]) -> str:
