@@ -621,6 +621,21 @@ def written_in_parts_and_changed_there() -> Built:
     return Wired(wiring, a=nn.Linear(5, 4), b=nn.Linear(5, 4), c=nn.Linear(8, 3)), torch.randn(2, 5)
 
 
+@case({"a": 8}, blocked={"c": "output"})
+def seen_in_part_before_it_is_written() -> Built:
+    """A view is taken of zeros, and channels are written into the whole of them afterwards."""
+
+    def wiring(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        y, total = torch.zeros(a.shape), torch.ones(a.shape)
+        late, early = y[:, :, 2:], total.flatten(1).view(a.shape)[:, :, :3]
+        y[:] = a
+        total *= a
+        return net.c((late * early).relu())
+
+    return Wired(wiring, a=nn.Conv1d(3, 8, 1), c=nn.Conv1d(8, 3, 1)), torch.randn(2, 3, 5)
+
+
 @case({"a b": 2, "a": (2, 2)}, blocked={"c": "output"})
 def added_to_part_of_another() -> Built:
     def wiring(net: Any, x: Tensor) -> Tensor:

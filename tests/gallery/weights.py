@@ -125,6 +125,14 @@ def pruned_by_torch() -> Built:
     return detached(net, torch.randn(4, 3))
 
 
+@case({"a": 7}, blocked={"b": "output"}, unmixable=("a",))
+def bias_pruned_by_torch() -> Built:
+    """What becomes one channel adds up the biases, and a product of sums is no sum of products."""
+    net = chain(a=nn.Linear(3, 7), relu=nn.ReLU(), b=nn.Linear(7, 2))
+    prune.l1_unstructured(net[0], "bias", amount=0.3)
+    return detached(net, torch.randn(4, 3))
+
+
 @case({"w": 10, "": 4}, blocked={"head": "output"})
 def lora() -> Built:
     """weight + up @ down: the rank is a group of its own."""

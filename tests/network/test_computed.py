@@ -31,6 +31,21 @@ def test_a_masked_bias_takes_up_no_constant(place: int) -> None:
     torch.testing.assert_close(layer.bias, layer.bias_orig * layer.bias_mask)
 
 
+@pytest.mark.parametrize("kind", [prune.identity, weight_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_smaller_network_holds_what_its_next_call_computes(kind: Callable[[nn.Module, str], nn.Module]) -> None:
+    """Until then there was what the original had computed, in its size, of which layers were solved on noise."""
+    net, x = layers(), torch.randn(4, 6)
+    kind(net[2], "weight")
+    prune.l1_unstructured(net[2], "bias", 2)
+    small = intrafusion.compress(net, x, 0.5, restore="noise", progress=False).model
+    layer: nn.Linear = small[2]  # type: ignore[index]
+    held = layer.weight.detach().clone(), layer.bias.detach().clone()
+    assert held[0].shape == (6, 8)
+    small(x)
+    torch.testing.assert_close((layer.weight.detach(), layer.bias.detach()), held)
+
+
 @pytest.mark.parametrize(
     ("kind", "told"),
     [

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from intrafusion.names import name_some
 
@@ -25,6 +27,19 @@ def tell_of_computed(model: nn.Module) -> tuple[str, ...]:
         f"channels. After training, {call} folds that in."
         for (what, call), names in found.items()
     )
+
+
+@torch.no_grad()
+def compute_anew_(model: nn.Module) -> None:
+    """Have modules hold what their next call will compute: until then it is of weights that are no longer there."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                setattr(module, hook._tensor_name, hook.apply_mask(module))
+            elif isinstance(hook, SpectralNorm):
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
+            elif isinstance(hook, WeightNorm):
+                setattr(module, hook.name, hook.compute_weight(module))
 
 
 def _list_computed(module: nn.Module) -> Iterator[tuple[str, str, str]]:

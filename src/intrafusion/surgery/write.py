@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from intrafusion.network.computed import compute_anew_
 from intrafusion.network.tensors import named_tensors
 from intrafusion.surgery.numbers import write_number_
 
@@ -43,6 +44,7 @@ def write_weights_(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[Rep
     changed = {name for name, shape in shapes.items() if shape != tuple(weights[name].shape)}
     repairs = find_repairs(model, {id(tensors[name]): shapes[name] for name in changed})
     make_repairs_(model, repairs)
+    compute_anew_(model)
     return repairs
 
 

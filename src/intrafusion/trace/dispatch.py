@@ -65,9 +65,9 @@ class Tracer(Mode):
         """
         if not func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
             return args
-        info = self.ledger.look_up(args[0])
-        constant = info is None or (isinstance(info, LabelledTensor) and info.is_uniform)
-        if not constant or not any(isinstance(x, Tensor) and self.ledger.knows(x) for x in args[1:]):
+        if not any(isinstance(x, Tensor) and self.ledger.knows(x) for x in args[1:]):
+            return args
+        if not self.ledger.is_constant(args[0]):
             return args
         return args[0].detach().clone(), *args[1:]
 
@@ -95,8 +95,11 @@ class Tracer(Mode):
         self.ledger.note_passage(operands, results if len(results) > 1 else [])
         for output, info in zip(call.outputs, results, strict=len(results) > 1):
             if isinstance(output, Tensor):
-                wrote = call.in_place and output._is_view()
-                self.ledger.learn(output, write_part(self.ledger, call, output, info) if wrote else info)
+                if call.in_place and output._is_view():
+                    info = write_part(self.ledger, call, output, info)
+                elif call.in_place and isinstance(info, LabelledTensor) and self.ledger.is_constant(output):
+                    self.ledger.share_with_views(output)
+                self.ledger.learn(output, info)
 
     def _apply_rule(self, call: Call) -> Outcome:
         try:

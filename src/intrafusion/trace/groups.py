@@ -214,12 +214,16 @@ def _find_parametrised(tensor: str) -> str:
     return f"{module}{rest.partition('.')[0]}" if found else ""
 
 
+_LINEAR = frozenset([Role.PRODUCES, Role.CONSUMES, Role.SHIFTS])
+"""What is transformed as the channels are, and not averaged over those that become one."""
+
+
 def _explain_unmixable(relations: Relations, members: list[Member], causes: list[tuple[Cause, str]]) -> str | None:
     """Why merging two identical channels would change the output, if it would."""
     for member in members:
         if {Role.PRODUCES, Role.CONSUMES} <= member.roles:
             return f"{member.tensor} both produces and consumes them along one dimension (tied weights)"
-        if member.roles & {Role.PRODUCES, Role.CONSUMES} and member.tensor in relations.reparametrised:
+        if member.roles & _LINEAR and member.tensor in relations.reparametrised:
             return f"{member.tensor} is not used as it is but through {relations.reparametrised[member.tensor]}"
     matched = any(Role.MATCHES in member.roles for member in members)
     counting = _COUNTS_CHANNELS - ({Cause.PRODUCT} if matched else set())

@@ -40,7 +40,7 @@ class Ledger:
         self.origins: list[Origin] = []
         # Weak: a tensor that the network drops is forgotten, and its memory is not held until the end of the pass.
         self._known = WeakTensorKeyDictionary()
-        self._written = WeakTensorKeyDictionary()  # labels of tensors that parts were written into
+        self._written = WeakTensorKeyDictionary()  # labels of tensors that are written into, which views share
         self._alike = WeakTensorKeyDictionary()  # tensors that hold one number everywhere
         # By identity: the network holds its parameters for as long as the ledger lives, so no id is reused.
         self._parameters: dict[int, str] = {}
@@ -68,6 +68,11 @@ class Ledger:
         if known is None and id(tensor) in self._parameters:
             known = self._known[tensor] = self._start_coordinates(self._parameters[id(tensor)])
         return known
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether it is the same for all channels, or nothing is known of it."""
+        info = self.look_up(tensor)
+        return info is None or (isinstance(info, LabelledTensor) and info.is_uniform)
 
     def is_of_buffers(self, weight: Weight) -> bool:
         """Whether a tensor was made from buffers alone, which no training changes."""
@@ -104,6 +109,10 @@ class Ledger:
             self._written[base] = torch.empty_strided(base.shape, base.stride(), dtype=torch.long).copy_(start)
         _view_labels(self._written[base], base, view).copy_(labels)
         self._known[base] = LabelledTensor(compact(self._written[base].clone()))
+
+    def share_with_views(self, base: Tensor) -> None:
+        """What is learnt of a tensor from now on is known of its views too, also of those that were made before."""
+        self._written[base] = torch.empty_strided(base.shape, base.stride(), dtype=torch.long)
 
     def _is_part_of_written(self, tensor: Tensor) -> bool:
         base = tensor._base if len(self._written) else None
@@ -171,6 +180,8 @@ class Ledger:
                 positions, channels = pair_up(axis.coordinates, labels, 0, FIXED)
                 self.relations.share(axis.tensor, axis.dim, role, positions, channels)
                 self._note_plane(weight, axis, labels, role)
+                if weight.nonlinear and role is Role.SHIFTS:
+                    self.relations.reparametrised.setdefault(axis.tensor, weight.nonlinear)
             else:
                 self.relations.pin(
                     axis.tensor, axis.dim, f"meets what has no channels along it: {self.relations.where}"
