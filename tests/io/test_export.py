@@ -152,6 +152,55 @@ def test_texts_of_every_length(onnx: None, tmp_path: Path) -> None:
         torch.testing.assert_close(program(ids=ids, mask=torch.ones_like(ids))["logits"], expected)
 
 
+class Compared(nn.Module):
+    """Two texts of lengths of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+
+    def forward(self, question: Tensor, answer: Tensor) -> Tensor:
+        return (self.embed(question).mean(1) * self.embed(answer).sum(1)).sum(-1)
+
+
+def test_two_texts_of_different_lengths(onnx: None, tmp_path: Path) -> None:
+    net = seeded(Compared)
+    found = export(net, (torch.arange(10).view(2, 5), torch.arange(6).view(2, 3)), tmp_path / "net.onnx")
+    assert found.any_length
+    assert axes_of(found.path) == {
+        "question": ["batch", "question_length"], "answer": ["batch", "answer_length"], "output": ["batch"]
+    }  # fmt: skip
+    fresh = torch.arange(9).view(3, 3), torch.arange(6, 9).view(3, 1)
+    torch.testing.assert_close(run_onnx(found.path, *fresh)[0], net(*fresh))
+
+
+class TimeFirst(nn.Module):
+    """What is along the first dimension is added up, as a recurrent layer does without batch_first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(x) if x.dtype == torch.long else x
+        return x.cumsum(0), x.sum(0)
+
+
+def test_batches_of_every_size_where_time_comes_first(onnx: None, tmp_path: Path) -> None:
+    """What was free was the time, and it was called the batch."""
+    net = seeded(TimeFirst)
+    numbers = export(net, torch.randn(5, 2, 4), tmp_path / "net.pt2")
+    texts = export(net, torch.arange(10).view(5, 2), tmp_path / "net.onnx")
+    assert (numbers.any_batch, numbers.any_length, texts.any_batch, texts.any_length) == (True, False, True, True)
+    fresh = torch.randn(5, 3, 4)
+    torch.testing.assert_close(torch.export.load(numbers.path).module()(fresh), net(fresh))
+    fresh = torch.arange(8).view(2, 4)
+    torch.testing.assert_close(tuple(run_onnx(texts.path, fresh)), net(fresh))
+    assert axes_of(texts.path) == {
+        "x": ["length", "batch"], "output_0": ["length", "batch", 4], "output_1": ["batch", 4]
+    }  # fmt: skip
+
+
 def test_a_network_of_one_length(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 2))
     found = export(net, torch.arange(6).view(2, 3), tmp_path / "net.pt2")
@@ -295,6 +344,27 @@ def test_names_in_onnx_are_those_a_program_would_look_for(onnx: None, tmp_path: 
 def axes_of(path: Path) -> dict[str, list[Any]]:
     session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return {port.name: port.shape for port in (*session.get_inputs(), *session.get_outputs())}
+
+
+def test_names_of_outputs_do_not_clash(onnx: None, tmp_path: Path) -> None:
+    """Keys may be what other tensors of the file are called, which then was no file."""
+    net = seeded(Of, lambda x: {"relu": x, "more": [x.relu(), {"x": x + 1}], "linear.weight": x, "x": x, "": x, 3: x})
+    export(net, torch.randn(2, 4), tmp_path / "net.onnx")
+    assert list(axes_of(tmp_path / "net.onnx")) == [
+        *("x", "relu", "more_0", "more_1_x", "linear.weight_output", "x_output", "output", "output_3")
+    ]
+
+
+def test_a_tensor_that_is_given_twice_may_be_two_in_another_call(tmp_path: Path) -> None:
+    net, x = seeded(nn.Bilinear, 4, 4, 3), torch.randn(4)
+    found = export(net, (x, x), tmp_path / "net.pt2")
+    fresh = torch.randn(4), torch.randn(4)
+    torch.testing.assert_close(torch.export.load(found.path).module()(*fresh), net(*fresh))
+
+
+def test_nothing_is_logged_of_what_was_tried(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    export(seeded(Of, lambda x: x.reshape(2, 2, 2)), torch.randn(2, 4), tmp_path / "net.pt2")
+    assert capfd.readouterr() == ("", "")
 
 
 class Pair(NamedTuple):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from intrafusion.arguments import Count, checked
 from intrafusion.errors import ArgumentError, FolderError, IntrafusionError, ModelError
 from intrafusion.io.atomic import atomic_file, report_unwritable
-from intrafusion.io.program import OtherOutputs, Written, brief_error, export_checked, write_program
+from intrafusion.io.program import OtherOutputs, Written, brief_error, export_checked, find_batch_axes, write_program
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.outputs import keep_tensors, pick_outputs, plain_output
 from intrafusion.network.state import preserve_state
@@ -31,7 +31,6 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LEAST_OPSET, DEFAULT_OPSET = 18, 20
 """Of ONNX's operators: the first that PyTorch writes, and the last that runtimes of two years ago read."""
 _LARGEST = 1_800_000_000  # bytes of weights in one file: protocol buffers end at 2 GiB
-_NOISY = ("torch.onnx", "torch.fx", "torch.export", "torch._subclasses", "onnxscript", "onnx_ir")  # loggers
 _LACKING = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'|target=torch\.ops\.([\w.]+)\]")
 _CALL = re.compile(r'The following call raised this error:\n\s*File "([^"]+)", line (\d+)')
 
@@ -44,7 +43,7 @@ class Exported:
         path: the file; weights of more than 1.8 GB stand beside it, in a file of that name and `.data`.
         any_batch: whether it takes batches of every size; else that of the example only.
         any_length: whether it takes texts of every length that the network takes; else, and where inputs are no texts
-            (indices and masks of one shape), only inputs as large as in the example.
+            (indices and masks alone), only inputs as large as in the example.
         difference: largest difference of its outputs to those of the network, on inputs that it was not made from,
             relative to each output's largest value.
         opset: version of ONNX's operators; None for a program.
@@ -102,7 +101,7 @@ def export_inputs(
         inputs.call(model)  # refused in words if it does not run
     whole = replace(inputs, outputs=None)
     version = None if path.suffix == _PROGRAM else opset or DEFAULT_OPSET
-    with atomic_file(path) as file, _reporting(model), _quiet():
+    with atomic_file(path) as file, _reporting(model, path.suffix):
         write = partial(_write_program, file) if version is None else partial(_write_onnx, file, version)
         read = partial(_read_output, inputs.outputs, path.suffix)
         _, free, difference = export_checked(model, whole, write, read)
@@ -114,52 +113,77 @@ def export_inputs(
     return Exported(path, free > 0, difference, version, any_length=free > 1)
 
 
-def _write_program(file: Path, program: ExportedProgram) -> Written[None]:
-    content, run = write_program(program)
+def _write_program(file: Path, program: ExportedProgram, inputs: Inputs) -> Written[None]:
+    content, run = write_program(program, inputs)
     file.write_bytes(content)
     return None, run
 
 
-def _write_onnx(file: Path, opset: int, program: ExportedProgram) -> Written[None]:
+def _write_onnx(file: Path, opset: int, program: ExportedProgram, inputs: Inputs) -> Written[None]:
     """The file, its weights beside it where they are too many, and a run of it by onnxruntime."""
-    names = _name_outputs(program)
-    found = torch.onnx.export(program, dynamo=True, opset_version=opset, output_names=names, verbose=False)
+    found = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     assert found is not None
-    _name_axes_(found)
+    _name_values_(found.model.graph, program)
+    _name_axes_(found, find_batch_axes(inputs))
     written = found.model.opset_imports.get("")
     if written != opset:  # what converts versions logs that it cannot, and passes on what it had
         raise ModelError(f"export: opset: the packages installed here write {written}, not {opset}; say another one.")
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     found.save(file, external_data=size > _LARGEST)
-    session = importlib.import_module("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
-    return None, partial(_run_onnx, session)
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what fails is told in an error
+    return None, partial(_run_onnx, runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"]))
 
 
-def _name_outputs(program: ExportedProgram) -> list[str] | None:
-    """ "output" for a lone tensor, the keys of a dict of tensors; None for others, and for what inputs are called."""
+def _name_values_(graph: Any, program: ExportedProgram) -> None:
+    """Inputs are called as in the forward, outputs as in what it returns; what lies between gives way."""
+    inputs = list(program.graph_signature.user_inputs)
+    inputs = inputs if len(inputs) == len(graph.inputs) else [value.name for value in graph.inputs]
+    outputs, taken = [], {*inputs, *graph.initializers}
+    for name in _name_outputs(program):
+        while name in taken:
+            name += "_output"
+        taken.add(name)
+        outputs.append(name)
+    for value in [value for node in graph.all_nodes() for value in node.outputs]:
+        if value.name in taken:
+            value.name = f"{value.name}_within"
+    for value, name in (*zip(graph.outputs, outputs, strict=True), *zip(graph.inputs, inputs, strict=True)):
+        value.name = name
+
+
+def _name_outputs(program: ExportedProgram) -> list[str]:
+    """ "output" for a lone tensor, the keys of a dict, "output_0" and so on for the items of a tuple."""
     spec = program.call_spec.out_spec
-    if spec is None:
-        return None
-    names = ["output"] if spec.is_leaf() else list(spec.context) if spec.type is dict else []
-    taken = set(program.graph_signature.user_inputs)
-    fit = len(names) == spec.num_leaves and all(isinstance(name, str) and name not in taken for name in names)
-    return names if fit else None
+    assert spec is not None
+    paths, _ = tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))
+    keys = [[getattr(step, "key", getattr(step, "idx", "")) for step in path] for path, _ in paths]
+    named = [key if key and isinstance(key[0], str) and key[0] else ["output", *key] for key in keys]
+    return ["_".join(str(part) for part in key if part != "") for key in named]
 
 
-def _name_axes_(found: Any) -> None:
-    """Call what is free of the inputs "batch" and "length", rather than as tracing numbers it."""
-    shapes = [[size if isinstance(size, int) else str(size) for size in i.shape] for i in found.model.graph.inputs]
-    for axis, name in enumerate(("batch", "length")):
-        free = {shape[axis] for shape in shapes if len(shape) > axis and isinstance(shape[axis], str)}
-        if len(free) == 1:
-            found.rename_axes({free.pop(): name})
+def _name_axes_(found: Any, batch: Sequence[int]) -> None:
+    """Call what is free of the inputs "batch" and "length", rather than as tracing numbers it.
+
+    Args:
+        batch: along which dimension of each the images lie.
+    """
+    lengths: dict[str, str] = {}
+    for value, axis in zip(found.model.graph.inputs, batch, strict=True):
+        for dim, size in enumerate(value.shape):
+            if not isinstance(size, int):
+                name = "batch" if dim == axis else f"{value.name}_length"
+                lengths.setdefault(str(size), name)
+    names = {name for name in lengths.values() if name != "batch"}
+    found.rename_axes({size: "length" if {name} == names else name for size, name in lengths.items()})
 
 
 def _run_onnx(session: Any, inputs: Inputs) -> list[Tensor]:
     taken = inputs.copied()
     tensors = [t.numpy() for t in taken.tensors()]
     found = session.run(None, dict(zip([i.name for i in session.get_inputs()], tensors, strict=True)))
-    return [torch.from_numpy(value) for value in found]
+    return inputs.turn_outputs([torch.from_numpy(value) for value in found])
 
 
 def check_export(path: Path, *, opset: int | None = None, overwrite: bool = False) -> None:
@@ -196,21 +220,7 @@ def _read_output(wanted: tuple[str | int, ...] | None, suffix: str, output: Any)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what exporters log as they go; what fails is told in an error."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _reporting(model: nn.Module) -> Iterator[None]:
+def _reporting(model: nn.Module, suffix: str) -> Iterator[None]:
     """
     Raises:
         ModelError: instead of what an exporter or a runtime raises.
@@ -227,15 +237,14 @@ def _reporting(model: nn.Module) -> Iterator[None]:
         ) from error
     except Exception as error:  # whatever an exporter or a runtime raises
         raise ModelError(
-            f"export: {_tell_failure(name, error)}. Where the original fails alike, that is none of the compression's "
-            "doing. Nothing was written."
+            f"export: {_tell_failure(name, suffix, error)}. Where the original fails alike, that is none of the "
+            "compression's doing. Nothing was written."
         ) from error
 
 
-def _tell_failure(name: str, error: Exception) -> str:
+def _tell_failure(name: str, suffix: str, error: Exception) -> str:
     text = str(error)
-    lacking = _LACKING.search(text)
-    if lacking:
+    if suffix == _ONNX and (lacking := _LACKING.search(text)):
         operation = next(filter(None, lacking.groups()))
         return f"ONNX has no operation for {operation} of {name}; write it in other ones, or export a program (.pt2)"
     if "data-dependent" in text:

@@ -6,18 +6,20 @@ import contextlib
 import copy
 import inspect
 import io
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from intrafusion.errors import FolderError, IntrafusionError, ModelError
 from intrafusion.network.double import output_difference
+from intrafusion.network.images_first import put_images_first
 from intrafusion.network.inputs import Inputs, describe
 from intrafusion.network.outputs import plain_output
 from intrafusion.network.state import preserve_state
@@ -30,6 +32,8 @@ _TRACED = 3
 _SHORTEST = 2  # a length of one is a way of its own
 _TOLERANCE = 1e-4
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_NOISY = ("torch.onnx", "torch.fx", "torch.export", "torch._subclasses", "torch._guards", "torch._dynamo")  # loggers
+_NOISY += ("onnxscript", "onnx_ir")
 T = TypeVar("T")
 Written = tuple[T, Callable[[Inputs], list[Tensor]]]
 """What was made of a program, and what runs it."""
@@ -98,17 +102,17 @@ class OtherOutputs(Exception):
 def export_checked(
     model: nn.Module,
     inputs: Inputs,
-    write: Callable[[ExportedProgram], Written[T]],
+    write: Callable[[ExportedProgram, Inputs], Written[T]],
     read: Callable[[Any], Any] = plain_output,
 ) -> tuple[T, int, float]:
     """What `write` makes of the network's program, how many dimensions of its inputs are free, and how far it is off.
 
-    The program is in evaluation mode and on the CPU. The first dimension of every input is free where the network has
-    none that depends on it, and so is the second where all inputs are texts. What was written is run and compared with
-    the network, on inputs that it was not made from.
+    The program is in evaluation mode and on the CPU. The dimension of every input along which its images lie is free
+    where the network has none that depends on it, and so is the length where all inputs are texts. What was written is
+    run and compared with the network, on inputs that it was not made from.
 
     Args:
-        write: what is wanted, and a function that runs it.
+        write: what is wanted, and a function that runs it; of a program and a call of it, images first.
         read: what of an output is the program's. Classes must not be left: they are not there when it is loaded.
     Returns:
         What was wanted; 2 if batches and lengths are free, 1 if batches are, or 0; the largest difference of the
@@ -117,18 +121,46 @@ def export_checked(
         OtherOutputs: it gives other outputs than the network.
     """
     core = copy_model(model).cpu()
+    given = put_images_first(
+        inputs.copied().map(lambda t: t.cpu().clone()), core
+    )  # what is one tensor need not stay so
     core.register_forward_hook(lambda _, args, output: read(output))
-    given = inputs.copied().map(lambda t: t.cpu())
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"), _quiet():
         for free in range(_count_free(given), 0, -1):
             with preserve_state(core), contextlib.suppress(Exception):  # a network of one length, or one batch size
-                written, run = write(_trace_free(core, _with_batch(given, _TRACED), free))
+                case = _with_batch(given, _TRACED)
+                written, run = write(_trace_free(core, case, free), case)
                 cases = [_with_batch(_vary(given), size) for size in _BATCHES]
                 cases += [case.map(lambda t: t[:, : (t.shape[1] + 1) // 2]) for case in cases if free > 1]
                 return written, free, max(_compare(run, core, case) for case in cases)
         with preserve_state(core):
-            written, run = write(_trace(core, given))
+            written, run = write(_trace(core, given), given)
             return written, 0, max(_compare(run, core, case) for case in (given, _vary(given)))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters log as they go; what fails is told in an error."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def find_batch_axes(inputs: Inputs) -> list[int]:
+    """Of every tensor of a call, images first, along which dimension they lie as the network takes it."""
+    named = {**dict(enumerate(inputs.args)), **(inputs.kwargs or {})}
+    axes = [[int(name in inputs.turned)] * _count_tensors(value) for name, value in named.items()]
+    return [axis for some in axes for axis in some]
+
+
+def _count_tensors(value: Any) -> int:
+    return sum(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 def _trace_free(model: nn.Module, inputs: Inputs, free: int) -> ExportedProgram:
@@ -137,13 +169,19 @@ def _trace_free(model: nn.Module, inputs: Inputs, free: int) -> ExportedProgram:
     A forward that is run as it is has one number for `len(x)`; one whose code is read, which fewer allow, has not.
     """
     _name_keywords_(model, inputs)
-    sizes = dict(enumerate((torch.export.Dim("batch", min=1), torch.export.Dim.AUTO)[:free]))
-    named = inspect.signature(model.forward).bind(*inputs.args, **(inputs.kwargs or {})).arguments
-    shapes = tree_map(lambda x: sizes if isinstance(x, Tensor) else None, dict(named))
+
+    def say_free(name: int | str, value: Any) -> Any:
+        axes = [0, 1][:: -1 if name in inputs.turned else 1]
+        sizes = dict(zip(axes, (torch.export.Dim("batch", min=1), torch.export.Dim.AUTO)[:free], strict=False))
+        return tree_map(lambda x: sizes if isinstance(x, Tensor) else None, value)
+
+    args = [say_free(index, value) for index, value in enumerate(inputs.args)]
+    kwargs = {name: say_free(name, value) for name, value in (inputs.kwargs or {}).items()}
+    shapes = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     try:
-        return _trace(model, inputs, shapes)
+        return _trace(model, inputs, dict(shapes))
     except Exception:  # whatever tracing makes a forward raise
-        return _trace(model, inputs, shapes, strict=True)
+        return _trace(model, inputs, dict(shapes), strict=True)
 
 
 def _name_keywords_(model: nn.Module, inputs: Inputs) -> None:
@@ -163,12 +201,13 @@ def _name_keywords_(model: nn.Module, inputs: Inputs) -> None:
 
 
 def _trace(model: nn.Module, inputs: Inputs, shapes: Any = None, *, strict: bool = False) -> ExportedProgram:
-    args, kwargs = tuple(inputs.args), dict(inputs.kwargs or {})
+    taken = inputs.as_taken()
+    args, kwargs = tuple(taken.args), dict(taken.kwargs or {})
     with contextlib.redirect_stderr(io.StringIO()):  # of what it does not take, PyTorch prints the whole graph
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
 
 
-def write_program(program: ExportedProgram) -> Written[bytes]:
+def write_program(program: ExportedProgram, _: Inputs) -> Written[bytes]:
     """The content of a .pt2 file."""
     program._example_inputs = None  # they may be somebody's data
     file = io.BytesIO()
@@ -213,13 +252,13 @@ def _vary(inputs: Inputs) -> Inputs:
 
 
 def _count_free(inputs: Inputs) -> int:
-    """2 of texts, which are indices and masks of one shape; 1 where all inputs have one first dimension; else 0."""
+    """2 of texts, which are indices and masks; 1 where all inputs have as many images; else 0."""
     tensors = inputs.tensors()
     sizes = {t.shape[0] if t.dim() else 0 for t in tensors}
     if len(sizes) != 1 or 0 in sizes:
         return 0
-    texts = {t.shape if t.dim() == 2 and not (t.is_floating_point() or t.is_complex()) else None for t in tensors}
-    return 2 if len(texts) == 1 and all(shape and shape[1] > _SHORTEST for shape in texts) else 1
+    texts = (t.dim() == 2 and t.shape[1] > _SHORTEST and not (t.is_floating_point() or t.is_complex()) for t in tensors)
+    return 2 if all(texts) else 1
 
 
 def _with_batch(inputs: Inputs, size: int) -> Inputs:
