@@ -15,7 +15,7 @@ import numpy as np
 
 from intrafusion.arguments import checked
 from intrafusion.brief import show_briefly
-from intrafusion.names import plain_name, plain_text
+from intrafusion.names import hide_numbers, name_some, plain_name, plain_text, star_numbers
 from intrafusion.table import WIDTH, GroupLine, TextTable, tabulate_groups, wrap_text
 
 BLOCKS = ":blocks"  # what the names of groups end with whose units are whole blocks
@@ -384,15 +384,14 @@ def layers_of(tensors: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
-def describe_fixed(graph: ChannelGraph, shown: int = 3) -> tuple[str, ...]:
-    """What is in no group, a sentence for each reason."""
+def describe_fixed(graph: ChannelGraph) -> tuple[str, ...]:
+    """What is in no group, a sentence for each reason; reasons that differ in numbers of layers are one."""
     by_reason: dict[str, list[FixedSide]] = {}
     for side in graph.fixed:
-        by_reason.setdefault(side.why, []).append(side)
+        by_reason.setdefault(hide_numbers(side.why), []).append(side)
     return tuple(
-        f"{why}: {', '.join(map(str, sides[:shown]))}"
-        + (f" and {len(sides) - shown} more" if len(sides) > shown else "")
-        for why, sides in by_reason.items()
+        f"{star_numbers([side.why for side in sides])}: {name_some([str(side) for side in sides])}"
+        for sides in by_reason.values()
     )
 
 

@@ -50,8 +50,9 @@ _Scores = Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]
 
 
 _BLIND = (
-    "channels are only selected, as nothing was seen of what is read of them. compress() looks by itself; decide() "
-    "does with calibration=intrafusion.restore.calibrate(model, example_inputs, images=...)."
+    "channels are only selected, as nothing was seen of what is read of them. compress() looks on inputs=, or on what "
+    "it can make for a network; decide() on calibration=intrafusion.restore.calibrate(model, example_inputs, "
+    "images=...)."
 )
 
 _UNCOMPARED = "reducer auto: pivot, as candidates were not compared; compress() does."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import intrafusion
 from intrafusion import Compressed, ModelError
 from intrafusion.network.input_batches import read_input_batches
 from intrafusion.network.tensors import named_tensors
-from intrafusion.restore import LeastSquares
+from intrafusion.restore import LeastSquares, steps
 from intrafusion.restore.mirrored import add_mirrored
 
 X = torch.zeros(1, 3, 8, 8)
@@ -82,6 +83,15 @@ def test_what_is_solved_with_them_is_what_images_and_mirror_images_give(monkeypa
     compress(draw(260))
     first, second = seen
     torch.testing.assert_close(second, torch.cat([first, first.flip(-1)]))
+
+
+def test_where_images_alone_were_undone_it_is_not_said_of_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = steps._solve_or_undo
+    harmed = lambda *args: replace(solve(*args), undone=True, note="undone, as the outputs were worse")  # noqa: E731
+    monkeypatch.setattr(steps, "_solve_or_undo", harmed)
+    (step,) = compress(draw(260)).restored
+    assert not step.undone
+    assert (step.note or "").startswith("mirror images too")
 
 
 def test_few_images_held_out_cannot_tell() -> None:

@@ -244,6 +244,18 @@ def test_a_number_in_the_code_is_named_with_its_line() -> None:
     assert f"; at test_literals.py:{line}, where 16 is written in the code: take it" in small.rolled_back["a"]
 
 
+def test_a_number_is_named_where_too_few_parts_come_of_it() -> None:
+    def use(net: Any, h: Tensor) -> Tensor:
+        early, late = h.split(
+            8, dim=1
+        )  # fmt: skip
+        return torch.cat([early.tanh(), late], 1)
+
+    small = select(Holder({}, use).eval(), torch.randn(4, 6))
+    told = f"at test_literals.py:{use.__code__.co_firstlineno + 1}, where 8 is written in the code"
+    assert [told in why for why in small.rolled_back.values()] == [True, True]
+
+
 def test_a_number_that_makes_it_run_and_is_wrong_is_not_taken() -> None:
     """With `side` 2 for 4 the reshape works, and mixes channels with pixels."""
 

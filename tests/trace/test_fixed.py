@@ -93,11 +93,11 @@ def test_why_each_is_in_no_group() -> None:
 
 
 def test_a_sentence_for_each_reason() -> None:
-    sides = tuple(FixedSide(f"{k}.weight", 1, 3, "read by the caller") for k in range(5))
-    graph = ChannelGraph((), fixed=(*sides, FixedSide("5.bias", 0, 1, "one")))
-    assert describe_fixed(graph, shown=2) == (
-        "read by the caller: 0.weight[1] (3), 1.weight[1] (3) and 3 more",
-        "one: 5.bias[0] (1)",
+    sides = tuple(FixedSide(f"blocks.{k}.weight", 1, 3, f"picked: index in blocks.{k}") for k in range(5))
+    others = [FixedSide(f"{name}.bias", 0, 1, "one") for name in "abcde"]
+    assert describe_fixed(ChannelGraph((), fixed=(*sides, *others))) == (
+        "picked: index in blocks.*: blocks.{0-4}.weight[1] (3)",
+        "one: a.bias[0] (1), b.bias[0] (1), c.bias[0] (1) and 2 more",
     )
 
 

@@ -244,11 +244,15 @@ def _try_mirrored(
     replace(calibration, images=images).restore(small, model, graph, lambda _: None)
     both = by.measure(small.model)
     done = replace(done, seconds=done.seconds + time.perf_counter() - start)
-    errors = f"outputs are off by {percent(both.error)} of their variance, without by {percent(alone.error)}"
+    found, without = percent(both.error), percent(alone.error)
+    if found == without:
+        found, without = (f"{100 * closeness.error:.4g} %" for closeness in (both, alone))
+    errors = f"outputs are off by {found} of their variance, without by {without}"
     if not alone.is_worse_than(both):
         write_weights_(small.model, weights)
         return _noting(done, f"mirror images left out: with them {errors}")
-    done = _noting(replace(done, undone=False), f"mirror images too: with them {errors}")
+    done = replace(done, undone=False, note=None)  # of what is no longer there
+    done = _noting(done, f"mirror images too: with them {errors}")
     return add_figures(done, before, both, by)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dis
 import linecache
 import textwrap
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import CodeType, TracebackType
@@ -16,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from intrafusion.network.apart import only_here
 
+_LONGEST = 10  # lines of an assignment
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
@@ -91,6 +93,8 @@ def find_literals(code: CodeType, at: int, *, given: bool = False) -> list[int]:
     first, last, start, end = _find_span(code, at)
     if first is None or last is None or start is None or end is None:
         return []
+    if dis.opname[code.co_code[at]] == "UNPACK_SEQUENCE":  # of which only the targets are: what is unpacked is behind
+        return _find_unpacked(code, first, start)
     lines = [linecache.getline(code.co_filename, n).encode() for n in range(first, last + 1)]
     lines[-1] = lines[-1][:end]
     lines[0] = lines[0][start:]
@@ -99,5 +103,19 @@ def find_literals(code: CodeType, at: int, *, given: bool = False) -> list[int]:
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return []
     roots = [*tree.body.args, *tree.body.keywords] if given and isinstance(tree.body, ast.Call) else [tree]
+    return _list_whole(roots)
+
+
+def _find_unpacked(code: CodeType, line: int, start: int) -> list[int]:
+    """Whole numbers in an assignment that begins here, on as many lines as it takes."""
+    text = linecache.getline(code.co_filename, line).encode()[start:].decode(errors="ignore")
+    for more in range(line + 1, line + _LONGEST):
+        with contextlib.suppress(SyntaxError, ValueError):
+            return _list_whole(ast.parse(text).body[:1])
+        text += linecache.getline(code.co_filename, more)
+    return []
+
+
+def _list_whole(roots: Iterable[ast.AST]) -> list[int]:
     found = [node.value for root in roots for node in ast.walk(root) if isinstance(node, ast.Constant)]
     return list(dict.fromkeys(n for n in found if type(n) is int))
