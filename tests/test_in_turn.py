@@ -93,6 +93,16 @@ def test_a_stream_of_a_transformer_is_rotated_in_its_turn() -> None:
     assert {d.group: d.mixing for d in small.plan.decisions} == {d.group: d.mixing for d in joint.plan.decisions}
 
 
+def test_groups_that_keep_one_size_have_one_turn() -> None:
+    """Twins of a grouped convolution: some of them smaller, and others not yet, was no network."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 8, 3)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    small = compress(model, X, 0.5, inputs=IMAGES, order="forward", progress=False)
+    assert not small.rolled_back
+    assert small.plan.sizes == compress(model, X, 0.5, inputs=IMAGES, progress=False).plan.sizes
+
+
 def test_what_does_not_go_with_it_is_refused() -> None:
     model = chain()
     with pytest.raises(RecipeError, match="ranks: goes without order='forward'"):

@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import nn
 
 from intrafusion.application import make_reduced
-from intrafusion.graph import ChannelGraph
+from intrafusion.graph import ChannelGraph, ChannelGroup, families_of
 from intrafusion.inspection import inspect
 from intrafusion.network.batches import ImagesLike
 from intrafusion.network.inputs import Inputs
@@ -48,7 +48,7 @@ def choose_in_turn(
     recipe = plan.recipe
     if calibration is None or not recipe.levels:
         return replace(plan, warnings=(*plan.warnings, _UNSOLVED))
-    turns = _part([d.group for d in plan.decisions if d.reduced])
+    turns = _part([group for group in graph.groups if group.name in plan.maps])
     reference, done = Reference(model, graph, inputs), list[str]()
     for index, names in enumerate(turns):
         if index:
@@ -66,10 +66,11 @@ def choose_in_turn(
     return plan
 
 
-def _part(names: Sequence[str]) -> list[Sequence[str]]:
-    """In at most six parts, about equal."""
-    edges = [k * len(names) // _TURNS for k in range(_TURNS + 1)]
-    return [names[a:b] for a, b in pairwise(edges) if a < b]
+def _part(groups: Sequence[ChannelGroup]) -> list[Sequence[str]]:
+    """Their names in at most six parts, about equal; those that keep one size stay together."""
+    families = families_of(groups)
+    edges = [k * len(families) // _TURNS for k in range(_TURNS + 1)]
+    return [[group.name for family in families[a:b] for group in family] for a, b in pairwise(edges) if a < b]
 
 
 def _only(plan: Plan, names: Sequence[str]) -> Plan:
