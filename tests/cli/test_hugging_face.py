@@ -289,7 +289,8 @@ def test_blockwise_writes_a_folder_that_opens(program: Program, user_folder: Pat
     done = program("compress hf:llama --blockwise --keep 0.5 -o small")
     assert done.exit_code == 0, done.output
     assert "12 -> 6" in done.stdout
-    assert "import transformers; model = transformers.LlamaForCausalLM.from_pretrained('small')" in done.stdout
+    opening = f"import transformers; model = transformers.LlamaForCausalLM.from_pretrained('{Path('small').resolve()}')"
+    assert opening in done.stdout
     assert transformers.LlamaForCausalLM.from_pretrained("small").config.intermediate_size == 6
 
 

@@ -275,7 +275,8 @@ def _compress_blockwise(said: Mapping[str, Any]) -> None:
         done = _compress_blocks(said["model"], output, wanted, said["images"], lines)
     say(str(done))
     _, architecture = hugging_face.split_target(said["model"].removeprefix("hf:"))
-    written = hugging_face.python_expression(f"{output}:{architecture}" if architecture else f"{output}", {})
+    place = output.resolve()
+    written = hugging_face.python_expression(f"{place}:{architecture}" if architecture else f"{place}", {})
     say(f"\nsaved to {output}; back in one line:\nimport transformers; model = {written}")
 
 
