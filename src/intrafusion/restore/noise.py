@@ -235,8 +235,8 @@ def _draw_radii(shape: Sequence[int], cover: float, generator: torch.Generator) 
 
 def _place_shape(n: int, shape: Sequence[int], radius: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A shape in each of n images: the positions around its middle (n, p), of which some are inside, (n, p)."""
-    d, reach = len(shape), int(radius)
-    around = torch.cartesian_prod(*[torch.arange(-reach, reach + 1)] * d).view(-1, d)
+    d, line = len(shape), torch.arange(-int(radius), int(radius) + 1)
+    around = torch.cartesian_prod(*[line] * d).view(-1, d)
     sizes = torch.tensor(shape)
     middles = (torch.rand(n, 1, d, generator=generator) * sizes).long()
     steps = sizes.flip(0).cumprod(0).flip(0) // sizes
@@ -245,7 +245,10 @@ def _place_shape(n: int, shape: Sequence[int], radius: float, generator: torch.G
     found = ((around.float() @ turns) / axes).abs()
     is_box = torch.rand(n, 1, generator=generator) < 0.5
     inside = torch.where(is_box, found.amax(2), found.square().sum(2)) < 1
-    return ((middles + around) % sizes * steps).sum(2), inside
+    places, *more = ((middles + line[:, None]) % sizes * steps).unbind(2)  # along each dimension, (n, 2 r + 1)
+    for along in more:
+        places = (places[:, :, None] + along[:, None]).flatten(1)
+    return places, inside
 
 
 def correlate_channels(images: Tensor, likeness: float) -> Tensor:
