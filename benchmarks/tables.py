@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,19 @@ def speed(records: list[Record]) -> str:
 
 
 def wide(records: list[Record]) -> str:
-    """Rows per reducer: processor time and peak memory at each size, with the exponent of growth."""
+    """Rows per reducer: processor time and peak memory at each size, growth, and the time on two threads."""
     records = latest(records)
     sizes = sorted({r.setting["n"] for r in records})
+    columns = (
+        (1, "cpu_s", "processor, s", "{:.0f}"),
+        (1, "peak_mb", "peak, GB", "{:.2f}"),
+        (2, "seconds", "two threads, on the clock, s", "{:.0f}"),
+    )
     rows = []
-    for reducer in dict.fromkeys(r.setting["what"] for r in records):
-        found = {r.setting["n"]: r.result for r in records if r.setting["what"] == reducer}
-        for key, words, form in (("cpu_s", "processor, s", "{:.0f}"), ("peak_mb", "peak, GB", "{:.2f}")):
-            values = {n: result[key] / (1024 if key == "peak_mb" else 1) for n, result in found.items()}
+    for reducer, (threads, key, words, form) in product(dict.fromkeys(r.setting["what"] for r in records), columns):
+        own = [r for r in records if (r.setting["what"], r.setting["threads"]) == (reducer, threads)]
+        values = {r.setting["n"]: r.result[key] / (1024 if key == "peak_mb" else 1) for r in own}
+        if values:
             shown = [form.format(values[n]) if n in values else "" for n in sizes]
             rows.append([reducer, words, *shown, fit_growth(values)])
     return markdown(["reducer", "", *(f"n = {n:,}" for n in sizes), "growth"], rows)
