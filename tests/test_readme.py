@@ -137,7 +137,7 @@ def test_looking_before_leaping_mixes() -> None:
     assert {d.mixing for d in given["plan"].decisions if d.reduced} == {"mixed"}
     assert given["plan"].sizes == {"0": 8, "3": 8}
     blind = intrafusion.decide(given["model"], given["graph"], Recipe.of(keep=0.5), given["example"])
-    assert any("decide() does with calibration=intrafusion.restore.calibrate(" in w for w in blind.warnings)
+    assert any("decide() on calibration=intrafusion.restore.calibrate(" in w for w in blind.warnings)
     assert blind.decisions[0].mixing.startswith("selected")
 
 
