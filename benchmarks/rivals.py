@@ -70,7 +70,6 @@ _L2 = {"reducer": "select", "importance": "l2"}
 _INTRAFUSION = {
     "reducer": IntraFusion(bias=False), "importance": {"name": "l1", "folded": True}, "order": "backward"
 }  # fmt: skip
-_SELECTED = Method({"reducer": "select"})
 _AGAIN = ("reestimate",)
 METHODS: Mapping[str, Method] = {
     THEIRS: Method({}),
@@ -109,7 +108,7 @@ class Case:
 
     def measure(self, name: str, keep: float) -> dict[str, Any]:
         if name == LEFT:
-            before, after = (size_of(m, self.example) for m in (self.model, self.compress(_SELECTED, keep).model))
+            before, after = (size_of(m, self.example) for m in (self.model, self.compress(Method(_L2), keep).model))
             return {"parameters": after.params / before.params, "MACs": after.macs / before.macs}
         model = self.model if name == "original" else self.reduce(METHODS[name], keep, by_them=name.startswith(THEIRS))
         params = sum(p.numel() for p in model.parameters())

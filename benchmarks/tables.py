@@ -257,8 +257,10 @@ def rivals(records: list[Record]) -> str:
             if any((name, keep) in value for keep in keeps)
         ]
         left = {r.setting["keep"]: r.result for r in own if r.setting["method"] == LEFT}
-        shares = {kind: [percent(left.get(keep, {}).get(kind)) for keep in keeps] for kind in KINDS}
-        rows = [*([f"{kind} left, %", "", *own_shares] for kind, own_shares in shares.items()), *rows]
+        counted = (
+            [f"{kind} left, %", "", *(percent(left[k][kind]) if k in left else "" for k in keeps)] for kind in KINDS
+        )
+        rows = [*counted, *rows]
         head = f"`{place[0]}`, {place[1]:,} test images, original {value['original', 1.0]} %"
         parts.append(f"{head}\n\n{markdown(['method', 'sees', *(f'keep {k:g}' for k in keeps)], rows)}")
     return "\n\n".join(parts)

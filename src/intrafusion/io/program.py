@@ -121,9 +121,8 @@ def export_checked(
         OtherOutputs: it gives other outputs than the network.
     """
     core = copy_model(model).cpu()
-    given = put_images_first(
-        inputs.copied().map(lambda t: t.cpu().clone()), core
-    )  # what is one tensor need not stay so
+    apart = inputs.copied().map(lambda t: t.cpu().clone())  # what is one tensor need not stay so
+    given = put_images_first(apart, core)
     core.register_forward_hook(lambda _, args, output: read(output))
     with warnings.catch_warnings(action="ignore"), _quiet():
         for free in range(_count_free(given), 0, -1):
@@ -154,13 +153,8 @@ def _quiet() -> Iterator[None]:
 
 def find_batch_axes(inputs: Inputs) -> list[int]:
     """Of every tensor of a call, images first, along which dimension they lie as the network takes it."""
-    named = {**dict(enumerate(inputs.args)), **(inputs.kwargs or {})}
-    axes = [[int(name in inputs.turned)] * _count_tensors(value) for name, value in named.items()]
-    return [axis for some in axes for axis in some]
-
-
-def _count_tensors(value: Any) -> int:
-    return sum(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+    leaves = [(name, leaf) for name, value in inputs.named.items() for leaf in tree_leaves(value)]
+    return [int(name in inputs.turned) for name, leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _trace_free(model: nn.Module, inputs: Inputs, free: int) -> ExportedProgram:

@@ -34,12 +34,10 @@ def compute_anew_(model: nn.Module) -> None:
     """Have modules hold what their next call will compute: until then it is of weights that are no longer there."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, prune.BasePruningMethod):
-                setattr(module, hook._tensor_name, hook.apply_mask(module))
-            elif isinstance(hook, SpectralNorm):
+            if isinstance(hook, SpectralNorm):
                 setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
-            elif isinstance(hook, WeightNorm):
-                setattr(module, hook.name, hook.compute_weight(module))
+            elif isinstance(hook, prune.BasePruningMethod | WeightNorm):
+                hook(module, ())
 
 
 def _list_computed(module: nn.Module) -> Iterator[tuple[str, str, str]]:

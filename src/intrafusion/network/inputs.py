@@ -122,10 +122,14 @@ class Inputs:
         """What the network gave, with the images first where those of the arguments were turned."""
         if not self.turned:
             return outputs
-        named = {**dict(enumerate(self.args)), **(self.kwargs or {})}
-        count, length = named[self.turned[0]].shape[:2]
+        count, length = self.named[self.turned[0]].shape[:2]
         is_first = lambda t: t.dim() < 2 or t.shape[1] != count or (len(t) == count != length)  # noqa: E731
         return [t if is_first(t) else t.transpose(0, 1) for t in outputs]
+
+    @property
+    def named(self) -> dict[int | str, Any]:
+        """Every argument by its position or its name."""
+        return dict(enumerate(self.args)) | dict(self.kwargs or {})
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments."""

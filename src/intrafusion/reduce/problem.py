@@ -48,12 +48,14 @@ class Moments:
         scaled = divide(self.covariances, units[0], dtype), divide(self.reader, units[1], dtype)
         return *scaled, self._find_shares(*units).to(dtype)
 
-    def take_readings(self, covariances: Tensor, reader: Tensor) -> Tensor:
-        """C Q C (p, n, n) of what `take_scaled` gives, in its precision."""
+    def take_readings(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with C Q C (p, n, n), what the reader reads of the covariances, in place of the reader."""
         if self.columns is None:
-            return multiply_between(covariances, reader)
-        unit = find_scale(self.reader) ** 0.5
-        return square_between(covariances, (self.columns / unit).to(covariances))
+            covariances, reader, shares = self.take_scaled(dtype)
+            return covariances, multiply_between(covariances, reader), shares
+        units = find_scale(self.covariances), find_scale(self.reader)
+        covariances, columns = divide(self.covariances, units[0], dtype), (self.columns / units[1] ** 0.5).to(dtype)
+        return covariances, square_between(covariances, columns), self._find_shares(*units).to(dtype)
 
     @property
     def shares(self) -> Tensor:

@@ -69,10 +69,8 @@ def _sweep_some(
         scale = torch.where(value > floored, torch.maximum(value, floored).rsqrt(), 0.0)  # 0: nothing is learnt
         u_best, v_best = u[:, None, :, best], v[:, None, :, best]
         column = scale * (_take_column(c, best) - (u_best @ u)[:, 0])
-        half = (
-            scale * (_take_column(r, best) - (v_best @ u + u_best @ v)[:, 0])
-            - gains[:, best, None] / 2 * scale**2 * column
-        )
+        half = scale * (_take_column(r, best) - (v_best @ u + u_best @ v)[:, 0])
+        half -= gains[:, best, None] / 2 * scale**2 * column
         us[:, at], vs[:, at] = column, half
         # The rank-one terms of the docstring, on the diagonal: (u u^T)_ii = u_i^2, (u v^T + v u^T)_ii = 2 u_i v_i.
         values -= column.square()
@@ -106,14 +104,11 @@ def _move_together(matrices: Tensor, kept: Tensor) -> Tensor:
     flat = matrices.contiguous().view(-1)
     matrices, moved = flat.view(matrices.shape), flat[: len(matrices) * size**2].view(len(matrices), size, size)
     for index, matrix in enumerate(matrices):
-        for start in range(
-            0, size, WIDE
-        ):  # a row never lands behind where it was, so none is written over that is needed
+        # A row never lands behind where it was, so none is written over that is needed.
+        for start in range(0, size, WIDE):
             rows = slice(start, start + WIDE)
             block = matrix[kept[rows]][:, kept[start:]]
-            own = block[
-                :, : len(block)
-            ]  # rows of two blocks may meet in it, and what is above its diagonal is up to date
+            own = block[:, : len(block)]  # in it rows of two blocks may meet; above its diagonal it is up to date
             own.copy_(own.triu() + own.triu(1).mT)
             moved[index, rows, start:] = block
     return moved
