@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import has_data
+from _data import has_data, load_apart
 from rich.progress import track
 
 import intrafusion
@@ -59,7 +59,8 @@ class Asked:
 def measure(setting: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     network = setting["network"]
     model, example = zoo.build(network, pretrained=True), zoo.example_input(network)
-    given = zoo.load_data(network, "train", limit=256).images if setting["inputs"] != "none" else None
+    test, seen = load_apart(network, setting["test_images"])
+    given = seen.images if setting["inputs"] != "none" else None
     steps: list[Any] = [INPUTS[setting["inputs"]]]
     if setting["distilled_steps"]:
         chosen = {} if setting["rate"] == "chosen" else {"lr": setting["rate"]}
@@ -67,7 +68,7 @@ def measure(setting: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     start, work = time.perf_counter(), time.process_time()
     small = intrafusion.compress(model, example, setting["keep"], restore=steps, inputs=given)
     taken = time.perf_counter() - start, time.process_time() - work
-    last, test = small.restored[-1], zoo.load_data(network, "test", limit=setting["test_images"])
+    last = small.restored[-1]
     return {
         "accuracy": accuracy(small.model, test.images, test.labels),
         "held_out_error": last.error_after,
@@ -114,7 +115,7 @@ def smoke() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "smoke.jsonl"
-        run(Asked(NETWORKS[:1], KEEPS[-1:], ["256 images"], 100, 2, None), records)
+        run(Asked(NETWORKS[::2], KEEPS[-1:], ["256 images"], 100, 2, None), records)
         for record in read_records(records):
             print(record.setting["inputs"], record.setting["distilled_steps"], f"{record.result['accuracy']:.3f}")
 

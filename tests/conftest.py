@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any import of numpy, and for the processes that tests start
@@ -43,7 +45,22 @@ def data_dir() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(autouse=True)
+def imports_stay() -> Iterator[None]:
+    """What was imported is not looked through again each time that objects are searched or collected."""
+    yield
+    if len(sys.modules) > _frozen[0] + 100:
+        _freeze()
+
+
 def pytest_collection_finish() -> None:
-    """What was imported stays, and is not looked through again each time that objects are searched or collected."""
+    _freeze()
+
+
+_frozen = [0]  # modules that were loaded when objects were frozen last
+
+
+def _freeze() -> None:
     gc.collect()
     gc.freeze()
+    _frozen[0] = len(sys.modules)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import EXHAUSTIVE
 from torch import Tensor, nn
 
 import intrafusion
@@ -148,14 +149,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-breadth = [pytest.mark.slow, pytest.mark.exhaustive]
-
-
 @pytest.mark.parametrize(
     ("family", "options"),
     [
         *((family, "pivot") for family in FAMILIES if family != "gpt2"),
-        *(pytest.param(*both, marks=breadth) for both in (("gpt2", "pivot"), ("bert", "target"), ("llama", "taylor"))),
+        *(
+            pytest.param(*both, marks=EXHAUSTIVE)
+            for both in (("gpt2", "pivot"), ("bert", "target"), ("llama", "taylor"))
+        ),
     ],
 )
 def test_the_whole_compression_does_not_see_padding(family: str, options: str) -> None:

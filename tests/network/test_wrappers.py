@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from breadth import spread
 from torch import Tensor, nn
 
 import intrafusion
@@ -219,22 +220,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize(
-    ("mode", "given", "called"),
-    [
-        *(("inside", "plain", False), ("first", "plain", False), ("plain", "made there", False)),
-        *(("plain", "loader", False), ("plain", "plain", True), ("inside", "loader", True)),
-    ],
-)
-def test_inference_mode_anywhere_changes_no_number(mode: str, given: str, called: bool, options: str) -> None:
-    how = OPTIONS[options]
+MODES = [
+    *(("inside", "plain", False), ("first", "plain", False), ("plain", "made there", False)),
+    *(("plain", "loader", False), ("plain", "plain", True), ("inside", "loader", True)),
+]
+
+
+@pytest.mark.parametrize(("mode", "options"), spread(MODES, [*OPTIONS]))
+def test_inference_mode_anywhere_changes_no_number(mode: tuple[str, str, bool], options: str) -> None:
+    how, (made, given, called) = OPTIONS[options], mode
     images = [2 * part for part in IMAGES.split(25)] if given == "loader" else 2 * IMAGES
     plain = compress(make_branching("plain"), X, inputs=images, **how)
     with torch.inference_mode(given != "plain"):
         inputs = GIVEN[given]()
     with torch.inference_mode(called):
-        small = compress(make_branching(mode), X, inputs=inputs, **how)
+        small = compress(make_branching(made), X, inputs=inputs, **how)
     assert small.plan.sizes == plain.plan.sizes != {}
     for name, tensor in small.model.state_dict().items():
         assert not tensor.is_inference()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from breadth import spread
 from oracle import randomise_
 from torch import Tensor, nn
 
@@ -62,10 +63,12 @@ def record(model: nn.Module, graph: Any, batches: list[Inputs]) -> Targets:
     return record_targets(model, find_layers(model, graph, is_solvable), batches, store, graph=graph)
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("length", [5, IMAGES, 2 * IMAGES, 4])
-@pytest.mark.parametrize("size", [IMAGES, 4, 3])
-def test_rows_are_those_of_their_image(length: int, size: int, batch_first: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    spread([(n, first) for n in (5, IMAGES, 2 * IMAGES, 4) for first in (True, False)], [IMAGES, 4, 3]),
+)
+def test_rows_are_those_of_their_image(shape: tuple[int, bool], size: int) -> None:
+    length, batch_first = shape
     model, graph, x = make(length, batch_first=batch_first)
     targets = record(model, graph, cut_call(Inputs.of(x), size))
     rows = {name: targets.store.take(name) for name in targets.layers if "proj_weight" in name or name[-1] == "]"}

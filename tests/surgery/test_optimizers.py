@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import spread
 from torch import Tensor, nn
 
 from intrafusion import compress
@@ -41,8 +42,7 @@ def step(model: nn.Module, optimizer: Optimizer, x: Tensor) -> None:
     optimizer.step(loss)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("reducer", ["select", "intrafusion"])
+@pytest.mark.parametrize(("name", "reducer"), spread([*OPTIMIZERS], ["select", "intrafusion"]))
 def test_every_optimizer_goes_on(name: str, reducer: str) -> None:
     model, x = network(), torch.randn(16, 8)
     optimizer = OPTIMIZERS[name](model.parameters())

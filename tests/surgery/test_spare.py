@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from breadth import spread
 from gallery import CASES, Case
 from gallery.core import Wired, chain, image, pooled
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ SAMPLE = """
     film swiglu instance_norm_and_prelu batch_norm_before_the_conv hand_written_batch_norm lstm_of_two_layers gru lora
     concat_of_both_signs embedding_untied channel_shuffle densenet number_read_from_one_channel
 """.split()  # noqa: SIM905
-sample = pytest.mark.parametrize("case", [c for c in CASES if c.name in SAMPLE], ids=str)
+sample = [c for c in CASES if c.name in SAMPLE]
 
 
 def free(graph: ChannelGraph) -> list[ChannelGroup]:
@@ -76,8 +77,7 @@ def error_of(model: nn.Module, inputs: Any, groups: list[ChannelGroup], reducer:
     return oracle.relative_difference(oracle.outputs_of(small.model, inputs), oracle.outputs_of(model, inputs))
 
 
-@sample
-@pytest.mark.parametrize("reducer", MIXING)
+@pytest.mark.parametrize(("case", "reducer"), spread(sample, MIXING))
 def test_copies_are_undone_exactly(case: Case, reducer: str) -> None:
     model, inputs, groups = built(case)
     for group in groups:
@@ -85,8 +85,7 @@ def test_copies_are_undone_exactly(case: Case, reducer: str) -> None:
     assert error_of(model, inputs, groups, reducer) <= EXACT
 
 
-@sample
-@pytest.mark.parametrize("reducer", EVERY)
+@pytest.mark.parametrize(("case", "reducer"), spread(sample, EVERY))
 def test_channels_that_nothing_reads_go_without_loss(case: Case, reducer: str) -> None:
     model, inputs, groups = built(case)
     for group in groups:

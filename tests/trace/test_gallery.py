@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from breadth import EXHAUSTIVE
 from gallery import CASES, Case, Inputs
 from gallery.wirings import random_network
 from torch import nn
@@ -251,10 +252,7 @@ WRONG_ONCE += [20072, 20221, 20229, 20789, 20800, 21219, 21348, 23027, 31363, 31
 WRONG_ONCE += [6577, 50041, 50317, 50823, 100408, 201145, 201638, 305152]
 
 
-breadth = [pytest.mark.slow, pytest.mark.exhaustive]
-
-
-@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(k, marks=breadth) for k in range(20, 60)), *WRONG_ONCE])
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(k, marks=EXHAUSTIVE) for k in range(20, 60)), *WRONG_ONCE])
 def test_random_wirings(seed: int) -> None:
     model, x, _ = random_network(seed)
     graph = trace(oracle.randomise_(model), x)

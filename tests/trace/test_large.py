@@ -13,6 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from breadth import EXHAUSTIVE
 from torch import nn
 from vision import import_torchvision
 
@@ -25,7 +26,6 @@ CONTROLS = 3  # negative controls per network
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Of a family, its network with fewer blocks than published, and for `make fuzz` the published one, which repeats them.
-published = [pytest.mark.slow, pytest.mark.exhaustive]
 ONE_EACH = {"layers": (1, 1, 1, 1)}
 # Name, image size, changes, number of reducible channel groups and of their channels. Counted by hand from the
 # published widths: one group per residual stream, one per inner width, one per squeezed width, each convolution group
@@ -33,23 +33,23 @@ ONE_EACH = {"layers": (1, 1, 1, 1)}
 TIMM = [
     ("resnet18", 64, {}, 12, 2880),
     ("resnet50", 64, ONE_EACH, 5 + 2 * 4, 3904 + 2 * 960),
-    pytest.param("resnet50", 64, {}, 37, 11456, marks=published),
+    pytest.param("resnet50", 64, {}, 37, 11456, marks=EXHAUSTIVE),
     ("resnext50_32x4d", 64, ONE_EACH, 5 + 2 * 4 * 32, 3904 + 2 * 1920),
-    pytest.param("resnext50_32x4d", 64, {}, 5 + 2 * 16 * 32, 19008, marks=published),
+    pytest.param("resnext50_32x4d", 64, {}, 5 + 2 * 16 * 32, 19008, marks=EXHAUSTIVE),
     ("regnety_002", 64, {"depth": 7}, 5 + 2 * 1056 // 8 + 7, 632 + 2 * 1056 + 180),
-    pytest.param("regnety_002", 64, {}, 5 + 2 * 3264 // 8 + 13, 7892, marks=published),
+    pytest.param("regnety_002", 64, {}, 5 + 2 * 3264 // 8 + 13, 7892, marks=EXHAUSTIVE),
     ("nf_resnet50", 64, {"depths": (1, 1, 1, 1)}, 5 + 2 * 4, 3904 + 2 * 960),
-    pytest.param("nf_resnet50", 64, {}, 37, 11456, marks=published),
+    pytest.param("nf_resnet50", 64, {}, 37, 11456, marks=EXHAUSTIVE),
     ("convnext_atto", 64, {}, 4 + 12, 7960),
     ("mobilenetv3_small_050", 64, {}, 7 + 10 + 9, 3072),
-    pytest.param("efficientnet_b0", 64, {}, 9 + 15 + 16, 11404, marks=published),
-    pytest.param("ghostnet_050", 64, {}, 31, 4064, marks=published),  # not counted by hand
+    pytest.param("efficientnet_b0", 64, {}, 9 + 15 + 16, 11404, marks=EXHAUSTIVE),
+    pytest.param("ghostnet_050", 64, {}, 31, 4064, marks=EXHAUSTIVE),  # not counted by hand
     ("densenet121", 64, {"block_config": (2, 2, 2, 2)}, 1 + 2 * 8 + 3, 64 + 160 * 8 + 192),
-    pytest.param("densenet121", 64, {}, 1 + 2 * 58 + 3, 64 + 160 * 58 + 896, marks=published),
-    pytest.param("inception_v3", 96, {}, 94, 17216, marks=published),  # every convolution alone
+    pytest.param("densenet121", 64, {}, 1 + 2 * 58 + 3, 64 + 160 * 58 + 896, marks=EXHAUSTIVE),
+    pytest.param("inception_v3", 96, {}, 94, 17216, marks=EXHAUSTIVE),  # every convolution alone
     ("vit_tiny_patch16_224", 64, {"img_size": 64, "depth": 4}, 1 + 4 + 2 * 12, 192 + 4 * 768 + 2 * 12 * 64),
     # all but the stream, which the token layers tie together
-    pytest.param("mixer_s32_224", 224, {}, 2 * 8, 8 * (256 + 2048), marks=published),
+    pytest.param("mixer_s32_224", 224, {}, 2 * 8, 8 * (256 + 2048), marks=EXHAUSTIVE),
     (
         "swin_tiny_patch4_window7_224",
         112,
@@ -57,7 +57,7 @@ TIMM = [
         2 + 4 + 2 * 18,
         288 + 2304 + 2 * 18 * 32,
     ),
-    pytest.param("swin_tiny_patch4_window7_224", 224, {}, 4 + 12 + 2 * 138, 19104 + 2 * 138 * 32, marks=published),
+    pytest.param("swin_tiny_patch4_window7_224", 224, {}, 4 + 12 + 2 * 138, 19104 + 2 * 138 * 32, marks=EXHAUSTIVE),
 ]
 
 

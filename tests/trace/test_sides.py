@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from breadth import EXHAUSTIVE
 from gallery.attention import attention_of_parameters_with_a_dimension_of_heads
 from torch import Tensor, nn
 
@@ -122,11 +123,8 @@ def test_values_that_are_bent_are_mixed_but_not_as_one_likes() -> None:
     assert [(g.linear, g.unmixable) for g in bent] == [(False, None)] * 2
 
 
-breadth = [pytest.mark.slow, pytest.mark.exhaustive]
-
-
 @pytest.mark.parametrize(
-    "reducer", ["select", "pivot", *(pytest.param(r, marks=breadth) for r in ("intrafusion", "fold"))]
+    "reducer", ["select", "pivot", *(pytest.param(r, marks=EXHAUSTIVE) for r in ("intrafusion", "fold"))]
 )
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"keys": 1}, {"bent": "k"}], ids=str)
 def test_what_is_redundant_goes_without_loss(options: dict[str, object], reducer: str) -> None:

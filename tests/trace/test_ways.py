@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from breadth import EXHAUSTIVE
 from gallery.core import Wired
 from torch import Tensor, nn
 
@@ -102,10 +103,7 @@ def all_branches() -> list[Tensor]:
     "first",
     [
         pytest.param(0, id="small"),
-        *(
-            pytest.param(k, id=i, marks=[pytest.mark.slow, pytest.mark.exhaustive])
-            for k, i in ((3, "below"), (4, "large"))
-        ),
+        *(pytest.param(k, id=i, marks=EXHAUSTIVE) for k, i in ((3, "below"), (4, "large"))),
     ],
 )
 def test_every_branch_is_cut_with_the_one_that_was_seen(wiring: Wiring, first: int) -> None:

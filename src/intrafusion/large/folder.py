@@ -27,7 +27,7 @@ from intrafusion.io.shards import FLOATS, Shards, ShardWriter, Stored
 from intrafusion.large.block import Streams, explain_groups, join_graphs, reduce_block, solve_block_
 from intrafusion.large.chain import BlockCall, find_blocks, follow_blocks, load_block
 from intrafusion.large.offload import make_skeleton, weights_from_disk
-from intrafusion.large.release import release_memory
+from intrafusion.large.release import only_new_collected, release_memory
 from intrafusion.measure.closeness import say_where
 from intrafusion.names import hide_numbers, name_some
 from intrafusion.network.batches import (
@@ -151,7 +151,7 @@ def compress_folder(
     recipe, solver = _read_recipe(keep, options)
     origin, target = _read_path(folder), _read_path(output)
     check_apart(target, origin)
-    with atomic_folder(target, ours=lambda _: False, names=()) as place:
+    with only_new_collected(), atomic_folder(target, ours=lambda _: False, names=()) as place:
         network = _Network.of(origin, architecture)
         calls = _make_calls(network, inputs, tokenizer, example_inputs)
         example = calls[0] if example_inputs is None and calls else _find_example(network, example_inputs)

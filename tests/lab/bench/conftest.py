@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from intrafusion.lab.bench.cluster import Cluster, connect
 @pytest.fixture(scope="session")
 def one_core() -> Iterator[Cluster]:
     pytest.importorskip("ray", reason="needs ray: pip install 'intrafusion[ray]'")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # beside the tests of other processes they would wait for minutes
     started: list[subprocess.Popen] = []
     popen, subprocess.Popen.__init__ = subprocess.Popen.__init__, remembering(started)
     try:
