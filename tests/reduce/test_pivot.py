@@ -120,7 +120,10 @@ def test_few_columns_are_multiplied_in_place_of_their_squares(monkeypatch: pytes
     inputs = torch.randn(200, 5)
     (few,) = measure_moments(model, intrafusion.inspect(model, inputs[:2]), inputs).values()
     assert few.columns is not None
+    assert few.squares is None
+    pick_channels(few)
+    assert "reader" not in vars(few), "the squares were made"
     torch.testing.assert_close(few.columns.T @ few.columns, few.reader.float())
-    one, other = pick_channels(few), pick_channels(replace(few, columns=None))
+    one, other = pick_channels(few), pick_channels(replace(few, squares=few.reader, columns=None))
     assert one.order[:10].tolist() == other.order[:10].tolist()
     torch.testing.assert_close(one.missing, other.missing, rtol=1e-4, atol=1e-5)

@@ -8,18 +8,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
 from gallery import CASES, Case, Inputs
 from torch import Tensor, nn
 
-from intrafusion import ChannelGraph, ChannelGroup, PlanError, Role
+from intrafusion import ChannelGraph, ChannelGroup, Member, PlanError, Role
 from intrafusion.importance.features import linear_rows
 from intrafusion.network.tensors import named_tensors
 from intrafusion.reduce import ReductionMap, selection_map
 from intrafusion.reduce.problem import find_picks
-from intrafusion.surgery.maps import hollow_, reduce_weights
+from intrafusion.surgery.maps import hollow_, map_rows, reduce_weights
 from intrafusion.surgery.write import Repair, find_repairs, write_weights_
 from intrafusion.trace import trace
 
@@ -433,3 +434,17 @@ def test_weights_that_a_hook_computes(name: str) -> None:
     assert kept in sizes.values()
     assert all(isinstance(r, Repair) and r.old == group.size and r.new == kept for r in repairs)
     assert small(inputs).shape == model(inputs).shape
+
+
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_maps_in_which_some_channels_go_alone_are_products(order: str) -> None:
+    """None, one, or many of a column's entries are filled, signs and places at random."""
+    matrix = torch.randn(5, 9, dtype=torch.float64)
+    matrix[:, 0] = 0
+    for column, target in ((1, 4), (5, 0), (8, 4)):
+        matrix[:, column] = 0
+        matrix[target, column] = -2.5
+    matrix = matrix if order == "rows" else matrix.T.contiguous().T
+    rows = torch.randn(9, 7, dtype=torch.float64)
+    member = Member("weight", 0, np.arange(9)[:, None], frozenset({Role.PRODUCES}))
+    torch.testing.assert_close(map_rows(matrix, rows, member), matrix @ rows, rtol=1e-12, atol=1e-12)

@@ -101,7 +101,7 @@ class Sensitivity:
         """Falls from 1 for no channel, or block, to 0 for all, (n + 1,)."""
         moments, scores = self.moments.get(group.name), self.scores[group.name]
         if not group.is_channel and moments is not None:
-            return eliminate(moments, len(moments.reader) // group.size).losses
+            return eliminate(moments, moments.means.shape[1] // group.size).losses
         losses = self.teller.list_losses(_pose(group, scores, group.size, moments))
         return _share_given_up(scores) if losses is None else losses
 

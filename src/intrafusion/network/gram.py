@@ -55,19 +55,15 @@ def mirror_(total: Tensor) -> Tensor:
 
 
 def square_transposed(x: Tensor) -> Tensor:
-    """x x^T in its precision; of wide ones half is multiplied once."""
-    return x @ x.T if len(x) <= WIDE else _multiply_symmetric(x[None], x.T[None])[0]
+    """x x^T in its precision, of x (..., n, k); of wide ones half is multiplied once."""
+    if x.shape[-2] <= WIDE:
+        return x @ x.mT
+    return _multiply_symmetric(x, x.mT) if x.dim() == 3 else _multiply_symmetric(x[None], x.T[None])[0]
 
 
 def multiply_between(c: Tensor, q: Tensor) -> Tensor:
     """c q c (p, n, n) for symmetric c (p, n, n) and q (n, n); of wide ones half of the second product is made."""
     return c @ q @ c if len(q) <= WIDE else _multiply_symmetric(c @ q, c)
-
-
-def square_between(c: Tensor, columns: Tensor) -> Tensor:
-    """The same with q = columns^T columns, for columns (k, n): fewer products where k < n / 2."""
-    told = columns @ c
-    return _multiply_symmetric(told.mT, told)
 
 
 def _multiply_symmetric(x: Tensor, y: Tensor) -> Tensor:

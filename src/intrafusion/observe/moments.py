@@ -430,9 +430,11 @@ def _join_reads(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Mo
     shifts = all(read.shifts for read in reads.values())
     pairs = [(read.mean, read.covariance) if shifts else read.uncentred for read in reads.values()]
     means, covariances = (_stack(parts) for parts in zip(*pairs, strict=True))
+    columns = _find_few_columns(reads, weights)
+    if columns is not None:
+        return Moments(means, covariances, None, columns=columns)
     squares = [read.square_columns(weights[name]) for name, read in reads.items()]
-    reader = squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
-    return Moments(means, covariances, reader, columns=_find_few_columns(reads, weights))
+    return Moments(means, covariances, squares[0] if len(squares) == 1 else torch.stack(squares).sum(0))
 
 
 def _find_few_columns(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Tensor | None:
@@ -475,7 +477,7 @@ def _join_bare_reads(group: ChannelGroup, reads: Mapping[str, _Read], weights: M
         return _join_reads(plain, weights)
     readers += [read.square_columns(weights[name]).to(read.mean) for name, read in plain.items()]
     joined = _join_reads(bare | plain, weights)
-    return replace(joined, reader=torch.stack(readers).sum(0), plain=len(plain), columns=None)
+    return replace(joined, squares=torch.stack(readers).sum(0), plain=len(plain), columns=None)
 
 
 def _index_along(coordinates: Tensor, dim: int) -> Tensor | None:

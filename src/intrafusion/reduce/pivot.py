@@ -50,7 +50,7 @@ _PICKED: WeakKeyDictionary[Moments, Pivots] = WeakKeyDictionary()
 
 def pick_channels(moments: Moments, m: int | None = None) -> Pivots:
     """The first m channels (all of them by default), or more, in the order of picking; kept with the object."""
-    m = len(moments.reader) if m is None else m
+    m = moments.means.shape[1] if m is None else m
     if moments not in _PICKED or len(_PICKED[moments].order) < m:
         _PICKED[moments] = _pick_(*moments.take_readings(torch.float32), m)
     return _PICKED[moments]

@@ -100,7 +100,8 @@ class Telling(ABC):
 def least_squares_map(mean: Tensor, covariance: Tensor, kept: Tensor, strength: float = 1e-3) -> ReductionMap:
     r"""Keep some channels and tell the others from them.
 
-    M = S, the kept rows of the identity;  U = C_:S (C_SS + lam I)^-1,  s = mu - U mu_S,  lam = strength * mean C_jj
+    M = S, the kept rows of the identity;  U = C_:S (C_SS + lam I)^-1 for the others, and of those that are kept
+    themselves the identity;  s = mu - U mu_S,  lam = strength * mean C_jj
 
     Args:
         mean: mu (n,) of what the consumers read.
@@ -110,8 +111,10 @@ def least_squares_map(mean: Tensor, covariance: Tensor, kept: Tensor, strength: 
         the map, float64, with the shift s: without it the consumers' sum misses W_c s.
     """
     unit, kept = find_scale(covariance), kept.to(covariance.device)  # the map knows no unit
-    mean, rows = mean.double(), covariance[kept].double() / unit
+    mean, rows, merge = mean.double(), covariance[kept].double() / unit, pick_rows(kept, len(mean))
+    others = (merge.sum(0) == 0).nonzero()[:, 0]
     inner = rows[:, kept]
     inner.diagonal().add_((strength * inner.diagonal().mean()).clamp(min=1e-30))
-    unmerge = torch.linalg.solve(inner, rows).T.contiguous()
-    return ReductionMap(pick_rows(kept, len(mean)), unmerge, mean - unmerge @ mean[kept])
+    unmerge = merge.T.contiguous()
+    unmerge[others] = torch.linalg.solve(inner, rows[:, others]).T
+    return ReductionMap(merge, unmerge, mean - unmerge @ mean[kept])

@@ -228,11 +228,25 @@ def _find_averages(
 
 
 def map_rows(matrix: Tensor, rows: Tensor, member: Member) -> Tensor:
-    """matrix @ rows, of variances by way of deviations; most maps are nearly empty (a plan has n + m - 1 entries)."""
-    variance, filled = Role.VARIANCE in member.roles, int(matrix.count_nonzero())
-    rows = rows.sqrt() if variance else rows
-    new = torch.sparse.mm(matrix.to_sparse(), rows) if 4 * filled < matrix.numel() else matrix @ rows
+    """matrix @ rows, of variances by way of deviations."""
+    variance = Role.VARIANCE in member.roles
+    new = _multiply(matrix, rows.sqrt() if variance else rows)
     return new.square() if variance else new
+
+
+def _multiply(matrix: Tensor, rows: Tensor) -> Tensor:
+    """matrix @ rows; most maps are nearly empty (a plan has n + m - 1 entries), or half of them where channels stay."""
+    columns = matrix.T
+    counts = columns.count_nonzero(1)
+    if 4 * int(counts.sum()) < matrix.numel():
+        return torch.sparse.mm(matrix.to_sparse(), rows)
+    if not bool((counts == 1).any()):
+        return matrix @ rows
+    alone, others = (where.nonzero()[:, 0] for where in (counts == 1, counts > 1))
+    new = columns[others].T @ rows[others]
+    single = columns[alone]
+    target = (single != 0).byte().argmax(1)
+    return new.index_add_(0, target, single.gather(1, target[:, None]) * rows[alone])
 
 
 def rewrite_along(
