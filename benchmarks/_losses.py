@@ -32,13 +32,23 @@ def list_losses() -> str:
     return "\n".join(f"- {line}" for part in parts for line in part())
 
 
+def read_rivals() -> list[Record]:
+    """Those on the fewest test images of each network, on which all methods are measured."""
+    records = read_latest("rivals")
+    fewest: dict[str, int] = {}
+    for r in records:
+        network, images = r.setting["network"], r.setting["test_images"]
+        fewest[network] = min(images, fewest.get(network, images))
+    return [r for r in records if r.setting["test_images"] == fewest[r.setting["network"]]]
+
+
 def group_rivals() -> Iterator[tuple[str, str, float, float, float, str]]:
     """Network, what is seen, keep, our accuracy, the best other one and whose; of what sees as much, or nothing.
 
     What only we were measured on, as on fewer images, is no comparison.
     """
     found: dict[tuple[str, float], dict[str, float]] = {}
-    for r in read_latest("rivals"):
+    for r in read_rivals():
         if "accuracy" in r.result:
             found.setdefault((r.setting["network"], r.setting["keep"]), {})[r.setting["method"]] = r.result["accuracy"]
     for (network, keep), own in found.items():
@@ -54,11 +64,23 @@ def group_rivals() -> Iterator[tuple[str, str, float, float, float, str]]:
                 yield network, sees, keep, max(ours), others[best], best
 
 
+def _tell_more(network: str, keep: float, rival: str) -> str:
+    """The same comparison on more test images, where it was made."""
+    ours = next(name for name, m in METHODS.items() if name.startswith("ours") and m.sees == METHODS[rival].sees)
+    found: dict[int, dict[str, float]] = {}
+    for r in read_latest("rivals"):
+        if (r.setting["network"], r.setting["keep"]) == (network, keep) and r.setting["method"] in (rival, ours):
+            found.setdefault(r.setting["test_images"], {})[r.setting["method"]] = 100 * r.result["accuracy"]
+    images, own = max(found.items())
+    return f" (on {images:,} images {own[rival]:.1f} and {own[ours]:.1f})" if len(found) > 1 else ""
+
+
 def _of_rivals() -> Iterator[str]:
     cells = list(group_rivals())
     lost = [cell for cell in cells if cell[4] > cell[3]]
     where = "; ".join(
         f"`{network}`, {sees}, keep {keep:g}: {name} {100 * other:.1f}, ours {100 * ours:.1f} %"
+        + _tell_more(network, keep, name)
         for network, sees, keep, ours, other, name in sorted(lost, key=lambda c: c[3] - c[4])
     )
     yield f"*Published methods* are ahead in {len(lost)} of {len(cells)} comparisons on whole networks" + (

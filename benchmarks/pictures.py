@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from _losses import list_latencies, read_latest
+from _losses import list_latencies, read_latest, read_rivals
 from families import FAMILIES
 from rivals import METHODS
 from tables import HEADLINE, where
@@ -36,7 +36,7 @@ ORANGE, BLUE, GREEN, PURPLE = COLOURS
 
 def draw_rivals(path: Path) -> None:
     """A panel for each network: accuracy against what is left of the channels, ours bold, every rival thin."""
-    records = read_latest("rivals")
+    records = read_rivals()
     networks = list(dict.fromkeys(r.setting["network"] for r in records))
     columns = min(3, len(networks))
     rows = math.ceil(len(networks) / columns)

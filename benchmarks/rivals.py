@@ -163,18 +163,20 @@ def prune_by_them(model: nn.Module, example: Inputs, fractions: Mapping[str, flo
     return small.eval()
 
 
-def settings(network: str, images: int, keeps: Sequence[float]) -> Iterator[dict[str, Any]]:
+def settings(network: str, images: int, keeps: Sequence[float], methods: Sequence[str]) -> Iterator[dict[str, Any]]:
     base = {"network": network, "test_images": images}
     yield {**base, "keep": 1.0, "method": "original"}
     for keep in keeps:
-        for method in (LEFT, *METHODS):
+        for method in (LEFT, *methods):
             yield {**base, "keep": keep, "method": method}
 
 
-def run(networks: Sequence[str], images: int, keeps: Sequence[float], records: Path, only: int | None = None) -> None:
+def run(
+    networks: Sequence[str], images: int, keeps: Sequence[float], records: Path, methods: Sequence[str] = (*METHODS,)
+) -> None:
     for network in networks:
         finished, tested = finished_keys(read_records(records)), min(images, MOST_IMAGES.get(network, images))
-        todo = [s for s in settings(network, tested, keeps) if key_of(EXPERIMENT, s) not in finished][:only]
+        todo = [s for s in settings(network, tested, keeps, methods) if key_of(EXPERIMENT, s) not in finished]
         if not todo:
             continue
         case = Case(network, tested)
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS, metavar="METHOD", help="rows")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--smoke", action="store_true", help="every method once on 50 images, recorded nowhere")
     options = parser.parse_args()
@@ -195,7 +198,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     if not options.smoke:
-        run(options.networks, options.images, options.keeps, options.records)
+        run(options.networks, options.images, options.keeps, options.records, options.methods)
         return
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "smoke.jsonl"

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from _losses import CLOSE, group_rivals, latest, list_latencies, list_losses, read_latest
+from _losses import CLOSE, group_rivals, latest, list_latencies, list_losses, read_latest, read_rivals
 from compatibility import write_table
 from export import list_broken
 from growth import METHODS as GROWING
@@ -409,9 +409,7 @@ SHOWN = (("no data", 0.9), ("no data", 0.7), ("256 images", 0.9), ("256 images",
 def headline() -> str:
     """A row per network: our accuracy, and that of the best rival that sees as much, the better one bold."""
     found = {(network, sees, keep): (ours, other) for network, sees, keep, ours, other, _ in group_rivals()}
-    original = {
-        r.setting["network"]: r.result["accuracy"] for r in read_latest("rivals") if r.setting["method"] == "original"
-    }
+    original = {r.setting["network"]: r.result["accuracy"] for r in read_rivals() if r.setting["method"] == "original"}
     rows = [
         [f"`{network}`", percent(original[network]), *(versus(found.get((network, *cell))) for cell in SHOWN)]
         for network in dict.fromkeys(network for network, *_ in found)
