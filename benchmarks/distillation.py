@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from _data import has_data, load_apart
 from rich.progress import track
+from rivals import MOST_IMAGES
+from rivals import NETWORKS as WHOLE
 
 import intrafusion
 from intrafusion.lab import zoo
@@ -33,7 +35,7 @@ from intrafusion.restore import Distill
 
 RECORDS = Path(__file__).parent / "records" / "distillation.jsonl"
 EXPERIMENT = "distillation"
-NETWORKS = ("cifar10_resnet20", "cifar10_resnet32", "cifar100_resnet20", "cifar10_vgg11_bn")
+NETWORKS = (*WHOLE, "cifar10_vit")
 KEEPS = (0.7, 0.5)
 INPUTS = {"256 images": "images", "none": "synthetic"}
 
@@ -51,7 +53,8 @@ class Asked:
 
     def list_settings(self) -> Iterator[dict[str, Any]]:
         for network, keep, inputs in itertools.product(self.networks, self.keeps, self.inputs):
-            setting = {"network": network, "keep": keep, "test_images": self.images, "inputs": inputs}
+            tested = min(self.images, MOST_IMAGES.get(network, self.images))
+            setting = {"network": network, "keep": keep, "test_images": tested, "inputs": inputs}
             yield {**setting, "distilled_steps": self.steps, "rate": self.rate or "chosen"}
             yield {**setting, "distilled_steps": 0}
 
@@ -115,7 +118,7 @@ def smoke() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "smoke.jsonl"
-        run(Asked(NETWORKS[::2], KEEPS[-1:], ["256 images"], 100, 2, None), records)
+        run(Asked(NETWORKS[:3:2], KEEPS[-1:], ["256 images"], 100, 2, None), records)
         for record in read_records(records):
             print(record.setting["inputs"], record.setting["distilled_steps"], f"{record.result['accuracy']:.3f}")
 
