@@ -29,6 +29,7 @@ from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.room import check_room
 from intrafusion.network.tensors import check_graph, named_tensors
 from intrafusion.network.wrappers import outside_inference, unwrap
+from intrafusion.observe.moments import count_matrices
 from intrafusion.observe.observe import observe_for
 from intrafusion.observe.whole_blocks import flatten_blocks
 from intrafusion.plan import FACTORISED, Decision, Plan, describe_members, is_miss, name_rank_group
@@ -228,7 +229,8 @@ class _View:
         if not groups and not may_stay:
             raise ModelError(_nothing_to_reduce(units, unwanted))
         looks = calibration is not None and recipe.needs_moments
-        check_room({g.name: g.size for g in groups if g.is_channel}, 2 if looks else 0, _find_device(model))
+        held = count_matrices(model, graph, groups) if looks else {}
+        check_room({g.name: g.size for g in groups if g.is_channel}, held, _find_device(model))
         moments = calibration.moments_of(graph) if calibration is not None and looks else {}
         if moments and calibration is not None and (blocks := [g for g in groups if not g.is_channel]):
             moments = {**moments, **calibration.moments_of(flatten_blocks(graph, blocks))}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.util
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 import intrafusion
 from intrafusion.errors import FolderError, IntrafusionError, ModelError, RecipeError
 from intrafusion.large import block as blocks
+from intrafusion.large import folder as folders
+from intrafusion.large.offload import make_skeleton
 from intrafusion.network.sources import import_transformers
 
 pytestmark = pytest.mark.skipif(
@@ -268,3 +273,44 @@ def test_a_network_of_sentence_transformers_keeps_what_stands_behind_it(tmp_path
     message = f"name the folder of the network in it, {old / '0_Transformer'}."
     with pytest.raises(FolderError, match=re.escape(message)):
         intrafusion.compress_folder(old, tmp_path / "other", 0.5)
+
+
+def test_two_threads_at_once_leave_modules_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function in nn.Module makes parameters empty: the second thread out must not put back that of the first."""
+    monkeypatch.setattr(nn.Module, "register_parameter", before := nn.Module.register_parameter)
+    both = threading.Barrier(2)
+
+    class Meeting(nn.Linear):
+        def __init__(self, size: int) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)
+            super().__init__(size, size)
+
+        def tie_weights(self) -> None: ...
+
+    threads = [threading.Thread(target=make_skeleton, args=(Meeting, 3)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert nn.Module.register_parameter is before
+
+
+def test_what_was_imported_for_the_network_is_passed_over_by_collections(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = list[bool]()
+
+    def note(*args: Any) -> None:
+        frozen.append(gc.get_freeze_count() > 0)
+        raise KeyboardInterrupt
+
+    for name in ("make_skeleton", "_make_calls"):  # the first thing before, and behind the start
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(folders, name, note)
+            gc.unfreeze()
+            try:
+                intrafusion.compress_folder(llama, llama.with_name("small"), 0.5)
+            finally:
+                gc.freeze()
+    assert frozen == [False, True]

@@ -38,6 +38,16 @@ def test_what_came_after_the_start_is_collected_and_what_was_there_again_at_the_
     assert seen() is None
 
 
+def test_what_nothing_referred_to_before_the_start_goes(thawed: None) -> None:
+    gc.disable()
+    try:
+        seen = weakref.ref(Circle())
+        with only_new_collected():
+            assert seen() is None
+    finally:
+        gc.enable()
+
+
 def test_what_a_program_froze_itself_stays_frozen() -> None:
     gc.freeze()
     with only_new_collected():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import intrafusion
 from intrafusion import ModelError
 from intrafusion.network.room import check_room, find_too_wide
+from intrafusion.observe.moments import count_matrices, measure_moments
 
 CPU = torch.device("cpu")
 
@@ -28,16 +29,30 @@ def test_the_widest_groups_go_until_the_others_fit(free: int, left: list[str], m
         assert found["b"].startswith("a matrix of its 10 x 10 channels takes 800 bytes, and ")
 
 
-@pytest.mark.parametrize(("kept", "needed"), [(0, 8 * 200), (2, 8 * (2 * 125 + 200))])
+@pytest.mark.parametrize(("held", "needed"), [({}, 8 * 200), ({"a": 2, "b": 3}, 8 * (2 * 25 + 3 * 100 + 200))])
 def test_choosing_takes_the_matrices_of_all_groups_and_work(
-    kept: int, needed: int, monkeypatch: pytest.MonkeyPatch
+    held: dict[str, int], needed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give(monkeypatch, needed)
-    check_room({"a": 5, "b": 10}, kept, CPU)
-    check_room({}, kept, CPU)
+    check_room({"a": 5, "b": 10}, held, CPU)
+    check_room({}, held, CPU)
     give(monkeypatch, needed - 1)
     with pytest.raises(ModelError, match=r"group 'b': choosing among 10 channels takes at least .* that are free: "):
-        check_room({"a": 5, "b": 10}, kept, CPU)
+        check_room({"a": 5, "b": 10}, held, CPU)
+
+
+class Read(nn.Module):
+    """20 channels with a reader of 12 rows, 40 with two of three each, 12 with one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 20), nn.Linear(20, 12), nn.Linear(12, 2)
+        self.wide, self.left, self.right = nn.Linear(4, 40), nn.Linear(40, 3), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.wide(x).tanh()
+        narrow = self.last(self.second(self.first(x).tanh()).tanh())
+        return torch.cat([narrow, self.left(wide), self.right(wide)], -1)
 
 
 def network() -> nn.Sequential:
@@ -62,3 +77,15 @@ def test_compress_refuses_before_it_looks_at_anything(monkeypatch: pytest.Monkey
     ):
         intrafusion.compress(network(), x, 0.5, inputs=x)
     assert intrafusion.compress(network(), x, 0.5, reducer="select", restore=None).plan.sizes["0"] == 100
+
+
+def test_the_moments_of_a_group_are_as_many_as_what_reads_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One covariance for each reader; the squares only where the rows that read are many."""
+    monkeypatch.setattr("intrafusion.observe.moments.WIDE", 16)
+    x = torch.randn(64, 4)
+    model = Read().eval()
+    graph = intrafusion.inspect(model, x[:2])
+    held = count_matrices(model, graph, graph.reducible)
+    assert {graph[name].size: count for name, count in held.items()} == {20: 1 + 1, 40: 2, 12: 1 + 1}
+    for name, moments in measure_moments(model, graph, x).items():
+        assert len(moments.covariances) + (moments.squares is not None) == held[name]

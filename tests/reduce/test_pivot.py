@@ -49,11 +49,13 @@ def test_every_pick_is_the_best_next_one_and_its_error_is_right(
     assert float(found.missing[6]) == pytest.approx(0, abs=1e-9)
 
 
-def test_points_weigh_the_same() -> None:
+@pytest.mark.parametrize("unit", [1.0, 1e-40, 1e40])
+def test_points_weigh_the_same(unit: float) -> None:
     """A point whose channels are ten times as loud says no more, and a single one is what it is."""
     means, (a, b) = torch.randn(2, 5, dtype=torch.float64), (spd(5), spd(5))
     a, b, reader = a / a.trace(), b / b.trace(), torch.eye(5, dtype=torch.float64)
-    loud = Moments(torch.stack([10 * means[0], means[1]]), torch.stack([100 * a, b]), reader)
+    loud = Moments(torch.stack([10 * means[0], means[1]]), torch.stack([100 * a, b]), unit * reader)
+    torch.testing.assert_close(loud.shares * unit, torch.tensor([1 / 200, 1 / 2]).double())
     torch.testing.assert_close(loud.overall, ((means[0] / 10 + means[1]) / 1.01, (a + b) / 1.01))
     torch.testing.assert_close(Moments(means[:1], a[None], reader).overall, (means[0], a))
 
@@ -112,18 +114,21 @@ def test_a_strength_below_zero_is_refused() -> None:
         Pivot(strength=-1)
 
 
-def test_few_columns_are_multiplied_in_place_of_their_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unit", [1.0, 1e-44, 1e39])
+def test_few_columns_are_multiplied_in_place_of_their_squares(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
     """Of many channels that few read: the picks, and what is missing after each, are those of the squares."""
     monkeypatch.setattr("intrafusion.observe.moments.WIDE", 8)
     first, second = torch.nn.Linear(5, 40), torch.nn.Linear(40, 3)
-    model = torch.nn.Sequential(first, torch.nn.Tanh(), second).eval()
-    inputs = torch.randn(200, 5)
+    model = torch.nn.Sequential(first, torch.nn.Tanh(), second).eval().double()
+    second.weight.data *= unit
+    inputs = torch.randn(200, 5).double()
     (few,) = measure_moments(model, intrafusion.inspect(model, inputs[:2]), inputs).values()
     assert few.columns is not None
     assert few.squares is None
     pick_channels(few)
     assert "reader" not in vars(few), "the squares were made"
-    torch.testing.assert_close(few.columns.T @ few.columns, few.reader.float())
+    weight = second.weight.detach() / unit
+    torch.testing.assert_close(few.reader / unit**2, weight.T @ weight, rtol=1e-5, atol=1e-7)
     one, other = pick_channels(few), pick_channels(replace(few, squares=few.reader, columns=None))
     assert one.order[:10].tolist() == other.order[:10].tolist()
     torch.testing.assert_close(one.missing, other.missing, rtol=1e-4, atol=1e-5)

@@ -433,6 +433,23 @@ def test_a_reader_with_spectral_norm_is_left_alone() -> None:
     )
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("layer", [nn.Linear, partial(nn.Conv2d, kernel_size=1)])
+def test_what_a_spectral_norm_makes_is_left_alone(
+    layer: Callable[..., nn.Module], norm: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Without some of the rows the norm would be less, and all that stays would be multiplied by what that changes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(layer(6, 9), nn.ReLU(), norm(layer(9, 8)), nn.ReLU(), layer(8, 3)).double()
+    x = torch.randn(3, 6, 2, 2).double() if isinstance(net[0], nn.Conv2d) else torch.randn(3, 6).double()
+    net(x)
+    small = halved(net.eval(), x)
+    why = small.rolled_back["2"]
+    assert why.startswith("the smaller network is not the original without these channels: 2.")
+    assert "is used through div in 2" in why
+    assert off(small, net, x) == 0.0
+
+
 @pytest.mark.parametrize("change", [F.softplus, torch.tanh, lambda w: w * (w.abs() > 0.1)])
 def test_a_reader_of_changed_entries_is_proved_on_what_it_uses(change: Callable[[Tensor], Tensor]) -> None:
     """softplus of a column of zeros is no column of zeros."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from intrafusion.errors import ModelError
 from intrafusion.importance.features import describing_rows as rows_of
 from intrafusion.network.inputs import Inputs
 from intrafusion.planning import fold_weights
-from intrafusion.reduce import ReductionProblem, Select
+from intrafusion.reduce import Moments, ReductionProblem, Select
 from intrafusion.surgery.spare import find_classes, find_dead, reduce_distinct
 
 EXACT = 1e-9
@@ -213,7 +214,7 @@ def test_equal_rows_with_another_bias_are_no_copies() -> None:
     group, weights = small_group()
     classes = find_classes(group, weights)
     assert classes.first.tolist() == [0, 1, 3, 4]
-    assert classes.member.argmax(1).tolist() == [0, 1, 0, 2, 3]
+    assert classes.index.tolist() == [0, 1, 0, 2, 3]
     assert find_classes(group, weights, copies=False).first.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -221,7 +222,7 @@ def test_dead_channels_are_in_no_class() -> None:
     group, weights = small_group()
     classes = find_classes(group, weights, torch.tensor([False, True, False, False, False]))
     assert classes.first.tolist() == [0, 3, 4]
-    assert classes.member[1].tolist() == [0, 0, 0]
+    assert classes.index.tolist() == [0, 3, 0, 1, 2]
 
 
 def test_what_fills_up_the_size_is_the_most_important_of_the_rest() -> None:
@@ -254,6 +255,35 @@ def test_the_reducer_sees_classes_with_their_columns_summed() -> None:
     assert seen[0].importance.tolist() == [6, 2, 2, 3]
     assert found.merge.tolist() == [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
     assert found.unmerge.tolist() == [[1, 0], [0, 0], [1, 0], [0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_the_moments_of_classes_are_read_by_their_columns_summed(few: bool) -> None:
+    group, weights = small_group()
+    columns, rows = torch.randn(2, 5), torch.randn(9, 5, dtype=torch.float64)
+    squares = columns.T.double() @ columns.double()
+    moments = Moments(
+        rows.mean(0)[None], torch.cov(rows.T)[None], None if few else squares, columns=columns if few else None
+    )
+    seen: list[Moments] = []
+
+    class Spy(Select):
+        mixes = True
+
+        def __call__(self, problem: ReductionProblem) -> Any:
+            assert problem.moments is not None
+            seen.append(problem.moments)
+            return super().__call__(problem)
+
+    asked = replace(problem(group, weights, [1, 2, 5, 2, 3], 2), moments=moments)
+    dead = torch.tensor([False, False, False, False, True])
+    reduce_distinct(Spy(), group, weights, asked, find_classes(group, weights, dead), rows_of(group, weights))
+    member = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]).double()
+    first = torch.tensor([0, 1, 3])
+    assert (seen[0].squares is None) == few
+    torch.testing.assert_close(seen[0].reader, member.T @ squares @ member, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen[0].covariances[0], torch.cov(rows.T)[first][:, first])
+    assert torch.equal(seen[0].means[0], rows.mean(0)[first])
 
 
 def test_relabelling_a_network_with_copies_permutes_the_result() -> None:

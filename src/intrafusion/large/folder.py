@@ -151,11 +151,12 @@ def compress_folder(
     recipe, solver = _read_recipe(keep, options)
     origin, target = _read_path(folder), _read_path(output)
     check_apart(target, origin)
-    with only_new_collected(), atomic_folder(target, ours=lambda _: False, names=()) as place:
-        network = _Network.of(origin, architecture)
-        calls = _make_calls(network, inputs, tokenizer, example_inputs)
-        example = calls[0] if example_inputs is None and calls else _find_example(network, example_inputs)
-        small = _Work(network, recipe, solver, example, calls).write(place)
+    with atomic_folder(target, ours=lambda _: False, names=()) as place:
+        network = _Network.of(origin, architecture)  # by which transformers are imported
+        with only_new_collected():
+            calls = _make_calls(network, inputs, tokenizer, example_inputs)
+            example = calls[0] if example_inputs is None and calls else _find_example(network, example_inputs)
+            small = _Work(network, recipe, solver, example, calls).write(place)
         copy_beside(origin, place, ("README.md",))  # it tells of the original
         copy_modules(origin, place)
         (place / "recipe.yaml").write_text(recipe.to_yaml())

@@ -46,7 +46,8 @@ def make_skeleton(architecture: type, config: Any) -> nn.Module:
 
 
 def _build_empty(architecture: type, config: Any, mode: contextlib.AbstractContextManager[Any]) -> Any:
-    with _import_accelerate().init_empty_weights(include_buffers=False), forked_random_numbers(), mode:
+    empty = _import_accelerate().init_empty_weights(include_buffers=False)
+    with forked_random_numbers(), empty, mode:  # one thread at a time: modules of all threads are made empty meanwhile
         return architecture(config)
 
 

@@ -20,11 +20,13 @@ def only_new_collected() -> Iterator[None]:
     """Until the end, collections pass over what is alive now.
 
     Looking through all objects of a program that has imported large libraries takes half a second, several times for
-    every block. A program that has frozen objects itself keeps them as they are.
+    every block. What nothing refers to any more goes first: a network that was deleted would stay in memory. A program
+    that has frozen objects itself keeps them as they are.
     """
     if gc.get_freeze_count():
         yield
         return
+    release_memory()
     gc.freeze()
     try:
         yield

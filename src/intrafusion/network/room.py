@@ -31,23 +31,22 @@ def find_too_wide(sizes: Mapping[str, int], device: torch.device) -> dict[str, s
     return found
 
 
-def check_room(sizes: Mapping[str, int], kept: int, device: torch.device) -> None:
+def check_room(sizes: Mapping[str, int], held: Mapping[str, int], device: torch.device) -> None:
     """Refuse groups that are too wide for their channels to be chosen.
-
-    Of each group `kept` matrices of n x n numbers are held, and two more of the one that is in work.
 
     Args:
         sizes: channels n, by name of the group.
+        held: how many matrices of n x n numbers are kept of each; of the one that is in work, two more are made.
     Raises:
         ModelError: the matrices take more than is free.
     """
     if not sizes:
         return
     widest = max(sizes, key=sizes.__getitem__)
-    needed = _NUMBER * (kept * sum(n * n for n in sizes.values()) + 2 * sizes[widest] ** 2)
+    needed = _NUMBER * (sum(held.get(name, 0) * n * n for name, n in sizes.items()) + 2 * sizes[widest] ** 2)
     free = find_free_memory(device)
     if needed > free:
-        other = "" if kept == 0 else "choose by weights alone (reducer='select', or no inputs), "
+        other = "" if not held else "choose by weights alone (reducer='select', or no inputs), "
         raise ModelError(
             f"group {widest!r}: choosing among {sizes[widest]:,} channels takes at least {describe_bytes(needed)} for "
             f"matrices of all pairs, expected at most the {describe_bytes(free)} that are free: {other}leave it as it "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from intrafusion.trace.decomposition import unfuse
 from intrafusion.trace.products import Product, Products
 
 _NO_VARIANCE = 1e-12  # a channel with less than this fraction of the largest variance does not vary
+_SINGLE = 2.0**-90, 2.0**120  # between these, the largest entries and all that count beside them fit into float32
 _ROUNDING = 1e-10  # of the largest variance: what rounding in float32 leaves in directions in which nothing varies
 
 
@@ -36,6 +38,19 @@ def find_readers(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[Port]
     members = [m for m in group.with_role(Role.CONSUMES) if m.within is None and m.module in layers]
     read = [m for m in members if m.tensor.endswith("weight") and m.dim == layers[m.module].input_dim]
     return [Port.of(layers[m.module], m) for m in read]
+
+
+def count_matrices(model: nn.Module, graph: ChannelGraph, groups: Iterable[ChannelGroup]) -> dict[str, int]:
+    """How many n x n matrices the moments of each group hold at least, by name.
+
+    A covariance for each layer that reads it, and the squares of all that read it, unless their columns are few.
+    """
+    layers, found = find_layers(model, graph), dict[str, int]()
+    for group in groups:
+        ports = find_readers(group, layers)
+        few = _are_few([(graph.shapes[p.weight], p.layer.input_dim, p.positions) for p in ports], group.size)
+        found[group.name] = max(len(ports), 1) + (not few)
+    return found
 
 
 def _fold_all(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
@@ -440,12 +455,17 @@ def _join_reads(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Mo
 def _find_few_columns(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Tensor | None:
     """All columns of what reads many channels (k, n), where products with them are fewer than with their squares."""
     n = len(next(iter(reads.values())).mean)
-    k = sum(
-        weights[name].numel() // weights[name].shape[read.dim] * read.positions.shape[1] for name, read in reads.items()
-    )
-    if n <= WIDE or 2 * k >= n:
+    if not _are_few([(weights[name].shape, read.dim, read.positions) for name, read in reads.items()], n):
         return None
-    return torch.cat([read.take_columns(weights[name]).float() for name, read in reads.items()], 1).T
+    columns = [read.take_columns(weights[name]) for name, read in reads.items()]
+    dtype = torch.float32 if all(_SINGLE[0] < find_scale(own) < _SINGLE[1] for own in columns) else torch.float64
+    return torch.cat([own.to(dtype) for own in columns], 1).T
+
+
+def _are_few(readers: Iterable[tuple[Sequence[int], int, Tensor]], n: int) -> bool:
+    """Whether weights of these shapes, that read along a dimension at positions (n, slots), have few columns for n."""
+    k = sum(math.prod(shape) // shape[dim] * positions.shape[1] for shape, dim, positions in readers)
+    return n > WIDE and 2 * k < n
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

@@ -32,7 +32,8 @@ class Moments:
         bare: the same of what norms over the channels give before their gain, for groups that may be rotated, and
             behind it of what others read.
         plain: how many of the points, the last ones, are read by others than norms.
-        columns: (k, n) of which the reader is columns^T columns, float32; where there are many channels and k is small.
+        columns: (k, n) of which the reader is columns^T columns, float32 or, where they are too large or small for it,
+            float64; where there are many channels and k is small.
     Raises:
         ArgumentError: there are neither squares nor columns.
     """
@@ -57,7 +58,7 @@ class Moments:
             return self.squares
         assert self.columns is not None
         scale = find_scale(self.columns)
-        return square_transposed((self.columns / scale).T).double().mul_(scale**2)
+        return square_transposed((self.columns / scale).float().T).double().mul_(scale**2)
 
     def take_scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """New covariances, reader and shares in units in which the largest covariance and reading are about 1."""
@@ -80,11 +81,13 @@ class Moments:
     def shares(self) -> Tensor:
         """What a unit of the consumers' signal counts at each point (p,): the signals of all points weigh the same.
 
-        A point where nothing varies counts 0 beside others. All are finite in float32.
+        A point where nothing varies counts 0 beside others.
         """
-        return self._find_shares(1.0, 1.0)
+        units = find_scale(self.covariances), find_scale(self.reader)
+        return self._find_shares(*units) / units[0] / units[1]
 
     def _find_shares(self, *units: float) -> Tensor:
+        """The same in these units, finite in float32."""
         parts = zip(self.covariances.split(WIDE, 1), self.reader.split(WIDE), strict=True)
         signals = sum((c / units[0] * (reader / units[1])).sum((1, 2)) for c, reader in parts)
         assert isinstance(signals, Tensor)

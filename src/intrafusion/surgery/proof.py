@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -261,8 +261,9 @@ class FunctionCheck:
         )
 
     def _derived(self, maps: Maps) -> list[str]:
-        """What the new groups are read through, in words."""
-        members = [m for n in maps if n not in self.proved for m in self.groups[n].with_role(Role.CONSUMES)]
+        """What the new groups are read, or made, through, in words."""
+        groups = [self.groups[n] for n in maps if n not in self.proved]
+        members = [m for role in (Role.CONSUMES, Role.PRODUCES) for g in groups for m in g.with_role(role)]
         derived = self.graph.derived
         return [f"{m.tensor} is used through {derived[m.tensor]}" for m in members if m.tensor in derived]
 
@@ -298,7 +299,8 @@ class FunctionCheck:
     def expected(self, maps: Maps) -> list[Tensor]:
         """What the original network gives where nothing comes in from the channels that these maps remove."""
         reference = self.reference
-        weights, masks = _zero_removed(reference.weights, self.graph, maps)
+        buffers = {name for name, _ in reference.double.named_buffers()}
+        weights, masks = _zero_removed(reference.weights, self.graph, maps, buffers)
         with weights_written(reference.double, weights):
             if not masks:
                 return reference.run()
@@ -427,15 +429,17 @@ def _explain(error: float | None, changed: _Changes, derived: Sequence[str]) -> 
 
 
 def _zero_removed(
-    weights: Mapping[str, Tensor], graph: ChannelGraph, maps: Maps
+    weights: Mapping[str, Tensor], graph: ChannelGraph, maps: Maps, buffers: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[_Place, np.ndarray]]:
     """Weights of the original's shapes in which nothing comes in from removed channels.
 
     Where a map mixes, its new channels stand at the first m places of the group. Where channels are summed or
-    multiplied with others, nothing goes into the removed ones either.
+    multiplied with others, nothing goes into the removed ones either. A buffer that reads a weight, for that to be
+    divided by what it finds, as a spectral norm does, goes on reading all of it: it makes the channels that stay, too.
 
     Args:
         weights: the network's tensors, float64.
+        buffers: names of those that are buffers.
     Returns:
         the tensors that change, batch norms folded; and the places of derived weights, which are zero only after what
         they are derived by.
@@ -457,8 +461,10 @@ def _zero_removed(
         members = [m for m in group.members if m.tensor not in identity]
         removed = _remove_(new, replace(group, members=tuple(members)), maps[group.name], centred)
         zeroed = _INPUTS | (_OUTPUTS if any(note.startswith(_SUMMED) for note in group.notes) else frozenset())
+        made_in = [m.module for m in members if Role.PRODUCES in m.roles and m.tensor in graph.derived]
         for member in members:
-            if not member.roles & zeroed:
+            makes = member.tensor in buffers and any(is_inside(member.module, module) for module in made_in)
+            if not member.roles & zeroed or (makes and member.roles & READS):
                 continue
             places = member.positions[removed].ravel()
             if member.tensor in graph.derived:

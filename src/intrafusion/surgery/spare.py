@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -45,10 +46,19 @@ class Classes:
         """Whether there are fewer classes than channels."""
         return len(self.first) < len(self.owner)
 
-    @property
-    def member(self) -> Tensor:
-        """(n, k) float64, 1 where a channel is in a class."""
-        return (self.owner[:, None] == self.first).double()
+    @cached_property
+    def index(self) -> Tensor:
+        """Which class each channel is in (n,); k for a dead one."""
+        return torch.where(self.owner == _DEAD, len(self.first), torch.searchsorted(self.first, self.owner))
+
+    def sum_up(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Of what each channel has along a dimension, the sum over each class."""
+        total = x.new_zeros(*x.shape[:dim], len(self.first) + 1, *x.shape[dim + 1 :])
+        return total.index_add_(dim, self.index.to(x.device), x).narrow(dim, 0, len(self.first))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What each class has (k, ...), given to all its channels (n, ...); zero to dead ones."""
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.index.to(x.device)]
 
 
 def find_classes(
@@ -151,7 +161,7 @@ def reduce_distinct(
 ) -> ReductionMap:
     """The map of a group of which only the different channels are put before the reducer.
 
-    With C the membership of `classes`, F their first channels, and the reducer's map M, U of the k classes,
+    With C the membership of `classes` (`spread`), F their first channels, and the reducer's map M, U of the k classes,
 
         M <- M F,    U <- C U.
 
@@ -166,11 +176,10 @@ def reduce_distinct(
     if len(classes.first) <= whole.size:
         return _fill(classes, whole)
     found = reducer(_restrict_to_classes(group, weights, whole, classes, rows))
-    member = classes.member.to(found.merge.device)
     merge = found.merge.new_zeros(len(found.merge), group.size)
     merge[:, classes.first.to(merge.device)] = found.merge
-    shift = None if found.shift is None else member @ found.shift
-    return ReductionMap(merge, member @ found.unmerge, shift)
+    shift = None if found.shift is None else classes.spread(found.shift)
+    return ReductionMap(merge, classes.spread(found.unmerge), shift)
 
 
 def _restrict_to_classes(
@@ -181,14 +190,18 @@ def _restrict_to_classes(
     rows: Sequence[tuple[Member, Tensor]],
 ) -> ReductionProblem:
     """The problem in which each class is one channel, read by the sum of its channels' columns."""
-    device = whole.features.device
-    member, first = classes.member.to(device), classes.first.to(device)
-    features = [member.T @ r if m.roles & READS else r[first] for m, r in rows]
+    first = classes.first.to(whole.features.device)
+    features = [classes.sum_up(r) if m.roles & READS else r[first] for m, r in rows]
     moments = whole.moments
     if moments is not None:
-        at, there = first.to(moments.means.device), member.to(moments.reader)
-        moments = Moments(moments.means[:, at], moments.covariances[:, at][:, :, at], there.T @ moments.reader @ there)
-    scores = member.T.to(whole.importance) @ whole.importance
+        at, columns, squares = first.to(moments.means.device), moments.columns, moments.squares
+        moments = Moments(
+            moments.means[:, at],
+            moments.covariances[:, at][:, :, at],
+            None if squares is None else classes.sum_up(classes.sum_up(squares), 1),
+            columns=None if columns is None else classes.sum_up(columns, 1),
+        )
+    scores = classes.sum_up(whole.importance)
     added = channel_biases(group, weights)
     return ReductionProblem(
         torch.cat(features, dim=1), scores, whole.size, whole.seed, added[first.to(added.device)], moments, whole.linear
@@ -204,7 +217,7 @@ def _fill(classes: Classes, whole: ReductionProblem) -> ReductionMap:
     stays = torch.zeros(n, dtype=torch.bool)
     stays[kept] = True
     rows = torch.eye(n, dtype=torch.float64)[kept]
-    unmerge = classes.member @ (first[:, None] == kept).double()
+    unmerge = classes.spread((first[:, None] == kept).double())
     unmerge[stays] = rows.T[stays]
     device = whole.importance.device
     return ReductionMap(rows.to(device), unmerge.to(device).contiguous())
