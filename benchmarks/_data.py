@@ -7,6 +7,7 @@ import os
 from intrafusion.lab import zoo
 
 _TESTED = {"imagenet": "sample"}  # 1,000 images, no others
+_MOST = {"imagenet_mobilenetv1_025": 744}  # 256 of 1,000 are looked at
 _SEEN = {"cifar10": "train", "cifar100": "calibration"}
 
 
@@ -16,6 +17,11 @@ def has_data(holds: str = "cifar10.npz and models/") -> bool:
         return True
     print(f"skipped: INTRAFUSION_DATA is not set; it names the folder with {holds}.")
     return False
+
+
+def count_tested(network: str, images: int) -> int:
+    """As many of these test images as there are, apart from those that are looked at."""
+    return min(images, _MOST.get(network, images))
 
 
 def load_apart(network: str, tested: int | None, seen: int = 256) -> tuple[zoo.Images, zoo.Images]:

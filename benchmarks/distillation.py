@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import has_data, load_apart
+from _data import count_tested, has_data, load_apart
 from rich.progress import track
-from rivals import MOST_IMAGES
 from rivals import NETWORKS as WHOLE
 
 import intrafusion
@@ -53,7 +52,7 @@ class Asked:
 
     def list_settings(self) -> Iterator[dict[str, Any]]:
         for network, keep, inputs in itertools.product(self.networks, self.keeps, self.inputs):
-            tested = min(self.images, MOST_IMAGES.get(network, self.images))
+            tested = count_tested(network, self.images)
             setting = {"network": network, "keep": keep, "test_images": tested, "inputs": inputs}
             yield {**setting, "distilled_steps": self.steps, "rate": self.rate or "chosen"}
             yield {**setting, "distilled_steps": 0}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import has_data, load_apart
+from _data import count_tested, has_data, load_apart
 from recovery_cifar10 import flipped_and_shifted
 from rich.progress import track
 from torch import Tensor, nn
@@ -60,7 +60,6 @@ RESTORERS = ("none", "noise", "synthetic 128", "real 64", "real 256")
 MADE = ("none", "noise", "synthetic 128", "real 256")
 RIVALS = {"256 labels, trained": 16, "256 labels, trained x10": 160}  # steps
 SIZES = ("uniform", "global l1", "target")
-MOST_IMAGES = {"imagenet_mobilenetv1_025": 744}  # 256 of 1,000 are looked at
 THRESHOLDS = torch.linspace(0, 3, 1001).tolist()
 SYNTHESIS = Synthesis()
 
@@ -196,7 +195,7 @@ def result_of(case: Case, setting: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(images: int, records: Path, cases: Mapping[tuple[str, str], Plan] = CASES, only: int | None = None) -> None:
     for (network, scope), plan in cases.items():
-        finished, limit = finished_keys(read_records(records)), min(images, MOST_IMAGES.get(network, images))
+        finished, limit = finished_keys(read_records(records)), count_tested(network, images)
         todo = [s for s in settings(network, scope, limit, plan) if key_of(EXPERIMENT, s) not in finished][:only]
         if not todo:
             continue

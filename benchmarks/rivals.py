@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import has_data, load_apart
+from _data import count_tested, has_data, load_apart
 from _reestimate import reestimate_
 from rich.progress import track
 from torch import nn
@@ -50,7 +50,6 @@ NETWORKS = (
     "cifar10_densenet100",
     "imagenet_mobilenetv1_025",
 )
-MOST_IMAGES = {"imagenet_mobilenetv1_025": 744}  # 256 of 1,000 are looked at
 KEEPS = (0.9, 0.8, 0.7, 0.5)
 THEIRS = "Torch-Pruning"
 IMAGES, FEW = "256 images", "64 images"
@@ -175,7 +174,7 @@ def run(
     networks: Sequence[str], images: int, keeps: Sequence[float], records: Path, methods: Sequence[str] = (*METHODS,)
 ) -> None:
     for network in networks:
-        finished, tested = finished_keys(read_records(records)), min(images, MOST_IMAGES.get(network, images))
+        finished, tested = finished_keys(read_records(records)), count_tested(network, images)
         todo = [s for s in settings(network, tested, keeps, methods) if key_of(EXPERIMENT, s) not in finished]
         if not todo:
             continue

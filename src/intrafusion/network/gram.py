@@ -56,9 +56,13 @@ def mirror_(total: Tensor) -> Tensor:
 
 def square_transposed(x: Tensor) -> Tensor:
     """x x^T in its precision, of x (..., n, k); of wide ones half is multiplied once."""
-    if x.shape[-2] <= WIDE:
-        return x @ x.mT
-    return _multiply_symmetric(x, x.mT) if x.dim() == 3 else _multiply_symmetric(x[None], x.T[None])[0]
+    return x @ x.mT if x.shape[-2] <= WIDE else _multiply_symmetric(x, x.mT)
+
+
+def square_columns(x: Tensor) -> Tensor:
+    """x x^T of x (n, k), multiplied in float32 in units in which its entries fit; float64."""
+    scale = find_scale(x)
+    return square_transposed((x / scale).float()).double().mul_(scale**2)
 
 
 def multiply_between(c: Tensor, q: Tensor) -> Tensor:
@@ -67,12 +71,12 @@ def multiply_between(c: Tensor, q: Tensor) -> Tensor:
 
 
 def _multiply_symmetric(x: Tensor, y: Tensor) -> Tensor:
-    """x (p, n, k) @ y (p, k, n), known to be symmetric."""
-    found = x.new_empty(len(x), x.shape[1], y.shape[2])
-    for start in range(0, x.shape[1], WIDE):
+    """x (..., n, k) @ y (..., k, n), known to be symmetric."""
+    found = x.new_empty(*x.shape[:-1], x.shape[-2])
+    for start in range(0, x.shape[-2], WIDE):
         rows = slice(start, start + WIDE)
-        block = x[:, rows] @ y[:, :, start:]
-        found[:, rows, start:], found[:, start:, rows] = block, block.mT
+        block = x[..., rows, :] @ y[..., start:]
+        found[..., rows, start:], found[..., start:, rows] = block, block.mT
     return found
 
 

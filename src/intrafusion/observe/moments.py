@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intrafusion.graph import ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.network.batches import ImagesLike, cast_like, count_images, double_first
-from intrafusion.network.gram import WIDE, find_scale, square_rows, square_transposed
+from intrafusion.network.gram import WIDE, find_scale, square_columns, square_rows
 from intrafusion.network.input_batches import read_input_batches
 from intrafusion.network.inputs import Inputs
 from intrafusion.network.layers import Layer, Port, find_layers, unseen_by_modes, watch_calls
@@ -434,10 +434,7 @@ class _Read:
 
     def square_columns(self, weight: Tensor) -> Tensor:
         """Sum of W_c W_c^T over outputs, kernel positions and slots, (n, n)."""
-        columns = self.take_columns(weight)
-        scale = find_scale(columns)
-        columns = (columns / scale).float()
-        return square_transposed(columns).double().mul_(scale**2)
+        return square_columns(self.take_columns(weight))
 
 
 def _join_reads(reads: Mapping[str, _Read], weights: Mapping[str, Tensor]) -> Moments:

@@ -13,7 +13,7 @@ from intrafusion.arguments import Seed, checked
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ArgumentError
 from intrafusion.graph import Rotation
-from intrafusion.network.gram import WIDE, divide, find_scale, multiply_between, square_transposed
+from intrafusion.network.gram import WIDE, divide, find_scale, multiply_between, square_columns, square_transposed
 from intrafusion.registry import Traits
 
 
@@ -57,8 +57,7 @@ class Moments:
         if self.squares is not None:
             return self.squares
         assert self.columns is not None
-        scale = find_scale(self.columns)
-        return square_transposed((self.columns / scale).float().T).double().mul_(scale**2)
+        return square_columns(self.columns.T)
 
     def take_scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """New covariances, reader and shares in units in which the largest covariance and reading are about 1."""

@@ -21,7 +21,7 @@ from intrafusion.graph import READS, ChannelGraph, ChannelGroup, Member, Role
 from intrafusion.importance.features import channel_biases, channel_rows
 from intrafusion.network.inputs import Inputs
 from intrafusion.reduce.problem import Moments, Reducer, ReductionMap, ReductionProblem
-from intrafusion.reduce.select import selection_map
+from intrafusion.reduce.select import pick_rows, selection_map
 from intrafusion.surgery.proof import FunctionCheck, Reference
 
 _DEAD = -1
@@ -216,7 +216,7 @@ def _fill(classes: Classes, whole: ReductionProblem) -> ReductionMap:
     kept = others.argsort(descending=True, stable=True)[: whole.size].sort().values
     stays = torch.zeros(n, dtype=torch.bool)
     stays[kept] = True
-    rows = torch.eye(n, dtype=torch.float64)[kept]
+    rows = pick_rows(kept, n)
     unmerge = classes.spread((first[:, None] == kept).double())
     unmerge[stays] = rows.T[stays]
     device = whole.importance.device
