@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -38,24 +39,48 @@ def test_no_function_hides_the_file_of_its_name(package: str) -> None:
         assert isinstance(getattr(room, file.name), ModuleType), f"{package}.{file.name} hides the file of this name"
 
 
-def test_modules_are_what_their_names_give_and_the_checks_are_imported_only_when_they_are_named() -> None:
-    code = "import sys, intrafusion; print('intrafusion.checks' in sys.modules, 'checks' in dir(intrafusion))\n"
+def test_modules_are_what_their_names_give() -> None:
+    code = "import intrafusion\n"
     for name in ("trace", "checks"):
         code += f"m = intrafusion.{name}; import intrafusion.{name} as n; print(n.__name__, m is n)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["False True", "intrafusion.trace True", "intrafusion.checks True"]
+    assert done.stdout.splitlines() == ["intrafusion.trace True", "intrafusion.checks True"]
+
+
+def test_a_name_is_imported_when_it_is_first_used() -> None:
+    count = "sum(name.startswith('intrafusion') for name in sys.modules)"
+    code = f"import torch, sys, intrafusion; print({count}); intrafusion.errors; print({count} < 10)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "True"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_every_public_name_can_be_the_first_that_is_used() -> None:
+    homes = {getattr(getattr(intrafusion, name), "__module__", name): name for name in intrafusion.__all__}
+    code = f"""
+import os, torch, numpy, intrafusion
+for name in {sorted(homes.values())}:
+    if not (child := os.fork()):
+        getattr(intrafusion, name)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+intrafusion.Recipe.of(keep=0.5, reducer="fold", importance="l2", restore="noise")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_loads_no_library_that_is_not_always_needed() -> None:
     later = ("timm", "transformers", "torchvision", "ray", "onnx", "onnxruntime", "onnxscript", "accelerate", "plotly")
     later += ("matplotlib", "PIL", "sklearn", "scipy", "ot", "typer", "rich", "mkdocs")
-    code = "import torch, sys; before = set(sys.modules); import intrafusion; print(*set(sys.modules) - before)"
+    names = "; ".join(f"intrafusion.{name}" for name in intrafusion.__all__ if name not in ("checks", "lab"))
+    code = "import torch, sys; before = set(sys.modules); import intrafusion; "
+    code += f"{names}; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()).isdisjoint(later)
 
 
 def test_an_unknown_name_is_an_ordinary_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'intrafusion' has no attribute 'carry_out'"):
+    with pytest.raises(AttributeError, match="carry_out"):
         intrafusion.carry_out  # type: ignore[attr-defined]  # noqa: B018
 
 

@@ -1,13 +1,14 @@
 """One way to say a method: by its name, by a mapping of its name and hyper-parameters, or as an object.
 
-Reducers, importance criteria and restorers each have a `Registry`, which is filed under its kind by the folder that
-holds them: a recipe reads all three, and stands below the restorers.
+Reducers, importance criteria and restorers each have a `Registry`, which lies in the folder that holds them and is
+imported when it is asked for: a recipe reads all three, and stands below the restorers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from importlib import import_module
 from typing import Any, Self, get_type_hints
 
 from intrafusion.arguments import find_fault, plain, takes
@@ -165,15 +166,9 @@ class Registry:
 
 # ---- all kinds ------------------------------------------------------------------------------------------------------
 
-_REGISTRIES: dict[str, Registry] = {}
-
-
-def register(registry: Registry) -> Registry:
-    """File a registry under its kind."""
-    _REGISTRIES[registry.kind] = registry
-    return registry
+_FOLDERS = {"reducer": "reduce", "importance": "importance", "restorer": "restore"}
 
 
 def registry_of(kind: str) -> Registry:
-    """The registry of "reducer", "importance" or "restorer"; `import intrafusion` has filed all of them."""
-    return _REGISTRIES[kind]
+    """The registry of "reducer", "importance" or "restorer", which the folder of that kind holds."""
+    return import_module(f"intrafusion.{_FOLDERS[kind]}").REGISTRY

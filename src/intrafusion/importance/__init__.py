@@ -26,7 +26,7 @@ from intrafusion.importance.observation import (
 from intrafusion.importance.random import Random
 from intrafusion.importance.taylor import Taylor
 from intrafusion.importance.torch_pruning import TorchPruning, is_torch_pruning
-from intrafusion.registry import Registry, register
+from intrafusion.registry import Registry
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ def _adopted(importance: Any) -> Any:
 
 
 _EXPECTED = "a callable (group, weights, observations) -> (n,)"
-REGISTRY = register(Registry("importance", IMPORTANCES, _EXPECTED, 3, ImportanceTraits, adopt=_adopted))
+REGISTRY = Registry("importance", IMPORTANCES, _EXPECTED, 3, ImportanceTraits, adopt=_adopted)
 
 
 def get_importance(importance: Any) -> Importance:

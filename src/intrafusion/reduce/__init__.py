@@ -14,7 +14,7 @@ from intrafusion.reduce.mean_shift import Flap, VarianceBased
 from intrafusion.reduce.pivot import Pivot
 from intrafusion.reduce.problem import Moments, Reducer, ReducerTraits, ReductionMap, ReductionProblem, Selecting
 from intrafusion.reduce.select import Select, most_important, selection_map
-from intrafusion.registry import Registry, register
+from intrafusion.registry import Registry
 
 REDUCERS: dict[str, Callable[[], Reducer]] = {
     "select": Select,
@@ -28,7 +28,7 @@ REDUCERS: dict[str, Callable[[], Reducer]] = {
 }
 
 
-REGISTRY = register(Registry("reducer", REDUCERS, "an object with `mixes` and `__call__(problem)`", 1, ReducerTraits))
+REGISTRY = Registry("reducer", REDUCERS, "an object with `mixes` and `__call__(problem)`", 1, ReducerTraits)
 
 
 def get_reducer(reducer: str | Mapping[str, Any] | Reducer) -> Reducer:

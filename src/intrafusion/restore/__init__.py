@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from intrafusion.network.batches import read_batches
-from intrafusion.registry import Registry, register
+from intrafusion.registry import Registry
 from intrafusion.restore.calibration import LEVELS, Calibration, calibrate
 from intrafusion.restore.closed_form import ClosedForm
 from intrafusion.restore.distill import Distill
@@ -32,15 +32,13 @@ RESTORERS: dict[str, type[Any]] = {
 }
 
 
-REGISTRY = register(
-    Registry(
-        "restorer",
-        RESTORERS,
-        "an object with `needs_data` and `__call__(compressed, reference, graph, images)`",
-        4,
-        RestorerTraits,
-        words=("auto", *LEVELS),
-    )
+REGISTRY = Registry(
+    "restorer",
+    RESTORERS,
+    "an object with `needs_data` and `__call__(compressed, reference, graph, images)`",
+    4,
+    RestorerTraits,
+    words=("auto", *LEVELS),
 )
 
 
