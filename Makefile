@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST := .venv-lowest
 EXTRAS := dev,docs,torchvision,timm,transformers,onnx,benchmarks,ray,train
-BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
+SMOKES := $(patsubst %.py,%.smoke,$(wildcard benchmarks/[a-z]*.py))
 
 # Tests, demo and benchmarks that need real data look for it in INTRAFUSION_DATA.
 DATA := $(realpath ../shared/data)
@@ -16,7 +16,7 @@ endif
 # Tests and benchmarks start many processes; each would compile the whole package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-lowest fuzz lint types bench-smoke site
+.PHONY: setup demo test test-lowest fuzz lint types bench-smoke $(SMOKES) site
 
 setup: $(STAMP)
 
@@ -57,8 +57,11 @@ types: setup
 	$(BIN)/pyright
 	$(BIN)/pyright --project pyright-strict.json
 
-bench-smoke: setup
-	@set -e; for script in $(BENCHMARKS); do echo "$$script --smoke"; $(BIN)/python "$$script" --smoke; done
+# With -j 2 --output-sync two scripts at a time.
+bench-smoke: $(SMOKES)
+
+$(SMOKES): %.smoke: setup
+	$(BIN)/python $*.py --smoke
 
 # The pages of docs/, README and CHANGELOG as a site in .site/; a broken link or an unknown name fails.
 site: setup
