@@ -16,6 +16,9 @@ endif
 # Tests and benchmarks start many processes; each would compile the whole package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
+# What is installed is compiled when it is first imported: most of it never is, and it takes twice as long as the rest.
+INSTALL := python -m pip install --quiet --no-compile
+
 .PHONY: setup demo test test-lowest fuzz lint types bench-smoke $(SMOKES) site
 
 setup: $(STAMP)
@@ -23,7 +26,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv; the first time this takes a few minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/$(INSTALL) -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: setup
@@ -38,7 +41,7 @@ test-lowest: $(LOWEST)/.installed
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest pytest-xdist
+	$(LOWEST)/bin/$(INSTALL) -c constraints-lowest.txt -e . pytest pytest-xdist
 	touch $@
 
 # Random networks, kills and damaged folders, N times as many as in the tests, with counts; published networks whole.
@@ -57,7 +60,6 @@ types: setup
 	$(BIN)/pyright
 	$(BIN)/pyright --project pyright-strict.json
 
-# With -j 2 --output-sync two scripts at a time.
 bench-smoke: $(SMOKES)
 
 $(SMOKES): %.smoke: setup
