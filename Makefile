@@ -16,17 +16,15 @@ endif
 # Tests and benchmarks start many processes; each would compile the whole package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# What is installed is compiled when it is first imported: most of it never is, and it takes twice as long as the rest.
-INSTALL := python -m pip install --quiet --no-compile
-
 .PHONY: setup demo test test-lowest fuzz lint types bench-smoke $(SMOKES) site
 
 setup: $(STAMP)
 
+# What is installed is compiled when it is first imported: most of it never is, and it takes twice as long as the rest.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv; the first time this takes a few minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/$(INSTALL) -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: setup
@@ -41,9 +39,10 @@ ONLY_TORCH := surgery restore network observe budget heads large factorize test_
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ONLY_TORCH:%=--ignore=tests/%) $(ARGS)
 
+# Compiled at once: old packages warn while they are, which a test takes for an error.
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/$(INSTALL) -c constraints-lowest.txt -e . pytest pytest-xdist
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest pytest-xdist
 	touch $@
 
 # Random networks, kills and damaged folders, N times as many as in the tests, with counts; published networks whole.

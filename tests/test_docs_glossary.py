@@ -7,6 +7,7 @@ import inspect
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def find(dotted: str) -> object:
 def find_attribute(owner: Any, name: str) -> Any:
     if is_dataclass(owner) and name in {field.name for field in fields(owner)}:
         return name
-    return inspect.getattr_static(owner, name)
+    return getattr(owner, name) if isinstance(owner, ModuleType) else inspect.getattr_static(owner, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
