@@ -11,6 +11,7 @@ import torch
 POSSIBLE = elsewhere.POSSIBLE or torch.cuda.is_available()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not POSSIBLE, reason="needs a CUDA device, or a torch that takes devices written in Python")
 def test_on_another_device_than_the_cpu() -> None:
     """In a process of its own: autograd looks for devices before its first backward pass, and never again."""

@@ -368,6 +368,7 @@ def test_few_networks_hold_every_block_twice() -> None:
     assert {name for name in {*LEAVING}.union(*KINDS.values()) if counts[name] < 2} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_networks(chunk: int, tmp_path: Path) -> None:
     counts, told = Counter(), []

@@ -93,6 +93,7 @@ for reducer in ("select", "intrafusion"):
 """
 
 
+@pytest.mark.slow
 def test_two_threads_give_the_same_bytes_as_one_where_nothing_is_solved() -> None:
     run = [sys.executable, "-c", _THREADS]
     texts = [

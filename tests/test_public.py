@@ -54,6 +54,7 @@ def test_a_name_is_imported_when_it_is_first_used() -> None:
     assert done.stdout.split() == ["1", "True"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_every_public_name_can_be_the_first_that_is_used() -> None:
     homes = {getattr(getattr(intrafusion, name), "__module__", name): name for name in intrafusion.__all__}

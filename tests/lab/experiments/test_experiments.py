@@ -35,6 +35,7 @@ def by_hand(digits: Subject, keep: float, reducer: str, **options) -> intrafusio
     return intrafusion.compress(digits.model, example, keep, reducer=reducer, **options)
 
 
+@pytest.mark.slow
 def test_data_free_measures_every_group_alone(digits, tmp_path):
     records = ran("data-free", [digits], tmp_path, keep=(0.5,), criterion=("l2",))
     groups = [g.name for g in digits.groups()]
@@ -118,6 +119,7 @@ def test_landscape_shows_the_three_networks_at_its_corners(digits, tmp_path):
         ran("landscape", [digits], tmp_path, method=("select",))
 
 
+@pytest.mark.slow
 def test_fine_tune_reduces_in_steps_and_trains(digits, tmp_path):
     before = fingerprint(digits.model)
     options = {"keep": (0.5,), "steps": 2, "step_epochs": 1, "epochs": 2, "lr": 0.02, "batch": 25}
