@@ -455,17 +455,15 @@ def robustness(records: list[Record]) -> str:
     last = records[-1]
     rows = []
     for what, counts in last.result.items():
-        by_way: dict[str, list[str]] = {}
+        by_way: dict[str, dict[str, int]] = {}
         for name, count in counts.items():
             way, _, verdict = name.rpartition(": ")
-            by_way.setdefault(way, []).append(f"{count:,} {verdict}")
-        for way, words in by_way.items():
-            own = [word for word in words if way or what == "random networks" or not word.endswith(" tried")]
+            by_way.setdefault(way, {})[verdict] = count
+        for way, found in by_way.items():
+            tried = found.pop("tried", sum(found.values()) if way else None)
             head = f"{what}, {way}" if way else what
-            tried = (
-                f"{counts['tried']:,}" if "tried" in counts else f"{sum(int(w.split()[0]) for w in own):,}" * bool(way)
-            )
-            rows.append([TRIED.get(head, head), tried, ", ".join(own)])
+            said = ", ".join(f"{count:,} {verdict}" for verdict, count in found.items())
+            rows.append([TRIED.get(head, head), "" if tried is None else f"{tried:,}", said])
     when, versions = last.environment["time"][:10], last.environment["versions"]
     times = f"N = {last.setting['times']} (`make fuzz` has N = 20)"
     head = f"{when}, PyTorch {versions['torch']}, {times}. Wrong or crashed: none."

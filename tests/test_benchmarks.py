@@ -43,6 +43,22 @@ def test_counts_of_random_tests_are_added_up(monkeypatch: pytest.MonkeyPatch) ->
     assert robustness.read_counts("networks: {'tried': 2}") == {"networks": {"tried": 2}}
 
 
+def test_counts_beyond_a_thousand_are_a_table_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tables
+
+    from intrafusion.lab.bench import Record
+
+    result = {"random networks": {"dead: right": 1500, "dead: refused": 20, "groups": 4000}, "plans": {"tried": 1600}}
+    record = Record("robustness", {"times": 20}, result, {"time": "2026-01-01T00", "versions": {"torch": "2.13"}})
+    *_, rows = tables.robustness([record]).partition("|---|---|---|\n")
+    assert [row.split("|")[2:4] for row in rows.splitlines()] == [
+        [" 1,520 ", " 1,500 right, 20 refused "],
+        ["  ", " 4,000 groups "],
+        [" 1,600 ", "  "],
+    ]
+
+
 def test_the_example_of_the_readme_is_shown_without_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import example
