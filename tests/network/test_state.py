@@ -331,6 +331,10 @@ def test_the_error_names_the_network_and_keeps_the_cause() -> None:
 def test_lazy_parameters_are_refused() -> None:
     with pytest.raises(ModelError, match=r"'1\.weight' is not initialised yet, .* lazy module; run the network once"):
         trace(nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2)), torch.randn(1, 3))
+    net = nn.Sequential(nn.LazyLinear(2))
+    with pytest.raises(ModelError, match="lazy module"):
+        accuracy(net, torch.randn(4, 3), torch.zeros(4))
+    assert net(torch.randn(4, 3)).shape == (4, 2)
 
 
 def test_a_network_without_an_output_is_refused() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.network.apart import one_at_a_time
-from intrafusion.network.tensors import has_content
+from intrafusion.network.tensors import check_initialised, has_content
 
 _SEED = 0
 """Random numbers inside start here, so that two networks that draw them alike can be compared."""
@@ -35,7 +35,11 @@ def preserve_state(model: nn.Module, memory: Memory | None = None) -> Iterator[M
 
     Args:
         memory: of the network as it is now, where one is at hand, as between several passes through the same.
+    Raises:
+        ModelError: it has no parameters yet; what a first call makes of it could not be undone.
     """
+    if memory is None:
+        check_initialised(model)
     with one_at_a_time():
         put_back = Memory(model) if memory is None else memory
         with evaluate_alone(model):

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from intrafusion.errors import ModelError
@@ -17,6 +18,18 @@ from intrafusion.graph import ChannelGraph
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer once, by its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def check_initialised(model: nn.Module) -> None:
+    """
+    Raises:
+        ModelError: its first call would give it parameters, and make it one of another class.
+    """
+    lazy = [name for name, tensor in named_tensors(model).items() if is_lazy(tensor)]
+    if lazy:
+        raise ModelError(
+            f"{lazy[0]!r} is not initialised yet, it belongs to a lazy module; run the network once first."
+        )
 
 
 def check_graph(graph: ChannelGraph, model: nn.Module, *, smaller: bool = False) -> None:

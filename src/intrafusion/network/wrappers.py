@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from intrafusion.arguments import check_module
 from intrafusion.errors import ModelError
 from intrafusion.network.autocast import without_autocast
+from intrafusion.network.tensors import check_initialised
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,17 +39,8 @@ def unwrap(model: Any) -> nn.Module:
             )
         if any(cls.__name__ in _SHARDED for cls in type(module).__mro__):
             raise ModelError(f"{where} is in shards; gather it into one plain network first, and pass that.")
-    _check_initialised(core)
+    check_initialised(core)
     return core
-
-
-def _check_initialised(model: nn.Module) -> None:
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    lazy = [n for n, t in tensors if isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer))]
-    if lazy:
-        raise ModelError(
-            f"{lazy[0]!r} is not initialised yet, it belongs to a lazy module; run the network once first."
-        )
 
 
 def _find_inside(model: nn.Module) -> nn.Module | None:
