@@ -299,6 +299,14 @@ def test_layers_that_are_two_already_are_left_so(both: Compressed) -> None:
         intrafusion.compress(Net(), X, ranks=0.5, include=["nowhere"], restore=None)
 
 
+def test_a_network_that_was_loaded_is_an_original_too(both: Compressed, tmp_path: Path) -> None:
+    both.save(tmp_path / "first")
+    small = intrafusion.compress(intrafusion.load(tmp_path / "first", Net), X, keep=0.7, restore=None)
+    small.save(tmp_path / "second")
+    loaded = intrafusion.load(tmp_path / "second", intrafusion.load(tmp_path / "first", Net))
+    assert torch.equal(loaded(IMAGES), small.model(IMAGES))
+
+
 def test_a_recipe_with_ranks_survives_yaml() -> None:
     for options in (
         {"ranks": True, "target": {"macs": 0.5}},

@@ -315,7 +315,8 @@ def _prepare_(
     """
     if plan.recipe.untie:
         undo_ties_(network)
-    _split_(network, {n: rank for n, rank in _read_splits(data, "split_before").items() if n not in plan.split})
+    halved, own = _read_splits(data, "split_before"), ranks_of(network)  # one that was loaded has them
+    _split_(network, {n: rank for n, rank in halved.items() if n not in plan.split and own.get(n) != rank})
     warning = find_other_layers(folder, data, network)
     _split_(network, dict(plan.split))
     tensors = named_tensors(network)
