@@ -241,6 +241,24 @@ def test_many_weights_stand_beside_the_file(onnx: None, tmp_path: Path, monkeypa
     torch.testing.assert_close(run_onnx(tmp_path / "b" / "net.onnx", fresh)[0], net(fresh))
 
 
+def test_a_file_that_is_replaced_never_has_the_weights_of_another(
+    onnx: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_LARGEST", 0)
+    net, path, replace = nn.Linear(64, 64), tmp_path / "net.onnx", os.replace
+    export(net, torch.randn(2, 64), path)
+
+    def killed(source: Any, target: Any) -> None:
+        if Path(target) == path:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(nn.Linear(64, 64), torch.randn(2, 64), path, overwrite=True)
+    assert os.listdir(tmp_path) == ["net.onnx.data"]
+
+
 def test_a_file_is_replaced_only_if_one_says_so(tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     path.write_text("precious")
@@ -440,11 +458,58 @@ def test_a_precision_that_the_runtime_lacks_is_refused_with_a_way_out(onnx: None
         export(seeded(Of, torch.relu).bfloat16(), torch.randn(1, 4).bfloat16(), tmp_path / "net.onnx")
 
 
+def test_a_precision_that_its_operations_do_not_take_has_the_same_way_out(onnx: None, tmp_path: Path) -> None:
+    """The place where it was written meanwhile is nobody's business."""
+    path = tmp_path / "net.onnx"
+    with pytest.raises(ModelError, match=rf"INVALID_GRAPH.* {path} .*; export model\.float\(\), or a program"):
+        export(nn.Conv1d(2, 3, 1).bfloat16(), torch.randn(1, 2, 4).bfloat16(), path)
+
+
+@pytest.mark.parametrize("x", [torch.randn(0, 4), torch.full((2, 4), torch.nan)])
+def test_an_example_on_which_nothing_can_be_compared_is_refused(x: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"example_inputs: .* outputs that are empty, NaN or infinite throughout"):
+        export(nn.Linear(4, 3), x, tmp_path / "net.pt2")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_network_without_parameters_yet_is_refused_and_stays_what_it_is(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.LazyLinear(8), nn.LazyLinear(2))
+    with pytest.raises(ModelError, match=r"'0\.weight' is not initialised yet.*; run the network once first"):
+        export(net, torch.randn(3, 4), tmp_path / "net.pt2")
+    assert net(torch.randn(3, 4)).shape == (3, 2)
+
+
+def test_a_wrapped_network_is_exported_as_the_one_inside(onnx: None, tmp_path: Path) -> None:
+    export(nn.DataParallel(Named()), torch.randn(2, 4), tmp_path / "net.onnx")
+    assert list(axes_of(tmp_path / "net.onnx")) == ["x", "second", "first"]
+
+
+class Encoder(nn.Module):
+    """Of padded positions, PyTorch makes zeros on one of its ways and other numbers on the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.layers(x, src_key_padding_mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_zeros_that_only_a_fast_path_leaves_are_named(tmp_path: Path) -> None:
+    call = (torch.randn(3, 5, 8), torch.arange(5) > torch.tensor([[4], [2], [3]]))
+    with pytest.raises(
+        ModelError, match=r"gives other outputs .*fast path of attention.* say enable_nested_tensor=Fal"
+    ):
+        export(seeded(Encoder), call, tmp_path / "net.pt2")
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_name_that_is_too_long_and_a_scripted_network(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="choose a shorter name"):
         export(seeded(Net), X, tmp_path / f"{'a' * 300}.pt2")
-    with pytest.raises(ModelError, match=r"is scripted .*; give the original"):
+    with pytest.raises(ModelError, match=r"is TorchScript.*; build it from its Python class"):
         export(torch.jit.script(nn.Linear(4, 3)), torch.randn(2, 4), tmp_path / "net.pt2")
 
 

@@ -24,6 +24,8 @@ from intrafusion.io.program import OtherOutputs, Written, brief_error, export_ch
 from intrafusion.network.inputs import ExampleInputs, Inputs
 from intrafusion.network.outputs import keep_tensors, pick_outputs, plain_output
 from intrafusion.network.state import preserve_state
+from intrafusion.network.tensors import named_tensors
+from intrafusion.network.wrappers import unwrap
 
 _ONNX, _PROGRAM = ".onnx", ".pt2"
 FORMATS = (_ONNX, _PROGRAM)
@@ -95,13 +97,12 @@ def export_inputs(
 ) -> Exported:
     """`export` with inputs that were read already; of several outputs those that they say matter."""
     check_export(path, opset=opset, overwrite=overwrite)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("export: the network is scripted (torch.jit), which exporters do not read; give the original.")
+    model = unwrap(model)
     with preserve_state(model):
         inputs.call(model)  # refused in words if it does not run
     whole = replace(inputs, outputs=None)
     version = None if path.suffix == _PROGRAM else opset or DEFAULT_OPSET
-    with atomic_file(path) as file, _reporting(model, path.suffix):
+    with atomic_file(path) as file, _reporting(model, path, file):
         write = partial(_write_program, file) if version is None else partial(_write_onnx, file, version)
         read = partial(_read_output, inputs.outputs, path.suffix)
         _, free, difference = export_checked(model, whole, write, read)
@@ -110,6 +111,7 @@ def export_inputs(
             _check_free(path.with_name(weights.name), overwrite=overwrite)
             with atomic_file(path.with_name(weights.name)) as place:
                 os.replace(weights, place)
+                path.resolve().unlink(missing_ok=True)  # killed now, it leaves none, not an old one with new weights
     return Exported(path, free > 0, difference, version, any_length=free > 1)
 
 
@@ -220,8 +222,10 @@ def _read_output(wanted: tuple[str | int, ...] | None, suffix: str, output: Any)
 
 
 @contextmanager
-def _reporting(model: nn.Module, suffix: str) -> Iterator[None]:
+def _reporting(model: nn.Module, path: Path, file: Path) -> Iterator[None]:
     """
+    Args:
+        file: what is written until it takes the name of `path`.
     Raises:
         ModelError: instead of what an exporter or a runtime raises.
     """
@@ -231,18 +235,17 @@ def _reporting(model: nn.Module, suffix: str) -> Iterator[None]:
     except (IntrafusionError, OSError):
         raise
     except OtherOutputs as error:
-        raise ModelError(
-            f"export: the file of {name} {error}. The forward draws random numbers, keeps a state, or has an operation "
-            "that the format defines otherwise. Nothing was written."
-        ) from error
+        raise ModelError(f"export: the file of {name} {error}. {error.why}. Nothing was written.") from error
     except Exception as error:  # whatever an exporter or a runtime raises
+        half = any(t.dtype in (torch.float16, torch.bfloat16) for t in named_tensors(model).values())
+        told = _tell_failure(name, path.suffix, error, half=half).replace(str(file), str(path))
         raise ModelError(
-            f"export: {_tell_failure(name, suffix, error)}. Where the original fails alike, that is none of the "
+            f"export: {told}. Where the original fails alike, that is none of the "
             "compression's doing. Nothing was written."
         ) from error
 
 
-def _tell_failure(name: str, suffix: str, error: Exception) -> str:
+def _tell_failure(name: str, suffix: str, error: Exception, *, half: bool) -> str:
     text = str(error)
     if suffix == _ONNX and (lacking := _LACKING.search(text)):
         operation = next(filter(None, lacking.groups()))
@@ -252,7 +255,11 @@ def _tell_failure(name: str, suffix: str, error: Exception) -> str:
         where = f" ({line[1]}, line {line[2]})" if line else ""
         return f"{name} goes by the values of its tensors{where}, and a file has one way; wrap a forward that does not"
     if type(error).__module__.startswith("onnxruntime"):
-        lacks = "export model.float(), or a program (.pt2)" if "NOT_IMPLEMENTED" in text else "another opset= may help"
+        lacks = (
+            "export model.float(), or a program (.pt2)"
+            if half or "NOT_IMPLEMENTED" in text
+            else "another opset= may help"
+        )
         return f"onnxruntime does not run the file of {name} ({brief_error(error)}); {lacks}"
     while isinstance(error.__cause__, Exception):  # what ONNX's says first are the steps
         error = error.__cause__

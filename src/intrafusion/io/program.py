@@ -34,6 +34,11 @@ _TOLERANCE = 1e-4
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _NOISY = ("torch.onnx", "torch.fx", "torch.export", "torch._subclasses", "torch._guards", "torch._dynamo")  # loggers
 _NOISY += ("onnxscript", "onnx_ir")
+_WHY = "The forward draws random numbers, keeps a state, or has an operation that the format defines otherwise"
+_FAST = (
+    "PyTorch's fast path of attention, which no file has, leaves zeros where a mask does: say "
+    "enable_nested_tensor=False to nn.TransformerEncoder, or torch.backends.mha.set_fastpath_enabled(False)"
+)
 T = TypeVar("T")
 Written = tuple[T, Callable[[Inputs], list[Tensor]]]
 """What was made of a program, and what runs it."""
@@ -79,8 +84,8 @@ def export_network(model: nn.Module, inputs: Inputs) -> tuple[bytes, bool]:
         raise
     except OtherOutputs as error:
         raise ModelError(
-            f"save: program=True, but what torch.export makes of {type(model).__name__} {error}; "
-            "it draws random numbers or keeps a state. Save without a program, and load onto the class."
+            f"save: program=True, but what torch.export makes of {type(model).__name__} {error}. {error.why}. "
+            "Save without a program, and load onto the class."
         ) from error
     except Exception as error:  # whatever tracing makes a forward raise
         raise ModelError(
@@ -96,7 +101,11 @@ def brief_error(error: Exception) -> str:
 
 
 class OtherOutputs(Exception):
-    """What was exported computes something else, in words."""
+    """What was exported computes something else, in words, and why that may be."""
+
+    def __init__(self, said: str, why: str = _WHY) -> None:
+        super().__init__(said)
+        self.why = why
 
 
 def export_checked(
@@ -119,12 +128,15 @@ def export_checked(
         outputs, relative to their largest.
     Raises:
         OtherOutputs: it gives other outputs than the network.
+        ModelError: the network gives nothing that could be compared.
     """
     core = copy_model(model).cpu()
     apart = inputs.copied().map(lambda t: t.cpu().clone())  # what is one tensor need not stay so
     given = put_images_first(apart, core)
     core.register_forward_hook(lambda _, args, output: read(output))
     with warnings.catch_warnings(action="ignore"), _quiet():
+        with preserve_state(core):
+            _check_telling(given.call(core))
         for free in range(_count_free(given), 0, -1):
             with preserve_state(core), contextlib.suppress(Exception):  # a network of one length, or one batch size
                 case = _with_batch(given, _TRACED)
@@ -212,7 +224,34 @@ def write_program(program: ExportedProgram, _: Inputs) -> Written[bytes]:
 
 
 def _compare(run: Callable[[Inputs], list[Tensor]], model: nn.Module, inputs: Inputs) -> float:
-    found, expected = run(inputs), inputs.call(model)
+    found = run(inputs)
+    try:
+        return _find_difference(found, inputs.call(model))
+    except OtherOutputs as error:
+        try:
+            with _slow_attention():
+                _find_difference(found, inputs.call(model))
+        except OtherOutputs:
+            raise error from None
+        raise OtherOutputs(str(error), _FAST) from None
+
+
+@contextlib.contextmanager
+def _slow_attention() -> Iterator[None]:
+    """Without the kernels that PyTorch takes for encoders where no gradient is wanted."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _find_difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """
+    Raises:
+        OtherOutputs: it is more than rounding.
+    """
     if len(found) != len(expected):
         raise OtherOutputs(f"gives {len(found)} outputs, expected {len(expected)}")
     for ours, theirs in zip(found, expected, strict=True):
@@ -224,6 +263,14 @@ def _compare(run: Callable[[Inputs], list[Tensor]], model: nn.Module, inputs: In
     if not off <= allowed:
         raise OtherOutputs(f"gives other outputs (they differ by {off:.2g} of the largest value)")
     return off
+
+
+def _check_telling(outputs: list[Tensor]) -> None:
+    if not any(bool(t.isfinite().any()) for t in outputs):
+        raise ModelError(
+            "example_inputs: expected some on which the network gives numbers to compare by, got outputs that are "
+            "empty, NaN or infinite throughout; give others."
+        )
 
 
 def _share_of_others(found: Tensor, expected: Tensor) -> float:
