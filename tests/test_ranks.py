@@ -291,6 +291,14 @@ def test_a_network_without_layers_that_can_be_two_says_why(options: dict[str, An
         intrafusion.compress(model, x, restore=None, **options)
 
 
+def test_where_no_layer_can_be_two_fewer_channels_are_what_is_left() -> None:
+    model, x = Unsplittable().eval(), torch.randint(16, (2, 6))
+    small = intrafusion.compress(model, x, restore=None, target={"macs": 0.7}, ranks=True)
+    assert small.after.macs <= 0.7 * small.before.macs
+    assert not small.plan.split
+    assert "ranks: no layer is worth two, so only channels are fewer." in small.notes
+
+
 def test_layers_that_are_two_already_are_left_so(both: Compressed) -> None:
     small = intrafusion.compress(both.model, X, ranks=0.5, restore=None, inputs=IMAGES)
     assert not both.plan.ranks.keys() & small.plan.ranks.keys()

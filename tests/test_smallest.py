@@ -206,6 +206,7 @@ def _first_channels(model: nn.Module) -> Tensor:
         (lambda model: None, ArgumentError, "got None; return one"),
         (_first_channels, ArgumentError, r"got a tensor float32\[2\]; return one"),
         (lambda model: 3 + 1j, ArgumentError, r"got \(3\+1j\); return one"),
+        (lambda model: 10**400, ArgumentError, "expected it to return a number, got a whole number of"),
         (lambda model, loader: 1.0, ArgumentError, "evaluate: raised TypeError: .*missing 1 required positional"),
         (0.93, ArgumentError, "evaluate: expected a function of a network, got 0.93; pass one, or None"),
         (lambda model: 0.93, ArgumentError, "0.93 for the same with all weights zero; it must look at"),

@@ -264,13 +264,15 @@ def choose_split(
     """The layers that may become two: with a target, those whose rank is worth lowering; else all that can.
 
     Raises:
-        ModelError: there are none at all; gives the reasons.
+        ModelError: none can, and nothing else would become smaller; gives the reasons.
     """
     reasons = explain_unsplit(model)
     meant = find_meant(model, recipe.include, recipe.exclude)
     names = [name for name, why in reasons.items() if why is None and name in meant]
+    if not names and recipe.ranks is True:
+        return []
     if not names:
-        told = [f"{name!r}: {why or 'not included'}" for name, why in reasons.items()]
+        told = [f"{repr(name) if name else 'it'}: {why or 'not included'}" for name, why in reasons.items()]
         raise ModelError(f"ranks: no layer of this network can become two. {'; '.join(told[:5]) or 'It has none'}.")
     if recipe.target is None:
         return names

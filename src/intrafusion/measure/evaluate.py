@@ -95,7 +95,7 @@ def _read_number(found: Any, called: str) -> float:
         number = (
             None if isinstance(found, (str, bytes)) else float(found.detach() if isinstance(found, Tensor) else found)
         )
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = None
     if number is None:
         raise ArgumentError(f"evaluate: expected it to return a number, got {show(found)}; return one, as of {called}.")
