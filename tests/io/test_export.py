@@ -448,6 +448,32 @@ def test_keywords_without_a_name_in_the_forward_take_batches_of_every_size(other
     torch.testing.assert_close(torch.export.load(found.path).module()(*args, **named), net(*args, **named))
 
 
+class Labelled(nn.Module):
+    """Texts and types beside a tensor, of which a program can hold none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"logits": self.head(self.body(x).relu()), "task": ("cls", 3), "dtype": x.dtype}
+
+
+def test_a_program_has_none_in_place_of_texts(tmp_path: Path) -> None:
+    net, x = seeded(Labelled), torch.randn(5, 4)
+    export(net, torch.randn(2, 4), tmp_path / "net.pt2")
+    small = intrafusion.compress(net, torch.randn(2, 4), 0.5, restore=None)
+    small.save(tmp_path / "small", program=True)
+    programs = (
+        torch.export.load(tmp_path / "net.pt2").module(),
+        intrafusion.load(tmp_path / "small", trust_program=True),
+    )
+    for program, original in zip(programs, (net, small.model), strict=True):
+        found = program(x)
+        torch.testing.assert_close(found.pop("logits"), original(x)["logits"])
+        assert found == {"task": (None, 3), "dtype": None}
+
+
 def test_whole_numbers_that_differ_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"gives other outputs"):
         export(seeded(Of, lambda x: torch.randint(0, 1000, (9,))), torch.randn(2, 4), tmp_path / "net.pt2")

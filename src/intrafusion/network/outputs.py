@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from intrafusion.brief import show_briefly
 from intrafusion.errors import ModelError
@@ -213,6 +214,15 @@ def keep_tensors(output: Any) -> Any:
     if isinstance(output, (list, tuple)):
         return type(output)(kept for item in output if (kept := keep_tensors(item)) is not None)
     return output if isinstance(output, Tensor) else None
+
+
+def keep_storable(output: Any) -> Any:
+    """A plain output with None for texts and types in it, which `torch.export` writes and cannot read back.
+
+    >>> keep_storable({"sizes": (torch.ones(1), 3), "name": "a"})
+    {'sizes': (tensor([1.]), 3), 'name': None}
+    """
+    return tree_map(lambda item: None if isinstance(item, (str, bytes, torch.dtype, torch.device)) else item, output)
 
 
 # ---- which outputs matter -------------------------------------------------------------------------------------------
