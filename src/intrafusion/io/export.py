@@ -22,7 +22,7 @@ from intrafusion.errors import ArgumentError, FolderError, IntrafusionError, Mod
 from intrafusion.io.atomic import atomic_file, report_unwritable
 from intrafusion.io.program import OtherOutputs, Written, brief_error, export_checked, find_batch_axes, write_program
 from intrafusion.network.inputs import ExampleInputs, Inputs
-from intrafusion.network.outputs import keep_storable, keep_tensors, pick_outputs, plain_output
+from intrafusion.network.outputs import keep_tensors, pick_outputs, plain_output, storable_output
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import named_tensors
 from intrafusion.network.wrappers import unwrap
@@ -217,8 +217,8 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
 
 def _read_output(wanted: tuple[str | int, ...] | None, suffix: str, output: Any) -> Any:
     """The outputs that matter, in containers that every reader has; ONNX has tensors alone, a program no texts."""
-    plain = plain_output(output if wanted is None else pick_outputs(output, wanted))
-    return (keep_tensors if suffix == _ONNX else keep_storable)(plain)
+    picked = output if wanted is None else pick_outputs(output, wanted)
+    return keep_tensors(plain_output(picked)) if suffix == _ONNX else storable_output(picked)
 
 
 @contextmanager

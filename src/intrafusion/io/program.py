@@ -21,7 +21,7 @@ from intrafusion.errors import FolderError, IntrafusionError, ModelError
 from intrafusion.network.double import output_difference
 from intrafusion.network.images_first import put_images_first
 from intrafusion.network.inputs import Inputs, describe
-from intrafusion.network.outputs import keep_storable, plain_output
+from intrafusion.network.outputs import storable_output
 from intrafusion.network.state import preserve_state
 from intrafusion.network.tensors import copy_model
 
@@ -77,9 +77,8 @@ def export_network(model: nn.Module, inputs: Inputs) -> tuple[bytes, bool]:
     Raises:
         ModelError: `torch.export` does not take the network, or makes another one of it.
     """
-    read = lambda output: keep_storable(plain_output(output))  # noqa: E731
     try:
-        content, free, _ = export_checked(model, inputs, write_program, read)
+        content, free, _ = export_checked(model, inputs, write_program)
         return content, free > 0
     except IntrafusionError:
         raise
@@ -113,7 +112,7 @@ def export_checked(
     model: nn.Module,
     inputs: Inputs,
     write: Callable[[ExportedProgram, Inputs], Written[T]],
-    read: Callable[[Any], Any],
+    read: Callable[[Any], Any] = storable_output,
 ) -> tuple[T, int, float]:
     """What `write` makes of the network's program, how many dimensions of its inputs are free, and how far it is off.
 

@@ -216,13 +216,14 @@ def keep_tensors(output: Any) -> Any:
     return output if isinstance(output, Tensor) else None
 
 
-def keep_storable(output: Any) -> Any:
+def storable_output(output: Any) -> Any:
     """A plain output with None for texts and types in it, which `torch.export` writes and cannot read back.
 
-    >>> keep_storable({"sizes": (torch.ones(1), 3), "name": "a"})
+    >>> storable_output({"sizes": (torch.ones(1), 3), "name": "a"})
     {'sizes': (tensor([1.]), 3), 'name': None}
     """
-    return tree_map(lambda item: None if isinstance(item, (str, bytes, torch.dtype, torch.device)) else item, output)
+    unread = (str, bytes, torch.dtype, torch.device)
+    return tree_map(lambda item: None if isinstance(item, unread) else item, plain_output(output))
 
 
 # ---- which outputs matter -------------------------------------------------------------------------------------------
